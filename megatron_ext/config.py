@@ -1,0 +1,286 @@
+"""Everything a run can be told, as one tree of dataclasses.
+
+A run is one YAML file, or several laid over one another (a model size, a method, a cluster), plus overrides::
+
+    python pretrain_unified.py --config examples/configs/tiny.yaml parallel.tensor=2 training.iterations=50
+
+:meth:`Config.validate` refuses impossible combinations before anything is built.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_ext.errors import UserError
+
+TaskName = Literal["understanding", "generation", "text"]
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only Transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None
+    """Key/value heads; None: as many as attention heads."""
+    ffn_hidden_size: int | None = None
+    """Width of the gated FFN; None: 8/3 of hidden_size, rounded up to a multiple of 64."""
+    rotary_base: float = 10000.0
+    rotary_scaling_factor: float | None = None
+    """Llama 3's long-context scaling of the rotary frequencies; None: none."""
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    tie_embeddings: bool = False
+    implementation: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Which linear layers and norms; auto: Transformer Engine when it is installed and a GPU is there."""
+
+    def __post_init__(self):
+        self.num_query_groups = self.num_query_groups or self.num_attention_heads
+        self.ffn_hidden_size = self.ffn_hidden_size or -(-self.hidden_size * 8 // 3 // 64) * 64
+
+
+@dataclass
+class PlanConfig:
+    """Which tokens take part in which layer (see ``routing/plan.py``)."""
+
+    preset: str = "dense"
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is cut over processes; data parallelism takes what is left of the world size."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage; more than 1 interleaves."""
+    sequence: bool = False
+    """Sequence parallelism over the tensor-parallel group."""
+    distributed_optimizer: bool = False
+    """Shard optimizer states (and float32 master weights) over the data-parallel group."""
+    overlap: bool = False
+    """Overlap gradient reduction and parameter gathering with compute (GPU)."""
+
+
+@dataclass
+class SourceConfig:
+    """One data set used for one task."""
+
+    path: str
+    """Prefix of a prepared data set: PATH.bin, PATH.idx, PATH.json."""
+    task: TaskName
+    weight: float = 1.0
+    """Relative number of documents drawn from this source."""
+
+
+@dataclass
+class DataConfig:
+    vocabulary: str = ""
+    """Folder with tokenizer.model and vocabulary.json."""
+    train: list[SourceConfig] = field(default_factory=list)
+    validation: list[SourceConfig] = field(default_factory=list)
+    sequence_length: int = 512
+    """Tokens in a packed row."""
+    caption_dropout: float = 0.1
+    """Probability that a generation document loses its caption (classifier-free guidance)."""
+    seed: int = 1234
+    loader: Literal["auto", "dali", "plain"] = "auto"
+    """auto: DALI when it is installed. Both give the same rows bit for bit."""
+    workers: int = 1
+    """Processes that pack rows ahead of training; 0 packs in the training process."""
+    prefetch: int = 4
+    """Steps prepared ahead."""
+
+
+@dataclass
+class TaskWeights:
+    understanding: float = 1.0
+    generation: float = 1.0
+    text: float = 1.0
+
+
+@dataclass
+class TrainingConfig:
+    iterations: int = 100
+    micro_batch_size: int = 2
+    """Rows per forward pass of one replica."""
+    global_batch_size: int = 8
+    """Rows per optimizer step over all replicas."""
+    precision: Literal["float32", "bf16"] = "float32"
+    task_weights: TaskWeights = field(default_factory=TaskWeights)
+    seed: int = 1234
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: selective recomputes the attention core, full whole layers."""
+    validation_interval: int = 0
+    """Iterations between validations; 0: never."""
+    validation_batches: int = 4
+    """Global batches per validation."""
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_iterations: int = 10
+    wsd_decay_iterations: int = 0
+    """Length of the final decay of the wsd schedule (warm-up, stable, decay)."""
+    weight_decay: float = 0.1
+    """Applies to matrices; norms and biases are never decayed."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass
+class BadStepConfig:
+    """A bad step is not applied, is counted and logged; the limits stop the run.
+
+    Bad: the loss or the gradient norm is not finite; or, once ``spike_window`` losses are known, the loss exceeds
+    their mean by more than ``spike_deviations`` standard deviations and by more than ``spike_ratio`` of the mean.
+    """
+
+    max_consecutive: int = 5
+    max_total: int = 50
+    spike_window: int = 100
+    """0: no spike rule."""
+    spike_deviations: float = 8.0
+    spike_ratio: float = 0.5
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = 0
+    """Iterations between checkpoints; 0: only at the end and on a signal."""
+    keep: int = 2
+    """Newest complete checkpoints kept; 0: all."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint in the output folder, if there is one."""
+    load: str | None = None
+    """A checkpoint folder to start from when there is nothing to resume: weights alone, step 0."""
+
+
+@dataclass
+class LoggingConfig:
+    interval: int = 1
+    """Iterations between log lines."""
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "unified"
+    profile_start: int = 0
+    """First iteration of a torch profiler window (0: none); traces go to OUTPUT/profile."""
+    profile_iterations: int = 3
+
+
+@dataclass
+class LifecycleConfig:
+    time_limit_minutes: float = 0.0
+    """Save and exit cleanly once this much wall-clock time is used; 0: no limit."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this for a lost rank ends the run."""
+
+
+@dataclass
+class Config:
+    """The whole run."""
+
+    output: str = "runs/unnamed"
+    """Folder for config.yaml, metrics.jsonl, checkpoints/, TensorBoard files."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
+
+    def data_parallel(self, world_size: int) -> int:
+        """Replicas of the model in a world of ``world_size`` processes."""
+        return world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches per replica and optimizer step."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel(world_size))
+
+    def validate(self, world_size: int) -> None:
+        """Refuse what cannot run on ``world_size`` processes.
+
+        Raises:
+            UserError: names the key, its value and what would do.
+        """
+        m, p, t, d = self.model, self.parallel, self.training, self.data
+        for key, value in _at_least_one(self):
+            if value < 1:
+                raise UserError(f"config: '{key}' is {value}, must be at least 1")
+        _divides("model.hidden_size", m.hidden_size, "model.num_attention_heads", m.num_attention_heads)
+        _divides("model.num_attention_heads", m.num_attention_heads, "model.num_query_groups", m.num_query_groups)
+        _divides("model.num_attention_heads", m.num_attention_heads, "parallel.tensor", p.tensor)
+        _divides("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
+        _divides("model.ffn_hidden_size", m.ffn_hidden_size, "parallel.tensor", p.tensor)
+        if (m.hidden_size // m.num_attention_heads) % 2:
+            raise UserError(
+                f"config: head size {m.hidden_size // m.num_attention_heads} (model.hidden_size / "
+                "model.num_attention_heads) is odd; rotary positions need an even one"
+            )
+        stages = p.pipeline * p.virtual_pipeline
+        _divides("model.num_layers", m.num_layers, "parallel.pipeline x parallel.virtual_pipeline", stages)
+        if p.virtual_pipeline > 1 and p.pipeline == 1:
+            raise UserError(f"config: 'parallel.virtual_pipeline' is {p.virtual_pipeline}, needs parallel.pipeline > 1")
+        _divides("number of processes", world_size, "parallel.tensor x parallel.pipeline", p.tensor * p.pipeline)
+        if p.sequence:
+            if p.tensor == 1:
+                raise UserError("config: 'parallel.sequence' is true, needs parallel.tensor > 1")
+            _divides("data.sequence_length", d.sequence_length, "parallel.tensor", p.tensor)
+        replicas = self.data_parallel(world_size)
+        _divides(
+            "training.global_batch_size",
+            t.global_batch_size,
+            f"training.micro_batch_size x data parallel size {replicas}",
+            t.micro_batch_size * replicas,
+        )
+        micro_batches = self.micro_batches(world_size)
+        if p.virtual_pipeline > 1:
+            _divides("micro-batches per step", micro_batches, "parallel.pipeline (interleaved schedule)", p.pipeline)
+        if not 0 <= d.caption_dropout <= 1:
+            raise UserError(f"config: 'data.caption_dropout' is {d.caption_dropout}, must lie in 0 .. 1")
+        for i, source in enumerate(d.train):
+            if source.weight <= 0:
+                raise UserError(f"config: 'data.train[{i}].weight' is {source.weight}, must be positive")
+        if self.optimizer.schedule == "wsd" and not 0 < self.optimizer.wsd_decay_iterations <= t.iterations:
+            raise UserError(
+                f"config: 'optimizer.wsd_decay_iterations' is {self.optimizer.wsd_decay_iterations}, "
+                f"must lie in 1 .. training.iterations ({t.iterations})"
+            )
+        if self.optimizer.warmup_iterations >= t.iterations:
+            raise UserError(
+                f"config: 'optimizer.warmup_iterations' is {self.optimizer.warmup_iterations}, "
+                f"must be less than training.iterations ({t.iterations})"
+            )
+
+
+def _at_least_one(config: Config) -> list[tuple[str, int]]:
+    keys = {
+        "model": ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
+        "parallel": ("tensor", "pipeline", "virtual_pipeline"),
+        "training": ("iterations", "micro_batch_size", "global_batch_size"),
+        "data": ("sequence_length", "prefetch"),
+        "logging": ("interval",),
+    }
+    return [(f"{s}.{k}", getattr(getattr(config, s), k)) for s, names in keys.items() for k in names]
+
+
+def _divides(what: str, value: int, by: str, divisor: int) -> None:
+    if value % divisor:
+        fitting = [n for n in range(1, value + 1) if value % n == 0][:8]
+        raise UserError(
+            f"config: {what} ({value}) is not divisible by {by} ({divisor}); "
+            f"take a multiple of {divisor} for the first, or one of {', '.join(map(str, fitting))} for the second"
+        )

@@ -1,0 +1,30 @@
+"""Modality and task: the two things a token is known by, everywhere in the code base.
+
+Both are small integers so that they travel in a batch. A role table (``routing/plan.py``) is indexed by them, the
+loss is averaged per task, and nothing else about a token decides how it is routed.
+"""
+
+from enum import IntEnum
+
+
+class Modality(IntEnum):
+    """What a token *is*. ``<boi>`` and ``<eoi>`` are text: they are predicted and queried as text."""
+
+    TEXT = 0
+    IMAGE = 1
+
+
+class Task(IntEnum):
+    """What a token's *document* is for.
+
+    UNDERSTANDING: image(s) first, loss on the answers. GENERATION: caption first, loss on the image tokens.
+    TEXT: plain text, loss on all of it.
+    """
+
+    UNDERSTANDING = 0
+    GENERATION = 1
+    TEXT = 2
+
+
+PADDING_DOCUMENT = -1
+"""Document number of the padding at the end of a packed row. Padding is of modality TEXT, task TEXT, without loss."""

@@ -1,0 +1,38 @@
+"""Package metadata. Ranges are open here; the exact versions that the tests run with are in requirements/."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="unified-megatron",
+    version="0.1.0",
+    description="Unified vision-language training on Megatron-Core with task-specific token reduction",
+    long_description=(Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
+    py_modules=["pretrain_unified"],
+    install_requires=[
+        "megatron-core>=0.16.1,<0.17",
+        "torch>=2.6",
+        "numpy",
+        "psutil",
+        "pyyaml",
+        "sentencepiece>=0.2",
+        "transformers>=5.0",
+        "pillow",
+        "matplotlib",
+        "tensorboard",
+        "tqdm",
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        "dali": ["nvidia-dali-cuda130>=2.0"],
+        "gpu": ["transformer-engine[pytorch]>=2.0", "nvidia-dali-cuda130>=2.0"],
+        "gpu-cuda12": ["transformer-engine[pytorch]>=2.0", "nvidia-dali-cuda120>=2.0"],
+        "wandb": ["wandb"],
+        "dev": ["pytest", "ruff"],
+    },
+)
