@@ -13,9 +13,9 @@ another meaning.
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Sequence
 
 import sentencepiece
 
