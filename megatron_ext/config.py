@@ -181,6 +181,8 @@ class LoggingConfig:
 class LifecycleConfig:
     time_limit_minutes: float = 0.0
     """Save and exit cleanly once this much wall-clock time is used; 0: no limit."""
+    slurm_margin_minutes: float = 5.0
+    """Under Slurm, save and exit cleanly this long before the job's end."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this for a lost rank ends the run."""
 

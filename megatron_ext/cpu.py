@@ -1,0 +1,91 @@
+"""Megatron-Core on CPUs, over gloo.
+
+Megatron-Core trains correctly on CPUs; it only names the CUDA device outright. :func:`enter` gives those names a CPU
+meaning, once per process and before any model is built; it must never be entered on a machine with a GPU. Nothing of
+Megatron-Core's arithmetic, schedules or communication is replaced. Checked against megatron-core 0.16.1.
+"""
+
+import functools
+import logging
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor")
+_LIKE_FACTORIES = ("empty_like", "zeros_like", "ones_like", "full_like")
+
+_entered = False
+
+
+def available() -> bool:
+    """Whether this process should train on the CPU: no GPU is visible."""
+    return _entered or not torch.cuda.is_available()
+
+
+def enter() -> None:
+    """Make ``cuda`` mean the CPU for this process. A second call does nothing.
+
+    Raises:
+        RuntimeError: a GPU is there.
+    """
+    global _entered
+    if _entered:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("megatron_ext.cpu is for machines without a GPU")
+    _entered = True
+    _redirect_device_calls()
+    _redirect_factories()
+    _redirect_random_state()
+
+
+def _redirect_device_calls() -> None:
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    for name in ("synchronize", "set_device", "empty_cache"):
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    tensor_type = torch.Tensor.type
+
+    @functools.wraps(tensor_type)
+    def type_(self, *args, **kwargs):
+        """The optimizers sort parameters by the name of their type and know only the CUDA names."""
+        made = tensor_type(self, *args, **kwargs)
+        return made.replace("torch.", "torch.cuda.", 1) if isinstance(made, str) else made
+
+    torch.Tensor.type = type_
+
+
+def _redirect_factories() -> None:
+    # Wrapping the handful of factories costs nothing elsewhere; a TorchFunctionMode would tax every operation.
+    for name in _FACTORIES + _LIKE_FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def made(*args, device=None, **kwargs):
+        if device is not None and torch.device(device).type == "cuda":
+            device = torch.device("cpu")
+        return factory(*args, device=device, **kwargs)
+
+    return made
+
+
+def _redirect_random_state() -> None:
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+    def get_state(*args, **kwargs):
+        return torch.get_rng_state()
+
+    def set_state(state, *args, **kwargs):
+        torch.set_rng_state(state)
+
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
+    torch.cuda.manual_seed = torch.manual_seed
+    tensor_parallel_random._get_cuda_rng_state = get_state
+    tensor_parallel_random._set_cuda_rng_state = set_state
+    # There is one generator here, so every fork of the tracker moves the CPU's; that is what is meant.
+    logging.getLogger(tensor_parallel_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+    )

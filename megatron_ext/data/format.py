@@ -1,0 +1,300 @@
+"""The on-disk data set: Megatron-Core's indexed data set with a card beside it.
+
+::
+
+    PREFIX.bin    token ids, int32, one sequence after another          } Megatron-Core's own files
+    PREFIX.idx    length and mode of each sequence, ends of documents   } (``multimodal=True``)
+    PREFIX.json   the card: counts, fingerprints of vocabulary and VQ model, size and sha256 of the two files
+
+A document is several sequences, each with a mode: ``TEXT`` is given (a question, plain text), ``IMAGE`` is the VQ codes
+of one image as unified token ids (row-major, without ``<boi>`` and ``<eoi>``), ``ANSWER`` is text to be learnt in
+understanding (an answer, a caption). Text holds no ``bos`` and no ``<eod>``; those are added by the task for which
+the document is used (:mod:`megatron_ext.data.rendering`).
+
+The card is written last, so a prefix without a card is a data set that was never finished. Megatron-Core writes the
+files; they are read through ``numpy`` alone, because the processes that pack rows should start in a fraction of the
+seconds that importing Megatron-Core takes.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.command_line import write_json
+from megatron_ext.errors import UserError
+
+TEXT, IMAGE, ANSWER = 0, 1, 2
+"""Modes of a sequence."""
+
+FORMAT = 1
+"""Version of the card."""
+
+FULL_CHECK_LIMIT = 1 << 30
+"""Opening hashes a .bin of at most this many bytes; a larger one only has its size checked (``verify=True`` hashes)."""
+
+_COUNTS = ("documents", "sequences", "tokens", "image_tokens", "images")
+_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, documents + 1
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INT32_CODE = 4
+
+
+class DatasetWriter:
+    """Writes a data set; use it as a context manager.
+
+    A clean exit finishes the data set, an exception removes what was written. A data set that was at ``prefix`` before
+    is replaced on the clean exit, not earlier. ::
+
+        with DatasetWriter("data/captions", vocabulary.fingerprint, vq, {"images": "photos/*.tar"}) as writer:
+            writer.add([(IMAGE, vocabulary.image_ids(codes)), (ANSWER, vocabulary.encode(caption))])
+
+    Args:
+        prefix: path without extension; its folder is made.
+        vocabulary_fingerprint: ``Vocabulary.fingerprint`` of the token ids.
+        vq: ``{"fingerprint": str, "grid": [h, w], "codebook_size": int}``, or None for a data set without images.
+        source: free-form, JSON-serialisable description of where the data came from.
+    """
+
+    def __init__(self, prefix: str | Path, vocabulary_fingerprint: str, vq: dict | None, source: dict):
+        self.prefix = Path(prefix)
+        self.card = {
+            "format": FORMAT,
+            **dict.fromkeys(_COUNTS, 0),
+            "vocabulary": vocabulary_fingerprint,
+            "vq": vq,
+            "source": source,
+        }
+        self._temporary = {
+            kind: self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.tmp.{kind}") for kind in ("bin", "idx")
+        }
+
+    def __enter__(self) -> "DatasetWriter":
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._builder = IndexedDatasetBuilder(str(self._temporary["bin"]), dtype=np.int32, multimodal=True)
+        return self
+
+    def add(self, document: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Append one document: (mode, token ids) per sequence.
+
+        Raises:
+            ValueError: no sequence, an empty one, an unknown mode, or an image that is not one VQ grid.
+        """
+        if not document:
+            raise ValueError("a document needs at least one sequence")
+        modes = [int(mode) for mode, _ in document]
+        sequences = [np.asarray(ids, dtype=np.int32) for _, ids in document]
+        for mode, ids in zip(modes, sequences):
+            self._check(mode, ids)
+        self._builder.add_document(np.concatenate(sequences), [len(ids) for ids in sequences], modes)
+        images = [ids for mode, ids in zip(modes, sequences) if mode == IMAGE]
+        counts = (1, len(sequences), sum(map(len, sequences)), sum(map(len, images)), len(images))
+        for key, count in zip(_COUNTS, counts):
+            self.card[key] += count
+
+    def _check(self, mode: int, ids: np.ndarray) -> None:
+        if mode not in (TEXT, IMAGE, ANSWER):
+            raise ValueError(f"sequence mode {mode} is none of TEXT, IMAGE, ANSWER")
+        if ids.ndim != 1 or not len(ids):
+            raise ValueError(f"a sequence must be a non-empty list of token ids, got shape {ids.shape}")
+        if ids.min() < 0:
+            raise ValueError(f"token id {ids.min()} is negative")
+        if mode == IMAGE:
+            if self.card["vq"] is None:
+                raise ValueError("an image in a data set that was opened without a VQ model")
+            height, width = self.card["vq"]["grid"]
+            if len(ids) != height * width:
+                raise ValueError(f"an image of {len(ids)} tokens, but the VQ grid is {height} x {width}")
+
+    def add_dataset(self, prefix: str | Path) -> None:
+        """Append every document of a finished data set with the same vocabulary and VQ model."""
+        card = _read_card(prefix)
+        for key in ("vocabulary", "vq"):
+            if card[key] != self.card[key]:
+                raise UserError(f"{prefix}.json: '{key}' is {card[key]}, cannot be merged with {self.card[key]}")
+        self._builder.add_index(str(prefix))
+        for key in _COUNTS:
+            self.card[key] += card[key]
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        try:
+            self._builder.finalize(str(self._temporary["idx"]))
+            if exception_type is None:
+                self._publish()
+        finally:
+            for file in self._temporary.values():
+                file.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        if not self.card["documents"]:
+            raise UserError(f"{self.prefix}: no document was written; nothing to keep")
+        self.card["files"] = {kind: _describe(file) for kind, file in self._temporary.items()}
+        card_file = _file(self.prefix, "json")
+        card_file.unlink(missing_ok=True)  # from here until the new card, what is at this prefix is incomplete
+        for kind, file in self._temporary.items():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(file, _file(self.prefix, kind))
+        write_json(card_file, self.card)
+
+
+class Dataset:
+    """A finished data set, read through memory maps; pickles as its prefix, so worker processes open it themselves.
+
+    Attributes:
+        prefix: path without extension.
+        card: the card (see the module).
+        tokens: every token of the data set, int32 [tokens], a memory map.
+        sequence_lengths: int32 [sequences].
+        sequence_modes: int8 [sequences].
+        sequence_pointers: int64 [sequences], byte at which each sequence starts in the .bin.
+        document_ends: int64 [documents + 1]; document i is the sequences ``document_ends[i]`` to
+            ``document_ends[i + 1]``.
+    """
+
+    def __init__(self, prefix: str | Path, verify: bool = False):
+        """Open the data set at ``prefix`` and check its files against the card.
+
+        The sizes and the hash of the .idx are always checked; the hash of the .bin where that is cheap
+        (``FULL_CHECK_LIMIT``) or asked for by ``verify``.
+
+        Raises:
+            UserError: a file is missing, truncated, altered, or of another version.
+        """
+        self.prefix = Path(prefix)
+        self.card = _read_card(prefix)
+        hashed = verify or self.card["files"]["bin"]["bytes"] <= FULL_CHECK_LIMIT
+        for kind in ("bin", "idx"):
+            _check_file(_file(prefix, kind), self.card["files"][kind], hashed or kind == "idx")
+        self._open()
+
+    def _open(self) -> None:
+        index = np.asarray(np.memmap(_file(self.prefix, "idx"), mode="r"))
+        magic, version, code, sequences, ends = _INDEX_HEADER.unpack(bytes(index[: _INDEX_HEADER.size]))
+        if (magic, version, code) != (_INDEX_MAGIC, 1, _INT32_CODE):
+            raise UserError(f"{_file(self.prefix, 'idx')}: not an int32 Megatron-Core index of version 1")
+        offset = _INDEX_HEADER.size
+
+        def take(dtype, count):
+            nonlocal offset
+            start, offset = offset, offset + count * np.dtype(dtype).itemsize
+            return index[start:offset].view(dtype)
+
+        self.sequence_lengths = take(np.int32, sequences)
+        self.sequence_pointers = take(np.int64, sequences)
+        self.document_ends = take(np.int64, ends)
+        self.sequence_modes = take(np.int8, sequences)
+        self.tokens = np.asarray(np.memmap(_file(self.prefix, "bin"), dtype=np.int32, mode="r"))
+
+    def __getstate__(self):
+        return {"prefix": self.prefix, "card": self.card}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.document_ends) - 1
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """Stored tokens of each document, int64 [documents]."""
+        return np.add.reduceat(self.sequence_lengths, self.document_ends[:-1], dtype=np.int64)
+
+    def document(self, i: int) -> list[tuple[int, np.ndarray]]:
+        """(mode, token ids int32) of each sequence of document ``i``; read-only views of the file."""
+        first, stop = self.document_ends[i], self.document_ends[i + 1]
+        starts = (self.sequence_pointers[first:stop] // self.tokens.itemsize).tolist()
+        lengths = self.sequence_lengths[first:stop].tolist()
+        modes = self.sequence_modes[first:stop].tolist()
+        tokens = self.tokens
+        return [(mode, tokens[start : start + n]) for mode, start, n in zip(modes, starts, lengths)]
+
+
+def verify(prefix: str | Path) -> dict:
+    """Check the files of a data set whole against its card, and the card's counts against the index.
+
+    Returns:
+        The card.
+
+    Raises:
+        UserError: names the file that is missing, truncated or altered.
+    """
+    dataset = Dataset(prefix, verify=True)
+    image = dataset.sequence_modes == IMAGE
+    counts = (
+        len(dataset),
+        len(dataset.sequence_lengths),
+        int(dataset.sequence_lengths.sum(dtype=np.int64)),
+        int(dataset.sequence_lengths[image].sum(dtype=np.int64)),
+        int(image.sum()),
+    )
+    for key, count in zip(_COUNTS, counts):
+        if dataset.card[key] != count:
+            raise UserError(f"{_file(prefix, 'json')}: '{key}' is {dataset.card[key]}, the index holds {count}")
+    return dataset.card
+
+
+def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> dict:
+    """Join finished data sets (the shards of one preparation) into one, in the given order.
+
+    Returns:
+        The card of the result.
+
+    Raises:
+        UserError: a shard is damaged, or was made with another vocabulary or VQ model.
+    """
+    if not prefixes:
+        raise UserError(f"{out_prefix}: no data set to merge")
+    cards = [verify(prefix) for prefix in prefixes]
+    source = {"merged": [{"prefix": str(prefix), "source": card["source"]} for prefix, card in zip(prefixes, cards)]}
+    with DatasetWriter(out_prefix, cards[0]["vocabulary"], cards[0]["vq"], source) as writer:
+        for prefix in prefixes:
+            writer.add_dataset(prefix)
+    return writer.card
+
+
+def _file(prefix: str | Path, kind: str) -> Path:
+    return Path(f"{prefix}.{kind}")
+
+
+def _read_card(prefix: str | Path) -> dict:
+    file = _file(prefix, "json")
+    try:
+        card = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; there is no finished data set at this prefix") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as a data-set card ({error})") from None
+    wanted = {*_COUNTS, "vocabulary", "vq", "files", "source"}
+    if not isinstance(card, dict) or card.get("format") != FORMAT or wanted - card.keys():
+        raise UserError(f"{file}: not a data-set card of format {FORMAT}; prepare the data set again")
+    return card
+
+
+def _describe(file: Path) -> dict:
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _check_file(file: Path, expected: dict, hashed: bool) -> None:
+    if not file.is_file():
+        raise UserError(f"{file}: not found, but its card is there; prepare the data set again")
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise UserError(f"{file}: {size} bytes, the card says {expected['bytes']}; truncated or replaced")
+    if hashed and _sha256(file) != expected["sha256"]:
+        raise UserError(f"{file}: sha256 differs from the card's; the file was altered")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

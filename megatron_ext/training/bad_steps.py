@@ -1,0 +1,82 @@
+"""Steps that must not be applied: a loss or gradient norm that is not finite, or a loss that jumps.
+
+Pure bookkeeping, the same on every rank as long as every rank is told the same numbers: the loss and the gradient
+norm of the *global* batch, after their reduction.
+"""
+
+import math
+from collections import deque
+
+from megatron_ext.config import BadStepConfig
+from megatron_ext.errors import UserError
+
+
+class BadSteps:
+    """Judges each step before the optimizer applies it.
+
+    Attributes:
+        total: bad steps of the whole run, resumptions included.
+        consecutive: bad steps in a row up to the last one judged.
+    """
+
+    def __init__(self, config: BadStepConfig):
+        self.config = config
+        self.total = 0
+        self.consecutive = 0
+        self._good_losses: deque[float] = deque(maxlen=config.spike_window)
+
+    def judge(self, loss: float, grad_norm: float) -> str | None:
+        """Why this step is bad, or None for a good one; either is counted.
+
+        The loss of a good step enters the window that later losses are held against; that of a bad one never does.
+        """
+        reason = self._reason(loss, grad_norm)
+        if reason is None:
+            self.consecutive = 0
+            self._good_losses.append(loss)
+        else:
+            self.total += 1
+            self.consecutive += 1
+        return reason
+
+    def enforce_limits(self, iteration: int) -> None:
+        """Stop a run that has seen too many bad steps. Call it after the last one is logged.
+
+        Raises:
+            UserError: more than ``max_consecutive`` in a row, or more than ``max_total`` in all.
+        """
+        for count, limit, what in (
+            (self.consecutive, "max_consecutive", "in a row"),
+            (self.total, "max_total", "in all"),
+        ):
+            allowed = getattr(self.config, limit)
+            if count > allowed:
+                raise UserError(
+                    f"iteration {iteration}: {count} bad step{'s' * (count > 1)} {what}, 'bad_steps.{limit}' allows "
+                    f"{allowed} (see skip_reason in metrics.jsonl; try a lower optimizer.lr or a longer warm-up)"
+                )
+
+    def _reason(self, loss: float, grad_norm: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"the gradient norm is {grad_norm}"
+        window, known = self.config.spike_window, self._good_losses
+        if not window or len(known) < window:
+            return None
+        mean = math.fsum(known) / window
+        deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in known) / window)
+        excess = loss - mean
+        if excess > self.config.spike_deviations * deviation and excess > self.config.spike_ratio * abs(mean):
+            return f"the loss {loss:.4g} is a spike: the last {window} were {mean:.4g} +- {deviation:.2g}"
+        return None
+
+    def state_dict(self) -> dict:
+        """Counts and window as plain numbers, for a checkpoint."""
+        return {"total": self.total, "consecutive": self.consecutive, "good_losses": list(self._good_losses)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up where :meth:`state_dict` was called; a window of another length keeps the newest losses."""
+        self.total = state["total"]
+        self.consecutive = state["consecutive"]
+        self._good_losses = deque(state["good_losses"], maxlen=self.config.spike_window)

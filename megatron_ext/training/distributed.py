@@ -1,0 +1,79 @@
+"""Processes, groups and seeds: everything that must happen before a model is built."""
+
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_ext import cpu
+from megatron_ext.config import Config
+
+
+def world_size() -> int:
+    """Processes in this run, from torchrun's (or the launch script's) environment; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def initialize(config: Config) -> None:
+    """Join the process group (nccl with a GPU, gloo without), cut it as ``config.parallel`` says, seed the generators.
+
+    Alone, without torchrun, a process is a world of one.
+    """
+    on_cpu = cpu.available()
+    if on_cpu:
+        cpu.enter()
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    rendezvous = {} if "MASTER_PORT" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        timeout=datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes),
+        **rendezvous,
+    )
+    cut(config)
+    if on_cpu and dist.get_rank() == 0:
+        print(f"no GPU: training on {dist.get_world_size()} CPU process(es) over gloo", flush=True)
+
+
+def cut(config: Config) -> None:
+    """Make the tensor-, pipeline- and data-parallel groups over the processes of the default group, and seed."""
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+    )
+    seed = config.training.seed
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shut_down() -> None:
+    """Leave the groups; safe to call when there are none."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """The device that this process trains on."""
+    return torch.device(torch.cuda.current_device())
+
+
+def is_logging_rank() -> bool:
+    """The one rank that writes metrics: the last of the world, which holds the last pipeline stage's losses."""
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def report(line: str) -> None:
+    """Print ``line`` once per run."""
+    if not dist.is_initialized() or is_logging_rank():
+        print(line, flush=True)

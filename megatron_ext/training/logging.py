@@ -1,0 +1,161 @@
+"""What a run says about itself: console, ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_ext.config import Config
+from megatron_ext.config_file import to_tree
+from megatron_ext.training.metrics import MetricsFile
+
+
+class Logger:
+    """Logs from one rank of a run; made on that rank only.
+
+    A record of :meth:`log` is a flat dictionary of plain numbers:
+
+    ====================================  ============================================================================
+    iteration                             1, 2, ...
+    loss, loss_understanding, ...         the objective, and the mean cross-entropy of each task that had loss tokens
+    grad_norm, learning_rate              before clipping; of this iteration
+    consumed_samples, consumed_tokens     packed rows, and tokens in them, since the start of the run
+    tokens_per_second                     over all ranks
+    step_seconds, data_wait_seconds       wall-clock time of the iteration; the part spent waiting for the batch
+    flops_ratio                           FLOPs of the iteration relative to the dense plan
+    mfu                                   model FLOPs utilisation, 0 .. 1; only where the device's peak is known
+    skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
+    validation_loss, validation_loss_...  on iterations with a validation only
+    ====================================  ============================================================================
+
+    Args:
+        config: the whole run.
+        resumed_iteration: the last iteration that is done; what an earlier process logged beyond it is forgotten.
+        say: prints a line.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        resumed_iteration: int = 0,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        output = Path(config.output)
+        self._config, self._say, self._clock = config, say, clock
+        self._start = (resumed_iteration, clock())
+        self._metrics = MetricsFile(output / "metrics.jsonl", resumed_iteration)
+        self._tensorboard = _tensorboard(output, resumed_iteration) if config.logging.tensorboard else None
+        self._wandb = _wandb(config, output, say) if config.logging.wandb != "off" else None
+
+    def log(self, record: dict) -> None:
+        """Log one iteration, everywhere.
+
+        An iteration is due every ``logging.interval``, and whenever it was validated or skipped.
+        """
+        self._metrics.write(record)
+        iteration = record["iteration"]
+        numbers = {k: v for k, v in record.items() if k != "iteration" and not isinstance(v, str)}
+        if self._tensorboard:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(_grouped(name), value, iteration)
+        if self._wandb:
+            self._wandb.log({_grouped(name): value for name, value in numbers.items()} | {"iteration": iteration})
+        if reason := record.get("skip_reason"):
+            self._say(f"iteration {iteration}: step skipped, {reason} ({record['skipped_steps']} skipped so far)")
+        self._say(console_line(record, self._config.training.iterations, self._seconds_left(iteration)))
+        if "validation_loss" in record:
+            self._say(f"iteration {iteration}: validation {_losses(record, 'validation_loss')}")
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self._metrics.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _seconds_left(self, iteration: int) -> float:
+        start, at = self._start
+        done = max(iteration - start, 1)
+        return (self._clock() - at) / done * (self._config.training.iterations - iteration)
+
+
+def console_line(record: dict, iterations: int, seconds_left: float) -> str:
+    """One iteration for the eye."""
+    width = len(str(iterations))
+    wait = record["data_wait_seconds"]
+    parts = [
+        f"{record['iteration']:>{width}}/{iterations}",
+        _losses(record, "loss"),
+        f"lr {record['learning_rate']:.2e}",
+        f"grad norm {record['grad_norm']:.2f}",
+        f"{_short(record['tokens_per_second'])} tokens/s",
+        f"step {record['step_seconds']:.2f} s (data {1000 * wait:.0f} ms)",
+    ]
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {100 * record['mfu']:.1f} %")
+    if record.get("flops_ratio", 1.0) != 1.0:
+        parts.append(f"FLOPs {record['flops_ratio']:.2f} of dense")
+    parts.append(f"left {duration(seconds_left)}")
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, ``2:03``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _losses(record: dict, name: str) -> str:
+    per_task = {k[len(name) + 1 :]: v for k, v in record.items() if k.startswith(name + "_")}
+    details = ", ".join(f"{task} {value:.4f}" for task, value in per_task.items())
+    return f"loss {record[name]:.4f}" + (f" ({details})" if details else "")
+
+
+def _short(number: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _grouped(name: str) -> str:
+    """TensorBoard's and wandb's way of putting charts together: ``loss/understanding``."""
+    for group in ("validation_loss", "loss"):
+        if name == group:
+            return f"{group}/all"
+        if name.startswith(group + "_"):
+            return f"{group}/{name[len(group) + 1 :]}"
+    return f"run/{name}"
+
+
+def _tensorboard(output: Path, resumed_iteration: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(output / "tensorboard"), purge_step=resumed_iteration + 1)
+
+
+def _wandb(config: Config, output: Path, say: Callable[[str], None]):
+    """The run's wandb handle, the same wandb run after a resumption; None, with a line, where wandb is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        say("wandb is not installed: logging.wandb is ignored (pip install wandb)")
+        return None
+    id_file = output / "wandb_id"
+    if not id_file.is_file():
+        id_file.write_text(wandb.util.generate_id())
+    run = wandb.init(
+        project=config.logging.wandb_project,
+        name=output.name,
+        id=id_file.read_text(),
+        resume="allow",
+        mode=config.logging.wandb,
+        dir=str(output),
+        config=to_tree(config),
+        settings=wandb.Settings(silent=True),
+    )
+    run.define_metric("*", step_metric="iteration")
+    return run

@@ -1,0 +1,156 @@
+"""One training step, and one validation step, over Megatron-Core's pipeline schedules."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron_ext.config import Config
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import Task
+from megatron_ext.training.losses import loss_token_counts, task_sums, token_weights
+
+
+@dataclass
+class MicroBatch:
+    """Rows of one forward pass with what is derived from them once: the route and the token weights [b, s]."""
+
+    batch: Batch
+    route: Route
+    weights: Tensor
+
+
+@dataclass
+class StepResult:
+    """What one step over the global batch gave, the same on every rank.
+
+    Attributes:
+        loss: the objective.
+        task_losses: mean cross-entropy per task, for the tasks that had loss tokens.
+        grad_norm: global gradient norm before clipping; nan when there was no backward pass.
+        votes: sum over the ranks of ``vote``.
+        applied: whether the optimizer took the step.
+    """
+
+    loss: float
+    task_losses: dict[str, float]
+    grad_norm: float
+    votes: float
+    applied: bool
+
+
+def configure(model_config) -> None:
+    """Tell Megatron-Core's schedules how gradients are finished: summed, since the objective is already normalised."""
+    model_config.calculate_per_token_loss = True
+    model_config.finalize_model_grads_func = lambda model, num_tokens, **groups: finalize_model_grads(
+        model, None, **groups
+    )
+
+
+def train_step(
+    chunks: list,
+    optimizer,
+    batch: Batch,
+    config: Config,
+    accept: Callable[[float, float], bool] = lambda loss, grad_norm: math.isfinite(loss) and math.isfinite(grad_norm),
+    vote: float = 0.0,
+) -> StepResult:
+    """Forward, backward and optimizer step over the global batch.
+
+    Args:
+        chunks: this rank's model chunks, wrapped for data parallelism.
+        batch: this replica's rows of the global batch, the same on all its ranks.
+        accept: told the loss and the gradient norm, whether to apply the step. It must answer alike on every rank;
+            all of them are given the same numbers.
+        vote: a number that is summed over all ranks on the way (one rank's wish to stop, say).
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    counts, sums = _run(chunks, batch, config, forward_only=False)
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    loss, task_losses, votes = _reduce(sums, counts, config, vote)
+    applied = accept(loss, grad_norm)
+    if applied:
+        if config.optimizer.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm)
+        optimizer.step_with_ready_grads()
+    return StepResult(loss, task_losses, grad_norm, votes, applied)
+
+
+@torch.no_grad()
+def evaluate_step(chunks: list, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
+    """Forward pass over the global batch.
+
+    Returns:
+        Sums [tasks] of cross-entropy over the global batch and the counts [tasks] of loss tokens, float64, the same
+        on every rank.
+    """
+    counts, sums = _run(chunks, batch, config, forward_only=True)
+    return _sum_over_world(sums), counts
+
+
+def _run(chunks, batch: Batch, config: Config, forward_only: bool) -> tuple[Tensor, Tensor]:
+    counts = loss_token_counts(batch)
+    micro_batches = _cut(batch, counts, config)
+    sums = torch.zeros(len(Task), dtype=torch.float64, device=counts.device)
+    for result in get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(micro_batches),
+        seq_length=config.training.micro_batch_size * config.data.sequence_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    ):
+        sums += result
+    return counts, sums
+
+
+def _cut(batch: Batch, counts: Tensor, config: Config) -> list[MicroBatch]:
+    size = config.training.micro_batch_size
+    weights = token_weights(batch, counts, config.training.task_weights)
+    rows = [(start, start + size) for start in range(0, batch.shape[0], size)]
+    return [MicroBatch(part := batch.rows(*r), Route.of(part), weights[slice(*r)]) for r in rows]
+
+
+def _forward(micro_batches, chunk):
+    micro_batch = next(micro_batches)
+    output = chunk(micro_batch.batch, micro_batch.route)
+    return output, partial(_loss, micro_batch, get_attr_wrapped_model(chunk, "token_losses"))
+
+
+def _loss(micro_batch: MicroBatch, token_losses: Callable, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of the objective in this micro-batch. Called by the schedule on the last stage only."""
+    losses = token_losses(logits, micro_batch.batch.labels)
+    objective = (losses * micro_batch.weights).sum()
+    return objective, torch.zeros((), dtype=torch.int, device=objective.device), task_sums(losses, micro_batch.batch)
+
+
+def _reduce(sums: Tensor, counts: Tensor, config: Config, vote: float) -> tuple[float, dict[str, float], float]:
+    *totals, votes = _sum_over_world(sums, vote).tolist()
+    weights = config.training.task_weights
+    task_losses = {
+        task.name.lower(): total / count for task, total, count in zip(Task, totals, counts.tolist()) if count
+    }
+    loss = sum(getattr(weights, name) * value for name, value in task_losses.items())
+    return loss, task_losses, votes
+
+
+def _sum_over_world(sums: Tensor, *votes: float) -> Tensor:
+    """Sums of the last stages added up over the replicas, and votes over all ranks, in one all-reduce."""
+    speaks = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    message = torch.cat([sums * float(speaks), sums.new_tensor(votes)])
+    dist.all_reduce(message)
+    return message
