@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -26,14 +27,25 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
 def run(main: Callable[[], dict | None]) -> None:
     """Call ``main`` and leave the process: 0 on success, 1 with one line on a :class:`UserError`, 2 on bad usage
     (argparse's own)."""
+    # On import Megatron-Core warns once for every optional library that is missing, on every rank.
+    for module in (r"megatron\.core", r"torch\.autograd\.graph", r"torch\.distributed", "contextlib"):
+        warnings.filterwarnings("ignore", module=module)
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        # Before the ranks are joined all of them meet the same error; afterwards it may be one rank's own.
+        if rank == 0 or _joined():
+            print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _joined() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def progress(items: Iterable | None = None, **options) -> tqdm:
@@ -48,3 +60,15 @@ def write_json(path: Path, value) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def read_json(path: Path):
+    """The value in a JSON file.
+
+    Raises:
+        UserError: the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None

@@ -34,7 +34,7 @@ TEXT, IMAGE, ANSWER = 0, 1, 2
 FORMAT = 1
 """Version of the card."""
 
-FULL_CHECK_LIMIT = 1 << 30
+FULL_CHECK_LIMIT = 256 << 20
 """Opening hashes a .bin of at most this many bytes; a larger one only has its size checked (``verify=True`` hashes)."""
 
 _COUNTS = ("documents", "sequences", "tokens", "image_tokens", "images")

@@ -1,6 +1,7 @@
 """What a run says about itself: console, ``metrics.jsonl``, TensorBoard, Weights & Biases."""
 
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Logger:
     tokens_per_second                     over all ranks
     step_seconds, data_wait_seconds       wall-clock time of the iteration; the part spent waiting for the batch
     flops_ratio                           FLOPs of the iteration relative to the dense plan
-    mfu                                   model FLOPs utilisation, 0 .. 1; only where the device's peak is known
+    mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
     validation_loss, validation_loss_...  on iterations with a validation only
     ====================================  ============================================================================
@@ -46,7 +47,7 @@ class Logger:
         self._start = (resumed_iteration, clock())
         self._metrics = MetricsFile(output / "metrics.jsonl", resumed_iteration)
         self._tensorboard = _tensorboard(output, resumed_iteration) if config.logging.tensorboard else None
-        self._wandb = _wandb(config, output, say) if config.logging.wandb != "off" else None
+        self._wandb = _wandb(config, resumed_iteration, say) if config.logging.wandb != "off" else None
 
     def log(self, record: dict) -> None:
         """Log one iteration, everywhere.
@@ -55,7 +56,7 @@ class Logger:
         """
         self._metrics.write(record)
         iteration = record["iteration"]
-        numbers = {k: v for k, v in record.items() if k != "iteration" and not isinstance(v, str)}
+        numbers = {k: v for k, v in record.items() if k != "iteration" and isinstance(v, int | float)}
         if self._tensorboard:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(_grouped(name), value, iteration)
@@ -137,16 +138,17 @@ def _tensorboard(output: Path, resumed_iteration: int):
     return SummaryWriter(str(output / "tensorboard"), purge_step=resumed_iteration + 1)
 
 
-def _wandb(config: Config, output: Path, say: Callable[[str], None]):
-    """The run's wandb handle, the same wandb run after a resumption; None, with a line, where wandb is not installed."""
+def _wandb(config: Config, resumed_iteration: int, say: Callable[[str], None]):
+    """The wandb run, the same one after a resumption; None, with a line, where wandb is not installed."""
     try:
         import wandb
     except ImportError:
         say("wandb is not installed: logging.wandb is ignored (pip install wandb)")
         return None
+    output = Path(config.output)
     id_file = output / "wandb_id"
-    if not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id())
+    if not resumed_iteration or not id_file.is_file():
+        id_file.write_text(uuid.uuid4().hex[:8])
     run = wandb.init(
         project=config.logging.wandb_project,
         name=output.name,

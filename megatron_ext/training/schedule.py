@@ -1,4 +1,4 @@
-"""The learning rate over a run: Megatron-Core's own scheduler, set up from :class:`~megatron_ext.config.OptimizerConfig`."""
+"""The learning rate over a run: Megatron-Core's own scheduler, set up from an ``OptimizerConfig``."""
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 

@@ -1,7 +1,7 @@
 """One training step, and one validation step, over Megatron-Core's pipeline schedules."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,14 +38,14 @@ class StepResult:
         loss: the objective.
         task_losses: mean cross-entropy per task, for the tasks that had loss tokens.
         grad_norm: global gradient norm before clipping; nan when there was no backward pass.
-        votes: sum over the ranks of ``vote``.
+        tally: sums over the ranks of what they gave as ``tally``.
         applied: whether the optimizer took the step.
     """
 
     loss: float
     task_losses: dict[str, float]
     grad_norm: float
-    votes: float
+    tally: list[float]
     applied: bool
 
 
@@ -63,7 +63,7 @@ def train_step(
     batch: Batch,
     config: Config,
     accept: Callable[[float, float], bool] = lambda loss, grad_norm: math.isfinite(loss) and math.isfinite(grad_norm),
-    vote: float = 0.0,
+    tally: Sequence[float] = (),
 ) -> StepResult:
     """Forward, backward and optimizer step over the global batch.
 
@@ -72,7 +72,7 @@ def train_step(
         batch: this replica's rows of the global batch, the same on all its ranks.
         accept: told the loss and the gradient norm, whether to apply the step. It must answer alike on every rank;
             all of them are given the same numbers.
-        vote: a number that is summed over all ranks on the way (one rank's wish to stop, say).
+        tally: numbers of this rank to be summed over all ranks on the way (its wish to stop, its share of the work).
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -80,13 +80,13 @@ def train_step(
     counts, sums = _run(chunks, batch, config, forward_only=False)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    loss, task_losses, votes = _reduce(sums, counts, config, vote)
+    loss, task_losses, tally = _reduce(sums, counts, config, tally)
     applied = accept(loss, grad_norm)
     if applied:
         if config.optimizer.clip_grad > 0:
             clip_grad_by_total_norm_fp32(optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm)
         optimizer.step_with_ready_grads()
-    return StepResult(loss, task_losses, grad_norm, votes, applied)
+    return StepResult(loss, task_losses, grad_norm, tally, applied)
 
 
 @torch.no_grad()
@@ -138,19 +138,20 @@ def _loss(micro_batch: MicroBatch, token_losses: Callable, logits: Tensor) -> tu
     return objective, torch.zeros((), dtype=torch.int, device=objective.device), task_sums(losses, micro_batch.batch)
 
 
-def _reduce(sums: Tensor, counts: Tensor, config: Config, vote: float) -> tuple[float, dict[str, float], float]:
-    *totals, votes = _sum_over_world(sums, vote).tolist()
+def _reduce(sums: Tensor, counts: Tensor, config: Config, tally) -> tuple[float, dict[str, float], list[float]]:
+    message = _sum_over_world(sums, *tally).tolist()
+    totals, tally = message[: len(Task)], message[len(Task) :]
     weights = config.training.task_weights
     task_losses = {
         task.name.lower(): total / count for task, total, count in zip(Task, totals, counts.tolist()) if count
     }
     loss = sum(getattr(weights, name) * value for name, value in task_losses.items())
-    return loss, task_losses, votes
+    return loss, task_losses, tally
 
 
-def _sum_over_world(sums: Tensor, *votes: float) -> Tensor:
-    """Sums of the last stages added up over the replicas, and votes over all ranks, in one all-reduce."""
+def _sum_over_world(sums: Tensor, *tally: float) -> Tensor:
+    """Sums of the last stages added up over the replicas, and the tally over all ranks, in one all-reduce."""
     speaks = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    message = torch.cat([sums * float(speaks), sums.new_tensor(votes)])
+    message = torch.cat([sums * float(speaks), sums.new_tensor(tally)])
     dist.all_reduce(message)
     return message

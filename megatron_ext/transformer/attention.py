@@ -5,17 +5,54 @@ import math
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_ext.routing.route import Route
+from megatron_ext.transformer.rotary import apply_rotary
+
+
+class UnifiedSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention over the documents of packed rows.
+
+    Parameters, sharding and activation recomputation are Megatron-Core's; the forward pass turns queries and keys
+    together, by a table that is made once for all layers.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Route | None = None,
+        **unused,
+    ) -> tuple[Tensor, None]:
+        """Attention output [t, 1, h] of hidden states [t, 1, h] (their first dimension cut over the tensor-parallel
+        group under sequence parallelism).
+
+        Args:
+            rotary_pos_emb: table of :func:`~megatron_ext.transformer.rotary.rotary_table` for all t tokens.
+            packed_seq_params: where the documents begin and end.
+        """
+        mixed, _ = self.linear_qkv(hidden_states)
+        # One key/value group after the other, each of its query heads, its key and its value: [t, 1, groups, n + 2, d]
+        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        mixed = mixed.view(*mixed.shape[:2], groups, -1, d)
+        turned = apply_rotary(mixed[..., :-1, :], rotary_pos_emb.unsqueeze(2))
+        query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
+        value = mixed[..., -1, :]
+        attend = self.core_attention
+        if self.checkpoint_core_attention and self.training:
+            attend = self._checkpointed_attention_forward
+        output = attend(query, key, value, None, packed_seq_params=packed_seq_params)
+        return self.linear_proj(output)
 
 
 class DocumentAttention(torch.nn.Module):
     """Causal attention of every token over the tokens before it in its own document.
 
-    A core-attention module for Megatron-Core's ``SelfAttention``. Work across documents is left out, not masked: each
-    document is one call of torch's scaled-dot-product attention.
+    Work across documents is left out, not masked: each document is one call of torch's scaled-dot-product attention.
     """
 
     def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **unused):
@@ -33,16 +70,17 @@ class DocumentAttention(torch.nn.Module):
         packed_seq_params: Route | None = None,
     ) -> Tensor:
         """Attention output [t, 1, heads * d] of query [t, 1, heads, d], key and value [t, 1, groups, d]."""
-        lengths = packed_seq_params.lengths
-        # [t, 1, n, d] -> one [1, n, length, d] view per document
-        documents = zip(*(x.permute(1, 2, 0, 3).split(lengths, dim=2) for x in (query, key, value)))
         grouped = query.shape[2] != key.shape[2]
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
-            for q, k, v in documents
-        ]
-        output = torch.cat([o.permute(2, 0, 1, 3) for o in outputs])
-        return output.reshape(*output.shape[:2], -1)
+        # Split first and permute then: the pieces stay contiguous in t, so putting them together is a plain copy.
+        documents = zip(*(x.split(packed_seq_params.lengths) for x in (query, key, value)))
+        outputs = []
+        for document in documents:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in document)  # [1, n, length, d]
+            output = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+            )
+            outputs.append(output.permute(2, 0, 1, 3))
+        return torch.cat(outputs).flatten(2)
 
 
 def transformer_engine_attention() -> type:

@@ -9,6 +9,7 @@ from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.route import Route
 from megatron_ext.transformer.initialization import initialize
+from megatron_ext.transformer.rotary import rotary_table
 from megatron_ext.transformer.specs import block_spec, transformer_config
 
 
@@ -43,7 +44,6 @@ class UnifiedModel(GPTModel):
             rope_scaling_factor=config.model.rotary_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
-        self.max_positions = config.data.sequence_length
 
     def forward(self, batch: Batch, route: Route) -> Tensor:
         """Run this stage on one micro-batch.
@@ -58,7 +58,7 @@ class UnifiedModel(GPTModel):
         hidden_states = self.decoder(
             hidden_states=hidden_states,
             attention_mask=None,
-            rotary_pos_emb=self.rotary_angles(batch.positions),
+            rotary_pos_emb=rotary_table(self.rotary_pos_emb.inv_freq, batch.positions.flatten()),
             packed_seq_params=route,
         )
         if not self.post_process:
@@ -69,10 +69,6 @@ class UnifiedModel(GPTModel):
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token, [b, s], float32, from the logits of :meth:`forward` and labels [b, s]."""
         return self.compute_language_model_loss(labels.reshape(1, -1), logits).view(labels.shape)
-
-    def rotary_angles(self, positions: Tensor) -> Tensor:
-        """Rotary angles [t, 1, 1, d] of positions [b, s]: a position counts from the start of its document."""
-        return self.rotary_pos_emb(self.max_positions)[positions.flatten()]
 
 
 def build_chunks(config: Config, vocab_size: int) -> list[UnifiedModel]:

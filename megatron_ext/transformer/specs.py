@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.transformer.attention import DocumentAttention, transformer_engine_attention
+from megatron_ext.transformer.attention import DocumentAttention, UnifiedSelfAttention, transformer_engine_attention
 from megatron_ext.transformer.norm import RMSNorm
 
 
@@ -58,7 +58,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         sequence_parallel=parallel.sequence,
-        # Batched sends and receives do not tell two neighbours apart when both are the same rank (2 stages, interleaved).
+        # Batched sends and receives mix two neighbours up when both are the same rank (2 stages, interleaved).
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -82,11 +82,13 @@ def layer_spec(config: Config) -> ModuleSpec:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec()
+        spec.submodules.self_attention.module = UnifiedSelfAttention
         spec.submodules.self_attention.submodules.core_attention = transformer_engine_attention()
         return spec
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.module = UnifiedSelfAttention
     spec.submodules.self_attention.submodules.core_attention = DocumentAttention
     return spec
 

@@ -1,0 +1,65 @@
+"""Randomness as a pure function of counters, vectorised.
+
+Any draw can be computed without those before it, so that the order of training is known from (seed, position) alone.
+The arithmetic is written out here because the streams of ``numpy.random`` may change between releases, and a run
+must resume exactly under a newer one.
+"""
+
+import numpy as np
+
+_ROUNDS = 6
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """Hash 64-bit integers (the finaliser of SplitMix64): every input bit flips every output bit with probability 1/2.
+
+    Args:
+        x: uint64, any shape; arithmetic wraps around.
+    """
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def key(*parts) -> np.ndarray:
+    """A uint64 key from integers or integer arrays (broadcast together), sensitive to their order."""
+    state = np.zeros((), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            part = np.asarray(part).astype(np.uint64)
+            state = mix(state * np.uint64(0xD6E8FEB86659FD93) + part + np.uint64(0x9E3779B97F4A7C15))
+    return state
+
+
+def uniform(*parts) -> np.ndarray:
+    """A float64 in [0, 1) for each combination of integers."""
+    return (key(*parts) >> np.uint64(11)) * 2.0**-53
+
+
+def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where a keyed random permutation of ``0 .. size - 1`` sends each index.
+
+    A Feistel network permutes the next power of four; indices that land outside ``size`` walk on until they are inside.
+
+    Args:
+        index: integers in ``0 .. size - 1``.
+        keys: uint64, one per index (or one for all); indices with the same key see the same permutation.
+
+    Returns:
+        int64, the shape of ``index``.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    result = np.asarray(index).astype(np.uint64)
+    keys = np.broadcast_to(keys, result.shape)
+    outside = np.arange(result.size)
+    while outside.size:
+        left, right = result[outside] >> half, result[outside] & mask
+        inside_keys = keys[outside]
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (key(right, inside_keys, number) & mask)
+        moved = (left << half) | right
+        result[outside] = moved
+        outside = outside[moved >= np.uint64(size)]
+    return result.astype(np.int64)

@@ -1,0 +1,218 @@
+"""Which document comes next: a blend of data sets, each used for one task.
+
+Draw n is a pure function of (seed, n). Sources take turns in a fixed pattern that keeps their weights exactly; each
+source goes through all its documents in a new random order before it shows one again.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
+
+import numpy as np
+
+from megatron_ext.config import SourceConfig
+from megatron_ext.data import counter_random
+from megatron_ext.data.format import ANSWER, IMAGE, Dataset
+from megatron_ext.data.rendering import Sequences, SpecialTokens, rendered_lengths
+from megatron_ext.errors import UserError
+from megatron_ext.token_classes import Task
+
+LONGEST_TURN = 1 << 20
+"""Draws in one round of turns; weights that need a longer one to be exact are rounded to it."""
+
+_ORDER, _DROP = 1, 2  # what a random number is for
+_CHUNK = 1 << 17  # documents looked at together
+
+
+@dataclass
+class Source:
+    """One data set used for one task.
+
+    Attributes:
+        name: for messages, e.g. ``data.train[0] (shapes/captions)``.
+        tokens: tokens of one pass over the data set as this task renders it.
+    """
+
+    name: str
+    dataset: Dataset
+    task: Task
+    weight: float
+    tokens: int
+
+    @classmethod
+    def open(cls, name: str, config: SourceConfig, vocabulary_fingerprint: str, row_length: int) -> "Source":
+        """Open and check a source.
+
+        Raises:
+            UserError: its files are damaged, its token ids are of another vocabulary, a document is of no use for the
+                task, or a document with images is longer than a row.
+        """
+        name = f"{name} ({config.path})"
+        if config.weight <= 0:
+            raise UserError(f"{name}: weight {config.weight} must be positive")
+        dataset = Dataset(config.path)
+        theirs = dataset.card["vocabulary"]
+        if theirs != vocabulary_fingerprint:
+            raise UserError(
+                f"{name}: was prepared with vocabulary {theirs}, this run has {vocabulary_fingerprint}; "
+                "prepare it again or set data.vocabulary to the one it was made with"
+            )
+        task = Task[config.task.upper()]
+        tokens = 0
+        for start in range(0, len(dataset), _CHUNK):
+            documents = np.arange(start, min(start + _CHUNK, len(dataset)))
+            tokens += _check_documents(name, dataset, documents, task, row_length)
+        return cls(name, dataset, task, config.weight, tokens)
+
+
+def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, task: Task, row_length: int) -> int:
+    sequences = Sequences.of(dataset, documents)
+    images, answers = (
+        np.bincount(sequences.owner, weights=sequences.modes == mode, minlength=len(documents))
+        for mode in (IMAGE, ANSWER)
+    )
+    lengths = rendered_lengths(dataset, documents, task, np.zeros(len(documents), dtype=bool))
+    useless, why = {
+        Task.UNDERSTANDING: (answers == 0, "holds no answer or caption to learn"),
+        Task.GENERATION: (images == 0, "holds no image"),
+        Task.TEXT: (images > 0, "holds an image"),
+    }[task]
+    if useless.any():
+        raise UserError(
+            f"{name}: document {documents[useless.argmax()]} {why}; not usable for task {task.name.lower()}"
+        )
+    too_long = (images > 0) & (lengths > row_length)
+    if too_long.any():
+        worst = too_long.argmax()
+        raise UserError(
+            f"{name}: document {documents[worst]} is {lengths[worst]} tokens long and holds an image, so it cannot be "
+            f"cut; raise data.sequence_length ({row_length})"
+        )
+    return int(lengths.sum())
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Consecutive draws; every field is [draws].
+
+    Attributes:
+        source: number of the source, int64.
+        epoch: how often the source has been gone through before, int64.
+        document: number of the document in its data set, int64.
+        dropped: its caption is left out, bool.
+        length: tokens as rendered, int64.
+    """
+
+    source: np.ndarray
+    epoch: np.ndarray
+    document: np.ndarray
+    dropped: np.ndarray
+    length: np.ndarray
+
+
+class Mixture:
+    """A blend of sources.
+
+    Attributes:
+        sources: list of :class:`Source`; empty on a rank that does not read (see ``distribute.build_mixture``).
+        special: ids of the special tokens.
+        turn: int64 [turn length], the source of each draw of one round of turns.
+    """
+
+    def __init__(self, sources: list[Source], special: SpecialTokens, seed: int, caption_dropout: float):
+        self.sources = sources
+        self.special = special
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self._counts = turn_counts([source.weight for source in sources])
+        self.turn = _take_turns(self._counts)
+        self._rank = np.zeros(len(self.turn), dtype=np.int64)  # how many of the same source came before in the turn
+        for number, count in enumerate(self._counts):
+            self._rank[self.turn == number] = np.arange(count)
+
+    def draws(self, start: int, stop: int) -> Draws:
+        """Draws ``start`` to ``stop``."""
+        n = np.arange(start, stop)
+        turns, place = np.divmod(n, len(self.turn))
+        source = self.turn[place]
+        position = turns * np.array(self._counts)[source] + self._rank[place]  # among the draws of its source
+        epoch, document, length = (np.zeros_like(n) for _ in range(3))
+        dropped = np.zeros(len(n), dtype=bool)
+        for number, this in enumerate(self.sources):
+            mine = np.flatnonzero(source == number)
+            epoch[mine], index = np.divmod(position[mine], len(this.dataset))
+            keys = counter_random.key(self.seed, _ORDER, number, epoch[mine])
+            document[mine] = counter_random.permute(index, len(this.dataset), keys)
+            if this.task == Task.GENERATION and self.caption_dropout:
+                dropped[mine] = counter_random.uniform(self.seed, _DROP, n[mine]) < self.caption_dropout
+            if len(mine):
+                length[mine] = rendered_lengths(this.dataset, document[mine], this.task, dropped[mine])
+        return Draws(source, epoch, document, dropped, length)
+
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens of a draw, before caption dropout."""
+        return sum(c * s.tokens / len(s.dataset) for c, s in zip(self._counts, self.sources)) / sum(self._counts)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that decides the draws."""
+        told = {
+            "seed": self.seed,
+            "caption_dropout": self.caption_dropout,
+            "counts": self._counts,
+            "sources": [[int(source.task), source.dataset.card["files"]] for source in self.sources],
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    def tree(self, rows: int | None = None, row_length: int | None = None) -> str:
+        """The mixture as a printed tree.
+
+        Args:
+            rows, row_length: size of the run; adds the epochs that it takes of each source.
+        """
+        draws = rows * row_length / self.mean_length if rows else None
+        lines = [
+            f"mixture {self.fingerprint}: {len(self.sources)} source{'s'[: len(self.sources) > 1]}, "
+            f"{sum(len(s.dataset) for s in self.sources):,} documents, {sum(s.tokens for s in self.sources):,} tokens, "
+            f"caption dropout {self.caption_dropout:g}, seed {self.seed}"
+        ]
+        for number, (count, source) in enumerate(zip(self._counts, self.sources)):
+            last = number == len(self.sources) - 1
+            card, documents = source.dataset.card, len(source.dataset)
+            share = count / sum(self._counts)
+            token_share = share * source.tokens / documents / self.mean_length
+            details = [
+                f"{documents:,} documents, {source.tokens:,} tokens ({source.tokens / documents:.0f} a document), "
+                f"{card['images']:,} images",
+                f"weight {source.weight:g}: {share:.1%} of documents, {token_share:.1%} of tokens"
+                + (f", {draws * share / documents:.2f} epochs in this run" if draws else ""),
+                f"vocabulary {card['vocabulary']}, "
+                + (f"VQ {card['vq']['fingerprint']}, " if card["vq"] else "")
+                + f"data {card['files']['bin']['sha256'][:16]}",
+            ]
+            lines.append(f"{'└──' if last else '├──'} {source.task.name.lower()}: {source.dataset.prefix}")
+            lines += [f"{'   ' if last else '│  '}     {detail}" for detail in details]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.tree()
+
+
+def turn_counts(weights: list[float]) -> list[int]:
+    """How often each source is drawn in one round of turns: the smallest integers in the ratio of the weights."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    length = lcm(*(share.denominator for share in shares))
+    if length <= LONGEST_TURN:
+        return [int(share * length) for share in shares]
+    return [max(1, round(share * LONGEST_TURN)) for share in shares]
+
+
+def _take_turns(counts: list[int]) -> np.ndarray:
+    """The sources of one round, each spread evenly over it."""
+    times = np.concatenate([(np.arange(count) + 0.5) / count for count in counts] or [np.zeros(0)])
+    source = np.repeat(np.arange(len(counts)), counts)
+    return source[np.lexsort((source, times))]

@@ -1,0 +1,160 @@
+"""Packed rows, each a pure function of its number.
+
+Draws are packed in blocks of ``BLOCK``, each block on its own, so that finding row r only takes the number of rows of
+the blocks before it. Nothing is saved but the number of the next row: the same rows follow under any number of replicas.
+
+A document without images that is longer than a row is cut into pieces, each a document of its own. A piece begins with
+the last token of the piece before it, so that every token is still predicted once. Pieces that fill a row alone are
+spread at random over their block; all other rows keep the order in which their documents were drawn.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ext.data import counter_random, words
+from megatron_ext.data.mixture import Draws, Mixture
+from megatron_ext.data.packing import pack
+from megatron_ext.data.rendering import Pieces, Sheet, render
+
+BLOCK = 4096
+"""Draws packed together. A constant of the format: the rows depend on it."""
+
+_MOST_BLOCKS = 64  # packed in one go; only a matter of speed
+_PIECES = 3  # what a random number is for
+
+
+@dataclass
+class _Chunk:
+    """The rows of some consecutive blocks: row ``first_row + i`` holds the items ``ends[i]`` to ``ends[i + 1]``."""
+
+    first_row: int
+    draws: Draws
+    ends: np.ndarray  # [rows + 1]
+    draw: np.ndarray  # [items], place of the document among the draws
+    piece: np.ndarray  # [items], number of the piece of a cut document
+
+    @property
+    def rows(self) -> int:
+        return len(self.ends) - 1
+
+
+class PackedRows:
+    """Rows of exactly ``length`` tokens, without end. Pickles small; files are opened where it is used. ::
+
+    rows = PackedRows(mixture, 512)
+    batch = rows[7]                # row 7 as a Batch of one row
+    array = rows.words(0, 256)     # int32 [256, 512], see megatron_ext.data.words
+    """
+
+    def __init__(self, mixture: Mixture, length: int):
+        if not mixture.sources:
+            raise RuntimeError("this rank does not read data")
+        self.mixture = mixture
+        self.length = length
+        self._first_rows = [0]  # first row of chunk 0, 1, ... and of the first that is not packed yet
+        self._kept: dict[int, _Chunk] = {}
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": {}}
+
+    def __getitem__(self, row: int):
+        """Row ``row`` as a :class:`~megatron_ext.data.batch.Batch` of one row."""
+        import torch
+
+        from megatron_ext.data.decoding import decode
+
+        return decode(torch.from_numpy(self.words(row, row + 1)), self.mixture.special.pad)
+
+    def words(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` as words (:mod:`megatron_ext.data.words`), int32 [rows, length]."""
+        sheet = Sheet((stop - start) * self.length, fill=self.mixture.special.pad)
+        row = start
+        while row < stop:
+            chunk, first = self._find(row)
+            last = min(chunk.rows, first + stop - row)
+            self._write(sheet, (row - start) * self.length, chunk, first, last)
+            row += last - first
+        return sheet.words().reshape(stop - start, self.length)
+
+    def documents(self, row: int) -> list[tuple[int, int, int]]:
+        """(source, document, epoch) of each document or piece in a row."""
+        chunk, i = self._find(row)
+        places = chunk.draw[chunk.ends[i] : chunk.ends[i + 1]]
+        draws = chunk.draws
+        return list(zip(*(field[places].tolist() for field in (draws.source, draws.document, draws.epoch))))
+
+    def _write(self, sheet: Sheet, place: int, chunk: _Chunk, first: int, last: int) -> None:
+        """Write the rows ``first`` to ``last`` of a chunk on a sheet, from ``place`` on."""
+        ends = chunk.ends[first : last + 1]
+        items = slice(ends[0], ends[-1])
+        draw, start = chunk.draw[items], chunk.piece[items] * (self.length - 1)
+        stop = np.minimum(start + self.length, chunk.draws.length[draw])
+        filled = np.cumsum(stop - start)  # tokens up to the end of each item, were there no padding
+        row_filled = np.concatenate([[0], filled])[ends - ends[0]]
+        row_place = place + np.arange(last - first) * self.length
+        row_of = np.repeat(np.arange(last - first), np.diff(ends))
+        places = filled - (stop - start) + (row_place - row_filled[:-1])[row_of]
+        for number, source in enumerate(self.mixture.sources):
+            mine = chunk.draws.source[draw] == number
+            if mine.any():
+                document, dropped = chunk.draws.document[draw[mine]], chunk.draws.dropped[draw[mine]]
+                pieces = Pieces(document, dropped, start[mine], stop[mine], places[mine])
+                render(sheet, source.dataset, pieces, source.task, self.mixture.special)
+        sheet.mark(row_place + np.diff(row_filled), row_place + self.length, words.PADDING)
+
+    def _find(self, row: int) -> tuple[_Chunk, int]:
+        """The chunk that holds ``row``, and its number there."""
+        while self._first_rows[-1] <= row:
+            number = len(self._first_rows) - 1
+            self._first_rows.append(self._first_rows[-1] + self._chunk(number).rows)
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return self._chunk(number), row - self._first_rows[number]
+
+    def _chunk(self, number: int) -> _Chunk:
+        if number not in self._kept:
+            while len(self._kept) > 1:  # reading goes forward: the chunk before may be wanted once more, no other
+                del self._kept[min(self._kept)]
+            self._kept[number] = self._pack(number)
+        return self._kept[number]
+
+    def _pack(self, number: int) -> _Chunk:
+        """Lay out the blocks of a chunk. Chunks grow, 1, 1, 2, 4 ... blocks, so that the first rows come at once."""
+        first, blocks = _blocks_of(number)
+        draws = self.mixture.draws(first * BLOCK, (first + blocks) * BLOCK)
+        step = self.length - 1
+        pieces = np.maximum(1, -(-(draws.length - 1) // step))
+        tail = draws.length - (pieces - 1) * step
+        row_of, rows = pack(tail.reshape(blocks, BLOCK), self.length)
+
+        # Order the rows by a key: block, then place in the block (packed rows in order, full pieces anywhere).
+        block_of_row = np.repeat(np.arange(blocks), rows)
+        first_rows = np.cumsum(rows) - rows
+        packed_keys = block_of_row + (np.arange(rows.sum()) - first_rows[block_of_row] + 0.5) / rows[block_of_row]
+        whole = np.repeat(np.arange(len(pieces)), pieces - 1)
+        whole_piece = np.arange(len(whole)) - np.repeat(np.cumsum(pieces - 1) - (pieces - 1), pieces - 1)
+        whole_keys = whole // BLOCK + counter_random.uniform(
+            self.mixture.seed, _PIECES, first * BLOCK + whole, whole_piece
+        )
+        order = np.argsort(np.concatenate([packed_keys, whole_keys]), kind="stable")
+        place_of_row = np.empty_like(order)
+        place_of_row[order] = np.arange(len(order))
+
+        item_row = np.concatenate([(row_of + first_rows[:, None]).reshape(-1), rows.sum() + np.arange(len(whole))])
+        item_row = place_of_row[item_row]
+        by_row = np.argsort(item_row, kind="stable")
+        return _Chunk(
+            first_row=self._first_rows[number],
+            draws=draws,
+            ends=np.searchsorted(item_row[by_row], np.arange(len(order) + 1)),
+            draw=np.concatenate([np.arange(len(pieces)), whole])[by_row],
+            piece=np.concatenate([pieces - 1, whole_piece])[by_row],
+        )
+
+
+def _blocks_of(chunk: int) -> tuple[int, int]:
+    """First block and number of blocks of a chunk."""
+    growing = _MOST_BLOCKS.bit_length()  # chunks 0 .. growing hold 1, 1, 2, 4, ... _MOST_BLOCKS blocks
+    if chunk <= growing:
+        return (0, 1) if chunk == 0 else (1 << (chunk - 1), 1 << (chunk - 1))
+    return (chunk - growing + 1) * _MOST_BLOCKS, _MOST_BLOCKS

@@ -1,0 +1,187 @@
+"""What there is in a picture: objects in the cells of a 3 x 3 grid, on a background. No words and no pixels here.
+
+:func:`make_scene` is a pure function of (seed, split, index). Splits never share an arrangement of objects:
+
+* *test*: every picture has at least one object whose shape and color are one of :data:`HELD_OUT`;
+* *train* and *validation*: no such object, and no caption, question or text speaks of one. An arrangement belongs to
+  validation when its hash is 0 modulo :data:`VALIDATION_MODULUS`, to train otherwise.
+"""
+
+import hashlib
+import itertools
+import math
+import random
+from dataclasses import asdict, dataclass
+
+from megatron_ext.errors import UserError
+
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "moon")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
+SIZES = ("small", "large")
+PLACES = (
+    ("top left", "top center", "top right"),
+    ("center left", "center", "center right"),
+    ("bottom left", "bottom center", "bottom right"),
+)
+"""Names of the grid's cells, by row and column."""
+BACKGROUND_COLORS = ("gray", "beige", "mint", "lavender", "navy")
+BACKGROUND_PATTERNS = ("plain", "striped", "checkered", "dotted", "shaded")
+
+HELD_OUT = frozenset((SHAPES[i], COLORS[(3 * i + 1) % len(COLORS)]) for i in range(len(SHAPES)))
+"""(shape, color) pairs that exist in test alone: one per shape, one per color."""
+VALIDATION_MODULUS = 8
+SPLITS = ("train", "validation", "test")
+SPLIT_RULE = (
+    "test: at least one object of a held-out (shape, color) pair in every scene; "
+    "train, validation: no held-out pair in picture, caption, question or text; "
+    f"validation: SHA-256 of the arrangement of objects is 0 modulo {VALIDATION_MODULUS}, train: it is not"
+)
+
+GRID = 3
+RADIUS = {"small": 0.092, "large": 0.152}
+"""Radius of the circle around an object, as a fraction of the picture's side."""
+MARGIN = 0.005
+"""Distance that an object keeps from the border of its cell."""
+OBJECT_COUNTS = {1: 2, 2: 4, 3: 5, 4: 5, 5: 4, 6: 3}
+"""Number of objects in a scene: relative frequency."""
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object. ``x``, ``y`` (its center) and ``radius`` are fractions of the side, y downwards; rotation in degrees."""
+
+    shape: str
+    color: str
+    size: str
+    row: int
+    column: int
+    x: float
+    y: float
+    radius: float
+    rotation: float
+
+    @property
+    def place(self) -> str:
+        """Name of its cell, such as ``top left``."""
+        return PLACES[self.row][self.column]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether its shape and color are a pair that only test has."""
+        return (self.shape, self.color) in HELD_OUT
+
+
+@dataclass(frozen=True)
+class Background:
+    """A pattern in two tones of one color; ``direction`` (0 .. 3) and ``phase`` (0 .. 1) vary how it lies."""
+
+    color: str
+    pattern: str
+    direction: int
+    phase: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture's content. ``seed``, ``split`` and ``index`` are where it comes from."""
+
+    seed: int
+    split: str
+    index: int
+    background: Background
+    objects: tuple[SceneObject, ...]
+
+    def random(self, stream: str) -> random.Random:
+        """Random numbers that belong to this scene and ``stream``: one stream's use never disturbs another's."""
+        return _random(self.seed, self.split, self.index, stream)
+
+    @property
+    def key(self) -> str:
+        """Name of the sample: no dots, sorts in order of the index."""
+        return f"{self.split}-{self.index:09d}"
+
+    @property
+    def arrangement(self) -> str:
+        """What the objects are and where, as a canonical text; splits have none in common."""
+        return ";".join(sorted(f"{o.size} {o.color} {o.shape} {o.row}{o.column}" for o in self.objects))
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the objects that are held-out pairs; 0 outside test."""
+        return sum(o.held_out for o in self.objects) / len(self.objects)
+
+    def speakable(self, shape: str | None, color: str | None) -> bool:
+        """Whether texts of this scene's split may name the pair: outside test, held-out pairs are never spoken of."""
+        return self.split == "test" or (shape, color) not in HELD_OUT
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON; objects also carry the name of their place."""
+        tree = asdict(self)
+        tree["objects"] = [{**asdict(o), "place": o.place} for o in self.objects]
+        return tree
+
+    @classmethod
+    def from_dict(cls, tree: dict) -> "Scene":
+        """The scene that :meth:`to_dict` was called on."""
+        objects = tuple(SceneObject(**{k: v for k, v in o.items() if k != "place"}) for o in tree["objects"])
+        return cls(tree["seed"], tree["split"], tree["index"], Background(**tree["background"]), objects)
+
+
+def make_scene(seed: int, split: str, index: int) -> Scene:
+    """Scene ``index`` of a split.
+
+    Raises:
+        UserError: ``split`` is not one of :data:`SPLITS`.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split '{split}': must be one of {', '.join(SPLITS)}")
+    rng = _random(seed, split, index, "world")
+    while True:
+        scene = Scene(seed, split, index, _background(rng), _objects(rng, split))
+        if split == "test" or split == _split_of(scene.arrangement):
+            return scene
+
+
+def _random(seed: int, split: str, index: int, stream: str) -> random.Random:
+    # Seeding with a text goes through SHA-512: the same on every machine, and neighbors have nothing in common.
+    return random.Random(f"{seed}/{split}/{index}/{stream}")
+
+
+def _split_of(arrangement: str) -> str:
+    digest = hashlib.sha256(arrangement.encode()).digest()
+    return "train" if int.from_bytes(digest[:8], "big") % VALIDATION_MODULUS else "validation"
+
+
+def _background(rng: random.Random) -> Background:
+    return Background(
+        rng.choice(BACKGROUND_COLORS), rng.choice(BACKGROUND_PATTERNS), rng.randrange(4), round(rng.random(), 4)
+    )
+
+
+def _objects(rng: random.Random, split: str) -> tuple[SceneObject, ...]:
+    """Objects of a few shapes and colors each, so that equal ones are frequent and counting is worth asking."""
+    (count,) = rng.choices(list(OBJECT_COUNTS), list(OBJECT_COUNTS.values()))
+    pairs: list[tuple[str, str]] = []
+    while not pairs:
+        shapes, colors = rng.sample(SHAPES, rng.randint(1, 4)), rng.sample(COLORS, rng.randint(1, 4))
+        pairs = [pair for pair in itertools.product(shapes, colors) if pair not in HELD_OUT]
+    chosen = [rng.choice(pairs) for _ in range(count)]
+    if split == "test":
+        # One held-out pair, and around it objects that share its shape or its color.
+        shape, color = rng.choice(sorted(HELD_OUT))
+        chosen = [(shape, color)] + [rng.choice([pair, (shape, pair[1]), (pair[0], color)]) for pair in chosen[1:]]
+    cells = rng.sample(range(GRID * GRID), count)
+    return tuple(_object(rng, *pair, *divmod(cell, GRID)) for pair, cell in zip(chosen, cells))
+
+
+def _object(rng: random.Random, shape: str, color: str, row: int, column: int) -> SceneObject:
+    size = rng.choice(SIZES)
+    radius = RADIUS[size] * rng.uniform(0.95, 1.0)
+    slack = 0.5 / GRID - radius - MARGIN
+    x, y = ((i + 0.5) / GRID + rng.uniform(-slack, slack) for i in (column, row))
+    rotation = rng.uniform(-9, 9)
+    return SceneObject(shape, color, size, row, column, *(_floor4(v) for v in (x, y, radius, rotation)))
+
+
+def _floor4(value: float) -> float:
+    return math.floor(value * 1e4) / 1e4

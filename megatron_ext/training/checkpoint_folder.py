@@ -1,0 +1,185 @@
+"""What a checkpoint is on disk, and when it counts as complete. Plain files: nothing here knows of models or ranks.
+
+::
+
+    checkpoints/
+      iter_0000010/                     a complete checkpoint
+        __0_0.distcp, __1_0.distcp ...  tensors, written by all ranks
+        common.pt, metadata.json, .metadata
+        COMPLETE.json                   written last: iteration, layout, state, size and checksum of every file
+      .iter_0000020.5f0c9a1e.partial/   being written, or left over from a killed save
+
+A checkpoint gets its name by one rename, after every byte of it is on the disk, and loses it by one rename before
+anything in it is deleted. So whatever is called ``iter_N`` was complete once; its checksums tell whether it still is.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_ext.errors import UserError
+
+MARKER = "COMPLETE.json"
+FORMAT = 1
+_COMPLETE = re.compile(r"iter_(\d{7,})")
+_LEFT_OVER = re.compile(r"\.iter_\d{7,}\.[0-9a-f]+\.(partial|deleted)")
+_CHUNK = 1 << 22
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder`` by rising iteration; those being written, or left by a killed save, are not."""
+    found = [p for p in folder.iterdir() if _COMPLETE.fullmatch(p.name) and p.is_dir()] if folder.is_dir() else []
+    return sorted(found, key=iteration_of)
+
+
+def iteration_of(path: Path) -> int:
+    """20 for ``iter_0000020``."""
+    return int(_COMPLETE.fullmatch(path.name)[1])
+
+
+def begin(folder: Path, iteration: int) -> Path:
+    """A new, empty folder to write the checkpoint of ``iteration`` into; left-overs of killed saves are removed.
+
+    Its name is never used twice: a writer that outlived its killed run cannot write into the next run's files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if _LEFT_OVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    partial = folder / _hidden(f"iter_{iteration:07d}", "partial")
+    partial.mkdir()
+    return partial
+
+
+def complete(partial: Path, description: dict, files: dict[str, dict]) -> Path:
+    """Turn what was written into ``partial`` into a complete checkpoint.
+
+    Args:
+        partial: the folder that :func:`begin` gave.
+        description: goes into the marker; plain data, with the "iteration".
+        files: :func:`fingerprint` of files that are known already; the others are read for theirs.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    others = [p for p in sorted(partial.iterdir()) if p.name not in files]
+    files = files | {p.name: fingerprint(p) for p in others}
+    marker = partial / MARKER
+    body = {"format": FORMAT, **description, "files": files}
+    marker.write_text(json.dumps({**body, "checksum": _checksum_of(body)}, indent=1) + "\n")
+    for path in (*others, marker, partial):
+        _sync(path)
+
+    final = partial.with_name(f"iter_{description['iteration']:07d}")
+    replaced = _rename_away(final) if final.exists() else None
+    os.rename(partial, final)
+    _sync(final.parent)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def delete(path: Path) -> None:
+    """Remove a checkpoint; killed half-way, what is left of it is no longer called a checkpoint."""
+    hidden = _rename_away(path)
+    _sync(path.parent)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete all but the newest ``count`` checkpoints; 0 keeps all."""
+    for path in checkpoints(folder)[:-count] if count else []:
+        delete(path)
+
+
+def read_marker(path: Path) -> dict:
+    """What :func:`complete` wrote about the checkpoint ``path``: "iteration", "state", "layout", "files" ...
+
+    Raises:
+        UserError: no checkpoint is there, or its marker is missing, damaged or of another format.
+    """
+    marker = path / MARKER
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint folder")
+    try:
+        body = json.loads(marker.read_text())
+        checksum = body.pop("checksum")
+    except FileNotFoundError:
+        raise UserError(f"{marker}: missing, so this is not a complete checkpoint{way_out(path)}") from None
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise UserError(f"{marker}: damaged, cannot be read{way_out(path)}") from None
+    if body.get("format") != FORMAT:
+        raise UserError(f"{marker}: checkpoint format {body.get('format')}, this version reads {FORMAT}")
+    if _checksum_of(body) != checksum:
+        raise UserError(f"{marker}: damaged, its checksum is wrong{way_out(path)}")
+    return body
+
+
+def damage(path: Path, files: dict[str, dict], names: Iterable[str]) -> list[str]:
+    """One line for each of ``names`` in the checkpoint ``path`` that is not as ``files`` says."""
+    lines = []
+    for name in names:
+        file, expected = path / name, files[name]
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                lines.append(f"{file}: damaged, has {size} bytes instead of {expected['bytes']}")
+            elif fingerprint(file) != expected:
+                lines.append(f"{file}: damaged, its checksum is wrong")
+        except FileNotFoundError:
+            lines.append(f"{file}: missing")
+        except OSError as error:
+            lines.append(f"{file}: cannot be read ({error.strerror})")
+    return lines
+
+
+def way_out(path: Path) -> str:
+    """The end of a sentence that refuses the checkpoint ``path``: which older one could be resumed, and how."""
+    for older in reversed(checkpoints(path.parent)):
+        if _COMPLETE.fullmatch(path.name) and iteration_of(older) < iteration_of(path) and _looks_whole(older):
+            return f"; to go on from the older {older.name}, move {path.name} away"
+    return "; there is no older complete checkpoint beside it"
+
+
+def fingerprint(file: Path) -> dict:
+    """Size and CRC-32 of a file. CRC-32 finds accidents, which is all that is asked of it, at several GB/s."""
+    crc, size = 0, 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return {"bytes": size, "crc32": f"{crc:08x}"}
+
+
+def _looks_whole(path: Path) -> bool:
+    try:
+        files = json.loads((path / MARKER).read_text())["files"]
+        return all((path / name).stat().st_size == f["bytes"] for name, f in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _checksum_of(body: dict) -> str:
+    return f"{zlib.crc32(json.dumps(body).encode()):08x}"
+
+
+def _rename_away(path: Path) -> Path:
+    hidden = path.with_name(_hidden(path.name, "deleted"))
+    os.rename(path, hidden)
+    return hidden
+
+
+def _hidden(name: str, why: str) -> str:
+    return f".{name}.{secrets.token_hex(4)}.{why}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

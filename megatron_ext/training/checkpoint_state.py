@@ -1,0 +1,147 @@
+"""A run's tensors as Megatron-Core's sharded state, in a form that does not depend on the layout.
+
+Every layer's weights have their own key, numbered over the whole model, so pipeline and virtual pipeline stages can be
+cut anew; tensors know their place in the whole, so tensor parallelism can. The optimizer is stored as its moments and
+float32 master weights in the shape of the weights, under the same keys with and without the distributed optimizer, and
+the number of steps it has taken. Its hyperparameters belong to the configuration and are not stored.
+"""
+
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from megatron.core.utils import unwrap_model
+from torch import nn
+
+_MASTER = "optimizer.state.param."
+_MASTER_UNDISTRIBUTED = "optimizer.state.fp32_param."
+
+
+def layout(chunks: list[nn.Module]) -> dict:
+    """How the model is cut over processes, and the kind of device: what decides whether generators can be restored."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline": len(chunks),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+        "device": torch.device(torch.cuda.current_device()).type,
+    }
+
+
+def model_state(chunks: list[nn.Module]) -> dict:
+    """Sharded state of the model chunks of this rank, one entry per chunk."""
+    return {f"chunk{i}": unwrap_model(c).sharded_state_dict(metadata=_metadata()) for i, c in enumerate(chunks)}
+
+
+def load_model_state(chunks: list[nn.Module], loaded: dict) -> None:
+    for i, chunk in enumerate(chunks):
+        # Which keys must be there is settled before the load (see checkpoint.py).
+        unwrap_model(chunk).load_state_dict(loaded[f"chunk{i}"], strict=False)
+
+
+def optimizer_state(optimizer, model: dict, stored: set[str] | None = None) -> dict:
+    """Sharded state of a Megatron-Core optimizer: tensors alone are stored, whatever else is in it stays local.
+
+    Args:
+        optimizer: from ``get_megatron_optimizer``.
+        model: what :func:`model_state` gave.
+        stored: to load, the keys that the checkpoint has; None to save. Where it has no master weights, its weights
+            are float32 themselves, and the model's parameters stand in.
+    """
+    optimizer = _single(optimizer)
+    _initialize(optimizer)
+    state = optimizer.sharded_state_dict(model, is_loading=stored is not None, metadata=_metadata())
+    parameters = {v.key: v.data for v in nested_values(model) if isinstance(v, ShardedBase)}
+
+    def storable(value):
+        if not isinstance(value, ShardedBase):
+            return value if isinstance(value, LocalNonpersistentObject) else LocalNonpersistentObject(value)
+        value.key = value.key.replace(_MASTER_UNDISTRIBUTED, _MASTER, 1)
+        if stored is not None and value.key.startswith(_MASTER) and value.key not in stored:
+            return LocalNonpersistentObject(parameters[value.key.removeprefix(_MASTER)])
+        return value
+
+    return dict_list_map_inplace(storable, state)
+
+
+def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
+    """Put what was loaded into :func:`optimizer_state` into the optimizer; the model has its weights already.
+
+    Args:
+        optimizer: the one whose state was loaded.
+        loaded: the state with its tensors filled.
+        steps: steps taken when it was saved.
+    """
+    optimizer = _single(optimizer)
+    inner, body = optimizer.optimizer, loaded.get("optimizer", loaded)
+    for group in body["param_groups"]:
+        group["step"] = steps
+    if "state" in body and any("step" in state for state in inner.state.values()):
+        body["state"]["common_step"] = torch.tensor(float(steps))
+    moments = loaded.pop("param_state", None)
+    optimizer.load_state_dict(loaded)
+    if moments is not None:
+        # torch's Adam counts steps in a tensor per parameter. The distributed optimizer cannot load moments beside
+        # one (it looks for it among them), and would leave all parameters to count in the same tensor.
+        counting = [state for state in inner.state.values() if state.pop("step", None) is not None]
+        optimizer.load_parameter_state_from_fully_reshardable(moments)
+        for state in counting:
+            state["step"] = torch.tensor(float(steps))
+
+
+def steps_taken(optimizer) -> int:
+    """Updates that the optimizer has applied."""
+    inner = _single(optimizer).optimizer
+    for holder in (*inner.state.values(), *inner.param_groups):
+        if "step" in holder:
+            return int(holder["step"])
+    return 0
+
+
+def random_state() -> ShardedObject:
+    """The states of this rank's generators: Python, NumPy, PyTorch, the device, Megatron-Core's tracker."""
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("random", states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def load_random_state(states: dict) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _metadata() -> dict:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        # Layers may have different parameters, so each has keys of its own.
+        "non_homogeneous_layers": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _single(optimizer):
+    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return single
+
+
+def _initialize(optimizer) -> None:
+    """Give an optimizer that has taken no step the state it would start from, so that there is something to save or
+    to load into. Megatron-Core's own initialisation leaves out the step count that torch's Adam keeps."""
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    if isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        for state in optimizer.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))

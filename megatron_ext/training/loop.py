@@ -1,0 +1,198 @@
+"""The training loop: step, log, validate, save, stop."""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.config import Config
+from megatron_ext.data import Mixture, step_batches
+from megatron_ext.routing.cost import TRAINING_PER_FORWARD, forward_flops
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.route import document_lengths
+from megatron_ext.token_classes import PADDING_DOCUMENT, Task
+from megatron_ext.training import distributed
+from megatron_ext.training.bad_steps import BadSteps
+from megatron_ext.training.checkpoint import Checkpointer
+from megatron_ext.training.devices import model_flops_utilisation
+from megatron_ext.training.lifecycle import Lifecycle
+from megatron_ext.training.logging import Logger
+from megatron_ext.training.profiler import ProfileWindow
+from megatron_ext.training.schedule import build_scheduler
+from megatron_ext.training.step import StepResult, evaluate_step, train_step
+from megatron_ext.vocabulary import Vocabulary
+
+
+@dataclass
+class Progress:
+    """How far a run is: plain data, saved in every checkpoint."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    bad_steps: dict = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Everything that a training run consists of, built by ``pretrain_unified.py``.
+
+    Attributes:
+        identity: what a checkpoint must agree on with the run that loads it (vocabulary, model shape).
+    """
+
+    config: Config
+    plan: Plan
+    vocabulary: Vocabulary
+    train_data: Mixture
+    validation_data: Mixture | None
+    chunks: list
+    optimizer: object
+    checkpoints: Checkpointer
+    progress: Progress
+    identity: dict
+
+
+def train(run: Run) -> bool:
+    """Train to the last iteration, or until a signal or the time limit; save at the end.
+
+    Returns:
+        Whether the run is complete.
+    """
+    config, progress = run.config, run.progress
+    bad_steps = BadSteps(config.bad_steps)
+    if progress.bad_steps:
+        bad_steps.load_state_dict(progress.bad_steps)
+    scheduler = build_scheduler(run.optimizer, config.optimizer, config.training.iterations, progress.iteration)
+    logger = Logger(config, progress.iteration) if distributed.is_logging_rank() else None
+    profile = ProfileWindow(config.logging, config.output, torch.distributed.get_rank())
+    lifecycle = Lifecycle(config.lifecycle)
+    batches = step_batches(
+        run.train_data,
+        config.data,
+        config.training.global_batch_size,
+        progress.iteration,
+        num_steps=config.training.iterations,
+    )
+    stop, saved, fault = None, progress.iteration, None
+
+    def accept(loss: float, grad_norm: float) -> bool:
+        nonlocal fault
+        fault = bad_steps.judge(loss, grad_norm)
+        return fault is None
+
+    try:
+        while progress.iteration < config.training.iterations and stop is None:
+            started = time.perf_counter()
+            profile.begin(progress.iteration + 1)
+            batch = next(batches)
+            result = train_step(
+                run.chunks,
+                run.optimizer,
+                batch,
+                config,
+                accept=accept,
+                tally=(lifecycle.vote(), *_work(run, batch)),
+            )
+            vote, flops, tokens = result.tally
+            stop = lifecycle.stop_reason(vote)
+            learning_rate = run.optimizer.param_groups[0]["lr"]
+            scheduler.step(1)
+            progress.iteration += 1
+            progress.consumed_samples += config.training.global_batch_size
+            progress.consumed_tokens += round(tokens)
+            progress.bad_steps = bad_steps.state_dict()
+            record = _record(run, result, flops, tokens, time.perf_counter() - started, batches.wait_seconds)
+            record |= {"learning_rate": learning_rate, "skipped_steps": bad_steps.total}
+            if fault:
+                record["skip_reason"] = fault
+            if _due(progress.iteration, config.training.validation_interval, config) and run.validation_data:
+                record |= validate(run)
+            if logger and (
+                _due(progress.iteration, config.logging.interval, config)
+                or "skip_reason" in record
+                or "validation_loss" in record
+            ):
+                logger.log(record)
+            if trace := profile.end(progress.iteration):
+                distributed.report(f"profile written to {trace}")
+            bad_steps.enforce_limits(progress.iteration)
+            run.checkpoints.poll()
+            if config.checkpoint.interval and progress.iteration % config.checkpoint.interval == 0:
+                _save(run)
+                saved = progress.iteration
+        if saved != progress.iteration or run.checkpoints.newest() is None:
+            _save(run)
+        run.checkpoints.finish()
+    finally:
+        batches.close()
+        lifecycle.close()
+        if logger:
+            logger.close()
+    if stop:
+        distributed.report(f"stopped after iteration {progress.iteration}: {stop}; the same command goes on from there")
+    return progress.iteration >= config.training.iterations
+
+
+def validate(run: Run) -> dict[str, float]:
+    """Losses over the first ``validation_batches`` global batches of the validation data, always the same rows."""
+    config = run.config
+    data = dataclasses.replace(config.data, loader="plain", workers=0)
+    count = config.training.validation_batches
+    batches = step_batches(run.validation_data, data, config.training.global_batch_size, 0, num_steps=count)
+    for chunk in run.chunks:
+        chunk.eval()
+    sums, counts = map(sum, zip(*(evaluate_step(run.chunks, next(batches), config) for _ in range(count))))
+    for chunk in run.chunks:
+        chunk.train()
+    batches.close()
+    losses = {
+        task.name.lower(): total / tokens for task, total, tokens in zip(Task, sums.tolist(), counts.tolist()) if tokens
+    }
+    objective = sum(getattr(config.training.task_weights, name) * loss for name, loss in losses.items())
+    return {"validation_loss": objective} | {f"validation_loss_{name}": loss for name, loss in losses.items()}
+
+
+def _save(run: Run) -> None:
+    started = time.perf_counter()
+    state = {"progress": dataclasses.asdict(run.progress), "config": dataclasses.asdict(run.config)} | run.identity
+    run.checkpoints.save(run.progress.iteration, run.chunks, run.optimizer, state)
+    distributed.report(f"checkpoint of iteration {run.progress.iteration} ({time.perf_counter() - started:.1f} s)")
+
+
+def _work(run: Run, batch) -> tuple[float, float]:
+    """This rank's share of the training FLOPs and of the tokens in this step; padding counts as neither."""
+    shares = parallel_state.get_model_parallel_group().size()
+    document = batch.document.cpu()
+    real = document != PADDING_DOCUMENT
+    lengths = document_lengths(document)
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)[:-1]])
+    lengths = lengths[real.flatten()[starts]]
+    model = run.config.model
+    flops = TRAINING_PER_FORWARD * forward_flops(model, run.vocabulary.size, lengths.tolist())
+    return flops / shares, int(real.sum()) / shares
+
+
+def _record(run: Run, result: StepResult, flops: float, tokens: float, seconds: float, wait: float) -> dict:
+    devices = torch.distributed.get_world_size()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "iteration": run.progress.iteration,
+        "loss": result.loss,
+        **{f"loss_{name}": loss for name, loss in result.task_losses.items()},
+        "grad_norm": result.grad_norm,
+        "consumed_samples": run.progress.consumed_samples,
+        "consumed_tokens": run.progress.consumed_tokens,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "data_wait_seconds": wait,
+        "flops": flops,
+        "flops_ratio": 1.0,
+        "mfu": model_flops_utilisation(flops, seconds, devices, device),
+    }
+
+
+def _due(iteration: int, interval: int, config: Config) -> bool:
+    return bool(interval) and (iteration % interval == 0 or iteration == config.training.iterations)

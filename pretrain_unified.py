@@ -1,0 +1,58 @@
+"""Train a unified vision-language model.
+
+    python pretrain_unified.py --config examples/configs/tiny.yaml training.iterations=20
+    torchrun --nproc_per_node 2 pretrain_unified.py --config examples/configs/tiny.yaml parallel.tensor=2
+
+Alone it is a world of one process; under torchrun, or srun through examples/run_unified_tp4_pp2.sh, it is one rank of
+many. Run again with the same output folder, it goes on from the newest complete checkpoint.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_ext import command_line, config_file
+from megatron_ext.config import Config
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = config_file.load(Config, arguments.config, arguments.overrides)
+    # Imported late: --help and mistakes in the configuration should not wait for Megatron-Core.
+    from megatron_ext.training import distributed
+    from megatron_ext.training.lifecycle import clear_finished, mark_finished
+    from megatron_ext.training.loop import train
+    from megatron_ext.training.setup import build_run
+
+    config.validate(distributed.world_size())
+    distributed.initialize(config)
+    run = build_run(config)
+    output = Path(config.output)
+    if distributed.is_logging_rank():
+        output.mkdir(parents=True, exist_ok=True)
+        config_file.write_yaml(output / "config.yaml", config)
+        if run.progress.iteration < config.training.iterations:
+            clear_finished(output)
+    if train(run) and distributed.is_logging_rank():
+        mark_finished(output, run.progress.iteration)
+    distributed.report(f"trained to iteration {run.progress.iteration}: {output}")
+    distributed.shut_down()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a unified vision-language model on Megatron-Core.",
+        epilog="example:\n  torchrun --nproc_per_node 2 pretrain_unified.py --config examples/configs/tiny.yaml "
+        "parallel.tensor=2\n\nEvery key is documented in megatron_ext/config.py.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="YAML files, later ones over earlier")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the files")
+    arguments = parser.parse_args()
+    # argparse gives everything after --config to it.
+    arguments.overrides += [a for a in arguments.config if "=" in a]
+    arguments.config = [a for a in arguments.config if "=" not in a]
+    return arguments
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,128 @@
+"""A run goes on from its checkpoint: bit for bit under the same layout, with equal losses under any other."""
+
+from pathlib import Path
+
+import pytest
+from checkpoint_ranks import Layout, Run, world
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tensor=2, dropout=0.1),
+        Layout(pipeline=2, dropout=0.1),
+        Layout(pipeline=2, virtual_pipeline=2, tied=False, dropout=0.1),
+        Layout(tensor=2, distributed_optimizer=True, dropout=0.1),
+        Layout(pipeline=2, distributed_optimizer=True, dropout=0.1),
+        Layout(distributed_optimizer=True, bf16=True, dropout=0.1),
+        Layout(bf16=True, dropout=0.1),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, layout):
+    for uninterrupted, resumed in world(2, _interrupt_and_resume, tmp_path, layout, folder=tmp_path):
+        assert resumed == uninterrupted
+
+
+def _interrupt_and_resume(folder: Path, layout: Layout):
+    from megatron_ext.training.checkpoint import Checkpointer
+
+    checkpointer = Checkpointer(folder / "checkpoints")
+    state = {"rows": 8, "losses": [4.5, 0.1 + 0.2], "nothing": None, "nested": {"seed": 2**70}}
+    run = Run(layout)
+    run.train(1, 2)
+    checkpointer.save(2, run.chunks, run.optimizer, state)
+    uninterrupted = (run.train(3, 5), run.weights(), state)
+
+    again = Run(layout, seed=2)
+    loaded = checkpointer.load(checkpointer.newest(), again.chunks, again.optimizer)
+    return uninterrupted, (again.train(3, 5), again.weights(), loaded)
+
+
+RING = [
+    Layout(tensor=2),
+    Layout(pipeline=2),
+    Layout(pipeline=2, virtual_pipeline=2),
+    Layout(distributed_optimizer=True),
+    Layout(tensor=2),
+    Layout(tensor=2, distributed_optimizer=True),
+    Layout(pipeline=2, virtual_pipeline=2, distributed_optimizer=True),
+]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_iteration_under_another_layout_gives_the_losses_of_one_layout(tmp_path, tied):
+    reference, moved = world(2, _move_through, tmp_path, [Layout(**{**vars(c), "tied": tied}) for c in RING], folder=tmp_path)[0]
+    (last,) = world(1, _continue_alone, tmp_path, Layout(tied=tied), len(RING) + 1, folder=tmp_path)
+    assert [*moved, last] == pytest.approx(reference, rel=1e-5)
+    assert len(set(reference)) == len(reference)
+
+
+def _move_through(folder: Path, layouts: list[Layout]):
+    """Losses of iterations 2 .. n + 2 under one layout; and of iterations 2 .. n + 1, each under the next layout."""
+    from megatron_ext.training.checkpoint import Checkpointer
+
+    checkpointer = Checkpointer(folder / "checkpoints", keep=0)
+    run = Run(Layout(tied=layouts[0].tied))
+    run.train(1, 1)
+    checkpointer.save(1, run.chunks, run.optimizer, {})
+    reference = run.train(2, len(layouts) + 2)
+    moved = []
+    for iteration, layout in enumerate(layouts, start=2):
+        run = Run(layout, seed=iteration)
+        checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)
+        moved += run.train(iteration, iteration)
+        checkpointer.save(iteration, run.chunks, run.optimizer, {})
+    return reference, moved
+
+
+def _continue_alone(folder: Path, layout: Layout, done: int) -> float:
+    from megatron_ext.training.checkpoint import Checkpointer
+
+    checkpointer = Checkpointer(folder / "checkpoints")
+    run = Run(layout, seed=99)
+    assert checkpointer.newest().name == f"iter_{done:07d}"
+    checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)
+    return run.train(done + 1, done + 1)[0]
+
+
+def test_master_weights_move_between_the_two_optimizers(tmp_path):
+    losses = world(2, _switch_optimizer, tmp_path, folder=tmp_path)[0]
+    for reference, switched in losses:
+        assert switched == reference
+
+
+def _switch_optimizer(folder: Path):
+    from megatron_ext.training.checkpoint import Checkpointer
+
+    losses = []
+    for before in (True, False):
+        checkpointer = Checkpointer(folder / f"distributed_{before}")
+        run = Run(Layout(bf16=True, distributed_optimizer=before))
+        run.train(1, 2)
+        checkpointer.save(2, run.chunks, run.optimizer, {})
+        reference = run.train(3, 5)
+        run = Run(Layout(bf16=True, distributed_optimizer=not before), seed=2)
+        checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)
+        losses.append((reference, run.train(3, 5)))
+    return losses
+
+
+def test_weights_alone_start_a_new_run_under_another_layout(tmp_path):
+    for trained, fresh, steps in world(2, _start_from_weights, tmp_path, folder=tmp_path):
+        assert fresh == pytest.approx(trained, rel=1e-5)
+        assert steps == (0, 1)
+
+
+def _start_from_weights(folder: Path):
+    from megatron_ext.training.checkpoint import Checkpointer, load_weights
+    from megatron_ext.training.checkpoint_state import steps_taken
+
+    run = Run(Layout(tensor=2))
+    run.train(1, 2)
+    Checkpointer(folder / "checkpoints").save(2, run.chunks, run.optimizer, {})
+    trained = run.train(3, 3)
+    run = Run(Layout(pipeline=2), seed=2)
+    load_weights(folder / "checkpoints" / "iter_0000002", run.chunks)
+    before = steps_taken(run.optimizer)
+    return trained, run.train(3, 3), (before, steps_taken(run.optimizer))

@@ -1,0 +1,117 @@
+"""The model against implementations that this project did not write, and against itself without packing."""
+
+import pytest
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import PADDING_DOCUMENT
+from megatron_ext.transformer.model import build_chunks
+
+VOCABULARY = 160
+SHAPE = ("model.num_layers=3", "model.hidden_size=64", "model.num_attention_heads=8", "model.num_query_groups=2")
+
+
+def one_document_rows(rows: int, length: int) -> Batch:
+    """Rows that hold one document each."""
+    tokens = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
+    batch = Batch(**{name: torch.zeros(rows, length, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch.tokens, batch.labels = tokens, tokens.roll(-1, 1)
+    batch.positions = torch.arange(length).repeat(rows, 1)
+    batch.loss_mask[:] = 1
+    return batch
+
+
+def logits_of(model, batch: Batch) -> torch.Tensor:
+    """[b, s, vocabulary]"""
+    return model(batch, Route.of(batch)).view(*batch.shape, -1)
+
+
+def draw_everything(model) -> None:
+    """Weights, norms included, that leave no term of the model invisible."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.1 * noise)
+
+
+def test_logits_equal_stock_megatron(one_process):
+    config = one_process(*SHAPE, "data.sequence_length=40")
+    (model,) = build_chunks(config, VOCABULARY)
+    draw_everything(model)
+    stock = GPTModel(
+        config=model.config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=VOCABULARY,
+        max_sequence_length=40,
+        position_embedding_type="rope",
+    )
+    stock.load_state_dict(model.state_dict())
+    batch = one_document_rows(3, 40)
+    causal = torch.ones(40, 40, dtype=torch.bool).triu(1)[None, None]
+    expected = stock(batch.tokens, batch.positions, causal)
+    torch.testing.assert_close(logits_of(model, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("scaling", [None, 32.0], ids=["plain-rotary", "llama3-rotary"])
+def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron_ext.transformer.hugging_face import from_llama
+
+    length = 40
+    config = one_process(
+        *SHAPE,
+        f"data.sequence_length={length}",
+        f"model.tie_embeddings={str(tied).lower()}",
+        f"model.rotary_scaling_factor={scaling or 'null'}",
+        "model.rotary_base=500000",
+    )
+    rotary = {"rope_type": "default", "rope_theta": 500000.0}
+    if scaling:
+        rotary |= {"rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rotary |= {"original_max_position_embeddings": 8192}
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=config.model.ffn_hidden_size,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            rms_norm_eps=config.model.norm_epsilon,
+            tie_word_embeddings=tied,
+            rope_parameters=rotary,
+        )
+    )
+    draw_everything(theirs)
+    (model,) = build_chunks(config, VOCABULARY)
+    model.load_state_dict(from_llama(theirs.state_dict(), config.model), strict=False)
+    batch = one_document_rows(2, length)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(model, batch), theirs(batch.tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):
+    config = one_process(*SHAPE, "data.sequence_length=48")
+    (model,) = build_chunks(config, VOCABULARY)
+    draw_everything(model)
+    lengths = [11, 1, 24, 7]  # and 5 of padding
+    alone = one_document_rows(len(lengths), max(lengths))
+    packed = one_document_rows(1, 48)
+    packed.document[:] = PADDING_DOCUMENT
+    start = 0
+    for number, length in enumerate(lengths):
+        row = slice(start, start + length)
+        for name in ("tokens", "labels", "positions"):
+            getattr(packed, name)[0, row] = getattr(alone, name)[number, :length]
+        packed.document[0, row] = number
+        start += length
+    losses = model.token_losses(model(packed, Route.of(packed)), packed.labels)[0].split(lengths + [48 - sum(lengths)])
+    for number, length in enumerate(lengths):
+        document = Batch(*(getattr(alone, name)[number : number + 1, :length] for name in Batch.names()))
+        expected = model.token_losses(model(document, Route.of(document)), document.labels)[0]
+        torch.testing.assert_close(losses[number], expected, atol=1e-5, rtol=1e-5)
