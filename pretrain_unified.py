@@ -21,11 +21,12 @@ def main() -> None:
     from megatron_ext.training import distributed
     from megatron_ext.training.lifecycle import clear_finished, mark_finished
     from megatron_ext.training.loop import train
-    from megatron_ext.training.setup import build_run
+    from megatron_ext.training.run import build_run, describe
 
     config.validate(distributed.world_size())
     distributed.initialize(config)
     run = build_run(config)
+    distributed.report(describe(run))
     output = Path(config.output)
     if distributed.is_logging_rank():
         output.mkdir(parents=True, exist_ok=True)

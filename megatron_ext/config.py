@@ -60,7 +60,7 @@ class ParallelConfig:
     distributed_optimizer: bool = False
     """Shard optimizer states (and float32 master weights) over the data-parallel group."""
     overlap: bool = False
-    """Overlap gradient reduction and parameter gathering with compute (GPU)."""
+    """Reduce gradients over the replicas while the backward pass goes on."""
 
 
 @dataclass

@@ -1,0 +1,50 @@
+"""From data sets on disk to the same packed batch on every rank.
+
+::
+
+    PREFIX.bin .idx .json       format.py       documents: sequences of text, image, answer; a card
+            |
+            v   draw n -> (source, epoch, document, caption dropped?)
+        mixture.py              a pure function of (seed, n); weights kept exactly; every document once per epoch
+            |
+            v   draws -> rows
+        packing.py  rows.py     a pure function of the row number; whole documents, best fit, little padding
+            |
+            v   documents -> tokens, by task
+        rendering.py  words.py  one int32 a token: id, loss, modality, task, first of its document
+            |
+            v   ahead of training, in worker processes
+        dali.py | loader.py     the same rows, bit for bit
+            |
+            v   one reader per replica, one broadcast per step
+        distribute.py           every tensor- and pipeline-parallel rank decodes (decoding.py) the same Batch (batch.py)
+
+A trainer needs two calls, and to resume it needs the number of the next step, under any number of replicas::
+
+    mixture = build_mixture(config.data.train, config.data, vocabulary, train=True)
+    print(mixture.tree(rows=iterations * global_batch_size, row_length=config.data.sequence_length))
+    batches = step_batches(mixture, config.data, global_batch_size, start_step)
+    for batch in batches: ...
+
+and to look at row 7 alone: ``PackedRows(mixture, 512)[7]``.
+
+Importing this package is cheap; what is named above is imported when it is asked for, because the worker processes
+must not wait for torch.
+"""
+
+import importlib
+
+_HOMES = {
+    "build_mixture": "distribute",
+    "step_batches": "distribute",
+    "Mixture": "mixture",
+    "PackedRows": "rows",
+    "Batch": "batch",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

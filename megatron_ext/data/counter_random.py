@@ -8,6 +8,7 @@ must resume exactly under a newer one.
 import numpy as np
 
 _ROUNDS = 6
+_STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -28,7 +29,7 @@ def key(*parts) -> np.ndarray:
     with np.errstate(over="ignore"):
         for part in parts:
             part = np.asarray(part).astype(np.uint64)
-            state = mix(state * np.uint64(0xD6E8FEB86659FD93) + part + np.uint64(0x9E3779B97F4A7C15))
+            state = mix(state * np.uint64(0xD6E8FEB86659FD93) + part + _STEP)
     return state
 
 
@@ -56,9 +57,9 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     outside = np.arange(result.size)
     while outside.size:
         left, right = result[outside] >> half, result[outside] & mask
-        inside_keys = keys[outside]
+        outside_keys = keys[outside]
         for number in range(_ROUNDS):
-            left, right = right, left ^ (key(right, inside_keys, number) & mask)
+            left, right = right, left ^ (mix(right ^ mix(outside_keys + np.uint64(number))) & mask)
         moved = (left << half) | right
         result[outside] = moved
         outside = outside[moved >= np.uint64(size)]

@@ -31,19 +31,22 @@ class Source:
     """One data set used for one task.
 
     Attributes:
-        name: for messages, e.g. ``data.train[0] (shapes/captions)``.
-        tokens: tokens of one pass over the data set as this task renders it.
+        path: prefix of the data set.
+        card: its card (:mod:`megatron_ext.data.format`).
+        tokens: tokens of one pass over the data set as this task renders it, captions included.
+        dataset: the open data set; None on a rank that does not read.
     """
 
-    name: str
-    dataset: Dataset
+    path: str
     task: Task
     weight: float
+    card: dict
     tokens: int
+    dataset: Dataset | None
 
     @classmethod
     def open(cls, name: str, config: SourceConfig, vocabulary_fingerprint: str, row_length: int) -> "Source":
-        """Open and check a source.
+        """Open and check a source; ``name`` is its key in the configuration, for messages.
 
         Raises:
             UserError: its files are damaged, its token ids are of another vocabulary, a document is of no use for the
@@ -64,7 +67,7 @@ class Source:
         for start in range(0, len(dataset), _CHUNK):
             documents = np.arange(start, min(start + _CHUNK, len(dataset)))
             tokens += _check_documents(name, dataset, documents, task, row_length)
-        return cls(name, dataset, task, config.weight, tokens)
+        return cls(config.path, task, config.weight, dataset.card, tokens, dataset)
 
 
 def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, task: Task, row_length: int) -> int:
@@ -116,7 +119,7 @@ class Mixture:
     """A blend of sources.
 
     Attributes:
-        sources: list of :class:`Source`; empty on a rank that does not read (see ``distribute.build_mixture``).
+        sources: list of :class:`Source`.
         special: ids of the special tokens.
         turn: int64 [turn length], the source of each draw of one round of turns.
     """
@@ -142,9 +145,10 @@ class Mixture:
         dropped = np.zeros(len(n), dtype=bool)
         for number, this in enumerate(self.sources):
             mine = np.flatnonzero(source == number)
-            epoch[mine], index = np.divmod(position[mine], len(this.dataset))
+            documents = this.card["documents"]
+            epoch[mine], index = np.divmod(position[mine], documents)
             keys = counter_random.key(self.seed, _ORDER, number, epoch[mine])
-            document[mine] = counter_random.permute(index, len(this.dataset), keys)
+            document[mine] = counter_random.permute(index, documents, keys)
             if this.task == Task.GENERATION and self.caption_dropout:
                 dropped[mine] = counter_random.uniform(self.seed, _DROP, n[mine]) < self.caption_dropout
             if len(mine):
@@ -154,7 +158,8 @@ class Mixture:
     @property
     def mean_length(self) -> float:
         """Mean tokens of a draw, before caption dropout."""
-        return sum(c * s.tokens / len(s.dataset) for c, s in zip(self._counts, self.sources)) / sum(self._counts)
+        totals = (count * s.tokens / s.card["documents"] for count, s in zip(self._counts, self.sources))
+        return sum(totals) / sum(self._counts)
 
     @property
     def fingerprint(self) -> str:
@@ -163,7 +168,7 @@ class Mixture:
             "seed": self.seed,
             "caption_dropout": self.caption_dropout,
             "counts": self._counts,
-            "sources": [[int(source.task), source.dataset.card["files"]] for source in self.sources],
+            "sources": [[int(source.task), source.card["files"]] for source in self.sources],
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -174,28 +179,32 @@ class Mixture:
             rows, row_length: size of the run; adds the epochs that it takes of each source.
         """
         draws = rows * row_length / self.mean_length if rows else None
+        documents = sum(source.card["documents"] for source in self.sources)
+        tokens = sum(source.tokens for source in self.sources)
         lines = [
-            f"mixture {self.fingerprint}: {len(self.sources)} source{'s'[: len(self.sources) > 1]}, "
-            f"{sum(len(s.dataset) for s in self.sources):,} documents, {sum(s.tokens for s in self.sources):,} tokens, "
+            f"mixture {self.fingerprint}: {documents:,} documents, {tokens:,} tokens, "
             f"caption dropout {self.caption_dropout:g}, seed {self.seed}"
         ]
-        for number, (count, source) in enumerate(zip(self._counts, self.sources)):
+        for number, source in enumerate(self.sources):
             last = number == len(self.sources) - 1
-            card, documents = source.dataset.card, len(source.dataset)
-            share = count / sum(self._counts)
-            token_share = share * source.tokens / documents / self.mean_length
-            details = [
-                f"{documents:,} documents, {source.tokens:,} tokens ({source.tokens / documents:.0f} a document), "
-                f"{card['images']:,} images",
-                f"weight {source.weight:g}: {share:.1%} of documents, {token_share:.1%} of tokens"
-                + (f", {draws * share / documents:.2f} epochs in this run" if draws else ""),
-                f"vocabulary {card['vocabulary']}, "
-                + (f"VQ {card['vq']['fingerprint']}, " if card["vq"] else "")
-                + f"data {card['files']['bin']['sha256'][:16]}",
-            ]
-            lines.append(f"{'└──' if last else '├──'} {source.task.name.lower()}: {source.dataset.prefix}")
-            lines += [f"{'   ' if last else '│  '}     {detail}" for detail in details]
+            lines.append(f"{'└──' if last else '├──'} {source.task.name.lower()}: {source.path}")
+            lines += [f"{'   ' if last else '│  '}     {line}" for line in self._details(number, draws)]
         return "\n".join(lines)
+
+    def _details(self, number: int, draws: float | None) -> list[str]:
+        source = self.sources[number]
+        card, documents, share = source.card, source.card["documents"], self._counts[number] / sum(self._counts)
+        token_share = share * source.tokens / documents / self.mean_length
+        fingerprints = {"vocabulary": card["vocabulary"], "data": card["files"]["bin"]["sha256"][:16]}
+        if card["vq"]:
+            fingerprints["VQ"] = card["vq"]["fingerprint"]
+        return [
+            f"{documents:,} documents, {source.tokens:,} tokens ({source.tokens / documents:.0f} a document), "
+            f"{card['images']:,} images",
+            f"weight {source.weight:g}: {share:.1%} of documents, {token_share:.1%} of tokens"
+            + (f", {draws * share / documents:.2f} epochs in this run" if draws else ""),
+            ", ".join(f"{what} {fingerprint}" for what, fingerprint in fingerprints.items()),
+        ]
 
     def __str__(self) -> str:
         return self.tree()

@@ -1,7 +1,8 @@
 """Packed rows, each a pure function of its number.
 
 Draws are packed in blocks of ``BLOCK``, each block on its own, so that finding row r only takes the number of rows of
-the blocks before it. Nothing is saved but the number of the next row: the same rows follow under any number of replicas.
+the blocks before it (about 1 s for a million documents). Nothing is saved but the number of the next row: the same rows
+follow under any number of replicas.
 
 A document without images that is longer than a row is cut into pieces, each a document of its own. A piece begins with
 the last token of the piece before it, so that every token is still predicted once. Pieces that fill a row alone are
@@ -26,9 +27,8 @@ _PIECES = 3  # what a random number is for
 
 @dataclass
 class _Chunk:
-    """The rows of some consecutive blocks: row ``first_row + i`` holds the items ``ends[i]`` to ``ends[i + 1]``."""
+    """The rows of some consecutive blocks: row i of them holds the items ``ends[i]`` to ``ends[i + 1]``."""
 
-    first_row: int
     draws: Draws
     ends: np.ndarray  # [rows + 1]
     draw: np.ndarray  # [items], place of the document among the draws
@@ -40,16 +40,14 @@ class _Chunk:
 
 
 class PackedRows:
-    """Rows of exactly ``length`` tokens, without end. Pickles small; files are opened where it is used. ::
+    """Rows of exactly ``length`` tokens, without end. Pickles small: a worker process opens the files itself. ::
 
     rows = PackedRows(mixture, 512)
-    batch = rows[7]                # row 7 as a Batch of one row
-    array = rows.words(0, 256)     # int32 [256, 512], see megatron_ext.data.words
+    rows[7]               # row 7 as a Batch of one row
+    rows.words(0, 256)    # int32 [256, 512], see megatron_ext.data.words
     """
 
     def __init__(self, mixture: Mixture, length: int):
-        if not mixture.sources:
-            raise RuntimeError("this rank does not read data")
         self.mixture = mixture
         self.length = length
         self._first_rows = [0]  # first row of chunk 0, 1, ... and of the first that is not packed yet
@@ -144,7 +142,6 @@ class PackedRows:
         item_row = place_of_row[item_row]
         by_row = np.argsort(item_row, kind="stable")
         return _Chunk(
-            first_row=self._first_rows[number],
             draws=draws,
             ends=np.searchsorted(item_row[by_row], np.arange(len(order) + 1)),
             draw=np.concatenate([np.arange(len(pieces)), whole])[by_row],
@@ -158,3 +155,28 @@ def _blocks_of(chunk: int) -> tuple[int, int]:
     if chunk <= growing:
         return (0, 1) if chunk == 0 else (1 << (chunk - 1), 1 << (chunk - 1))
     return (chunk - growing + 1) * _MOST_BLOCKS, _MOST_BLOCKS
+
+
+class StepRows:
+    """The rows that one replica trains on in each step: ``step_rows[g]`` is int32 [rows, length].
+
+    Step g of the run is rows ``g * rows_per_step`` to ``(g + 1) * rows_per_step``; every replica takes an equal,
+    contiguous share.
+    """
+
+    def __init__(self, rows: PackedRows, rows_per_step: int, replica: int = 0, replicas: int = 1):
+        if rows_per_step % replicas:
+            raise ValueError(f"{rows_per_step} rows per step cannot be shared by {replicas} replicas")
+        self.rows = rows
+        self.rows_per_step = rows_per_step
+        self.share = rows_per_step // replicas
+        self.offset = replica * self.share
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, length)."""
+        return self.share, self.rows.length
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        start = step * self.rows_per_step + self.offset
+        return self.rows.words(start, start + self.share)

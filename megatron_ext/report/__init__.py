@@ -2,6 +2,6 @@
 
 ::
 
-    run folder, VQ folder -> gather.Facts -> content.sections: plain blocks -> html.render      one file, nothing external
-                                                                            -> markdown.write   a file, pictures beside it
+    run folder, VQ folder -> gather.Facts -> content.sections: plain blocks -> html.render      one file
+                                                                            -> markdown.write   pictures beside it
 """

@@ -5,8 +5,10 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_ext.command_line import write_json
 from megatron_ext.config import Config
 from megatron_ext.config_file import to_tree
+from megatron_ext.training.environment import environment
 from megatron_ext.training.metrics import MetricsFile
 
 
@@ -45,6 +47,7 @@ class Logger:
         output = Path(config.output)
         self._config, self._say, self._clock = config, say, clock
         self._start = (resumed_iteration, clock())
+        write_json(output / "environment.json", environment())
         self._metrics = MetricsFile(output / "metrics.jsonl", resumed_iteration)
         self._tensorboard = _tensorboard(output, resumed_iteration) if config.logging.tensorboard else None
         self._wandb = _wandb(config, resumed_iteration, say) if config.logging.wandb != "off" else None

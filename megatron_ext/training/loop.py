@@ -2,57 +2,24 @@
 
 import dataclasses
 import time
-from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_ext.config import Config
-from megatron_ext.data import Mixture, step_batches
+from megatron_ext.data import step_batches
 from megatron_ext.routing.cost import TRAINING_PER_FORWARD, forward_flops
-from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import document_lengths
 from megatron_ext.token_classes import PADDING_DOCUMENT, Task
 from megatron_ext.training import distributed
 from megatron_ext.training.bad_steps import BadSteps
-from megatron_ext.training.checkpoint import Checkpointer
 from megatron_ext.training.devices import model_flops_utilisation
 from megatron_ext.training.lifecycle import Lifecycle
 from megatron_ext.training.logging import Logger
 from megatron_ext.training.profiler import ProfileWindow
+from megatron_ext.training.run import Run
 from megatron_ext.training.schedule import build_scheduler
 from megatron_ext.training.step import StepResult, evaluate_step, train_step
-from megatron_ext.vocabulary import Vocabulary
-
-
-@dataclass
-class Progress:
-    """How far a run is: plain data, saved in every checkpoint."""
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-    bad_steps: dict = field(default_factory=dict)
-
-
-@dataclass
-class Run:
-    """Everything that a training run consists of, built by ``pretrain_unified.py``.
-
-    Attributes:
-        identity: what a checkpoint must agree on with the run that loads it (vocabulary, model shape).
-    """
-
-    config: Config
-    plan: Plan
-    vocabulary: Vocabulary
-    train_data: Mixture
-    validation_data: Mixture | None
-    chunks: list
-    optimizer: object
-    checkpoints: Checkpointer
-    progress: Progress
-    identity: dict
 
 
 def train(run: Run) -> bool:

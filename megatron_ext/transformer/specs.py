@@ -35,7 +35,7 @@ def implementation(config: Config) -> str:
 def transformer_config(config: Config) -> TransformerConfig:
     """Megatron-Core's configuration of the stack; see :mod:`megatron_ext.config` for what each key means."""
     model, parallel, training = config.model, config.parallel, config.training
-    bf16 = training.precision == "bf16"
+    bf16, on_cpu = training.precision == "bf16", cpu.available()
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -66,11 +66,13 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=bf16,
         # The weights are drawn afterwards, the same for every layout (see initialization.py).
         perform_initialization=False,
-        # Fusions are compiled for GPUs; Transformer Engine brings its own.
+        # Fusions are compiled for GPUs; that of weight gradients is an extension of Apex.
+        gradient_accumulation_fusion=not on_cpu
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        cross_entropy_loss_fusion=not on_cpu,
+        bias_activation_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=not cpu.available(),
         apply_rope_fusion=False,
         **recompute,
     )

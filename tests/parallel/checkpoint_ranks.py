@@ -3,6 +3,7 @@
 A fork server imports Megatron-Core once, so a world starts in about a second, which is what lets the tests kill many.
 """
 
+import gc
 import multiprocessing
 import os
 import random
@@ -65,6 +66,7 @@ def _answer(pipe):
 
 def _rank(pipe, store: Path, rank: int, size: int, function, args) -> None:
     warnings.simplefilter("ignore")
+    gc.freeze()  # the distributed optimizer collects garbage at every save
     import torch
     import torch.distributed as dist
 

@@ -1,0 +1,39 @@
+"""Steps of rows through torch's DataLoader: the loader without DALI."""
+
+import torch
+from torch.utils.data import DataLoader
+
+from megatron_ext.data.workers import WorkerRows, main_program_hidden
+
+
+class PlainLoader:
+    """Iterates over the steps of ``rows``, each int32 [rows, length] on ``device``.
+
+    Args:
+        workers: processes that pack ahead; 0 packs when a step is asked for.
+        prefetch: steps prepared ahead.
+    """
+
+    def __init__(self, rows: WorkerRows, workers: int, prefetch: int, device: torch.device):
+        self._device = device
+        loader = DataLoader(
+            rows,
+            batch_size=None,
+            sampler=range(rows.start, rows.end),
+            num_workers=workers,
+            prefetch_factor=-(-prefetch // workers) if workers else None,
+            multiprocessing_context="spawn" if workers else None,
+            pin_memory=device.type == "cuda",
+        )
+        with main_program_hidden():
+            self._steps = iter(loader)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        return next(self._steps).to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._steps = iter(())

@@ -1,0 +1,72 @@
+"""What processes that pack rows ahead of training have in common: how they start and how they end.
+
+They are spawned and import numpy and this package's numpy half only, so that they are ready in well under a second.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from contextlib import contextmanager
+
+import numpy as np
+
+from megatron_ext.data.rows import StepRows
+
+
+@contextmanager
+def main_program_hidden():
+    """Processes spawned inside do not import the main program.
+
+    They need nothing of it, and importing it costs them seconds (Megatron-Core) and would run it again where it has no
+    ``__main__`` guard.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+class WorkerRows:
+    """The steps ``start`` to ``end`` of :class:`~megatron_ext.data.rows.StepRows`, for use in a worker process.
+
+    ``rows[step]`` serves torch's loader, ``rows(sample_info)`` serves DALI.
+    """
+
+    def __init__(self, rows: StepRows, start: int, end: int):
+        self.rows = rows
+        self.start = start
+        self.end = end
+        self._prepared_in = os.getpid()  # the process that made this needs no preparation
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        if self._prepared_in != os.getpid():
+            _prepare_worker()
+            self._prepared_in = os.getpid()
+        return self.rows[step]
+
+    def __call__(self, sample_info) -> np.ndarray:
+        step = self.start + sample_info.idx_in_epoch
+        if step >= self.end:
+            raise StopIteration
+        return self[step]
+
+
+def _prepare_worker() -> None:
+    """Live exactly as long as the trainer.
+
+    Signals that ask the trainer to stop may reach the whole process group; the trainer must be able to finish its step.
+    When it is gone, even by SIGKILL, so is this process.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

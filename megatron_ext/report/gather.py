@@ -1,0 +1,96 @@
+"""Everything the report tells, read from the run's own files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext import config_file
+from megatron_ext.command_line import read_json
+from megatron_ext.config import Config, ModelConfig, SourceConfig
+from megatron_ext.errors import UserError
+from megatron_ext.report.samples import Sample, samples, vq_sheet
+from megatron_ext.routing.plan import Plan
+from megatron_ext.training.lifecycle import finished_file
+from megatron_ext.training.metrics import read_metrics
+from megatron_ext.vocabulary import Vocabulary
+
+
+@dataclass
+class Facts:
+    """A run as its files tell it.
+
+    Attributes:
+        records: lines of ``metrics.jsonl``, oldest first.
+        finished: the run is complete.
+        environment: contents of ``environment.json``.
+        cards: of the training data sets, in the order of ``data.train``; None where there is no data set any more.
+        vocabulary: None where its folder is gone.
+        sheet: PNG of pictures beside their VQ reconstructions.
+        samples: a few validation (else training) documents.
+    """
+
+    run: Path
+    config: Config
+    plan: Plan
+    records: list[dict]
+    finished: bool
+    environment: dict
+    cards: list[dict | None]
+    vocabulary: Vocabulary | None
+    sheet: bytes | None
+    samples: list[Sample]
+
+    @property
+    def parameters(self) -> int | None:
+        """Weights of the model, embedding rows that only pad the table left out."""
+        return parameters(self.config.model, self.vocabulary.size) if self.vocabulary else None
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that were trained, in the order of the token classes."""
+        names = ("understanding", "generation", "text")
+        return [n for n in names if any(source.task == n for source in self.config.data.train)]
+
+
+def gather(run: str | Path, vq: str | Path | None = None) -> Facts:
+    """Read a run folder and, when given, the VQ tokenizer's.
+
+    Raises:
+        UserError: the folder holds no run, or nothing is logged yet.
+    """
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: no config.yaml, so not the output folder of a training run")
+    config = config_file.load(Config, [run / "config.yaml"])
+    records = read_metrics(run / "metrics.jsonl")
+    if not records:
+        raise UserError(f"{run / 'metrics.jsonl'}: nothing logged yet")
+    environment_file = run / "environment.json"
+    found = (Path(config.data.vocabulary) / "vocabulary.json").is_file()
+    vocabulary = Vocabulary(config.data.vocabulary) if found else None
+    return Facts(
+        run=run,
+        config=config,
+        plan=Plan.preset(config.plan.preset, config.model.num_layers),
+        records=records,
+        finished=finished_file(run).is_file(),
+        environment=read_json(environment_file) if environment_file.is_file() else {},
+        cards=_cards(config.data.train),
+        vocabulary=vocabulary,
+        sheet=vq_sheet(Path(vq)) if vq else None,
+        samples=samples(config.data, vocabulary, Path(vq)) if vq and vocabulary else [],
+    )
+
+
+def parameters(model: ModelConfig, vocabulary_size: int) -> int:
+    """Weights of a model of this shape: embedding, layers, final norm and, unless tied, the output layer."""
+    h, f = model.hidden_size, model.ffn_hidden_size
+    g = h // model.num_attention_heads * model.num_query_groups
+    layer = h * (h + 2 * g) + h * h + 3 * h * f + 2 * h
+    return model.num_layers * layer + h + vocabulary_size * h * (1 if model.tie_embeddings else 2)
+
+
+def _cards(sources: Sequence[SourceConfig]) -> list[dict | None]:
+    files = [Path(f"{source.path}.json") for source in sources]
+    return [json.loads(file.read_text()) if file.is_file() else None for file in files]

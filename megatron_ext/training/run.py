@@ -1,0 +1,129 @@
+"""The run: its parts, built from the configuration, and where it goes on."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron.core import parallel_state
+
+from megatron_ext.config import Config
+from megatron_ext.data import Mixture, build_mixture
+from megatron_ext.errors import UserError
+from megatron_ext.routing.cost import parameter_count
+from megatron_ext.routing.plan import Plan
+from megatron_ext.training import distributed
+from megatron_ext.training.checkpoint import Checkpointer, load_weights
+from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.transformer.specs import implementation
+from megatron_ext.vocabulary import Vocabulary
+
+# The embedding is padded to a multiple of this, whatever the tensor-parallel size, so that it reshards.
+VOCABULARY_MULTIPLE = 128
+
+
+@dataclass
+class Progress:
+    """How far a run is: plain data, saved in every checkpoint."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    bad_steps: dict = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Everything that a training run consists of, built by ``pretrain_unified.py``.
+
+    Attributes:
+        identity: what a checkpoint must agree on with the run that loads it (vocabulary, model shape).
+    """
+
+    config: Config
+    plan: Plan
+    vocabulary: Vocabulary
+    train_data: Mixture
+    validation_data: Mixture | None
+    chunks: list
+    optimizer: object
+    checkpoints: Checkpointer
+    progress: Progress
+    identity: dict
+
+
+def build_run(config: Config) -> Run:
+    """Everything that a training run needs, resumed where the output folder says.
+
+    Raises:
+        UserError: a file, key or checkpoint that does not fit, named.
+    """
+    if not config.data.vocabulary:
+        raise UserError("config: 'data.vocabulary' is empty; name a folder made by tools/train_tokenizer.py")
+    if not config.data.train:
+        raise UserError("config: 'data.train' is empty; name data sets made by tools/preprocess_vq.py")
+    plan = Plan.preset(config.plan.preset, config.model.num_layers)
+    vocabulary = Vocabulary(config.data.vocabulary)
+    train_data = build_mixture(config.data.train, config.data, vocabulary, train=True)
+    validation_data = None
+    if config.data.validation:
+        validation_data = build_mixture(config.data.validation, config.data, vocabulary, train=False)
+    chunks = build_model(config, padded_vocabulary(config, vocabulary))
+    run = Run(
+        config=config,
+        plan=plan,
+        vocabulary=vocabulary,
+        train_data=train_data,
+        validation_data=validation_data,
+        chunks=chunks,
+        optimizer=build_optimizer(config, chunks),
+        checkpoints=Checkpointer(
+            Path(config.output) / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
+        ),
+        progress=Progress(),
+        identity=_identity(config, vocabulary),
+    )
+    _resume(run)
+    return run
+
+
+def padded_vocabulary(config: Config, vocabulary: Vocabulary) -> int:
+    """Rows of the embedding."""
+    return vocabulary.padded_size(math.lcm(VOCABULARY_MULTIPLE, config.parallel.tensor))
+
+
+def _identity(config: Config, vocabulary: Vocabulary) -> dict:
+    model = dataclasses.asdict(config.model)
+    for free in ("implementation", "init_std"):
+        del model[free]
+    return {"model": model, "fingerprints": {"vocabulary": vocabulary.fingerprint}}
+
+
+def _resume(run: Run) -> None:
+    """Go on from the newest checkpoint of the output folder, or start from another run's weights."""
+    wanted = run.config.checkpoint
+    path = run.checkpoints.newest() if wanted.resume else None
+    if path:
+        state = run.checkpoints.load(path, run.chunks, run.optimizer, run.identity)
+        run.progress = Progress(**state["progress"])
+        distributed.report(f"resumed from {path}")
+    elif wanted.load:
+        load_weights(Path(wanted.load), run.chunks, run.identity)
+        run.optimizer.reload_model_params()
+        distributed.report(f"weights from {wanted.load}")
+
+
+def describe(run: Run) -> str:
+    """One line: size, layout, kernels."""
+    config, parallel = run.config, run.config.parallel
+    replicas = parallel_state.get_data_parallel_world_size()
+    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}"]
+    if parallel.virtual_pipeline > 1:
+        layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
+    if parallel.sequence:
+        layout.append("sequence parallel")
+    layers = {"local": "torch layers", "transformer_engine": "Transformer Engine layers"}[implementation(config)]
+    return (
+        f"{parameter_count(config.model, padded_vocabulary(config, run.vocabulary)) / 1e6:.1f} M parameters, "
+        f"{config.training.precision}, {layers}; {' x '.join(layout)}; plan {run.plan.name}"
+    )

@@ -1,0 +1,28 @@
+"""The same global batch gives the same loss and gradients under every parallel layout."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "layouts, settings",
+    [
+        ("tp2-sp,pp2-vp2,tp1-dp2,tp4-sp,tp2-pp2-dp2,tp2-pp4-vp2-sp", []),
+        ("tp2-pp2-sp,pp2-vp2-dp2", ["model.tie_embeddings=true", "training.recompute=full"]),
+    ],
+    ids=["untied", "tied-recomputed"],
+)
+def test_layouts_agree_with_one_process(tmp_path, layouts, settings):
+    command = [sys.executable, "benchmarks/parity.py", "--layouts", layouts, "--json", str(tmp_path / "parity.json")]
+    subprocess.run([*command, *settings], cwd=ROOT, check=True, timeout=900)
+    results = json.loads((tmp_path / "parity.json").read_text())
+    assert set(results) == set(layouts.split(","))
+    for layout, errors in results.items():
+        for what, error in errors.items():
+            assert what == "processes" or error < 1e-5, (layout, what, error)

@@ -1,0 +1,76 @@
+"""Configuration: files, overrides, and refusals that name the key, the value and what would do."""
+
+import pytest
+
+from megatron_ext import config_file
+from megatron_ext.config import Config
+from megatron_ext.errors import UserError
+
+
+def load(*overrides: str) -> Config:
+    return config_file.load(Config, [], overrides)
+
+
+def test_later_files_and_overrides_win_and_sections_merge(tmp_path):
+    size, method = tmp_path / "size.yaml", tmp_path / "method.yaml"
+    size.write_text("model: {num_layers: 8, hidden_size: 256}\noptimizer: {lr: 3e-4}\n")
+    method.write_text("model: {num_layers: 6}\n")
+    config = config_file.load(Config, [size, method], ["model.num_attention_heads=16", "optimizer.lr=1e-4"])
+    assert (config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads) == (6, 256, 16)
+    assert config.optimizer.lr == 1e-4
+
+
+def test_a_written_configuration_loads_as_itself(tmp_path):
+    config = load("data.train=[{path: a, task: text, weight: 2}]", "model.rotary_scaling_factor=32")
+    config_file.write_yaml(tmp_path / "config.yaml", config)
+    assert config_file.load(Config, [tmp_path / "config.yaml"]) == config
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("model.hiden_size=3", ["model.hiden_size", "did you mean 'hidden_size'"]),
+        ("modle.hidden_size=3", ["modle", "did you mean 'model'"]),
+        ("model.num_layers=many", ["model.num_layers", "int", "'many'"]),
+        ("model.tie_embeddings=1", ["model.tie_embeddings", "bool", "1"]),
+        ("training.precision=fp8", ["training.precision", "fp8", "float32, bf16"]),
+        ("data.train=[{path: x}]", ["data.train[0]", "task"]),
+        ("data.train=[{path: x, task: poetry}]", ["data.train[0].task", "poetry", "understanding"]),
+        ("optimizer=3", ["optimizer", "section"]),
+        ("model.hidden_size", ["model.hidden_size", "section.key=value"]),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_named(override, parts):
+    with pytest.raises(UserError) as error:
+        load(override)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize(
+    "overrides, world_size, parts",
+    [
+        (["parallel.tensor=3"], 3, ["num_attention_heads", "(4)", "parallel.tensor", "(3)"]),
+        (["model.num_query_groups=2", "parallel.tensor=4"], 4, ["num_query_groups", "(2)", "parallel.tensor"]),
+        (["parallel.pipeline=3"], 3, ["num_layers", "(4)", "parallel.pipeline"]),
+        (["parallel.virtual_pipeline=2"], 1, ["parallel.virtual_pipeline", "parallel.pipeline > 1"]),
+        (["parallel.tensor=2"], 3, ["processes", "(3)"]),
+        (["parallel.sequence=true"], 1, ["parallel.sequence", "parallel.tensor > 1"]),
+        (["training.global_batch_size=6"], 2, ["global_batch_size", "(6)", "micro_batch_size", "(4)"]),
+        (["data.caption_dropout=1.5"], 1, ["data.caption_dropout", "1.5"]),
+        (["optimizer.schedule=wsd"], 1, ["optimizer.wsd_decay_iterations"]),
+        (["optimizer.warmup_iterations=100"], 1, ["optimizer.warmup_iterations", "training.iterations"]),
+        (["model.num_layers=0"], 1, ["model.num_layers", "at least 1"]),
+    ],
+)
+def test_impossible_combinations_are_refused(overrides, world_size, parts):
+    with pytest.raises(UserError) as error:
+        load(*overrides).validate(world_size)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(UserError, match="absent.yaml"):
+        config_file.load(Config, [tmp_path / "absent.yaml"])
+    (tmp_path / "broken.yaml").write_text("model: [1,\n")
+    with pytest.raises(UserError, match="broken.yaml: not YAML"):
+        config_file.load(Config, [tmp_path / "broken.yaml"])

@@ -1,0 +1,141 @@
+"""One training step: the objective, recomputation, refused steps, and its cost."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_ext.routing.cost import forward_flops, parameter_count
+from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import Task
+from megatron_ext.training import distributed
+from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.step import evaluate_step, train_step
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from parity import VOCABULARY, packed_batch
+
+SMALL = ("data.sequence_length=48", "training.global_batch_size=4", "training.micro_batch_size=2")
+
+
+def gradients_and_loss(config) -> tuple[dict, float]:
+    chunks = build_model(config, VOCABULARY)
+    optimizer = build_optimizer(config, chunks)
+    gradients = {}
+
+    def keep(loss, norm):
+        gradients.update({name: p.main_grad.clone() for name, p in chunks[0].named_parameters()})
+        return False
+
+    return gradients, train_step(chunks, optimizer, packed_batch(4, 48, seed=3), config, accept=keep).loss
+
+
+def test_objective_is_the_weighted_sum_of_task_means_over_the_global_batch(one_process):
+    config = one_process(*SMALL, "training.task_weights={understanding: 2.0, generation: 0.5, text: 1.0}")
+    chunks = build_model(config, VOCABULARY)
+    batch = packed_batch(4, 48, seed=3)
+    expected = {}
+    with torch.no_grad():
+        logits = chunks[0].module(batch, Route.of(batch)).view(-1, VOCABULARY)
+        losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none").view(4, 48)
+    for task in Task:
+        counted = (batch.task == task) & (batch.loss_mask > 0)
+        expected[task.name.lower()] = float(losses[counted].mean())
+    result = train_step(chunks, build_optimizer(config, chunks), batch, config)
+    assert result.task_losses == pytest.approx(expected, rel=1e-5)
+    weighted = 2 * expected["understanding"] + 0.5 * expected["generation"] + expected["text"]
+    assert result.loss == pytest.approx(weighted, rel=1e-5)
+
+
+def test_a_task_without_loss_tokens_contributes_nothing(one_process):
+    config = one_process(*SMALL)
+    chunks = build_model(config, VOCABULARY)
+    batch = packed_batch(4, 48, seed=3)
+    batch.loss_mask[batch.task == Task.GENERATION] = 0
+    result = train_step(chunks, build_optimizer(config, chunks), batch, config)
+    assert "generation" not in result.task_losses
+    assert result.loss == pytest.approx(sum(result.task_losses.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_gradient(one_process, recompute):
+    config = one_process(*SMALL)
+    expected, loss = gradients_and_loss(config)
+    config.training.recompute = recompute
+    gradients, recomputed_loss = gradients_and_loss(config)
+    assert recomputed_loss == loss
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=0, atol=0)
+
+
+def test_micro_batch_size_changes_no_gradient(one_process):
+    config = one_process(*SMALL)
+    expected, loss = gradients_and_loss(config)
+    config.training.micro_batch_size = 1
+    gradients, other_loss = gradients_and_loss(config)
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for name in expected:
+        assert (gradients[name] - expected[name]).norm() <= 1e-5 * expected[name].norm()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_refused_step_changes_no_weight_and_an_accepted_one_does(one_process, precision):
+    config = one_process(*SMALL, f"training.precision={precision}")
+    chunks = build_model(config, VOCABULARY)
+    optimizer = build_optimizer(config, chunks)
+    batch = packed_batch(4, 48, seed=3)
+    before = [p.detach().clone() for p in chunks[0].parameters()]
+    refused = train_step(chunks, optimizer, batch, config, accept=lambda loss, norm: False)
+    assert not refused.applied
+    assert all(torch.equal(p, q) for p, q in zip(chunks[0].parameters(), before))
+    assert train_step(chunks, optimizer, batch, config).applied
+    assert not all(torch.equal(p, q) for p, q in zip(chunks[0].parameters(), before))
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_default(one_process):
+    config = one_process(*SMALL)
+    chunks = build_model(config, VOCABULARY)
+    chunks[0].module.decoder.final_layernorm.weight.data[0] = float("inf")
+    assert not train_step(chunks, build_optimizer(config, chunks), packed_batch(4, 48, seed=3), config).applied
+
+
+def test_training_lowers_the_loss_and_evaluation_agrees_with_training(one_process):
+    config = one_process(*SMALL, "optimizer.lr=1e-2")
+    chunks = build_model(config, VOCABULARY)
+    optimizer = build_optimizer(config, chunks)
+    batch = packed_batch(4, 48, seed=3)
+    sums, counts = evaluate_step(chunks, batch, config)
+    losses = [train_step(chunks, optimizer, batch, config).loss for _ in range(8)]
+    assert float((sums / counts).sum()) == pytest.approx(losses[0], rel=1e-6)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_parameters_are_counted(one_process):
+    for tied in (False, True):
+        config = one_process(f"model.tie_embeddings={str(tied).lower()}", "model.num_query_groups=2")
+        (chunk,) = build_model(config, VOCABULARY)
+        assert sum(p.numel() for p in chunk.parameters()) == parameter_count(config.model, VOCABULARY)
+        distributed.shut_down()
+
+
+def test_cost_is_what_torch_counts(one_process):
+    config = one_process("data.sequence_length=64", "training.micro_batch_size=1", "training.global_batch_size=1")
+    (chunk,) = build_model(config, VOCABULARY)
+    batch = packed_batch(1, 64, seed=0)
+    batch.document[:] = 0
+    batch.positions[0] = torch.arange(64)
+    # The flash kernel for CPUs is not in torch's counter; the plain one is, as matrix products over all keys.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        losses = chunk.module.token_losses(chunk.module(batch, Route.of(batch)), batch.labels)
+        forward = counter.get_total_flops()
+        losses.sum().backward()
+    model = config.model
+    hidden_pairs = 64 * 64 - 64 * 65 // 2
+    masked_products = 2 * model.num_layers * 2 * model.hidden_size * hidden_pairs
+    expected = forward_flops(model, VOCABULARY, [64])
+    assert forward == pytest.approx(expected + masked_products, rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(3 * forward, rel=0.01)
