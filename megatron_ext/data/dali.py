@@ -30,7 +30,7 @@ class DaliLoader:
     def __init__(self, rows: WorkerRows, workers: int, prefetch: int, device: torch.device):
         if not available():
             raise UserError(
-                "data.loader is 'dali', but DALI is not installed; pip install nvidia-dali-cuda130, or set it to 'plain'"
+                "data.loader is 'dali', but DALI is missing; pip install nvidia-dali-cuda130, or set it to 'plain'"
             )
         from nvidia.dali import fn, pipeline_def, types
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -41,7 +41,7 @@ class DaliLoader:
         @pipeline_def
         def pipeline():
             step = fn.external_source(
-                source=rows,
+                source=rows.sample,
                 batch=False,
                 parallel=workers > 0,
                 prefetch_queue_depth=prefetch if workers else None,

@@ -156,6 +156,12 @@ class Mixture:
         return Draws(source, epoch, document, dropped, length)
 
     @property
+    def epoch_draws(self) -> list[float]:
+        """Draws of the mixture in one epoch of each source."""
+        counts = zip(self._counts, self.sources)
+        return [source.card["documents"] * len(self.turn) / count for count, source in counts]
+
+    @property
     def mean_length(self) -> float:
         """Mean tokens of a draw, before caption dropout."""
         totals = (count * s.tokens / s.card["documents"] for count, s in zip(self._counts, self.sources))

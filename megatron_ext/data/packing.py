@@ -11,7 +11,7 @@ Blocks of documents are packed independently of one another, many at once in vec
 import numpy as np
 
 WINDOW = 48
-"""Documents among which the last pair of a row is chosen."""
+"""Documents among which the last pair of a row is chosen. The rows depend on it, as they do on ``_STRIDE``."""
 
 _STRIDE = 64
 """Documents that may enter a row in one step."""

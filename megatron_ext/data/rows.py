@@ -6,7 +6,8 @@ follow under any number of replicas.
 
 A document without images that is longer than a row is cut into pieces, each a document of its own. A piece begins with
 the last token of the piece before it, so that every token is still predicted once. Pieces that fill a row alone are
-spread at random over their block; all other rows keep the order in which their documents were drawn.
+spread at random over their block, or a part of it that is well inside an epoch; all other rows keep the order in which
+their documents were drawn.
 """
 
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from megatron_ext.data.packing import pack
 from megatron_ext.data.rendering import Pieces, Sheet, render
 
 BLOCK = 4096
-"""Draws packed together. A constant of the format: the rows depend on it."""
+"""Draws packed together. The rows depend on it: another value, and a run does not resume exactly."""
 
-_MOST_BLOCKS = 64  # packed in one go; only a matter of speed
+_MOST_PIECES = 64 * BLOCK  # laid out in one go, about; only a matter of speed and memory
 _PIECES = 3  # what a random number is for
 
 
@@ -40,11 +41,13 @@ class _Chunk:
 
 
 class PackedRows:
-    """Rows of exactly ``length`` tokens, without end. Pickles small: a worker process opens the files itself. ::
+    """Rows of exactly ``length`` tokens, without end. ::
 
-    rows = PackedRows(mixture, 512)
-    rows[7]               # row 7 as a Batch of one row
-    rows.words(0, 256)    # int32 [256, 512], see megatron_ext.data.words
+        rows = PackedRows(mixture, 512)
+        rows[7]               # row 7 as a Batch of one row
+        rows.words(0, 256)    # int32 [256, 512], see megatron_ext.data.words
+
+    Pickles small: a worker process opens the files itself.
     """
 
     def __init__(self, mixture: Mixture, length: int):
@@ -52,6 +55,10 @@ class PackedRows:
         self.length = length
         self._first_rows = [0]  # first row of chunk 0, 1, ... and of the first that is not packed yet
         self._kept: dict[int, _Chunk] = {}
+        # Draws over which the pieces of a long document are spread: a power of two, so that it divides a block.
+        self._reach = np.array(
+            [1 << (int(min(draws / 4, BLOCK)) | 1).bit_length() - 1 for draws in mixture.epoch_draws]
+        )
 
     def __getstate__(self):
         return {**self.__dict__, "_kept": {}}
@@ -117,44 +124,54 @@ class PackedRows:
         return self._kept[number]
 
     def _pack(self, number: int) -> _Chunk:
-        """Lay out the blocks of a chunk. Chunks grow, 1, 1, 2, 4 ... blocks, so that the first rows come at once."""
-        first, blocks = _blocks_of(number)
+        first, blocks = self._blocks_of(number)
         draws = self.mixture.draws(first * BLOCK, (first + blocks) * BLOCK)
-        step = self.length - 1
+        step = self.length - 1  # a piece shares one token with the next
         pieces = np.maximum(1, -(-(draws.length - 1) // step))
-        tail = draws.length - (pieces - 1) * step
-        row_of, rows = pack(tail.reshape(blocks, BLOCK), self.length)
+        row_of, rows = pack((draws.length - (pieces - 1) * step).reshape(blocks, BLOCK), self.length)
+        # What was packed is the last (mostly the only) piece of each document; the pieces before it fill rows alone.
+        draw = np.repeat(np.arange(len(pieces)), pieces - 1)
+        piece = np.arange(len(draw)) - np.repeat(np.cumsum(pieces - 1) - (pieces - 1), pieces - 1)
+        chance = counter_random.uniform(self.mixture.seed, _PIECES, first * BLOCK + draw, piece)
+        reach = self._reach[draws.source[draw]]
+        place = _spread(rows, (draw // reach + chance) * reach / BLOCK)
 
-        # Order the rows by a key: block, then place in the block (packed rows in order, full pieces anywhere).
-        block_of_row = np.repeat(np.arange(blocks), rows)
-        first_rows = np.cumsum(rows) - rows
-        packed_keys = block_of_row + (np.arange(rows.sum()) - first_rows[block_of_row] + 0.5) / rows[block_of_row]
-        whole = np.repeat(np.arange(len(pieces)), pieces - 1)
-        whole_piece = np.arange(len(whole)) - np.repeat(np.cumsum(pieces - 1) - (pieces - 1), pieces - 1)
-        whole_keys = whole // BLOCK + counter_random.uniform(
-            self.mixture.seed, _PIECES, first * BLOCK + whole, whole_piece
-        )
-        order = np.argsort(np.concatenate([packed_keys, whole_keys]), kind="stable")
-        place_of_row = np.empty_like(order)
-        place_of_row[order] = np.arange(len(order))
-
-        item_row = np.concatenate([(row_of + first_rows[:, None]).reshape(-1), rows.sum() + np.arange(len(whole))])
-        item_row = place_of_row[item_row]
-        by_row = np.argsort(item_row, kind="stable")
+        packed_row = (row_of + (np.cumsum(rows) - rows)[:, None]).reshape(-1)
+        row = place[np.concatenate([packed_row, rows.sum() + np.arange(len(draw))])]
+        by_row = np.argsort(row, kind="stable")
         return _Chunk(
             draws=draws,
-            ends=np.searchsorted(item_row[by_row], np.arange(len(order) + 1)),
-            draw=np.concatenate([np.arange(len(pieces)), whole])[by_row],
-            piece=np.concatenate([pieces - 1, whole_piece])[by_row],
+            ends=np.searchsorted(row[by_row], np.arange(len(place) + 1)),
+            draw=np.concatenate([np.arange(len(pieces)), draw])[by_row],
+            piece=np.concatenate([pieces - 1, piece])[by_row],
         )
 
-
-def _blocks_of(chunk: int) -> tuple[int, int]:
-    """First block and number of blocks of a chunk."""
-    growing = _MOST_BLOCKS.bit_length()  # chunks 0 .. growing hold 1, 1, 2, 4, ... _MOST_BLOCKS blocks
-    if chunk <= growing:
+    def _blocks_of(self, chunk: int) -> tuple[int, int]:
+        """First block and number of blocks of a chunk: 1, 1, 2, 4 ... blocks, so that the first rows come at once."""
+        pieces = max(1.0, self.mixture.mean_length / self.length)
+        most = 1 << max(0, int(_MOST_PIECES / (BLOCK * pieces)).bit_length() - 1)
+        growing = most.bit_length()
+        if chunk > growing:
+            return (chunk - growing + 1) * most, most
         return (0, 1) if chunk == 0 else (1 << (chunk - 1), 1 << (chunk - 1))
-    return (chunk - growing + 1) * _MOST_BLOCKS, _MOST_BLOCKS
+
+
+def _spread(packed: np.ndarray, alone: np.ndarray) -> np.ndarray:
+    """Order the rows of some blocks: the packed ones of each block as they are, the others where they should go.
+
+    Args:
+        packed: packed rows of each block, int64 [blocks].
+        alone: where each row that a piece fills alone should go, in blocks, float64 [rows].
+
+    Returns:
+        The place of each row, int64: first the packed ones of all blocks, then the others.
+    """
+    block = np.repeat(np.arange(len(packed)), packed)
+    inside = np.arange(packed.sum()) - (np.cumsum(packed) - packed)[block]
+    order = np.argsort(np.concatenate([block + (inside + 0.5) / packed[block], alone]), kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return place
 
 
 class StepRows:

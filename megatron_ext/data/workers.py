@@ -34,7 +34,7 @@ def main_program_hidden():
 class WorkerRows:
     """The steps ``start`` to ``end`` of :class:`~megatron_ext.data.rows.StepRows`, for use in a worker process.
 
-    ``rows[step]`` serves torch's loader, ``rows(sample_info)`` serves DALI.
+    ``rows[step]`` serves torch's loader, ``rows.sample(sample_info)`` serves DALI.
     """
 
     def __init__(self, rows: StepRows, start: int, end: int):
@@ -49,7 +49,7 @@ class WorkerRows:
             self._prepared_in = os.getpid()
         return self.rows[step]
 
-    def __call__(self, sample_info) -> np.ndarray:
+    def sample(self, sample_info) -> np.ndarray:
         step = self.start + sample_info.idx_in_epoch
         if step >= self.end:
             raise StopIteration

@@ -1,20 +1,24 @@
-"""Megatron-Core's checkpoint writer, told to report through a file.
+"""Megatron-Core's checkpoint writer, without its helper processes.
 
-The writer is a forked process, and Megatron-Core starts another one (a multiprocessing manager) on every rank to hand
-back what it wrote. That one imports the main program anew, costs as much memory as it, and outlives a killed rank. A
-file does as well, and carries the checksums, which the writer takes in the background too.
+Megatron-Core writes through forked processes and hands back what they wrote through another one (a multiprocessing
+manager). Those outlive a killed rank: they hold its connections open, so that the other ranks wait for it until the
+collective timeout, and some wait for ever for its locks. Here a save is written by the rank itself, an asynchronous
+one by one forked process that waits for nobody and reports through a file. Checksums are taken there, too.
 
 This is the one place that touches private names of Megatron-Core; checked against 0.16.1.
 """
 
+import gc
 import os
 import pickle
 import queue
+from functools import partial
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -22,7 +26,7 @@ from megatron_ext.training.checkpoint_folder import fingerprint
 
 
 class Report:
-    """A queue for one item between the writer process and the rank that forked it.
+    """A queue for one item from the writer to its rank, which may have forked it.
 
     Attributes:
         files: once the item was got: fingerprint of each file that the writer wrote, by name.
@@ -34,7 +38,7 @@ class Report:
         self._path = folder / f".report_{rank}"
 
     def put(self, results) -> None:
-        """Called by the writer with {process: [WriteResult]} when all is written, or with the exception."""
+        """Called by the writer with {number of the file: [WriteResult]} when all is written, or with the error."""
         files = {}
         if not isinstance(results, Exception):
             names = {r.storage_data.relative_path for written in results.values() for r in written}
@@ -44,7 +48,7 @@ class Report:
         os.replace(temporary, self._path)
 
     def get_nowait(self):
-        """Called by the rank when the writer has ended; ``queue.Empty`` when it ended without a report."""
+        """Called by the rank when the writer has ended; raises ``queue.Empty`` if it ended without a report."""
         if not self._path.exists():
             raise queue.Empty
         results, self.files = pickle.loads(self._path.read_bytes())
@@ -53,14 +57,36 @@ class Report:
 
 
 def prepare(state: dict, folder: Path, rank: int, data_parallel_group) -> tuple[AsyncRequest, Report]:
-    """Copy the sharded ``state`` to host memory and plan the writing, spread over data-parallel replicas.
-
-    Collective over all ranks.
+    """Plan the writing of the sharded ``state``, spread over data-parallel replicas. Collective over all ranks.
 
     Returns:
         The request that writes when it is executed or scheduled, and its report, to be read once it is finalised.
     """
     report = Report(folder, rank)
     filesystem_async._results_queue = report
-    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1), data_parallel_group)
-    return dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True), report
+    strategy = FullyParallelSaveStrategyWrapper(
+        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), data_parallel_group
+    )
+    request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+    if request.async_fn is not None:
+        request = request._replace(async_fn=partial(_write, request.async_fn.args[0]))
+    return request, report
+
+
+def _write(transforms: list, rank: int, buckets: list, report: Report) -> None:
+    """Write each bucket into its file, and report."""
+    collecting = gc.isenabled()
+    gc.disable()  # in a forked process, collecting the parent's tensors would touch its GPU
+    results = {}
+    for number, bucket in enumerate(buckets):
+        done, turn = queue.Queue(), queue.Queue()
+        turn.put(number)
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, done, turn, use_fsync=True)
+        _, result = done.get_nowait()
+        if isinstance(result, Exception):
+            results = result
+            break
+        results[number] = result
+    report.put(results)
+    if collecting:
+        gc.enable()

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
@@ -83,8 +82,9 @@ def train_step(
     loss, task_losses, tally = _reduce(sums, counts, config, tally)
     applied = accept(loss, grad_norm)
     if applied:
-        if config.optimizer.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm)
+        if 0 < config.optimizer.clip_grad < grad_norm:
+            limit = config.optimizer.clip_grad
+            torch.nn.utils.clip_grads_with_norm_(optimizer.get_parameters(), limit, torch.tensor(grad_norm))
         optimizer.step_with_ready_grads()
     return StepResult(loss, task_losses, grad_norm, tally, applied)
 

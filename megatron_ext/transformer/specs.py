@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.attention import DocumentAttention, UnifiedSelfAttention, transformer_engine_attention
 from megatron_ext.transformer.norm import RMSNorm
 
@@ -71,6 +72,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         cross_entropy_loss_fusion=not on_cpu,
         bias_activation_fusion=not on_cpu,
+        use_te_activation_func=on_cpu,  # that is: the activation module of the layer spec
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
@@ -88,6 +90,8 @@ def layer_spec(config: Config) -> ModuleSpec:
         spec.submodules.self_attention.submodules.core_attention = transformer_engine_attention()
         return spec
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    if cpu.available():
+        spec.submodules.mlp.submodules.activation_func = SwiGLU
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.module = UnifiedSelfAttention

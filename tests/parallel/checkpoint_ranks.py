@@ -32,7 +32,7 @@ def world(size: int, function, *args, folder: Path, wait: bool = True):
     """Call ``function(*args)`` on ``size`` ranks of a new world.
 
     Returns:
-        What it returned on each rank; with ``wait=False`` the processes.
+        What it returned on each rank; with ``wait=False`` the processes and the pipes that they answer into.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
@@ -46,7 +46,7 @@ def world(size: int, function, *args, folder: Path, wait: bool = True):
         theirs.close()
         pipes.append(mine)
     if not wait:
-        return processes
+        return processes, pipes
     try:
         return [_answer(pipe) for pipe in pipes]
     finally:

@@ -11,7 +11,7 @@ from checkpoint_ranks import Layout, Run, world
 
 from megatron_ext.training.checkpoint_folder import MARKER, checkpoints, damage, iteration_of, read_marker
 
-LAYOUT = Layout(tensor=2, dropout=0.1, layers=2)
+LAYOUT = Layout(tensor=2, dropout=0.1, layers=1)
 LAST = 40
 
 
@@ -27,7 +27,7 @@ def test_killed_at_any_change_to_the_file_system_in_a_save(tmp_path, uninterrupt
     left = []
     for count in range(1, 100):
         folder = tmp_path / str(count)
-        processes = world(2, _save_and_die_at_change, folder, count, folder=tmp_path, wait=False)
+        processes, pipes = world(2, _save_and_die_at_change, folder, count, folder=tmp_path, wait=False)
         died = _wait_for(processes)[0] == -signal.SIGKILL
         left.append([iteration_of(path) for path in _intact(folder)])
         if not died:
@@ -44,9 +44,9 @@ def test_killed_at_any_change_to_the_file_system_in_a_save(tmp_path, uninterrupt
 def test_killed_at_random_moments(tmp_path, uninterrupted, asynchronous):
     generator = random.Random(asynchronous)
     folders = []
-    for trial in range(8):
+    for trial in range(6):
         folder = tmp_path / str(trial)
-        processes = world(2, _train_and_save_always, folder, asynchronous, folder=tmp_path, wait=False)
+        processes, pipes = world(2, _train_and_save_always, folder, asynchronous, folder=tmp_path, wait=False)
         while not checkpoints(folder) and all(p.is_alive() for p in processes):
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.7))
@@ -126,7 +126,7 @@ def _save_and_die_at_change(folder: Path, count: int) -> None:
 
                 return dying
 
-            for module, names in ((os, ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")), (shutil, ("rmtree",))):
+            for module, names in ((os, ("mkdir", "rename", "replace", "fsync", "rmdir")), (shutil, ("rmtree",))):
                 for name in names:
                     setattr(module, name, before(getattr(module, name)))
         checkpointer.save(iteration, run.chunks, run.optimizer, {"iteration": iteration})

@@ -52,7 +52,9 @@ RING = [
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_every_iteration_under_another_layout_gives_the_losses_of_one_layout(tmp_path, tied):
-    reference, moved = world(2, _move_through, tmp_path, [Layout(**{**vars(c), "tied": tied}) for c in RING], folder=tmp_path)[0]
+    reference, moved = world(
+        2, _move_through, tmp_path, [Layout(**{**vars(c), "tied": tied}) for c in RING], folder=tmp_path
+    )[0]
     (last,) = world(1, _continue_alone, tmp_path, Layout(tied=tied), len(RING) + 1, folder=tmp_path)
     assert [*moved, last] == pytest.approx(reference, rel=1e-5)
     assert len(set(reference)) == len(reference)

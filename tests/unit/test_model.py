@@ -1,5 +1,7 @@
 """The model against implementations that this project did not write, and against itself without packing."""
 
+import dataclasses
+
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -8,7 +10,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT
+from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.rotary import apply_rotary, rotary_table
 
 VOCABULARY = 160
 SHAPE = ("model.num_layers=3", "model.hidden_size=64", "model.num_attention_heads=8", "model.num_query_groups=2")
@@ -42,7 +46,7 @@ def test_logits_equal_stock_megatron(one_process):
     (model,) = build_chunks(config, VOCABULARY)
     draw_everything(model)
     stock = GPTModel(
-        config=model.config,
+        config=dataclasses.replace(model.config, use_te_activation_func=False),
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=VOCABULARY,
         max_sequence_length=40,
@@ -115,3 +119,11 @@ def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):
         document = Batch(*(getattr(alone, name)[number : number + 1, :length] for name in Batch.names()))
         expected = model.token_losses(model(document, Route.of(document)), document.labels)[0]
         torch.testing.assert_close(losses[number], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hand_written_gradients_are_right():
+    gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SwiGLU(None), gate_up)
+    queries = torch.randn(5, 1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    table = rotary_table(torch.tensor([1.0, 0.1], dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])).unsqueeze(2)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table), queries)

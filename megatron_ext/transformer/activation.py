@@ -1,0 +1,35 @@
+"""The gated activation of the FFN on CPUs, where Megatron-Core's fused one cannot be compiled."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class SwiGLU(torch.nn.Module):
+    """silu(gate) * up of [..., 2 f] (gate first) to [..., f] (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input alone for the backward pass, and writes both gradients into one buffer."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        made = torch.empty_like(gate_up)
+        of_gate, of_up = made.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), gradient, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        return made

@@ -1,0 +1,52 @@
+"""Tiny data sets for the tests of the data path."""
+
+import numpy as np
+
+from megatron_ext.config import SourceConfig
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+from megatron_ext.data.mixture import Mixture, Source
+from megatron_ext.data.rendering import SpecialTokens
+
+SPECIAL = SpecialTokens(bos=1, pad=100, eod=101, boi=102, eoi=103)
+FIRST_CODE, CODES = 104, 64
+GRID = [2, 4]
+
+
+def write(prefix, documents, vocabulary="tiny", grid=GRID) -> str:
+    """A data set of these documents, each a list of (mode, ids)."""
+    with_images = any(mode == IMAGE for document in documents for mode, _ in document)
+    vq = {"fingerprint": "vq", "grid": grid, "codebook_size": CODES} if with_images else None
+    with DatasetWriter(prefix, vocabulary, vq, {"made": "by a test"}) as writer:
+        for document in documents:
+            writer.add(document)
+    return str(prefix)
+
+
+def captions(prefix, count, seed=0, longest=20) -> str:
+    """Images with captions; the first caption token is different for every document (up to 90 of them)."""
+    random = np.random.default_rng(seed)
+    return write(
+        prefix,
+        [
+            [
+                (IMAGE, FIRST_CODE + random.integers(0, CODES, 8)),
+                (ANSWER, [2 + i % 90, *random.integers(2, 92, random.integers(1, longest))]),
+            ]
+            for i in range(count)
+        ],
+    )
+
+
+def texts(prefix, count, seed=0, longest=40) -> str:
+    """Plain texts."""
+    random = np.random.default_rng(seed)
+    return write(prefix, [[(TEXT, random.integers(2, 92, random.integers(1, longest)))] for _ in range(count)])
+
+
+def mixture(*sources, length=64, seed=1, caption_dropout=0.0) -> Mixture:
+    """A mixture of (path, task, weight)."""
+    opened = [
+        Source.open(f"data.train[{i}]", SourceConfig(path, task, weight), "tiny", length)
+        for i, (path, task, weight) in enumerate(sources)
+    ]
+    return Mixture(opened, SPECIAL, seed, caption_dropout)

@@ -1,0 +1,180 @@
+"""Loaders: the same rows bit for bit through DALI and through torch, and workers that live as long as the trainer."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data_sets import captions, mixture, texts
+
+from megatron_ext.config import DataConfig, SourceConfig
+from megatron_ext.data import build_mixture, step_batches
+from megatron_ext.data.decoding import decode
+from megatron_ext.data.rows import PackedRows
+from megatron_ext.errors import UserError
+from megatron_ext.vocabulary import Vocabulary
+
+LOADERS = [("plain", 0), ("plain", 2), ("dali", 0), ("dali", 1), ("dali", 2)]
+
+
+@pytest.fixture
+def blend(tmp_path):
+    pairs, plain = captions(tmp_path / "pairs", 80), texts(tmp_path / "plain", 30, longest=200)
+    return mixture((pairs, "generation", 1.0), (pairs, "understanding", 1.0), (plain, "text", 0.5), caption_dropout=0.1)
+
+
+def settings(loader, workers=0) -> DataConfig:
+    return DataConfig(sequence_length=64, loader=loader, workers=workers, prefetch=3)
+
+
+def assert_equal(a, b):
+    for name in a.names():
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loader, workers", LOADERS)
+def test_every_loader_gives_the_rows_of_the_step_it_is_at(blend, loader, workers):
+    batches = step_batches(blend, settings(loader, workers), 5, start_step=7, num_steps=11)
+    rows = PackedRows(blend, 64)
+    for step in range(7, 11):
+        batch = next(batches)
+        assert batches.wait_seconds > 0
+        assert_equal(batch, decode(torch.from_numpy(rows.words(step * 5, step * 5 + 5)), blend.special.pad))
+    with pytest.raises(StopIteration):
+        next(batches)
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_one_row_is_the_same_row_inside_a_batch(blend):
+    rows = PackedRows(blend, 64)
+    batch = next(step_batches(blend, settings("plain"), 5, start_step=2))
+    for i in range(5):
+        assert_equal(rows[10 + i], batch.rows(i, i + 1))
+
+
+@pytest.mark.parametrize("loader", ["plain", "dali"])
+def test_workers_survive_the_signals_that_stop_a_trainer(blend, loader):
+    batches = step_batches(blend, settings(loader, workers=1), 5, start_step=0)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    for _ in range(20):
+        next(batches)
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+TRAINER = """
+import multiprocessing, sys, time
+sys.path.insert(0, {here!r})
+from data_sets import mixture
+from megatron_ext.config import DataConfig
+from megatron_ext.data import step_batches
+batches = step_batches(mixture(({path!r}, "generation", 1.0)), DataConfig(sequence_length=64, loader={loader!r}), 5, 0)
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+
+
+def alive(pid) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("loader", ["plain", "dali"])
+def test_workers_die_with_a_trainer_that_is_killed(tmp_path, loader):
+    path = captions(tmp_path / "pairs", 80)
+    program = TRAINER.format(here=str(Path(__file__).parent), path=path, loader=loader)
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    workers = trainer.stdout.readline().split()
+    assert workers and all(map(alive, workers))
+    trainer.kill()
+    trainer.wait()
+    give_up = time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+def test_workers_do_not_import_torch():
+    program = "import sys, megatron_ext.data.workers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("vocabulary")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red square above a blue circle", "how many shapes are there"] * 20),
+        model_prefix=str(folder / "text"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return Vocabulary.create(folder, folder / "text.model", 64)
+
+
+def write_for(vocabulary, prefix, vq="vq"):
+    from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
+
+    card = {"fingerprint": vq, "grid": [2, 4], "codebook_size": 64}
+    with DatasetWriter(prefix, vocabulary.fingerprint, card, {}) as writer:
+        for code in range(40):
+            image = vocabulary.image_ids(torch.full((8,), code).numpy())
+            writer.add([(IMAGE, image), (ANSWER, vocabulary.encode("a red square"))])
+    return str(prefix)
+
+
+def test_a_mixture_from_the_configuration(tmp_path, vocabulary):
+    path = write_for(vocabulary, tmp_path / "pairs")
+    sources = [SourceConfig(path, "generation"), SourceConfig(path, "understanding")]
+    config = DataConfig(sequence_length=128, caption_dropout=0.5, loader="plain", workers=0)
+    train = build_mixture(sources, config, vocabulary, train=True)
+    batch = next(step_batches(train, config, 4, 0))
+    assert batch.shape == (4, 128)
+    torch.testing.assert_close(batch.modality == 1, vocabulary.is_image(batch.tokens))
+    assert train.draws(0, 1000).dropped.any()
+
+
+def test_validation_rows_do_not_depend_on_the_run(tmp_path, vocabulary):
+    sources = [SourceConfig(write_for(vocabulary, tmp_path / "pairs"), "generation")]
+    mixtures = [
+        build_mixture(sources, DataConfig(sequence_length=128, seed=seed, caption_dropout=0.5), vocabulary, train=False)
+        for seed in (1, 2)
+    ]
+    assert mixtures[0].fingerprint == mixtures[1].fingerprint
+    assert not mixtures[0].draws(0, 1000).dropped.any()
+
+
+def test_another_vocabulary_is_refused(tmp_path, vocabulary):
+    path = captions(tmp_path / "pairs", 3)
+    with pytest.raises(UserError, match=rf"was prepared with vocabulary tiny, this run has {vocabulary.fingerprint}"):
+        build_mixture([SourceConfig(path, "generation")], DataConfig(), vocabulary, train=True)
+
+
+def test_images_of_two_vq_models_are_refused(tmp_path, vocabulary):
+    paths = [write_for(vocabulary, tmp_path / name, vq=name) for name in ("one", "two")]
+    with pytest.raises(UserError, match=r"two: images were encoded with VQ model two, those of .*one with one"):
+        build_mixture([SourceConfig(path, "generation") for path in paths], DataConfig(), vocabulary, train=True)
+
+
+def test_no_source_at_all_is_refused(vocabulary):
+    with pytest.raises(UserError, match="'data.train' is empty"):
+        build_mixture([], DataConfig(), vocabulary, train=True)
+
+
+def test_a_missing_data_set_is_named(tmp_path, vocabulary):
+    with pytest.raises(UserError, match=r"nowhere\.json: not found"):
+        build_mixture([SourceConfig(str(tmp_path / "nowhere"), "text")], DataConfig(), vocabulary, train=True)
