@@ -14,8 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -121,7 +120,7 @@ class Checkpointer:
             UserError: a file of the checkpoint is missing or damaged, or what is in it does not fit.
         """
         marker = _verified(path, expected)
-        stored = _stored_keys(path)
+        stored = _stored_shapes(path)
         sharded = {"model": checkpoint_state.model_state(model)}
         _check_parameters(path, sharded["model"], stored)
         sharded["optimizer"] = checkpoint_state.optimizer_state(optimizer, sharded["model"], stored)
@@ -175,7 +174,7 @@ def load_weights(path: Path, model: list[nn.Module], expected: dict | None = Non
         As for :meth:`Checkpointer.load`.
     """
     marker = _verified(path, expected)
-    stored = _stored_keys(path)
+    stored = _stored_shapes(path)
     sharded = {"model": checkpoint_state.model_state(model)}
     _check_parameters(path, sharded["model"], stored)
     checkpoint_state.load_model_state(model, _read(path, sharded, stored)["model"])
@@ -197,7 +196,8 @@ def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint
     Args:
         state: a checkpoint's.
         expected: sections of it as this run has them, such as
-            ``{"model": {"hidden_size": 128}, "fingerprints": {"vocabulary": "5f0c"}}``. What it does not name may differ.
+            ``{"model": {"hidden_size": 128}, "fingerprints": {"vocabulary": "5f0c"}}``. Keys it does not name may
+            differ.
         path: for the message.
 
     Raises:
@@ -235,34 +235,38 @@ def _verified(path: Path, expected: dict | None) -> dict:
     return marker
 
 
-def _stored_keys(path: Path) -> set[str]:
-    metadata = load_sharded_metadata(str(path))
-    return {v.key for v in metadata.values()}
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Whole shape of everything in the checkpoint by its key."""
+    return {v.key: tuple(v.global_shape) for v in load_sharded_metadata(str(path)).values()}
 
 
-def _check_parameters(path: Path, model: dict, stored: set[str]) -> None:
+def _check_parameters(path: Path, model: dict, stored: dict[str, tuple[int, ...]]) -> None:
     """Refuse a checkpoint whose parameters are not exactly the model's."""
-    local = {v.key for v in nested_values(model) if not isinstance(v, ShardedObject)}
-    wanted = set().union(*_gathered(local))
-    found = {key for key in stored if not key.startswith("optimizer.") and key != "random"}
-    # Sharded objects of a model are Transformer Engine's notes beside its parameters.
-    found = {key for key in found if not key.endswith("_extra_state")}
-    for extra, fault in ((wanted - found, "lacks"), (found - wanted, "has")):
-        if extra:
-            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            whose = "the model has" if fault == "lacks" else "the model does not have"
-            raise UserError(f"{path}: {fault} the parameter {min(extra)}{more}, which {whose}")
+    # The vocabulary's rows may be padded otherwise under another tensor-parallel size, and say so.
+    local = {
+        t.key: None if t.allow_shape_mismatch else tuple(t.global_shape) for t in checkpoint_state.parameters(model)
+    }
+    wanted = {key: shape for shapes in _gathered(local) for key, shape in shapes.items()}
+    # Extra states are Transformer Engine's notes beside its parameters.
+    found = {k: s for k, s in stored.items() if not k.startswith(("optimizer.", "random")) and "_extra_state" not in k}
+    for absent, fault in (
+        (wanted.keys() - found, "lacks the parameter {}, which the model has"),
+        (found.keys() - wanted, "has the parameter {}, which the model has not"),
+    ):
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise UserError(f"{path}: {fault.format(min(absent) + more)}")
+    for key, shape in wanted.items():
+        if shape not in (None, found[key]):
+            raise UserError(f"{path}: its parameter {key} has the shape {list(found[key])}, the model's {list(shape)}")
 
 
-def _read(path: Path, sharded: dict, stored: set[str]) -> dict:
+def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict:
     def if_stored(value):
         return value if not isinstance(value, ShardedObject) or value.key in stored else LocalNonpersistentObject(None)
 
     dict_list_map_inplace(if_stored, sharded["model"])
-    try:
-        return dist_checkpointing.load(sharded, str(path))
-    except (CheckpointingException, CheckpointException) as error:
-        raise UserError(f"{path}: does not fit this model ({' '.join(str(error).split())})") from error
+    return dist_checkpointing.load(sharded, str(path))
 
 
 def _from_rank_zero(make: Callable):

@@ -111,7 +111,7 @@ def read_marker(path: Path) -> dict:
         checksum = body.pop("checksum")
     except FileNotFoundError:
         raise UserError(f"{marker}: missing, so this is not a complete checkpoint{way_out(path)}") from None
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{marker}: damaged, cannot be read{way_out(path)}") from None
     if body.get("format") != FORMAT:
         raise UserError(f"{marker}: checkpoint format {body.get('format')}, this version reads {FORMAT}")

@@ -7,13 +7,20 @@ the number of steps it has taken. Its hyperparameters belong to the configuratio
 """
 
 import random
+from collections.abc import Container
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.utils import unwrap_model
 from torch import nn
 
@@ -38,13 +45,19 @@ def model_state(chunks: list[nn.Module]) -> dict:
     return {f"chunk{i}": unwrap_model(c).sharded_state_dict(metadata=_metadata()) for i, c in enumerate(chunks)}
 
 
+def parameters(model: dict) -> list[ShardedTensor]:
+    """The tensors in what :func:`model_state` gave, those that are stored in parts taken apart."""
+    built = [v.build() if isinstance(v, ShardedTensorFactory) else [v] for v in nested_values(model)]
+    return [t for values in built for t in nested_values(values) if isinstance(t, ShardedTensor)]
+
+
 def load_model_state(chunks: list[nn.Module], loaded: dict) -> None:
     for i, chunk in enumerate(chunks):
         # Which keys must be there is settled before the load (see checkpoint.py).
         unwrap_model(chunk).load_state_dict(loaded[f"chunk{i}"], strict=False)
 
 
-def optimizer_state(optimizer, model: dict, stored: set[str] | None = None) -> dict:
+def optimizer_state(optimizer, model: dict, stored: Container[str] | None = None) -> dict:
     """Sharded state of a Megatron-Core optimizer: tensors alone are stored, whatever else is in it stays local.
 
     Args:
@@ -56,14 +69,14 @@ def optimizer_state(optimizer, model: dict, stored: set[str] | None = None) -> d
     optimizer = _single(optimizer)
     _initialize(optimizer)
     state = optimizer.sharded_state_dict(model, is_loading=stored is not None, metadata=_metadata())
-    parameters = {v.key: v.data for v in nested_values(model) if isinstance(v, ShardedBase)}
+    weights = {v.key: v.data for v in nested_values(model) if isinstance(v, ShardedBase)}
 
     def storable(value):
         if not isinstance(value, ShardedBase):
             return value if isinstance(value, LocalNonpersistentObject) else LocalNonpersistentObject(value)
         value.key = value.key.replace(_MASTER_UNDISTRIBUTED, _MASTER, 1)
         if stored is not None and value.key.startswith(_MASTER) and value.key not in stored:
-            return LocalNonpersistentObject(parameters[value.key.removeprefix(_MASTER)])
+            return LocalNonpersistentObject(weights[value.key.removeprefix(_MASTER)])
         return value
 
     return dict_list_map_inplace(storable, state)

@@ -123,7 +123,8 @@ def describe(run: Run) -> str:
     if parallel.sequence:
         layout.append("sequence parallel")
     layers = {"local": "torch layers", "transformer_engine": "Transformer Engine layers"}[implementation(config)]
+    parameters = parameter_count(config.model, padded_vocabulary(config, run.vocabulary))
     return (
-        f"{parameter_count(config.model, padded_vocabulary(config, run.vocabulary)) / 1e6:.1f} M parameters, "
+        f"{f'{parameters / 1e6:.1f} M' if parameters > 1e6 else f'{parameters:,}'} parameters, "
         f"{config.training.precision}, {layers}; {' x '.join(layout)}; plan {run.plan.name}"
     )

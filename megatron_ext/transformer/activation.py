@@ -2,14 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """silu(gate) * up of [..., 2 f] (gate first) to [..., f] (Shazeer, arXiv 2002.05202)."""
-
-    def __init__(self, config):
-        super().__init__()
 
     def forward(self, gate_up: Tensor) -> Tensor:
         return _SwiGLU.apply(gate_up)

@@ -26,6 +26,7 @@ class Layout:
     dropout: float = 0.0
     """With dropout, equal losses need equal generators."""
     layers: int = 4
+    hidden_size: int = 16
 
 
 def world(size: int, function, *args, folder: Path, wait: bool = True):
@@ -135,7 +136,7 @@ class Run:
         cut = self.layout
         return TransformerConfig(
             num_layers=cut.layers,
-            hidden_size=16,
+            hidden_size=cut.hidden_size,
             num_attention_heads=4,
             ffn_hidden_size=32,
             gated_linear_unit=True,

@@ -1,4 +1,4 @@
-"""Ranks killed with SIGKILL, at every step of a save and at random: what is left is a complete checkpoint to go on from."""
+"""Ranks killed with SIGKILL at every step of a save and at random: a complete checkpoint is left to go on from."""
 
 import os
 import random
@@ -105,8 +105,6 @@ def _resume_each(folders: list[Path]) -> list[tuple[int, list[float]]]:
 
 
 def _save_and_die_at_change(folder: Path, count: int) -> None:
-    import shutil
-
     import torch.distributed as dist
 
     from megatron_ext.training.checkpoint import Checkpointer
@@ -116,20 +114,27 @@ def _save_and_die_at_change(folder: Path, count: int) -> None:
     for iteration in (1, 2):
         run.train(iteration, iteration)
         if iteration == 2 and dist.get_rank() == 0:
-            pid, changes = os.getpid(), iter(range(1, count))
-
-            def before(change):
-                def dying(*args, **kwargs):
-                    if os.getpid() == pid and next(changes, None) is None:
-                        os.kill(pid, signal.SIGKILL)
-                    return change(*args, **kwargs)
-
-                return dying
-
-            for module, names in ((os, ("mkdir", "rename", "replace", "fsync", "rmdir")), (shutil, ("rmtree",))):
-                for name in names:
-                    setattr(module, name, before(getattr(module, name)))
+            _die_before_change(count)
         checkpointer.save(iteration, run.chunks, run.optimizer, {"iteration": iteration})
+
+
+def _die_before_change(count: int) -> None:
+    """Kill this process when it is about to change the file system for the ``count``-th time from now."""
+    import shutil
+
+    changes = iter(range(1, count))
+
+    def watched(change):
+        def dying(*args, **kwargs):
+            if next(changes, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*args, **kwargs)
+
+        return dying
+
+    for name in ("mkdir", "rename", "replace", "fsync", "rmdir"):
+        setattr(os, name, watched(getattr(os, name)))
+    shutil.rmtree = watched(shutil.rmtree)
 
 
 def _train_and_save_always(folder: Path, asynchronous: bool) -> None:

@@ -1,0 +1,123 @@
+"""Speed of the data path: packed rows per second through DALI and through torch's DataLoader, in one run.
+
+Both read the same rows of a synthetic data set, made in a temporary folder. The rounds alternate, so that a busy
+machine slows both alike; the ratio is of the medians.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_ext.command_line import parser, progress, run, write_json
+from megatron_ext.config import SourceConfig
+from megatron_ext.data import dali
+from megatron_ext.data.decoding import decode
+from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
+from megatron_ext.data.loader import PlainLoader
+from megatron_ext.data.mixture import Mixture, Source
+from megatron_ext.data.rendering import SpecialTokens
+from megatron_ext.data.rows import PackedRows, StepRows
+from megatron_ext.data.words import PADDING, TASK
+from megatron_ext.data.workers import WorkerRows
+from megatron_ext.errors import UserError
+
+SPECIAL = SpecialTokens(bos=1, pad=32000, eod=32001, boi=32002, eoi=32003)
+CODES = 8192
+
+
+def main() -> None:
+    arguments = parser(__doc__, "python benchmarks/data.py --length 4096 --json data.json")
+    arguments.add_argument("--length", type=int, default=4096, help="tokens in a row (default 4096)")
+    arguments.add_argument("--rows", type=int, default=64, help="rows in a step (default 64)")
+    arguments.add_argument("--steps", type=int, default=40, help="steps timed in a round (default 40)")
+    arguments.add_argument("--rounds", type=int, default=5, help="rounds per loader (default 5)")
+    arguments.add_argument("--workers", type=int, default=2, help="worker processes of each loader (default 2)")
+    arguments.add_argument("--documents", type=int, default=20_000, help="documents in the data set (default 20000)")
+    arguments.add_argument("--image-tokens", type=int, default=256, help="VQ codes in an image (default 256)")
+    arguments.add_argument("--text-tokens", type=int, default=24, help="mean tokens of a caption (default 24)")
+    options = arguments.parse_args()
+    if not dali.available():
+        raise UserError("DALI is not installed; pip install nvidia-dali-cuda130")
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = measure(_mixture(Path(folder) / "pairs", options), options)
+    print(_summary(numbers, options))
+    if options.json:
+        write_json(options.json, numbers)
+
+
+def measure(mixture: Mixture, options) -> dict:
+    """Tokens per second of every part of the data path, and the ratio of the loaders."""
+    rows = StepRows(PackedRows(mixture, options.length), options.rows)
+    step, packing = _timed(lambda: [rows[i] for i in range(options.steps)][-1])
+    packed = torch.from_numpy(step)
+    _, decoding = _timed(lambda: [decode(packed, SPECIAL.pad) for _ in range(options.steps)])
+    tokens = options.steps * options.rows * options.length
+    speeds = {"dali": [], "torch": []}
+    for _ in progress(range(options.rounds), desc="rounds"):
+        for name, loader in (("dali", dali.DaliLoader), ("torch", PlainLoader)):
+            speeds[name].append(tokens / _one_round(loader, rows, options))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    return {
+        "packing_tokens_per_second": tokens / packing,
+        "decoding_tokens_per_second": tokens / decoding,
+        "dali_tokens_per_second": medians["dali"],
+        "torch_tokens_per_second": medians["torch"],
+        "ratio": medians["dali"] / medians["torch"],
+        "padding": float(((step & TASK) == PADDING).mean()),
+    }
+
+
+def _one_round(loader, rows: StepRows, options) -> float:
+    """Seconds for the steps after the first few, which are prepared while the processes start."""
+    prefetch = 4
+    warm = 2 * prefetch
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    steps = loader(WorkerRows(rows, 0, warm + options.steps), options.workers, prefetch, device)
+    for _ in range(warm):
+        next(steps)
+    _, seconds = _timed(lambda: [next(steps)[0, 0].item() for _ in range(options.steps)])
+    steps.close()
+    return seconds
+
+
+def _timed(function):
+    started = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - started
+
+
+def _mixture(prefix: Path, options) -> Mixture:
+    """Captioned random images, for generation and for understanding."""
+    random = np.random.default_rng(0)
+    vq = {"fingerprint": "random", "grid": [1, options.image_tokens], "codebook_size": CODES}
+    with DatasetWriter(prefix, "random", vq, {"made_by": "benchmarks/data.py"}) as writer:
+        for length in random.integers(1, 2 * options.text_tokens, options.documents):
+            codes = random.integers(0, CODES, options.image_tokens) + SPECIAL.eoi + 1
+            writer.add([(IMAGE, codes), (ANSWER, random.integers(2, SPECIAL.pad, length))])
+    sources = [
+        Source.open("benchmark", SourceConfig(str(prefix), task), "random", options.length)
+        for task in ("generation", "understanding")
+    ]
+    return Mixture(sources, SPECIAL, seed=0, caption_dropout=0.1)
+
+
+def _summary(numbers: dict, options) -> str:
+    millions = {name: f"{value / 1e6:7.1f} M tokens/s" for name, value in numbers.items() if "tokens" in name}
+    return "\n".join(
+        [
+            f"rows of {options.length} tokens, {options.rows} a step, {numbers['padding']:.1%} padding",
+            f"packing, one process     {millions['packing_tokens_per_second']}",
+            f"decoding to a batch      {millions['decoding_tokens_per_second']}",
+            f"DALI, {options.workers} worker(s)        {millions['dali_tokens_per_second']}",
+            f"DataLoader, {options.workers} worker(s)  {millions['torch_tokens_per_second']}",
+            f"DALI / DataLoader        {numbers['ratio']:7.2f}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""A vocabulary and small data sets to train on, and programs run as a user runs them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import yaml
+
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+from megatron_ext.vocabulary import Vocabulary
+
+ROOT = Path(__file__).parents[2]
+SENTENCE = "is there a red green blue circle square left right of above below how many yes no one two"
+CODES = 32
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory) -> Path:
+    """A folder with vocabulary/, pairs and texts (data sets), and config.yaml, a run that takes a second or two."""
+    folder = tmp_path_factory.mktemp("material")
+    random = np.random.default_rng(0)
+    sentences = [" ".join(random.choice(SENTENCE.split(), random.integers(4, 12))) for _ in range(400)]
+    (folder / "text.txt").write_text("\n".join(sentences))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=40, minloglevel=2
+    )
+    vocabulary = Vocabulary.create(folder / "vocabulary", folder / "tokenizer.model", CODES)
+    images = {"fingerprint": "none", "grid": [2, 4], "codebook_size": CODES}
+    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, images, {"made": "by a test"}) as writer:
+        for sentence in sentences:
+            codes = vocabulary.image_ids(random.integers(0, CODES, 8))
+            writer.add([(IMAGE, codes.astype(np.int32)), (ANSWER, np.array(vocabulary.encode(sentence), np.int32))])
+    with DatasetWriter(folder / "texts", vocabulary.fingerprint, None, {"made": "by a test"}) as writer:
+        for sentence in sentences:
+            writer.add([(TEXT, np.array(vocabulary.encode(sentence), np.int32))])
+    pairs, texts = str(folder / "pairs"), str(folder / "texts")
+    config = {
+        "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
+        "data": {
+            "vocabulary": str(folder / "vocabulary"),
+            "train": [{"path": pairs, "task": t} for t in ("understanding", "generation")]
+            + [{"path": texts, "task": "text", "weight": 0.5}],
+            "validation": [{"path": pairs, "task": "generation"}],
+            "sequence_length": 64,
+        },
+        "training": {"iterations": 20, "micro_batch_size": 2, "global_batch_size": 8, "validation_interval": 10},
+        "optimizer": {"lr": 1e-2, "warmup_iterations": 2},
+        "checkpoint": {"interval": 10, "keep": 0},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def train(material):
+    """A function (output, overrides, processes) that runs pretrain_unified.py and gives its completed process."""
+
+    def run(output: Path, *overrides: str, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+        command = [*launcher(processes), "pretrain_unified.py", "--config", str(material / "config.yaml")]
+        return run_program([*command, f"output={output}", *overrides], check)
+
+    return run
+
+
+def launcher(processes: int) -> list[str]:
+    """The beginning of a command that runs a program in so many processes."""
+    if processes == 1:
+        return [sys.executable]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*launch, "--master_addr", "127.0.0.1", "--master_port", str(port)]
+
+
+def run_program(command: list, check: bool = True) -> subprocess.CompletedProcess:
+    """Run from the repository's root; on an unexpected failure the test shows the end of the output."""
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 or not check, done.stdout[-4000:]
+    return done

@@ -1,0 +1,122 @@
+"""pretrain_unified.py: resumption bit for bit, other layouts, killed ranks, signals, refusals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, launcher
+
+FIRST, LAST = 10, 20
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> dict[int, tuple]:
+    """All that a step and a validation measured of the model, by iteration."""
+    kept = ("loss", "grad_norm", "learning_rate", "validation_loss")
+    return {m["iteration"]: {k: v for k, v in m.items() if k.startswith(kept)} for m in metrics(output)}
+
+
+def half_of(whole: Path, output: Path) -> Path:
+    """A run like ``whole`` that was stopped right after its first checkpoint."""
+    shutil.copytree(whole / "checkpoints" / f"iter_{FIRST:07}", output / "checkpoints" / f"iter_{FIRST:07}")
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, material):
+    """An uninterrupted run of 20 iterations with TP 2."""
+    output = tmp_path_factory.mktemp("whole")
+    command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={output}"]
+    subprocess.run([*command, "parallel.tensor=2"], cwd=ROOT, check=True, timeout=300)
+    return output
+
+
+def test_a_run_leaves_its_record(whole):
+    records = metrics(whole)
+    assert [m["iteration"] for m in records] == list(range(1, LAST + 1))
+    wanted = {"loss", "loss_understanding", "loss_generation", "loss_text", "grad_norm", "learning_rate"}
+    wanted |= {"consumed_samples", "tokens_per_second", "step_seconds", "data_wait_seconds", "flops_ratio"}
+    assert wanted <= records[0].keys()
+    assert records[-1]["consumed_samples"] == LAST * 8
+    assert records[-1]["loss"] < 0.95 * records[0]["loss"]
+    assert "validation_loss_generation" in records[FIRST - 1]
+    assert {"config.yaml", "FINISHED", "checkpoints", "tensorboard"} <= {p.name for p in whole.iterdir()}
+
+
+def test_resumed_at_the_same_layout_every_bit_is_the_same(whole, tmp_path, train):
+    output = half_of(whole, tmp_path)
+    train(output, "parallel.tensor=2", processes=2)
+    expected = {i: record for i, record in losses(whole).items() if i > FIRST}
+    assert losses(output) == expected
+
+
+@pytest.mark.parametrize(
+    "processes, overrides",
+    [(1, []), (2, ["parallel.pipeline=2"]), (2, ["training.micro_batch_size=1"])],
+    ids=["alone", "pp2", "dp2"],
+)
+def test_resumed_under_another_layout_the_losses_are_the_same(whole, tmp_path, train, processes, overrides):
+    output = half_of(whole, tmp_path)
+    train(output, *overrides, processes=processes)
+    for iteration, record in losses(output).items():
+        assert record == pytest.approx(losses(whole)[iteration], rel=1e-5)
+    assert max(losses(output)) == LAST
+
+
+def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(whole, tmp_path, train, material):
+    command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={tmp_path}"]
+    command += ["parallel.tensor=2", "checkpoint.interval=3"]
+    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    wait_for(lambda: (tmp_path / "checkpoints" / "iter_0000006").is_dir(), run)
+    rank = next(p for p in psutil.Process(run.pid).children() if "pretrain_unified.py" in p.cmdline())
+    os.kill(rank.pid, signal.SIGKILL)
+    assert run.wait(timeout=120) != 0
+    output = train(tmp_path, "parallel.tensor=2", "checkpoint.interval=3", processes=2).stdout
+    assert "resumed from" in output
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_signal_saves_and_leaves_cleanly(whole, tmp_path, train, material):
+    command = [sys.executable, "pretrain_unified.py", "--config", str(material / "config.yaml")]
+    run = subprocess.Popen(
+        [*command, f"output={tmp_path}", "training.iterations=2000", "checkpoint.interval=0"], cwd=ROOT
+    )
+    wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and len(metrics(tmp_path)) > 2, run)
+    run.send_signal(signal.SIGUSR1)
+    assert run.wait(timeout=120) == 0
+    done = metrics(tmp_path)[-1]["iteration"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"iter_{done:07}"]
+    assert not (tmp_path / "FINISHED").exists()
+
+
+def test_mistakes_are_one_line(whole, tmp_path, train, material):
+    unknown = train(tmp_path, "model.hiden_size=3", check=False)
+    assert unknown.returncode == 1
+    assert "unknown key 'model.hiden_size' (did you mean 'hidden_size'?)" in unknown.stdout
+    output = half_of(whole, tmp_path)
+    other_shape = train(output, "model.hidden_size=64", check=False)
+    assert other_shape.returncode == 1 and "Traceback" not in other_shape.stdout
+    assert "hidden_size is 32, this run's is 64" in other_shape.stdout
+    damaged = next((output / "checkpoints" / f"iter_{FIRST:07}").rglob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    truncated = train(output, check=False)
+    assert truncated.returncode == 1 and "Traceback" not in truncated.stdout
+    assert damaged.name in truncated.stdout
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

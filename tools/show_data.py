@@ -1,0 +1,48 @@
+"""Show what a run would train on: the mixture as a tree, some packed rows decoded, how much of them is padding."""
+
+import torch
+
+from megatron_ext import config_file
+from megatron_ext.command_line import parser, run, write_json
+from megatron_ext.config import Config
+from megatron_ext.data import PackedRows, build_mixture
+from megatron_ext.data.decoding import decode
+from megatron_ext.data.format import verify
+from megatron_ext.data.show import describe_row, statistics
+from megatron_ext.vocabulary import Vocabulary
+
+
+def main() -> None:
+    arguments = parser(__doc__, "python tools/show_data.py --config examples/configs/tiny.yaml --rows 2")
+    arguments.add_argument("--config", action="append", default=[], metavar="FILE", help="as for pretrain_unified.py")
+    arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for pretrain_unified.py")
+    arguments.add_argument("--validation", action="store_true", help="the validation mixture, not the training one")
+    arguments.add_argument("--first", type=int, default=0, metavar="N", help="first row to print (default 0)")
+    arguments.add_argument("--rows", type=int, default=1, metavar="N", help="rows to print (default 1)")
+    arguments.add_argument("--sample", type=int, default=256, metavar="N", help="rows to measure (default 256)")
+    arguments.add_argument("--verify", action="store_true", help="hash every file whole first")
+    options = arguments.parse_args()
+
+    config = config_file.load(Config, options.config, options.overrides)
+    vocabulary = Vocabulary(config.data.vocabulary)
+    sources = config.data.validation if options.validation else config.data.train
+    if options.verify:
+        for path in dict.fromkeys(source.path for source in sources):
+            verify(path)
+            print(f"{path}: all files are as the card says")
+    mixture = build_mixture(sources, config.data, vocabulary, train=not options.validation)
+    training = config.training
+    steps = training.validation_batches if options.validation else training.iterations
+    print(mixture.tree(steps * training.global_batch_size, config.data.sequence_length))
+
+    rows = PackedRows(mixture, config.data.sequence_length)
+    for row in range(options.first, options.first + options.rows):
+        print(describe_row(rows, row, vocabulary))
+    measured = statistics(decode(torch.from_numpy(rows.words(0, options.sample)), vocabulary.pad))
+    print(f"first {options.sample} rows: " + ", ".join(f"{key} {value:.3g}" for key, value in measured.items()))
+    if options.json:
+        write_json(options.json, {"fingerprint": mixture.fingerprint, "rows": options.sample, **measured})
+
+
+if __name__ == "__main__":
+    run(main)
