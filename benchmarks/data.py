@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser(__doc__, "python benchmarks/data.py --length 4096 --json data.json")
     arguments.add_argument("--length", type=int, default=4096, help="tokens in a row (default 4096)")
     arguments.add_argument("--rows", type=int, default=64, help="rows in a step (default 64)")
-    arguments.add_argument("--steps", type=int, default=40, help="steps timed in a round (default 40)")
+    arguments.add_argument("--steps", type=int, default=200, help="steps timed in a round (default 200)")
     arguments.add_argument("--rounds", type=int, default=5, help="rounds per loader (default 5)")
     arguments.add_argument("--workers", type=int, default=2, help="worker processes of each loader (default 2)")
     arguments.add_argument("--documents", type=int, default=20_000, help="documents in the data set (default 20000)")

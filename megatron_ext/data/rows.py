@@ -147,13 +147,14 @@ class PackedRows:
         )
 
     def _blocks_of(self, chunk: int) -> tuple[int, int]:
-        """First block and number of blocks of a chunk: 1, 1, 2, 4 ... blocks, so that the first rows come at once."""
+        """First block and number of blocks of a chunk: 4, 4, 8, 16 ... blocks, so that the first rows come at once."""
         pieces = max(1.0, self.mixture.mean_length / self.length)
         most = 1 << max(0, int(_MOST_PIECES / (BLOCK * pieces)).bit_length() - 1)
-        growing = most.bit_length()
+        least = min(4, most)
+        growing = (most // least).bit_length()
         if chunk > growing:
             return (chunk - growing + 1) * most, most
-        return (0, 1) if chunk == 0 else (1 << (chunk - 1), 1 << (chunk - 1))
+        return (0, least) if chunk == 0 else (least << (chunk - 1), least << (chunk - 1))
 
 
 def _spread(packed: np.ndarray, alone: np.ndarray) -> np.ndarray:
