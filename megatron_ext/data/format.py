@@ -172,6 +172,8 @@ class Dataset:
         for kind in ("bin", "idx"):
             _check_file(_file(prefix, kind), self.card["files"][kind], hashed or kind == "idx")
         self._open()
+        if len(self) != self.card["documents"]:
+            raise UserError(f"{prefix}.json: 'documents' is {self.card['documents']}, the index holds {len(self)}")
 
     def _open(self) -> None:
         index = np.asarray(np.memmap(_file(self.prefix, "idx"), mode="r"))

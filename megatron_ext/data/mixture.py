@@ -14,8 +14,8 @@ import numpy as np
 
 from megatron_ext.config import SourceConfig
 from megatron_ext.data import counter_random
-from megatron_ext.data.format import ANSWER, IMAGE, Dataset
-from megatron_ext.data.rendering import Sequences, SpecialTokens, rendered_lengths
+from megatron_ext.data.format import Dataset
+from megatron_ext.data.rendering import SpecialTokens, lay_out
 from megatron_ext.errors import UserError
 from megatron_ext.token_classes import Task
 
@@ -71,12 +71,9 @@ class Source:
 
 
 def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, task: Task, row_length: int) -> int:
-    sequences = Sequences.of(dataset, documents)
-    images, answers = (
-        np.bincount(sequences.owner, weights=sequences.modes == mode, minlength=len(documents))
-        for mode in (IMAGE, ANSWER)
-    )
-    lengths = rendered_lengths(dataset, documents, task, np.zeros(len(documents), dtype=bool))
+    layout = lay_out(dataset, documents, np.zeros(len(documents), dtype=bool), task)
+    images, answers = (np.bincount(layout.owner, what, len(documents)) for what in (layout.image, layout.answer))
+    lengths = layout.length
     useless, why = {
         Task.UNDERSTANDING: (answers == 0, "holds no answer or caption to learn"),
         Task.GENERATION: (images == 0, "holds no image"),
@@ -152,7 +149,7 @@ class Mixture:
             if this.task == Task.GENERATION and self.caption_dropout:
                 dropped[mine] = counter_random.uniform(self.seed, _DROP, n[mine]) < self.caption_dropout
             if len(mine):
-                length[mine] = rendered_lengths(this.dataset, document[mine], this.task, dropped[mine])
+                length[mine] = lay_out(this.dataset, document[mine], dropped[mine], this.task).length
         return Draws(source, epoch, document, dropped, length)
 
     @property

@@ -81,112 +81,96 @@ class Pieces:
     place: np.ndarray
 
 
+@dataclass
+class Layout:
+    """Where the stored sequences of some documents go in the rendered ones, one document after another.
+
+    Attributes:
+        owner: int64 [sequences], which of the documents it belongs to (0, 1, ...).
+        image, answer: bool [sequences], what it is.
+        pointer: int64 [sequences], where it starts in ``Dataset.tokens``.
+        begin, end: int64 [sequences], its place in the rendered document, without ``<boi>``, ``<eoi>`` and ``<eod>``.
+        length: int64 [documents], tokens of the rendered document.
+    """
+
+    owner: np.ndarray
+    image: np.ndarray
+    answer: np.ndarray
+    pointer: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    length: np.ndarray
+
+
+def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, task: Task) -> Layout:
+    """Lay documents out for a task, from the index alone.
+
+    Args:
+        documents: int64 [documents], numbers in the data set.
+        dropped: bool [documents], leave out the text (generation; classifier-free guidance).
+    """
+    first = dataset.document_ends[documents]
+    counts = dataset.document_ends[documents + 1] - first
+    owner = np.repeat(np.arange(len(documents)), counts)
+    index = np.arange(len(owner)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+    if task == Task.GENERATION:
+        image = dataset.sequence_modes[index] == IMAGE
+        # Per document: the texts before image 1, then texts and image 1, texts and image 2, ...
+        order = np.argsort(2 * (owner + np.cumsum(image)) + image, kind="stable")
+        order = order[(image | ~dropped[owner])[order]]
+        owner, index = owner[order], index[order]
+    modes, lengths = dataset.sequence_modes[index], dataset.sequence_lengths[index].astype(np.int64)
+    image, answer = modes == IMAGE, modes == ANSWER
+    closed = image | answer if task == Task.UNDERSTANDING else image  # by <eoi>; by <eod>
+    after = np.cumsum(image + lengths + closed)  # tokens up to each sequence's end, of all documents together
+    last = np.searchsorted(owner, np.arange(len(documents)), side="right") - 1
+    before = np.concatenate([[0], after[last[:-1]]])  # ... up to each document's start
+    end = 1 + after - closed - before[owner]  # bos is at 0
+    return Layout(
+        owner=owner,
+        image=image,
+        answer=answer,
+        pointer=dataset.sequence_pointers[index] // dataset.tokens.itemsize,
+        begin=end - lengths,
+        end=end,
+        length=1 + after[last] - before + (task != Task.UNDERSTANDING),  # there each answer has its own <eod>
+    )
+
+
 def render(sheet: Sheet, dataset: Dataset, pieces: Pieces, task: Task, special: SpecialTokens) -> None:
     """Write pieces of documents on a sheet; each becomes a document of its own there."""
-    sequences = _in_order_of_training(Sequences.of(dataset, pieces.document), pieces.dropped, task)
-    owner, image, lengths = sequences.owner, sequences.modes == IMAGE, sequences.lengths
-    closed = image | (sequences.modes == ANSWER) if task == Task.UNDERSTANDING else image  # by <eoi>, or by <eod>
-    before = np.cumsum(image + lengths + closed) - (lengths + closed)  # tokens before each sequence, of any document
-    first = np.searchsorted(owner, np.arange(len(pieces.document)))
-    begin = 1 + before - (before - image)[first][owner]  # place in the rendered document; bos is at 0
-    end = begin + lengths
-    last_end = np.maximum.reduceat(end + closed, first)
-
-    def put(owner, position, ids):
-        """Tokens at these positions of the rendered documents."""
-        wanted = (position >= pieces.start[owner]) & (position < pieces.stop[owner])
-        owner = owner[wanted]
-        sheet.ids[pieces.place[owner] + position[wanted] - pieces.start[owner]] = ids
+    layout = lay_out(dataset, pieces.document, pieces.dropped, task)
+    owner, image, begin, end = layout.owner, layout.image, layout.begin, layout.end
+    documents = np.arange(len(pieces.document))
 
     def on_sheet(owner, position):
-        """Positions of the rendered documents as places on the sheet, moved to the edge of the piece if outside."""
+        """Positions in rendered documents as places on the sheet, moved to the edge of the piece if outside."""
         return pieces.place[owner] + np.clip(position, pieces.start[owner], pieces.stop[owner]) - pieces.start[owner]
 
-    documents = np.arange(len(pieces.document))
+    def put(owner, position, token):
+        inside = (position >= pieces.start[owner]) & (position < pieces.stop[owner])
+        sheet.ids[on_sheet(owner, position)[inside]] = token
+
     put(documents, np.zeros_like(documents), special.bos)
     put(owner[image], begin[image] - 1, special.boi)
     put(owner[image], end[image], special.eoi)
     if task == Task.UNDERSTANDING:
-        put(owner[closed & ~image], end[closed & ~image], special.eod)
-        learnt = (owner, begin, end + 1, closed & ~image)
+        learner, learnt, until = owner[layout.answer], begin[layout.answer], end[layout.answer] + 1
+        put(learner, until - 1, special.eod)
     else:
-        put(documents, last_end, special.eod)
-        learnt = (owner, begin, end, image)
-    if task == Task.TEXT:
-        learnt = (documents, np.ones_like(documents), last_end + 1, np.ones(len(documents), dtype=bool))
+        put(documents, layout.length - 1, special.eod)
+        if task == Task.GENERATION:
+            learner, learnt, until = owner[image], begin[image], end[image]
+        else:
+            learner, learnt, until = documents, np.ones_like(documents), layout.length
 
     places, stops = on_sheet(owner, begin), on_sheet(owner, end)
-    pointers = sequences.pointers + np.maximum(pieces.start[owner] - begin, 0)
+    pointers = layout.pointer + np.maximum(pieces.start[owner] - begin, 0)
     for place, stop, pointer in zip(places.tolist(), stops.tolist(), pointers.tolist()):
         sheet.ids[place:stop] = dataset.tokens[pointer : pointer + stop - place]
 
     sheet.mark(pieces.place, pieces.place + pieces.stop - pieces.start, task << words.TASK_SHIFT)
     sheet.mark(pieces.place, pieces.place + 1, words.START)
     sheet.mark(places[image], stops[image], words.IMAGE)
-    owner, begin, end, chosen = learnt
-    begin, end = on_sheet(owner, begin)[chosen], on_sheet(owner, end)[chosen]
-    sheet.mark(np.maximum(begin - 1, pieces.place[owner[chosen]]), end - 1, words.LOSS)
-
-
-@dataclass
-class Sequences:
-    """The stored sequences of some documents, one document after another. Every field is [sequences].
-
-    Attributes:
-        owner: int64, which of the documents it belongs to (0, 1, ...).
-        lengths: int64.
-        modes: int8.
-        pointers: int64, where it starts in ``Dataset.tokens``.
-    """
-
-    owner: np.ndarray
-    lengths: np.ndarray
-    modes: np.ndarray
-    pointers: np.ndarray
-
-    @classmethod
-    def of(cls, dataset: Dataset, documents: np.ndarray) -> "Sequences":
-        """Those of ``documents``, int64 [documents]."""
-        first = dataset.document_ends[documents]
-        counts = dataset.document_ends[documents + 1] - first
-        starts = np.cumsum(counts) - counts
-        index = np.repeat(first - starts, counts) + np.arange(counts.sum())
-        return cls(
-            owner=np.repeat(np.arange(len(documents)), counts),
-            lengths=dataset.sequence_lengths[index].astype(np.int64),
-            modes=dataset.sequence_modes[index],
-            pointers=dataset.sequence_pointers[index] // dataset.tokens.itemsize,
-        )
-
-    def take(self, index: np.ndarray) -> "Sequences":
-        """The sequences at ``index``, in its order."""
-        return Sequences(self.owner[index], self.lengths[index], self.modes[index], self.pointers[index])
-
-
-def _in_order_of_training(sequences: Sequences, dropped: np.ndarray, task: Task) -> Sequences:
-    if task != Task.GENERATION:
-        return sequences
-    image = sequences.modes == IMAGE
-    order = np.lexsort((image, np.cumsum(image), sequences.owner))  # texts after their image's number, then the image
-    return sequences.take(order[(image | ~dropped[sequences.owner])[order]])
-
-
-def rendered_lengths(dataset: Dataset, documents: np.ndarray, task: Task, dropped: np.ndarray) -> np.ndarray:
-    """Lengths of whole documents as :func:`render` writes them, from the index alone.
-
-    Args:
-        documents: int64 [n].
-        dropped: bool [n].
-
-    Returns:
-        int64 [n].
-    """
-    sequences = Sequences.of(dataset, documents)
-    image = sequences.modes == IMAGE
-    lengths = sequences.lengths + 2 * image
-    if task == Task.UNDERSTANDING:
-        lengths += sequences.modes == ANSWER
-    elif task == Task.GENERATION:
-        lengths *= image | ~dropped[sequences.owner]
-    around = 1 if task == Task.UNDERSTANDING else 2  # bos, and one <eod> (understanding has one per answer instead)
-    return np.bincount(sequences.owner, weights=lengths, minlength=len(documents)).astype(np.int64) + around
+    predicting = np.maximum(on_sheet(learner, learnt) - 1, pieces.place[learner])
+    sheet.mark(predicting, on_sheet(learner, until) - 1, words.LOSS)

@@ -18,10 +18,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def initialize(config: Config) -> None:
+def initialize(config: Config, store: dist.Store | None = None) -> None:
     """Join the process group (nccl with a GPU, gloo without), cut it as ``config.parallel`` says, seed the generators.
 
     Alone, without torchrun, a process is a world of one.
+
+    Args:
+        store: where the ranks meet; None: torchrun's.
     """
     on_cpu = cpu.available()
     if on_cpu:
@@ -30,19 +33,15 @@ def initialize(config: Config) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
-    rendezvous = {} if "MASTER_PORT" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if store is None and "MASTER_PORT" not in os.environ:
+        store = dist.HashStore()
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
         timeout=datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes),
-        **rendezvous,
+        store=store,
+        rank=int(os.environ["RANK"]) if store else -1,
+        world_size=world_size() if store else -1,
     )
-    cut(config)
-    if on_cpu and dist.get_rank() == 0:
-        print(f"no GPU: training on {dist.get_world_size()} CPU process(es) over gloo", flush=True)
-
-
-def cut(config: Config) -> None:
-    """Make the tensor-, pipeline- and data-parallel groups over the processes of the default group, and seed."""
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -54,6 +53,8 @@ def cut(config: Config) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    if on_cpu:
+        report(f"no GPU: {dist.get_world_size()} CPU process{'es' * (dist.get_world_size() > 1)} over gloo")
 
 
 def shut_down() -> None:

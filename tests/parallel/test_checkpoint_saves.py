@@ -45,7 +45,8 @@ def _hold_up_rank_one(folder: Path):
     go_on, put = folder / "go_on", checkpoint_writer.Report.put
 
     def held_up(report, results):
-        while dist.get_rank() == 1 and not go_on.exists():
+        give_up = time.monotonic() + 60
+        while dist.get_rank() == 1 and not go_on.exists() and time.monotonic() < give_up:
             time.sleep(0.01)
         put(report, results)
 

@@ -1,0 +1,80 @@
+"""Checking a finished data set whole."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.data import format as data_format
+from megatron_ext.data.format import IMAGE, Dataset
+from megatron_ext.errors import UserError
+from megatron_ext.vocabulary import Vocabulary
+
+BLOCK = 1 << 18
+"""Sequences looked at together."""
+
+
+def check(prefix: str | Path, vocabulary: Vocabulary | None = None, vq_card: dict | None = None) -> dict:
+    """Check hashes and sizes, fingerprints, that every image is one VQ grid, and that text sequences hold text and
+    images hold codes.
+
+    Args:
+        vocabulary: also check that the data set is one of this vocabulary.
+        vq_card: also check that its images are of this VQ tokenizer (``VQModel.card``).
+
+    Returns:
+        The card.
+
+    Raises:
+        UserError: names the file and what is wrong with it.
+    """
+    card = data_format.verify(prefix)
+    file = f"{prefix}.json"
+    if vocabulary is not None and card["vocabulary"] != vocabulary.fingerprint:
+        raise UserError(
+            f"{file}: of vocabulary {card['vocabulary']}, but {vocabulary.folder} is {vocabulary.fingerprint}"
+        )
+    if vq_card is not None and card["vq"] is not None and card["vq"] != vq_card:
+        raise UserError(f"{file}: encoded by the VQ tokenizer {card['vq']}, not by {vq_card}")
+    dataset = Dataset(prefix)
+    _check_grid(prefix, dataset)
+    text, image = (
+        _extremes(dataset, dataset.sequence_modes != IMAGE),
+        _extremes(dataset, dataset.sequence_modes == IMAGE),
+    )
+    if vocabulary is not None:
+        _check_range(prefix, "a text sequence", text, 0, vocabulary.text_size)
+        _check_range(prefix, "an image", image, vocabulary.image_offset, vocabulary.size)
+    elif image is not None:
+        _check_range(prefix, "an image", image, image[0], image[0] + card["vq"]["codebook_size"])
+        _check_range(prefix, "a text sequence", text, 0, image[0])
+    return card
+
+
+def _check_grid(prefix: str | Path, dataset: Dataset) -> None:
+    lengths = dataset.sequence_lengths[dataset.sequence_modes == IMAGE]
+    if not len(lengths):
+        return
+    if dataset.card["vq"] is None:
+        raise UserError(f"{prefix}.json: names no VQ tokenizer, but the data set holds images")
+    height, width = dataset.card["vq"]["grid"]
+    if len(wrong := lengths[lengths != height * width]):
+        raise UserError(f"{prefix}.idx: an image of {wrong[0]} codes, but the VQ grid is {height} x {width}")
+
+
+def _extremes(dataset: Dataset, chosen: np.ndarray) -> tuple[int, int] | None:
+    """Smallest and largest token id of the chosen sequences."""
+    smallest, largest = [], []
+    starts = dataset.sequence_pointers // dataset.tokens.itemsize
+    for first in range(0, len(starts), BLOCK):
+        block = slice(first, first + BLOCK)
+        stop = starts[block][-1] + dataset.sequence_lengths[block][-1]
+        tokens, borders = dataset.tokens[starts[first] : stop], starts[block] - starts[first]
+        smallest += np.minimum.reduceat(tokens, borders)[chosen[block]].tolist()
+        largest += np.maximum.reduceat(tokens, borders)[chosen[block]].tolist()
+    return (min(smallest), max(largest)) if smallest else None
+
+
+def _check_range(prefix: str | Path, what: str, found: tuple[int, int] | None, first: int, stop: int) -> None:
+    for token in found or ():
+        if not first <= token < stop:
+            raise UserError(f"{prefix}.bin: token {token} in {what}, whose tokens are {first} to {stop - 1}")

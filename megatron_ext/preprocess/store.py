@@ -1,0 +1,185 @@
+"""The folder of finished parts, PREFIX.parts/, and joining them to a data set.
+
+::
+
+    settings.json         what the parts were made from and with; every run into this folder must have the same
+    UNIT-PART.part.json   written last: this part is complete
+    UNIT-PART.{bin,idx,json}   its documents, a data set of its own, unless all its samples were skipped
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from megatron_ext.command_line import progress, read_json, write_json
+from megatron_ext.data import format as data_format
+from megatron_ext.data.format import IMAGE, DatasetWriter
+from megatron_ext.errors import UserError
+from megatron_ext.preprocess.parts import Part, part_name
+
+TOOL = "tools/preprocess_vq.py"
+
+
+class Store:
+    """Parts of the data set at ``prefix``.
+
+    Args:
+        prefix: path of the data set to be, without extension.
+        settings: what the parts are made from and with; None to take what the folder says.
+
+    Raises:
+        UserError: the folder was started with other settings.
+    """
+
+    def __init__(self, prefix: str | Path, settings: dict | None = None):
+        self.prefix = Path(prefix)
+        self.folder = Path(f"{prefix}.parts")
+        file = self.folder / "settings.json"
+        if settings is None:
+            if not file.is_file():
+                raise UserError(f"{file}: not found; no shard of {prefix} was prepared here")
+        elif not file.is_file():
+            write_json(file, settings)
+        self.settings = read_json(file)
+        if settings is not None and (difference := differing(self.settings, settings)):
+            raise UserError(
+                f"{self.folder}: started with {difference}; delete that folder, or choose another --out to keep it"
+            )
+
+    def done(self, unit: int) -> list[dict]:
+        """The cards of the complete parts of a unit, up to the first that is missing."""
+        cards = []
+        while (file := self._file(part_name(unit, len(cards)))).is_file():
+            cards.append(read_json(file))
+        return cards
+
+    def write(self, part: Part, codes: dict, failures: dict, offset: int) -> dict:
+        """Write a part.
+
+        Args:
+            codes: VQ codes [h*w] of each image.
+            failures: why an image has none; samples with such an image are skipped.
+            offset: token id of VQ code 0.
+
+        Returns:
+            Its card.
+        """
+        documents, skipped = [], list(part.skipped)
+        for name, document in part.documents:
+            failed = [item for mode, item in document if mode == IMAGE and item in failures]
+            if failed:
+                skipped.append({"sample": name, "image": failed[0].name, "reason": failures[failed[0]]})
+            else:
+                documents.append([(m, codes[item] + offset if m == IMAGE else item) for m, item in document])
+        if documents:
+            source = {"made_by": TOOL, "part": part.name}
+            prefix = self.folder / part.name
+            with DatasetWriter(prefix, self.settings["vocabulary"], self.settings["vq"], source) as writer:
+                for document in documents:
+                    writer.add(document)
+        card = {
+            "samples": part.samples,
+            "documents": len(documents),
+            "bytes": part.bytes,
+            "last": part.last,
+            "skipped": skipped,
+        }
+        write_json(self._file(part.name), card)
+        return card
+
+    def join(self) -> dict:
+        """Join all parts to the data set, list what was skipped beside it, and remove the parts.
+
+        Returns:
+            The card of the data set.
+
+        Raises:
+            UserError: a part is missing or damaged, or no sample was usable.
+        """
+        parts = self._all_parts()
+        skipped = [entry for _, card in parts for entry in card["skipped"]]
+        samples = sum(card["samples"] for _, card in parts)
+        if len(skipped) == samples:
+            raise UserError(f"{self.prefix}: none of {samples} samples was usable; see 'skipped' in {self.folder}")
+        source = {"made_by": TOOL, "samples": samples, "skipped": len(skipped), "settings": self.settings}
+        self._remove_temporaries()
+        with DatasetWriter(self.prefix, self.settings["vocabulary"], self.settings["vq"], source) as writer:
+            for name, card in progress(parts, desc="joining", unit=" parts"):
+                if card["documents"]:
+                    data_format.verify(self.folder / name)
+                    writer.add_dataset(self.folder / name)
+            self._list_skipped(skipped)
+        shutil.rmtree(self.folder)
+        return writer.card
+
+    def _all_parts(self) -> list[tuple[str, dict]]:
+        found = []
+        for unit in range(self.settings["units"]):
+            cards = self.done(unit)
+            if not cards or not cards[-1]["last"]:
+                missing = self._file(part_name(unit, len(cards)))
+                raise UserError(f"{missing}: not found; the shard that makes it has not finished")
+            found += [(part_name(unit, part), card) for part, card in enumerate(cards)]
+        return found
+
+    def _list_skipped(self, skipped: list[dict]) -> None:
+        file = skipped_file(self.prefix)
+        if not skipped:
+            file.unlink(missing_ok=True)
+            return
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in skipped))
+        os.replace(temporary, file)
+
+    def _remove_temporaries(self) -> None:
+        """What a join that was killed has left."""
+        for file in self.prefix.parent.glob(f".{self.prefix.name}.*.tmp*"):
+            file.unlink()
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.part.json"
+
+
+def skipped_file(prefix: str | Path) -> Path:
+    """Where the samples that are not in the data set are listed."""
+    return Path(f"{prefix}.skipped.jsonl")
+
+
+def finished(prefix: str | Path, settings: dict) -> dict | None:
+    """The card of a data set that is there already, made with these settings; None if there is no data set.
+
+    Raises:
+        UserError: it was made with others, or not by this tool.
+    """
+    if not Path(f"{prefix}.json").is_file():
+        return None
+    card = data_format.Dataset(prefix).card
+    before = card["source"].get("settings") if isinstance(card["source"], dict) else None
+    if before is None:
+        raise UserError(f"{prefix}.json: a data set of another origin; choose another --out")
+    if difference := differing(before, settings):
+        raise UserError(f"{prefix}.json: made with {difference}; delete {prefix}.*, or choose another --out to keep it")
+    return card
+
+
+def differing(before: dict, now: dict) -> str | None:
+    """A few words on the first setting that is not the same."""
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key):
+            was, is_ = before.get(key), now.get(key)
+            if key == "inputs":
+                return f"other inputs ({_first_difference(was or [], is_)})"
+            return f"{key} {_words(was)}, now {_words(is_)}"
+    return None
+
+
+def _first_difference(before: list, now: list) -> str:
+    if len(before) != len(now):
+        return f"{len(before)} files, now {len(now)}"
+    was, is_ = next((a, b) for a, b in zip(before, now) if a != b)
+    return f"{was['file']} of {was['bytes']} bytes, now {is_['file']} of {is_['bytes']} bytes"
+
+
+def _words(value) -> str:
+    return value["fingerprint"] if isinstance(value, dict) and "fingerprint" in value else str(value)

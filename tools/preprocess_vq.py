@@ -1,0 +1,161 @@
+"""Images and text to a data set of unified tokens, ready to train on: images become VQ codes, text is tokenised.
+
+Inputs, of any kinds together:
+  FILE.tar    WebDataset: KEY.jpg (or .png, .webp) with KEY.txt (caption) and/or KEY.json (LLaVA conversations)
+  FILE.json   LLaVA: [{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}]
+  FILE.jsonl  a line each: {"image", "caption"}, {"text"} (plain text needs no --vq), or a LLaVA sample
+
+A run that was stopped goes on where it was when the same command is given again. Samples with an image that cannot be
+read are left out, counted, and listed in PREFIX.skipped.jsonl. On several machines with a common file system give each
+its --shard I/N, and after the last one --merge; the result is that of one run, byte for byte.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_ext import command_line
+from megatron_ext.vocabulary import Vocabulary
+
+EXAMPLE = """\
+python tools/preprocess_vq.py data/train-*.tar --vq runs/vq --vocabulary runs/vocabulary --out data/train
+  python tools/preprocess_vq.py llava.json --images photos --vq V --vocabulary W --out data/llava --shard 3/16
+  python tools/preprocess_vq.py --merge --out data/llava
+  python tools/preprocess_vq.py --verify data/train --vocabulary runs/vocabulary"""
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.verify:
+        numbers = _verify(arguments)
+    elif not arguments.out:
+        parser.error("--out PREFIX is needed")
+    elif arguments.merge:
+        if arguments.shard or arguments.inputs:
+            parser.error("--merge takes --out PREFIX alone; what is joined was settled by the shards")
+        numbers = _merge(arguments)
+    elif not arguments.inputs or not arguments.vocabulary:
+        parser.error("input files and --vocabulary FOLDER are needed")
+    else:
+        numbers = _prepare(arguments)
+    if arguments.json:
+        command_line.write_json(arguments.json, numbers)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_line.parser(__doc__, EXAMPLE)
+    parser.add_argument("inputs", type=Path, nargs="*", metavar="FILE", help="WebDataset .tar, LLaVA .json, .jsonl")
+    parser.add_argument("--vq", type=Path, metavar="FOLDER", help="VQ tokenizer; not needed for plain text")
+    parser.add_argument("--vocabulary", type=Path, metavar="FOLDER", help="made by tools/train_tokenizer.py")
+    parser.add_argument("--out", type=Path, metavar="PREFIX", help="the data set: PREFIX.bin, PREFIX.idx, PREFIX.json")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="where .json and .jsonl find images (default: beside the file)"
+    )
+    parser.add_argument(
+        "--as",
+        dest="prefer",
+        choices=("conversation", "caption"),
+        default="conversation",
+        help="what a sample with both becomes (default: conversation)",
+    )
+    parser.add_argument(
+        "--resize",
+        choices=("crop", "squash"),
+        default="crop",
+        help="scale the shorter side and cut out the centre (crop, the default), or scale both sides (squash)",
+    )
+    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images encoded at once (64)")
+    parser.add_argument(
+        "--part-samples", type=_positive, default=1024, metavar="N", help="samples a restart may repeat at most (1024)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="threads that read and decode (default: one per core, at most 8)",
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first sample that would be left out")
+    parser.add_argument("--shard", type=_shard, metavar="I/N", help="do the I-th of N shares of the work (1/N to N/N)")
+    parser.add_argument("--merge", action="store_true", help="join what all shards of --out have made")
+    parser.add_argument(
+        "--verify", type=Path, metavar="PREFIX", help="check a finished data set whole, and nothing else"
+    )
+    return parser
+
+
+def _prepare(arguments: argparse.Namespace) -> dict:
+    from megatron_ext.preprocess import Options, preprocess
+
+    vocabulary = Vocabulary(arguments.vocabulary)
+    vq = _load(arguments.vq) if arguments.vq else None
+    names = ("inputs", "out", "images", "prefer", "resize", "batch_size", "part_samples", "workers", "strict", "shard")
+    options = Options(**{name: getattr(arguments, name) for name in names})
+    summary = preprocess(options, vocabulary, vq)
+    if summary.images:
+        print(f"{summary.images:,} images encoded in {summary.seconds:.1f} s, {summary.speed:,.1f} images/s")
+    if summary.card is None:
+        which, of = arguments.shard
+        print(
+            f"{arguments.out}: shard {which} of {of} is done ({summary.units[0]} of {summary.units[1]} units of work, "
+            f"{summary.skipped} samples skipped); after the last one run: "
+            f"python tools/preprocess_vq.py --merge --out {arguments.out}"
+        )
+        return summary.numbers()
+    return _report(arguments.out, summary)
+
+
+def _merge(arguments: argparse.Namespace) -> dict:
+    from megatron_ext.preprocess import merge_shards
+
+    return _report(arguments.out, merge_shards(arguments.out))
+
+
+def _verify(arguments: argparse.Namespace) -> dict:
+    from megatron_ext.preprocess import check
+
+    vocabulary = Vocabulary(arguments.vocabulary) if arguments.vocabulary else None
+    card = check(arguments.verify, vocabulary, _load(arguments.vq).card if arguments.vq else None)
+    print(f"{arguments.verify}: whole; {_counts(card)}")
+    return card
+
+
+def _report(out: Path, summary) -> dict:
+    print(f"{out}: {'already there, ' if summary.already else ''}{_counts(summary.card)}")
+    if summary.skipped:
+        from megatron_ext.preprocess import skipped_file
+
+        print(f"{summary.skipped} samples skipped, listed in {skipped_file(out)}")
+    return summary.numbers()
+
+
+def _counts(card: dict) -> str:
+    return f"{card['documents']:,} documents, {card['images']:,} images, {card['tokens']:,} tokens"
+
+
+def _load(folder: Path):
+    import torch
+
+    from megatron_ext import vq
+
+    if torch.cuda.is_available():
+        return vq.load(folder, "cuda", torch.bfloat16)
+    return vq.load(folder)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    which, _, of = text.partition("/")
+    if not (which.isdigit() and of.isdigit() and 1 <= int(which) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
+    return int(which), int(of)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
