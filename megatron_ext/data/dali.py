@@ -7,7 +7,7 @@ import importlib.util
 
 import torch
 
-from megatron_ext.data.workers import WorkerRows, main_program_hidden
+from megatron_ext.data.workers import WorkerRows, starting_workers
 from megatron_ext.errors import UserError
 
 
@@ -58,7 +58,7 @@ class DaliLoader:
             py_num_workers=max(1, workers),
             py_start_method="spawn",
         )
-        with main_program_hidden():
+        with starting_workers():
             made.build()
         self._steps = DALIGenericIterator(made, ["rows"], prepare_first_batch=False)
 

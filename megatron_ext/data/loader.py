@@ -1,9 +1,11 @@
 """Steps of rows through torch's DataLoader: the loader without DALI."""
 
+import atexit
+
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_ext.data.workers import WorkerRows, main_program_hidden
+from megatron_ext.data.workers import WorkerRows, starting_workers
 
 
 class PlainLoader:
@@ -25,8 +27,10 @@ class PlainLoader:
             multiprocessing_context="spawn" if workers else None,
             pin_memory=device.type == "cuda",
         )
-        with main_program_hidden():
+        with starting_workers():
             self._steps = iter(loader)
+        if workers:
+            atexit.register(self.close)  # before torch's own exit handlers, which would wait for the workers for ever
 
     def __iter__(self):
         return self
@@ -37,3 +41,4 @@ class PlainLoader:
     def close(self) -> None:
         """End the worker processes."""
         self._steps = iter(())
+        atexit.unregister(self.close)

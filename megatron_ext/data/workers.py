@@ -17,18 +17,22 @@ from megatron_ext.data.rows import StepRows
 
 
 @contextmanager
-def main_program_hidden():
-    """Processes spawned inside do not import the main program.
+def starting_workers():
+    """Start worker processes inside; they are ours alone.
 
-    They need nothing of it, and importing it costs them seconds (Megatron-Core) and would run it again where it has no
-    ``__main__`` guard.
+    They do not import the main program: they need nothing of it, and importing it costs them seconds (Megatron-Core)
+    and would run it again where it has no ``__main__`` guard. And whoever terminates them later kills them, because they
+    ignore SIGTERM (see :class:`WorkerRows`).
     """
+    before = set(multiprocessing.active_children())
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.terminate = worker.kill
 
 
 class WorkerRows:

@@ -17,8 +17,8 @@ def available() -> bool:
 class DaliDecoder:
     """Decodes and resizes batches with DALI: on the CPU, or with the GPU's JPEG decoder.
 
-    DALI gives up a whole batch for one bad file. So files that are not evidently whole go to Pillow, which judges
-    them one by one, and a batch that fails all the same is halved until the culprit is found, which then goes to Pillow.
+    DALI gives up a whole batch for one bad file. So files that are not evidently whole go to Pillow, which judges them
+    one by one, and a batch that fails all the same is halved until the culprit is found, which then goes to Pillow.
 
     Args:
         image_size: (H, W), pixels.

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -90,7 +90,7 @@ def encode(
             yield event
 
 
-def ahead(items: Iterator, depth: int = AHEAD) -> Iterator:
+def ahead(items: Generator, depth: int = AHEAD) -> Iterator:
     """``items``, made by a thread that is up to ``depth`` of them ahead. Closing the result closes ``items``."""
     ready: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()

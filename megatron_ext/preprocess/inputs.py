@@ -8,8 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +29,7 @@ class Unit:
         first: index of its first record (JSON, JSONL).
         count: number of its records; None for a whole tar.
         offset: byte at which its first line starts (JSONL).
+        records: the records themselves (JSON, which can only be read whole).
     """
 
     file: Path
@@ -37,6 +37,7 @@ class Unit:
     first: int = 0
     count: int | None = None
     offset: int = 0
+    records: list | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def read(unit: Unit, reading: Reading, skip: int = 0) -> Iterator[Sample]:
     if unit.count is None:
         yield from _read_tar(unit.file, reading, skip)
         return
-    records = _json_records(unit) if unit.file.suffix == ".json" else _jsonl_records(unit)
+    records = _json_records(unit) if unit.records is not None else _jsonl_records(unit)
     for name, record in islice(records, skip, None):
         with _naming(name):
             if not isinstance(record, dict):
@@ -84,12 +85,15 @@ def _units(file: Path, part_samples: int) -> Iterator[Unit]:
         return
     if file.suffix not in (".json", ".jsonl"):
         raise UserError(f"{file}: neither a WebDataset .tar (not compressed), a LLaVA .json, nor a .jsonl")
-    offsets = _line_offsets(file) if file.suffix == ".jsonl" else [0] * len(_load_json(file))
+    records = _load_json(file) if file.suffix == ".json" else None
+    offsets = _line_offsets(file) if records is None else [0] * len(records)
     if not offsets:
         raise UserError(f"{file}: holds no sample")
     for first in range(0, len(offsets), part_samples):
-        count = min(part_samples, len(offsets) - first)
-        yield Unit(file, size * count // len(offsets), first, count, offsets[first])
+        stop = min(first + part_samples, len(offsets))
+        count = stop - first
+        taken = None if records is None else records[first:stop]
+        yield Unit(file, size * count // len(offsets), first, count, offsets[first], taken)
 
 
 def _line_offsets(file: Path) -> list[int]:
@@ -101,7 +105,6 @@ def _line_offsets(file: Path) -> list[int]:
     return offsets
 
 
-@lru_cache(maxsize=1)  # the units of one file come one after another
 def _load_json(file: Path) -> list:
     with _naming(str(file)):
         records = json.loads(file.read_bytes())
@@ -111,9 +114,8 @@ def _load_json(file: Path) -> list:
 
 
 def _json_records(unit: Unit) -> Iterator[tuple[str, object]]:
-    records = _load_json(unit.file)
-    for index in range(unit.first, unit.first + unit.count):
-        yield f"{unit.file}[{index}]", records[index]
+    for index, record in enumerate(unit.records, unit.first):
+        yield f"{unit.file}[{index}]", record
 
 
 def _jsonl_records(unit: Unit) -> Iterator[tuple[str, object]]:

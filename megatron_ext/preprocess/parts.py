@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -33,7 +34,7 @@ class Part:
     documents: list[tuple[str, list[tuple[int, "np.ndarray | Image"]]]] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
 
-    @property
+    @cached_property
     def images(self) -> list[Image]:
         """Every image once, in order of appearance."""
         return list(dict.fromkeys(item for _, document in self.documents for mode, item in document if mode == IMAGE))
@@ -47,10 +48,10 @@ def part_name(unit: int, part: int) -> str:
 def unit_parts(
     index: int, unit: Unit, done: int, part_samples: int, reading: Reading, vocabulary: Vocabulary
 ) -> Iterator[Part]:
-    """The parts of a unit after the first ``done``."""
+    """The parts of a unit after the first ``done``; a unit without samples is one part without samples."""
     samples = inputs.read(unit, reading, skip=done * part_samples)
     chunk = list(islice(samples, part_samples))
-    while chunk:
+    while chunk or not done:
         following = list(islice(samples, part_samples))
         yield tokenised(part_name(index, done), chunk, not following, vocabulary)
         chunk, done = following, done + 1

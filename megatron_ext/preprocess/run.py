@@ -15,7 +15,7 @@ from megatron_ext.preprocess.encoding import Encoded, encode
 from megatron_ext.preprocess.images import CROP, PillowDecoder
 from megatron_ext.preprocess.inputs import Reading, Unit
 from megatron_ext.preprocess.parts import Part, unit_parts
-from megatron_ext.preprocess.store import Store, finished
+from megatron_ext.preprocess.store import Store, finished, joined, remove_parts
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel
 
@@ -104,6 +104,7 @@ def preprocess(options: Options, vocabulary: Vocabulary, vq: VQModel | None) -> 
     decoder = _decoder(options, vq) if vq is not None else None
     settings = _settings(options, vocabulary, vq, decoder, len(units))
     if card := finished(options.out, settings):
+        remove_parts(options.out)  # a join that was killed at the very end leaves some
         return Summary(card=card, already=True, skipped=card["source"]["skipped"])
     store = Store(options.out, settings)
     mine = _shard(len(units), options.shard)
@@ -124,12 +125,11 @@ def merge_shards(out: Path) -> Summary:
     Raises:
         UserError: a part is missing or damaged.
     """
-    if Path(f"{out}.json").is_file() and not Path(f"{out}.parts").is_dir():
-        from megatron_ext.data.format import Dataset
-
-        return Summary(card=Dataset(out).card, already=True)
-    card = Store(out).join()
-    return Summary(card=card, skipped=card["source"]["skipped"])
+    already = joined(out)
+    if already:
+        remove_parts(out)
+    card = already or Store(out).join()
+    return Summary(card=card, already=bool(already), skipped=card["source"].get("skipped", 0))
 
 
 def _work(

@@ -68,6 +68,8 @@ def _caption(name: str, caption: str, images: Sequence[Image]) -> Sample:
 
 def _conversation(name: str, turns, images: Sequence[Image]) -> Sample:
     """Each placeholder is replaced by the next image; without any placeholder the images come first."""
+    if not isinstance(turns, list):
+        raise ValueError("'conversations' is not a list")
     texts = [_turn(turn) for turn in turns]
     marked = sum(text.count(PLACEHOLDER) for _, text in texts)
     segments = []

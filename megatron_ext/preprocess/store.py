@@ -7,9 +7,11 @@
     UNIT-PART.{bin,idx,json}   its documents, a data set of its own, unless all its samples were skipped
 """
 
+import gc
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ext.command_line import progress, read_json, write_json
@@ -104,13 +106,14 @@ class Store:
             raise UserError(f"{self.prefix}: none of {samples} samples was usable; see 'skipped' in {self.folder}")
         source = {"made_by": TOOL, "samples": samples, "skipped": len(skipped), "settings": self.settings}
         self._remove_temporaries()
-        with DatasetWriter(self.prefix, self.settings["vocabulary"], self.settings["vq"], source) as writer:
+        writer = DatasetWriter(self.prefix, self.settings["vocabulary"], self.settings["vq"], source)
+        with writer, _nothing_to_collect():
             for name, card in progress(parts, desc="joining", unit=" parts"):
                 if card["documents"]:
                     data_format.verify(self.folder / name)
                     writer.add_dataset(self.folder / name)
             self._list_skipped(skipped)
-        shutil.rmtree(self.folder)
+        remove_parts(self.prefix)
         return writer.card
 
     def _all_parts(self) -> list[tuple[str, dict]]:
@@ -141,26 +144,57 @@ class Store:
         return self.folder / f"{name}.part.json"
 
 
+@contextmanager
+def _nothing_to_collect():
+    """Megatron-Core collects garbage for every part it appends, half a second each in a program with torch loaded."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def skipped_file(prefix: str | Path) -> Path:
     """Where the samples that are not in the data set are listed."""
     return Path(f"{prefix}.skipped.jsonl")
 
 
 def finished(prefix: str | Path, settings: dict) -> dict | None:
-    """The card of a data set that is there already, made with these settings; None if there is no data set.
+    """The card of a data set that is there already, made with these settings and not damaged since; or None.
 
     Raises:
-        UserError: it was made with others, or not by this tool.
+        UserError: there is one that was made with other settings, or not by this tool.
     """
-    if not Path(f"{prefix}.json").is_file():
+    file = Path(f"{prefix}.json")
+    if not file.is_file():
         return None
-    card = data_format.Dataset(prefix).card
-    before = card["source"].get("settings") if isinstance(card["source"], dict) else None
+    card = read_json(file)
+    before = card.get("source", {}).get("settings") if isinstance(card, dict) else None
     if before is None:
-        raise UserError(f"{prefix}.json: a data set of another origin; choose another --out")
+        raise UserError(f"{file}: not a data set of this tool's; choose another --out")
     if difference := differing(before, settings):
-        raise UserError(f"{prefix}.json: made with {difference}; delete {prefix}.*, or choose another --out to keep it")
-    return card
+        raise UserError(f"{file}: made with {difference}; delete it, or choose another --out to keep it")
+    try:
+        return data_format.Dataset(prefix).card
+    except UserError as damage:
+        print(f"{damage}; made anew")
+        return None
+
+
+def joined(prefix: str | Path) -> dict | None:
+    """The card of the data set that the parts at ``prefix`` were joined to; None if that is yet to be done."""
+    file = Path(f"{prefix}.json")
+    if not file.is_file():
+        return None
+    settings_file = Path(f"{prefix}.parts", "settings.json")
+    if not settings_file.is_file():
+        return data_format.Dataset(prefix).card
+    return finished(prefix, read_json(settings_file))
+
+
+def remove_parts(prefix: str | Path) -> None:
+    """Remove the parts, which a data set that is whole makes superfluous."""
+    shutil.rmtree(f"{prefix}.parts", ignore_errors=True)
 
 
 def differing(before: dict, now: dict) -> str | None:

@@ -104,8 +104,8 @@ class Checkpointer:
     def load(self, path: Path, model: list[nn.Module], optimizer, expected: dict | None = None) -> dict:
         """Load what :meth:`save` saved, under the same layout or another one.
 
-        Every file is read twice, once by one rank for its checksum and then for its tensors. The random
-        generators are restored under the same layout; under another one they stay as seeded, which is logged.
+        Every file is first read whole by one rank, for its checksum, and then by each rank that needs some of it. The
+        random generators are restored under the same layout; under another one they stay as seeded, which is logged.
 
         Args:
             path: the checkpoint's folder.
@@ -248,7 +248,8 @@ def _check_parameters(path: Path, model: dict, stored: dict[str, tuple[int, ...]
     }
     wanted = {key: shape for shapes in _gathered(local) for key, shape in shapes.items()}
     # Extra states are Transformer Engine's notes beside its parameters.
-    found = {k: s for k, s in stored.items() if not k.startswith(("optimizer.", "random")) and "_extra_state" not in k}
+    found = {k: s for k, s in stored.items() if not k.startswith("optimizer.") and "_extra_state" not in k}
+    found.pop("random")
     for absent, fault in (
         (wanted.keys() - found, "lacks the parameter {}, which the model has"),
         (found.keys() - wanted, "has the parameter {}, which the model has not"),

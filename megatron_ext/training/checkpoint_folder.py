@@ -106,6 +106,8 @@ def read_marker(path: Path) -> dict:
     marker = path / MARKER
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder")
+    if inside := checkpoints(path):
+        raise UserError(f"{path}: holds checkpoints, name one of them, such as {inside[-1]}")
     try:
         body = json.loads(marker.read_text())
         checksum = body.pop("checksum")

@@ -26,7 +26,7 @@ from megatron_ext.training.checkpoint_folder import fingerprint
 
 
 class Report:
-    """A queue for one item from the writer to its rank, which may have forked it.
+    """A queue for one item from the writer to its rank; a file carries it where the writer is a forked process.
 
     Attributes:
         files: once the item was got: fingerprint of each file that the writer wrote, by name.
@@ -36,6 +36,8 @@ class Report:
         self.files: dict[str, dict] = {}
         self._folder = folder
         self._path = folder / f".report_{rank}"
+        self._rank_process = os.getpid()
+        self._item = None
 
     def put(self, results) -> None:
         """Called by the writer with {number of the file: [WriteResult]} when all is written, or with the error."""
@@ -43,16 +45,20 @@ class Report:
         if not isinstance(results, Exception):
             names = {r.storage_data.relative_path for written in results.values() for r in written}
             files = {name: fingerprint(self._folder / name) for name in sorted(names)}
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_bytes(pickle.dumps((results, files)))
-        os.replace(temporary, self._path)
+        self._item = (results, files)
+        if os.getpid() != self._rank_process:
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_bytes(pickle.dumps(self._item))
+            os.replace(temporary, self._path)
 
     def get_nowait(self):
         """Called by the rank when the writer has ended; raises ``queue.Empty`` if it ended without a report."""
-        if not self._path.exists():
-            raise queue.Empty
-        results, self.files = pickle.loads(self._path.read_bytes())
-        self._path.unlink()
+        if self._item is None:
+            if not self._path.exists():
+                raise queue.Empty
+            self._item = pickle.loads(self._path.read_bytes())
+            self._path.unlink()
+        results, self.files = self._item
         return results
 
 

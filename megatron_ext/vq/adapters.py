@@ -3,6 +3,7 @@
 The networks are transformers' own; the codebook look-up is :func:`megatron_ext.vq.model.nearest`, in float32.
 """
 
+import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -38,7 +39,8 @@ class _Transformers(VQModel):
 class JanusVQ(_Transformers):
     """Janus and LlamaGen VQ-16: codes are directions, so latents and codebook are compared at unit length.
 
-    transformers' own ``encode`` leaves both as they are, which is the same only for a codebook of unit vectors.
+    transformers' own ``encode`` leaves both as they are, which is the same only for a codebook of unit vectors. A
+    network of 3 p^2 channels (tools/train_vq.py trains such) takes pictures in by patches of p x p pixels.
     """
 
     kind = "janus_vqgan"
@@ -47,19 +49,21 @@ class JanusVQ(_Transformers):
     @staticmethod
     def _sizes(config):
         side = config.num_patches
-        pixels = side * _reduction(config)
+        pixels = side * _reduction(config) * _patch(config)
         return (side, side), (pixels, pixels)
 
     def _codebook(self):
         return F.normalize(self.network.quantize.embedding.weight.float(), dim=1)
 
     def _latents(self, images: Tensor) -> Tensor:
+        images = F.pixel_unshuffle(images, _patch(self.network.config))
         return self.network.quant_conv(self.network.encoder(images))
 
     def _pictures(self, codes: Tensor) -> Tensor:
         vectors = F.embedding(codes, self._codebook()).to(self.network.post_quant_conv.weight.dtype)
         latents = vectors.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        return self.network.decoder(self.network.post_quant_conv(latents))
+        decoded = self.network.decoder(self.network.post_quant_conv(latents))
+        return F.pixel_shuffle(decoded, _patch(self.network.config))
 
 
 class ChameleonVQ(_Transformers):
@@ -119,6 +123,11 @@ ADAPTERS = {adapter.kind: adapter for adapter in (JanusVQ, Emu3VQ, ChameleonVQ)}
 def _reduction(config) -> int:
     """Pixels per code along a side."""
     return 2 ** (len(config.channel_multiplier) - 1)
+
+
+def _patch(config) -> int:
+    """Pixels along a side of the patches that a Janus network takes in."""
+    return math.isqrt(config.in_channels // 3)
 
 
 def _read_network(network_class, folder: Path, config: dict):

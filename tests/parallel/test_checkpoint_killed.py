@@ -44,7 +44,7 @@ def test_killed_at_any_change_to_the_file_system_in_a_save(tmp_path, uninterrupt
 def test_killed_at_random_moments(tmp_path, uninterrupted, asynchronous):
     generator = random.Random(asynchronous)
     folders = []
-    for trial in range(6):
+    for trial in range(4):
         folder = tmp_path / str(trial)
         processes, pipes = world(2, _train_and_save_always, folder, asynchronous, folder=tmp_path, wait=False)
         while not checkpoints(folder) and all(p.is_alive() for p in processes):

@@ -1,8 +1,11 @@
 """A run goes on from its checkpoint: bit for bit under the same layout, with equal losses under any other."""
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from checkpoint_ranks import Layout, Run, world
 
 
@@ -32,11 +35,15 @@ def _interrupt_and_resume(folder: Path, layout: Layout):
     run = Run(layout)
     run.train(1, 2)
     checkpointer.save(2, run.chunks, run.optimizer, state)
-    uninterrupted = (run.train(3, 5), run.weights(), state)
+    uninterrupted = (run.train(3, 5), run.weights(), _draw(), state)
 
     again = Run(layout, seed=2)
     loaded = checkpointer.load(checkpointer.newest(), again.chunks, again.optimizer)
-    return uninterrupted, (again.train(3, 5), again.weights(), loaded)
+    return uninterrupted, (again.train(3, 5), again.weights(), _draw(), loaded)
+
+
+def _draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
 RING = [
@@ -128,3 +135,24 @@ def _start_from_weights(folder: Path):
     load_weights(folder / "checkpoints" / "iter_0000002", run.chunks)
     before = steps_taken(run.optimizer)
     return trained, run.train(3, 3), (before, steps_taken(run.optimizer))
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
+def test_hyperparameters_are_the_resuming_runs_own(tmp_path, distributed):
+    layout = Layout(distributed_optimizer=distributed)
+    (rates,) = world(1, _resume_with_another_learning_rate, tmp_path, layout, folder=tmp_path)
+    assert rates == {(1e-2, 1e-2)}
+
+
+def _resume_with_another_learning_rate(folder: Path, layout: Layout) -> set[tuple[float, float]]:
+    from megatron_ext.training.checkpoint import Checkpointer
+
+    checkpointer = Checkpointer(folder / "checkpoints")
+    run = Run(layout)
+    run.train(1, 1)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["max_lr"] = 0.5
+    checkpointer.save(1, run.chunks, run.optimizer, {})
+    run = Run(layout, seed=2)
+    checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)
+    return {(group["lr"], group["max_lr"]) for group in run.optimizer.param_groups}

@@ -113,3 +113,9 @@ def test_a_marker_that_cannot_be_trusted_is_refused(tmp_path, content, message):
     marker.unlink() if content is None else marker.write_text(content)
     with pytest.raises(UserError, match=f"{marker}: {message}"):
         checkpoint_folder.read_marker(path)
+
+
+def test_the_folder_of_all_checkpoints_is_not_taken_for_one(tmp_path):
+    path = save(tmp_path, 10)
+    with pytest.raises(UserError, match=f"{tmp_path}: holds checkpoints, name one of them, such as {path}"):
+        checkpoint_folder.read_marker(tmp_path)

@@ -1,0 +1,284 @@
+"""Preprocessing: a run that is stopped, cut into shards or met by damaged images still gives the right bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from preprocess_material import CODES, GRID, caption_tar, encoded, make_vocabulary, make_vq, write_tar
+
+from megatron_ext import vq as vq_package
+from megatron_ext.data.format import ANSWER, IMAGE, Dataset, DatasetWriter
+from megatron_ext.errors import UserError
+from megatron_ext.preprocess import Options, check, merge_shards, preprocess
+
+
+@pytest.fixture(scope="module")
+def vq(tmp_path_factory):
+    return vq_package.load(make_vq(tmp_path_factory.mktemp("vq")))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    return make_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> list[Path]:
+    """Three tars of 11 captioned pictures."""
+    folder = tmp_path_factory.mktemp("tars")
+    return [caption_tar(folder / f"{i}.tar", 11, first=11 * i) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tars, vocabulary, vq) -> dict[str, bytes]:
+    """The files of an uninterrupted run over the tars."""
+    out = tmp_path_factory.mktemp("whole") / "set"
+    preprocess(small(tars, out), vocabulary, vq)
+    return contents(out)
+
+
+def restore(files: dict[str, bytes], folder: Path) -> Path:
+    """Put the files of a data set into a folder; gives its prefix."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder / "set"
+
+
+def small(inputs, out, **options) -> Options:
+    return Options([Path(file) for file in inputs], out, **{"batch_size": 3, "part_samples": 4, **options})
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The bytes of every file in the folder of a data set."""
+    return {file.name: file.read_bytes() for file in out.parent.iterdir() if file.is_file()}
+
+
+class Failing:
+    """A VQ model that is stopped after some batches."""
+
+    def __init__(self, vq, batches: int):
+        self._vq, self._left = vq, batches
+
+    def __getattr__(self, name):
+        return getattr(self._vq, name)
+
+    def encode(self, images):
+        if not self._left:
+            raise KeyboardInterrupt
+        self._left -= 1
+        return self._vq.encode(images)
+
+
+def test_a_run_makes_a_document_of_every_sample(whole, tmp_path, vocabulary):
+    dataset = Dataset(restore(whole, tmp_path))
+    assert len(dataset) == 33
+    assert sorted(whole) == ["set.bin", "set.idx", "set.json"]
+    texts = [vocabulary.decode(dataset.document(i)[1][1].tolist()) for i in range(3)]
+    assert texts == ["a a picture", "a red picture", "a green picture"]
+    assert [mode for mode, _ in dataset.document(0)] == [IMAGE, ANSWER]
+    assert len({bytes(dataset.document(i)[0][1]) for i in range(33)}) > 16, "the codes hardly depend on the picture"
+
+
+@pytest.mark.parametrize("batches", [1, 3, 8])
+def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path, tars, vocabulary, vq, whole, batches):
+    options = small(tars, tmp_path / "set")
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(options, vocabulary, Failing(vq, batches))
+    done = len(list(tmp_path.glob("set.parts/*.part.json")))
+    summary = preprocess(options, vocabulary, vq)
+    # Parts of 4, 4 and 3 samples, in batches of 3: a part takes 2, 2 and 1 batches.
+    assert done == {1: 0, 3: 1, 8: 4}[batches]
+    assert summary.images == 33 - {0: 0, 1: 4, 4: 15}[done]
+    assert contents(tmp_path / "set") == whole
+    assert not (tmp_path / "set.parts").exists()
+
+
+@pytest.mark.parametrize("shards", [2, 3, 5])
+def test_shards_join_to_the_bytes_of_one_run(tmp_path, tars, vocabulary, vq, whole, shards):
+    images = 0
+    for shard in reversed(range(1, shards + 1)):
+        images += preprocess(small(tars, tmp_path / "set", shard=(shard, shards)), vocabulary, vq).images
+    merge_shards(tmp_path / "set")
+    assert images == 33
+    assert contents(tmp_path / "set") == whole
+
+
+def test_merging_names_the_part_that_is_missing(tmp_path, tars, vocabulary, vq):
+    preprocess(small(tars, tmp_path / "set", shard=(1, 2)), vocabulary, vq)
+    with pytest.raises(UserError, match=r"000001-0000\.part\.json: not found; the shard that makes it has not"):
+        merge_shards(tmp_path / "set")
+    assert not (tmp_path / "set.json").exists()
+
+
+def test_a_damaged_part_is_refused(tmp_path, tars, vocabulary, vq):
+    preprocess(small(tars, tmp_path / "set", shard=(1, 1)), vocabulary, vq)
+    file = tmp_path / "set.parts" / "000001-0000.bin"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"000001-0000\.bin: .* bytes, the card says"):
+        merge_shards(tmp_path / "set")
+    assert not (tmp_path / "set.json").exists()
+
+
+def test_a_finished_data_set_is_left_alone(tmp_path, tars, vocabulary, vq, whole):
+    options = small(tars, tmp_path / "set")
+    restore(whole, tmp_path)
+    summary = preprocess(options, vocabulary, Failing(vq, 0))
+    assert summary.already and summary.images == 0 and summary.card["documents"] == 33
+    with pytest.raises(UserError, match=r"set\.json: made with resize crop, now squash; delete it, or choose"):
+        preprocess(small(tars, tmp_path / "set", resize="squash"), vocabulary, vq)
+    assert contents(tmp_path / "set") == whole
+
+
+def test_a_finished_data_set_that_was_damaged_is_made_anew(tmp_path, tars, vocabulary, vq, whole, capsys):
+    options = small(tars, tmp_path / "set")
+    restore(whole, tmp_path)
+    (tmp_path / "set.bin").write_bytes(b"")
+    preprocess(options, vocabulary, vq)
+    assert "set.bin: 0 bytes" in capsys.readouterr().out
+    assert contents(tmp_path / "set") == whole
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"batch_size": 2}, "batch_size 3, now 2"),
+        ({"resize": "squash"}, "resize crop, now squash"),
+        ({"prefer": "caption"}, "as conversation, now caption"),
+    ],
+)
+def test_going_on_with_other_options_is_refused(tmp_path, tars, vocabulary, vq, changed, named):
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(small(tars, tmp_path / "set"), vocabulary, Failing(vq, 3))
+    with pytest.raises(UserError, match=rf"set\.parts: started with {named}; delete that folder, or choose another"):
+        preprocess(small(tars, tmp_path / "set", **changed), vocabulary, vq)
+
+
+def test_going_on_with_other_inputs_is_refused(tmp_path, tars, vocabulary, vq):
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(small(tars, tmp_path / "set"), vocabulary, Failing(vq, 3))
+    with pytest.raises(UserError, match=r"other inputs \(3 files, now 2\)"):
+        preprocess(small(tars[:2], tmp_path / "set"), vocabulary, vq)
+    with pytest.raises(UserError, match=r"other inputs \(.*0\.tar of .*, now .*1\.tar of"):
+        preprocess(small([tars[1], tars[0], tars[2]], tmp_path / "set"), vocabulary, vq)
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """JSONL of captions for: a whole image, a truncated one, text, a PNG with a wrong checksum, none, and a whole."""
+    bad_checksum = bytearray(encoded(3))
+    bad_checksum[len(bad_checksum) // 2] ^= 255
+    files = {
+        "0.jpg": encoded(0, "JPEG"),
+        "1.jpg": encoded(1, "JPEG", height=200, width=200)[:-900],
+        "2.png": b"this is no picture",
+        "3.png": bytes(bad_checksum),
+        "5.webp": encoded(5, "WEBP"),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    records = [{"image": name, "caption": f"a {i} picture"} for i, name in enumerate([*list(files)[:4], "4.png"])]
+    records.append({"image": "5.webp", "caption": "two"})
+    file = tmp_path / "captions.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def test_damaged_images_are_skipped_and_listed_and_spare_their_batch(tmp_path, damaged, vocabulary, vq):
+    out = tmp_path / "out" / "set"
+    summary = preprocess(small([damaged], out, batch_size=16, part_samples=16), vocabulary, vq)
+    dataset = Dataset(out)
+    assert len(dataset) == 2 and summary.skipped == 4
+    assert vocabulary.decode(dataset.document(1)[1][1].tolist()) == "two"
+    skipped = [json.loads(line) for line in Path(f"{out}.skipped.jsonl").read_text().splitlines()]
+    assert [Path(entry["image"]).name for entry in skipped] == ["1.jpg", "2.png", "3.png", "4.png"]
+    assert [entry["sample"] for entry in skipped] == [f"{damaged}:{line}" for line in (2, 3, 4, 5)]
+    assert skipped[1]["reason"] == "not an image of a known format"
+    assert skipped[3]["reason"] == "No such file or directory"
+    assert dataset.card["source"]["skipped"] == 4
+
+
+def test_images_beside_damaged_ones_get_the_codes_they_get_alone(tmp_path, damaged, vocabulary, vq):
+    preprocess(small([damaged], tmp_path / "set", batch_size=16), vocabulary, vq)
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text("".join(damaged.read_text().splitlines(keepends=True)[i] for i in (0, 5)))
+    preprocess(small([alone], tmp_path / "alone", batch_size=16), vocabulary, vq)
+    assert (tmp_path / "set.bin").read_bytes() == (tmp_path / "alone.bin").read_bytes()
+
+
+def test_strict_stops_at_the_first_damaged_image(tmp_path, damaged, vocabulary, vq):
+    with pytest.raises(UserError, match=r"1\.jpg: .*truncated.*; without --strict it is skipped"):
+        preprocess(small([damaged], tmp_path / "set", strict=True), vocabulary, vq)
+    assert not (tmp_path / "set.json").exists()
+
+
+def test_strict_also_stops_at_what_an_earlier_run_skipped(tmp_path, damaged, vocabulary, vq):
+    preprocess(small([damaged], tmp_path / "set", shard=(1, 1)), vocabulary, vq)
+    with pytest.raises(UserError, match=r"1\.jpg: .*; without --strict it is skipped"):
+        preprocess(small([damaged], tmp_path / "set", strict=True), vocabulary, vq)
+
+
+def test_nothing_usable_is_an_error(tmp_path, vocabulary, vq):
+    tar = write_tar(tmp_path / "a.tar", {"0.jpg": b"no", "0.txt": "a"})
+    with pytest.raises(UserError, match="none of 1 samples was usable"):
+        preprocess(small([tar], tmp_path / "set"), vocabulary, vq)
+
+
+def test_a_vocabulary_for_another_codebook_is_refused(tmp_path, tars, vq):
+    wrong = make_vocabulary(tmp_path / "vocabulary", codes=CODES * 2)
+    with pytest.raises(UserError, match=rf"made for {CODES * 2} VQ codes, but .* has {CODES}"):
+        preprocess(small(tars, tmp_path / "set"), wrong, vq)
+
+
+def test_images_without_a_vq_tokenizer_are_refused(tmp_path, tars, vocabulary):
+    with pytest.raises(UserError, match=r"0\.tar:0000\.jpg: the input has images; give the VQ tokenizer with --vq"):
+        preprocess(small(tars, tmp_path / "set"), vocabulary, None)
+
+
+def test_checking_passes_what_is_right(tmp_path, whole, vocabulary, vq):
+    restore(whole, tmp_path)
+    assert check(tmp_path / "set")["documents"] == 33
+    assert check(tmp_path / "set", vocabulary, vq.card)["images"] == 33
+
+
+@pytest.mark.parametrize("kind", ["bin", "idx"])
+def test_checking_finds_truncation_and_alteration(tmp_path, whole, kind):
+    restore(whole, tmp_path)
+    file = tmp_path / f"set.{kind}"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"set\.{kind}: sha256 differs"):
+        check(tmp_path / "set")
+    file.write_bytes(content[:-4])
+    with pytest.raises(UserError, match=rf"set\.{kind}: .* bytes, the card says"):
+        check(tmp_path / "set")
+
+
+def test_checking_finds_another_vocabulary_and_vq(tmp_path, whole, vocabulary, vq):
+    restore(whole, tmp_path)
+    other = make_vocabulary(tmp_path / "other", codes=CODES * 2)
+    with pytest.raises(UserError, match=r"set\.json: of vocabulary .*, but .*other is"):
+        check(tmp_path / "set", other)
+    with pytest.raises(UserError, match=r"set\.json: encoded by the VQ tokenizer"):
+        check(tmp_path / "set", vocabulary, {**vq.card, "fingerprint": "0" * 16})
+
+
+def test_checking_finds_tokens_of_the_wrong_kind(tmp_path, vocabulary):
+    card = {"fingerprint": "x", "grid": [GRID, GRID], "codebook_size": CODES}
+    image = [vocabulary.image_offset] * GRID * GRID
+
+    def write(document):
+        with DatasetWriter(tmp_path / "set", vocabulary.fingerprint, card, {}) as writer:
+            writer.add(document)
+
+    write([(IMAGE, image), (ANSWER, [vocabulary.eod])])
+    with pytest.raises(UserError, match=rf"set\.bin: token {vocabulary.eod} in a text sequence"):
+        check(tmp_path / "set", vocabulary)
+    write([(IMAGE, [*image[1:], vocabulary.size]), (ANSWER, [5])])
+    with pytest.raises(UserError, match=rf"set\.bin: token {vocabulary.size} in an image"):
+        check(tmp_path / "set", vocabulary)
+    with pytest.raises(UserError, match=rf"set\.bin: token {vocabulary.size} in an image"):
+        check(tmp_path / "set")
+    write([(IMAGE, image), (ANSWER, [vocabulary.image_offset + 1])])
+    with pytest.raises(UserError, match=rf"set\.bin: token {vocabulary.image_offset + 1} in a text sequence"):
+        check(tmp_path / "set")
