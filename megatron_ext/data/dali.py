@@ -7,7 +7,7 @@ import importlib.util
 
 import torch
 
-from megatron_ext.data.workers import WorkerRows, starting_workers
+from megatron_ext.data.workers import WorkerRows, Workers
 from megatron_ext.errors import UserError
 
 
@@ -22,6 +22,9 @@ class DaliLoader:
     Args:
         workers: processes that pack ahead; 0 packs in this process.
         prefetch: steps prepared ahead.
+
+    Attributes:
+        workers: :class:`~megatron_ext.data.workers.Workers`.
 
     Raises:
         UserError: DALI is not installed.
@@ -58,7 +61,8 @@ class DaliLoader:
             py_num_workers=max(1, workers),
             py_start_method="spawn",
         )
-        with starting_workers():
+        self.workers = Workers()
+        with self.workers.starting():
             made.build()
         self._steps = DALIGenericIterator(made, ["rows"], prepare_first_batch=False)
 

@@ -181,6 +181,7 @@ class StepBatches:
         self._step += 1
         started = time.perf_counter()
         if self._loader is not None:
+            self._loader.workers.check()
             packed = next(self._loader)
         else:
             packed = torch.empty(self._shape, dtype=torch.int32, device=self._device)

@@ -5,7 +5,7 @@ import atexit
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_ext.data.workers import WorkerRows, starting_workers
+from megatron_ext.data.workers import WorkerRows, Workers
 
 
 class PlainLoader:
@@ -14,6 +14,9 @@ class PlainLoader:
     Args:
         workers: processes that pack ahead; 0 packs when a step is asked for.
         prefetch: steps prepared ahead.
+
+    Attributes:
+        workers: :class:`~megatron_ext.data.workers.Workers`.
     """
 
     def __init__(self, rows: WorkerRows, workers: int, prefetch: int, device: torch.device):
@@ -27,7 +30,8 @@ class PlainLoader:
             multiprocessing_context="spawn" if workers else None,
             pin_memory=device.type == "cuda",
         )
-        with starting_workers():
+        self.workers = Workers()
+        with self.workers.starting():
             self._steps = iter(loader)
         if workers:
             atexit.register(self.close)  # before torch's own exit handlers, which would wait for the workers for ever

@@ -14,25 +14,46 @@ from contextlib import contextmanager
 import numpy as np
 
 from megatron_ext.data.rows import StepRows
+from megatron_ext.errors import UserError
 
 
-@contextmanager
-def starting_workers():
-    """Start worker processes inside; they are ours alone.
+class Workers:
+    """The processes of one loader."""
 
-    They do not import the main program: they need nothing of it, and importing it costs them seconds (Megatron-Core)
-    and would run it again where it has no ``__main__`` guard. And whoever terminates them later kills them, because they
-    ignore SIGTERM (see :class:`WorkerRows`).
-    """
-    before = set(multiprocessing.active_children())
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        for worker in set(multiprocessing.active_children()) - before:
-            worker.terminate = worker.kill
+    def __init__(self):
+        self._processes: list[multiprocessing.Process] = []
+
+    @contextmanager
+    def starting(self):
+        """Processes started inside are these workers.
+
+        They do not import the main program: they need nothing of it, and importing it costs them seconds
+        (Megatron-Core) and would run it again where it has no ``__main__`` guard. And whoever terminates them later
+        kills them, because they ignore SIGTERM.
+        """
+        before = set(multiprocessing.active_children())
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+            self._processes = list(set(multiprocessing.active_children()) - before)
+            for process in self._processes:
+                process.terminate = process.kill
+
+    def check(self) -> None:
+        """Refuse to go on without one of them (DALI would wait for ever).
+
+        Raises:
+            UserError: a process has ended.
+        """
+        for process in self._processes:
+            if not process.is_alive():
+                raise UserError(
+                    f"a process that packs data ended with exit code {process.exitcode} (-9: killed, mostly for want "
+                    "of memory); lower data.workers or data.prefetch and start again to resume"
+                )
 
 
 class WorkerRows:

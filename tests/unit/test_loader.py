@@ -71,6 +71,18 @@ def test_workers_survive_the_signals_that_stop_a_trainer(blend, loader):
     assert not multiprocessing.active_children()
 
 
+def test_a_lost_worker_ends_the_run_instead_of_hanging_it(blend):
+    batches = step_batches(blend, settings("dali", workers=2), 5, start_step=0)
+    next(batches)
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(UserError, match="a process that packs data ended with exit code -9"):
+        next(batches)
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
 TRAINER = """
 import multiprocessing, sys, time
 sys.path.insert(0, {here!r})
@@ -80,8 +92,20 @@ from megatron_ext.data import step_batches
 batches = step_batches(mixture(({path!r}, "generation", 1.0)), DataConfig(sequence_length=64, loader={loader!r}), 5, 0)
 next(batches)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-time.sleep(600)
+{then}
 """
+
+
+def start_trainer(tmp_path, loader, then) -> tuple[subprocess.Popen, list[str]]:
+    """A program that trains with one worker and then does something; with the worker's process id."""
+    path = captions(tmp_path / "pairs", 80)
+    program = TRAINER.format(here=str(Path(__file__).parent), path=path, loader=loader, then=then)
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    workers = trainer.stdout.readline().split()
+    assert len(workers) == 1 and alive(workers[0])
+    return trainer, workers
 
 
 def alive(pid) -> bool:
@@ -93,17 +117,21 @@ def alive(pid) -> bool:
 
 @pytest.mark.parametrize("loader", ["plain", "dali"])
 def test_workers_die_with_a_trainer_that_is_killed(tmp_path, loader):
-    path = captions(tmp_path / "pairs", 80)
-    program = TRAINER.format(here=str(Path(__file__).parent), path=path, loader=loader)
-    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    workers = trainer.stdout.readline().split()
-    assert workers and all(map(alive, workers))
+    trainer, workers = start_trainer(tmp_path, loader, "time.sleep(600)")
     trainer.kill()
-    trainer.wait()
+    trainer.communicate()
     give_up = time.monotonic() + 30
     while any(map(alive, workers)) and time.monotonic() < give_up:
         time.sleep(0.1)
     assert not any(map(alive, workers))
+
+
+@pytest.mark.parametrize("loader", ["plain", "dali"])
+def test_a_trainer_that_fails_ends_with_its_workers(tmp_path, loader):
+    trainer, workers = start_trainer(tmp_path, loader, "raise ValueError('a bug')")
+    _, errors = trainer.communicate(timeout=120)
+    assert trainer.returncode == 1 and errors.endswith("ValueError: a bug\n")
+    assert not alive(workers[0])
 
 
 def test_workers_do_not_import_torch():

@@ -48,7 +48,7 @@ OBJECT_COUNTS = {1: 2, 2: 4, 3: 5, 4: 5, 5: 4, 6: 3}
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. ``x``, ``y`` (its center) and ``radius`` are fractions of the side, y downwards; rotation in degrees."""
+    """One object. ``x``, ``y`` (its center) and ``radius`` are fractions of the side, y down; rotation in degrees."""
 
     shape: str
     color: str

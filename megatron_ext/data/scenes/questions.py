@@ -1,0 +1,187 @@
+"""Questions about a scene that need looking: the answer is drawn first where it can be, so that it is balanced."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_ext.data.scenes.captions import NUMBERS, article, pair_name, plural, relation_words, unique_objects
+from megatron_ext.data.scenes.world import COLORS, HELD_OUT, PLACES, SHAPES, Scene, SceneObject
+
+YES_NO = ("yes", "no")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer, and the answers among which a system would have to choose."""
+
+    kind: str
+    text: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+def questions(scene: Scene, count: int) -> list[Question]:
+    """``count`` questions (fewer if the scene allows no more) of different kinds, as far as there are kinds."""
+    rng = scene.random("questions")
+    kinds = list(KINDS)
+    rng.shuffle(kinds)
+    made: list[Question] = []
+    for _ in range(4):
+        for kind in kinds:
+            if (
+                len(made) < count
+                and (question := ask(scene, kind, rng))
+                and question.text not in {q.text for q in made}
+            ):
+                made.append(question)
+    return made
+
+
+def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
+    """A question of one kind; None where the scene allows none."""
+    asked = KINDS[kind](scene, rng)
+    return Question(kind, *asked) if asked else None
+
+
+Asked = tuple[str, str, tuple[str, ...]] | None
+
+
+def _existence(scene: Scene, rng: random.Random) -> Asked:
+    answer = rng.choice(YES_NO)
+    pair = _present(scene, rng) if answer == "yes" else _absent(scene, rng)
+    return (f"Is there {_name(pair)}?", answer, YES_NO)
+
+
+def _counting(scene: Scene, rng: random.Random) -> Asked:
+    """How many of a color, of a shape, or in all; the number is drawn among those that some question has here."""
+    counts: dict[int, list[str]] = {}
+    by_color, by_shape = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
+    for color in COLORS:
+        counts.setdefault(by_color[color], []).append(f"{color} objects")
+    for shape in SHAPES:
+        counts.setdefault(by_shape[shape], []).append(plural(shape, 2))
+    counts.setdefault(len(scene.objects), []).append("objects")
+    number = rng.choice(sorted(counts))
+    return (f"How many {rng.choice(counts[number])} are there?", _number(number), tuple(map(_number, range(7))))
+
+
+def _color(scene: Scene, rng: random.Random) -> Asked:
+    item = _single(scene, rng, lambda o: o.shape)
+    return item and (f"What color is the {item.shape}?", item.color, COLORS)
+
+
+def _shape(scene: Scene, rng: random.Random) -> Asked:
+    item = _single(scene, rng, lambda o: o.color)
+    return item and (f"What shape is the {item.color} object?", item.shape, SHAPES)
+
+
+def _place(scene: Scene, rng: random.Random) -> Asked:
+    items = unique_objects(scene)
+    if not items:
+        return None
+    item = rng.choice(items)
+    return (f"Where is the {pair_name(item)}?", item.place, tuple(place for row in PLACES for place in row))
+
+
+def _comparison(scene: Scene, rng: random.Random) -> Asked:
+    """Numbers of two colors or shapes, or sizes of two objects; which comes first decides the answer."""
+    answer = rng.choice(YES_NO)
+    pairs = [(a, b) for a in unique_objects(scene) for b in unique_objects(scene) if a.size > b.size]  # small > large
+    if pairs and rng.random() < 0.5:
+        small, large = rng.choice(pairs)
+        first, second = (large, small) if answer == "yes" else (small, large)
+        return (f"Is the {pair_name(first)} larger than the {pair_name(second)}?", answer, YES_NO)
+    attribute, form = rng.choice([("color", "{} objects"), ("shape", "{}")])
+    counts = Counter(getattr(o, attribute) for o in scene.objects)
+    unequal = [(a, b) for a in sorted(counts) for b in sorted(counts) if counts[a] > counts[b]]
+    if not unequal:
+        return None
+    more, less = rng.choice(unequal)
+    first, second = (more, less) if answer == "yes" else (less, more)
+    named = [form.format(x) if attribute == "color" else plural(x, 2) for x in (first, second)]
+    return (f"Are there more {named[0]} than {named[1]}?", answer, YES_NO)
+
+
+def _relation(scene: Scene, rng: random.Random) -> Asked:
+    items = unique_objects(scene)
+    pairs = [(a, b) for a in items for b in items if a is not b and relation_words(a, b)]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    word, inverse = rng.choice(relation_words(a, b))
+    answer = rng.choice(YES_NO)
+    return (f"Is the {pair_name(a)} {word if answer == 'yes' else inverse} the {pair_name(b)}?", answer, YES_NO)
+
+
+def _logic(scene: Scene, rng: random.Random) -> Asked:
+    answer = rng.choice(YES_NO)
+    form = rng.choice(["and", "or", "not"])
+    if form == "not":
+        return _other_color(scene, rng, answer)
+    # Both parts are drawn, so that neither alone gives the answer away more often than it must.
+    truth = {("and", "yes"): [True, True], ("or", "no"): [False, False]}.get((form, answer), [True, False])
+    rng.shuffle(truth)
+    parts = [_present(scene, rng) if there else _absent(scene, rng) for there in truth]
+    if parts[0] == parts[1]:
+        return None
+    return (f"Is there {_name(parts[0])} {form} {_name(parts[1])}?", answer, YES_NO)
+
+
+def _other_color(scene: Scene, rng: random.Random, answer: str) -> Asked:
+    """Is there a circle that is not red? No is asked where all circles are red."""
+    colors = {shape: {o.color for o in scene.objects if o.shape == shape} for shape in {o.shape for o in scene.objects}}
+    if answer == "yes":
+        candidates = [(s, c) for s in sorted(colors) for c in sorted(colors[s]) if len(colors[s]) > 1]
+        candidates = candidates or [(s, c) for s in sorted(colors) for c in COLORS if c not in colors[s]]
+    else:
+        candidates = [(s, c) for s in sorted(colors) for c in colors[s] if len(colors[s]) == 1]
+    candidates = [(s, c) for s, c in candidates if scene.speakable(s, c)]
+    if not candidates:
+        return None
+    shape, color = rng.choice(candidates)
+    return (f"Is there a {shape} that is not {color}?", answer, YES_NO)
+
+
+KINDS: dict[str, Callable[[Scene, random.Random], Asked]] = {
+    "existence": _existence,
+    "counting": _counting,
+    "color": _color,
+    "shape": _shape,
+    "place": _place,
+    "comparison": _comparison,
+    "relation": _relation,
+    "logic": _logic,
+}
+
+
+def _number(count: int) -> str:
+    return "zero" if count == 0 else NUMBERS[count]
+
+
+def _name(pair: tuple[str, str]) -> str:
+    return article(f"{pair[1]} {pair[0]}")
+
+
+def _present(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    item = rng.choice(scene.objects)
+    return item.shape, item.color
+
+
+def _absent(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A (shape, color) that no object has. Half the time both are in the picture, on different objects."""
+    there = {(o.shape, o.color) for o in scene.objects}
+    shapes, colors = sorted({s for s, _ in there}), sorted({c for _, c in there})
+    near = [(s, c) for s in shapes for c in colors if (s, c) not in there and scene.speakable(s, c)]
+    anywhere = [(s, c) for s in SHAPES for c in COLORS if (s, c) not in there and scene.speakable(s, c)]
+    if scene.split == "test":
+        # Test pictures are full of held-out pairs, so that to hear one must not mean yes.
+        anywhere = sorted(HELD_OUT - there)
+    return rng.choice(near if near and rng.random() < 0.5 else anywhere)
+
+
+def _single(scene: Scene, rng: random.Random, by: Callable[[SceneObject], str]) -> SceneObject | None:
+    """An object that is the only one with its value of an attribute."""
+    counts = Counter(by(o) for o in scene.objects)
+    items = [o for o in scene.objects if counts[by(o)] == 1]
+    return rng.choice(items) if items else None

@@ -1,0 +1,55 @@
+"""Make the picture world: procedural scenes with captions, questions and texts, in the forms of real data."""
+
+from pathlib import Path
+
+from megatron_ext import command_line
+from megatron_ext.data.scenes.sheet import write_sheet
+from megatron_ext.data.scenes.world import SPLITS
+from megatron_ext.data.scenes.write import FORMS, SplitConfig, write_split
+from megatron_ext.errors import UserError
+
+
+def main() -> None:
+    parser = command_line.parser(
+        __doc__, "python tools/make_scenes.py --out data/scenes --train 20000 --validation 1000 --test 1000 --workers 8"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="gets one folder per split")
+    parser.add_argument("--train", type=int, default=2000, help="scenes of the training split (default: 2000)")
+    parser.add_argument("--validation", type=int, default=200, help="default: 200")
+    parser.add_argument("--test", type=int, default=200, help="default: 200; all of them with held-out combinations")
+    parser.add_argument("--size", type=int, default=64, help="pixels along a side (default: 64)")
+    parser.add_argument("--questions", type=int, default=3, help="per picture (default: 3)")
+    parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["tar", "text"], help="default: tar text")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write a PNG of some scenes with their words")
+    arguments = parser.parse_args()
+    if not arguments.out and not arguments.sheet:
+        parser.error("give --out, --sheet or both")
+    if arguments.size < 16:
+        raise UserError(f"--size {arguments.size}: must be at least 16")
+    if arguments.sheet:
+        write_sheet(arguments.sheet, "train", arguments.seed, arguments.size)
+        print(f"{arguments.sheet}: written")
+    cards = {}
+    for split in SPLITS if arguments.out else ():
+        count = getattr(arguments, split)
+        config = SplitConfig(
+            split=split,
+            count=count,
+            texts=round(count * arguments.texts_per_scene),
+            size=arguments.size,
+            questions=arguments.questions,
+            seed=arguments.seed,
+            forms=tuple(arguments.forms),
+        )
+        cards[split] = card = write_split(arguments.out, config, arguments.workers)
+        state = "made" if card["made"] else "already complete"
+        print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({card['fingerprint']})")
+    if arguments.json:
+        command_line.write_json(arguments.json, cards)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
