@@ -2,7 +2,8 @@
 
 Whole: reading a tar, decoding, resizing, encoding, tokenising, writing, joining. Alone: the same VQ model in a loop
 over the same pictures, decoded beforehand. The rounds alternate, so that a busy machine slows both alike; the ratio is
-of the medians. The VQ model is a random one of the quickstart's size, the pictures are made here.
+of the medians. The VQ model is a random one of the quickstart's size, the pictures are made here. Without a GPU both
+want the same cores, so the ratio says how much of them decoding takes beside an encoder as small as this one.
 """
 
 import io
@@ -35,7 +36,7 @@ def main() -> None:
     arguments.add_argument("--images", type=int, default=1536, help="pictures, half JPEG and half PNG (default 1536)")
     arguments.add_argument("--pixels", type=int, default=64, help="shorter side of the files (default 64)")
     arguments.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default 64)")
-    arguments.add_argument("--rounds", type=int, default=3, help="rounds of each (default 3)")
+    arguments.add_argument("--rounds", type=int, default=5, help="rounds of each (default 5)")
     arguments.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:

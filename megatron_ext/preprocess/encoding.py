@@ -1,5 +1,6 @@
 """Batches of images to VQ codes, with files read ahead and decoded ahead of the encoder."""
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -70,14 +71,12 @@ def encode(
         decoder: files to pixels (:class:`megatron_ext.preprocess.images.PillowDecoder`); None without images.
     """
     read = ahead(_read(_batches(parts, batch_size), workers))
-    codes, failures = [], {}
-    order: list[Image] = []
+    codes, order = [], []
     with closing(ahead(_decode(read, decoder))) as batches:
         for batch in batches:
             if batch.pixels is not None:
                 codes.append(_codes(vq, batch.pixels))
             order += batch.decoded
-            failures |= batch.failures
             event = Encoded(batch.part, batch.failures, len(batch.decoded), 1.0)
             total = len(batch.part.images)
             if total:
@@ -86,7 +85,7 @@ def encode(
                 # Only now is there a reason to wait for the device.
                 rows = torch.cat(codes).cpu().numpy() if codes else ()
                 event.codes = dict(zip(order, rows))
-                codes, failures, order = [], {}, []
+                codes, order = [], []
             yield event
 
 
@@ -128,30 +127,46 @@ def ahead(items: Generator, depth: int = AHEAD) -> Iterator:
         thread.join()
 
 
-def _batches(parts: Iterable[Part], batch_size: int) -> Iterator[Batch]:
+def _batches(parts: Iterable[Part], batch_size: int) -> Generator:
     for part in parts:
         images = part.images
         for start in range(0, max(1, len(images)), batch_size):
             yield Batch(part, images[start : start + batch_size], final=start + batch_size >= len(images))
 
 
-def _read(batches: Iterator[Batch], workers: int) -> Iterator[Batch]:
-    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
+def _read(batches: Generator, workers: int) -> Generator:
+    with closing(batches), ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
         for batch in batches:
-            batch.files = list(pool.map(_bytes, batch.images))
+            with _Files(image.file for image in batch.images if image.size is not None) as tars:
+                batch.files = list(pool.map(tars.read, batch.images))
             yield batch
 
 
-def _bytes(image: Image) -> bytes | str:
-    try:
-        with open(image.file, "rb") as file:
-            file.seek(image.offset)
-            return file.read(-1 if image.size is None else image.size)
-    except OSError as error:
-        return error.strerror or str(error)
+class _Files:
+    """Opens the tars that a batch is in once, and every other file when it is read."""
+
+    def __init__(self, tars: Iterable[str]):
+        self._open = {file: os.open(file, os.O_RDONLY) for file in set(tars)}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, image: Image) -> bytes | str:
+        """The bytes of an image, or one line that says why there are none."""
+        try:
+            if image.size is not None:
+                return os.pread(self._open[image.file], image.size, image.offset)
+            with open(image.file, "rb") as file:
+                return file.read()
+        except OSError as error:
+            return error.strerror or str(error)
 
 
-def _decode(batches: Iterator[Batch], decoder: Callable | None) -> Iterator[Batch]:
+def _decode(batches: Generator, decoder: Callable | None) -> Generator:
     with closing(batches):
         for batch in batches:
             if batch.images:

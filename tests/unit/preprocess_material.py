@@ -14,7 +14,23 @@ from PIL import Image
 from megatron_ext.vocabulary import Vocabulary
 
 CODES, PIXELS, GRID = 32, 16, 4
-WORDS = ("a", "red", "green", "blue", "circle", "square", "what", "colour", "is", "this", "left", "right", "two", "one")
+WORDS = (
+    "a",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "what",
+    "colour",
+    "is",
+    "this",
+    "picture",
+    "left",
+    "right",
+    "two",
+    "one",
+)
 
 
 def make_vq(folder: Path) -> Path:

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from preprocess_material import CODES, GRID, caption_tar, encoded, make_vocabulary, make_vq, write_tar
 
 from megatron_ext import vq as vq_package
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset, DatasetWriter
 from megatron_ext.errors import UserError
-from megatron_ext.preprocess import Options, check, merge_shards, preprocess
+from megatron_ext.preprocess import Options, check, dali_images, merge_shards, preprocess
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +283,19 @@ def test_checking_finds_tokens_of_the_wrong_kind(tmp_path, vocabulary):
     write([(IMAGE, image), (ANSWER, [vocabulary.image_offset + 1])])
     with pytest.raises(UserError, match=rf"set\.bin: token {vocabulary.image_offset + 1} in a text sequence"):
         check(tmp_path / "set")
+
+
+def test_without_dali_pillow_decodes(tmp_path, tars, vocabulary, vq, whole, monkeypatch, capsys):
+    monkeypatch.setattr(dali_images, "available", lambda: False)
+    preprocess(small(tars, tmp_path / "pillow"), vocabulary, vq)
+    assert "DALI is missing (pip install nvidia-dali-cuda130)" in capsys.readouterr().out
+    (tmp_path / "dali").mkdir()
+    ours, theirs = Dataset(tmp_path / "pillow"), Dataset(restore(whole, tmp_path / "dali"))
+    assert ours.card["source"]["settings"]["decoder"] == "pillow"
+    codes = [np.stack([dataset.document(i)[0][1] for i in range(33)]) for dataset in (ours, theirs)]
+    # A picture's pixels differ by a level or two, which moves a latent to another code now and then.
+    assert (codes[0] == codes[1]).mean() > 0.9
+    if theirs.card["source"]["settings"]["decoder"] != "pillow":
+        monkeypatch.undo()
+        with pytest.raises(UserError, match=r"pillow\.json: made with decoder pillow, now dali "):
+            preprocess(small(tars, tmp_path / "pillow"), vocabulary, vq)

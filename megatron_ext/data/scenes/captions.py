@@ -41,9 +41,8 @@ def text(scene: Scene) -> str:
         words = relation_words(a, b)
         if words:
             word, inverse = rng.choice(words)
-            sentences.append(
-                f"The {pair_name(a)} is {word} the {pair_name(b)}, so the {pair_name(b)} is {inverse} the {pair_name(a)}."
-            )
+            one, other = pair_name(a), pair_name(b)
+            sentences.append(f"The {one} is {word} the {other}, so the {other} is {inverse} the {one}.")
     rng.shuffle(sentences)
     return " ".join(sentences)
 

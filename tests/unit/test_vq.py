@@ -1,0 +1,162 @@
+"""VQ tokenizers: adapters against transformers' own networks, and the training of a small one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from megatron_ext import vq
+from megatron_ext.errors import UserError
+from megatron_ext.vq.pictures import load_pictures
+from megatron_ext.vq.train import TrainConfig, quality, train
+
+COMMON = {"embed_dim": 8, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1}
+JANUS = {**COMMON, "num_embeddings": 64, "channel_multiplier": [1, 1, 1], "num_patches": 8}
+EMU3 = {"codebook_size": 64, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+EMU3 |= {"attn_resolutions": [1], "hidden_size": 32, "temporal_downsample_factor": 2, "image_size": [32, 16]}
+CHAMELEON = {**COMMON, "num_embeddings": 64, "channel_multiplier": [1, 1, 1], "resolution": 32}
+
+
+def network(kind: str):
+    torch.manual_seed(0)
+    if kind == "janus":
+        made = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**JANUS))
+        weight = made.quantize.embedding.weight
+        weight.data = torch.nn.functional.normalize(weight.data, dim=1)
+        return made.eval()
+    if kind == "emu3":
+        return transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(**EMU3)).eval()
+    return transformers.ChameleonVQVAE(transformers.ChameleonVQVAEConfig(**CHAMELEON)).eval()
+
+
+@torch.no_grad()
+def their_codes(kind: str, made, images: torch.Tensor) -> torch.Tensor:
+    if kind == "emu3":
+        return torch.stack(made.encode(images, torch.tensor([[32, 16]] * len(images))).image_tokens).flatten(1)
+    return made.encode(images).image_tokens.view(len(images), -1)
+
+
+@pytest.mark.parametrize("kind, grid", [("janus", (8, 8)), ("emu3", (16, 8)), ("chameleon", (8, 8))])
+def test_codes_and_pictures_are_those_of_the_published_network(tmp_path, kind, grid):
+    made = network(kind)
+    made.save_pretrained(tmp_path)
+    adapter = vq.load(tmp_path)
+    assert (adapter.codebook_size, adapter.grid) == (64, grid)
+    images = torch.rand(3, 3, *adapter.image_size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    codes = adapter.encode(images)
+    assert codes.shape == (3, grid[0] * grid[1]) and codes.dtype == torch.int64
+    expected = their_codes(kind, made, images)
+    if kind != "janus":  # its latents are compared at unit length here, as LlamaGen's are
+        assert torch.equal(codes, expected)
+    if kind == "chameleon":
+        with pytest.raises(UserError, match="no decoder"):
+            adapter.decode(codes)
+        return
+    pictures = adapter.decode(codes)
+    with torch.no_grad():
+        theirs = made.decode(codes) if kind == "janus" else made.decode(codes.view(3, *grid))
+    assert pictures.shape == images.shape
+    torch.testing.assert_close(pictures, theirs.clamp(-1, 1).view_as(pictures), atol=1e-4, rtol=1e-4)
+
+
+def test_the_fingerprint_follows_the_weights_and_not_their_storage(tmp_path):
+    made = network("janus")
+    made.save_pretrained(tmp_path / "one")
+    made.save_pretrained(tmp_path / "again", max_shard_size="100KB")
+    made.quant_conv.bias.data[0] += 1
+    made.save_pretrained(tmp_path / "other")
+    one, again, other = (vq.load(tmp_path / name).fingerprint for name in ("one", "again", "other"))
+    assert one == again != other
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config.json: not found"):
+        vq.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="'llama' is no VQ tokenizer known here"):
+        vq.load(tmp_path)
+    network("janus").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="cannot be read as a JanusVQVAE"):
+        vq.load(tmp_path)
+
+
+def test_wrong_sizes_are_refused(tmp_path):
+    network("janus").save_pretrained(tmp_path)
+    adapter = vq.load(tmp_path)
+    with pytest.raises(ValueError, match="expected"):
+        adapter.encode(torch.zeros(1, 3, 16, 32))
+    with pytest.raises(ValueError, match="expected"):
+        adapter.decode(torch.zeros(1, 63, dtype=torch.int64))
+
+
+SMALL = TrainConfig(image_size=16, grid=4, codebook_size=32, steps=60, batch_size=8, held_out=8)
+
+
+def two_colored_pictures(count: int) -> torch.Tensor:
+    """Halves of flat colors: easy to code, impossible to draw without looking."""
+    random = torch.Generator().manual_seed(0)
+    palette = torch.tensor([[220, 30, 30], [30, 60, 220], [250, 220, 40], [20, 20, 30]], dtype=torch.uint8)
+    colors = palette[torch.randint(4, (count, 2), generator=random)]
+    pictures = colors[:, :1].repeat_interleave(256, 1).view(count, 16, 16, 3).permute(0, 3, 1, 2).clone()
+    pictures[:, :, :, 8:] = colors[:, 1, :, None, None]
+    return pictures.contiguous()
+
+
+def test_training_learns_to_draw_and_loads(tmp_path):
+    pictures = two_colored_pictures(100)
+    numbers = train(pictures, tmp_path, SMALL)
+    mean = pictures[8:].float().mean((0, 2, 3), keepdim=True).round().to(torch.uint8).expand(8, 3, 16, 16)
+    blind = quality(pictures[:8], mean, torch.zeros(8, 16, dtype=torch.int64), 32)
+    assert numbers["psnr"] > blind["psnr"] + 6
+    adapter = vq.load(tmp_path)
+    assert (adapter.image_size, adapter.grid, adapter.codebook_size) == ((16, 16), (4, 4), 32)
+    assert adapter.fingerprint == numbers["fingerprint"]
+    assert json.loads((tmp_path / "training.json").read_text()) == numbers
+    assert Image.open(tmp_path / "reconstructions.png").size == (4 * 2 * 16, 2 * 16)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch):
+    pictures = two_colored_pictures(60)
+    whole = train(pictures, tmp_path / "whole", SMALL)
+    from megatron_ext.vq import train as module
+
+    step, calls = module._Training.train_step, []
+
+    def fails_late(self, pictures):
+        calls.append(None)
+        if len(calls) > 45:
+            raise KeyboardInterrupt
+        return step(self, pictures)
+
+    monkeypatch.setattr(module._Training, "train_step", fails_late)
+    with pytest.raises(KeyboardInterrupt):
+        train(pictures, tmp_path / "cut", SMALL, save_every=20)
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "config.json").exists()
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    assert train(pictures, tmp_path / "cut", SMALL, save_every=20)["fingerprint"] == whole["fingerprint"]
+    with pytest.raises(UserError, match="other settings"):
+        train(pictures, tmp_path / "other", TrainConfig(**{**vars_of(SMALL), "lr": 1e-3}))
+
+
+def vars_of(config: TrainConfig) -> dict:
+    return {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+
+
+def test_impossible_settings_and_pictures_are_refused(tmp_path):
+    with pytest.raises(UserError, match="power of two"):
+        TrainConfig(image_size=48, grid=8)
+    with pytest.raises(UserError, match="multiple of 32"):
+        TrainConfig(channels=48)
+    with pytest.raises(UserError, match="held out"):
+        train(two_colored_pictures(8), tmp_path, SMALL)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(UserError, match="no picture that can be decoded"):
+        load_pictures([tmp_path], 16, 10)
+    with pytest.raises(UserError, match=r"absent.tar: No such file"):
+        load_pictures([tmp_path / "absent.tar"], 16, 10)
