@@ -19,6 +19,7 @@ def main() -> None:
     config = config_file.load(Config, arguments.config, arguments.overrides)
     # Imported late: --help and mistakes in the configuration should not wait for Megatron-Core.
     from megatron_ext.training import distributed
+    from megatron_ext.training.environment import environment
     from megatron_ext.training.lifecycle import clear_finished, mark_finished
     from megatron_ext.training.loop import train
     from megatron_ext.training.run import build_run, describe
@@ -31,6 +32,7 @@ def main() -> None:
     if distributed.is_logging_rank():
         output.mkdir(parents=True, exist_ok=True)
         config_file.write_yaml(output / "config.yaml", config)
+        command_line.write_json(output / "environment.json", environment())
         if run.progress.iteration < config.training.iterations:
             clear_finished(output)
     if train(run) and distributed.is_logging_rank():

@@ -21,7 +21,7 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, default=1, metavar="N", help="rows to print (default 1)")
     arguments.add_argument("--sample", type=int, default=256, metavar="N", help="rows to measure (default 256)")
     arguments.add_argument("--verify", action="store_true", help="hash every file whole first")
-    options = arguments.parse_args()
+    options = arguments.parse_intermixed_args()
 
     config = config_file.load(Config, options.config, options.overrides)
     vocabulary = Vocabulary(config.data.vocabulary)

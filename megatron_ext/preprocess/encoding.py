@@ -175,7 +175,9 @@ def _decode(batches: Generator, decoder: Callable | None) -> Generator:
                 results = decoder([file for file in batch.files if isinstance(file, bytes)])
                 batch.failures |= {image: result for image, result in zip(found, results) if isinstance(result, str)}
                 pixels = [result for result in results if not isinstance(result, str)]
-                batch.pixels = torch.stack(pixels) if pixels else None
+                if pixels:
+                    stacked = torch.stack(pixels)
+                    batch.pixels = stacked.pin_memory() if torch.cuda.is_available() else stacked
                 batch.files = []
             yield batch
 
@@ -184,5 +186,5 @@ def _decode(batches: Generator, decoder: Callable | None) -> Generator:
 def _codes(vq: VQModel, pixels: Tensor) -> Tensor:
     """uint8 [n, H, W, 3] to codes [n, h*w]."""
     device = next(vq.network.parameters()).device
-    images = pixels.to(device).permute(0, 3, 1, 2).float()
+    images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
     return vq.encode(images / 127.5 - 1)

@@ -141,7 +141,7 @@ def _read_tar(file: Path, reading: Reading, skip: int) -> Iterator[Sample]:
     with _naming(str(file)), tarfile.open(file, "r:") as archive:
         for key, members in islice(_groups(file, archive), skip, None):
             with _naming(f"{file}:{key}"):
-                size = sum(tarfile.BLOCKSIZE + member.size for member in members)
+                size = sum(tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE)) for member in members)
                 yield replace(_tar_sample(file, archive, key, members, reading.prefer), bytes=size)
 
 

@@ -152,7 +152,7 @@ def _work(
             left += unit.bytes - sum(card["bytes"] for card in cards)
     parts = _parts(todo, options, vocabulary, vq)
     started = time.perf_counter()
-    bar = progress(total=left, bar_format="{desc} {percentage:3.0f}%|{bar}| ETA {remaining}")
+    bar = progress(total=left, bar_format="{desc} {percentage:3.0f}%|{bar}| ETA {remaining}", leave=False)
     with bar, closing(encode(parts, decoder, vq, options.batch_size, options.workers)) as events:
         failures = {}
         for event in events:

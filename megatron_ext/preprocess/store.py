@@ -108,7 +108,7 @@ class Store:
         self._remove_temporaries()
         writer = DatasetWriter(self.prefix, self.settings["vocabulary"], self.settings["vq"], source)
         with writer, _nothing_to_collect():
-            for name, card in progress(parts, desc="joining", unit=" parts"):
+            for name, card in progress(parts, desc="joining", unit=" parts", leave=False):
                 if card["documents"]:
                     data_format.verify(self.folder / name)
                     writer.add_dataset(self.folder / name)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from megatron_ext import config_file
 from megatron_ext.command_line import read_json
-from megatron_ext.config import Config, ModelConfig, SourceConfig
+from megatron_ext.config import Config, SourceConfig
 from megatron_ext.errors import UserError
 from megatron_ext.report.samples import Sample, samples, vq_sheet
+from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Plan
 from megatron_ext.training.lifecycle import finished_file
 from megatron_ext.training.metrics import read_metrics
@@ -44,7 +45,7 @@ class Facts:
     @property
     def parameters(self) -> int | None:
         """Weights of the model, embedding rows that only pad the table left out."""
-        return parameters(self.config.model, self.vocabulary.size) if self.vocabulary else None
+        return parameter_count(self.config.model, self.vocabulary.size) if self.vocabulary else None
 
     @property
     def tasks(self) -> list[str]:
@@ -81,14 +82,6 @@ def gather(run: str | Path, vq: str | Path | None = None) -> Facts:
         sheet=vq_sheet(Path(vq)) if vq else None,
         samples=samples(config.data, vocabulary, Path(vq)) if vq and vocabulary else [],
     )
-
-
-def parameters(model: ModelConfig, vocabulary_size: int) -> int:
-    """Weights of a model of this shape: embedding, layers, final norm and, unless tied, the output layer."""
-    h, f = model.hidden_size, model.ffn_hidden_size
-    g = h // model.num_attention_heads * model.num_query_groups
-    layer = h * (h + 2 * g) + h * h + 3 * h * f + 2 * h
-    return model.num_layers * layer + h + vocabulary_size * h * (1 if model.tie_embeddings else 2)
 
 
 def _cards(sources: Sequence[SourceConfig]) -> list[dict | None]:
