@@ -2,8 +2,8 @@
 
 Whole: reading a tar, decoding, resizing, encoding, tokenising, writing, joining. Alone: the same VQ model in a loop
 over the same pictures, decoded beforehand. The rounds alternate, so that a busy machine slows both alike; the ratio is
-of the medians. The VQ model is a random one of the quickstart's size, the pictures are made here. Without a GPU both
-want the same cores, so the ratio says how much of them decoding takes beside an encoder as small as this one.
+the median of the rounds' ratios. The VQ model is a random one of the quickstart's size, the pictures are made here.
+Without a GPU both want the same cores, so the ratio says how much of them decoding takes beside so small an encoder.
 """
 
 import io
@@ -72,7 +72,7 @@ def measure(folder: Path, options) -> dict:
     return {
         "encoder_images_per_second": speeds["alone"],
         "preprocess_images_per_second": speeds["whole"],
-        "ratio": speeds["whole"] / speeds["alone"],
+        "ratio": statistics.median(alone / whole for alone, whole in zip(seconds["alone"], seconds["whole"])),
         "seconds": seconds,
         "device": _device(),
     }

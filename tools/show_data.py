@@ -14,7 +14,7 @@ from megatron_ext.vocabulary import Vocabulary
 
 def main() -> None:
     arguments = parser(__doc__, "python tools/show_data.py --config examples/configs/tiny.yaml --rows 2")
-    arguments.add_argument("--config", action="append", default=[], metavar="FILE", help="as for pretrain_unified.py")
+    arguments.add_argument("--config", nargs="+", default=[], metavar="FILE", help="as for pretrain_unified.py")
     arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for pretrain_unified.py")
     arguments.add_argument("--validation", action="store_true", help="the validation mixture, not the training one")
     arguments.add_argument("--first", type=int, default=0, metavar="N", help="first row to print (default 0)")
@@ -23,7 +23,8 @@ def main() -> None:
     arguments.add_argument("--verify", action="store_true", help="hash every file whole first")
     options = arguments.parse_intermixed_args()
 
-    config = config_file.load(Config, options.config, options.overrides)
+    settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
+    config = config_file.load(Config, [s for s in settings if "=" not in s], [s for s in settings if "=" in s])
     vocabulary = Vocabulary(config.data.vocabulary)
     sources = config.data.validation if options.validation else config.data.train
     if options.verify:

@@ -111,6 +111,22 @@ def test_merging_names_the_part_that_is_missing(tmp_path, tars, vocabulary, vq):
     assert not (tmp_path / "set.json").exists()
 
 
+def test_a_join_that_was_killed_is_done_again(tmp_path, tars, vocabulary, vq, whole, monkeypatch):
+    preprocess(small(tars, tmp_path / "set", shard=(1, 1)), vocabulary, vq)
+    (tmp_path / ".set.4711.tmp.bin").write_bytes(b"left by a process that was killed")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DatasetWriter, "_publish", interrupt)
+        merge_shards(tmp_path / "set")
+    assert not list(tmp_path.glob("set.*[!s]"))  # nothing but set.parts
+    merge_shards(tmp_path / "set")
+    assert contents(tmp_path / "set") == whole
+    assert merge_shards(tmp_path / "set").already
+
+
+def interrupt(writer) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_damaged_part_is_refused(tmp_path, tars, vocabulary, vq):
     preprocess(small(tars, tmp_path / "set", shard=(1, 1)), vocabulary, vq)
     file = tmp_path / "set.parts" / "000001-0000.bin"
