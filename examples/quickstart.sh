@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 OUT=runs/quickstart
 TP=${TP:-2}
-SIZE=32 # pixels along a side; 4 x 4 of them are one token
+SIZE=48 GRID=12 # pixels along a side; 4 x 4 of them are one token, so an image is 144
 mkdir -p "$OUT"
 
 step() { # name, seconds allowed, command ...
@@ -46,7 +46,7 @@ if [[ -f $OUT/vq/training.json ]]; then
     echo "== VQ tokenizer: complete"
 else
     step "VQ tokenizer" 900 \
-        "$PY" tools/train_vq.py --images "$OUT"/scenes/train/*.tar --out "$OUT/vq" --image-size $SIZE --grid 8
+        "$PY" tools/train_vq.py --images "$OUT"/scenes/train/*.tar --out "$OUT/vq" --image-size $SIZE --grid $GRID --steps 1200
 fi
 step "text tokenizer and vocabulary" 120 "$PY" tools/train_tokenizer.py \
     --texts "$OUT"/scenes/train/*.tar "$OUT/scenes/train/text.jsonl" --vocab-size 512 \

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -145,7 +146,7 @@ def _read_network(network_class, folder: Path, config: dict):
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read as a {network_class.__name__} ({_one_line(error)})") from None
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ext.command_line import progress, write_json
@@ -273,7 +274,10 @@ def _publish(network, out: Path) -> None:
     """Put the tokenizer into ``out``; its config.json, without which it does not load, comes last."""
     fresh = out / ".new"
     shutil.rmtree(fresh, ignore_errors=True)
-    network.save_pretrained(fresh)
+    fresh.mkdir(parents=True)
+    network.config.save_pretrained(fresh)
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
     for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     fresh.rmdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, launcher
+from programs import ROOT, launcher
 
 FIRST, LAST = 10, 20
 

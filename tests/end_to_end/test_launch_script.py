@@ -1,0 +1,31 @@
+"""examples/run_unified_tp4_pp2.sh, the script itself, without Slurm: four processes, tensor 2 x pipeline 2."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_script_trains_and_goes_on(material, tmp_path):
+    settings = {"TP": "2", "PP": "2", "NPROC": "4", "OMP_NUM_THREADS": "1", "OUTPUT": str(tmp_path)}
+    settings |= {"CONFIG": f"{ROOT}/examples/configs/tiny.yaml {material}/config.yaml", "MICRO_BATCH": "1"}
+    settings |= {"EXTRA": "checkpoint.interval=0 training.validation_interval=0"}
+
+    def run(iterations: int) -> list[dict]:
+        subprocess.run(
+            ["bash", str(ROOT / "examples" / "run_unified_tp4_pp2.sh"), "model.num_layers=4"],
+            cwd=tmp_path,
+            env={**os.environ, **settings, "ITERATIONS": str(iterations)},
+            check=True,
+            timeout=300,
+        )
+        assert (tmp_path / "FINISHED").is_file()
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    first = run(4)
+    assert [m["iteration"] for m in first] == [1, 2, 3, 4]
+    again = run(6)
+    assert again[:4] == first
+    assert [m["iteration"] for m in again] == [1, 2, 3, 4, 5, 6]
