@@ -28,6 +28,8 @@ def main() -> None:
     distributed.initialize(config)
     run = build_run(config)
     distributed.report(describe(run))
+    rows = config.training.iterations * config.training.global_batch_size
+    distributed.report(run.train_data.tree(rows, config.data.sequence_length))
     output = Path(config.output)
     if distributed.is_logging_rank():
         output.mkdir(parents=True, exist_ok=True)

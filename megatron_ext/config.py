@@ -253,6 +253,8 @@ class Config:
             _divides("micro-batches per step", micro_batches, "parallel.pipeline (interleaved schedule)", p.pipeline)
         if not 0 <= d.caption_dropout <= 1:
             raise UserError(f"config: 'data.caption_dropout' is {d.caption_dropout}, must lie in 0 .. 1")
+        if d.workers < 0:
+            raise UserError(f"config: 'data.workers' is {d.workers}, must be 0 or more")
         for i, source in enumerate(d.train):
             if source.weight <= 0:
                 raise UserError(f"config: 'data.train[{i}].weight' is {source.weight}, must be positive")

@@ -124,7 +124,12 @@ def validate(run: Run) -> dict[str, float]:
 
 def _save(run: Run) -> None:
     started = time.perf_counter()
-    state = {"progress": dataclasses.asdict(run.progress), "config": dataclasses.asdict(run.config)} | run.identity
+    state = {
+        "progress": dataclasses.asdict(run.progress),
+        "config": dataclasses.asdict(run.config),
+        "data": run.train_data.fingerprint,
+        **run.identity,
+    }
     run.checkpoints.save(run.progress.iteration, run.chunks, run.optimizer, state)
     distributed.report(f"checkpoint of iteration {run.progress.iteration} ({time.perf_counter() - started:.1f} s)")
 

@@ -107,6 +107,10 @@ def _resume(run: Run) -> None:
         state = run.checkpoints.load(path, run.chunks, run.optimizer, run.identity)
         run.progress = Progress(**state["progress"])
         distributed.report(f"resumed from {path}")
+        if state["data"] != run.train_data.fingerprint:
+            distributed.report(
+                "the training data or their weights have changed since: rows follow the new mixture from here on"
+            )
     elif wanted.load:
         load_weights(Path(wanted.load), run.chunks, run.identity)
         run.optimizer.reload_model_params()

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from programs import ROOT, run_program
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "unit"))
 
-from preprocess_material import caption_tar, encoded, make_vocabulary, make_vq  # noqa: E402
+from preprocess_material import caption_tar, encoded, make_vocabulary, make_vq
 
 TOOL = [sys.executable, "tools/preprocess_vq.py"]
 
@@ -39,21 +39,6 @@ def whole(pictures, tmp_path_factory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "set"
     run_program([*TOOL, *arguments(pictures, out)])
     return contents(out.parent)
-
-
-def run_program(command: list, check: bool = True) -> subprocess.CompletedProcess:
-    """Run from the repository's root; on an unexpected failure the test shows the end of the output."""
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 or not check, done.stdout[-4000:]
-    return done
 
 
 def contents(folder: Path) -> dict[str, bytes]:
