@@ -115,7 +115,7 @@ def measure(config: Config) -> tuple[dict[str, torch.Tensor], list[float], list[
 
     for step in range(STEPS):
         batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=step)
-        batch = batch.rows(replica * rows, (replica + 1) * rows)
+        batch = batch.rows(replica * rows, (replica + 1) * rows).to(torch.cuda.current_device())
         result = train_step(chunks, optimizer, batch, config, accept=keep_gradients)
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -136,6 +136,7 @@ def worker(layouts: list[str], settings: list[str], reference_file: Path, result
         config.validate(distributed.world_size())
         distributed.initialize(config, dist.PrefixStore(layout, meeting_point))
         gradients, losses, norms = measure(config)
+        gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
         if not reference_file.exists():
             torch.save((gradients, losses, norms), reference_file)
         expected_gradients, expected_losses, expected_norms = torch.load(reference_file)
@@ -169,8 +170,9 @@ def worst_gradient(gradients: dict[str, torch.Tensor], expected: dict[str, torch
     squares = torch.stack(
         [(gradients[n] - shard(expected[n], ".".join(n.split(".")[-2:]))).double().square().sum() for n in names]
     )
+    squares = squares.to(torch.cuda.current_device())
     dist.all_reduce(squares, group=parallel_state.get_tensor_model_parallel_group())
-    errors = squares.sqrt() / torch.stack([expected[n].double().norm() for n in names])
+    errors = squares.sqrt() / torch.stack([expected[n].double().norm() for n in names]).to(squares.device)
     worst = errors.max()
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return float(worst)
