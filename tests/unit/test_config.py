@@ -1,10 +1,15 @@
 """Configuration: files, overrides, and refusals that name the key, the value and what would do."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.routing.cost import parameter_count
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 
 
 def load(*overrides: str) -> Config:
@@ -74,3 +79,20 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("model: [1,\n")
     with pytest.raises(UserError, match="broken.yaml: not YAML"):
         config_file.load(Config, [tmp_path / "broken.yaml"])
+
+
+@pytest.mark.parametrize(
+    "name, world_size, millions",
+    [
+        ("tiny", 1, 0.329),
+        ("quickstart", 1, 2.56),
+        ("llama-3.2-1b", 8, 1236),
+        ("llama-2-7b", 8, 6738),
+        ("llama-2-13b", 16, 13016),
+    ],
+)
+def test_the_examples_fit_their_machines_and_have_the_published_sizes(name, world_size, millions):
+    config = config_file.load(Config, [EXAMPLES / f"{name}.yaml"])
+    config.validate(world_size)
+    text_vocabulary = {"llama-3.2-1b": 128256, "llama-2-7b": 32000, "llama-2-13b": 32000}.get(name, 1028)
+    assert parameter_count(config.model, text_vocabulary) / 1e6 == pytest.approx(millions, rel=0.01)
