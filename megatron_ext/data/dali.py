@@ -75,4 +75,5 @@ class DaliLoader:
 
     def close(self) -> None:
         """End the worker processes."""
+        self.workers.close()
         self._steps = iter(())

@@ -44,5 +44,6 @@ class PlainLoader:
 
     def close(self) -> None:
         """End the worker processes."""
+        self.workers.close()
         self._steps = iter(())
         atexit.unregister(self.close)

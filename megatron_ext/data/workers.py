@@ -8,13 +8,18 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 from contextlib import contextmanager
+from multiprocessing import connection
 
 import numpy as np
 
 from megatron_ext.data.rows import StepRows
 from megatron_ext.errors import UserError
+
+SECONDS_TO_NOTICE = 60
+"""A trainer that has not noticed a lost worker after this long is waiting for it for ever."""
 
 
 class Workers:
@@ -22,6 +27,7 @@ class Workers:
 
     def __init__(self):
         self._processes: list[multiprocessing.Process] = []
+        self._closed = threading.Event()
 
     @contextmanager
     def starting(self):
@@ -42,18 +48,42 @@ class Workers:
             for process in self._processes:
                 process.terminate = process.kill
 
+            if self._processes:
+                threading.Thread(target=self._watch, daemon=True).start()
+
     def check(self) -> None:
         """Refuse to go on without one of them (DALI would wait for ever).
 
         Raises:
             UserError: a process has ended.
         """
+        # The sentinel says so at once and to everybody; is_alive() is wrong while another thread reaps the process.
+        ended = connection.wait([process.sentinel for process in self._processes], timeout=0)
         for process in self._processes:
-            if not process.is_alive():
-                raise UserError(
-                    f"a process that packs data ended with exit code {process.exitcode} (-9: killed, mostly for want "
-                    "of memory); lower data.workers or data.prefetch and start again to resume"
-                )
+            if process.sentinel in ended:
+                raise UserError(_lost(process))
+
+    def close(self) -> None:
+        """From here on the processes may end."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        """End this process when a worker is lost while the trainer waits for it, where no exception can be raised."""
+        connection.wait([process.sentinel for process in self._processes])
+        if not self._closed.wait(SECONDS_TO_NOTICE):
+            process = next(p for p in self._processes if connection.wait([p.sentinel], timeout=0))
+            print(f"error: {_lost(process)}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _lost(process: multiprocessing.Process) -> str:
+    give_up = time.monotonic() + 5
+    while process.exitcode is None and time.monotonic() < give_up:
+        time.sleep(0.01)  # another thread is reaping it
+    return (
+        f"a process that packs data ended with exit code {process.exitcode} (-9: killed, mostly for want of memory); "
+        "lower data.workers or data.prefetch and start again to resume"
+    )
 
 
 class WorkerRows:

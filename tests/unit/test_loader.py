@@ -126,6 +126,19 @@ def test_workers_die_with_a_trainer_that_is_killed(tmp_path, loader):
     assert not any(map(alive, workers))
 
 
+def test_a_trainer_that_waits_for_a_lost_worker_ends(tmp_path):
+    then = """
+import os, signal
+from megatron_ext.data import workers
+workers.SECONDS_TO_NOTICE = 0.1
+time.sleep(2)
+os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+time.sleep(60)"""
+    trainer, _ = start_trainer(tmp_path, "dali", then)
+    _, errors = trainer.communicate(timeout=50)
+    assert trainer.returncode == 1 and "a process that packs data ended with exit code -9" in errors
+
+
 @pytest.mark.parametrize("loader", ["plain", "dali"])
 def test_a_trainer_that_fails_ends_with_its_workers(tmp_path, loader):
     trainer, workers = start_trainer(tmp_path, loader, "raise ValueError('a bug')")
