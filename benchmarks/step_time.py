@@ -1,28 +1,71 @@
-"""Seconds per training step against stock Megatron-Core and Hugging Face Llama of the same size, in one run.
+"""Seconds and memory of a training step: plans against their FLOPs, and ours against others, in one run.
 
     python benchmarks/step_time.py
-    python benchmarks/step_time.py --threads 2 --repeats 15 --json benchmarks/results/step_time.json
+    python benchmarks/step_time.py --rows 8 --repeats 7 --json benchmarks/results/step_time.json
+    python benchmarks/step_time.py --only himix,hmgen --profile hmgen
 
-The three take turns on the same tokens (one document of 256 image and 24 text tokens a row), each doing a whole step:
-forward, backward, gradient clipping, AdamW. The ratio of a round is ours over theirs; its median is the figure.
+Every row holds one document of 256 image and 24 text tokens, and a step is a whole one: forward, backward, gradient
+clipping, AdamW. The steps take turns; the ratio of a round is a step over its base and the median ratio is the figure.
+A plan should take as long as its FLOPs say: ``time / FLOPs`` is the ratio of seconds over the ratio of FLOPs. Memory is
+the peak of a step beyond weights, gradients and the optimizer's state.
 """
 
 import dataclasses
 import statistics
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_ext import command_line, config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.cost import count, forward_flops
+from megatron_ext.routing.plan import Plan
+from megatron_ext.token_classes import Modality, Task
 
-DOCUMENT = 256 + 24
+IMAGE, TEXT = 256, 24
+DOCUMENT = IMAGE + TEXT
 VOCABULARY = 4096
 
 
-def configuration(arguments) -> Config:
+@dataclass
+class Case:
+    """One kind of step.
+
+    Attributes:
+        rows: what the rows hold: ``understanding`` and ``generation`` documents have their task's loss,
+            ``everything`` has loss on every token.
+        base: the case that it is measured against.
+        plan: settings of our plan; None for another library.
+        limit: what the figure should not exceed.
+    """
+
+    rows: str
+    base: str
+    plan: list[str] | None
+    limit: float | None = None
+
+
+CASES = {
+    "dense": Case("everything", "dense", []),
+    "stock Megatron-Core": Case("everything", "dense", None, 1.05),
+    "Hugging Face": Case("everything", "dense", None, 1.0),
+    "dense, understanding": Case("understanding", "dense, understanding", []),
+    "himix": Case("understanding", "dense, understanding", ["plan.preset=himix"], 1.15),
+    "dense, generation": Case("generation", "dense, generation", []),
+    "hmgen": Case("generation", "dense, generation", ["plan.preset=hmgen"], 1.10),
+    "separate": Case("generation", "dense, generation", ["plan.projections.kind=separate"], 1.10),
+    "decomposed": Case("generation", "dense, generation", ["plan.projections.kind=decomposed"], 1.10),
+}
+
+
+def configuration(arguments, plan: list[str]) -> Config:
     """The size under test as a run's configuration."""
     return config_file.load(
         Config,
@@ -35,17 +78,25 @@ def configuration(arguments) -> Config:
             f"training.micro_batch_size={arguments.rows}",
             f"training.global_batch_size={arguments.rows}",
             f"training.precision={arguments.precision}",
+            *plan,
         ],
     )
 
 
-def random_rows(rows: int) -> Batch:
-    """Rows of one document each; the same kind of row for all three."""
+def random_rows(kind: str, rows: int) -> Batch:
+    """Rows of one document each; ``kind`` as in :class:`Case`."""
     batch = Batch(**{name: torch.zeros(rows, DOCUMENT, dtype=Batch.DTYPES[name]) for name in Batch.names()})
     batch.tokens[:] = torch.randint(0, VOCABULARY, (rows, DOCUMENT))
     batch.labels = batch.tokens.roll(-1, 1)
     batch.positions[:] = torch.arange(DOCUMENT)
-    batch.loss_mask[:] = 1
+    image = slice(TEXT, None) if kind == "generation" else slice(IMAGE)
+    batch.modality[:, image] = Modality.IMAGE
+    batch.task[:] = Task.GENERATION if kind == "generation" else Task.UNDERSTANDING
+    batch.loss_mask[:] = {
+        "everything": 1,
+        "understanding": batch.modality == Modality.TEXT,
+        "generation": batch.modality == Modality.IMAGE,
+    }[kind]
     return batch
 
 
@@ -137,44 +188,127 @@ def hugging_face(config: Config) -> Callable[[Batch], float]:
     return step
 
 
-def measure(steps: dict[str, Callable[[Batch], float]], batch: Batch, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; the steps take turns, after two rounds that do not count."""
+class PeakMemory(TorchDispatchMode):
+    """Most bytes alive at once among the storages made inside, on any device."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self._known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        known = {id(x.untyped_storage()) for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self._known | known:
+                self._known.add(id(storage))
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._release, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return made
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def measure(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round; the steps take turns, after a round that does not count."""
     seconds = {name: [] for name in steps}
-    for repeat in command_line.progress(range(repeats + 2), desc="rounds"):
+    for repeat in command_line.progress(range(repeats + 1), desc="rounds"):
         for name, step in steps.items():
             torch.cuda.synchronize()
             started = time.perf_counter()
-            step(batch)
+            step()
             torch.cuda.synchronize()
-            if repeat >= 2:
+            if repeat:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
+def flops(arguments, name: str, batch: Batch) -> int:
+    """Forward FLOPs of a case of ours."""
+    config = configuration(arguments, CASES[name].plan)
+    plan = Plan.of(config.plan, config.model.num_layers)
+    return forward_flops(config.model, VOCABULARY, plan, count(batch, plan))
+
+
+def peak_bytes(step: Callable[[], float]) -> int:
+    """Peak memory of one step beyond what is there before it."""
+    with PeakMemory() as memory:
+        step()
+    return memory.peak
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| step | against | seconds | ratio | FLOP ratio | time / FLOPs | limit | peak memory ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, r in results.items():
+        cells = [f"{r['seconds']:.3f}", f"{r['ratio']:.3f}"]
+        cells += [f"{r[key]:.3f}" if r.get(key) else "" for key in ("flop_ratio", "time_per_flop")]
+        cells += [f"{r['limit']:.2f}" if r["limit"] else "", f"{r['memory_ratio']:.3f}"]
+        lines.append(f"| {name} | {CASES[name].base} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    parser = command_line.parser(__doc__.splitlines()[0], "python benchmarks/step_time.py --repeats 15")
+    parser = command_line.parser(__doc__.splitlines()[0], "python benchmarks/step_time.py --repeats 7")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=4, help="documents per step")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=8, help="documents per step")
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases (their bases come along)")
+    parser.add_argument("--profile", choices=CASES, help="print where the time of this case goes, and nothing else")
     arguments = parser.parse_args()
 
     from megatron_ext.training import distributed
 
     torch.set_num_threads(arguments.threads)
-    config = configuration(arguments)
+    config = configuration(arguments, [])
     config.validate(world_size=1)
     distributed.initialize(config)
-    batch = random_rows(arguments.rows).to("cpu" if cpu.available() else "cuda")
-    steps = {"ours": ours(config), "stock Megatron-Core": stock_megatron(config), "Hugging Face": hugging_face(config)}
-    seconds = measure(steps, batch, arguments.repeats)
+    wanted = [arguments.profile] if arguments.profile else arguments.only.split(",")
+    wanted = [name for name in CASES if name in wanted or any(CASES[w].base == name for w in wanted)]
+    rows = {kind: random_rows(kind, arguments.rows) for kind in ("everything", "understanding", "generation")}
+    device = "cpu" if cpu.available() else "cuda"
+    others = {"stock Megatron-Core": stock_megatron, "Hugging Face": hugging_face}
+    steps = {}
+    for name in wanted:
+        case = CASES[name]
+        step = others[name](config) if case.plan is None else ours(configuration(arguments, case.plan))
+        steps[name] = partial(step, rows[case.rows].to(device))
+    if arguments.profile:
+        steps[arguments.profile]()
+        with torch.profiler.profile() as profile:
+            steps[arguments.profile]()
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+        return distributed.shut_down()
+    seconds = measure(steps, arguments.repeats)
+    memory = {name: peak_bytes(step) for name, step in steps.items()}
     results = {}
-    for name, values in seconds.items():
-        ratio = statistics.median(mine / other for mine, other in zip(seconds["ours"], values))
-        results[name] = {"median_seconds": statistics.median(values), "ours_over_this": ratio}
-        print(f"{name:20} {statistics.median(values):8.4f} s a step   ours / this {ratio:.3f}")
+    for name in wanted:
+        case = CASES[name]
+        pairs = list(zip(seconds[name], seconds[case.base]))
+        theirs = case.plan is None  # then the figure is ours over theirs
+        result = {
+            "seconds": statistics.median(seconds[name]),
+            "ratio": statistics.median(b / a if theirs else a / b for a, b in pairs),
+            "limit": case.limit,
+            "memory_bytes": memory[name],
+            "memory_ratio": memory[name] / memory[case.base],
+        }
+        if not theirs:
+            result["flop_ratio"] = flops(arguments, name, rows[case.rows]) / flops(
+                arguments, case.base, rows[case.rows]
+            )
+            result["time_per_flop"] = result["ratio"] / result["flop_ratio"]
+        results[name] = result
+    print(table(results))
+    print("For other libraries the ratio is ours over theirs, memory theirs over ours.")
     if arguments.json:
         command_line.write_json(
             arguments.json, {"arguments": {k: str(v) for k, v in vars(arguments).items()}} | results

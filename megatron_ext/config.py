@@ -41,10 +41,46 @@ class ModelConfig:
 
 
 @dataclass
+class RoleEntry:
+    """A role for some classes of tokens in some layers."""
+
+    layers: str | int
+    """``all``, or numbers and ranges from 0, both ends included: ``"0,2-4,6-"``."""
+    task: Literal["understanding", "generation", "text", "all"]
+    modality: Literal["text", "image", "all"]
+    role: Literal["full", "kv_only", "skip"]
+
+
+@dataclass
+class ProjectionConfig:
+    """The weights that image tokens use in a layer's projections."""
+
+    kind: Literal["preset", "shared", "separate", "decomposed"] = "preset"
+    """shared: those of text; separate: their own; decomposed: text's plus a difference; preset: as the preset says."""
+    modules: list[Literal["qkv", "proj", "fc1", "fc2"]] = field(default_factory=lambda: ["qkv", "proj"])
+    """The projections that ``kind`` applies to; the others are shared."""
+    rank: int | None = None
+    """Rank of the difference of decomposed projections; None: a whole matrix."""
+    per_task: bool = False
+    """Understanding and generation have a matrix or difference each."""
+
+
+@dataclass
 class PlanConfig:
     """Which tokens take part in which layer (see ``routing/plan.py``)."""
 
     preset: str = "dense"
+    """dense, himix, hmgen, himix_hmgen_share_all, himix_hmgen_share_all_separate, himix_hmgen_share_partial."""
+    himix_start: int = 0
+    """HiMix: first layer in which the image tokens of understanding are key and value only."""
+    shallow_count: int | None = None
+    """HMGen: number of layers that generated image tokens skip; None: 3 of every 16."""
+    shallow_placement: Literal["centred", "evenly"] = "centred"
+    shallow_layers: list[int] = field(default_factory=list)
+    """HMGen: the skipped layers by number (from 0), instead of a count."""
+    table: list[RoleEntry] = field(default_factory=list)
+    """Changes to the preset's roles, applied in order."""
+    projections: ProjectionConfig = field(default_factory=ProjectionConfig)
 
 
 @dataclass
@@ -108,6 +144,9 @@ class TrainingConfig:
     global_batch_size: int = 8
     """Rows per optimizer step over all replicas."""
     precision: Literal["float32", "bf16"] = "float32"
+    fp8: Literal["none", "delayed", "current", "mxfp8"] = "none"
+    """FP8 GEMMs by Transformer Engine: recipe for the scales. Where they cannot be had, one line says so and the run
+    goes on in ``precision``."""
     task_weights: TaskWeights = field(default_factory=TaskWeights)
     seed: int = 1234
     recompute: Literal["none", "selective", "full"] = "none"
@@ -232,15 +271,22 @@ class Config:
                 f"config: head size {m.hidden_size // m.num_attention_heads} (model.hidden_size / "
                 "model.num_attention_heads) is odd; rotary positions need an even one"
             )
+        from megatron_ext.routing.plan import Plan  # which is made from this configuration
+
+        projections = Plan.of(self.plan, m.num_layers).projections
+        if projections.rank is not None:
+            if projections.rank < 1:
+                raise UserError(f"config: 'plan.projections.rank' is {projections.rank}, must be at least 1")
+            _divides("plan.projections.rank", projections.rank, "parallel.tensor", p.tensor)
+        if t.fp8 != "none" and t.precision != "bf16":
+            raise UserError(f"config: 'training.fp8' is {t.fp8}, needs training.precision=bf16")
         stages = p.pipeline * p.virtual_pipeline
         _divides("model.num_layers", m.num_layers, "parallel.pipeline x parallel.virtual_pipeline", stages)
         if p.virtual_pipeline > 1 and p.pipeline == 1:
             raise UserError(f"config: 'parallel.virtual_pipeline' is {p.virtual_pipeline}, needs parallel.pipeline > 1")
         _divides("number of processes", world_size, "parallel.tensor x parallel.pipeline", p.tensor * p.pipeline)
-        if p.sequence:
-            if p.tensor == 1:
-                raise UserError("config: 'parallel.sequence' is true, needs parallel.tensor > 1")
-            _divides("data.sequence_length", d.sequence_length, "parallel.tensor", p.tensor)
+        if p.sequence and p.tensor == 1:
+            raise UserError("config: 'parallel.sequence' is true, needs parallel.tensor > 1")
         replicas = self.data_parallel(world_size)
         _divides(
             "training.global_batch_size",

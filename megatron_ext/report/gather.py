@@ -45,7 +45,9 @@ class Facts:
     @property
     def parameters(self) -> int | None:
         """Weights of the model, embedding rows that only pad the table left out."""
-        return parameter_count(self.config.model, self.vocabulary.size) if self.vocabulary else None
+        if not self.vocabulary:
+            return None
+        return parameter_count(self.config.model, self.vocabulary.size, self.plan.projections)
 
     @property
     def tasks(self) -> list[str]:
@@ -73,7 +75,7 @@ def gather(run: str | Path, vq: str | Path | None = None) -> Facts:
     return Facts(
         run=run,
         config=config,
-        plan=Plan.preset(config.plan.preset, config.model.num_layers),
+        plan=Plan.of(config.plan, config.model.num_layers),
         records=records,
         finished=finished_file(run).is_file(),
         environment=read_json(environment_file) if environment_file.is_file() else {},

@@ -1,40 +1,189 @@
-"""What a micro-batch costs: FLOPs of the model itself, the numerator of the MFU.
+"""What a plan costs on given data: FLOPs of the model itself, the numerator of the MFU, and its parameters.
 
 Multiply-adds of a layer for one token, hidden size h, key/value width g, FFN width f (gated)::
 
-    h*h (query) + 2*h*g (key, value) + h*h (output) + 3*h*f (FFN) + 2*h*(visible keys)
+    FULL      h*h (query) + 2*h*g (key, value) + h*h (output) + 3*h*f (FFN) + 2*h*(visible keys)
+    KV_ONLY   2*h*g
+    SKIP      0
 
-plus h*V for its logits. Two FLOPs each; the backward pass costs twice the forward pass. Recomputation is not work of
-the model and is not counted.
+plus h*V for the logits of a position. Two FLOPs each; the backward pass costs twice the forward pass. A difference of
+rank r (decomposed projections) costs r*(in + out) more for every token that uses it; a whole one is added to the
+weights, not to the activations, and costs no product per token. Recomputation is not work of the model and is not
+counted, nor are norms, activations and the embedding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from megatron_ext.config import ModelConfig
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.plan import Plan, Projections, Role, class_index
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 TRAINING_PER_FORWARD = 3
 
-
-def forward_flops(model: ModelConfig, vocab_size: int, lengths: Iterable[int]) -> int:
-    """FLOPs of one forward pass over documents of these lengths (tokens)."""
-    h = model.hidden_size
-    per_token = model.num_layers * _projection_weights(model) + h * vocab_size
-    total = 0
-    for length in lengths:
-        visible = length * (length + 1) // 2
-        total += length * per_token + model.num_layers * 2 * h * visible
-    return 2 * total
+NUM_CLASSES = len(Task) * len(Modality)
 
 
-def parameter_count(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters of the whole model, over all ranks."""
+@dataclass(frozen=True)
+class Counts:
+    """What packed rows hold that their cost under a plan depends on; padding is not in it. Counts add up.
+
+    Attributes:
+        tokens: tokens of each class, at :func:`~megatron_ext.routing.plan.class_index`.
+        visible: for each layer and class of query, the (query, key) pairs that attention goes over.
+        logits: positions for which the output head is computed.
+    """
+
+    tokens: tuple[int, ...]
+    visible: tuple[tuple[int, ...], ...]
+    logits: int
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            _sums(self.tokens, other.tokens),
+            tuple(map(_sums, self.visible, other.visible)),
+            self.logits + other.logits,
+        )
+
+
+def dense(plan: Plan) -> Plan:
+    """The same model without any of the plan: every token FULL in every layer, one set of weights."""
+    return Plan("dense", tuple((Role.FULL,) * len(roles) for roles in plan.roles), Projections())
+
+
+def count(batch: Batch, plan: Plan) -> Counts:
+    """What rows [b, s] on the CPU hold, with logits for the positions whose loss counts."""
+    real = (batch.document != PADDING_DOCUMENT).flatten()
+    kind = class_index(batch.task, batch.modality).flatten()[real].long()
+    first = torch.ones_like(batch.document, dtype=torch.bool)
+    first[:, 1:] = batch.document[:, 1:] != batch.document[:, :-1]
+    first = first.flatten()[real]
+    visible = {roles: _visible(kind, first, roles) for roles in set(plan.roles)}
+    return Counts(
+        tuple(torch.bincount(kind, minlength=NUM_CLASSES).tolist()),
+        tuple(visible[roles] for roles in plan.roles),
+        int((batch.loss_mask.flatten()[real] > 0).sum()),
+    )
+
+
+def with_all_logits(counts: Counts, plan: Plan) -> Counts:
+    """The same with logits for every token that is FULL in the last layer, whether its loss counts or not."""
+    return replace(counts, logits=sum(n for n, role in zip(counts.tokens, plan.roles[-1]) if role == Role.FULL))
+
+
+def forward_flops(model: ModelConfig, vocab_size: int, plan: Plan, counts: Counts) -> int:
+    """FLOPs of one forward pass over what was counted."""
+    return sum(layer_flops(model, plan, counts)) + head_flops(model, vocab_size, counts)
+
+
+def layer_flops(model: ModelConfig, plan: Plan, counts: Counts) -> list[int]:
+    """FLOPs of one forward pass through each layer."""
+    return [sum(classes) for classes in class_flops(model, plan, counts)]
+
+
+def class_flops(model: ModelConfig, plan: Plan, counts: Counts) -> list[list[int]]:
+    """FLOPs of one forward pass for each layer and class of token; attention counts for the query's class."""
+    return [
+        [
+            2 * (n * _multiply_adds(model, plan.projections, index, role) + 2 * model.hidden_size * pairs)
+            for index, (n, role, pairs) in enumerate(zip(counts.tokens, roles, visible))
+        ]
+        for roles, visible in zip(plan.roles, counts.visible)
+    ]
+
+
+def head_flops(model: ModelConfig, vocab_size: int, counts: Counts) -> int:
+    """FLOPs of one forward pass through the output head."""
+    return 2 * model.hidden_size * vocab_size * counts.logits
+
+
+def stage_flops(
+    model: ModelConfig, vocab_size: int, plan: Plan, counts: Counts, pipeline: int, virtual: int = 1
+) -> list[int]:
+    """FLOPs of one forward pass on each pipeline stage; the last one has the output head."""
+    layers = layer_flops(model, plan, counts)
+    stages = [sum(layers[n] for n in chosen) for chosen in stage_layers(plan.num_layers, pipeline, virtual)]
+    stages[-1] += head_flops(model, vocab_size, counts)
+    return stages
+
+
+def stage_layers(num_layers: int, pipeline: int, virtual: int = 1) -> list[list[int]]:
+    """Layers of each pipeline stage, cut evenly into ``virtual`` chunks per stage that go round the stages in turn."""
+    size = num_layers // (pipeline * virtual)
+    return [
+        [(chunk * pipeline + stage) * size + n for chunk in range(virtual) for n in range(size)]
+        for stage in range(pipeline)
+    ]
+
+
+def parameter_count(model: ModelConfig, vocab_size: int, projections: Projections) -> int:
+    """Parameters of the whole model, over all ranks, with those that image tokens have for themselves."""
     h = model.hidden_size
     embeddings = (1 if model.tie_embeddings else 2) * vocab_size * h
-    return embeddings + model.num_layers * (_projection_weights(model) + 2 * h) + h
+    per_layer = sum(i * o for i, o in projection_shapes(model).values()) + 2 * h
+    return embeddings + model.num_layers * per_layer + h + image_parameter_count(model, projections)
 
 
-def _projection_weights(model: ModelConfig) -> int:
-    """Weights of one layer's projections, which are also its multiply-adds per token besides attention."""
+def image_parameter_count(model: ModelConfig, projections: Projections) -> int:
+    """Parameters that text tokens never use: in every layer, whatever the roles there."""
+    rank = projections.rank
+    shapes = [projection_shapes(model)[module] for module in projections.modules]
+    component = sum(i * o if rank is None else rank * (i + o) for i, o in shapes)
+    return model.num_layers * len(projections.components) * component
+
+
+def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the projections of a layer."""
     h, f = model.hidden_size, model.ffn_hidden_size
-    g = h // model.num_attention_heads * model.num_query_groups
-    return 2 * h * h + 2 * h * g + 3 * h * f
+    return {"qkv": (h, h + 2 * key_width(model)), "proj": (h, h), "fc1": (h, 2 * f), "fc2": (f, h)}
+
+
+def key_width(model: ModelConfig) -> int:
+    """Width of all keys of a token, and of all values."""
+    return model.hidden_size // model.num_attention_heads * model.num_query_groups
+
+
+def products(model: ModelConfig, role: Role) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the projections that a layer computes for a token of this role."""
+    if role == Role.KV_ONLY:
+        return {"qkv": (model.hidden_size, 2 * key_width(model))}
+    return projection_shapes(model) if role == Role.FULL else {}
+
+
+def low_rank_modules(projections: Projections, index: int, role: Role) -> list[str]:
+    """The projections in which a token of the class with this index uses a difference of rank r."""
+    task, modality = divmod(index, len(Modality))
+    if projections.rank is None or not projections.component(Task(task), Modality(modality)):
+        return []
+    return [m for m in projections.modules if role == Role.FULL or (role == Role.KV_ONLY and m == "qkv")]
+
+
+def _multiply_adds(model: ModelConfig, projections: Projections, index: int, role: Role) -> int:
+    """Multiply-adds of a layer's projections for one token of the class with this index."""
+    shapes = products(model, role)
+    low_rank = [shapes[module] for module in low_rank_modules(projections, index, role)]
+    return sum(i * o for i, o in shapes.values()) + sum(projections.rank * (i + o) for i, o in low_rank)
+
+
+def _visible(kind: Tensor, first: Tensor, roles: Sequence[Role]) -> tuple[int, ...]:
+    """(query, key) pairs of each class of query in a layer.
+
+    Args:
+        kind: class of each token, [t].
+        first: where a document begins, [t].
+        roles: of each class.
+    """
+    role = torch.tensor(roles)[kind]
+    is_key = (role != Role.SKIP).long()
+    seen = is_key.cumsum(0)
+    before_document = (seen - is_key)[first][first.cumsum(0) - 1]
+    pairs = (seen - before_document) * (role == Role.FULL)
+    return tuple(torch.zeros(NUM_CLASSES, dtype=torch.int64).index_add_(0, kind, pairs).tolist())
+
+
+def _sums(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
+    return tuple(map(int.__add__, left, right))

@@ -1,11 +1,23 @@
-"""The plan: the role of every class of token in every layer.
+"""The plan: the role of every class of token in every layer, and which weights it uses.
 
-The only module that knows methods by name. Layers ask for roles and never for a method.
+The only module that knows methods by name. Layers ask for roles and components and never for a method, so a new
+method is a row of ``PRESETS``, or a table in YAML::
+
+    plan:
+      preset: dense
+      table:
+        - {layers: 4-, task: understanding, modality: image, role: kv_only}
+        - {layers: "3,5-6", task: generation, modality: image, role: skip}
+      projections: {kind: decomposed, rank: 16}
+
+Pure Python: nothing here needs torch.
 """
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 
+from megatron_ext.config import PlanConfig
 from megatron_ext.errors import UserError
 from megatron_ext.token_classes import Modality, Task
 
@@ -22,32 +34,201 @@ class Role(IntEnum):
     SKIP = 2
 
 
-PRESETS = ("dense",)
+@dataclass(frozen=True)
+class Preset:
+    """A method by its name.
+
+    Attributes:
+        himix: image tokens of understanding documents are KV_ONLY from ``plan.himix_start`` on (arXiv 2606.01503).
+        hmgen: image tokens of generation documents are SKIP in the shallow layers.
+        kind: which weights image tokens use, unless ``plan.projections.kind`` says otherwise.
+    """
+
+    himix: bool = False
+    hmgen: bool = False
+    kind: str = "shared"
+
+
+PRESETS = {
+    "dense": Preset(),
+    "himix": Preset(himix=True),
+    "hmgen": Preset(hmgen=True, kind="separate"),
+    # The paper's Share All, in both readings: one projection for all tokens, or one for text and one for the image
+    # tokens of both tasks.
+    "himix_hmgen_share_all": Preset(himix=True, hmgen=True),
+    "himix_hmgen_share_all_separate": Preset(himix=True, hmgen=True, kind="separate"),
+    "himix_hmgen_share_partial": Preset(himix=True, hmgen=True, kind="decomposed"),
+}
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Which weights tokens use in the projections named in ``modules`` (qkv, proj, fc1, fc2).
+
+    Text tokens use W. Image tokens use, by ``kind``: W (shared); a matrix of their own (separate); W + D, with D
+    whole or of rank ``rank`` (decomposed). With ``per_task`` each of the two tasks has its own matrix or D.
+    """
+
+    kind: str = "shared"
+    modules: tuple[str, ...] = ("qkv", "proj")
+    rank: int | None = None
+    per_task: bool = False
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of what exists beside W."""
+        if self.kind == "shared":
+            return ()
+        return ("understanding", "generation") if self.per_task else ("image",)
+
+    @property
+    def identity(self) -> dict:
+        """What decides which parameters a model has, as plain data."""
+        if not self.components:
+            return {"kind": "shared"}
+        return {"kind": self.kind, "modules": sorted(self.modules), "rank": self.rank, "per_task": self.per_task}
+
+    def component(self, task: Task, modality: Modality) -> int:
+        """Which weights a class of token uses: 0 for W, n for ``components[n - 1]``.
+
+        Images inside documents of the text task, whose loss is on every token, count as generated.
+        """
+        if modality == Modality.TEXT or not self.components:
+            return 0
+        return 1 if not self.per_task or task == Task.UNDERSTANDING else 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Role of (layer, task, modality), for every layer of a model.
+    """Role of (layer, task, modality), for every layer of a model, and the weights that image tokens use.
 
     Attributes:
-        name: the preset's name.
-        num_layers: number of layers, counted from 0.
+        name: the preset's name, followed by ``+table`` where a table changes it.
+        roles: for each layer, the role of each class of token at :func:`class_index`.
     """
 
     name: str
-    num_layers: int
+    roles: tuple[tuple[Role, ...], ...]
+    projections: Projections
 
     @classmethod
-    def preset(cls, name: str, num_layers: int) -> "Plan":
-        """The plan called ``name`` for a model of ``num_layers`` layers.
+    def of(cls, config: PlanConfig, num_layers: int) -> "Plan":
+        """The plan that ``config`` describes, for a model of ``num_layers`` layers.
 
         Raises:
-            UserError: there is no such preset.
+            UserError: a preset, layer or entry that does not fit, named.
         """
-        if name not in PRESETS:
-            raise UserError(f"config: 'plan.preset' is {name!r}, must be one of {', '.join(PRESETS)}")
-        return cls(name, num_layers)
+        if config.preset not in PRESETS:
+            raise UserError(f"config: 'plan.preset' is {config.preset!r}, must be one of {', '.join(PRESETS)}")
+        preset = PRESETS[config.preset]
+        roles = [[Role.FULL] * (len(Task) * len(Modality)) for _ in range(num_layers)]
+        if preset.himix:
+            for layer in range(_checked(config.himix_start, "plan.himix_start", num_layers), num_layers):
+                roles[layer][class_index(Task.UNDERSTANDING, Modality.IMAGE)] = Role.KV_ONLY
+        if preset.hmgen:
+            for layer in shallow_layers(config, num_layers):
+                roles[layer][class_index(Task.GENERATION, Modality.IMAGE)] = Role.SKIP
+        for i, entry in enumerate(config.table):
+            where = f"plan.table[{i}]"
+            tasks = Task if entry.task == "all" else [Task[entry.task.upper()]]
+            modalities = Modality if entry.modality == "all" else [Modality[entry.modality.upper()]]
+            for layer in _layers(str(entry.layers), f"{where}.layers", num_layers):
+                for index in (class_index(t, m) for t in tasks for m in modalities):
+                    roles[layer][index] = Role[entry.role.upper()]
+        chosen = config.projections
+        kind = preset.kind if chosen.kind == "preset" else chosen.kind
+        if chosen.rank is not None and kind != "decomposed":
+            raise UserError(
+                f"config: 'plan.projections.rank' is {chosen.rank}, but plan.projections.kind is {kind}; "
+                "only decomposed projections have a rank"
+            )
+        projections = Projections(kind, tuple(chosen.modules), chosen.rank, chosen.per_task)
+        name = config.preset + ("+table" if config.table else "")
+        return cls(name, tuple(map(tuple, roles)), projections)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, counted from 0."""
+        return len(self.roles)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token is FULL in every layer and uses the same weights."""
+        return not self.projections.components and all(role == Role.FULL for roles in self.roles for role in roles)
 
     def role(self, layer: int, task: Task, modality: Modality) -> Role:
         """What tokens of this task and modality do in ``layer`` (0-based)."""
-        return Role.FULL
+        return self.roles[layer][class_index(task, modality)]
+
+    def table(self) -> str:
+        """The plan as text: a line per layer, a column per class of token."""
+        mark = {Role.FULL: "full", Role.KV_ONLY: "kv", Role.SKIP: "-"}
+        names = [f"{task.name.lower()} {modality.name.lower()}" for task, modality in CLASSES]
+        lines = ["layer  " + "  ".join(names)]
+        for layer in range(self.num_layers):
+            cells = [mark[self.role(layer, *c)].center(len(name)) for c, name in zip(CLASSES, names)]
+            lines.append(f"{layer:5d}  " + "  ".join(cells))
+        kind = self.projections
+        if kind.components:
+            rank = f" of rank {kind.rank}" if kind.rank else ""
+            tasks = ", one per task" if kind.per_task else ""
+            lines.append(f"image tokens: {kind.kind} projections{rank}{tasks} in {', '.join(kind.modules)}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+CLASSES = (
+    (Task.UNDERSTANDING, Modality.IMAGE),
+    (Task.UNDERSTANDING, Modality.TEXT),
+    (Task.GENERATION, Modality.TEXT),
+    (Task.GENERATION, Modality.IMAGE),
+    (Task.TEXT, Modality.TEXT),
+)
+"""The classes of tokens that training data hold, in the order in which they stand in a document. Images in documents
+of the text task are legal too, and FULL unless a table says otherwise."""
+
+
+def class_index(task: Task, modality: Modality) -> int:
+    """Number of a class of token; also right for tensors of tasks and modalities."""
+    return task * len(Modality) + modality
+
+
+def shallow_layers(config: PlanConfig, num_layers: int) -> list[int]:
+    """The layers that HMGen lets generated images skip.
+
+    A list as given, or ``shallow_count`` layers, centred and contiguous or evenly spaced. The default count is the
+    paper's 3 of 16, rounded, and at least one.
+    """
+    if config.shallow_layers:
+        return sorted(
+            {_checked(n, f"plan.shallow_layers[{i}]", num_layers) for i, n in enumerate(config.shallow_layers)}
+        )
+    count = max(1, round(num_layers * 3 / 16)) if config.shallow_count is None else config.shallow_count
+    if not 0 <= count <= num_layers:
+        raise UserError(f"config: 'plan.shallow_count' is {count}, must lie in 0 .. {num_layers} (model.num_layers)")
+    if config.shallow_placement == "evenly":
+        return [(i + 1) * num_layers // (count + 1) for i in range(count)]
+    start = (num_layers - count) // 2
+    return list(range(start, start + count))
+
+
+def _layers(text: str, key: str, num_layers: int) -> list[int]:
+    """Layers of an entry: ``all``, or numbers and ranges such as ``0,2-4,6-`` (to the last), both ends included."""
+    if text == "all":
+        return list(range(num_layers))
+    chosen = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(-?)\s*(\d*)\s*", part)
+        if not match or (match[3] and not match[2]):
+            raise UserError(f"config: '{key}' is {text!r}; write all, or layers and ranges such as 0,2-4,6-")
+        first = _checked(int(match[1]), key, num_layers)
+        last = first if not match[2] else _checked(int(match[3]), key, num_layers) if match[3] else num_layers - 1
+        if last < first:
+            raise UserError(f"config: '{key}' is {text!r}; the range {part.strip()} runs backwards")
+        chosen += range(first, last + 1)
+    return chosen
+
+
+def _checked(layer: int, key: str, num_layers: int) -> int:
+    if not 0 <= layer < num_layers:
+        raise UserError(f"config: '{key}' names layer {layer}; the model has layers 0 .. {num_layers - 1}")
+    return layer

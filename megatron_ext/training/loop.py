@@ -8,9 +8,8 @@ from megatron.core import parallel_state
 
 from megatron_ext.config import Config
 from megatron_ext.data import step_batches
-from megatron_ext.routing.cost import TRAINING_PER_FORWARD, forward_flops
-from megatron_ext.routing.route import document_lengths
-from megatron_ext.token_classes import PADDING_DOCUMENT, Task
+from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
+from megatron_ext.token_classes import Task
 from megatron_ext.training import distributed
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.devices import model_flops_utilisation
@@ -63,7 +62,7 @@ def train(run: Run) -> bool:
                 accept=accept,
                 tally=(lifecycle.vote(), *_work(run, batch)),
             )
-            vote, flops, tokens = result.tally
+            vote, *_, tokens = result.tally
             stop = lifecycle.stop_reason(vote)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             scheduler.step(1)
@@ -71,7 +70,7 @@ def train(run: Run) -> bool:
             progress.consumed_samples += config.training.global_batch_size
             progress.consumed_tokens += round(tokens)
             progress.bad_steps = bad_steps.state_dict()
-            record = _record(run, result, flops, tokens, time.perf_counter() - started, batches.wait_seconds)
+            record = _record(run, result, time.perf_counter() - started, batches.wait_seconds)
             record |= {"learning_rate": learning_rate, "skipped_steps": bad_steps.total}
             if fault:
                 record["skip_reason"] = fault
@@ -134,20 +133,22 @@ def _save(run: Run) -> None:
     distributed.report(f"checkpoint of iteration {run.progress.iteration} ({time.perf_counter() - started:.1f} s)")
 
 
-def _work(run: Run, batch) -> tuple[float, float]:
-    """This rank's share of the training FLOPs and of the tokens in this step; padding counts as neither."""
+def _work(run: Run, batch) -> tuple[float, float, float]:
+    """This rank's share of the step's training FLOPs under the plan and under the dense plan, and of its tokens.
+
+    Padding counts as none of them.
+    """
     shares = parallel_state.get_model_parallel_group().size()
-    document = batch.document.cpu()
-    real = document != PADDING_DOCUMENT
-    lengths = document_lengths(document)
-    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)[:-1]])
-    lengths = lengths[real.flatten()[starts]]
-    model = run.config.model
-    flops = TRAINING_PER_FORWARD * forward_flops(model, run.vocabulary.size, lengths.tolist())
-    return flops / shares, int(real.sum()) / shares
+    on_host = batch.to("cpu")
+    flops = []
+    for plan in (run.plan, dense(run.plan)):
+        counts = count(on_host, plan)
+        flops.append(TRAINING_PER_FORWARD * forward_flops(run.config.model, run.vocabulary.size, plan, counts))
+    return flops[0] / shares, flops[1] / shares, sum(counts.tokens) / shares
 
 
-def _record(run: Run, result: StepResult, flops: float, tokens: float, seconds: float, wait: float) -> dict:
+def _record(run: Run, result: StepResult, seconds: float, wait: float) -> dict:
+    _, flops, dense_flops, tokens = result.tally
     devices = torch.distributed.get_world_size()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
@@ -161,7 +162,7 @@ def _record(run: Run, result: StepResult, flops: float, tokens: float, seconds: 
         "step_seconds": seconds,
         "data_wait_seconds": wait,
         "flops": flops,
-        "flops_ratio": 1.0,
+        "flops_ratio": flops / dense_flops,
         "mfu": model_flops_utilisation(flops, seconds, devices, device),
     }
 

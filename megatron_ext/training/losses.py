@@ -33,8 +33,7 @@ def token_weights(batch: Batch, counts: Tensor, weights: TaskWeights) -> Tensor:
     return batch.loss_mask * per_task[batch.task.long()]
 
 
-def task_sums(token_losses: Tensor, batch: Batch) -> Tensor:
-    """Sum of the cross-entropies [b, s] of each task's loss tokens, [tasks], float64; detached."""
-    losses = (token_losses.detach() * batch.loss_mask).flatten()
-    sums = torch.zeros(len(Task), dtype=torch.float64, device=losses.device)
-    return sums.index_add_(0, batch.task.flatten().long(), losses.double())
+def task_sums(token_losses: Tensor, tasks: Tensor) -> Tensor:
+    """Sum of the cross-entropies [n] of each task's tokens, [tasks], float64; detached. ``tasks``: [n], int64."""
+    sums = torch.zeros(len(Task), dtype=torch.float64, device=token_losses.device)
+    return sums.index_add_(0, tasks, token_losses.detach().double())

@@ -62,7 +62,7 @@ def build_run(config: Config) -> Run:
         raise UserError("config: 'data.vocabulary' is empty; name a folder made by tools/train_tokenizer.py")
     if not config.data.train:
         raise UserError("config: 'data.train' is empty; name data sets made by tools/preprocess_vq.py")
-    plan = Plan.preset(config.plan.preset, config.model.num_layers)
+    plan = Plan.of(config.plan, config.model.num_layers)
     vocabulary = Vocabulary(config.data.vocabulary)
     train_data = build_mixture(config.data.train, config.data, vocabulary, train=True)
     validation_data = None
@@ -96,7 +96,12 @@ def _identity(config: Config, vocabulary: Vocabulary) -> dict:
     model = dataclasses.asdict(config.model)
     for free in ("implementation", "init_std"):
         del model[free]
-    return {"model": model, "fingerprints": {"vocabulary": vocabulary.fingerprint}}
+    projections = Plan.of(config.plan, config.model.num_layers).projections.identity
+    return {
+        "model": model,
+        "plan": {"projections": projections},
+        "fingerprints": {"vocabulary": vocabulary.fingerprint},
+    }
 
 
 def _resume(run: Run) -> None:
@@ -127,7 +132,7 @@ def describe(run: Run) -> str:
     if parallel.sequence:
         layout.append("sequence parallel")
     layers = {"local": "torch layers", "transformer_engine": "Transformer Engine layers"}[implementation(config)]
-    parameters = parameter_count(config.model, padded_vocabulary(config, run.vocabulary))
+    parameters = parameter_count(config.model, padded_vocabulary(config, run.vocabulary), run.plan.projections)
     return (
         f"{f'{parameters / 1e6:.1f} M' if parameters > 1e6 else f'{parameters:,}'} parameters, "
         f"{config.training.precision}, {layers}; {' x '.join(layout)}; plan {run.plan.name}"

@@ -15,17 +15,22 @@ from torch import Tensor
 
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.route import Route
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.route import Route, stored_length
 from megatron_ext.token_classes import Task
 from megatron_ext.training.losses import loss_token_counts, task_sums, token_weights
+from megatron_ext.transformer.fp8 import row_multiple
+from megatron_ext.transformer.specs import fp8_recipe
 
 
 @dataclass
 class MicroBatch:
-    """Rows of one forward pass with what is derived from them once: the route and the token weights [b, s]."""
+    """What a forward pass needs of its rows, worked out once: the route, and of the n tokens with loss the label, the
+    task and the weight in the objective, each [n]."""
 
-    batch: Batch
     route: Route
+    labels: Tensor
+    tasks: Tensor
     weights: Tensor
 
 
@@ -110,7 +115,8 @@ def _run(chunks, batch: Batch, config: Config, forward_only: bool) -> tuple[Tens
         data_iterator=[iter(micro_batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(micro_batches),
-        seq_length=config.training.micro_batch_size * config.data.sequence_length,
+        # The length of hidden states; the schedule itself cuts it over the ranks of sequence parallelism.
+        seq_length=_stored_length(config),
         micro_batch_size=1,
         forward_only=forward_only,
     ):
@@ -119,23 +125,44 @@ def _run(chunks, batch: Batch, config: Config, forward_only: bool) -> tuple[Tens
 
 
 def _cut(batch: Batch, counts: Tensor, config: Config) -> list[MicroBatch]:
-    size = config.training.micro_batch_size
-    weights = token_weights(batch, counts, config.training.task_weights)
-    rows = [(start, start + size) for start in range(0, batch.shape[0], size)]
-    return [MicroBatch(part := batch.rows(*r), Route.of(part), weights[slice(*r)]) for r in rows]
+    """The micro-batches of a step. Their routes are made on the host, from one copy of the batch's integers."""
+    plan, device, host = _plan(config), batch.tokens.device, batch.to("cpu")
+    weights = token_weights(host, counts.cpu(), config.training.task_weights)
+    made = []
+    for start in range(0, batch.shape[0], config.training.micro_batch_size):
+        rows = slice(start, start + config.training.micro_batch_size)
+        part = host.rows(rows.start, rows.stop)
+        route = Route.of(part, plan, *_alignment(config), fixed_length=config.parallel.pipeline > 1)
+        of_targets = (x.flatten()[route.targets] for x in (part.labels, part.task.long(), weights[rows]))
+        made.append(MicroBatch(route.to(device), *(x.to(device, non_blocking=True) for x in of_targets)))
+    return made
+
+
+def _plan(config: Config) -> Plan:
+    return Plan.of(config.plan, config.model.num_layers)
+
+
+def _alignment(config: Config) -> tuple[int, int]:
+    """Ranks that hidden states are cut over, and what their rows are a multiple of."""
+    ranks = config.parallel.tensor if config.parallel.sequence else 1
+    return ranks, row_multiple(fp8_recipe(config))
+
+
+def _stored_length(config: Config) -> int:
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    return stored_length(tokens, _plan(config), *_alignment(config))
 
 
 def _forward(micro_batches, chunk):
     micro_batch = next(micro_batches)
-    output = chunk(micro_batch.batch, micro_batch.route)
-    return output, partial(_loss, micro_batch, get_attr_wrapped_model(chunk, "token_losses"))
+    return chunk(micro_batch.route), partial(_loss, micro_batch, get_attr_wrapped_model(chunk, "token_losses"))
 
 
 def _loss(micro_batch: MicroBatch, token_losses: Callable, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The share of the objective in this micro-batch. Called by the schedule on the last stage only."""
-    losses = token_losses(logits, micro_batch.batch.labels)
+    losses = token_losses(logits, micro_batch.labels)
     objective = (losses * micro_batch.weights).sum()
-    return objective, torch.zeros((), dtype=torch.int, device=objective.device), task_sums(losses, micro_batch.batch)
+    return objective, torch.zeros((), dtype=torch.int, device=objective.device), task_sums(losses, micro_batch.tasks)
 
 
 def _reduce(sums: Tensor, counts: Tensor, config: Config, tally) -> tuple[float, dict[str, float], list[float]]:

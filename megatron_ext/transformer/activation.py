@@ -1,16 +1,20 @@
-"""The gated activation of the FFN on CPUs, where Megatron-Core's fused one cannot be compiled."""
+"""The gated activation of the FFN."""
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
 class SwiGLU(MegatronModule):
-    """silu(gate) * up of [..., 2 f] (gate first) to [..., f] (Shazeer, arXiv 2002.05202)."""
+    """silu(gate) * up of [n, 1, 2 f] (gate first) to [n, 1, f] (Shazeer, arXiv 2002.05202).
+
+    Megatron-Core's fused kernel on GPUs; it cannot be compiled on CPUs.
+    """
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        return _SwiGLU.apply(gate_up)
+        return bias_swiglu_impl(gate_up, None) if gate_up.is_cuda else _SwiGLU.apply(gate_up)
 
 
 class _SwiGLU(torch.autograd.Function):

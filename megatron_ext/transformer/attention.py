@@ -1,59 +1,51 @@
 """Attention inside the documents of packed rows."""
 
 import math
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-from megatron_ext.routing.route import Route
+from megatron_ext.routing.route import LayerRoute
 from megatron_ext.transformer.rotary import apply_rotary
+from megatron_ext.transformer.rows import arrange, restore
 
 
 class UnifiedSelfAttention(SelfAttention):
-    """Megatron-Core's self-attention over the documents of packed rows.
+    """Megatron-Core's self-attention: queries of FULL tokens against the keys of all but SKIP, inside documents."""
 
-    Parameters, sharding and activation recomputation are Megatron-Core's; the forward pass turns queries and keys
-    together, by a table that is made once for all layers.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: None,
-        rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: Route | None = None,
-        **unused,
-    ) -> tuple[Tensor, None]:
-        """Attention output [t, 1, h] of hidden states [t, 1, h] (their first dimension cut over the tensor-parallel
-        group under sequence parallelism).
-
-        Args:
-            rotary_pos_emb: table of :func:`~megatron_ext.transformer.rotary.rotary_table` for all t tokens.
-            packed_seq_params: where the documents begin and end.
-        """
-        mixed, _ = self.linear_qkv(hidden_states)
-        # One key/value group after the other, each of its query heads, its key and its value: [t, 1, groups, n + 2, d]
+    def forward(self, full: Tensor, kv_only: Tensor | None, route: LayerRoute) -> Tensor:
+        """Attention output [n, 1, h] of normed hidden states: FULL [n, 1, h] and KV_ONLY [m, 1, h] (or None), each this
+        rank's share under sequence parallelism."""
+        of = route.pieces
+        mixed, of_kv_only = self.linear_qkv(full, of.full_splits, kv_only, of.kv_only_splits)
+        # One key/value group after the other, each of its query heads, its key and its value: [n, 1, groups, q + 2, d]
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        mixed = mixed.view(*mixed.shape[:2], groups, -1, d)
-        turned = apply_rotary(mixed[..., :-1, :], rotary_pos_emb.unsqueeze(2))
-        query, key = turned[..., :-1, :].flatten(2, 3), turned[..., -1, :]
-        value = mixed[..., -1, :]
+        queries = self.num_attention_heads_per_partition // groups
+        mixed = mixed.view(-1, 1, groups, queries + 2, d)
+        query_table, key_table = route.rotary
+        if kv_only is None:
+            mixed = arrange(mixed, route.queries)
+            turned = apply_rotary(mixed[..., :-1, :], query_table)
+            query, key, value = turned[..., :-1, :], turned[..., -1, :], mixed[..., -1, :]
+        else:
+            query = apply_rotary(arrange(mixed[..., :-2, :], route.queries), query_table)
+            pairs = torch.cat([mixed[..., -2:, :], of_kv_only.view(-1, 1, groups, 2, d)])
+            pairs = arrange(pairs, route.keys)
+            key, value = apply_rotary(pairs[..., :1, :], key_table).squeeze(3), pairs[..., 1, :]
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
             attend = self._checkpointed_attention_forward
-        output = attend(query, key, value, None, packed_seq_params=packed_seq_params)
-        return self.linear_proj(output)
+        output = attend(query.flatten(2, 3), key, value, None, packed_seq_params=route)
+        return self.linear_proj(restore(output, route.queries), of.full_splits)
 
 
 class DocumentAttention(torch.nn.Module):
-    """Causal attention of every token over the tokens before it in its own document.
-
-    Work across documents is left out, not masked: each document is one call of torch's scaled-dot-product attention.
-    """
+    """Causal attention by torch's kernels: a call for each segment, or for neighbours of one shape together."""
 
     def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **unused):
         super().__init__()
@@ -67,24 +59,40 @@ class DocumentAttention(torch.nn.Module):
         attention_mask: None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: None = None,
-        packed_seq_params: Route | None = None,
+        packed_seq_params: LayerRoute | None = None,
     ) -> Tensor:
-        """Attention output [t, 1, heads * d] of query [t, 1, heads, d], key and value [t, 1, groups, d]."""
-        grouped = query.shape[2] != key.shape[2]
-        # Split first and permute then: the pieces stay contiguous in t, so putting them together is a plain copy.
-        documents = zip(*(x.split(packed_seq_params.lengths) for x in (query, key, value)))
-        outputs = []
-        for document in documents:
-            q, k, v = (x.permute(1, 2, 0, 3) for x in document)  # [1, n, length, d]
-            output = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
-            )
-            outputs.append(output.permute(2, 0, 1, 3))
-        return torch.cat(outputs).flatten(2)
+        """Attention output [queries, 1, heads * d] of query [queries, 1, heads, d], key and value [keys, 1, groups, d].
+
+        A segment of q queries and k keys is causal from its end: its last query sees all k keys.
+        """
+        segments = zip(packed_seq_params.query_lengths, packed_seq_params.key_lengths)
+        shapes = [(q, k, len(list(same))) for (q, k), same in groupby(segments)]
+        if not shapes:  # nobody asks, yet every weight has a gradient of zero
+            return query.flatten(2) + 0 * (key.sum() + value.sum())
+        queries = query.squeeze(1).split([q * n for q, _, n in shapes])
+        keys, values = (x.squeeze(1).split([k * n for _, k, n in shapes]) for x in (key, value))
+        outputs = [
+            self._attend(*(x.unflatten(0, (n, -1)).transpose(1, 2) for x in pieces), q, k)
+            for (q, k, n), *pieces in zip(shapes, queries, keys, values)
+        ]
+        return torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs]).flatten(1).unsqueeze(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, q: int, k: int) -> Tensor:
+        """[n, heads, q, d] of query [n, heads, q, d], key and value [n, groups, k, d]."""
+        options = {"scale": self.softmax_scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        if q == k:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        if query.is_cuda:  # these kernels align the mask at the end without making one
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+            bias = causal_lower_right(q, k)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.softmax_scale)
+        mask = torch.ones(q, k, dtype=torch.bool).tril_(k - q)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
 def transformer_engine_attention() -> type:
-    """The same attention by Transformer Engine's kernels: all documents of a micro-batch in one varlen call."""
+    """The same attention by Transformer Engine's kernels: all segments of a micro-batch in one varlen call."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     class TransformerEngineDocumentAttention(TEDotProductAttention):
@@ -96,23 +104,23 @@ def transformer_engine_attention() -> type:
             attention_mask: None,
             attn_mask_type: AttnMaskType | None = None,
             attention_bias: None = None,
-            packed_seq_params: Route | None = None,
+            packed_seq_params: LayerRoute | None = None,
         ) -> Tensor:
             """Shapes as :meth:`DocumentAttention.forward`; Transformer Engine's packed format is [t, heads, d]."""
-            packed = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=packed_seq_params.cu_seqlens_q,
-                cu_seqlens_kv=packed_seq_params.cu_seqlens_kv,
-                max_seqlen_q=packed_seq_params.max_seqlen_q,
-                max_seqlen_kv=packed_seq_params.max_seqlen_kv,
-            )
-            output = super().forward(
+            route = packed_seq_params
+            if not route.query_lengths:
+                return query.flatten(2) + 0 * (key.sum() + value.sum())
+            # Megatron-Core's wrapper has no name for this mask.
+            output = super(TEDotProductAttention, self).forward(
                 query.squeeze(1),
                 key.squeeze(1),
                 value.squeeze(1),
-                None,
-                attn_mask_type=AttnMaskType.padding_causal,
-                packed_seq_params=packed,
+                qkv_format="thd",
+                attn_mask_type="padding_causal_bottom_right",
+                cu_seqlens_q=route.cu_seqlens_q,
+                cu_seqlens_kv=route.cu_seqlens_kv,
+                max_seqlen_q=max(route.query_lengths),
+                max_seqlen_kv=max(route.key_lengths),
             )
             return output.reshape(query.shape[0], 1, -1)
 

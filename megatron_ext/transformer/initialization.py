@@ -15,28 +15,38 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from megatron_ext.config import ModelConfig
 
-# Parameters cut over the tensor-parallel group: where, and in how many interleaved pieces (gate and up of SwiGLU).
-_ROW_CUT = {"linear_proj.weight": 1, "linear_fc2.weight": 1}
-_COLUMN_CUT = {
-    "linear_qkv.weight": 1,
-    "linear_fc1.weight": 2,
-    "word_embeddings.weight": 1,
-    "output_layer.weight": 1,
+# Projections and embeddings cut over the tensor-parallel group: over which dimension.
+_CUTS = {
+    "linear_qkv": 0,
+    "linear_proj": 1,
+    "linear_fc1": 0,
+    "linear_fc2": 1,
+    "word_embeddings": 0,
+    "output_layer": 0,
 }
 
 
 @torch.no_grad()
 def initialize(chunks: list[torch.nn.Module], model: ModelConfig, seed: int) -> None:
-    """Draw the weights of this rank's model chunks in place."""
+    """Draw the weights of this rank's model chunks in place.
+
+    Weights that image tokens have of their own start where those of text start: a separate matrix as a copy, a
+    difference as zero (of low rank: ``down`` is drawn and ``up`` is zero).
+    """
     for chunk in chunks:
         for name, parameter in global_parameters(chunk):
-            tail = ".".join(name.split(".")[-2:])
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            _mark(parameter, tail)
-            std = model.init_std / math.sqrt(2 * model.num_layers) if tail in _ROW_CUT else model.init_std
-            parameter.copy_(shard(_draw(name, full_shape(tail, parameter.shape), std, seed), tail))
+            module, kind = name.split(".")[-2:]
+            _mark(parameter, name)
+            if kind.endswith(("_delta", "_up")):
+                parameter.zero_()
+                continue
+            if kind.endswith("_weight"):
+                name = name.removesuffix(kind) + "weight"
+            std = model.init_std / (math.sqrt(2 * model.num_layers) if module in ("linear_proj", "linear_fc2") else 1)
+            parameter.copy_(shard(_draw(name, full_shape(name, parameter.shape), std, seed), name))
 
 
 def global_parameters(chunk: torch.nn.Module):
@@ -49,32 +59,40 @@ def global_parameters(chunk: torch.nn.Module):
         yield ("embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name), parameter
 
 
-def full_shape(tail: str, local: torch.Size) -> list[int]:
+def cut(name: str) -> tuple[int | None, int]:
+    """Over which dimension a parameter is cut, None for one that is not, and into how many interleaved pieces.
+
+    2 pieces: gate and up of the FFN stand in one matrix, and every rank holds its share of both. The low-rank ``down``
+    is cut like the matrix that it is a factor of.
+    """
+    module, kind = (["", *name.split(".")])[-2:]
+    return _CUTS.get(module), 2 if module == "linear_fc1" and not kind.endswith("_down") else 1
+
+
+def full_shape(name: str, local: torch.Size) -> list[int]:
     """Shape of the whole parameter whose tensor-parallel slice has shape ``local``."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    shape = list(local)
-    if tail in _COLUMN_CUT or tail in _ROW_CUT:
-        shape[0 if tail in _COLUMN_CUT else 1] *= size
+    shape, (dim, _) = list(local), cut(name)
+    if dim is not None:
+        shape[dim] *= parallel_state.get_tensor_model_parallel_world_size()
     return shape
 
 
-def shard(whole: torch.Tensor, tail: str) -> torch.Tensor:
+def shard(whole: torch.Tensor, name: str) -> torch.Tensor:
     """This tensor-parallel rank's slice of a whole parameter."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    if tail in _ROW_CUT:
-        return whole.chunk(size, dim=1)[rank]
-    if tail in _COLUMN_CUT:
-        return torch.cat([piece.chunk(size)[rank] for piece in whole.chunk(_COLUMN_CUT[tail])])
-    return whole
+    dim, pieces = cut(name)
+    if dim is None:
+        return whole
+    return torch.cat([piece.chunk(size, dim)[rank] for piece in whole.chunk(pieces, dim)], dim)
 
 
-def _mark(parameter: torch.nn.Parameter, tail: str) -> None:
+def _mark(parameter: torch.nn.Parameter, name: str) -> None:
     """Say that a parameter is cut, as Megatron-Core's own initialisation would: the gradient norm counts a parameter
     without these marks once per tensor-parallel group."""
-    for cuts, dim in ((_COLUMN_CUT, 0), (_ROW_CUT, 1)):
-        if tail in cuts and not getattr(parameter, "tensor_model_parallel", False):
-            set_tensor_model_parallel_attributes(parameter, True, dim, cuts[tail])
+    dim, pieces = cut(name)
+    if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
+        set_tensor_model_parallel_attributes(parameter, True, dim, pieces)
 
 
 def _draw(name: str, shape: list[int], std: float, seed: int) -> torch.Tensor:

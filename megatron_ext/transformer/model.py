@@ -3,22 +3,23 @@
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_ext.config import Config
-from megatron_ext.data.batch import Batch
 from megatron_ext.routing.route import Route
 from megatron_ext.transformer.initialization import initialize
 from megatron_ext.transformer.rotary import rotary_table
+from megatron_ext.transformer.rows import arrange, join
 from megatron_ext.transformer.specs import block_spec, transformer_config
 
 
 class UnifiedModel(GPTModel):
     """One pipeline stage (or virtual stage) of the model.
 
-    The rows of a micro-batch are laid end to end, so the stack sees hidden states of shape [t, 1, h] with
-    t = micro_batch_size * sequence_length (t / tensor-parallel size of them under sequence parallelism), and
-    attention is told by the :class:`~megatron_ext.routing.route.Route` where documents begin and end.
+    The stack sees the tokens of a micro-batch as hidden states [T, 1, h] in the stored order of its
+    :class:`~megatron_ext.routing.route.Route` (T / R of them on each of R ranks under sequence parallelism), which also
+    tells every layer who takes part and where documents begin and end. Logits are computed where they are wanted.
     """
 
     def __init__(self, config: Config, vocab_size: int, vp_stage: int | None = None):
@@ -44,31 +45,44 @@ class UnifiedModel(GPTModel):
             rope_scaling_factor=config.model.rotary_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        if self.post_process and transformer.sequence_parallel:
+            # The rows are gathered, and their gradients reduced, outside of the output layer (see _targets).
+            self.output_layer.sequence_parallel = False
+            self.output_layer.disable_grad_reduce = True
 
-    def forward(self, batch: Batch, route: Route) -> Tensor:
+    def forward(self, route: Route) -> Tensor:
         """Run this stage on one micro-batch.
 
         Returns:
-            On the last stage the logits [t, 1, vocabulary / tensor-parallel size], else hidden states [t, 1, h].
+            On the last stage the logits [n, 1, vocabulary / tensor-parallel size] of the route's n targets, else hidden
+            states [T / R, 1, h] in the route's stored order.
         """
+        precision = torch.promote_types(torch.float32, next(self.parameters()).dtype)
+        frequencies = self.rotary_pos_emb.inv_freq.to(precision)
+        for layer in route.layers:
+            if layer.rotary is None:
+                layer.rotary = tuple(rotary_table(frequencies, p) for p in (layer.query_positions, layer.key_positions))
         hidden_states = None
         if self.pre_process:
-            tokens = batch.tokens.reshape(1, -1)
-            hidden_states = self.embedding(input_ids=tokens, position_ids=None)
-        hidden_states = self.decoder(
-            hidden_states=hidden_states,
-            attention_mask=None,
-            rotary_pos_emb=rotary_table(self.rotary_pos_emb.inv_freq, batch.positions.flatten()),
-            packed_seq_params=route,
-        )
+            hidden_states = self.embedding(input_ids=route.tokens, position_ids=None)
+        hidden_states = self.decoder(hidden_states=hidden_states, attention_mask=None, packed_seq_params=route)
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_states, weight=weight)[0]
+        return self.output_layer(self._targets(hidden_states, route), weight=weight)[0]
+
+    def _targets(self, hidden_states: Tensor, route: Route) -> Tensor:
+        """[n, 1, h] of the tokens whose logits are wanted; under sequence parallelism gathered from all ranks."""
+        pieces = hidden_states.split(route.head.sizes) if route.head.sizes else ()
+        rows = join([pieces[i] for i in route.head.full], hidden_states)
+        if self.config.sequence_parallel:
+            rows = gather_from_sequence_parallel_region(rows)
+        return arrange(rows, route.head_rows)
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each token, [b, s], float32, from the logits of :meth:`forward` and labels [b, s]."""
-        return self.compute_language_model_loss(labels.reshape(1, -1), logits).view(labels.shape)
+        """Cross-entropy of each token, [n], float32, from logits [n, 1, vocabulary / tensor-parallel size] and labels
+        [n]."""
+        return self.compute_language_model_loss(labels.unsqueeze(0), logits).squeeze(0)
 
 
 def build_chunks(config: Config, vocab_size: int) -> list[UnifiedModel]:

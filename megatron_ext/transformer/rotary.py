@@ -5,13 +5,13 @@ from torch import Tensor
 
 
 def rotary_table(inverse_frequencies: Tensor, positions: Tensor) -> Tensor:
-    """Cosines and sines, [2, t, 1, 1, d / 2], float32, of positions [t]; made once per micro-batch."""
-    angles = torch.outer(positions.to(inverse_frequencies.dtype), inverse_frequencies)[:, None, None]
+    """Cosines and sines, [2, t, 1, 1, 1, d / 2], of positions [t], in the precision of the frequencies."""
+    angles = torch.outer(positions.to(inverse_frequencies.dtype), inverse_frequencies)[:, None, None, None]
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """``x`` [t, ..., heads, d] turned by the angles of ``table``; halves of d are the pairs (the GPT-NeoX order)."""
+    """``x`` [t, 1, groups, heads, d] turned by the angles of ``table``; the pairs are the halves of d (GPT-NeoX)."""
     return _Rotation.apply(x, table)
 
 

@@ -1,20 +1,33 @@
 """From our configuration to Megatron-Core's: the TransformerConfig and the module spec of a layer."""
 
 import importlib.util
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.routing.plan import Plan, Projections
+from megatron_ext.transformer import fp8
 from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.attention import DocumentAttention, UnifiedSelfAttention, transformer_engine_attention
+from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.norm import RMSNorm
+from megatron_ext.transformer.projection import (
+    ColumnLinear,
+    QueryKeyValueLinear,
+    RowLinear,
+    transformer_engine_linears,
+)
 
 
 def implementation(config: Config) -> str:
@@ -31,6 +44,13 @@ def implementation(config: Config) -> str:
             "pip install 'transformer-engine[pytorch]'; 'local' works everywhere"
         )
     return ("transformer_engine" if possible else "local") if wanted == "auto" else wanted
+
+
+def fp8_recipe(config: Config) -> str:
+    """``training.fp8``, or ``none`` where this machine cannot."""
+    recipe = config.training.fp8
+    possible = recipe != "none" and implementation(config) == "transformer_engine" and fp8.why_not(recipe) is None
+    return recipe if possible else "none"
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -67,36 +87,61 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=bf16,
         # The weights are drawn afterwards, the same for every layout (see initialization.py).
         perform_initialization=False,
-        # Fusions are compiled for GPUs; that of weight gradients is an extension of Apex.
+        # An extension of Apex adds a GEMM's weight gradient to the gradient buffer itself. It does not go together with
+        # a weight that is also used in part, or as a term of another, whose gradients come the usual way.
         gradient_accumulation_fusion=not on_cpu
-        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+        and Plan.of(config.plan, model.num_layers).is_dense,
         cross_entropy_loss_fusion=not on_cpu,
-        bias_activation_fusion=not on_cpu,
-        use_te_activation_func=on_cpu,  # that is: the activation module of the layer spec
+        bias_activation_fusion=False,
+        use_te_activation_func=True,  # that is: the activation module of the layer spec
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         **recompute,
+        **fp8.settings(fp8_recipe(config)),
     )
 
 
 def layer_spec(config: Config) -> ModuleSpec:
-    """One Transformer layer: Megatron-Core's, with attention inside documents."""
+    """One layer: :class:`UnifiedLayer` with norms, split projections and attention of the chosen implementation."""
     if implementation(config) == "transformer_engine":
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+        from megatron.core.extensions.transformer_engine import TENorm as norm
 
-        spec = get_gpt_layer_with_transformer_engine_spec()
-        spec.submodules.self_attention.module = UnifiedSelfAttention
-        spec.submodules.self_attention.submodules.core_attention = transformer_engine_attention()
-        return spec
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    if cpu.available():
-        spec.submodules.mlp.submodules.activation_func = SwiGLU
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.module = UnifiedSelfAttention
-    spec.submodules.self_attention.submodules.core_attention = DocumentAttention
-    return spec
+        query_key_value, column, row = transformer_engine_linears()
+        attention = transformer_engine_attention()
+    else:
+        norm, attention = RMSNorm, DocumentAttention
+        query_key_value, column, row = QueryKeyValueLinear, ColumnLinear, RowLinear
+    projections = Plan.of(config.plan, config.model.num_layers).projections
+
+    def linear(kind: type, name: str) -> ModuleSpec:
+        own = projections if name in projections.modules else Projections()
+        return ModuleSpec(module=kind, params={"projections": own})
+
+    qkv = linear(query_key_value, "qkv")
+    return ModuleSpec(
+        module=UnifiedLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=UnifiedSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=partial(qkv.module, **qkv.params),
+                    core_attention=attention,
+                    linear_proj=linear(row, "proj"),
+                ),
+            ),
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=linear(column, "fc1"), linear_fc2=linear(row, "fc2"), activation_func=SwiGLU
+                ),
+            ),
+        ),
+    )
 
 
 def block_spec(config: Config, transformer: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

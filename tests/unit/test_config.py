@@ -8,6 +8,7 @@ from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
+from megatron_ext.routing.plan import Projections
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -95,4 +96,4 @@ def test_the_examples_fit_their_machines_and_have_the_published_sizes(name, worl
     config = config_file.load(Config, [EXAMPLES / f"{name}.yaml"])
     config.validate(world_size)
     text_vocabulary = {"llama-3.2-1b": 128256, "llama-2-7b": 32000, "llama-2-13b": 32000}.get(name, 1028)
-    assert parameter_count(config.model, text_vocabulary) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert parameter_count(config.model, text_vocabulary, Projections()) / 1e6 == pytest.approx(millions, rel=0.01)

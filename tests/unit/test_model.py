@@ -7,7 +7,9 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from megatron_ext.config import PlanConfig
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT
 from megatron_ext.transformer.activation import SwiGLU
@@ -29,8 +31,19 @@ def one_document_rows(rows: int, length: int) -> Batch:
 
 
 def logits_of(model, batch: Batch) -> torch.Tensor:
-    """[b, s, vocabulary]"""
-    return model(batch, Route.of(batch)).view(*batch.shape, -1)
+    """[b, s, vocabulary] of rows without padding."""
+    return model(dense_route(batch, model)).view(*batch.shape, -1)
+
+
+def dense_route(batch: Batch, model) -> Route:
+    everywhere = torch.ones(batch.shape, dtype=torch.bool)
+    return Route.of(batch, Plan.of(PlanConfig(), model.config.num_layers), wanted=everywhere)
+
+
+def losses_of(model, batch: Batch) -> torch.Tensor:
+    """[n] of the tokens that are not padding."""
+    route = dense_route(batch, model)
+    return model.token_losses(model(route), batch.labels.flatten()[route.targets])
 
 
 def draw_everything(model) -> None:
@@ -114,10 +127,10 @@ def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):
             getattr(packed, name)[0, row] = getattr(alone, name)[number, :length]
         packed.document[0, row] = number
         start += length
-    losses = model.token_losses(model(packed, Route.of(packed)), packed.labels)[0].split(lengths + [48 - sum(lengths)])
+    losses = losses_of(model, packed).split(lengths)
     for number, length in enumerate(lengths):
         document = Batch(*(getattr(alone, name)[number : number + 1, :length] for name in Batch.names()))
-        expected = model.token_losses(model(document, Route.of(document)), document.labels)[0]
+        expected = losses_of(model, document)
         torch.testing.assert_close(losses[number], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -125,5 +138,5 @@ def test_hand_written_gradients_are_right():
     gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(SwiGLU(None), gate_up)
     queries = torch.randn(5, 1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    table = rotary_table(torch.tensor([1.0, 0.1], dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])).unsqueeze(2)
+    table = rotary_table(torch.tensor([1.0, 0.1], dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1]))
     assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table), queries)

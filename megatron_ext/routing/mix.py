@@ -1,0 +1,60 @@
+"""Documents written down by their lengths, to ask what a plan costs on data that need not exist.
+
+``understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image x 3`` is one document that asks about an
+image and three that draw one: a task, runs of tokens in the order in which they stand, how many such documents. Loss
+is on answers in understanding, on image tokens in generation, on everything in text.
+"""
+
+import re
+
+import torch
+
+from megatron_ext.data.batch import Batch
+from megatron_ext.errors import UserError
+from megatron_ext.token_classes import Modality, Task
+
+_KINDS = {"text": Modality.TEXT, "answer": Modality.TEXT, "image": Modality.IMAGE}
+
+
+def mix_batch(mix: str) -> Batch:
+    """The documents of a mix, end to end in one row [1, t] without padding; all token ids are 0.
+
+    Raises:
+        UserError: a part of the mix cannot be read, quoted.
+    """
+    documents = [document for part in mix.split(";") if part.strip() for document in _documents(part.strip())]
+    if not documents:
+        raise UserError(f"mix {mix!r}: no document in it; write for example 'generation: 30 text, 256 image'")
+    made = {name: [] for name in ("loss_mask", "positions", "modality", "task", "document")}
+    for number, (task, runs) in enumerate(documents):
+        length = sum(n for n, _ in runs)
+        made["positions"].append(torch.arange(length))
+        made["task"].append(torch.full((length,), task))
+        made["document"].append(torch.full((length,), number))
+        for n, kind in runs:
+            made["modality"].append(torch.full((n,), _KINDS[kind]))
+            made["loss_mask"].append(torch.full((n,), _has_loss(task, kind)))
+    made["tokens"] = made["labels"] = [torch.zeros_like(p) for p in made["positions"]]
+    return Batch(**{name: torch.cat(pieces)[None].to(Batch.DTYPES[name]) for name, pieces in made.items()})
+
+
+def _documents(text: str) -> list[tuple[Task, list[tuple[int, str]]]]:
+    """The documents of one part: a task with (length, kind) runs, as often as it says."""
+    match = re.fullmatch(r"(\w+)\s*:\s*(.*?)\s*(?:\bx\s*([1-9]\d*))?", text)
+    if not match or match[1].upper() not in Task.__members__:
+        tasks = ", ".join(task.name.lower() for task in Task)
+        raise UserError(f"mix {text!r}: write TASK: RUNS, or TASK: RUNS x NUMBER, with a task of {tasks}")
+    runs = []
+    for run in match[2].split(","):
+        found = re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", run)
+        if not found or found[2] not in _KINDS:
+            raise UserError(f"mix {text!r}: {run.strip()!r} is no run of tokens; write 256 image, 64 text or 8 answer")
+        runs.append((int(found[1]), found[2]))
+    task = Task[match[1].upper()]
+    if task != Task.UNDERSTANDING and any(kind == "answer" for _, kind in runs):
+        raise UserError(f"mix {text!r}: only understanding documents have an answer; write text")
+    return [(task, runs)] * int(match[3] or 1)
+
+
+def _has_loss(task: Task, kind: str) -> bool:
+    return kind == {Task.UNDERSTANDING: "answer", Task.GENERATION: "image"}.get(task, kind)

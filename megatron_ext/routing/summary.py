@@ -1,0 +1,166 @@
+"""The cost of a plan on given documents, as numbers and as text."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from megatron_ext.config import Config
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.cost import (
+    NUM_CLASSES,
+    TRAINING_PER_FORWARD,
+    class_flops,
+    count,
+    dense,
+    forward_flops,
+    head_flops,
+    image_parameter_count,
+    layer_flops,
+    parameter_count,
+    stage_flops,
+    stage_layers,
+    with_all_logits,
+)
+from megatron_ext.routing.memory import activation_bytes
+from megatron_ext.routing.plan import CLASSES, Plan, class_index
+from megatron_ext.token_classes import Modality, Task
+
+
+def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = False) -> dict:
+    """What training on ``batch`` costs under ``config.plan``: FLOPs of forward and backward pass together, parameters
+    of the whole model, and the bytes that its layers keep between the two of a micro-batch full of such data.
+
+    Args:
+        all_logits: compute the output head for all tokens that are FULL in the last layer instead of those with loss.
+    """
+    model, parallel, training = config.model, config.parallel, config.training
+    plan = Plan.of(config.plan, model.num_layers)
+    reference = dense(plan)
+    counts, dense_counts = count(batch, plan), count(batch, reference)
+    if all_logits:
+        counts, dense_counts = with_all_logits(counts, plan), with_all_logits(dense_counts, reference)
+    names = {i: _name(i) for i in _order() if counts.tokens[i]}
+    dense_layers = layer_flops(model, reference, dense_counts)
+    element_size = 2 if training.precision == "bf16" else 4
+    micro_batch = training.micro_batch_size * config.data.sequence_length
+    kept, dense_kept = (
+        activation_bytes(model, p, c, element_size, micro_batch / sum(c.tokens), training.recompute)
+        for p, c in ((plan, counts), (reference, dense_counts))
+    )
+    layers = [
+        {
+            "layer": number,
+            "roles": {name: plan.roles[number][i].name.lower() for i, name in names.items()},
+            "flops": {name: TRAINING_PER_FORWARD * classes[i] for i, name in names.items()},
+            "ratio": sum(classes) / dense_layers[number],
+            "activation_bytes": kept[number],
+        }
+        for number, classes in enumerate(class_flops(model, plan, counts))
+    ]
+    flops = forward_flops(model, vocab_size, plan, counts)
+    dense_flops = forward_flops(model, vocab_size, reference, dense_counts)
+    head, dense_head = head_flops(model, vocab_size, counts), head_flops(model, vocab_size, dense_counts)
+    cut = (parallel.pipeline, parallel.virtual_pipeline)
+    stages = stage_flops(model, vocab_size, plan, counts, *cut)
+    image_parameters = image_parameter_count(model, plan.projections)
+    return {
+        "plan": plan.name,
+        "vocabulary": vocab_size,
+        "tokens": {name: counts.tokens[i] for i, name in names.items()},
+        "logits": counts.logits,
+        "flops": TRAINING_PER_FORWARD * flops,
+        "dense_flops": TRAINING_PER_FORWARD * dense_flops,
+        "ratio": flops / dense_flops,
+        "layers": layers,
+        "head": {"flops": TRAINING_PER_FORWARD * head, "ratio": head / dense_head if dense_head else 1.0},
+        "stages": [
+            {
+                "layers": chosen,
+                "flops": TRAINING_PER_FORWARD * n,
+                "of_mean": n * len(stages) / flops,
+                "activation_bytes": sum(kept[layer] for layer in chosen),
+            }
+            for chosen, n in zip(stage_layers(model.num_layers, *cut), stages)
+        ],
+        "parameters": {
+            "text": parameter_count(model, vocab_size, plan.projections) - image_parameters,
+            "image": image_parameters,
+        },
+        "micro_batch_tokens": micro_batch,
+        "activation_bytes": sum(kept),
+        "dense_activation_bytes": sum(dense_kept),
+    }
+
+
+def describe(summary: dict) -> str:
+    """The numbers of :func:`summarize` for a reader."""
+    tokens = ", ".join(f"{n} {name}" for name, n in summary["tokens"].items())
+    parameters, kept, dense_kept = (summary[k] for k in ("parameters", "activation_bytes", "dense_activation_bytes"))
+    lines = [
+        f"plan {summary['plan']}, vocabulary {summary['vocabulary']}",
+        f"tokens: {tokens}; {summary['logits']} logits",
+        f"training FLOPs {_si(summary['flops'])}, dense {_si(summary['dense_flops'])}: {summary['ratio']:.3f} of dense",
+        f"activations {_si(kept)}B, dense {_si(dense_kept)}B: {kept / dense_kept:.3f} of dense, "
+        f"for a micro-batch of {summary['micro_batch_tokens']} tokens",
+        f"parameters {_si(parameters['text'])}, and {_si(parameters['image'])} for image tokens alone",
+        "",
+        *_layer_table(summary),
+    ]
+    if len(summary["stages"]) > 1:
+        lines += ["", *_stage_table(summary["stages"])]
+    return "\n".join(lines)
+
+
+def _layer_table(summary: dict) -> list[str]:
+    """A line for each run of layers that cost the same."""
+    names = list(summary["tokens"])
+    rows = [["each of layers", *names, "all", "of dense", "activations"]]
+    for _, same in groupby(summary["layers"], key=lambda layer: {**layer, "layer": None}):
+        layer, *others = same
+        last = others[-1]["layer"] if others else layer["layer"]
+        total = sum(layer["flops"].values())
+        cells = [f"{_si(n)} {f'{n / total:.0%}' if total else '-':>4}" for n in layer["flops"].values()]
+        numbers = _ranges(range(layer["layer"], last + 1))
+        rows.append([numbers, *cells, _si(total), f"{layer['ratio']:.3f}", f"{_si(layer['activation_bytes'])}B"])
+    head = summary["head"]
+    rows.append(["head", *[""] * len(names), _si(head["flops"]), f"{head['ratio']:.3f}", ""])
+    return _aligned(rows)
+
+
+def _stage_table(stages: list[dict]) -> list[str]:
+    rows = [["stage", "layers", "FLOPs", "of the mean", "activations"]]
+    for number, stage in enumerate(stages):
+        cells = [_ranges(stage["layers"]), _si(stage["flops"]), f"{stage['of_mean']:.3f}"]
+        rows.append([str(number), *cells, f"{_si(stage['activation_bytes'])}B"])
+    idle = 1 - 1 / max(stage["of_mean"] for stage in stages)
+    return [*_aligned(rows), f"the slowest stage sets the pace: on average a stage waits for it {idle:.0%} of the time"]
+
+
+def _order() -> list[int]:
+    """Class indices as they stand in documents, then those that training data do not hold."""
+    first = [class_index(*c) for c in CLASSES]
+    return first + [i for i in range(NUM_CLASSES) if i not in first]
+
+
+def _name(index: int) -> str:
+    task, modality = divmod(index, len(Modality))
+    return f"{Task(task).name.lower()} {Modality(modality).name.lower()}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 6, 7 as 0-2,6-7."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends))
+
+
+def _si(number: float) -> str:
+    """1234567 as 1.23 M."""
+    for factor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]

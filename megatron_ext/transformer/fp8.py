@@ -1,0 +1,64 @@
+"""FP8 by Transformer Engine: recipes, what they ask of the rows, and grouped GEMMs for split projections.
+
+Megatron-Core enters Transformer Engine's FP8 context around every layer; inside it Transformer Engine's linear layers
+compute in FP8 by themselves. The products of split projections are grouped ones over weights that may be computed on
+the way (W + D, keys and values alone), so Transformer Engine's grouped linear layer is given them with every call.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_ext.transformer.grouped import grouped_linear as plain_grouped_linear
+
+_RECIPES = {"delayed": "delayed", "current": "tensorwise", "mxfp8": "mxfp8"}
+_MULTIPLES = {"none": 1, "delayed": 16, "current": 16, "mxfp8": 32}
+
+
+def settings(recipe: str) -> dict:
+    """Megatron-Core's settings for a recipe of ``training.fp8``: E4M3 forward, E5M2 gradients; all E4M3 with MXFP8."""
+    if recipe == "none":
+        return {}
+    return {"fp8": "e4m3" if recipe == "mxfp8" else "hybrid", "fp8_recipe": _RECIPES[recipe]}
+
+
+def row_multiple(recipe: str) -> int:
+    """What the rows of every GEMM must be a multiple of."""
+    return _MULTIPLES[recipe]
+
+
+def why_not(recipe: str) -> str | None:
+    """Why a recipe cannot be had on this machine; None when it can."""
+    try:
+        from transformer_engine.pytorch import fp8
+    except ImportError:
+        return "it needs Transformer Engine and a GPU"
+    able, reason = fp8.check_mxfp8_support() if recipe == "mxfp8" else fp8.check_fp8_support()
+    return None if able else reason
+
+
+def grouped_linear(module: torch.nn.Module, rows: Tensor, counts: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
+    """Consecutive groups of ``counts`` rows of [n, in], each times the transpose of its [out, in] matrix: [n, out].
+
+    In FP8 when ``module.config`` says so, with the scales of ``module``'s own history.
+    """
+    if not module.config.fp8:
+        return plain_grouped_linear(rows, counts, weights)
+    kernels = module.__dict__.setdefault("_fp8_kernels", {})  # not submodules: they have no weights to be saved
+    shape = (len(weights), *weights[0].shape)
+    if shape not in kernels:
+        kernels[shape] = _kernel(*shape, rows.dtype)
+    for i, weight in enumerate(weights):
+        setattr(kernels[shape], f"weight{i}", weight)
+    return kernels[shape](rows, list(counts))
+
+
+def _kernel(groups: int, out_features: int, in_features: int, dtype: torch.dtype) -> torch.nn.Module:
+    """Transformer Engine's grouped linear layer without weights of its own."""
+    from transformer_engine.pytorch import GroupedLinear
+
+    kernel = GroupedLinear(groups, in_features, out_features, bias=False, params_dtype=dtype, device="cuda")
+    for i in range(groups):
+        delattr(kernel, f"weight{i}")
+    return kernel

@@ -1,0 +1,378 @@
+"""What a plan costs: by hand, as the paper prints it, as torch counts it, as the model's parameters are."""
+
+import dataclasses
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_ext.command_line import read_json
+from megatron_ext.config import ModelConfig, PlanConfig, ProjectionConfig
+from megatron_ext.errors import UserError
+from megatron_ext.routing import published
+from megatron_ext.routing.cost import (
+    class_flops,
+    count,
+    dense,
+    forward_flops,
+    head_flops,
+    layer_flops,
+    parameter_count,
+    stage_flops,
+    stage_layers,
+    with_all_logits,
+)
+from megatron_ext.routing.memory import activation_bytes
+from megatron_ext.routing.mix import mix_batch
+from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_index
+from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.training import distributed
+from megatron_ext.training.loop import _work
+from megatron_ext.transformer.model import build_chunks
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from parity import VOCABULARY, packed_batch
+
+REPOSITORY = Path(__file__).parents[2]
+
+UNDERSTANDING_IMAGE = class_index(Task.UNDERSTANDING, Modality.IMAGE)
+UNDERSTANDING_TEXT = class_index(Task.UNDERSTANDING, Modality.TEXT)
+GENERATION_TEXT = class_index(Task.GENERATION, Modality.TEXT)
+GENERATION_IMAGE = class_index(Task.GENERATION, Modality.IMAGE)
+
+# h 8, g 4, f 16: a token's query and output take 64 multiply-adds each, key and value 64 together, the FFN 384.
+TINY = ModelConfig(num_layers=4, hidden_size=8, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=16)
+
+
+def plan_of(preset: str, num_layers: int = 4, **settings) -> Plan:
+    return Plan.of(PlanConfig(preset, **settings), num_layers)
+
+
+def random_plan(seed: int) -> Plan:
+    generator = random.Random(seed)
+    roles = [tuple(generator.choice(list(Role)) for _ in range(6)) for _ in range(3)]
+    return Plan("random", (*roles, roles[0]), Projections())
+
+
+# ---- what is counted
+
+
+def counted_slowly(batch, plan):
+    """Tokens, pairs and logits by going through all pairs of tokens of a row."""
+    tokens, logits = [0] * 6, 0
+    visible = [[0] * 6 for _ in plan.roles]
+    for row in range(batch.shape[0]):
+        document, position = batch.document[row].tolist(), batch.positions[row].tolist()
+        kinds = class_index(batch.task[row], batch.modality[row]).tolist()
+        for i, kind in enumerate(kinds):
+            if document[i] == PADDING_DOCUMENT:
+                continue
+            tokens[kind] += 1
+            logits += batch.loss_mask[row, i] > 0
+            for layer, roles in enumerate(plan.roles):
+                visible[layer][kind] += sum(
+                    document[j] == document[i] and position[j] <= position[i] and roles[kinds[j]] != Role.SKIP
+                    for j in range(len(kinds))
+                    if roles[kind] == Role.FULL
+                )
+    return tuple(tokens), tuple(map(tuple, visible)), int(logits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_are_those_of_a_loop_over_all_pairs(seed):
+    batch, plan = packed_batch(3, 40, seed), random_plan(seed)
+    assert (batch.document == PADDING_DOCUMENT).any()
+    assert dataclasses.astuple(count(batch, plan)) == counted_slowly(batch, plan)
+
+
+def test_counts_of_rows_add_up_to_those_of_the_batch():
+    batch, plan = packed_batch(4, 40, seed=5), random_plan(5)
+    assert count(batch.rows(0, 1), plan) + count(batch.rows(1, 4), plan) == count(batch, plan)
+
+
+def test_rows_of_padding_alone_count_nothing():
+    batch = packed_batch(1, 8, seed=0)
+    batch.document[:] = PADDING_DOCUMENT
+    plan = random_plan(0)
+    assert forward_flops(TINY, 100, plan, count(batch, plan)) == 0
+
+
+# ---- FLOPs by hand
+
+
+def test_every_role_costs_what_is_written_down_by_hand():
+    plan = plan_of("himix_hmgen_share_all", shallow_layers=[1])
+    mix = mix_batch("understanding: 3 image, 2 text, 1 answer; generation: 2 text, 4 image")
+    counts = count(mix, plan)
+    full, attention = 64 + 64 + 64 + 384, 2 * 8
+    # Understanding: 3 texts see the 3 image tokens and 1, 2, 3 texts. Generation: captions see 1 and 2 captions, image
+    # tokens 3, 4, 5, 6 tokens before them and themselves.
+    expected = {
+        UNDERSTANDING_IMAGE: 3 * 64,
+        UNDERSTANDING_TEXT: 3 * full + attention * (4 + 5 + 6),
+        GENERATION_TEXT: 2 * full + attention * (1 + 2),
+        GENERATION_IMAGE: 4 * full + attention * (3 + 4 + 5 + 6),
+    }
+    by_class = class_flops(TINY, plan, counts)
+    for layer in range(4):
+        skipped = {GENERATION_IMAGE: 0} if layer == 1 else {}
+        for index, multiply_adds in (expected | skipped).items():
+            assert by_class[layer][index] == 2 * multiply_adds, (layer, index)
+    assert head_flops(TINY, 100, counts) == 2 * 8 * 100 * (1 + 4)
+    assert forward_flops(TINY, 100, plan, counts) == sum(map(sum, by_class)) + 2 * 8 * 100 * 5
+
+
+def test_low_rank_differences_cost_the_tokens_that_use_them_and_whole_ones_nobody():
+    mix = mix_batch("understanding: 3 image, 2 text; generation: 2 text, 4 image; text: 5 text")
+
+    def layer(**projections):
+        plan = plan_of("himix_hmgen_share_all", shallow_layers=[1], projections=ProjectionConfig(**projections))
+        return class_flops(TINY, plan, count(mix, plan))[0]
+
+    shared = layer()
+    assert layer(kind="decomposed") == layer(kind="separate", per_task=True) == shared
+    low = layer(kind="decomposed", rank=2, modules=["qkv", "fc2"])
+    extra = {i: (a - b) // 2 for i, (a, b) in enumerate(zip(low, shared)) if a != b}
+    assert extra == {
+        UNDERSTANDING_IMAGE: 3 * 2 * (8 + 2 * 4),  # key and value alone
+        GENERATION_IMAGE: 4 * 2 * ((8 + 8 + 2 * 4) + (16 + 8)),
+    }
+
+
+def test_dense_is_the_sum_over_documents_of_the_textbook_formula():
+    batch = packed_batch(3, 48, seed=1)
+    plan = dense(plan_of("himix_hmgen_share_partial"))
+    total = 0
+    for row in batch.document:
+        for length in row[row != PADDING_DOCUMENT].unique(return_counts=True)[1].tolist():
+            total += 4 * 2 * (length * (64 + 64 + 64 + 384) + 2 * 8 * length * (length + 1) // 2)
+    assert sum(layer_flops(TINY, plan, count(batch, plan))) == total
+
+
+def test_stages_hold_megatron_cores_layers_and_the_last_the_head():
+    assert stage_layers(8, 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert stage_layers(8, 2, 2) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    plan = plan_of("hmgen", 8, shallow_layers=[2, 3])
+    counts = count(mix_batch("generation: 3 text, 5 image"), plan)
+    layers, stages = layer_flops(TINY, plan, counts), stage_flops(TINY, 100, plan, counts, 2, 2)
+    assert stages == [4 * layers[0], 2 * layers[0] + 2 * layers[2] + head_flops(TINY, 100, counts)]
+    assert sum(stages) == forward_flops(TINY, 100, plan, counts)
+
+
+# ---- the paper's figures
+
+
+@pytest.mark.parametrize(
+    "plan, mix, ratio",
+    [
+        ({"preset": "hmgen", "shallow_count": 3}, "generation: 1 image", 0.852),
+        ({"preset": "hmgen", "shallow_count": 5}, "generation: 1 image", 0.754),
+        ({"preset": "hmgen", "shallow_count": 3}, "generation: 30 text, 256 image", 0.867),
+        ({"preset": "hmgen", "shallow_count": 5}, "generation: 30 text, 256 image", 0.779),
+        ({"preset": "himix"}, "understanding: 256 image, 72 text", 0.242),
+    ],
+)
+def test_the_papers_accounting_gives_the_papers_figures(plan, mix, ratio):
+    assert round(published.flops_ratio(Plan.of(PlanConfig(**plan), 16), mix), 3) == ratio
+
+
+def test_printed_ratios_are_ours_to_the_digits_printed():
+    for row in published.compare():
+        digits = 0.005 if "HiMix-HMGen" not in row["method"] else 0.015  # unified: about the mean of the two tasks
+        assert abs(row["ours"] - row["paper"]) <= digits, row
+
+
+def test_all_logits_are_those_of_tokens_that_are_full_in_the_last_layer():
+    plan = plan_of("himix")
+    counts = count(mix_batch("understanding: 9 image, 2 text, 1 answer; text: 4 text"), plan)
+    assert counts.logits == 1 + 4
+    assert with_all_logits(counts, plan).logits == 3 + 4
+
+
+# ---- against the real model
+
+
+@pytest.mark.parametrize(
+    "projections",
+    [
+        "kind: shared",
+        "kind: separate",
+        "kind: separate, per_task: true",
+        "kind: decomposed",
+        "kind: decomposed, rank: 2",
+    ],
+)
+def test_parameters_are_counted(one_process, projections):
+    for tied, modules in ("false", "[qkv, proj]"), ("true", "[qkv, proj, fc1, fc2]"):
+        config = one_process(
+            f"model.tie_embeddings={tied}",
+            "model.num_query_groups=2",
+            f"plan.projections={{{projections}, modules: {modules}}}",
+        )
+        (chunk,) = build_chunks(config, VOCABULARY)
+        plan = Plan.of(config.plan, config.model.num_layers)
+        expected = parameter_count(config.model, VOCABULARY, plan.projections)
+        assert sum(p.numel() for p in chunk.parameters()) == expected
+        distributed.shut_down()
+
+
+@pytest.mark.parametrize("preset, rank", [*((p, None) for p in PRESETS), ("himix_hmgen_share_partial", 4)])
+def test_cost_is_what_torch_counts(one_process, preset, rank):
+    """The plain attention kernel computes masked pairs too, as matrix products over all keys of a segment."""
+    config = one_process(f"plan.preset={preset}", "plan.shallow_count=2", f"plan.projections.rank={rank or 'null'}")
+    plan = Plan.of(config.plan, config.model.num_layers)
+    (model,) = build_chunks(config, VOCABULARY)
+    batch = mix_batch(
+        "understanding: 16 image, 12 text, 5 answer; understanding: 7 text, 16 image, 4 text, 16 image, 6 answer; "
+        "generation: 9 text, 25 image; text: 13 text"
+    )
+    batch.tokens[:] = torch.randint(VOCABULARY, batch.shape, generator=torch.Generator().manual_seed(0))
+    counts, route = count(batch, plan), Route.of(batch, plan)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        losses = model.token_losses(model(route), batch.labels.flatten()[route.targets])
+        forward = counter.get_total_flops()
+        losses.sum().backward()
+    pairs = sum(q * k for layer in route.layers for q, k in zip(layer.query_lengths, layer.key_lengths))
+    masked = pairs - sum(map(sum, counts.visible))
+    expected = forward_flops(config.model, VOCABULARY, plan, counts) + 2 * 2 * config.model.hidden_size * masked
+    assert forward == pytest.approx(expected, rel=1e-3)
+    assert counter.get_total_flops() == pytest.approx(3 * forward, rel=1e-3)
+
+
+@pytest.mark.parametrize("preset, ratio", [("dense", (1, 1)), ("himix_hmgen_share_all", (0.1, 0.9))])
+def test_the_loop_logs_training_flops_of_the_plan_and_of_dense(one_process, preset, ratio):
+    config = one_process(f"plan.preset={preset}")
+    plan = Plan.of(config.plan, config.model.num_layers)
+    batch = packed_batch(4, 64, seed=2)
+    run = SimpleNamespace(config=config, plan=plan, vocabulary=SimpleNamespace(size=VOCABULARY))
+    flops, dense_flops, tokens = _work(run, batch)
+    assert flops == 3 * forward_flops(config.model, VOCABULARY, plan, count(batch, plan))
+    assert ratio[0] <= flops / dense_flops <= ratio[1]
+    assert tokens == (batch.document != PADDING_DOCUMENT).sum()
+
+
+# ---- activation memory
+
+
+def kept_bytes(model, route, labels) -> list[int]:
+    """Bytes of the storages that each layer keeps for the backward pass, each storage once.
+
+    Parameters, and the rotary tables that the layers share, are not the layers' own.
+    """
+    kept = [{} for _ in model.decoder.layers]  # tensors by address; holding them keeps addresses from being used twice
+    current = None
+
+    def enter(layer, *_):
+        nonlocal current
+        current = layer.layer_number - 1
+
+    def leave(*_):
+        nonlocal current
+        current = None
+
+    def keep(tensor):
+        address = tensor.untyped_storage().data_ptr()
+        if current is not None and not any(address in layer for layer in kept):
+            kept[current][address] = tensor
+        return tensor
+
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(enter)
+        layer.register_forward_hook(leave)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.token_losses(model(route), labels)
+    shared = [*model.parameters(), *(table for layer in route.layers for table in layer.rotary)]
+    others = {tensor.untyped_storage().data_ptr() for tensor in shared}
+    return [sum(t.untyped_storage().nbytes() for address, t in k.items() if address not in others) for k in kept]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["plan.preset=dense"],
+        ["plan.preset=dense", "training.recompute=selective"],
+        ["plan.preset=himix"],
+        ["plan.preset=himix", "plan.projections={kind: decomposed, rank: 8}"],
+        ["plan.preset=hmgen"],
+        ["plan.preset=himix_hmgen_share_all_separate"],
+        ["plan.preset=himix_hmgen_share_partial", "plan.projections.modules=[qkv, proj, fc1]"],
+    ],
+    ids=" ".join,
+)
+def test_activation_memory_is_what_autograd_keeps(one_process, settings):
+    config = one_process("model.num_layers=5", "model.num_query_groups=2", "plan.shallow_count=2", *settings)
+    plan = Plan.of(config.plan, 5)
+    (model,) = build_chunks(config, VOCABULARY)
+    batch = mix_batch("understanding: 48 image, 24 text, 9 answer; generation: 9 text, 64 image; text: 13 text")
+    route = Route.of(batch, plan)
+    measured = kept_bytes(model, route, batch.labels.flatten()[route.targets])
+    recompute = config.training.recompute
+    expected = activation_bytes(config.model, plan, count(batch, plan), 4, recompute=recompute, composed_norms=True)
+    assert measured == pytest.approx(expected, rel=0.02)
+
+
+# ---- mixes and the tool
+
+
+def test_a_mix_is_documents_with_their_loss():
+    batch = mix_batch("understanding: 2 image, 1 text, 1 answer; generation: 1 text, 2 image x 2; text: 2 text")
+    assert batch.document.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]]
+    assert batch.task.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2]]
+    assert batch.modality.tolist() == [[1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 0, 0]]
+    assert batch.loss_mask.tolist() == [[0, 0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "mix, message",
+    [
+        ("", "no document"),
+        ("drawing: 4 image", "task of understanding, generation, text"),
+        ("generation: 4 pictures", "'4 pictures' is no run"),
+        ("generation: 0 image", "'0 image' is no run"),
+        ("generation: 3 answer", "only understanding documents have an answer"),
+    ],
+)
+def test_a_mix_that_cannot_be_read_is_quoted(mix, message):
+    with pytest.raises(UserError, match=message):
+        mix_batch(mix)
+
+
+def flops_tool(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/flops.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_the_tool_writes_what_it_prints(tmp_path):
+    model = ["--config", "examples/configs/llama-3.2-1b.yaml", "data.vocabulary=''", "parallel.pipeline=4"]
+    mix = "understanding: 256 image, 72 text"
+    made = flops_tool(*model, "plan.preset=himix", "--mix", mix, "--logits", "all", "--json", tmp_path / "cost.json")
+    assert made.returncode == 0, made.stderr
+    numbers = read_json(tmp_path / "cost.json")
+    assert "0.242 of dense" in made.stdout
+    assert round(numbers["ratio"], 3) == 0.242
+    assert numbers["vocabulary"] == 128256
+    layers = sum(sum(layer["flops"].values()) for layer in numbers["layers"])
+    assert layers + numbers["head"]["flops"] == numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
+
+
+def test_the_tool_names_what_it_cannot_read():
+    wrong = flops_tool("--mix", "generation: many image")
+    assert wrong.returncode == 1
+    assert wrong.stderr.count("\n") == 1 and "'many image'" in wrong.stderr
+
+
+def test_the_tool_shows_roles_and_the_papers_figures(monkeypatch, capsys):
+    tool = runpy.run_path(str(REPOSITORY / "tools" / "flops.py"))
+    for arguments, shown in (["plan.preset=himix", "--plan"], "kv"), (["--paper"], "HMGen, 5 shallow layers"):
+        monkeypatch.setattr(sys, "argv", ["flops.py", *arguments])
+        tool["main"]()
+        assert shown in capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""The table of roles: presets, tables of one's own, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ext import config_file
+from megatron_ext.config import Config, PlanConfig
+from megatron_ext.errors import UserError
+from megatron_ext.routing.plan import PRESETS, Plan, Role
+from megatron_ext.token_classes import Modality, Task
+
+EXAMPLES = Path(__file__).parents[2] / "examples/configs"
+
+
+def plan(*overrides: str, num_layers: int = 16) -> Plan:
+    config = config_file.load(Config, [], [f"plan.{o}" for o in overrides] + [f"model.num_layers={num_layers}"])
+    return Plan.of(config.plan, num_layers)
+
+
+def layers(plan: Plan, task: Task, modality: Modality, role: Role) -> list[int]:
+    return [layer for layer in range(plan.num_layers) if plan.role(layer, task, modality) == role]
+
+
+def test_dense_is_full_everywhere():
+    assert plan("preset=dense").is_dense
+    assert all(role == Role.FULL for roles in plan("preset=dense").roles for role in roles)
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p != "dense"])
+def test_presets_touch_image_tokens_of_their_task_alone(preset):
+    made = plan(f"preset={preset}")
+    assert not made.is_dense
+    for task in Task:
+        assert layers(made, task, Modality.TEXT, Role.FULL) == list(range(16))
+    kept = layers(made, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY)
+    skipped = layers(made, Task.GENERATION, Modality.IMAGE, Role.SKIP)
+    assert kept == (list(range(16)) if "himix" in preset else [])
+    assert skipped == ([6, 7, 8] if "hmgen" in preset else [])
+    expected = {"share_partial": "decomposed", "separate": "separate", "share_all": "shared", "himix": "shared"}
+    kind = next((kind for end, kind in expected.items() if preset.endswith(end)), "separate")
+    assert made.projections.kind == kind and made.projections.modules == ("qkv", "proj")
+
+
+@pytest.mark.parametrize(
+    "settings, skipped",
+    [
+        (["shallow_count=5"], [5, 6, 7, 8, 9]),
+        (["shallow_count=3", "shallow_placement=evenly"], [4, 8, 12]),
+        (["shallow_layers=[9, 2, 2]"], [2, 9]),
+        (["shallow_count=0"], []),
+    ],
+)
+def test_shallow_layers_by_count_place_or_list(settings, skipped):
+    made = plan("preset=hmgen", *settings)
+    assert layers(made, Task.GENERATION, Modality.IMAGE, Role.SKIP) == skipped
+
+
+def test_himix_may_begin_late():
+    made = plan("preset=himix", "himix_start=12")
+    assert layers(made, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY) == [12, 13, 14, 15]
+
+
+def test_later_entries_of_a_table_win():
+    made = plan(
+        "preset=hmgen",
+        "table=[{layers: '2-4,7-', task: all, modality: image, role: kv_only},"
+        " {layers: 3, task: generation, modality: all, role: full}]",
+        num_layers=9,
+    )
+    assert layers(made, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY) == [2, 3, 4, 7, 8]
+    assert layers(made, Task.GENERATION, Modality.IMAGE, Role.KV_ONLY) == [2, 4, 7, 8]
+    assert made.name == "hmgen+table"
+
+
+def test_components_of_image_tokens():
+    per_task = plan("preset=himix_hmgen_share_partial", "projections.per_task=true").projections
+    assert per_task.components == ("understanding", "generation")
+    assert [per_task.component(task, Modality.IMAGE) for task in Task] == [1, 2, 2]
+    assert {per_task.component(task, Modality.TEXT) for task in Task} == {0}
+    assert plan("preset=hmgen").projections.components == ("image",)
+    assert plan("preset=hmgen", "projections.kind=shared").projections.components == ()
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["preset=himx"], ["plan.preset", "himx", "himix"]),
+        (["preset=himix", "himix_start=16"], ["plan.himix_start", "layer 16", "0 .. 15"]),
+        (["preset=hmgen", "shallow_count=17"], ["plan.shallow_count", "17", "0 .. 16"]),
+        (["preset=hmgen", "shallow_layers=[3, 16]"], ["plan.shallow_layers[1]", "layer 16"]),
+        (["table=[{layers: 0-16, task: all, modality: all, role: skip}]"], ["plan.table[0].layers", "layer 16"]),
+        (["table=[{layers: 4-2, task: all, modality: all, role: skip}]"], ["plan.table[0].layers", "backwards"]),
+        (["table=[{layers: a, task: all, modality: all, role: skip}]"], ["plan.table[0].layers", "'a'"]),
+        (["table=[{layers: 0, task: all, modality: all, role: none}]"], ["plan.table[0].role", "none", "kv_only"]),
+        (["preset=hmgen", "projections.rank=4"], ["plan.projections.rank", "separate", "decomposed"]),
+        (["projections.modules=[qkv, fc3]"], ["plan.projections.modules[1]", "fc3", "fc1"]),
+    ],
+)
+def test_what_does_not_fit_is_named(settings, words):
+    with pytest.raises(UserError) as refusal:
+        plan(*settings)
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+def test_impossible_plans_are_refused_with_the_configuration():
+    config = config_file.load(Config, [], ["plan.preset=himix", "plan.himix_start=9"])
+    with pytest.raises(UserError, match="plan.himix_start"):
+        config.validate(world_size=1)
+    decomposed = ["plan.projections={kind: decomposed, rank: 3}", "parallel.tensor=2"]
+    with pytest.raises(UserError, match=r"plan.projections.rank \(3\) is not divisible by parallel.tensor \(2\)"):
+        config_file.load(Config, [], decomposed).validate(world_size=2)
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "methods").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_example_of_a_method_lies_over_a_model(file):
+    config = config_file.load(Config, [EXAMPLES / "tiny.yaml", file])
+    config.validate(world_size=1)
+    made = Plan.of(config.plan, config.model.num_layers)
+    assert made.name == {"own_table": "dense+table"}.get(file.stem, file.stem)
+
+
+def test_every_preset_has_an_example():
+    assert set(PRESETS) <= {file.stem for file in (EXAMPLES / "methods").glob("*.yaml")}
+
+
+def test_the_table_says_what_every_class_does():
+    text = plan("preset=himix_hmgen_share_partial", num_layers=4).table()
+    lines = text.splitlines()
+    assert " ".join(lines[0].split()) == (
+        "layer understanding image understanding text generation text generation image text text"
+    )
+    assert [line.split() for line in lines[1:5]] == [
+        ["0", "kv", "full", "full", "full", "full"],
+        ["1", "kv", "full", "full", "-", "full"],
+        ["2", "kv", "full", "full", "full", "full"],
+        ["3", "kv", "full", "full", "full", "full"],
+    ]
+    assert lines[5] == "image tokens: decomposed projections in qkv, proj"
+
+
+def test_a_plan_is_plain_data():
+    assert Plan.of(PlanConfig(), 2) == Plan.of(PlanConfig(), 2)
+    assert hash(Plan.of(PlanConfig(), 2)) == hash(Plan.of(PlanConfig(), 2))

@@ -1,0 +1,70 @@
+"""What a plan costs: FLOPs per layer, class of token and pipeline stage, against dense; parameters; activations.
+
+The data are a mix of documents, for example
+"understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image x 3":
+tasks, runs of tokens in the order in which they stand, how many such documents.
+"""
+
+from pathlib import Path
+
+from megatron_ext import config_file
+from megatron_ext.command_line import parser, run, write_json
+from megatron_ext.config import Config
+from megatron_ext.routing import published
+from megatron_ext.routing.mix import mix_batch
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.summary import describe, summarize
+from megatron_ext.vocabulary import Vocabulary
+
+MIX = "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image"
+
+
+def main() -> None:
+    arguments = parser(__doc__, "python tools/flops.py --config examples/configs/llama-3.2-1b.yaml plan.preset=himix")
+    arguments.add_argument("--config", nargs="+", default=[], metavar="FILE", help="as for pretrain_unified.py")
+    arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for pretrain_unified.py")
+    arguments.add_argument("--mix", default=MIX, metavar="DOCUMENTS", help=f'the data (default: "{MIX}")')
+    arguments.add_argument(
+        "--vocabulary",
+        type=int,
+        metavar="SIZE",
+        help=f"rows of the output head (default: of data.vocabulary, or {published.VOCABULARY} where there is none)",
+    )
+    arguments.add_argument(
+        "--logits",
+        choices=("loss", "all"),
+        default="loss",
+        help="where the output head is computed: for the tokens with loss, as training does (default), or for all that "
+        "are FULL in the last layer",
+    )
+    shown = arguments.add_mutually_exclusive_group()
+    shown.add_argument("--plan", action="store_true", help="show only who takes part in which layer")
+    shown.add_argument("--paper", action="store_true", help="show only the published FLOPs (arXiv 2606.01503) and ours")
+    options = arguments.parse_intermixed_args()
+
+    settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
+    config = config_file.load(Config, [s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+    config.validate(config.parallel.tensor * config.parallel.pipeline)
+    if options.paper:
+        numbers = {"paper": published.compare()}
+        text = published.describe(numbers["paper"])
+    elif options.plan:
+        plan = Plan.of(config.plan, config.model.num_layers)
+        numbers = {"plan": plan.name, "roles": [[role.name.lower() for role in roles] for roles in plan.roles]}
+        text = plan.table()
+    else:
+        size = options.vocabulary or vocabulary_size(config)
+        numbers = {"mix": options.mix} | summarize(config, size, mix_batch(options.mix), options.logits == "all")
+        text = describe(numbers)
+    print(text)
+    if options.json:
+        write_json(options.json, numbers)
+
+
+def vocabulary_size(config: Config) -> int:
+    folder = config.data.vocabulary
+    return Vocabulary(folder).size if folder and Path(folder).is_dir() else published.VOCABULARY
+
+
+if __name__ == "__main__":
+    run(main)
