@@ -56,12 +56,12 @@ CASES = {
     "dense": Case("everything", "dense", []),
     "stock Megatron-Core": Case("everything", "dense", None, 1.05),
     "Hugging Face": Case("everything", "dense", None, 1.0),
-    "dense, understanding": Case("understanding", "dense, understanding", []),
-    "himix": Case("understanding", "dense, understanding", ["plan.preset=himix"], 1.15),
-    "dense, generation": Case("generation", "dense, generation", []),
-    "hmgen": Case("generation", "dense, generation", ["plan.preset=hmgen"], 1.10),
-    "separate": Case("generation", "dense, generation", ["plan.projections.kind=separate"], 1.10),
-    "decomposed": Case("generation", "dense, generation", ["plan.projections.kind=decomposed"], 1.10),
+    "dense on understanding": Case("understanding", "dense on understanding", []),
+    "himix": Case("understanding", "dense on understanding", ["plan.preset=himix"], 1.15),
+    "dense on generation": Case("generation", "dense on generation", []),
+    "hmgen": Case("generation", "dense on generation", ["plan.preset=hmgen"], 1.10),
+    "separate": Case("generation", "dense on generation", ["plan.projections.kind=separate"], 1.10),
+    "decomposed": Case("generation", "dense on generation", ["plan.projections.kind=decomposed"], 1.10),
 }
 
 
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
-    parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases (their bases come along)")
+    parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases; their bases come along")
     parser.add_argument("--profile", choices=CASES, help="print where the time of this case goes, and nothing else")
     arguments = parser.parse_args()
 

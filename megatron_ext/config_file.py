@@ -36,6 +36,18 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
     return from_tree(schema, tree)
 
 
+def override(config: T, overrides: Sequence[str]) -> T:
+    """A copy of a dataclass tree with each ``section.key=value`` applied.
+
+    Raises:
+        UserError: as for :func:`load`.
+    """
+    tree = to_tree(config)
+    for text in overrides:
+        _merge(tree, _parse_override(text))
+    return from_tree(type(config), tree)
+
+
 def read_yaml(file: str | Path) -> dict:
     """The mapping in a YAML file."""
     try:

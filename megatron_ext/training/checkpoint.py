@@ -206,7 +206,8 @@ def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint
     difference = _difference(state, json.loads(json.dumps(expected)), "")
     if difference:
         key, theirs, ours = difference
-        raise UserError(f"{path}: its {key} is {theirs}, this run's is {ours}")
+        remedy = "; tools/convert_checkpoint.py can convert it" if key.startswith("plan.projections") else ""
+        raise UserError(f"{path}: its {key} is {theirs}, this run's is {ours}{remedy}")
 
 
 def _difference(theirs: Any, ours: Any, key: str) -> tuple[str, Any, Any] | None:

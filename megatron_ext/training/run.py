@@ -37,7 +37,7 @@ class Run:
     """Everything that a training run consists of, built by ``pretrain_unified.py``.
 
     Attributes:
-        identity: what a checkpoint must agree on with the run that loads it (vocabulary, model shape).
+        identity: what a checkpoint must agree on with the run that loads it (vocabulary, model shape, projections).
     """
 
     config: Config

@@ -28,19 +28,20 @@ class UnifiedSelfAttention(SelfAttention):
         queries = self.num_attention_heads_per_partition // groups
         mixed = mixed.view(-1, 1, groups, queries + 2, d)
         query_table, key_table = route.rotary
-        if kv_only is None:
-            mixed = arrange(mixed, route.queries)
-            turned = apply_rotary(mixed[..., :-1, :], query_table)
-            query, key, value = turned[..., :-1, :], turned[..., -1, :], mixed[..., -1, :]
-        else:
-            query = apply_rotary(arrange(mixed[..., :-2, :], route.queries), query_table)
-            pairs = torch.cat([mixed[..., -2:, :], of_kv_only.view(-1, 1, groups, 2, d)])
-            pairs = arrange(pairs, route.keys)
-            key, value = apply_rotary(pairs[..., :1, :], key_table).squeeze(3), pairs[..., 1, :]
+        query, key, value = mixed.split([queries, 1, 1], 3)
+        order = route.queries
+        if kv_only is not None:
+            key, value = (
+                torch.cat(pair) for pair in zip((key, value), of_kv_only.view(-1, 1, groups, 2, d).split(1, 3))
+            )
+            order = route.keys
+        query = apply_rotary(arrange(query, route.queries), query_table).flatten(2, 3)
+        key = apply_rotary(arrange(key, order), key_table).squeeze(3)
+        value = arrange(value, order).squeeze(3).contiguous()  # nothing keeps the projections alive
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
             attend = self._checkpointed_attention_forward
-        output = attend(query.flatten(2, 3), key, value, None, packed_seq_params=route)
+        output = attend(query, key, value, None, packed_seq_params=route)
         return self.linear_proj(restore(output, route.queries), of.full_splits)
 
 

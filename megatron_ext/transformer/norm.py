@@ -28,3 +28,28 @@ class RMSNorm(_kernel()):
         super().__init__(hidden_size, eps=eps)
         self.to(dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        return _RMSNorm.apply(x, self.weight, self.eps) if plain else super().forward(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x s w with s = 1 / sqrt(mean(x^2) + eps), in a quarter of the passes over memory that torch makes on CPUs.
+
+    Keeps x alone: dx = s (g w) - x s^3 mean(g w x), dw = sum over rows of g x s.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        x, weight, scale = ctx.saved_tensors
+        product = gradient * x
+        of_weight = (scale.flatten() @ product.flatten(0, -2)).to(weight.dtype)
+        share = (product @ weight).unsqueeze(-1).mul_(scale.square() / -x.shape[-1])
+        return (gradient * weight).addcmul_(x, share).mul_(scale), of_weight, None

@@ -14,7 +14,9 @@ from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT
 from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.norm import RMSNorm
 from megatron_ext.transformer.rotary import apply_rotary, rotary_table
+from megatron_ext.transformer.specs import transformer_config
 
 VOCABULARY = 160
 SHAPE = ("model.num_layers=3", "model.hidden_size=64", "model.num_attention_heads=8", "model.num_query_groups=2")
@@ -140,3 +142,15 @@ def test_hand_written_gradients_are_right():
     queries = torch.randn(5, 1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     table = rotary_table(torch.tensor([1.0, 0.1], dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1]))
     assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table), queries)
+
+
+def test_the_norm_is_torch_s_with_its_gradients(one_process):
+    config = one_process("model.hidden_size=64")
+    norm = RMSNorm(transformer_config(config), 64, eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    rows = torch.randn(6, 1, 64, requires_grad=True)
+    expected = torch.nn.functional.rms_norm(rows, (64,), norm.weight, 1e-5)
+    torch.testing.assert_close(norm(rows), expected)
+    weight = torch.randn(6, 1, 64)
+    gradients = torch.autograd.grad((norm(rows) * weight).sum(), [rows, norm.weight])
+    torch.testing.assert_close(gradients, torch.autograd.grad((expected * weight).sum(), [rows, norm.weight]))

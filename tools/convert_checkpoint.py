@@ -1,0 +1,44 @@
+"""Write a checkpoint as one of the same model with other projections (plan.projections), to start a run from.
+
+The new model computes what the old one did; where its projections cannot express that, nothing is written. Its
+optimizer starts anew.
+"""
+
+from pathlib import Path
+
+from megatron_ext import command_line
+
+
+def main() -> None:
+    parser = command_line.parser(
+        __doc__,
+        "python tools/convert_checkpoint.py --checkpoint runs/dense/checkpoints/iter_0000200 --out runs/split/start "
+        "plan.projections.kind=separate",
+    )
+    parser.add_argument(
+        "overrides", nargs="+", metavar="plan.projections.key=value", help="over those of the checkpoint"
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="saved under any layout")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets the checkpoint iter_0000000")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-6,
+        metavar="SHARE",
+        help="matrices count as the same when they differ by at most this share of the shared one (default: 1e-6)",
+    )
+    arguments = parser.parse_intermixed_args()
+    # Imported late: --help should not wait for Megatron-Core.
+    from megatron_ext.training.convert import convert
+
+    numbers = convert(arguments.checkpoint, arguments.out, arguments.overrides, arguments.tolerance)
+    if arguments.json:
+        command_line.write_json(arguments.json, numbers)
+    print(
+        f"{numbers['parameters']:,} parameters, before {numbers['source']['parameters']:,}; train on with\n"
+        f"  checkpoint.load={numbers['checkpoint']} {' '.join(arguments.overrides)}"
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main)
