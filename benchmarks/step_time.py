@@ -1,7 +1,7 @@
 """Seconds and memory of a training step: plans against their FLOPs, and ours against others, in one run.
 
     python benchmarks/step_time.py
-    python benchmarks/step_time.py --rows 8 --repeats 7 --json benchmarks/results/step_time.json
+    python benchmarks/step_time.py --json benchmarks/results/step_time.json
     python benchmarks/step_time.py --only himix,hmgen --profile hmgen
 
 Every row holds one document of 256 image and 24 text tokens, and a step is a whole one: forward, backward, gradient
@@ -257,8 +257,8 @@ def main() -> None:
     parser = command_line.parser(__doc__.splitlines()[0], "python benchmarks/step_time.py --repeats 7")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=8, help="documents per step")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=16, help="documents per step")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases; their bases come along")

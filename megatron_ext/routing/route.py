@@ -20,7 +20,7 @@ and k >= q keys whose last query sees all k (bottom-right aligned).
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -30,32 +30,39 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import Plan, Role, class_index
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
+SHORTEST_MEAN_RUN = 12
+"""Rows: with shorter runs than these on average, moving rows one by one is faster than by slices."""
+
 
 @dataclass
 class RowMap:
-    """Rows of one tensor in the order of another: ``out[i] = rows[index[i]]``.
+    """Rows of one tensor, or of several one after the other, in another order: ``out[i] = rows[index[i]]``.
 
     Attributes:
         index: [outputs].
         inverse: [inputs], where each input row went; None when a row is used more than once.
         holes: input rows that went nowhere (``inverse`` holds 0 for them); None when there are none.
+        runs: the same as slices of the tensors, (tensor, first row, rows) in order; None when they are too short to be
+            worth it.
     """
 
     index: Tensor
     inverse: Tensor | None
     holes: Tensor | None
+    runs: list[tuple[int, int, int]] | None
 
     @classmethod
-    def of(cls, index: Tensor, inputs: int, repeated: bool = False) -> "RowMap | None":
-        """The map for ``index`` [outputs] into ``inputs`` rows; None for the identity."""
-        here = torch.arange(index.numel())
-        if index.numel() == inputs and torch.equal(index, here):
+    def of(cls, index: Tensor, inputs: Sequence[int], repeated: bool = False) -> "RowMap | None":
+        """The map for ``index`` [outputs] into tensors of ``inputs`` rows; None for the identity of one tensor."""
+        total, here = sum(inputs), torch.arange(index.numel())
+        if len(inputs) == 1 and index.numel() == total and torch.equal(index, here):
             return None
+        runs = _runs(index, inputs)
         if repeated:
-            return cls(index, None, None)
-        inverse = torch.full((inputs,), -1).index_copy_(0, index, here)
+            return cls(index, None, None, runs)
+        inverse = torch.full((total,), -1).index_copy_(0, index, here)
         holes = (inverse < 0).nonzero().flatten()
-        return cls(index, inverse.clamp_(min=0), holes if holes.numel() else None)
+        return cls(index, inverse.clamp_(min=0), holes if holes.numel() else None, runs)
 
 
 @dataclass
@@ -83,8 +90,8 @@ class LayerRoute:
         pieces: which rows take part.
         ranks: R, over how many ranks the rows are cut.
         queries: from gathered FULL rows to attention's order; None: the same.
-        keys: from gathered FULL rows followed by gathered KV_ONLY rows to the order of keys; None: as they stand.
-            Meaningless without KV_ONLY rows, when keys are ordered like queries.
+        keys: from gathered FULL and gathered KV_ONLY rows to the order of keys; None without KV_ONLY rows, when keys
+            are ordered like queries.
         query_lengths, key_lengths: of each segment.
         query_positions, key_positions: rotary positions in attention's order.
         cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1].
@@ -178,7 +185,7 @@ class Route(PackedSeqParams):
             layers=[by_roles[roles] for roles in groups.roles],
             targets=targets,
             head=head,
-            head_rows=RowMap.of(facts.compact(head.full, head.sizes)[targets], ranks * _rows(head.full_splits)),
+            head_rows=RowMap.of(facts.compact(head.full, head.sizes)[targets], [ranks * _rows(head.full_splits)]),
         )
 
     def to(self, device: torch.device) -> "Route":
@@ -275,7 +282,7 @@ def _layer_route(facts: _Facts, roles: list[Role]) -> LayerRoute:
     query, rows = key[full], facts.ranks * _rows(pieces.full_splits)
     position = facts.batch.positions.flatten()
     compact = facts.compact(pieces.full, pieces.sizes)
-    queries, keys, seen = RowMap.of(compact[query], rows), None, query
+    queries, keys, seen = RowMap.of(compact[query], [rows]), None, query
     if pieces.kv_only:
         kv_rows = facts.ranks * _rows(pieces.kv_only_splits)
         kv_compact = facts.compact(pieces.kv_only, pieces.sizes)
@@ -284,7 +291,7 @@ def _layer_route(facts: _Facts, roles: list[Role]) -> LayerRoute:
         index = torch.arange(int(key_lengths.sum())) + skipped.repeat_interleave(key_lengths)
         seen = key[index]
         repeated = first.numel() > begin.unique().numel()
-        keys = RowMap.of(compact[seen], rows + kv_rows, repeated)
+        keys = RowMap.of(compact[seen], [rows, kv_rows], repeated)
     return LayerRoute(
         pieces=pieces,
         ranks=facts.ranks,
@@ -297,6 +304,21 @@ def _layer_route(facts: _Facts, roles: list[Role]) -> LayerRoute:
         cu_seqlens_q=_cumulative(query_lengths),
         cu_seqlens_kv=_cumulative(key_lengths),
     )
+
+
+def _runs(index: Tensor, inputs: Sequence[int]) -> list[tuple[int, int, int]] | None:
+    """Runs of consecutive rows of one tensor in ``index``, if they are long: (tensor, first row, rows)."""
+    if not index.numel():
+        return None
+    starts = torch.tensor([0, *accumulate(inputs)])
+    tensor = torch.searchsorted(starts, index, right=True) - 1
+    new = torch.ones_like(index, dtype=torch.bool)
+    new[1:] = (index[1:] != index[:-1] + 1) | (tensor[1:] != tensor[:-1])
+    first = new.nonzero().flatten()
+    if first.numel() * SHORTEST_MEAN_RUN > index.numel():
+        return None
+    lengths = torch.diff(first, append=first.new_tensor([index.numel()]))
+    return list(zip(tensor[first].tolist(), (index - starts[tensor])[first].tolist(), lengths.tolist()))
 
 
 def _pieces(sizes: list[int], roles: Sequence[Role], components: Sequence[int]) -> Pieces:

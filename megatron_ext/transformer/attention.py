@@ -29,20 +29,18 @@ class UnifiedSelfAttention(SelfAttention):
         mixed = mixed.view(-1, 1, groups, queries + 2, d)
         query_table, key_table = route.rotary
         query, key, value = mixed.split([queries, 1, 1], 3)
-        order = route.queries
+        keys, values, order = [key], [value], route.queries
         if kv_only is not None:
-            key, value = (
-                torch.cat(pair) for pair in zip((key, value), of_kv_only.view(-1, 1, groups, 2, d).split(1, 3))
-            )
-            order = route.keys
-        query = apply_rotary(arrange(query, route.queries), query_table).flatten(2, 3)
-        key = apply_rotary(arrange(key, order), key_table).squeeze(3)
-        value = arrange(value, order).squeeze(3).contiguous()  # nothing keeps the projections alive
+            key, value = of_kv_only.view(-1, 1, groups, 2, d).split(1, 3)
+            keys, values, order = [*keys, key], [*values, value], route.keys
+        query = apply_rotary(arrange(route.queries, query), query_table).flatten(2, 3)
+        key = apply_rotary(arrange(order, *keys), key_table).squeeze(3)
+        value = arrange(order, *values).squeeze(3).contiguous()  # nothing keeps the projections alive
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
             attend = self._checkpointed_attention_forward
         output = attend(query, key, value, None, packed_seq_params=route)
-        return self.linear_proj(restore(output, route.queries), of.full_splits)
+        return self.linear_proj(restore(route.queries, output), of.full_splits)
 
 
 class DocumentAttention(torch.nn.Module):

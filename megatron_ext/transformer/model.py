@@ -77,7 +77,7 @@ class UnifiedModel(GPTModel):
         rows = join([pieces[i] for i in route.head.full], hidden_states)
         if self.config.sequence_parallel:
             rows = gather_from_sequence_parallel_region(rows)
-        return arrange(rows, route.head_rows)
+        return arrange(route.head_rows, rows)
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token, [n], float32, from logits [n, 1, vocabulary / tensor-parallel size] and labels

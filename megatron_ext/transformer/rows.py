@@ -13,44 +13,66 @@ def join(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces)) if pieces else like[:0]
 
 
-def arrange(rows: Tensor, by: RowMap | None) -> Tensor:
-    """``rows`` [inputs, ...] as [outputs, ...] in the order of ``by``; None: as they are."""
-    return rows if by is None else _Arrange.apply(rows, by)
+def arrange(by: RowMap | None, *sources: Tensor) -> Tensor:
+    """Rows of ``sources``, each [inputs, ...], as [outputs, ...] in the order of ``by``; None: of one source as they
+    are."""
+    return sources[0] if by is None else _Arrange.apply(by, *sources)
 
 
-def restore(rows: Tensor, by: RowMap | None) -> Tensor:
-    """What :func:`arrange` by the same map brought into order, [outputs, ...], back in its place, [inputs, ...]; rows
-    that went nowhere are zeros."""
-    return rows if by is None else _Restore.apply(rows, by)
+def restore(by: RowMap | None, rows: Tensor) -> Tensor:
+    """What :func:`arrange` by the same map of one source brought into order, [outputs, ...], back in its place,
+    [inputs, ...]; rows that went nowhere are zeros."""
+    return rows if by is None else _Restore.apply(by, rows)
 
 
 class _Arrange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, by: RowMap) -> Tensor:
-        ctx.by, ctx.inputs = by, rows.shape[0]
-        return rows.index_select(0, by.index)
+    def forward(ctx, by: RowMap, *sources: Tensor) -> Tensor:
+        ctx.by, ctx.inputs = by, [source.shape[0] for source in sources]
+        return _forth(by, sources)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        if ctx.by.inverse is not None:
-            return _inverse(gradient, ctx.by), None
-        zeros = gradient.new_zeros(ctx.inputs, *gradient.shape[1:])
-        return zeros.index_add_(0, ctx.by.index, gradient), None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_back(ctx.by, gradient, ctx.inputs)
 
 
 class _Restore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, by: RowMap) -> Tensor:
+    def forward(ctx, by: RowMap, rows: Tensor) -> Tensor:
         ctx.by = by
-        return _inverse(rows, by)
+        return _back(by, rows, [by.inverse.shape[0]])[0]
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.index_select(0, ctx.by.index), None
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, _forth(ctx.by, [gradient])
 
 
-def _inverse(rows: Tensor, by: RowMap) -> Tensor:
-    if not rows.shape[0]:
-        return rows.new_zeros(by.inverse.shape[0], *rows.shape[1:])
-    made = rows.index_select(0, by.inverse)
-    return made if by.holes is None else made.index_fill_(0, by.holes, 0)
+def _forth(by: RowMap, sources: Sequence[Tensor]) -> Tensor:
+    if _by_slices(by, sources[0]):
+        return torch.cat([sources[source][first : first + n] for source, first, n in by.runs])
+    return (sources[0] if len(sources) == 1 else torch.cat(list(sources))).index_select(0, by.index)
+
+
+def _back(by: RowMap, rows: Tensor, inputs: Sequence[int]) -> Sequence[Tensor]:
+    """The sum of the output rows that each input row became."""
+    if _by_slices(by, rows):
+        make = rows.new_empty if by.inverse is not None and by.holes is None else rows.new_zeros
+        made = [make(n, *rows.shape[1:]) for n in inputs]
+        for (source, first, n), piece in zip(by.runs, rows.split([n for *_, n in by.runs])):
+            place = made[source][first : first + n]
+            place.copy_(piece) if by.inverse is not None else place.add_(piece)
+        return made
+    if by.inverse is None:
+        made = rows.new_zeros(sum(inputs), *rows.shape[1:]).index_add_(0, by.index, rows)
+    elif rows.shape[0]:
+        made = rows.index_select(0, by.inverse)
+        if by.holes is not None:
+            made.index_fill_(0, by.holes, 0)
+    else:
+        made = rows.new_zeros(sum(inputs), *rows.shape[1:])
+    return made.split(inputs)
+
+
+def _by_slices(by: RowMap, rows: Tensor) -> bool:
+    """On CPUs, where a slice is one copy; on GPUs one kernel moves all rows."""
+    return by.runs is not None and rows.device.type == "cpu"
