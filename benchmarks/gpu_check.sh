@@ -3,9 +3,10 @@
 #
 #   pip install -e '.[gpu]' && bash benchmarks/gpu_check.sh [RESULTS]
 #
-# Layouts against one GPU, step time in bf16 at the size of Llama 3.2 1B, data through DALI to the GPU, and training
-# with torch's and with Transformer Engine's layers on the same data, whose losses must agree. Needs runs/quickstart
-# (examples/quickstart.sh). From the environment: PYTHON.
+# Layouts against one GPU under every plan; step time of the plans in bf16 and FP8 at the size of Llama 3.2 1B and rows of
+# 4096 tokens, with MFU; data through DALI to the GPU; and training with torch's and with Transformer Engine's layers, in
+# bf16 and in FP8, on the same data, whose losses must agree. Needs runs/quickstart (examples/quickstart.sh). From the
+# environment: PYTHON.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
@@ -26,21 +27,32 @@ layouts=tp1
 ((gpus < 4)) || layouts+=,tp2-pp2-sp,tp4-sp,tp2-pp2-vp2
 ((gpus < 8)) || layouts+=,tp2-pp2-sp-dp2,tp4-pp2-sp
 timeout 1800 "$PYTHON" benchmarks/parity.py --layouts "$layouts" --json "$RESULTS/parity.json"
-timeout 900 "$PYTHON" benchmarks/step_time.py --precision bf16 --layers 16 --hidden-size 2048 --rows 14 --repeats 20 \
-    --json "$RESULTS/step_time.json"
+one_billion=(--config examples/configs/llama-3.2-1b.yaml --precision bf16 --sequence 4096 --rows 2 --repeats 10)
+timeout 1800 "$PYTHON" benchmarks/step_time.py "${one_billion[@]}" --json "$RESULTS/step_time_bf16.json" |
+    tee "$RESULTS/step_time_bf16.md"
+if "$PYTHON" -c 'import transformer_engine' 2>/dev/null; then
+    timeout 1800 "$PYTHON" benchmarks/step_time.py "${one_billion[@]}" --fp8 current --only \
+        "dense,himix,hmgen,separate,decomposed" --json "$RESULTS/step_time_fp8.json" | tee "$RESULTS/step_time_fp8.md"
+fi
 timeout 900 "$PYTHON" benchmarks/data.py --json "$RESULTS/data.json"
 
-implementations=(local)
-"$PYTHON" -c 'import transformer_engine' 2>/dev/null && implementations+=(transformer_engine) ||
+declare -A runs=([local]="model.implementation=local")
+if "$PYTHON" -c 'import transformer_engine' 2>/dev/null; then
+    runs[transformer_engine]="model.implementation=transformer_engine"
+    runs[fp8]="model.implementation=transformer_engine training.fp8=current"
+else
     echo "Transformer Engine is not installed: its layers are not checked"
-for implementation in "${implementations[@]}"; do
-    output=$RESULTS/training-$implementation
+fi
+names=(local $(printf '%s\n' "${!runs[@]}" | grep -vx local || true))
+for name in "${names[@]}"; do
+    output=$RESULTS/training-$name
     rm -rf "$output"
+    # shellcheck disable=SC2086  # several settings
     timeout 900 "$PYTHON" pretrain_unified.py --config examples/configs/quickstart.yaml "output=$output" \
-        training.iterations=40 training.precision=bf16 checkpoint.interval=20 \
-        "model.implementation=$implementation" data.loader=dali
+        plan.preset=himix_hmgen_share_partial training.iterations=40 training.precision=bf16 checkpoint.interval=20 \
+        ${runs[$name]} data.loader=dali
 done
-"$PYTHON" - "${implementations[@]/#/$RESULTS/training-}" <<'PY'
+"$PYTHON" - "${names[@]/#/$RESULTS/training-}" <<'PY'
 import json
 import sys
 from pathlib import Path

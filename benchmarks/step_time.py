@@ -4,10 +4,11 @@
     python benchmarks/step_time.py --json benchmarks/results/step_time.json
     python benchmarks/step_time.py --only himix,hmgen --profile hmgen
 
-Every row holds one document of 256 image and 24 text tokens, and a step is a whole one: forward, backward, gradient
-clipping, AdamW. The steps take turns; the ratio of a round is a step over its base and the median ratio is the figure.
-A plan should take as long as its FLOPs say: ``time / FLOPs`` is the ratio of seconds over the ratio of FLOPs. Memory is
-the peak of a step beyond weights, gradients and the optimizer's state.
+A document has 256 image and 24 text tokens, a row holds one or as many as fit, and a step is a whole one: forward,
+backward, gradient clipping, AdamW. The other libraries see the same rows, as one document each. The steps take turns;
+the ratio of a round is a step over its base and the median ratio is the figure. A plan should take as long as its FLOPs
+say: ``time / FLOPs`` is the ratio of seconds over the ratio of FLOPs. Memory is the peak of a step beyond weights,
+gradients and the optimizer's state.
 """
 
 import dataclasses
@@ -25,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 from megatron_ext import command_line, config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.cost import count, forward_flops
+from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, forward_flops
 from megatron_ext.routing.plan import Plan
-from megatron_ext.token_classes import Modality, Task
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 IMAGE, TEXT = 256, 24
 DOCUMENT = IMAGE + TEXT
@@ -67,14 +68,18 @@ CASES = {
 
 def configuration(arguments, plan: list[str]) -> Config:
     """The size under test as a run's configuration."""
+    shape = [
+        f"model.num_layers={arguments.layers}",
+        f"model.hidden_size={arguments.hidden_size}",
+        f"model.num_attention_heads={arguments.hidden_size // 64}",
+    ]
     return config_file.load(
         Config,
-        [],
+        arguments.config,
         [
-            f"model.num_layers={arguments.layers}",
-            f"model.hidden_size={arguments.hidden_size}",
-            f"model.num_attention_heads={arguments.hidden_size // 64}",
-            f"data.sequence_length={DOCUMENT}",
+            *([] if arguments.config else shape),
+            f"data.sequence_length={arguments.sequence}",
+            f"training.fp8={arguments.fp8}",
             f"training.micro_batch_size={arguments.rows}",
             f"training.global_batch_size={arguments.rows}",
             f"training.precision={arguments.precision}",
@@ -83,20 +88,22 @@ def configuration(arguments, plan: list[str]) -> Config:
     )
 
 
-def random_rows(kind: str, rows: int) -> Batch:
-    """Rows of one document each; ``kind`` as in :class:`Case`."""
-    batch = Batch(**{name: torch.zeros(rows, DOCUMENT, dtype=Batch.DTYPES[name]) for name in Batch.names()})
-    batch.tokens[:] = torch.randint(0, VOCABULARY, (rows, DOCUMENT))
+def random_rows(kind: str, rows: int, length: int) -> Batch:
+    """Rows of ``length`` tokens, as many documents as fit and padding; ``kind`` as in :class:`Case`."""
+    batch = Batch(**{name: torch.zeros(rows, length, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch.tokens[:] = torch.randint(0, VOCABULARY, (rows, length))
     batch.labels = batch.tokens.roll(-1, 1)
-    batch.positions[:] = torch.arange(DOCUMENT)
-    image = slice(TEXT, None) if kind == "generation" else slice(IMAGE)
-    batch.modality[:, image] = Modality.IMAGE
+    number, position = torch.arange(length) // DOCUMENT, torch.arange(length) % DOCUMENT
+    batch.positions[:] = position
+    batch.modality[:] = (position >= TEXT if kind == "generation" else position < IMAGE) * Modality.IMAGE
     batch.task[:] = Task.GENERATION if kind == "generation" else Task.UNDERSTANDING
+    batch.document[:] = torch.where(number < length // DOCUMENT, number, PADDING_DOCUMENT)
     batch.loss_mask[:] = {
         "everything": 1,
         "understanding": batch.modality == Modality.TEXT,
         "generation": batch.modality == Modality.IMAGE,
     }[kind]
+    batch.loss_mask[batch.document == PADDING_DOCUMENT] = 0
     return batch
 
 
@@ -126,12 +133,13 @@ def stock_megatron(config: Config) -> Callable[[Batch], float]:
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
-    model = GPTModel(settings, spec, VOCABULARY, DOCUMENT, position_embedding_type="rope").cuda()
+    length = config.data.sequence_length
+    model = GPTModel(settings, spec, VOCABULARY, length, position_embedding_type="rope").cuda()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
     chunks = [DistributedDataParallel(settings, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)]
     optimizer = build_optimizer(config, chunks)
-    causal = torch.ones(DOCUMENT, DOCUMENT, dtype=torch.bool, device="cuda").triu(1)[None, None]
+    causal = torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)[None, None]
 
     def forward(batches, chunk):
         batch = next(batches)
@@ -146,7 +154,7 @@ def stock_megatron(config: Config) -> Callable[[Batch], float]:
             data_iterator=iter([batch]),
             model=chunks,
             num_microbatches=1,
-            seq_length=DOCUMENT,
+            seq_length=length,
             micro_batch_size=batch.shape[0],
             forward_only=False,
         )
@@ -168,7 +176,7 @@ def hugging_face(config: Config) -> Callable[[Batch], float]:
             num_hidden_layers=config.model.num_layers,
             num_attention_heads=config.model.num_attention_heads,
             num_key_value_heads=config.model.num_query_groups,
-            max_position_embeddings=DOCUMENT,
+            max_position_embeddings=config.data.sequence_length,
             tie_word_embeddings=False,
             use_cache=False,
             attn_implementation="sdpa",
@@ -242,13 +250,14 @@ def peak_bytes(step: Callable[[], float]) -> int:
 def table(results: dict[str, dict]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| step | against | seconds | ratio | FLOP ratio | time / FLOPs | limit | peak memory ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| step | against | seconds | ratio | FLOP ratio | time / FLOPs | limit | peak memory ratio | MFU |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, r in results.items():
         cells = [f"{r['seconds']:.3f}", f"{r['ratio']:.3f}"]
         cells += [f"{r[key]:.3f}" if r.get(key) else "" for key in ("flop_ratio", "time_per_flop")]
         cells += [f"{r['limit']:.2f}" if r["limit"] else "", f"{r['memory_ratio']:.3f}"]
+        cells.append(f"{r['mfu']:.3f}" if r.get("mfu") else "")
         lines.append(f"| {name} | {CASES[name].base} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -257,15 +266,19 @@ def main() -> None:
     parser = command_line.parser(__doc__.splitlines()[0], "python benchmarks/step_time.py --repeats 7")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=16, help="documents per step")
+    parser.add_argument("--config", nargs="*", default=[], help="take the model's shape from these files instead")
+    parser.add_argument("--sequence", type=int, default=DOCUMENT, help="tokens in a row (default: one document)")
+    parser.add_argument("--rows", type=int, default=16, help="rows per step")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--fp8", choices=["none", "delayed", "current", "mxfp8"], default="none")
     parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases; their bases come along")
     parser.add_argument("--profile", choices=CASES, help="print where the time of this case goes, and nothing else")
     arguments = parser.parse_args()
 
     from megatron_ext.training import distributed
+    from megatron_ext.training.devices import model_flops_utilisation
 
     torch.set_num_threads(arguments.threads)
     config = configuration(arguments, [])
@@ -273,7 +286,10 @@ def main() -> None:
     distributed.initialize(config)
     wanted = [arguments.profile] if arguments.profile else arguments.only.split(",")
     wanted = [name for name in CASES if name in wanted or any(CASES[w].base == name for w in wanted)]
-    rows = {kind: random_rows(kind, arguments.rows) for kind in ("everything", "understanding", "generation")}
+    rows = {
+        kind: random_rows(kind, arguments.rows, arguments.sequence)
+        for kind in ("everything", "understanding", "generation")
+    }
     device = "cpu" if cpu.available() else "cuda"
     others = {"stock Megatron-Core": stock_megatron, "Hugging Face": hugging_face}
     steps = {}
@@ -302,6 +318,9 @@ def main() -> None:
             "memory_ratio": memory[name] / memory[case.base],
         }
         if not theirs:
+            work = TRAINING_PER_FORWARD * flops(arguments, name, rows[case.rows])
+            device_name = "cpu" if cpu.available() else torch.cuda.get_device_name()
+            result["mfu"] = model_flops_utilisation(work, result["seconds"], 1, device_name)
             result["flop_ratio"] = flops(arguments, name, rows[case.rows]) / flops(
                 arguments, case.base, rows[case.rows]
             )

@@ -15,7 +15,7 @@ from megatron_ext.routing.plan import Plan
 from megatron_ext.training import distributed
 from megatron_ext.training.checkpoint import Checkpointer, load_weights
 from megatron_ext.training.setup import build_model, build_optimizer
-from megatron_ext.transformer.specs import implementation
+from megatron_ext.transformer.specs import fp8_recipe, implementation, why_no_fp8
 from megatron_ext.vocabulary import Vocabulary
 
 # The embedding is padded to a multiple of this, whatever the tensor-parallel size, so that it reshards.
@@ -62,6 +62,8 @@ def build_run(config: Config) -> Run:
         raise UserError("config: 'data.vocabulary' is empty; name a folder made by tools/train_tokenizer.py")
     if not config.data.train:
         raise UserError("config: 'data.train' is empty; name data sets made by tools/preprocess_vq.py")
+    if reason := why_no_fp8(config):
+        distributed.report(f"no FP8 ({config.training.fp8}) here: {reason}; training in {config.training.precision}")
     plan = Plan.of(config.plan, config.model.num_layers)
     vocabulary = Vocabulary(config.data.vocabulary)
     train_data = build_mixture(config.data.train, config.data, vocabulary, train=True)
@@ -131,9 +133,11 @@ def describe(run: Run) -> str:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.sequence:
         layout.append("sequence parallel")
+    recipe = fp8_recipe(config)
+    precision = config.training.precision + (f" with FP8 GEMMs ({recipe})" if recipe != "none" else "")
     layers = {"local": "torch layers", "transformer_engine": "Transformer Engine layers"}[implementation(config)]
     parameters = parameter_count(config.model, padded_vocabulary(config, run.vocabulary), run.plan.projections)
     return (
         f"{f'{parameters / 1e6:.1f} M' if parameters > 1e6 else f'{parameters:,}'} parameters, "
-        f"{config.training.precision}, {layers}; {' x '.join(layout)}; plan {run.plan.name}"
+        f"{precision}, {layers}; {' x '.join(layout)}; plan {run.plan.name}"
     )

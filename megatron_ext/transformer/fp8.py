@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_ext import cpu
 from megatron_ext.transformer.grouped import grouped_linear as plain_grouped_linear
 
 _RECIPES = {"delayed": "delayed", "current": "tensorwise", "mxfp8": "mxfp8"}
@@ -30,11 +31,13 @@ def row_multiple(recipe: str) -> int:
 
 def why_not(recipe: str) -> str | None:
     """Why a recipe cannot be had on this machine; None when it can."""
+    if cpu.available():
+        return "there is no GPU"
     try:
-        from transformer_engine.pytorch import fp8
+        from transformer_engine.pytorch import is_fp8_available, is_mxfp8_available
     except ImportError:
-        return "it needs Transformer Engine and a GPU"
-    able, reason = fp8.check_mxfp8_support() if recipe == "mxfp8" else fp8.check_fp8_support()
+        return "Transformer Engine is not installed"
+    able, reason = (is_mxfp8_available if recipe == "mxfp8" else is_fp8_available)(return_reason=True)
     return None if able else reason
 
 
@@ -49,9 +52,14 @@ def grouped_linear(module: torch.nn.Module, rows: Tensor, counts: Sequence[int],
     shape = (len(weights), *weights[0].shape)
     if shape not in kernels:
         kernels[shape] = _kernel(*shape, rows.dtype)
-    for i, weight in enumerate(weights):
-        setattr(kernels[shape], f"weight{i}", weight)
-    return kernels[shape](rows, list(counts))
+    # For this call alone, and past torch.nn.Module, which would take some of them for its parameters.
+    given = {f"weight{i}": weight for i, weight in enumerate(weights)}
+    vars(kernels[shape]).update(given)
+    try:
+        return kernels[shape](rows, list(counts))
+    finally:
+        for name in given:
+            del vars(kernels[shape])[name]
 
 
 def _kernel(groups: int, out_features: int, in_features: int, dtype: torch.dtype) -> torch.nn.Module:

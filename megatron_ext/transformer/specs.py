@@ -47,10 +47,17 @@ def implementation(config: Config) -> str:
 
 
 def fp8_recipe(config: Config) -> str:
-    """``training.fp8``, or ``none`` where this machine cannot."""
-    recipe = config.training.fp8
-    possible = recipe != "none" and implementation(config) == "transformer_engine" and fp8.why_not(recipe) is None
-    return recipe if possible else "none"
+    """``training.fp8``, or ``none`` where it cannot be had."""
+    return "none" if why_no_fp8(config) else config.training.fp8
+
+
+def why_no_fp8(config: Config) -> str | None:
+    """Why the run goes on without the FP8 that ``training.fp8`` asks for; None when it does not."""
+    if config.training.fp8 == "none":
+        return None
+    if reason := fp8.why_not(config.training.fp8):
+        return reason
+    return "model.implementation is local" if implementation(config) == "local" else None
 
 
 def transformer_config(config: Config) -> TransformerConfig:

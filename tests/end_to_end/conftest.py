@@ -38,6 +38,11 @@ def material(tmp_path_factory) -> Path:
     pairs, texts = str(folder / "pairs"), str(folder / "texts")
     config = {
         "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
+        # Both reductions, and everything that split projections may consist of.
+        "plan": {
+            "preset": "himix_hmgen_share_partial",
+            "projections": {"modules": ["qkv", "proj", "fc1", "fc2"], "rank": 4, "per_task": True},
+        },
         "data": {
             "vocabulary": str(folder / "vocabulary"),
             "train": [{"path": pairs, "task": t} for t in ("understanding", "generation")]
