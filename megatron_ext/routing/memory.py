@@ -3,17 +3,15 @@
 Elements that a layer keeps in one process, hidden size h, key/value width g, FFN width f, heads a::
 
     every token    h                          the layer's input, whole: those who take part are slices of it
-    KV_ONLY        h + 3*g + 1                normed input; key, and key and value before rotation; norm
-    FULL           6*h + 3*g + 3*f + a + 2    normed inputs (2*h), query, attention's output as computed and as put
-                                              together (2*h), residual; key, and key and value before rotation; gate,
-                                              up and their product; softmax sums; norms
-                   + 2*h                      in layers without KV_ONLY tokens: the query before rotation, twice
+    KV_ONLY        h + 2*g + 1                normed input; key and value; norm
+    FULL           6*h + 2*g + 3*f + a + 2    normed inputs (2*h), query, attention's output as computed and as put
+                                              together (2*h), residual; key and value; gate, up and their product;
+                                              softmax sums; norms
     a token        r                          for each difference of rank r that it uses
 
 Beside them stand the matrices that a layer makes for a micro-batch: the sums W + D of whole differences, and the
 key/value rows of its qkv matrices where tokens are KV_ONLY. Selective recomputation drops attention's output as
-computed and the softmax sums; full recomputation keeps the layer's input alone. Norms that are put together from simple
-operations, as on CPUs, keep h more each.
+computed and the softmax sums; full recomputation keeps the layer's input alone.
 
 Left out: rotary tables (the layers share them), masks of attention on CPUs, keys that stand twice because a document
 has text before and after an image that is KV_ONLY, copies of rows that a layer needs together and the stored order
@@ -34,7 +32,6 @@ def activation_bytes(
     element_size: int,
     times: float = 1,
     recompute: Literal["none", "selective", "full"] = "none",
-    composed_norms: bool = False,
 ) -> list[int]:
     """Bytes that each layer keeps of a micro-batch.
 
@@ -42,17 +39,14 @@ def activation_bytes(
         element_size: bytes of an element; 4 for float32, 2 for bf16.
         times: how often the micro-batch holds what was counted.
         recompute: ``training.recompute``.
-        composed_norms: the norms are no kernels of their own.
     """
     elements = []
     for roles in plan.roles:
         kept = model.hidden_size * sum(counts.tokens)
         of_role = {role: sum(n for n, r in zip(counts.tokens, roles) if r == role) for role in Role}
         if recompute != "full":
-            kept += of_role[Role.KV_ONLY] * _kv_only(model, composed_norms)
-            kept += of_role[Role.FULL] * _full(model, composed_norms, recompute == "selective")
-            if not of_role[Role.KV_ONLY]:
-                kept += of_role[Role.FULL] * 2 * model.hidden_size
+            kept += of_role[Role.KV_ONLY] * _kv_only(model)
+            kept += of_role[Role.FULL] * _full(model, recompute == "selective")
             for index, (n, role) in enumerate(zip(counts.tokens, roles)):
                 kept += n * len(low_rank_modules(plan.projections, index, role)) * (plan.projections.rank or 0)
         matrices = 0 if recompute == "full" else _matrices(model, plan.projections, of_role[Role.KV_ONLY] > 0)
@@ -60,14 +54,14 @@ def activation_bytes(
     return [round(element_size * n) for n in elements]
 
 
-def _kv_only(model: ModelConfig, composed_norms: bool) -> int:
-    return (1 + composed_norms) * model.hidden_size + 3 * key_width(model) + 1
+def _kv_only(model: ModelConfig) -> int:
+    return model.hidden_size + 2 * key_width(model) + 1
 
 
-def _full(model: ModelConfig, composed_norms: bool, without_core: bool) -> int:
+def _full(model: ModelConfig, without_core: bool) -> int:
     h, heads = model.hidden_size, model.num_attention_heads
     core = 0 if without_core else h + heads
-    return (5 + 2 * composed_norms) * h + core + 3 * key_width(model) + 3 * model.ffn_hidden_size + 2
+    return 5 * h + core + 2 * key_width(model) + 3 * model.ffn_hidden_size + 2
 
 
 def _matrices(model: ModelConfig, projections: Projections, kv_only: bool) -> int:

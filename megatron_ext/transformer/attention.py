@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_ext.routing.route import LayerRoute
-from megatron_ext.transformer.rotary import apply_rotary
+from megatron_ext.transformer.rotary import apply_rotary, keys_and_values
 from megatron_ext.transformer.rows import arrange, restore
 
 
@@ -28,14 +28,12 @@ class UnifiedSelfAttention(SelfAttention):
         queries = self.num_attention_heads_per_partition // groups
         mixed = mixed.view(-1, 1, groups, queries + 2, d)
         query_table, key_table = route.rotary
-        query, key, value = mixed.split([queries, 1, 1], 3)
-        keys, values, order = [key], [value], route.queries
-        if kv_only is not None:
-            key, value = of_kv_only.view(-1, 1, groups, 2, d).split(1, 3)
-            keys, values, order = [*keys, key], [*values, value], route.keys
-        query = apply_rotary(arrange(route.queries, query), query_table).flatten(2, 3)
-        key = apply_rotary(arrange(order, *keys), key_table).squeeze(3)
-        value = arrange(order, *values).squeeze(3).contiguous()  # nothing keeps the projections alive
+        query, pairs = mixed.split([queries, 2], 3)
+        query = apply_rotary(arrange(route.queries, query), query_table.unsqueeze(2)).flatten(2, 3)
+        if kv_only is None:
+            key, value = keys_and_values(route.queries, key_table, pairs)
+        else:
+            key, value = keys_and_values(route.keys, key_table, pairs, of_kv_only.view(-1, 1, groups, 2, d))
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
             attend = self._checkpointed_attention_forward

@@ -13,49 +13,49 @@ def join(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces)) if pieces else like[:0]
 
 
-def arrange(by: RowMap | None, *sources: Tensor) -> Tensor:
-    """Rows of ``sources``, each [inputs, ...], as [outputs, ...] in the order of ``by``; None: of one source as they
-    are."""
-    return sources[0] if by is None else _Arrange.apply(by, *sources)
+def arrange(by: RowMap | None, rows: Tensor) -> Tensor:
+    """``rows`` [inputs, ...] as [outputs, ...] in the order of ``by``; None: as they are."""
+    return rows if by is None else _Arrange.apply(by, rows)
 
 
 def restore(by: RowMap | None, rows: Tensor) -> Tensor:
-    """What :func:`arrange` by the same map of one source brought into order, [outputs, ...], back in its place,
+    """What :func:`arrange` by the same map brought into order, [outputs, ...], back in its place,
     [inputs, ...]; rows that went nowhere are zeros."""
     return rows if by is None else _Restore.apply(by, rows)
 
 
 class _Arrange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, by: RowMap, *sources: Tensor) -> Tensor:
-        ctx.by, ctx.inputs = by, [source.shape[0] for source in sources]
-        return _forth(by, sources)
+    def forward(ctx, by: RowMap, rows: Tensor) -> Tensor:
+        ctx.by, ctx.inputs = by, rows.shape[0]
+        return gather(by, [rows])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_back(ctx.by, gradient, ctx.inputs)
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gather_back(ctx.by, gradient, [ctx.inputs])[0]
 
 
 class _Restore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, by: RowMap, rows: Tensor) -> Tensor:
         ctx.by = by
-        return _back(by, rows, [by.inverse.shape[0]])[0]
+        return gather_back(by, rows, [by.inverse.shape[0]])[0]
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, _forth(ctx.by, [gradient])
+        return None, gather(ctx.by, [gradient])
 
 
-def _forth(by: RowMap, sources: Sequence[Tensor]) -> Tensor:
-    if _by_slices(by, sources[0]):
+def gather(by: RowMap, sources: Sequence[Tensor]) -> Tensor:
+    """Rows of ``sources``, one after the other, in the order of ``by``."""
+    if by_slices(by, sources[0]):
         return torch.cat([sources[source][first : first + n] for source, first, n in by.runs])
     return (sources[0] if len(sources) == 1 else torch.cat(list(sources))).index_select(0, by.index)
 
 
-def _back(by: RowMap, rows: Tensor, inputs: Sequence[int]) -> Sequence[Tensor]:
+def gather_back(by: RowMap, rows: Tensor, inputs: Sequence[int]) -> Sequence[Tensor]:
     """The sum of the output rows that each input row became."""
-    if _by_slices(by, rows):
+    if by_slices(by, rows):
         make = rows.new_empty if by.inverse is not None and by.holes is None else rows.new_zeros
         made = [make(n, *rows.shape[1:]) for n in inputs]
         for (source, first, n), piece in zip(by.runs, rows.split([n for *_, n in by.runs])):
@@ -73,6 +73,6 @@ def _back(by: RowMap, rows: Tensor, inputs: Sequence[int]) -> Sequence[Tensor]:
     return made.split(inputs)
 
 
-def _by_slices(by: RowMap, rows: Tensor) -> bool:
+def by_slices(by: RowMap, rows: Tensor) -> bool:
     """On CPUs, where a slice is one copy; on GPUs one kernel moves all rows."""
     return by.runs is not None and rows.device.type == "cpu"

@@ -315,7 +315,7 @@ def test_activation_memory_is_what_autograd_keeps(one_process, settings):
     route = Route.of(batch, plan)
     measured = kept_bytes(model, route, batch.labels.flatten()[route.targets])
     recompute = config.training.recompute
-    expected = activation_bytes(config.model, plan, count(batch, plan), 4, recompute=recompute, composed_norms=True)
+    expected = activation_bytes(config.model, plan, count(batch, plan), 4, recompute=recompute)
     assert measured == pytest.approx(expected, rel=0.02)
 
 
