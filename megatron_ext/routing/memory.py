@@ -2,16 +2,17 @@
 
 Elements that a layer keeps in one process, hidden size h, key/value width g, FFN width f, heads a::
 
-    every token    h                          the layer's input, whole: those who take part are slices of it
+    every token    h                          the layer's input, whole, where roles are not those of the layer before:
+                                              those who take part are slices of it
     KV_ONLY        h + 2*g + 1                normed input; key and value; norm
-    FULL           6*h + 2*g + 3*f + a + 2    normed inputs (2*h), query, attention's output as computed and as put
-                                              together (2*h), residual; key and value; gate, up and their product;
-                                              softmax sums; norms
+    FULL           7*h + 2*g + 3*f + a + 2    input, normed inputs (2*h), query, attention's output as computed and as
+                                              put together (2*h), residual; key and value; gate, up and their product;
+                                              softmax sums; norms. The input once, where it is a slice
     a token        r                          for each difference of rank r that it uses
 
-Beside them stand the matrices that a layer makes for a micro-batch: the sums W + D of whole differences, and the
-key/value rows of its qkv matrices where tokens are KV_ONLY. Selective recomputation drops attention's output as
-computed and the softmax sums; full recomputation keeps the layer's input alone.
+Beside them stand the matrices that a layer makes for a micro-batch: the sums W + D of whole differences, and where
+tokens are KV_ONLY the key/value rows of its qkv matrices, without and with the norm's weight. Selective recomputation
+drops attention's output as computed and the softmax sums; full recomputation keeps the layer's input alone.
 
 Left out: rotary tables (the layers share them), masks of attention on CPUs, keys that stand twice because a document
 has text before and after an image that is KV_ONLY, copies of rows that a layer needs together and the stored order
@@ -41,9 +42,10 @@ def activation_bytes(
         recompute: ``training.recompute``.
     """
     elements = []
-    for roles in plan.roles:
-        kept = model.hidden_size * sum(counts.tokens)
+    for roles, before in zip(plan.roles, [None, *plan.roles]):
         of_role = {role: sum(n for n, r in zip(counts.tokens, roles) if r == role) for role in Role}
+        whole = roles != before or recompute == "full"
+        kept = model.hidden_size * (sum(counts.tokens) if whole else of_role[Role.FULL])
         if recompute != "full":
             kept += of_role[Role.KV_ONLY] * _kv_only(model)
             kept += of_role[Role.FULL] * _full(model, recompute == "selective")
@@ -78,5 +80,5 @@ def _matrices(model: ModelConfig, projections: Projections, kv_only: bool) -> in
         made += components * sum(i * o for i, o in (shapes[module] for module in projections.modules))
     if kv_only:
         own = components if "qkv" in projections.modules else 0
-        made += kv_rows * (h + own * (h if rank is None else rank))
+        made += 2 * kv_rows * h + own * (2 * kv_rows * h if rank is None else rank * (kv_rows + h))
     return made

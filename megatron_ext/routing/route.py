@@ -19,50 +19,17 @@ and k >= q keys whose last query sees all k (bottom-right aligned).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.groups import plan_groups, stored_length
 from megatron_ext.routing.plan import Plan, Role, class_index
-from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-
-SHORTEST_MEAN_RUN = 12
-"""Rows: with shorter runs than these on average, moving rows one by one is faster than by slices."""
-
-
-@dataclass
-class RowMap:
-    """Rows of one tensor, or of several one after the other, in another order: ``out[i] = rows[index[i]]``.
-
-    Attributes:
-        index: [outputs].
-        inverse: [inputs], where each input row went; None when a row is used more than once.
-        holes: input rows that went nowhere (``inverse`` holds 0 for them); None when there are none.
-        runs: the same as slices of the tensors, (tensor, first row, rows) in order; None when they are too short to be
-            worth it.
-    """
-
-    index: Tensor
-    inverse: Tensor | None
-    holes: Tensor | None
-    runs: list[tuple[int, int, int]] | None
-
-    @classmethod
-    def of(cls, index: Tensor, inputs: Sequence[int], repeated: bool = False) -> "RowMap | None":
-        """The map for ``index`` [outputs] into tensors of ``inputs`` rows; None for the identity of one tensor."""
-        total, here = sum(inputs), torch.arange(index.numel())
-        if len(inputs) == 1 and index.numel() == total and torch.equal(index, here):
-            return None
-        runs = _runs(index, inputs)
-        if repeated:
-            return cls(index, None, None, runs)
-        inverse = torch.full((total,), -1).index_copy_(0, index, here)
-        holes = (inverse < 0).nonzero().flatten()
-        return cls(index, inverse.clamp_(min=0), holes if holes.numel() else None, runs)
+from megatron_ext.routing.row_map import RowMap
+from megatron_ext.token_classes import PADDING_DOCUMENT
 
 
 @dataclass
@@ -83,6 +50,27 @@ class Pieces:
 
 
 @dataclass
+class CachePlaces:
+    """Where queries and keys belong when keys of earlier tokens are kept: every row is a piece of one document.
+
+    Attributes:
+        query_rows, key_rows: row of each query and key of this piece, in attention's order.
+        query_visible: keys of this piece that each query sees, its own included.
+        key_ranks: keys of its row before each key of this piece.
+        most_queries, most_keys: of a row.
+        one_each: every row has exactly one query.
+    """
+
+    query_rows: Tensor
+    query_visible: Tensor
+    key_rows: Tensor
+    key_ranks: Tensor
+    most_queries: int
+    most_keys: int
+    one_each: bool
+
+
+@dataclass
 class LayerRoute:
     """What one layer does with a micro-batch. Layers with the same roles share one.
 
@@ -96,6 +84,7 @@ class LayerRoute:
         query_positions, key_positions: rotary positions in attention's order.
         cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1].
         rotary: tables for queries and keys; filled in by the model before its first layer.
+        places, cache: with a cache of keys, what goes where in it (``generation/cache.py``); None in training.
     """
 
     pieces: Pieces
@@ -109,6 +98,8 @@ class LayerRoute:
     cu_seqlens_q: Tensor
     cu_seqlens_kv: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
+    places: CachePlaces | None = None
+    cache: object = None
 
 
 @dataclass
@@ -142,6 +133,7 @@ class Route(PackedSeqParams):
         multiple: int = 1,
         fixed_length: bool = False,
         wanted: Tensor | None = None,
+        cached: bool = False,
     ) -> "Route":
         """The route of one micro-batch of [b, s] tokens, on the batch.
 
@@ -151,6 +143,8 @@ class Route(PackedSeqParams):
             multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels want one).
             fixed_length: T depends on b * s alone, as the messages between pipeline stages must.
             wanted: where logits are wanted, bool [b, s]; None: where the loss counts. Padding has none.
+            cached: each row is the next piece of a document whose earlier keys are kept. Keys are then all the keys of
+                a piece, in order.
         """
         real = (batch.document != PADDING_DOCUMENT).flatten()
         classes = class_index(batch.task.flatten().long(), batch.modality.flatten().long())
@@ -173,7 +167,7 @@ class Route(PackedSeqParams):
         by_roles = {}
         for roles in groups.roles:
             if roles not in by_roles:
-                by_roles[roles] = _layer_route(facts, list(roles) + [Role.SKIP] * fixed_length)
+                by_roles[roles] = _layer_route(facts, list(roles) + [Role.SKIP] * fixed_length, cached)
         wanted = (batch.loss_mask if wanted is None else wanted).flatten() > 0
         targets = (wanted & real).nonzero().flatten()
         needed = torch.zeros(len(sizes), dtype=torch.bool)
@@ -191,48 +185,6 @@ class Route(PackedSeqParams):
     def to(self, device: torch.device) -> "Route":
         """The same route on ``device``; what layers share stays shared."""
         return self if device.type == "cpu" else _moved(self, device, {})
-
-
-def stored_length(tokens: int, plan: Plan, ranks: int = 1, multiple: int = 1) -> int:
-    """T for a micro-batch of ``tokens`` tokens when it must not depend on what they are."""
-    step = ranks * multiple
-    return (tokens + len(plan_groups(plan).members) * (step - 1)) // step * step
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Classes of tokens that a plan treats alike.
-
-    Attributes:
-        members: the class indices in each group.
-        of_class: the group of each class index.
-        components: which weights each group uses; 0 is W.
-        roles: for each layer the role of each group.
-    """
-
-    members: tuple[tuple[int, ...], ...]
-    of_class: tuple[int, ...]
-    components: tuple[int, ...]
-    roles: tuple[tuple[Role, ...], ...]
-
-
-@lru_cache
-def plan_groups(plan: Plan) -> Groups:
-    """The groups of a plan, those that take part most often first, so that few slices hold what a layer needs."""
-    alike = {}
-    for task in Task:
-        for modality in Modality:
-            index = class_index(task, modality)
-            treatment = tuple(roles[index] for roles in plan.roles), plan.projections.component(task, modality)
-            alike.setdefault(treatment, []).append(index)
-    treatments = sorted(alike, key=lambda treatment: (sum(treatment[0]), treatment[1]))
-    of_class = {index: g for g, treatment in enumerate(treatments) for index in alike[treatment]}
-    return Groups(
-        members=tuple(tuple(alike[treatment]) for treatment in treatments),
-        of_class=tuple(of_class[index] for index in sorted(of_class)),
-        components=tuple(component for _, component in treatments),
-        roles=tuple(zip(*(roles for roles, _ in treatments))),
-    )
 
 
 @dataclass
@@ -264,7 +216,7 @@ class _Facts:
         return torch.where((self.where >= 0) & (offset >= 0), rank * kept + offset, -1)
 
 
-def _layer_route(facts: _Facts, roles: list[Role]) -> LayerRoute:
+def _layer_route(facts: _Facts, roles: list[Role], cached: bool) -> LayerRoute:
     pieces = _pieces(facts.sizes, roles, facts.components)
     role = torch.tensor([*roles, Role.SKIP])[facts.group]  # [t]; padding's group comes after the last
     key = (role != Role.SKIP).nonzero().flatten()
@@ -287,10 +239,11 @@ def _layer_route(facts: _Facts, roles: list[Role]) -> LayerRoute:
         kv_rows = facts.ranks * _rows(pieces.kv_only_splits)
         kv_compact = facts.compact(pieces.kv_only, pieces.sizes)
         compact = torch.where(kv_compact >= 0, rows + kv_compact, compact)
-        skipped = begin - torch.nn.functional.pad(key_lengths.cumsum(0)[:-1], (1, 0))
-        index = torch.arange(int(key_lengths.sum())) + skipped.repeat_interleave(key_lengths)
-        seen = key[index]
-        repeated = first.numel() > begin.unique().numel()
+        seen, repeated = key, False
+        if not cached:
+            skipped = begin - torch.nn.functional.pad(key_lengths.cumsum(0)[:-1], (1, 0))
+            index = torch.arange(int(key_lengths.sum())) + skipped.repeat_interleave(key_lengths)
+            seen, repeated = key[index], first.numel() > begin.unique().numel()
         keys = RowMap.of(compact[seen], [rows, kv_rows], repeated)
     return LayerRoute(
         pieces=pieces,
@@ -303,22 +256,25 @@ def _layer_route(facts: _Facts, roles: list[Role]) -> LayerRoute:
         key_positions=position[seen],
         cu_seqlens_q=_cumulative(query_lengths),
         cu_seqlens_kv=_cumulative(key_lengths),
+        places=_cache_places(key, full, documents, *facts.batch.shape) if cached else None,
     )
 
 
-def _runs(index: Tensor, inputs: Sequence[int]) -> list[tuple[int, int, int]] | None:
-    """Runs of consecutive rows of one tensor in ``index``, if they are long: (tensor, first row, rows)."""
-    if not index.numel():
-        return None
-    starts = torch.tensor([0, *accumulate(inputs)])
-    tensor = torch.searchsorted(starts, index, right=True) - 1
-    new = torch.ones_like(index, dtype=torch.bool)
-    new[1:] = (index[1:] != index[:-1] + 1) | (tensor[1:] != tensor[:-1])
-    first = new.nonzero().flatten()
-    if first.numel() * SHORTEST_MEAN_RUN > index.numel():
-        return None
-    lengths = torch.diff(first, append=first.new_tensor([index.numel()]))
-    return list(zip(tensor[first].tolist(), (index - starts[tensor])[first].tolist(), lengths.tolist()))
+def _cache_places(key: Tensor, full: Tensor, documents: Tensor, rows: int, s: int) -> CachePlaces:
+    """Of the flat indices of the keys in ``rows`` rows of s, which are queries too, and the first of each document."""
+    here = torch.arange(key.numel())
+    ranks = here - documents[torch.searchsorted(documents, here, right=True) - 1] if key.numel() else here
+    row = key // s
+    per_row = torch.bincount(row[full], minlength=rows)
+    return CachePlaces(
+        query_rows=row[full],
+        query_visible=ranks[full] + 1,
+        key_rows=row,
+        key_ranks=ranks,
+        most_queries=int(per_row.max()),
+        most_keys=int(ranks.max()) + 1 if key.numel() else 0,
+        one_each=bool((per_row == 1).all()),
+    )
 
 
 def _pieces(sizes: list[int], roles: Sequence[Role], components: Sequence[int]) -> Pieces:
@@ -357,7 +313,7 @@ def _moved(value, device: torch.device, seen: dict):
             seen[id(value)] = value.to(device, non_blocking=True)
         elif isinstance(value, list):
             seen[id(value)] = [_moved(v, device, seen) for v in value]
-        elif isinstance(value, (Route, LayerRoute, RowMap)):
+        elif isinstance(value, (Route, LayerRoute, CachePlaces, RowMap)):
             seen[id(value)] = type(value)(
                 **{f.name: _moved(getattr(value, f.name), device, seen) for f in fields(value)}
             )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
-from megatron_ext.routing.route import Route, stored_length
+from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Task
 from megatron_ext.training.losses import loss_token_counts, task_sums, token_weights
 from megatron_ext.transformer.fp8 import row_multiple

@@ -1,10 +1,22 @@
 """A Transformer layer in which tokens have roles."""
 
+from dataclasses import dataclass
+
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ext.routing.route import Route
+from megatron_ext.transformer.norm import unit_norm
 from megatron_ext.transformer.rows import join
+
+
+@dataclass
+class Pieces:
+    """Hidden states in pieces of ``sizes`` rows, as layers with the same pieces hand them on: so what none of them
+    changes is never copied."""
+
+    sizes: list[int]
+    pieces: list[Tensor]
 
 
 class UnifiedLayer(TransformerLayer):
@@ -12,22 +24,42 @@ class UnifiedLayer(TransformerLayer):
 
     FULL tokens go through everything; of KV_ONLY tokens there is a norm, a key and a value; SKIP tokens are passed on.
     What a token has no part in is not computed.
+
+    Attributes:
+        joins: whether hidden states leave as one tensor: from the last layer of a stage, and where layers are
+            recomputed, as only tensors can be kept for that.
     """
 
-    def forward(self, hidden_states: Tensor, packed_seq_params: Route, **unused) -> tuple[Tensor, None]:
+    joins = True
+
+    def forward(
+        self, hidden_states: Tensor | Pieces, packed_seq_params: Route, **unused
+    ) -> tuple[Tensor | Pieces, None]:
         """Hidden states [T / R, 1, h] in the route's stored order to the same; those of tokens that are not FULL leave
         with the bits with which they came."""
         route = packed_seq_params.layers[self.layer_number - 1]
         of = route.pieces
-        pieces = list(hidden_states.split(of.sizes)) if of.sizes else []
-        full = join([pieces[i] for i in of.full], hidden_states)
-        kv_only = self.input_layernorm(join([pieces[i] for i in of.kv_only], full)) if of.kv_only else None
+        pieces = _cut(hidden_states, of.sizes)
+        full = join([pieces[i] for i in of.full], pieces[0])
+        kv_only = None
+        if of.kv_only:
+            kv_only = unit_norm(join([pieces[i] for i in of.kv_only], full), self.input_layernorm.eps)
 
-        full = full + self.self_attention(self.input_layernorm(full), kv_only, route)
+        full = full + self.self_attention(self.input_layernorm(full), kv_only, self.input_layernorm.weight, route)
         gate_up = self.mlp.linear_fc1(self.pre_mlp_layernorm(full), of.full_splits)
         full = full + self.mlp.linear_fc2(self.mlp.activation_func(gate_up), of.full_splits)
 
-        for i, piece in zip(of.full, full.split([of.sizes[i] for i in of.full]) if of.full else ()):
+        for i, piece in zip(of.full, full.split([of.sizes[i] for i in of.full]) if len(of.full) > 1 else [full]):
             pieces[i] = piece
+        if of.full and not self.joins:
+            return Pieces(of.sizes, pieces), None
         # Where nobody is FULL the empty result still goes along, so that every weight has a gradient of zero.
-        return (full if len(pieces) == len(of.full) == 1 else join([*pieces, full[:0]], full)), None
+        return join(pieces if of.full else [*pieces, full], full), None
+
+
+def _cut(hidden_states: Tensor | Pieces, sizes: list[int]) -> list[Tensor]:
+    if isinstance(hidden_states, Pieces):
+        if hidden_states.sizes == sizes:
+            return list(hidden_states.pieces)
+        hidden_states = join(hidden_states.pieces, hidden_states.pieces[0])
+    return list(hidden_states.split(sizes)) if sizes else [hidden_states]

@@ -45,6 +45,8 @@ class UnifiedModel(GPTModel):
             rope_scaling_factor=config.model.rotary_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        for layer in self.decoder.layers[:-1]:
+            layer.joins = config.training.recompute == "full"
         if self.post_process and transformer.sequence_parallel:
             # The rows are gathered, and their gradients reduced, outside of the output layer (see _targets).
             self.output_layer.sequence_parallel = False

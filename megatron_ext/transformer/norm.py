@@ -34,6 +34,35 @@ class RMSNorm(_kernel()):
         return _RMSNorm.apply(x, self.weight, self.eps) if plain else super().forward(x)
 
 
+def unit_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """The same norm without a weight, for rows whose next matrix takes the weight upon itself."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return _UnitNorm.apply(x, eps)
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def _scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, [..., 1]."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _UnitNorm(torch.autograd.Function):
+    """y = x s with s = 1 / sqrt(mean(x^2) + eps): dx = s (g - y mean(g y))."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, eps: float) -> torch.Tensor:
+        scale = _scale(x, eps)
+        made = x * scale
+        ctx.save_for_backward(made, scale)
+        return made
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        made, scale = ctx.saved_tensors
+        share = torch.linalg.vecdot(gradient, made).unsqueeze(-1).div_(-made.shape[-1])
+        return torch.addcmul(gradient, made, share).mul_(scale), None
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x s w with s = 1 / sqrt(mean(x^2) + eps), in a quarter of the passes over memory that torch makes on CPUs.
 
@@ -42,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 

@@ -82,12 +82,19 @@ class Split:
         """What exists beside W."""
         return self.projections.components
 
-    def multiply(self, rows: Tensor, splits: Splits, part: Part = lambda weight: weight) -> Tensor:
+    def multiply(
+        self, rows: Tensor, splits: Splits, part: Part = lambda weight: weight, scale: Tensor | None = None
+    ) -> Tensor:
         """``rows`` [R * n, 1, in / cut] times the matrices that ``splits`` of n rows name: [R * n, 1, out / cut].
 
         Args:
             part: which output rows of the matrices are wanted.
+            scale: [in / cut], factors of the matrices' columns.
         """
+
+        def scaled(weight: Tensor) -> Tensor:
+            return weight if scale is None else weight * scale
+
         if not self.components:
             splits = [(0, sum(n for _, n in splits))]
         # A component without rows is still multiplied (by none), so that its gradient is zero and not missing.
@@ -99,12 +106,12 @@ class Split:
         flat = torch.cat([x.flatten(0, 1) for x in rows.view(ranked).split(counts, 1)]) if apart else rows.squeeze(1)
         totals = [self._ranks * n for n in counts]
         if self.projections.rank is None or not self.components:
-            weights = self._matrices(part)
+            weights = self._matrices(lambda weight: scaled(part(weight)))
             made = fp8.grouped_linear(self, flat, totals, [weights[c] for c, _ in splits])
         else:
-            made = F.linear(flat, part(self.weight))
+            made = F.linear(flat, scaled(part(self.weight)))
             pieces = zip(splits, flat.split(totals), made.split(totals))
-            made = torch.cat([y + self._low_rank(c, x, part) if c else y for (c, _), x, y in pieces])
+            made = torch.cat([y + self._low_rank(c, x, part, scaled) if c else y for (c, _), x, y in pieces])
         if apart:
             pieces = [y.view(self._ranks, n, y.shape[-1]) for n, y in zip(counts, made.split(totals))]
             made = torch.cat(pieces, 1).flatten(0, 1)
@@ -116,11 +123,11 @@ class Split:
         shared = part(self.weight)
         return [shared, *(shared + part(getattr(self, f"{c}_delta")) for c in self.components)]
 
-    def _low_rank(self, component: int, rows: Tensor, part: Part) -> Tensor:
+    def _low_rank(self, component: int, rows: Tensor, part: Part, scaled: Part) -> Tensor:
         """Both factors are cut over the tensor-parallel group, so no rank repeats another's work; between them only
         [rows, r] travels."""
         name = self.components[component - 1]
-        inner = F.linear(rows, getattr(self, f"{name}_down"))
+        inner = F.linear(rows, scaled(getattr(self, f"{name}_down")))
         if self._group.size() > 1:
             meet = (
                 all_gather_last_dim_from_tensor_parallel_region
@@ -170,12 +177,14 @@ class SplitQueryKeyValue(SplitColumn):
     """The query, key and value projection: W holds, key/value group after group, n query heads, a key and a value."""
 
     def forward(
-        self, full: Tensor, splits: Splits, kv_only: Tensor | None = None, kv_only_splits: Splits = ()
+        self, full: Tensor, splits: Splits, kv_only: Tensor | None, kv_only_splits: Splits, kv_only_scale: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Projections of FULL rows and the key and value of KV_ONLY rows; with g groups of head size d on this rank::
 
-        full    [n, 1, in] -> [R * n, 1, g * (queries + 2) * d]
-        kv_only [m, 1, in] -> [R * m, 1, g * 2 * d]
+            full    [n, 1, in] -> [R * n, 1, g * (queries + 2) * d]
+            kv_only [m, 1, in] -> [R * m, 1, g * 2 * d]
+
+        ``kv_only_scale`` [in] is a factor of every KV_ONLY row: cheaper in the matrix than in each row.
         """
         if kv_only is None:
             return super().forward(full, splits), None
@@ -183,7 +192,10 @@ class SplitQueryKeyValue(SplitColumn):
             sizes = full.shape[0], kv_only.shape[0]
             gathered = self.enter(torch.cat([full, kv_only])).unflatten(0, (self._ranks, -1))
             full, kv_only = (x.flatten(0, 1) for x in gathered.split(sizes, 1))
-        return self.multiply(full, splits), self.multiply(kv_only, kv_only_splits, self._key_value)
+            if self._ranks == 1:  # each rank knows its outputs' share of the gradient alone
+                kv_only_scale = copy_to_tensor_model_parallel_region(kv_only_scale, group=self._group)
+        of_kv_only = self.multiply(kv_only, kv_only_splits, self._key_value, kv_only_scale)
+        return self.multiply(full, splits), of_kv_only
 
     def _key_value(self, weight: Tensor) -> Tensor:
         """The rows of keys and values, [g * 2 * d, in], of a matrix over queries, keys and values."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ext.routing.route import RowMap
+from megatron_ext.routing.row_map import RowMap
 from megatron_ext.transformer.rows import by_slices, gather, gather_back
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_ext.routing.route import RowMap
+from megatron_ext.routing.row_map import RowMap
 
 
 def join(pieces: Sequence[Tensor], like: Tensor) -> Tensor:

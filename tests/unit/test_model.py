@@ -10,7 +10,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron_ext.config import PlanConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import Plan
-from megatron_ext.routing.route import Route, RowMap
+from megatron_ext.routing.route import Route
+from megatron_ext.routing.row_map import RowMap
 from megatron_ext.token_classes import PADDING_DOCUMENT
 from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.model import build_chunks

@@ -14,6 +14,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import PRESETS, Plan, Role
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.transformer.layer import Pieces
 from megatron_ext.transformer.model import build_chunks
 
 VOCABULARY, LAYERS, LENGTH = 64, 4, 44
@@ -221,12 +222,16 @@ def states_around_layers(model) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A list that gets (input, output), each [tokens, h], of every layer as the model runs."""
     inputs, seen = [], []
 
+    def whole(hidden_states) -> torch.Tensor:
+        if isinstance(hidden_states, Pieces):
+            hidden_states = torch.cat(hidden_states.pieces)
+        return hidden_states.detach().clone()[:, 0]
+
     def enter(_, args, kwargs):
-        inputs.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+        inputs.append(whole(args[0] if args else kwargs["hidden_states"]))
 
     def leave(_, args, kwargs, output):
-        output = output[0] if isinstance(output, tuple) else output
-        seen.append((inputs[-1][:, 0], output.detach().clone()[:, 0]))
+        seen.append((inputs[-1], whole(output[0] if isinstance(output, tuple) else output)))
 
     for layer in model.decoder.layers:
         layer.register_forward_pre_hook(enter, with_kwargs=True)

@@ -1,0 +1,119 @@
+"""The model over rows that grow: pieces of documents go in, the logits of the next tokens come out."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_ext.data.batch import Batch
+from megatron_ext.generation.cache import Cache
+from megatron_ext.routing.plan import Plan, class_index
+from megatron_ext.routing.route import LayerRoute, Route
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.transformer.model import UnifiedModel
+from megatron_ext.vocabulary import Vocabulary
+
+PIECE = 512
+"""Tokens of a row that go through the model at once: longer prompts are read piece by piece."""
+
+
+class Decoder:
+    """Some documents that grow together.
+
+    Every token takes part in every layer as the plan says, and costs what it costs in training; tokens of earlier calls
+    are seen through the cache alone.
+    """
+
+    def __init__(self, model: UnifiedModel, plan: Plan, vocabulary: Vocabulary, tasks: Sequence[Task], cache: Cache):
+        """
+        Args:
+            model: the whole model (one pipeline stage), in evaluation mode; any tensor-parallel size.
+            tasks: of each document.
+            cache: empty, with a row for each document and enough room.
+        """
+        self._model, self._plan, self._vocabulary, self._cache = model, plan, vocabulary, cache
+        self._tasks = torch.tensor([int(task) for task in tasks], dtype=torch.int8)
+        self._positions = torch.zeros(len(tasks), dtype=torch.int64)
+        self._steps: dict[bytes, Route] = {}
+
+    @torch.no_grad()
+    def advance(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Read the next tokens of each document; none at all is fine.
+
+        Returns:
+            Logits [documents, vocabulary / tensor-parallel size] after the last token of each; zeros where none came.
+        """
+        rows, longest = len(tokens), max(map(len, tokens))
+        logits = None
+        for start in range(0, longest, PIECE):
+            piece = [row[start : start + PIECE] for row in tokens]
+            last = [len(row) <= start + PIECE and len(part) > 0 for row, part in zip(tokens, piece)]
+            made = self._advance(piece, torch.tensor(last))
+            if logits is None:
+                logits = made.new_zeros(rows, made.shape[-1])
+            logits[torch.tensor(last, device=logits.device)] = made
+        return logits
+
+    def _advance(self, tokens: Sequence[Sequence[int]], last: Tensor) -> Tensor:
+        """Logits [documents that are at their last token, vocabulary / tensor-parallel size]."""
+        route = self._route(tokens, last)
+        for layer in route.layers:
+            layer.cache = self._cache
+        logits = self._model(route)
+        self._cache.advance(route.layers)
+        self._positions += torch.tensor([len(row) for row in tokens])
+        return logits.squeeze(1)
+
+    def _route(self, tokens: Sequence[Sequence[int]], last: Tensor) -> Route:
+        lengths = torch.tensor([len(row) for row in tokens])
+        ids = torch.full((len(tokens), int(lengths.max())), self._vocabulary.pad)
+        for row, given in zip(ids, tokens):
+            row[: len(given)] = torch.tensor(given, dtype=ids.dtype)
+        within = torch.arange(ids.shape[1])
+        real = within < lengths[:, None]
+        image = self._vocabulary.is_image(ids)
+        positions = self._positions[:, None] + within
+        single = ids.shape[1] == 1
+        key = torch.cat([image, real], 1).numpy().tobytes() if single else b""
+        device = next(self._model.parameters()).device
+        if single and key in self._steps:
+            return self._again(self._steps[key], ids, positions).to(device)
+        batch = Batch(
+            tokens=ids,
+            labels=ids,
+            loss_mask=torch.zeros(ids.shape),
+            positions=positions,
+            modality=torch.where(image, Modality.IMAGE, Modality.TEXT).to(torch.int8),
+            task=self._tasks[:, None].expand(ids.shape),
+            document=torch.where(real, 0, PADDING_DOCUMENT).to(torch.int32),
+        )
+        route = Route.of(batch, self._plan, wanted=last[:, None] & (within == lengths[:, None] - 1), cached=True)
+        if single:
+            self._steps[key] = route
+        return route.to(device)
+
+    def _again(self, route: Route, ids: Tensor, positions: Tensor) -> Route:
+        """The route of a step whose tokens are of the same classes as those of another."""
+        flat = positions.flatten()
+        fresh: dict[int, LayerRoute] = {}
+        for layer in route.layers:
+            if id(layer) not in fresh:
+                fresh[id(layer)] = replace(
+                    layer,
+                    query_positions=flat[layer.places.query_rows],
+                    key_positions=flat[layer.places.key_rows],
+                    rotary=None,
+                )
+        return replace(
+            route, tokens=ids.flatten()[route.order].unsqueeze(0), layers=[fresh[id(x)] for x in route.layers]
+        )
+
+
+def tokens_by_class(vocabulary: Vocabulary, task: Task, tokens: Sequence[int]) -> list[int]:
+    """How many of ``tokens`` of a document are in each class (by ``class_index``)."""
+    counts = [0] * (len(Task) * len(Modality))
+    images = sum(1 for token in tokens if vocabulary.is_image(token))
+    counts[class_index(task, Modality.IMAGE)] = images
+    counts[class_index(task, Modality.TEXT)] = len(tokens) - images
+    return counts

@@ -1,0 +1,61 @@
+"""The next token from its logits."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_k: only the k most likely tokens; 0: all.
+        top_p: only the most likely tokens that together have this probability (nucleus; Holtzman et al.,
+            arXiv 1904.09751).
+        guidance: scale s of classifier-free guidance for pictures, logits = null + s (conditional - null)
+            (Ho and Salimans, arXiv 2207.12598); 1: none.
+        seed: with a document's number it decides what is drawn, whatever else is in the batch.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+    seed: int = 0
+
+    def generators(self, numbers: Sequence[int]) -> list[torch.Generator]:
+        """A source of noise for each document by its number."""
+        digests = (hashlib.sha256(f"{self.seed}:{number}".encode()).digest() for number in numbers)
+        # torch's generator on CPUs looks at 32 bits of its seed.
+        return [torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")) for digest in digests]
+
+
+def next_tokens(
+    logits: Tensor, allowed: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]
+) -> list[int]:
+    """A token for each row.
+
+    Args:
+        logits: [n, vocabulary].
+        allowed: which tokens may come, bool [n, vocabulary]; some in every row.
+        generators: a row's own noise; one number per token of the vocabulary is drawn from it.
+    """
+    logits = logits.float().masked_fill(~allowed, -torch.inf)
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # without them the mass is reached already
+        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0))
+    noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=g) for g in generators])
+    return (probabilities / noise.to(logits.device)).argmax(-1).tolist()

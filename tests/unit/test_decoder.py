@@ -1,0 +1,111 @@
+"""Decoding with a cache gives the logits of the full forward pass, under any plan."""
+
+import pytest
+import torch
+
+from megatron_ext import config_file
+from megatron_ext.config import Config
+from megatron_ext.data.batch import Batch
+from megatron_ext.generation.cache import Cache, layer_capacities
+from megatron_ext.generation.decoder import Decoder
+from megatron_ext.routing.plan import PRESETS, Plan
+from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.transformer.model import build_chunks
+
+VOCABULARY = 64
+SHAPE = ["model.num_layers=5", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"]
+
+
+class Words:
+    """The part of a vocabulary that decoding needs: ids from 40 on are image tokens."""
+
+    pad = 3
+
+    @staticmethod
+    def is_image(ids):
+        return ids >= 40
+
+
+def documents(seed: int) -> list[list[int]]:
+    """Runs of text and images in any order, of different lengths."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=random))
+
+    return [
+        [draw(40, 64) if run % 2 else draw(0, 40) for run in range(draw(1, 6)) for _ in range(draw(1, 9))]
+        for _ in range(4)
+    ]
+
+
+def full_logits(model, plan: Plan, tokens: list[list[int]], tasks: list[Task]) -> list[torch.Tensor]:
+    """[tokens, vocabulary] of each document in one forward pass."""
+    longest = max(map(len, tokens))
+    batch = Batch(**{name: torch.zeros(len(tokens), longest, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch.document[:] = PADDING_DOCUMENT
+    for row, ids in enumerate(tokens):
+        n = len(ids)
+        batch.tokens[row, :n] = torch.tensor(ids)
+        batch.positions[row, :n] = torch.arange(n)
+        batch.document[row, :n] = 0
+        batch.task[row] = tasks[row]
+    batch.modality[batch.tokens >= 40] = Modality.IMAGE
+    with torch.no_grad():
+        route = Route.of(batch, plan, wanted=torch.ones(batch.shape, dtype=torch.bool))
+        return list(model(route).squeeze(1).split([len(ids) for ids in tokens]))
+
+
+def build(overrides: list[str]):
+    config = config_file.load(Config, [], SHAPE + overrides)
+    (model,) = build_chunks(config, VOCABULARY)
+    random = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=random)
+        parameter.data.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.2 * noise)
+    return model.eval(), Plan.of(config.plan, config.model.num_layers)
+
+
+def cache_for(plan: Plan, rows: int, tokens: int) -> Cache:
+    capacities = layer_capacities(plan, [tokens] * 6)
+    return Cache(plan, capacities, rows, groups=2, head_size=8, dtype=torch.float32, device=torch.device("cpu"))
+
+
+PLANS = {
+    **{preset: [f"plan.preset={preset}"] for preset in PRESETS},
+    "late himix": ["plan.preset=himix_hmgen_share_partial", "plan.himix_start=3"],
+    "any table": [
+        "plan.table=[{layers: '1', task: all, modality: text, role: skip},"
+        "{layers: '2', task: all, modality: text, role: kv_only},"
+        "{layers: '3', task: all, modality: all, role: kv_only},"
+        "{layers: '4', task: generation, modality: image, role: kv_only}]"
+    ],
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("piece", [1, 3, 512], ids=["token by token", "pieces of 3", "prompt at once"])
+def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan, piece):
+    one_process(*SHAPE)
+    model, plan = build(PLANS[plan])
+    for seed in range(3):
+        tokens, tasks = documents(seed), [Task.UNDERSTANDING, Task.GENERATION, Task.TEXT, Task.GENERATION]
+        expected = full_logits(model, plan, tokens, tasks)
+        decoder = Decoder(model, plan, Words, tasks, cache_for(plan, 4, max(map(len, tokens))))
+        monkeypatch.setattr("megatron_ext.generation.decoder.PIECE", max(2, piece))
+        for start in range(0, max(map(len, tokens)), piece):
+            given = [ids[start : start + piece] for ids in tokens]
+            logits = decoder.advance(given)
+            for row, ids in enumerate(given):
+                if ids:
+                    torch.testing.assert_close(logits[row], expected[row][start + len(ids) - 1], atol=1e-5, rtol=1e-5)
+                else:
+                    assert not logits[row].any()
+
+
+def test_a_token_that_skips_a_layer_takes_no_room_in_it(one_process):
+    one_process(*SHAPE)
+    _, plan = build(["plan.preset=hmgen", "plan.shallow_layers=[1, 2]"])
+    counts = [0, 0, 7, 100, 0, 0]  # generation: 7 text and 100 image tokens
+    assert layer_capacities(plan, counts) == [107, 7, 7, 107, 107]
