@@ -1,16 +1,7 @@
 """The picture of a plan: what every class of token does in every layer."""
 
-from megatron_ext.routing.plan import Plan, Role
-from megatron_ext.token_classes import Modality, Task
-
-CLASSES = (
-    (Task.UNDERSTANDING, Modality.IMAGE),
-    (Task.UNDERSTANDING, Modality.TEXT),
-    (Task.GENERATION, Modality.TEXT),
-    (Task.GENERATION, Modality.IMAGE),
-    (Task.TEXT, Modality.TEXT),
-)
-"""The classes of tokens that a batch may hold, in the order in which they stand in a document."""
+from megatron_ext.routing.plan import CLASSES, Plan, Role
+from megatron_ext.token_classes import Task
 
 MEANING = {
     Role.FULL: "full: attends, is attended to, goes through the FFN",

@@ -147,6 +147,11 @@ def layer_spec(config: Config) -> ModuleSpec:
                     linear_fc1=linear(column, "fc1"), linear_fc2=linear(row, "fc2"), activation_func=SwiGLU
                 ),
             ),
+            # The names that Megatron-Core stores norms under, whatever its layers are made of.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
         ),
     )
 

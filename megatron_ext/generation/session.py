@@ -1,0 +1,128 @@
+"""A trained model and its VQ tokenizer at work for a person: captions in, pictures out; questions in, answers out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from megatron_ext import command_line
+from megatron_ext.errors import UserError
+from megatron_ext.generation import prompts
+from megatron_ext.generation.generate import Generator, Request
+from megatron_ext.generation.load import load
+from megatron_ext.generation.sampling import Sampling
+from megatron_ext.preprocess.images import CROP, PillowDecoder
+from megatron_ext.training import distributed
+from megatron_ext.vq import model as vq_model
+
+SHEET_COLUMNS = 4
+
+
+class Session:
+    """Everything that ``tools/generate.py`` needs.
+
+    Raises:
+        UserError: a checkpoint, vocabulary or VQ tokenizer that does not fit the others.
+    """
+
+    def __init__(self, checkpoint: Path, vq: Path, vocabulary: Path | None, overrides: list[str], batch_size: int):
+        self.trained = load(checkpoint, overrides, vocabulary)
+        device = next(self.trained.model.parameters()).device
+        self.vq = vq_model.load(vq, device)
+        words = self.trained.vocabulary
+        if self.vq.codebook_size != words.codebook_size:
+            raise UserError(
+                f"{vq}: has {self.vq.codebook_size} codes, the vocabulary in {words.folder} {words.codebook_size}"
+            )
+        self.generator = Generator(self.trained.model, self.trained.plan, words, self.vq.grid)
+        self.batch_size = batch_size
+
+    def draw(self, captions: Sequence[str], out: Path, settings: dict, first: int = 0) -> list[dict]:
+        """A PNG for each caption and a sheet of all of them in ``out``.
+
+        Returns:
+            For each picture its file, caption and codes.
+        """
+        words = self.trained.vocabulary
+        requests = [prompts.picture(words, caption, first + i) for i, caption in enumerate(captions)]
+        made = self._continue(requests, Sampling(**settings), "pictures")
+        codes = torch.tensor([[words.codes(token) for token in tokens if words.is_image(token)] for tokens in made])
+        if dist.get_rank():
+            return []
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = [_picture(image) for image in self.vq.decode(codes).cpu()]
+        records = []
+        for number, (caption, picture) in enumerate(zip(captions, pictures), start=first):
+            file = out / f"{number:04d}.png"
+            picture.save(file)
+            print(f"{file}: {caption}")
+            records.append({"file": str(file), "caption": caption, "codes": codes[number - first].tolist()})
+        if len(pictures) > 1:
+            _sheet(pictures).save(out / "sheet.png")
+            print(out / "sheet.png")
+        return records
+
+    def ask(self, image: Path, questions: Sequence[str], longest: int, settings: dict) -> list[dict]:
+        """An answer to each question about a picture."""
+        words, codes = self.trained.vocabulary, self._codes(image)
+        requests = [prompts.answer(words, codes, question, longest, i) for i, question in enumerate(questions)]
+        answers = [words.decode(tokens) for tokens in self._continue(requests, Sampling(**settings), "answers")]
+        for question, answer in zip(questions, answers):
+            distributed.report(f"{question} {answer}")
+        return [{"image": str(image), "question": q, "answer": a} for q, a in zip(questions, answers)]
+
+    def line(self, what: str) -> str:
+        """A line from the person, the same on every rank; empty at the end of input."""
+        given = [""]
+        if dist.get_rank() == 0:
+            try:
+                given = [input(f"{what}: ").strip()]
+            except EOFError:
+                print()
+        dist.broadcast_object_list(given, src=0)
+        return given[0]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        distributed.shut_down()
+
+    def _continue(self, requests: list[Request], sampling: Sampling, what: str) -> list[list[int]]:
+        groups = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
+        memory = max(self.generator.memory(group, sampling) for group in groups)
+        distributed.report(f"{len(requests)} {what}; cache of keys and values: {memory / 2**20:.1f} MiB on each device")
+        made = []
+        with command_line.progress(desc=what, unit=" tokens") as bar:
+            for group in groups:
+                made += self.generator(group, sampling, bar.update)
+        return made
+
+    def _codes(self, image: Path) -> list[int]:
+        try:
+            file = image.read_bytes()
+        except OSError as error:
+            raise UserError(f"{image}: {error.strerror}") from None
+        decoder = PillowDecoder(self.vq.image_size, CROP, 1)
+        (pixels,) = decoder([file])
+        decoder.close()
+        if isinstance(pixels, str):
+            raise UserError(f"{image}: {pixels}")
+        return self.vq.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1)[0].tolist()
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1]"""
+    return Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+def _sheet(pictures: Sequence[Image.Image]) -> Image.Image:
+    """All pictures in rows, a few pixels apart."""
+    width, height, gap = *pictures[0].size, 4
+    columns = min(SHEET_COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet

@@ -1,0 +1,96 @@
+"""tools/generate.py as a user runs it: pictures, answers, tensor parallelism, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from programs import launcher, run_program
+
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from preprocess_material import CODES, GRID, encoded, make_vocabulary, make_vq
+
+CAPTIONS = ["a red circle", "two blue squares and a circle"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with vq/, vocabulary/, run/ (trained for some steps, pipeline parallel), picture.png."""
+    folder = tmp_path_factory.mktemp("generate")
+    make_vq(folder / "vq")
+    vocabulary = make_vocabulary(folder / "vocabulary")
+    random = np.random.default_rng(0)
+    vq = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
+    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, vq, {"made": "by a test"}) as writer:
+        for _ in range(60):
+            image = vocabulary.image_ids(random.integers(0, CODES, GRID * GRID)).astype(np.int32)
+            words = [np.array(vocabulary.encode(text), np.int32) for text in CAPTIONS]
+            writer.add([(IMAGE, image), (TEXT, words[0]), (ANSWER, words[1])])
+    config = {
+        "output": str(folder / "run"),
+        "model": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2},
+        "plan": {"preset": "himix_hmgen_share_partial"},
+        "parallel": {"pipeline": 2},
+        "data": {
+            "vocabulary": str(folder / "vocabulary"),
+            "train": [{"path": str(folder / "pairs"), "task": task} for task in ("understanding", "generation")],
+            "sequence_length": 256,
+        },
+        "training": {"iterations": 4, "micro_batch_size": 2, "global_batch_size": 4},
+        "optimizer": {"lr": 1e-2, "warmup_iterations": 1},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    run_program([*launcher(2), "pretrain_unified.py", "--config", folder / "config.yaml"])
+    (folder / "picture.png").write_bytes(encoded(3))
+    return folder
+
+
+def generate(trained: Path, *options, processes: int = 1, check: bool = True):
+    command = [*launcher(processes), "tools/generate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
+    return run_program([*command, *options], check)
+
+
+def test_pictures_are_the_same_on_one_rank_and_on_two(trained, tmp_path):
+    prompts = [word for caption in CAPTIONS for word in ("--prompt", caption)]
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        options = [*prompts, "--temperature", 0, "--out", out, "--json", out / "pictures.json"]
+        done = generate(trained, *options, processes=processes)
+        assert "cache of keys and values" in done.stdout
+        results.append(json.loads((out / "pictures.json").read_text()))
+        assert [r["caption"] for r in results[-1]] == CAPTIONS
+        for record in results[-1]:
+            assert len(record["codes"]) == GRID * GRID and all(0 <= code < CODES for code in record["codes"])
+            assert Image.open(record["file"]).size == Image.open(results[-1][0]["file"]).size
+        assert (out / "sheet.png").is_file()
+    assert [r["codes"] for r in results[0]] == [r["codes"] for r in results[1]]
+
+
+def test_questions_are_answered_in_text(trained, tmp_path):
+    options = ["--image", trained / "picture.png", "--question", "is it red", "--question", "how many"]
+    generate(
+        trained, *options, "--json", tmp_path / "answers.json", "plan.preset=dense", "plan.projections.kind=decomposed"
+    )
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert [a["question"] for a in answers] == ["is it red", "how many"]
+    assert all(isinstance(a["answer"], str) for a in answers)
+
+
+def test_what_does_not_fit_is_one_line(trained, tmp_path):
+    (tmp_path / "broken.png").write_bytes(encoded(3)[:40])
+    for options, words in (
+        (["--image", tmp_path / "broken.png", "--question", "?"], "broken.png"),
+        (["--prompt", "a", "plan.projections.kind=shared"], "has the parameter"),
+    ):
+        refused = generate(trained, *options, check=False)
+        assert refused.returncode == 1 and "Traceback" not in refused.stdout
+        assert words in refused.stdout.splitlines()[-1], refused.stdout
+    make_vocabulary(tmp_path / "other", codes=CODES * 2)
+    other = generate(trained, "--prompt", "a", "--vocabulary", tmp_path / "other", check=False)
+    assert other.returncode == 1 and "fingerprints.vocabulary" in other.stdout.splitlines()[-1]

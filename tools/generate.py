@@ -1,0 +1,81 @@
+"""Pictures from captions, and answers to questions about pictures, by a trained checkpoint."""
+
+import sys
+from pathlib import Path
+
+from megatron_ext import command_line
+from megatron_ext.errors import UserError
+
+
+def main() -> None:
+    parser = command_line.parser(
+        __doc__,
+        "python tools/generate.py --checkpoint runs/quickstart/training --vq runs/quickstart/vq \\\n"
+        '      --prompt "a red circle to the left of a blue square" --out runs/pictures\n'
+        "  python tools/generate.py --checkpoint runs/quickstart/training --vq runs/quickstart/vq \\\n"
+        '      --image picture.jpg --question "how many circles are there?"',
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
+    add("--vq", type=Path, required=True, metavar="FOLDER", help="the VQ tokenizer that the model was trained with")
+    add("--vocabulary", type=Path, metavar="FOLDER", help="where the run's vocabulary is now, if it was moved")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be given several times")
+    add("--prompts", type=Path, metavar="FILE", help="captions, one a line")
+    add("--image", type=Path, metavar="FILE", help="a picture to ask about")
+    add("--question", action="append", default=[], metavar="TEXT", help="about the picture; may be given several times")
+    add("--interactive", action="store_true", help="ask for captions (or questions, with --image) until end of input")
+    add("--out", type=Path, default=Path("runs/pictures"), metavar="FOLDER", help="where pictures go")
+    add("--temperature", type=float, help="0: the most likely token (default: 1 for pictures, 0 for answers)")
+    add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="only the most likely tokens of this total probability")
+    add("--guidance", type=float, default=3.0, help="scale of classifier-free guidance for pictures; 1: none")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=16, help="documents that are decoded together")
+    add("--longest", type=int, default=32, help="most tokens of an answer")
+    add(
+        "overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model is used with"
+    )
+    arguments = parser.parse_args()
+    prompts = [*arguments.prompt, *_lines(arguments.prompts)]
+    if not (prompts or arguments.question or arguments.interactive):
+        parser.error("nothing to do: give --prompt, --prompts, --image with --question, or --interactive")
+    if arguments.question and not arguments.image:
+        parser.error("--question needs --image")
+
+    # Imported late: --help and bad usage should not wait for Megatron-Core.
+    from megatron_ext.generation.session import Session
+
+    session = Session(
+        arguments.checkpoint, arguments.vq, arguments.vocabulary, arguments.overrides, arguments.batch_size
+    )
+    drawn = {"top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
+    heat = arguments.temperature
+    results = []
+    try:
+        if prompts:
+            settings = {"temperature": 1.0 if heat is None else heat, "guidance": arguments.guidance, **drawn}
+            results += session.draw(prompts, arguments.out, settings)
+        settings = {"temperature": 0.0 if heat is None else heat, **drawn}
+        if arguments.question:
+            results += session.ask(arguments.image, arguments.question, arguments.longest, settings)
+        while arguments.interactive and (line := session.line("question" if arguments.image else "caption")):
+            if arguments.image:
+                results += session.ask(arguments.image, [line], arguments.longest, settings)
+            else:
+                pictures = {**settings, "temperature": 1.0 if heat is None else heat, "guidance": arguments.guidance}
+                results += session.draw([line], arguments.out, pictures, first=len(results))
+    finally:
+        session.close()
+    if arguments.json:
+        command_line.write_json(arguments.json, results)
+
+
+def _lines(file: Path | None) -> list[str]:
+    try:
+        return [line.strip() for line in file.read_text().splitlines() if line.strip()] if file else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main))
