@@ -41,15 +41,13 @@ def train(preset: str, output: Path, overrides: list[str]) -> list[dict]:
 
 
 def summary(records: list[dict]) -> dict:
-    """Final validation losses, FLOPs against dense and speed of one run."""
+    """Final validation losses and FLOPs against dense of one run."""
     last = [r for r in records if "validation_loss" in r][-1]
-    steady = records[len(records) // 4 :]
     return {
         "iterations": last["iteration"],
         "tokens": last["consumed_tokens"],
         **{task: last[f"validation_loss_{task}"] for task in TASKS},
         "flops_ratio": sum(r["flops_ratio"] for r in records) / len(records),
-        "step_seconds": sum(r["step_seconds"] for r in steady) / len(steady),
     }
 
 
@@ -75,14 +73,11 @@ def draw(runs: dict[str, list[dict]], file: Path) -> None:
 def table(results: dict[str, dict]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| method | FLOPs / dense | understanding loss | generation loss | seconds a step |",
-        "| --- | --- | --- | --- | --- |",
+        "| method | FLOPs / dense | understanding loss | generation loss |",
+        "| --- | --- | --- | --- |",
     ]
     for preset, r in results.items():
-        lines.append(
-            f"| {preset} | {r['flops_ratio']:.3f} | {r['understanding']:.4f} | {r['generation']:.4f} | "
-            f"{r['step_seconds']:.2f} |"
-        )
+        lines.append(f"| {preset} | {r['flops_ratio']:.3f} | {r['understanding']:.4f} | {r['generation']:.4f} |")
     return "\n".join(lines)
 
 
@@ -127,10 +122,12 @@ def main() -> None:
 
 PAGE = """# Training curves
 
-Made by `{command}`: every method trains the same model ({layers} layers, hidden size {hidden}) from the same weights on
-the same rows of the picture world: {iterations} iterations of {rows} rows of {length} tokens, {million:.2f} million
-tokens. The losses are those of the validation sets: answers for understanding, image tokens for generation. One seed
-and so few tokens say that every method trains and what a step costs; they do not rank the methods.
+Made by `{command}`.
+
+Every method trains the same model ({layers} layers, hidden size {hidden}) from the same weights on the same rows of the
+picture world: {iterations} iterations of {rows} rows of {length} tokens, {million:.2f} million tokens. The losses are
+those of the validation sets: answers for understanding, image tokens for generation. One seed and so few tokens say
+that every method trains and what it costs; they do not rank the methods.
 
 ![validation losses]({figure})
 
