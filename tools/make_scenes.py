@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_ext import command_line
+from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.data.scenes.sheet import write_sheet
 from megatron_ext.data.scenes.world import SPLITS
 from megatron_ext.data.scenes.write import FORMS, SplitConfig, write_split
@@ -24,11 +25,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write a PNG of some scenes with their words")
+    parser.add_argument(
+        "--benchmarks",
+        type=Path,
+        metavar="FOLDER",
+        help="also write the test split in the layouts of POPE, MME, GQA, SEED-Bench and MJHQ-30K",
+    )
+    parser.add_argument(
+        "--benchmark-pictures", type=int, default=60, metavar="N", help="per benchmark and MME subtask (default: 60)"
+    )
     arguments = parser.parse_args()
-    if not arguments.out and not arguments.sheet:
-        parser.error("give --out, --sheet or both")
+    if not arguments.out and not arguments.sheet and not arguments.benchmarks:
+        parser.error("give --out, --sheet, --benchmarks or several of them")
     if arguments.size < 16:
         raise UserError(f"--size {arguments.size}: must be at least 16")
+    if arguments.benchmark_pictures < 1:
+        raise UserError(f"--benchmark-pictures {arguments.benchmark_pictures}: must be at least 1")
     if arguments.sheet:
         write_sheet(arguments.sheet, "train", arguments.seed, arguments.size)
         print(f"{arguments.sheet}: written")
@@ -47,6 +59,12 @@ def main() -> None:
         cards[split] = card = write_split(arguments.out, config, arguments.workers)
         state = "made" if card["made"] else "already complete"
         print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({card['fingerprint']})")
+    if arguments.benchmarks:
+        config = BenchmarkConfig(pictures=arguments.benchmark_pictures, size=arguments.size, seed=arguments.seed)
+        cards["benchmarks"] = card = write_benchmarks(arguments.benchmarks, config)
+        items = ", ".join(f"{count} of {name}" for name, count in card["items"].items())
+        state = "made" if card["made"] else "already complete"
+        print(f"{arguments.benchmarks}: {items}, {state} ({card['fingerprint']})")
     if arguments.json:
         command_line.write_json(arguments.json, cards)
 

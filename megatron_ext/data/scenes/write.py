@@ -100,7 +100,7 @@ def write_split(out: Path, config: SplitConfig, workers: int) -> dict:
             for index in range(config.texts):
                 scene = make_scene(config.seed + TEXT_SEED_OFFSET, config.split, index)
                 lines.write(json.dumps({"text": text(scene)}) + "\n")
-    card = {"settings": settings, "split_rule": SPLIT_RULE, "fingerprint": _fingerprint(partial)}
+    card = {"settings": settings, "split_rule": SPLIT_RULE, "fingerprint": fingerprint(partial)}
     write_json(partial / "scenes.json", card)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -179,7 +179,8 @@ def _make(job: tuple[SplitConfig, int]) -> Sample:
     return make_sample(*job)
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
+    """Digest of the names and bytes of all files under a folder."""
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(file.relative_to(folder).as_posix().encode())

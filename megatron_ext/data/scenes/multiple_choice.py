@@ -1,0 +1,94 @@
+"""Questions with four choices about a scene, of the kinds that SEED-Bench has; exactly one choice is true."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from megatron_ext.data.scenes.captions import article, pair_name, plural, relation_words, unique_objects
+from megatron_ext.data.scenes.questions import Question, ask
+from megatron_ext.data.scenes.world import BACKGROUND_COLORS, COLORS, HELD_OUT, SHAPES, Scene
+
+CHOICES = 4
+Chosen = tuple[str, str, Sequence[str]] | None
+"""Question, right choice, and wrong ones to draw from."""
+
+
+def choose(scene: Scene, kind: str, rng: random.Random) -> Question | None:
+    """A question of one of :data:`KINDS` with four choices in random order; None where the scene allows none."""
+    chosen = KINDS[kind](scene, rng)
+    if not chosen:
+        return None
+    text, answer, wrong = chosen
+    choices = [answer, *rng.sample(list(wrong), CHOICES - 1)]
+    rng.shuffle(choices)
+    return Question(kind, text, answer, tuple(choices))
+
+
+def absent_like(scene: Scene, pair: tuple[str, str]) -> list[tuple[str, str]]:
+    """(shape, color) pairs that are not in the scene, held out if ``pair`` is and not if it is not: in test pictures
+    held-out pairs are frequent, so that to hear one must not mean that it is there."""
+    there = {(o.shape, o.color) for o in scene.objects}
+    return [
+        (s, c) for s in SHAPES for c in COLORS if (s, c) not in there and ((s, c) in HELD_OUT) == (pair in HELD_OUT)
+    ]
+
+
+def _scene(scene: Scene, rng: random.Random) -> Chosen:
+    color = scene.background.color
+    return "What color is the background?", color, [c for c in BACKGROUND_COLORS if c != color]
+
+
+def _identity(scene: Scene, rng: random.Random) -> Chosen:
+    item = rng.choice(scene.objects)
+    absent = absent_like(scene, (item.shape, item.color))
+    if len(absent) < CHOICES - 1:
+        return None
+    return "Which object is there?", article(pair_name(item)), [article(f"{c} {s}") for s, c in absent]
+
+
+def _asked(*kinds: str) -> Callable[[Scene, random.Random], Chosen]:
+    """A kind of open question, with its other answers as wrong choices."""
+
+    def make(scene: Scene, rng: random.Random) -> Chosen:
+        question = ask(scene, rng.choice(kinds), rng)
+        return question and (question.text, question.answer, [c for c in question.choices if c != question.answer])
+
+    return make
+
+
+def _relation(scene: Scene, rng: random.Random) -> Chosen:
+    """Objects in one row or column, so that one word alone is true."""
+    items = unique_objects(scene)
+    pairs = [(a, b) for a in items for b in items if len(relation_words(a, b)) == 1]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    ((word, _),) = relation_words(a, b)
+    wrong = [w for w in ("left of", "right of", "above", "below") if w != word]
+    question = f"Where is the {pair_name(a)}, as seen from the {pair_name(b)}?"
+    return question, f"{word} it", [f"{w} it" for w in wrong]
+
+
+def _reasoning(scene: Scene, rng: random.Random) -> Chosen:
+    """What there is most of; wrong choices are in the picture as far as there are such."""
+    attribute, values = rng.choice([("color", COLORS), ("shape", SHAPES)])
+    counts = Counter(getattr(o, attribute) for o in scene.objects).most_common()
+    if len(counts) < 2 or counts[0][1] == counts[1][1]:
+        return None
+    form = "{} objects" if attribute == "color" else "{}"
+    present = [value for value, _ in counts[1:CHOICES]]
+    absent = [value for value in values if value not in dict(counts)]
+    wrong = present + rng.sample(absent, CHOICES - 1 - len(present))
+    names = [form.format(v if attribute == "color" else plural(v, 2)) for v in (counts[0][0], *wrong)]
+    return "What are there most of?", names[0], names[1:]
+
+
+KINDS: dict[str, Callable[[Scene, random.Random], Chosen]] = {
+    "Scene Understanding": _scene,
+    "Instance Identity": _identity,
+    "Instance Attributes": _asked("color", "shape"),
+    "Instance Location": _asked("place"),
+    "Instances Counting": _asked("counting"),
+    "Spatial Relation": _relation,
+    "Visual Reasoning": _reasoning,
+}

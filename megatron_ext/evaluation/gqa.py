@@ -1,0 +1,72 @@
+"""GQA, test-dev balanced: a word or phrase, right where it equals the answer after normalisation."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_ext import command_line
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation import counting
+from megatron_ext.evaluation.items import Answers, Benchmark, Item, Scores
+from megatron_ext.evaluation.parsing import normalised
+from megatron_ext.evaluation.reading import checked, chosen, field, first_file, with_suffix
+
+PARTS = ("testdev_balanced",)
+SUFFIX = "Answer the question using a single word or phrase."
+
+
+def read(folder: Path, parts: Sequence[str] | None = None) -> list[Item]:
+    """The questions of ``testdev_balanced_questions.json`` (in ``folder``, ``questions1.2/`` or ``questions/``):
+    ``{question id: {"question", "imageId", "answer", "types": {...}, ...}}``; images are ``images/<imageId>.jpg``."""
+    items: list[Item] = []
+    for part in chosen(parts, PARTS, "gqa"):
+        name = f"{part}_questions.json"
+        file = first_file([folder / name, folder / "questions1.2" / name, folder / "questions" / name])
+        entries = command_line.read_json(file)
+        if not isinstance(entries, dict):
+            raise UserError(f"{file}: is not an object of question id -> question")
+        items += checked(_items(entries, file, folder), file)
+    return items
+
+
+def _items(entries: dict, file: Path, folder: Path) -> Iterator[Item]:
+    for id, entry in entries.items():
+        where = f"{file}: question {id}"
+        yield Item(
+            id=id,
+            image=folder / "images" / f"{field(entry, 'imageId', where)}.jpg",
+            question=with_suffix(field(entry, "question", where), SUFFIX),
+            answer=field(entry, "answer", where),
+            groups=_groups(entry.get("types")),
+        )
+
+
+def _groups(types) -> tuple[str, ...]:
+    """Structural and semantic type, and the two halves that published results name; none where types are not given."""
+    if not isinstance(types, dict):
+        return ()
+    groups = [f"{kind}: {types[kind]}" for kind in ("structural", "semantic") if types.get(kind)]
+    if types.get("structural"):
+        groups.append("open" if types["structural"] == "query" else "binary")
+    return tuple(groups)
+
+
+def score(items: Sequence[Item], answers: Answers) -> Scores:
+    """Exact match in percent, of both sides :func:`~.parsing.normalised`; an answer that leaves nothing is invalid.
+
+    ``details["plain string match"]`` has what the official script counts when given answers in lower case without the
+    final full stop: the very string of the benchmark.
+    """
+    parsed = counting.parse(items, answers, lambda item, answer: normalised(answer) or None)
+
+    def right(item: Item) -> bool:
+        return parsed.answer[item.id] == normalised(item.answer)
+
+    def plain(item: Item) -> bool:
+        return answers.get(item.id, "").strip().rstrip(".").lower() == item.answer.lower()
+
+    details = {"plain string match": {"accuracy": counting.percent(map(plain, items)), "questions": len(items)}}
+    details |= counting.accuracies(items, right)
+    return Scores({"GQA": counting.percent(map(right, items))}, details, len(items), parsed.missing, parsed.invalid)
+
+
+GQA = Benchmark("gqa", "GQA", PARTS, read, score)

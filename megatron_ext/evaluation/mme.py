@@ -1,0 +1,130 @@
+"""MME: two yes/no questions about each image, 14 subtasks, each scored accuracy + accuracy+ (at most 200)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation import counting, reading
+from megatron_ext.evaluation.items import Answers, Benchmark, Item, Scores
+from megatron_ext.evaluation.parsing import yes_or_no
+from megatron_ext.evaluation.reading import checked, chosen, first_image, one_of, with_suffix
+
+PERCEPTION = (
+    *("existence", "count", "position", "color", "posters"),
+    *("celebrity", "scene", "landmark", "artwork", "OCR"),
+)
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+PARTS = PERCEPTION + COGNITION
+SUFFIX = "Please answer yes or no."
+_IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG")
+_ROOTS = ("", "MME_Benchmark_release_version", "MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark")
+
+
+def read(folder: Path, parts: Sequence[str] | None = None) -> list[Item]:
+    """The questions of every subtask that is there, in ``folder`` or a folder that the release nests in it.
+
+    A subtask is a folder with ``<image>.txt`` files of two lines ``question \\t answer``, beside the images or in
+    ``questions_answers_YN/`` with the images in ``images/``; or, where that is not there, a list ``<subtask>.txt``
+    (also in ``eval_tool/Your_Results/``) of lines ``image \\t question \\t answer``. Both give the same ids,
+    ``<subtask>/<image without suffix>/<1 or 2>``. Which subtasks are missing is said with the scores.
+
+    Raises:
+        UserError: no subtask is there, a line is malformed, or an image has not just two questions.
+    """
+    roots = [folder / root for root in _ROOTS]
+    items: list[Item] = []
+    for subtask in chosen(parts, PARTS, "mme"):
+        items += _from_folder(subtask, roots) or _from_list(subtask, roots)
+    return checked(items, folder)
+
+
+def _from_folder(subtask: str, roots: list[Path]) -> list[Item]:
+    for root in roots:
+        for questions, images in (("questions_answers_YN", "images"), ("", "")):
+            # Names that start with a dot are what some systems leave in archives.
+            files = [f for f in sorted((root / subtask / questions).glob("*.txt")) if not f.name.startswith(".")]
+            if files:
+                return [item for file in files for item in _pair(subtask, file, root / subtask / images)]
+    return []
+
+
+def _pair(subtask: str, file: Path, images: Path) -> Iterator[Item]:
+    image = first_image([images / f"{file.stem}{suffix}" for suffix in _IMAGE_SUFFIXES])
+    rows = [(f"{file}: line {number}", question, answer) for number, (question, answer) in _rows(file, 2)]
+    return _two(rows, subtask, image, str(file))
+
+
+def _from_list(subtask: str, roots: list[Path]) -> list[Item]:
+    lists = [root / place / f"{subtask}.txt" for root in roots for place in ("", "eval_tool/Your_Results")]
+    file = next((file for file in lists if file.is_file()), None)
+    if file is None:
+        return []
+    of_image: dict[str, list[tuple[str, str, str]]] = {}
+    for number, (name, question, answer) in _rows(file, 3):
+        of_image.setdefault(name, []).append((f"{file}: line {number}", question, answer))
+    items: list[Item] = []
+    for name, rows in of_image.items():
+        places = [root / subtask / inner / name for root in roots for inner in ("", "images")]
+        image = first_image([*places, *(root / name for root in roots)])
+        items += _two(rows, subtask, image, f"{file}: image {name}")
+    return items
+
+
+def _rows(file: Path, columns: int) -> Iterable[tuple[int, list[str]]]:
+    """The lines of a file, numbered, as their tab-separated columns; empty lines are passed over."""
+    for number, line in enumerate(reading.text(file).split("\n"), start=1):
+        row = [cell.strip() for cell in line.strip().split("\t")]
+        if row == [""]:
+            continue
+        if len(row) != columns or "" in row:
+            raise UserError(f"{file}: line {number}: has not the {columns} columns of MME, separated by tabs")
+        yield number, row
+
+
+def _two(rows: list[tuple[str, str, str]], subtask: str, image: Path, where: str) -> Iterator[Item]:
+    if len(rows) != 2:
+        raise UserError(f"{where}: has {len(rows)} questions; MME asks two about an image")
+    for number, (line, question, answer) in enumerate(rows, start=1):
+        yield Item(
+            id=f"{subtask}/{image.stem}/{number}",
+            image=image,
+            question=with_suffix(question, SUFFIX),
+            answer=one_of(answer.lower(), ("yes", "no"), "answer", line),
+            groups=(subtask,),
+        )
+
+
+def score(items: Sequence[Item], answers: Answers) -> Scores:
+    """Per subtask accuracy (of questions), accuracy+ (of images, both questions right) and their sum; the sums over
+    the subtasks of perception (at most 2000) and of cognition (at most 800). A missing subtask adds nothing and
+    is noted.
+    """
+    parsed = counting.parse(items, answers, lambda item, answer: yes_or_no(answer))
+    details = {subtask: _figures(members, parsed) for subtask, members in counting.by_group(items).items()}
+    headline, notes = {}, []
+    for column, name, subtasks in (("MME-P", "perception", PERCEPTION), ("MME-C", "cognition", COGNITION)):
+        present = [subtask for subtask in subtasks if subtask in details]
+        absent = [subtask for subtask in subtasks if subtask not in details]
+        if present:
+            headline[column] = sum(details[subtask]["score"] for subtask in present)
+        if absent:
+            notes.append(f"MME {name} is of at most {200 * len(present)}, without {', '.join(absent)}")
+    return Scores(headline, details, len(items), parsed.missing, parsed.invalid, tuple(notes))
+
+
+def _figures(items: list[Item], parsed: counting.Parsed) -> dict[str, float]:
+    of_image: dict[Path, list[bool]] = {}
+    for item in items:
+        of_image.setdefault(item.image, []).append(parsed.right(item))
+    accuracy = counting.percent(map(parsed.right, items))
+    accuracy_plus = counting.percent(map(all, of_image.values()))
+    return {
+        "accuracy": accuracy,
+        "accuracy_plus": accuracy_plus,
+        "score": accuracy + accuracy_plus,
+        "questions": len(items),
+        "images": len(of_image),
+    }
+
+
+MME = Benchmark("mme", "MME", PARTS, read, score)

@@ -1,0 +1,21 @@
+"""The benchmarks by name."""
+
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation.gqa import GQA
+from megatron_ext.evaluation.items import Benchmark
+from megatron_ext.evaluation.mme import MME
+from megatron_ext.evaluation.pope import POPE
+from megatron_ext.evaluation.seed import SEED
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (GQA, MME, POPE, SEED)}
+
+
+def benchmark_named(name: str) -> Benchmark:
+    """The benchmark of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
