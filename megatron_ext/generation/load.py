@@ -23,8 +23,8 @@ class Trained:
     model: torch.nn.Module
 
 
-def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None) -> Trained:
-    """The model of a checkpoint, cut over all processes of this run by tensor parallelism.
+def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None, tensor: int | None = None) -> Trained:
+    """The model of a checkpoint, cut by tensor parallelism over ``tensor`` processes (None: all of this run).
 
     Args:
         checkpoint: ``.../checkpoints/iter_NNNNNNN``, or a run's folder, whose newest checkpoint is taken; trained under
@@ -43,8 +43,8 @@ def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None)
     path = newest(checkpoint)
     state = read_state(path)
     config = config_file.override(config_file.from_tree(Config, state["config"]), overrides)
-    config.parallel = type(config.parallel)(tensor=distributed.world_size())
-    config.training.global_batch_size = config.training.micro_batch_size = 1
+    config.parallel = type(config.parallel)(tensor=tensor or distributed.world_size())
+    config.training.micro_batch_size, config.training.global_batch_size = 1, distributed.world_size()
     config.training.recompute = "none"
     config.validate(distributed.world_size())
     words = Vocabulary(vocabulary or config.data.vocabulary)

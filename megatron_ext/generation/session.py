@@ -22,14 +22,27 @@ SHEET_COLUMNS = 4
 
 
 class Session:
-    """Everything that ``tools/generate.py`` needs.
+    """Everything that ``tools/generate.py`` and ``tools/evaluate.py`` need."""
 
-    Raises:
-        UserError: a checkpoint, vocabulary or VQ tokenizer that does not fit the others.
-    """
+    def __init__(
+        self,
+        checkpoint: Path,
+        vq: Path,
+        vocabulary: Path | None,
+        overrides: list[str],
+        batch_size: int,
+        tensor: int | None = None,
+    ):
+        """
+        Args:
+            checkpoint, overrides, vocabulary: see :func:`~megatron_ext.generation.load.load`.
+            batch_size: documents that are decoded together.
+            tensor: processes over which the model is cut; None: all. The others are replicas.
 
-    def __init__(self, checkpoint: Path, vq: Path, vocabulary: Path | None, overrides: list[str], batch_size: int):
-        self.trained = load(checkpoint, overrides, vocabulary)
+        Raises:
+            UserError: a checkpoint, vocabulary or VQ tokenizer that does not fit the others.
+        """
+        self.trained = load(checkpoint, overrides, vocabulary, tensor)
         device = next(self.trained.model.parameters()).device
         self.vq = vq_model.load(vq, device)
         words = self.trained.vocabulary
@@ -39,6 +52,23 @@ class Session:
             )
         self.generator = Generator(self.trained.model, self.trained.plan, words, self.vq.grid)
         self.batch_size = batch_size
+
+    def encode(self, image: Path) -> list[int]:
+        """The VQ codes of a picture, cut to the tokenizer's shape from its middle.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            file = image.read_bytes()
+        except OSError as error:
+            raise UserError(f"{image}: {error.strerror}") from None
+        decoder = PillowDecoder(self.vq.image_size, CROP, 1)
+        (pixels,) = decoder([file])
+        decoder.close()
+        if isinstance(pixels, str):
+            raise UserError(f"{image}: {pixels}")
+        return self.vq.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1)[0].tolist()
 
     def draw(self, captions: Sequence[str], out: Path, settings: dict, first: int = 0) -> list[dict]:
         """A PNG for each caption and a sheet of all of them in ``out``.
@@ -67,7 +97,7 @@ class Session:
 
     def ask(self, image: Path, questions: Sequence[str], longest: int, settings: dict) -> list[dict]:
         """An answer to each question about a picture."""
-        words, codes = self.trained.vocabulary, self._codes(image)
+        words, codes = self.trained.vocabulary, self.encode(image)
         requests = [prompts.answer(words, codes, question, longest, i) for i, question in enumerate(questions)]
         answers = [words.decode(tokens) for tokens in self._continue(requests, Sampling(**settings), "answers")]
         for question, answer in zip(questions, answers):
@@ -98,18 +128,6 @@ class Session:
             for group in groups:
                 made += self.generator(group, sampling, bar.update)
         return made
-
-    def _codes(self, image: Path) -> list[int]:
-        try:
-            file = image.read_bytes()
-        except OSError as error:
-            raise UserError(f"{image}: {error.strerror}") from None
-        decoder = PillowDecoder(self.vq.image_size, CROP, 1)
-        (pixels,) = decoder([file])
-        decoder.close()
-        if isinstance(pixels, str):
-            raise UserError(f"{image}: {pixels}")
-        return self.vq.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1)[0].tolist()
 
 
 def _picture(image: Tensor) -> Image.Image:

@@ -1,4 +1,4 @@
-"""tools/generate.py as a user runs it: pictures, answers, tensor parallelism, and what is refused."""
+"""tools/generate.py and tools/evaluate.py as a user runs them: pictures, answers, many ranks, and what is refused."""
 
 import json
 import sys
@@ -11,6 +11,8 @@ from PIL import Image
 from programs import launcher, run_program
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.evaluation.pope import POPE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from preprocess_material import CODES, GRID, encoded, make_vocabulary, make_vq
@@ -80,6 +82,31 @@ def test_questions_are_answered_in_text(trained, tmp_path):
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert [a["question"] for a in answers] == ["is it red", "how many"]
     assert all(isinstance(a["answer"], str) for a in answers)
+
+
+def evaluate(trained: Path, data: Path, out: Path, processes: int) -> str:
+    command = [*launcher(processes), "tools/evaluate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
+    return run_program([*command, "--benchmark", "pope", "--data", data, "--out", out, "--longest", 3]).stdout
+
+
+def test_a_benchmark_is_answered_by_replicas_and_goes_on_where_it_stopped(trained, tmp_path):
+    write_benchmarks(tmp_path / "data", BenchmarkConfig(pictures=3, size=32))
+    data, file = tmp_path / "data" / "pope", tmp_path / "answers" / "pope.jsonl"
+    items = POPE.read(data)
+    broken = items[0].image
+    broken.write_bytes(broken.read_bytes()[:60])
+    lost = {item.id for item in items if item.image == broken}
+    shown = evaluate(trained, data, file.parent, processes=2)
+    assert shown.count(f"{broken}: ") == len(lost) and "Traceback" not in shown
+    answers = {record["id"]: record["answer"] for record in map(json.loads, file.read_text().splitlines())}
+    assert answers.keys() == {item.id for item in items} - lost
+    assert [file] == list(file.parent.iterdir())
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:5]) + lines[5][:9])  # a run that was killed
+    shown = evaluate(trained, data, file.parent, processes=1)
+    assert f"{len(lost)} images could not be read" in shown and "POPE-F1" in shown
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {record["id"]: record["answer"] for record in again} == answers
 
 
 def test_what_does_not_fit_is_one_line(trained, tmp_path):
