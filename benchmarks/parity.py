@@ -3,7 +3,7 @@ under every plan.
 
     python benchmarks/parity.py                        # the whole table, on CPU processes (half an hour)
     python benchmarks/parity.py --layouts tp2,pp2,tp2-sp-dp2 --plans dense,himix
-    python benchmarks/parity.py --markdown docs/parity.md
+    python benchmarks/parity.py --markdown docs/parity.md --json parity.json    # goes on where it was stopped
 
 A layout is written tp2-pp2-vp2-sp-dp2. For each one and each plan this measures the relative error of the loss and of
 the gradient norm, and the largest relative error |g - g'| / |g'| over all parameters (Frobenius norms of whole
@@ -151,13 +151,12 @@ def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Pa
 
     from megatron_ext.training import distributed
 
-    results = {}
     meeting_point = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     for layout in layouts:
         config = config_file.load(Config, [], BASE + settings + overrides(layout))
         config.validate(distributed.world_size())
         distributed.initialize(config, dist.PrefixStore(layout, meeting_point))
-        results[layout] = {}
+        results = {}
         for plan in plans:
             config = config_file.load(Config, [], BASE + settings + overrides(layout) + PLANS[plan])
             gradients, losses, norms = measure(config)
@@ -166,7 +165,7 @@ def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Pa
             if not reference.exists():
                 torch.save((gradients, losses, norms), reference)
             expected_gradients, expected_losses, expected_norms = torch.load(reference)
-            results[layout][plan] = {
+            results[plan] = {
                 "loss": relative(losses[:1], expected_losses),
                 "gradient": worst_gradient(gradients, expected_gradients),
                 "gradient_norm": relative(norms[:1], expected_norms),
@@ -175,12 +174,13 @@ def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Pa
             # The optimizer does not know of plans: one without and one with components stand for all.
             if parallel_state.get_data_parallel_world_size() > 1 and plan in (plans[0], plans[-1]):
                 config.parallel.distributed_optimizer = True
-                results[layout][plan]["sharded_optimizer_losses"] = relative(measure(config)[1], expected_losses)
-        rank = dist.get_rank()
+                results[plan]["sharded_optimizer_losses"] = relative(measure(config)[1], expected_losses)
+        if dist.get_rank() == 0:
+            known = command_line.read_json(result_file) if result_file.exists() else {}
+            known[layout] = known.get(layout, {}) | results
+            command_line.write_json(result_file, known)
         # Groups hold threads; those of many layouts would drown the machine.
         distributed.shut_down()
-    if rank == 0:
-        command_line.write_json(result_file, results)
 
 
 def worst_gradient(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -208,28 +208,35 @@ def relative(values: list[float], expected: list[float]) -> float:
     return max(abs(v - e) / abs(e) for v, e in zip(values, expected))
 
 
-def compare(layouts: list[str], plans: list[str], settings: list[str], minutes: float) -> dict[str, dict[str, dict]]:
-    """Errors of each layout under each plan against one process; each size of world is started once."""
-    results = {}
+def compare(
+    layouts: list[str], plans: list[str], settings: list[str], minutes: float, file: Path | None = None
+) -> dict[str, dict[str, dict]]:
+    """Errors of each layout under each plan against one process; each size of world is started once.
+
+    Args:
+        file: where results are kept as they come; layouts that are there are not measured again.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        for size in sorted({1, *map(processes, layouts)}):
-            group = [name for name in layouts if processes(name) == size]
+        result_file = file or Path(folder) / "results.json"
+        known = command_line.read_json(result_file) if result_file.exists() else {}
+        todo = [name for name in layouts if set(plans) - known.get(name, {}).keys()]
+        for size in sorted({1, *map(processes, todo)}) if todo else ():
+            group = [name for name in todo if processes(name) == size]
             group = ["tp1", *(name for name in group if name != "tp1")] if size == 1 else group
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            result_file = Path(folder) / f"{size}.json"
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size)]
             command += ["--master_addr", "127.0.0.1", "--master_port", str(port), __file__, "--worker", folder]
             command += ["--layouts", ",".join(group), "--plans", ",".join(plans), "--json", str(result_file), *settings]
             subprocess.run(command, check=True, timeout=60 * minutes, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            results |= command_line.read_json(result_file)
+        results = command_line.read_json(result_file)
     return {name: results[name] for name in layouts}
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
     """The results as a Markdown table: worst gradient by plan, then the worst of all plans for the other figures."""
-    plans = list(next(iter(results.values())))
+    plans = list(dict.fromkeys(plan for of_plan in results.values() for plan in of_plan))
     others = {
         "loss": "loss",
         "gradient_norm": "gradient norm",
@@ -239,7 +246,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     heads = ["layout", "processes", *(plan.replace("_", " ") for plan in plans), *others.values()]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for name, of_plan in results.items():
-        cells = [f"{of_plan[plan]['gradient']:.0e}" for plan in plans]
+        cells = [f"{of_plan[plan]['gradient']:.0e}" if plan in of_plan else "" for plan in plans]
         for key in others:
             values = [r[key] for r in of_plan.values() if key in r]
             cells.append(f"{max(values):.0e}" if values else "")
@@ -267,13 +274,11 @@ def main() -> None:
         parser.error(f"unknown plan {unknown[0]!r}; known: {', '.join(map(repr, PLANS))}")
     if arguments.worker:
         return worker(layouts, plans, arguments.settings, arguments.worker, arguments.json)
-    results = compare(layouts, plans, arguments.settings, arguments.minutes)
+    results = compare(layouts, plans, arguments.settings, arguments.minutes, arguments.json)
     print(table(results))
     print(
         f"{len(results)} layouts x {len(plans)} plans; largest relative error {worst(results):.1e} (limit {LIMIT:.0e})"
     )
-    if arguments.json:
-        command_line.write_json(arguments.json, results)
     if arguments.markdown:
         arguments.markdown.write_text(PAGE.format(settings=" ".join(BASE), table=table(results), count=len(results)))
     if worst(results) >= LIMIT:
