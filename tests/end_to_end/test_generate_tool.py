@@ -111,13 +111,9 @@ def test_a_benchmark_is_answered_by_replicas_and_goes_on_where_it_stopped(traine
 
 def test_what_does_not_fit_is_one_line(trained, tmp_path):
     (tmp_path / "broken.png").write_bytes(encoded(3)[:40])
-    for options, words in (
-        (["--image", tmp_path / "broken.png", "--question", "?"], "broken.png"),
-        (["--prompt", "a", "plan.projections.kind=shared"], "has the parameter"),
-    ):
-        refused = generate(trained, *options, check=False)
-        assert refused.returncode == 1 and "Traceback" not in refused.stdout
-        assert words in refused.stdout.splitlines()[-1], refused.stdout
+    broken = generate(trained, "--image", tmp_path / "broken.png", "--question", "?", check=False)
+    assert broken.returncode == 1 and "Traceback" not in broken.stdout
+    assert f"{tmp_path / 'broken.png'}: " in broken.stdout.splitlines()[-1]
     make_vocabulary(tmp_path / "other", codes=CODES * 2)
     other = generate(trained, "--prompt", "a", "--vocabulary", tmp_path / "other", check=False)
     assert other.returncode == 1 and "fingerprints.vocabulary" in other.stdout.splitlines()[-1]
