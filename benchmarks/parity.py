@@ -294,7 +294,8 @@ global batch under every plan, in float32 over gloo; each number is a relative e
 `tp` tensor, `pp` pipeline, `vp` virtual stages (interleaved schedule), `sp` sequence parallelism, `dp` replicas. Under
 a plan's name stands the largest |g - g'| / |g'| over all parameters of the model, each taken whole; the other columns
 are the worst of all plans. The last one repeats the steps with the optimizer's states sharded over the replicas. The
-plan "rank 4 per task" lets HiMix begin in layer 2 and gives all four projections low-rank differences for each task.
+plan "rank 4 per task" lets HiMix begin in layer 2 and gives all four projections low-rank differences for each task. An
+empty cell was not measured.
 
 {table}
 """
