@@ -76,7 +76,6 @@ class LayerRoute:
 
     Attributes:
         pieces: which rows take part.
-        ranks: R, over how many ranks the rows are cut.
         queries: from gathered FULL rows to attention's order; None: the same.
         keys: from gathered FULL and gathered KV_ONLY rows to the order of keys; None without KV_ONLY rows, when keys
             are ordered like queries.
@@ -88,7 +87,6 @@ class LayerRoute:
     """
 
     pieces: Pieces
-    ranks: int
     queries: RowMap | None
     keys: RowMap | None
     query_lengths: list[int]
@@ -135,10 +133,10 @@ class Route(PackedSeqParams):
         wanted: Tensor | None = None,
         cached: bool = False,
     ) -> "Route":
-        """The route of one micro-batch of [b, s] tokens, on the batch.
+        """The route of one micro-batch of [b, s] tokens, on the host.
 
         Args:
-            batch: on the batch.
+            batch: on the host.
             ranks: over how many ranks the hidden states are cut (sequence parallelism).
             multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels want one).
             fixed_length: T depends on b * s alone, as the messages between pipeline stages must.
@@ -162,7 +160,7 @@ class Route(PackedSeqParams):
         order = torch.cat([rows.view(ranks, -1) for rows in stored], dim=1).flatten()
         where = torch.full((t,), -1)
         where[order[order >= 0]] = (order >= 0).nonzero().flatten()
-        facts = _Facts(batch, real, group, where, sizes, ranks, groups.components)
+        facts = _Facts(batch, group, where, sizes, ranks, groups.components)
 
         by_roles = {}
         for roles in groups.roles:
@@ -189,10 +187,9 @@ class Route(PackedSeqParams):
 
 @dataclass
 class _Facts:
-    """A micro-batch on the batch. real, group, where: [t], by flat index; where: the stored row."""
+    """A micro-batch on the host. group, where: [t], by flat index; where: the stored row."""
 
     batch: Batch
-    real: Tensor
     group: Tensor
     where: Tensor
     sizes: list[int]
@@ -247,7 +244,6 @@ def _layer_route(facts: _Facts, roles: list[Role], cached: bool) -> LayerRoute:
         keys = RowMap.of(compact[seen], [rows, kv_rows], repeated)
     return LayerRoute(
         pieces=pieces,
-        ranks=facts.ranks,
         queries=queries,
         keys=keys,
         query_lengths=query_lengths.tolist(),

@@ -11,7 +11,7 @@ from megatron_ext.transformer.rows import join
 
 
 @dataclass
-class Pieces:
+class InPieces:
     """Hidden states in pieces of ``sizes`` rows, as layers with the same pieces hand them on: so what none of them
     changes is never copied."""
 
@@ -33,8 +33,8 @@ class UnifiedLayer(TransformerLayer):
     joins = True
 
     def forward(
-        self, hidden_states: Tensor | Pieces, packed_seq_params: Route, **unused
-    ) -> tuple[Tensor | Pieces, None]:
+        self, hidden_states: Tensor | InPieces, packed_seq_params: Route, **unused
+    ) -> tuple[Tensor | InPieces, None]:
         """Hidden states [T / R, 1, h] in the route's stored order to the same; those of tokens that are not FULL leave
         with the bits with which they came."""
         route = packed_seq_params.layers[self.layer_number - 1]
@@ -52,13 +52,13 @@ class UnifiedLayer(TransformerLayer):
         for i, piece in zip(of.full, full.split([of.sizes[i] for i in of.full]) if len(of.full) > 1 else [full]):
             pieces[i] = piece
         if of.full and not self.joins:
-            return Pieces(of.sizes, pieces), None
+            return InPieces(of.sizes, pieces), None
         # Where nobody is FULL the empty result still goes along, so that every weight has a gradient of zero.
         return join(pieces if of.full else [*pieces, full], full), None
 
 
-def _cut(hidden_states: Tensor | Pieces, sizes: list[int]) -> list[Tensor]:
-    if isinstance(hidden_states, Pieces):
+def _cut(hidden_states: Tensor | InPieces, sizes: list[int]) -> list[Tensor]:
+    if isinstance(hidden_states, InPieces):
         if hidden_states.sizes == sizes:
             return list(hidden_states.pieces)
         hidden_states = join(hidden_states.pieces, hidden_states.pieces[0])

@@ -14,7 +14,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import PRESETS, Plan, Role
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-from megatron_ext.transformer.layer import Pieces
+from megatron_ext.transformer.layer import InPieces
 from megatron_ext.transformer.model import build_chunks
 
 VOCABULARY, LAYERS, LENGTH = 64, 4, 44
@@ -223,7 +223,7 @@ def states_around_layers(model) -> list[tuple[torch.Tensor, torch.Tensor]]:
     inputs, seen = [], []
 
     def whole(hidden_states) -> torch.Tensor:
-        if isinstance(hidden_states, Pieces):
+        if isinstance(hidden_states, InPieces):
             hidden_states = torch.cat(hidden_states.pieces)
         return hidden_states.detach().clone()[:, 0]
 
