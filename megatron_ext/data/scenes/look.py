@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from megatron_ext.data.scenes.render import BACKGROUND_RGB, RGB, TONE, render
-from megatron_ext.data.scenes.world import COLORS, GRID, PLACES, RADIUS, SHAPES, Background, Scene, SceneObject
+from megatron_ext.data.scenes.world import COLORS, GRID, RADIUS, SHAPES, Background, PlacedObject, Scene, SceneObject
 
 EDGE = 0.45
 """An outline's color, as a fraction of the fill's."""
@@ -37,24 +37,10 @@ PALETTE = np.array([RGB[color] for color in COLORS], dtype=np.float64)
 
 
 @dataclass(frozen=True)
-class SeenObject:
-    """One object. ``x``, ``y`` and ``radius`` are fractions of the side as in :class:`SceneObject`; ``explained``
-    (0 .. 1) is how well the best template fits."""
+class SeenObject(PlacedObject):
+    """One object as it is seen; ``explained`` (0 .. 1) is how well the best template fits."""
 
-    shape: str
-    color: str
-    size: str
-    row: int
-    column: int
-    x: float
-    y: float
-    radius: float
     explained: float
-
-    @property
-    def place(self) -> str:
-        """Name of its cell, such as ``top left``."""
-        return PLACES[self.row][self.column]
 
 
 @dataclass(frozen=True)

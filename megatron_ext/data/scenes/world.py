@@ -47,8 +47,8 @@ OBJECT_COUNTS = {1: 2, 2: 4, 3: 5, 4: 5, 5: 4, 6: 3}
 
 
 @dataclass(frozen=True)
-class SceneObject:
-    """One object. ``x``, ``y`` (its center) and ``radius`` are fractions of the side, y down; rotation in degrees."""
+class PlacedObject:
+    """What can be said of an object. ``x``, ``y`` (its center) and ``radius`` are fractions of the side, y down."""
 
     shape: str
     color: str
@@ -58,12 +58,18 @@ class SceneObject:
     x: float
     y: float
     radius: float
-    rotation: float
 
     @property
     def place(self) -> str:
         """Name of its cell, such as ``top left``."""
         return PLACES[self.row][self.column]
+
+
+@dataclass(frozen=True)
+class SceneObject(PlacedObject):
+    """One object as it is drawn; rotation in degrees."""
+
+    rotation: float
 
     @property
     def held_out(self) -> bool:
