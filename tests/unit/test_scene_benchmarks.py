@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_scenes import judge, matching, the, yes
+from test_scenes import judge, matching
 
 from megatron_ext.data.scenes.benchmarks import MME, SEED_TYPES, BenchmarkConfig, write_benchmarks
 from megatron_ext.data.scenes.captions import caption
+from megatron_ext.data.scenes.conversations import conversation
 from megatron_ext.data.scenes.render import render
 from megatron_ext.data.scenes.world import COLORS, HELD_OUT, SHAPES, Scene, make_scene
 from megatron_ext.errors import UserError
@@ -33,15 +34,6 @@ def folder(tmp_path_factory) -> Path:
 
 def scene_of(image: Path) -> Scene:
     return make_scene(CONFIG.seed, "test", int(image.name.removesuffix(".jpg").split("-")[-1]))
-
-
-def answer(scene: Scene, question: str) -> str:
-    """Questions that only the benchmarks have, and all others as the judge of the training questions knows them."""
-    if match := re.fullmatch(r"(?:Is|Are) there exactly (\w+) ([\w ]+)\?", question):
-        return yes(len(matching(scene, match[2])) == NUMBERS.index(match[1]))
-    if match := re.fullmatch(rf"Is the ({'|'.join(SHAPES)}) ({'|'.join(COLORS)})\?", question):
-        return yes(the(scene, match[1]).color == match[2])
-    return judge(scene, question)
 
 
 def choice_is_true(scene: Scene, question: str, choice: str) -> bool:
@@ -66,7 +58,7 @@ def test_the_readers_find_true_answers_and_the_pictures_that_they_are_about(fold
     for item in items:
         scene = scene_of(item.image)
         question = item.question.split("?")[0] + "?"
-        assert item.answer == answer(scene, question), (scene, item)
+        assert item.answer == judge(scene, question), (scene, item)
     for image in {item.image for item in items}:
         with Image.open(image) as picture:
             difference = np.asarray(picture, dtype=float) - np.asarray(render(scene_of(image), CONFIG.size))
@@ -86,6 +78,14 @@ def test_of_four_choices_exactly_one_is_true(folder):
     }
     assert min(by_type.values()) > CONFIG.pictures / 4
     assert all(item.image.is_file() for item in BENCHMARKS["seed"].read(folder / "seed"))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_training_has_the_instructions_of_every_benchmark(folder, name):
+    said = [question for i in range(40) for question, _ in conversation(make_scene(5, "train", i), 8)]
+    for item in BENCHMARKS[name].read(folder / name, None):
+        instruction = re.search(r"[\n ](Answer|Please).*$", item.question)[0]
+        assert any(question.endswith(instruction) for question in said), item.question
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from megatron_ext.data.scenes.captions import caption, text
+from megatron_ext.data.scenes.conversations import LETTER, SHORT, YES_OR_NO, conversation
 from megatron_ext.data.scenes.questions import KINDS, ask
 from megatron_ext.data.scenes.render import RGB, render
 from megatron_ext.data.scenes.world import COLORS, HELD_OUT, SHAPES, SPLITS, Scene, make_scene
@@ -82,6 +83,10 @@ def judge(scene: Scene, question: str) -> str:
         return yes(len(matching(scene, match[1])) > len(matching(scene, match[2])))
     if match := re.fullmatch(r"Is the ([\w ]+) larger than the ([\w ]+)\?", question):
         return yes(the(scene, match[1]).radius > 1.2 * the(scene, match[2]).radius)
+    if match := re.fullmatch(r"(?:Is|Are) there exactly (\w+) ([\w ]+)\?", question):
+        return yes(len(matching(scene, match[2])) == NUMBER[match[1]])
+    if match := re.fullmatch(rf"Is the ({'|'.join(SHAPES)}) ({'|'.join(COLORS)})\?", question):
+        return yes(the(scene, match[1]).color == match[2])
     match = re.fullmatch(rf"Is the ([\w ]+?) ({relation}) the ([\w ]+)\?", question)
     return yes(HOLDS[match[2]](the(scene, match[1]), the(scene, match[3])))
 
@@ -100,6 +105,23 @@ def test_answers_are_true(kind):
             assert question.answer in question.choices
             asked_at_all += 1
     assert asked_at_all > 500
+
+
+def test_conversations_are_true_whatever_the_instruction():
+    instructed = lettered = 0
+    for scene in SCENES["train"]:
+        for question, answer in conversation(scene, 6):
+            bare = re.sub(rf"[\n ]({re.escape(SHORT)}|{re.escape(YES_OR_NO)})$", "", question)
+            instructed += bare != question
+            if question.endswith(LETTER):
+                text, *options, _ = question.split("\n")
+                choice = dict(option.split(". ", 1) for option in options)[answer]
+                lettered += 1
+                if not text.startswith(("What color is the background", "Which", "What are", "Where is the")):
+                    assert judge(scene, text) == choice
+            else:
+                assert judge(scene, bare) == answer
+    assert instructed > 200 and lettered > 100
 
 
 def test_captions_name_every_object_and_lie_about_none():

@@ -33,8 +33,9 @@ from megatron_ext.data.scenes.captions import (
     relation_words,
     unique_objects,
 )
+from megatron_ext.data.scenes.conversations import YES_OR_NO
 from megatron_ext.data.scenes.multiple_choice import absent_like
-from megatron_ext.data.scenes.questions import ask
+from megatron_ext.data.scenes.questions import ask, exactly, number_of_groups
 from megatron_ext.data.scenes.render import render
 from megatron_ext.data.scenes.world import COLORS, HELD_OUT, OBJECT_COUNTS, SHAPES, Scene, SceneObject, make_scene
 from megatron_ext.data.scenes.write import fingerprint
@@ -176,7 +177,7 @@ def _mme(folder: Path, config: BenchmarkConfig) -> int:
             if not pair:
                 continue
             _save(scene, config, folder / subtask / f"{scene.key}.jpg")
-            lines = [f"{q} Please answer yes or no.\t{a}\n" for q, a in zip(pair, ("Yes", "No"))]
+            lines = [f"{q} {YES_OR_NO}\t{a}\n" for q, a in zip(pair, ("Yes", "No"))]
             (folder / subtask / f"{scene.key}.txt").write_text("".join(lines))
             made += 1
     return 2 * len(MME) * config.pictures
@@ -196,13 +197,11 @@ def _count(scene: Scene, rng: random.Random, number: int) -> Both:
     """Two neighboring numbers; of every two pictures one has the smaller number of something, the other the larger."""
     smaller = COUNTS[number // 2 % len(COUNTS)]
     right, wrong = (smaller, smaller + 1) if number % 2 == 0 else (smaller + 1, smaller)
-    colors, shapes = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
-    groups = [(f"{c} object", n) for c, n in sorted(colors.items())] + sorted(shapes.items())
-    names = [name for name, n in [*groups, ("object", len(scene.objects))] if n == right]
+    names = number_of_groups(scene).get(right)
     if not names:
         return None
     name = rng.choice(names)
-    return tuple(f"{'Is' if n == 1 else 'Are'} there exactly {NUMBERS[n]} {plural(name, n)}?" for n in (right, wrong))
+    return exactly(right, name), exactly(wrong, name)
 
 
 def _position(scene: Scene, rng: random.Random, number: int) -> Both:

@@ -128,6 +128,39 @@ def _logic(scene: Scene, rng: random.Random) -> Asked:
     return (f"Is there {_name(parts[0])} {form} {_name(parts[1])}?", answer, YES_NO)
 
 
+def _statement(scene: Scene, rng: random.Random) -> Asked:
+    """Is it so: an exact number, or the color of a shape."""
+    answer = rng.choice(YES_NO)
+    if rng.random() < 0.5:
+        item = _single(scene, rng, lambda o: o.shape)
+        if not item:
+            return None
+        others = [c for c in COLORS if c != item.color and scene.speakable(item.shape, c)]
+        return (f"Is the {item.shape} {item.color if answer == 'yes' else rng.choice(others)}?", answer, YES_NO)
+    groups = number_of_groups(scene)
+    # Neighbouring numbers, either of which may be the right one.
+    pairs = [(right, wrong) for n in (1, 2, 3) for right, wrong in ((n, n + 1), (n + 1, n)) if right in groups]
+    if not pairs:
+        return None
+    right, wrong = rng.choice(pairs)
+    return (exactly(right if answer == "yes" else wrong, rng.choice(groups[right])), answer, YES_NO)
+
+
+def number_of_groups(scene: Scene) -> dict[int, list[str]]:
+    """What there is of each number: objects of a color, of a shape, or in all, in the singular."""
+    colors, shapes = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
+    named = [(f"{c} object", n) for c, n in sorted(colors.items())] + sorted(shapes.items())
+    groups: dict[int, list[str]] = {}
+    for name, number in [*named, ("object", len(scene.objects))]:
+        groups.setdefault(number, []).append(name)
+    return groups
+
+
+def exactly(number: int, name: str) -> str:
+    """``Is there exactly one circle?``"""
+    return f"{'Is' if number == 1 else 'Are'} there exactly {NUMBERS[number]} {plural(name, number)}?"
+
+
 def _other_color(scene: Scene, rng: random.Random, answer: str) -> Asked:
     """Is there a circle that is not red? No is asked where all circles are red."""
     colors = {shape: {o.color for o in scene.objects if o.shape == shape} for shape in {o.shape for o in scene.objects}}
@@ -152,6 +185,7 @@ KINDS: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "comparison": _comparison,
     "relation": _relation,
     "logic": _logic,
+    "statement": _statement,
 }
 
 

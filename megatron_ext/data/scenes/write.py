@@ -26,7 +26,7 @@ from pathlib import Path
 
 from megatron_ext.command_line import progress, read_json, write_json
 from megatron_ext.data.scenes.captions import caption, text
-from megatron_ext.data.scenes.questions import questions
+from megatron_ext.data.scenes.conversations import conversation
 from megatron_ext.data.scenes.render import render
 from megatron_ext.data.scenes.world import SPLIT_RULE, make_scene
 
@@ -66,9 +66,9 @@ def make_sample(config: SplitConfig, index: int) -> Sample:
     buffer = io.BytesIO()
     render(scene, config.size).save(buffer, format="PNG")
     turns = []
-    for question in questions(scene, config.questions):
-        prompt = question.text if turns else f"<image>\n{question.text}"
-        turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": question.answer}]
+    for question, answer in conversation(scene, config.questions):
+        prompt = question if turns else f"<image>\n{question}"
+        turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
     return Sample(scene.key, buffer.getvalue(), caption(scene), turns, scene.to_dict())
 
 

@@ -1,0 +1,49 @@
+"""Conversations about a scene: its questions, some of them with the instruction that a benchmark would give.
+
+A model answers a benchmark's questions only if it has met their instructions, so instruction tuning has them in some
+questions (LLaVA-1.5, arXiv 2310.03744, has the same ones); most are left bare.
+"""
+
+import random
+
+from megatron_ext.data.scenes import multiple_choice
+from megatron_ext.data.scenes.questions import YES_NO, Question, questions
+from megatron_ext.data.scenes.world import Scene
+
+SHORT = "Answer the question using a single word or phrase."
+YES_OR_NO = "Please answer yes or no."
+LETTER = "Answer with the option's letter from the given choices directly."
+
+INSTRUCTED = 0.3
+"""Share of the questions that carry an instruction."""
+MULTIPLE_CHOICE = 0.15
+"""Share of the turns that are questions with four choices."""
+
+
+def conversation(scene: Scene, turns: int) -> list[tuple[str, str]]:
+    """``turns`` questions with their answers (fewer if the scene allows no more)."""
+    rng = scene.random("conversation")
+    made = []
+    for question in questions(scene, turns):
+        chosen = _with_choices(scene, rng) if rng.random() < MULTIPLE_CHOICE else None
+        made.append(chosen or (_instructed(question, rng), question.answer))
+    return made
+
+
+def with_letters(question: Question) -> str:
+    """A question with its four choices, lettered, as SEED-Bench's are asked."""
+    options = [f"{letter}. {choice}" for letter, choice in zip("ABCD", question.choices)]
+    return "\n".join([question.text, *options, LETTER])
+
+
+def _instructed(question: Question, rng: random.Random) -> str:
+    if rng.random() >= INSTRUCTED:
+        return question.text
+    # MME has its instruction in the line of the question.
+    wordings = (f"\n{SHORT}", f" {YES_OR_NO}") if question.choices == YES_NO else (f"\n{SHORT}",)
+    return question.text + rng.choice(wordings)
+
+
+def _with_choices(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    question = multiple_choice.choose(scene, rng.choice(list(multiple_choice.KINDS)), rng)
+    return question and (with_letters(question), "ABCD"[question.choices.index(question.answer)])
