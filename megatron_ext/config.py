@@ -66,6 +66,25 @@ class ProjectionConfig:
 
 
 @dataclass
+class DenseShareConfig:
+    """A share of the data that takes the dense roles instead of the plan's (``routing/dense_share.py``)."""
+
+    of: Literal["none", "documents", "image_tokens"] = "none"
+    """Whole documents, or single image tokens."""
+    start: float = 0.5
+    """Share at the start of training."""
+    end: float | None = None
+    """Share at the end; None: as at the start."""
+    begin_at: float = 0.0
+    """Part of training after which the share begins to change."""
+    end_at: float = 1.0
+    """Part of training after which it no longer changes."""
+    evaluation: float | None = None
+    """Share in validation, evaluation and generation. None: image tokens as at the end of training; documents as most
+    of them were by then, all or none."""
+
+
+@dataclass
 class PlanConfig:
     """Which tokens take part in which layer (see ``routing/plan.py``)."""
 
@@ -81,6 +100,7 @@ class PlanConfig:
     table: list[RoleEntry] = field(default_factory=list)
     """Changes to the preset's roles, applied in order."""
     projections: ProjectionConfig = field(default_factory=ProjectionConfig)
+    dense_share: DenseShareConfig = field(default_factory=DenseShareConfig)
 
 
 @dataclass

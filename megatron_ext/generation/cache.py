@@ -15,8 +15,10 @@ from megatron_ext.routing.route import LayerRoute
 
 
 def layer_capacities(plan: Plan, tokens: Sequence[int]) -> list[int]:
-    """Keys per row that each layer keeps of ``tokens`` tokens of each class (by ``class_index``)."""
-    return [sum(n for n, role in zip(tokens, roles) if role != Role.SKIP) for roles in plan.roles]
+    """Keys per row that each layer keeps, at most, of ``tokens`` tokens of each class (by ``class_index``). Of a class
+    that a dense share may draw from, room is made for all tokens."""
+    drawn = plan.dense_share is not None and plan.dense_share.evaluation > 0
+    return [sum(n for n, role in zip(tokens, roles) if drawn or role != Role.SKIP) for roles in plan.roles]
 
 
 def cache_bytes(capacities: Sequence[int], rows: int, groups: int, head_size: int, element_size: int) -> int:

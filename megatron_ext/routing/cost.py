@@ -20,7 +20,9 @@ from torch import Tensor
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.plan import Plan, Projections, Role, class_index
+from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.groups import token_classes
+from megatron_ext.routing.plan import Plan, Projections, Role, task_and_modality
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 TRAINING_PER_FORWARD = 3
@@ -33,7 +35,7 @@ class Counts:
     """What packed rows hold that their cost under a plan depends on; padding is not in it. Counts add up.
 
     Attributes:
-        tokens: tokens of each class, at :func:`~megatron_ext.routing.plan.class_index`.
+        tokens: tokens of each class, as :attr:`~megatron_ext.routing.plan.Plan.roles` counts them.
         visible: for each layer and class of query, the (query, key) pairs that attention goes over.
         logits: positions for which the output head is computed.
     """
@@ -52,19 +54,23 @@ class Counts:
 
 def dense(plan: Plan) -> Plan:
     """The same model without any of the plan: every token FULL in every layer, one set of weights."""
-    return Plan("dense", tuple((Role.FULL,) * len(roles) for roles in plan.roles), Projections())
+    return Plan("dense", ((Role.FULL,) * NUM_CLASSES,) * plan.num_layers, Projections())
 
 
-def count(batch: Batch, plan: Plan) -> Counts:
-    """What rows [b, s] on the CPU hold, with logits for the positions whose loss counts."""
+def count(batch: Batch, plan: Plan, draw: Draw | None = None) -> Counts:
+    """What rows [b, s] on the CPU hold, with logits for the positions whose loss counts.
+
+    Args:
+        draw: a step's draw of the plan's dense share; None: as in evaluation.
+    """
     real = (batch.document != PADDING_DOCUMENT).flatten()
-    kind = class_index(batch.task, batch.modality).flatten()[real].long()
+    kind = token_classes(batch, plan, draw).flatten()[real]
     first = torch.ones_like(batch.document, dtype=torch.bool)
     first[:, 1:] = batch.document[:, 1:] != batch.document[:, :-1]
     first = first.flatten()[real]
     visible = {roles: _visible(kind, first, roles) for roles in set(plan.roles)}
     return Counts(
-        tuple(torch.bincount(kind, minlength=NUM_CLASSES).tolist()),
+        tuple(torch.bincount(kind, minlength=len(plan.roles[0])).tolist()),
         tuple(visible[roles] for roles in plan.roles),
         int((batch.loss_mask.flatten()[real] > 0).sum()),
     )
@@ -156,8 +162,7 @@ def products(model: ModelConfig, role: Role) -> dict[str, tuple[int, int]]:
 
 def low_rank_modules(projections: Projections, index: int, role: Role) -> list[str]:
     """The projections in which a token of the class with this index uses a difference of rank r."""
-    task, modality = divmod(index, len(Modality))
-    if projections.rank is None or not projections.component(Task(task), Modality(modality)):
+    if projections.rank is None or not projections.component(*task_and_modality(index)):
         return []
     return [m for m in projections.modules if role == Role.FULL or (role == Role.KV_ONLY and m == "qkv")]
 
@@ -182,7 +187,7 @@ def _visible(kind: Tensor, first: Tensor, roles: Sequence[Role]) -> tuple[int, .
     seen = is_key.cumsum(0)
     before_document = (seen - is_key)[first][first.cumsum(0) - 1]
     pairs = (seen - before_document) * (role == Role.FULL)
-    return tuple(torch.zeros(NUM_CLASSES, dtype=torch.int64).index_add_(0, kind, pairs).tolist())
+    return tuple(torch.zeros(len(roles), dtype=torch.int64).index_add_(0, kind, pairs).tolist())
 
 
 def _sums(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:

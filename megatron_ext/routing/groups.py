@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_ext.routing.plan import Plan, Role, class_index
+from torch import Tensor
+
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.plan import Plan, Role, class_index, task_and_modality
 from megatron_ext.token_classes import Modality, Task
 
 
@@ -11,6 +15,18 @@ def stored_length(tokens: int, plan: Plan, ranks: int = 1, multiple: int = 1) ->
     """T for a micro-batch of ``tokens`` tokens when it must not depend on what they are."""
     step = ranks * multiple
     return (tokens + len(plan_groups(plan).members) * (step - 1)) // step * step
+
+
+def token_classes(batch: Batch, plan: Plan, draw: Draw | None) -> Tensor:
+    """Class of each token of rows on the host, int64 [b, s]: its index in each of ``plan.roles``.
+
+    Args:
+        draw: the step's draw of the plan's dense share; None: as in evaluation.
+    """
+    classes = class_index(batch.task.long(), batch.modality.long())
+    if plan.dense_share:
+        classes += len(Task) * len(Modality) * plan.dense_share.taken(batch, draw)
+    return classes
 
 
 @dataclass(frozen=True)
@@ -34,11 +50,8 @@ class Groups:
 def plan_groups(plan: Plan) -> Groups:
     """The groups of a plan, those that take part most often first, so that few slices hold what a layer needs."""
     alike = {}
-    for task in Task:
-        for modality in Modality:
-            index = class_index(task, modality)
-            treatment = tuple(roles[index] for roles in plan.roles), plan.projections.component(task, modality)
-            alike.setdefault(treatment, []).append(index)
+    for index, roles in enumerate(zip(*plan.roles)):
+        alike.setdefault((roles, plan.projections.component(*task_and_modality(index))), []).append(index)
     treatments = sorted(alike, key=lambda treatment: (sum(treatment[0]), treatment[1]))
     of_class = {index: g for g, treatment in enumerate(treatments) for index in alike[treatment]}
     return Groups(

@@ -10,15 +10,15 @@ method is a row of ``PRESETS``, or a table in YAML::
         - {layers: "3,5-6", task: generation, modality: image, role: skip}
       projections: {kind: decomposed, rank: 16}
 
-Pure Python: nothing here needs torch.
 """
 
 import re
 from dataclasses import dataclass
 from enum import IntEnum
 
-from megatron_ext.config import PlanConfig
+from megatron_ext.config import DenseShareConfig, PlanConfig
 from megatron_ext.errors import UserError
+from megatron_ext.routing.dense_share import DenseShare, Draw
 from megatron_ext.token_classes import Modality, Task
 
 
@@ -104,12 +104,15 @@ class Plan:
 
     Attributes:
         name: the preset's name, followed by ``+table`` where a table changes it.
-        roles: for each layer, the role of each class of token at :func:`class_index`.
+        roles: for each layer, the role of each class of token at :func:`class_index`; with a ``dense_share`` these are
+            followed by the roles of the tokens that it takes, in the same order.
+        dense_share: the share of the data that takes the dense roles; None: there is none.
     """
 
     name: str
     roles: tuple[tuple[Role, ...], ...]
     projections: Projections
+    dense_share: DenseShare | None = None
 
     @classmethod
     def of(cls, config: PlanConfig, num_layers: int) -> "Plan":
@@ -144,7 +147,11 @@ class Plan:
             )
         projections = Projections(kind, tuple(chosen.modules), chosen.rank, chosen.per_task)
         name = config.preset + ("+table" if config.table else "")
-        return cls(name, tuple(map(tuple, roles)), projections)
+        share = _dense_share(config.dense_share)
+        if share:
+            name += "+dense_share"
+            roles = [layer + [Role.FULL] * len(layer) for layer in roles]
+        return cls(name, tuple(map(tuple, roles)), projections, share)
 
     @property
     def num_layers(self) -> int:
@@ -157,8 +164,12 @@ class Plan:
         return not self.projections.components and all(role == Role.FULL for roles in self.roles for role in roles)
 
     def role(self, layer: int, task: Task, modality: Modality) -> Role:
-        """What tokens of this task and modality do in ``layer`` (0-based)."""
+        """What tokens of this task and modality do in ``layer`` (0-based), those of a dense share apart."""
         return self.roles[layer][class_index(task, modality)]
+
+    def draw(self, iteration: int, iterations: int) -> Draw | None:
+        """The draw of the dense share in an iteration of training, counted from 0; None where there is none."""
+        return self.dense_share and self.dense_share.draw(iteration, iterations)
 
     def table(self) -> str:
         """The plan as text: a line per layer, a column per class of token."""
@@ -173,6 +184,8 @@ class Plan:
             rank = f" of rank {kind.rank}" if kind.rank else ""
             tasks = ", one per task" if kind.per_task else ""
             lines.append(f"image tokens: {kind.kind} projections{rank}{tasks} in {', '.join(kind.modules)}")
+        if self.dense_share:
+            lines.append(self.dense_share.describe())
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -192,6 +205,12 @@ def class_index(task: Task, modality: Modality) -> int:
     return task * len(Modality) + modality
 
 
+def task_and_modality(index: int) -> tuple[Task, Modality]:
+    """Of a class of token by its number, of a dense share or not."""
+    task, modality = divmod(index % (len(Task) * len(Modality)), len(Modality))
+    return Task(task), Modality(modality)
+
+
 def shallow_layers(config: PlanConfig, num_layers: int) -> list[int]:
     """The layers that HMGen lets generated images skip.
 
@@ -209,6 +228,27 @@ def shallow_layers(config: PlanConfig, num_layers: int) -> list[int]:
         return [(i + 1) * num_layers // (count + 1) for i in range(count)]
     start = (num_layers - count) // 2
     return list(range(start, start + count))
+
+
+def _dense_share(config: DenseShareConfig) -> DenseShare | None:
+    if config.of == "none":
+        return None
+    end = config.start if config.end is None else config.end
+    shares = {"start": config.start, "end": end, "begin_at": config.begin_at, "end_at": config.end_at}
+    most = float(end > 0.5) if config.of == "documents" else end
+    shares["evaluation"] = most if config.evaluation is None else config.evaluation
+    for key, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"config: 'plan.dense_share.{key}' is {value:g}, must lie in 0 .. 1")
+    if config.end_at < config.begin_at:
+        raise UserError(
+            f"config: 'plan.dense_share.end_at' is {config.end_at:g}, must not be before begin_at ({config.begin_at:g})"
+        )
+    if config.of == "documents" and shares["evaluation"] not in (0, 1):
+        raise UserError(
+            f"config: 'plan.dense_share.evaluation' is {shares['evaluation']:g}, must be 0 or 1 for documents"
+        )
+    return DenseShare(config.of, **shares)
 
 
 def _layers(text: str, key: str, num_layers: int) -> list[int]:

@@ -26,8 +26,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.groups import plan_groups, stored_length
-from megatron_ext.routing.plan import Plan, Role, class_index
+from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.groups import plan_groups, stored_length, token_classes
+from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.routing.row_map import RowMap
 from megatron_ext.token_classes import PADDING_DOCUMENT
 
@@ -132,6 +133,7 @@ class Route(PackedSeqParams):
         fixed_length: bool = False,
         wanted: Tensor | None = None,
         cached: bool = False,
+        draw: Draw | None = None,
     ) -> "Route":
         """The route of one micro-batch of [b, s] tokens, on the host.
 
@@ -143,11 +145,11 @@ class Route(PackedSeqParams):
             wanted: where logits are wanted, bool [b, s]; None: where the loss counts. Padding has none.
             cached: each row is the next piece of a document whose earlier keys are kept. Keys are then all the keys of
                 a piece, in order.
+            draw: this step's draw of the plan's dense share; None: as in evaluation.
         """
         real = (batch.document != PADDING_DOCUMENT).flatten()
-        classes = class_index(batch.task.flatten().long(), batch.modality.flatten().long())
         groups = plan_groups(plan)
-        group = torch.tensor(groups.of_class)[classes]
+        group = torch.tensor(groups.of_class)[token_classes(batch, plan, draw).flatten()]
         group[~real] = len(groups.members)
         t = real.numel()
         members = [(group == g).nonzero().flatten() for g in range(len(groups.members))]

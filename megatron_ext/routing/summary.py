@@ -21,8 +21,7 @@ from megatron_ext.routing.cost import (
     with_all_logits,
 )
 from megatron_ext.routing.memory import activation_bytes
-from megatron_ext.routing.plan import CLASSES, Plan, class_index
-from megatron_ext.token_classes import Modality, Task
+from megatron_ext.routing.plan import CLASSES, Plan, class_index, task_and_modality
 
 
 def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = False) -> dict:
@@ -38,7 +37,7 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
     counts, dense_counts = count(batch, plan), count(batch, reference)
     if all_logits:
         counts, dense_counts = with_all_logits(counts, plan), with_all_logits(dense_counts, reference)
-    names = {i: _name(i) for i in _order() if counts.tokens[i]}
+    names = {i: _name(i) for i in _order(plan) if counts.tokens[i]}
     dense_layers = layer_flops(model, reference, dense_counts)
     element_size = 2 if training.precision == "bf16" else 4
     micro_batch = training.micro_batch_size * config.data.sequence_length
@@ -135,15 +134,15 @@ def _stage_table(stages: list[dict]) -> list[str]:
     return [*_aligned(rows), f"the slowest stage sets the pace: on average a stage waits for it {idle:.0%} of the time"]
 
 
-def _order() -> list[int]:
-    """Class indices as they stand in documents, then those that training data do not hold."""
+def _order(plan: Plan) -> list[int]:
+    """Class indices as they stand in documents, then those that training data do not hold, then a dense share's."""
     first = [class_index(*c) for c in CLASSES]
-    return first + [i for i in range(NUM_CLASSES) if i not in first]
+    return first + [i for i in range(len(plan.roles[0])) if i not in first]
 
 
 def _name(index: int) -> str:
-    task, modality = divmod(index, len(Modality))
-    return f"{Task(task).name.lower()} {Modality(modality).name.lower()}"
+    task, modality = task_and_modality(index)
+    return f"{task.name.lower()} {modality.name.lower()}{' (dense)' * (index >= NUM_CLASSES)}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

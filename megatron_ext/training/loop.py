@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron_ext.config import Config
 from megatron_ext.data import step_batches
 from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
+from megatron_ext.routing.dense_share import Draw
 from megatron_ext.token_classes import Task
 from megatron_ext.training import distributed
 from megatron_ext.training.bad_steps import BadSteps
@@ -54,13 +55,15 @@ def train(run: Run) -> bool:
             started = time.perf_counter()
             profile.begin(progress.iteration + 1)
             batch = next(batches)
+            draw = run.plan.draw(progress.iteration, config.training.iterations)
             result = train_step(
                 run.chunks,
                 run.optimizer,
                 batch,
                 config,
                 accept=accept,
-                tally=(lifecycle.vote(), *_work(run, batch)),
+                tally=(lifecycle.vote(), *_work(run, batch, draw)),
+                draw=draw,
             )
             vote, *_, tokens = result.tally
             stop = lifecycle.stop_reason(vote)
@@ -133,7 +136,7 @@ def _save(run: Run) -> None:
     distributed.report(f"checkpoint of iteration {run.progress.iteration} ({time.perf_counter() - started:.1f} s)")
 
 
-def _work(run: Run, batch) -> tuple[float, float, float]:
+def _work(run: Run, batch, draw: Draw | None) -> tuple[float, float, float]:
     """This rank's share of the step's training FLOPs under the plan and under the dense plan, and of its tokens.
 
     Padding counts as none of them.
@@ -142,7 +145,7 @@ def _work(run: Run, batch) -> tuple[float, float, float]:
     on_host = batch.to("cpu")
     flops = []
     for plan in (run.plan, dense(run.plan)):
-        counts = count(on_host, plan)
+        counts = count(on_host, plan, draw)
         flops.append(TRAINING_PER_FORWARD * forward_flops(run.config.model, run.vocabulary.size, plan, counts))
     return flops[0] / shares, flops[1] / shares, sum(counts.tokens) / shares
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.dense_share import Draw
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
@@ -69,6 +70,7 @@ def train_step(
     config: Config,
     accept: Callable[[float, float], bool] = lambda loss, grad_norm: math.isfinite(loss) and math.isfinite(grad_norm),
     tally: Sequence[float] = (),
+    draw: Draw | None = None,
 ) -> StepResult:
     """Forward, backward and optimizer step over the global batch.
 
@@ -78,11 +80,12 @@ def train_step(
         accept: told the loss and the gradient norm, whether to apply the step. It must answer alike on every rank;
             all of them are given the same numbers.
         tally: numbers of this rank to be summed over all ranks on the way (its wish to stop, its share of the work).
+        draw: of the plan's dense share; None: as in evaluation.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    counts, sums = _run(chunks, batch, config, forward_only=False)
+    counts, sums = _run(chunks, batch, config, forward_only=False, draw=draw)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     loss, task_losses, tally = _reduce(sums, counts, config, tally)
@@ -107,9 +110,9 @@ def evaluate_step(chunks: list, batch: Batch, config: Config) -> tuple[Tensor, T
     return _sum_over_world(sums), counts
 
 
-def _run(chunks, batch: Batch, config: Config, forward_only: bool) -> tuple[Tensor, Tensor]:
+def _run(chunks, batch: Batch, config: Config, forward_only: bool, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
     counts = loss_token_counts(batch)
-    micro_batches = _cut(batch, counts, config)
+    micro_batches = _cut(batch, counts, config, draw)
     sums = torch.zeros(len(Task), dtype=torch.float64, device=counts.device)
     for result in get_forward_backward_func()(
         forward_step_func=_forward,
@@ -125,7 +128,7 @@ def _run(chunks, batch: Batch, config: Config, forward_only: bool) -> tuple[Tens
     return counts, sums
 
 
-def _cut(batch: Batch, counts: Tensor, config: Config) -> list[MicroBatch]:
+def _cut(batch: Batch, counts: Tensor, config: Config, draw: Draw | None) -> list[MicroBatch]:
     """The micro-batches of a step. Their routes are made on the host, from one copy of the batch's integers."""
     plan, device, host = _plan(config), batch.tokens.device, batch.to("cpu")
     weights = token_weights(host, counts.cpu(), config.training.task_weights)
@@ -133,7 +136,7 @@ def _cut(batch: Batch, counts: Tensor, config: Config) -> list[MicroBatch]:
     for start in range(0, batch.shape[0], config.training.micro_batch_size):
         rows = slice(start, start + config.training.micro_batch_size)
         part = host.rows(rows.start, rows.stop)
-        route = Route.of(part, plan, *_alignment(config), fixed_length=config.parallel.pipeline > 1)
+        route = Route.of(part, plan, *_alignment(config), fixed_length=config.parallel.pipeline > 1, draw=draw)
         of_targets = (x.flatten()[route.targets] for x in (part.labels, part.task.long(), weights[rows]))
         made.append(MicroBatch(route.to(device), *(x.to(device, non_blocking=True) for x in of_targets)))
     return made

@@ -253,7 +253,7 @@ def test_the_loop_logs_training_flops_of_the_plan_and_of_dense(one_process, pres
     plan = Plan.of(config.plan, config.model.num_layers)
     batch = packed_batch(4, 64, seed=2)
     run = SimpleNamespace(config=config, plan=plan, vocabulary=SimpleNamespace(size=VOCABULARY))
-    flops, dense_flops, tokens = _work(run, batch)
+    flops, dense_flops, tokens = _work(run, batch, None)
     assert flops == 3 * forward_flops(config.model, VOCABULARY, plan, count(batch, plan))
     assert ratio[0] <= flops / dense_flops <= ratio[1]
     assert tokens == (batch.document != PADDING_DOCUMENT).sum()

@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megatron_ext import config_file
-from megatron_ext.config import Config, ModelConfig, PlanConfig, ProjectionConfig, RoleEntry
+from megatron_ext.config import Config, DenseShareConfig, ModelConfig, PlanConfig, ProjectionConfig, RoleEntry
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.dense_share import Draw
 from megatron_ext.routing.plan import PRESETS, Plan, Role
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -42,6 +43,10 @@ PLANS = {name: [f"plan.preset={name}"] for name in PRESETS} | {
     "text_without_ffn": [
         "plan.table=[{layers: '1-2', task: all, modality: text, role: kv_only}]",
         "plan.projections={kind: decomposed, modules: [fc1, proj]}",
+    ],
+    "some_image_tokens_dense": [
+        "plan.preset=himix_hmgen_share_partial",
+        "plan.dense_share={of: image_tokens, start: 0.4}",
     ],
 }
 
@@ -140,17 +145,19 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, 
     assert error <= tolerance * size + floor, f"{what}: error {error:.3g} in {size:.3g}"
 
 
-def assert_equals_reference(model, config: Config, batch: Batch, tolerance: float, case: str = "") -> None:
+def assert_equals_reference(
+    model, config: Config, batch: Batch, tolerance: float, case: str = "", draw: Draw | None = None
+) -> None:
     """Objective and the gradient of every parameter."""
     plan = plan_of(config)
     weights = weights_of(model)
     targets = (batch.loss_mask > 0).flatten().nonzero()[:, 0]
     labels, tasks = batch.labels.flatten()[targets], batch.task.flatten()[targets]
-    theirs = reference.logits(weights, config.model, plan, batch).flatten(0, 1)[targets]
+    theirs = reference.logits(weights, config.model, plan, batch, draw).flatten(0, 1)[targets]
     expected = reference.objective(theirs, labels, tasks)
     gradients = torch.autograd.grad(expected, tuple(weights.values()), allow_unused=True, materialize_grads=True)
 
-    route = Route.of(batch, plan)
+    route = Route.of(batch, plan, draw=draw)
     assert torch.equal(route.targets, targets), case
     ours = model(route)
     assert ours.shape == (len(targets), 1, VOCABULARY), case
@@ -173,6 +180,15 @@ def test_every_method_equals_the_reference(one_process, overrides):
     model = build(config)
     for seed in range(5):
         assert_equals_reference(model, config, random_rows(seed), 1e-9, f"rows {seed}:")
+
+
+@pytest.mark.parametrize("of", ["documents", "image_tokens"])
+def test_any_role_table_with_a_dense_share_equals_the_reference(one_process, of):
+    one_process(*SHAPE)
+    for seed in range(8):
+        plan = dataclasses.replace(random_plan(seed), dense_share=DenseShareConfig(of))
+        config, draw = dataclasses.replace(config_of(), plan=plan), Draw(0.5, seed)
+        assert_equals_reference(build(config, seed), config, random_rows(seed), 1e-9, f"table {seed}:", draw)
 
 
 @pytest.mark.parametrize("block", range(8))
