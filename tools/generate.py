@@ -64,10 +64,10 @@ def main() -> None:
             else:
                 pictures = {**settings, "temperature": 1.0 if heat is None else heat, "guidance": arguments.guidance}
                 results += session.draw([line], arguments.out, pictures, first=len(results))
+        if arguments.json and session.first:
+            command_line.write_json(arguments.json, results)
     finally:
         session.close()
-    if arguments.json:
-        command_line.write_json(arguments.json, results)
 
 
 def _lines(file: Path | None) -> list[str]:

@@ -53,6 +53,11 @@ class Session:
         self.generator = Generator(self.trained.model, self.trained.plan, words, self.vq.grid)
         self.batch_size = batch_size
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files."""
+        return dist.get_rank() == 0
+
     def encode(self, image: Path) -> list[int]:
         """The VQ codes of a picture, cut to the tokenizer's shape from its middle.
 
@@ -80,7 +85,7 @@ class Session:
         requests = [prompts.picture(words, caption, first + i) for i, caption in enumerate(captions)]
         made = self._continue(requests, Sampling(**settings), "pictures")
         codes = torch.tensor([[words.codes(token) for token in tokens if words.is_image(token)] for tokens in made])
-        if dist.get_rank():
+        if not self.first:
             return []
         out.mkdir(parents=True, exist_ok=True)
         pictures = [_picture(image) for image in self.vq.decode(codes).cpu()]
@@ -107,7 +112,7 @@ class Session:
     def line(self, what: str) -> str:
         """A line from the person, the same on every rank; empty at the end of input."""
         given = [""]
-        if dist.get_rank() == 0:
+        if self.first:
             try:
                 given = [input(f"{what}: ").strip()]
             except EOFError:
