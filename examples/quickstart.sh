@@ -11,47 +11,13 @@ set -euo pipefail
 started=$SECONDS
 # shellcheck source-path=SCRIPTDIR source=_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+# shellcheck source-path=SCRIPTDIR source=_picture_world.sh
+source examples/_picture_world.sh
 
 OUT=runs/quickstart
 TP=${TP:-2}
-SIZE=48 GRID=12 # pixels along a side; 4 x 4 of them are one token, so an image is 144
 mkdir -p "$OUT"
-
-step() { # name, seconds allowed, command ...
-    local name=$1 seconds=$2 begun=$SECONDS
-    shift 2
-    echo "== $name"
-    timeout "$seconds" "$@" || fail "$name failed; the command was: $*"
-    echo "   ($((SECONDS - begun)) s)"
-}
-
-preprocess() { # data set, inputs and options ...
-    "$PY" tools/preprocess_vq.py "${@:2}" --vocabulary "$OUT/vocabulary" --out "$OUT/data/$1"
-}
-
-prepare_data() {
-    local split
-    for split in train validation; do
-        preprocess "questions-$split" "$OUT/scenes/$split/$split"-*.tar --vq "$OUT/vq" --as conversation
-        preprocess "captions-$split" "$OUT/scenes/$split/$split"-*.tar --vq "$OUT/vq" --as caption
-        preprocess "texts-$split" "$OUT/scenes/$split/text.jsonl"
-    done
-}
-export -f preprocess prepare_data
-export OUT PY
-
-step "pictures, captions, questions" 300 \
-    "$PY" tools/make_scenes.py --out "$OUT/scenes" --size $SIZE --train 4000 --workers 2
-if [[ -f $OUT/vq/training.json ]]; then
-    echo "== VQ tokenizer: complete"
-else
-    step "VQ tokenizer" 900 \
-        "$PY" tools/train_vq.py --images "$OUT"/scenes/train/*.tar --out "$OUT/vq" --image-size $SIZE --grid $GRID --steps 1200
-fi
-step "text tokenizer and vocabulary" 120 "$PY" tools/train_tokenizer.py \
-    --texts "$OUT"/scenes/train/*.tar "$OUT/scenes/train/text.jsonl" --vocab-size 512 \
-    --vq "$OUT/vq" --out "$OUT/vocabulary"
-step "data sets" 600 bash -euo pipefail -c prepare_data
+make_picture_world "$OUT"
 OMP_NUM_THREADS=$((n = $(nproc) / TP, n > 0 ? n : 1))
 export OMP_NUM_THREADS
 if [[ -f $OUT/training/FINISHED && $# == 0 ]]; then

@@ -29,7 +29,13 @@ def main() -> None:
         "--benchmarks",
         type=Path,
         metavar="FOLDER",
-        help="also write the test split in the layouts of POPE, MME, GQA, SEED-Bench and MJHQ-30K",
+        help="also write pictures of a split in the layouts of POPE, MME, GQA, SEED-Bench and MJHQ-30K",
+    )
+    parser.add_argument(
+        "--benchmark-split",
+        choices=SPLITS,
+        default="test",
+        help="test: with held-out combinations (default); validation: new arrangements of known ones",
     )
     parser.add_argument(
         "--benchmark-pictures", type=int, default=60, metavar="N", help="per benchmark and MME subtask (default: 60)"
@@ -60,7 +66,9 @@ def main() -> None:
         state = "made" if card["made"] else "already complete"
         print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({card['fingerprint']})")
     if arguments.benchmarks:
-        config = BenchmarkConfig(pictures=arguments.benchmark_pictures, size=arguments.size, seed=arguments.seed)
+        config = BenchmarkConfig(
+            arguments.benchmark_pictures, arguments.size, arguments.seed, arguments.benchmark_split
+        )
         cards["benchmarks"] = card = write_benchmarks(arguments.benchmarks, config)
         items = ", ".join(f"{count} of {name}" for name, count in card["items"].items())
         state = "made" if card["made"] else "already complete"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_ext.data import counter_random
 from megatron_ext.data.batch import Batch
+from megatron_ext.token_classes import Modality
 
 _DOCUMENTS, _TOKENS = 1, 2  # what a random number is for
 
@@ -48,16 +49,16 @@ class DenseShare:
         return Draw(self.start + way * (self.end - self.start), iteration + 1)
 
     def taken(self, batch: Batch, draw: Draw | None) -> Tensor:
-        """Which tokens of rows on the host take the dense roles, bool [b, s]; ``draw`` None: as in evaluation. Of image
-        tokens the answer is given for every token, and has no meaning for text."""
+        """Which tokens of rows on the host take the dense roles, bool [b, s]; ``draw`` None: as in evaluation."""
         draw = draw or Draw(self.evaluation)
+        of_tokens = self.of == "image_tokens"
         if draw.share in (0.0, 1.0):
-            return torch.full(batch.shape, bool(draw.share))
-        if self.of == "image_tokens":
-            lots = counter_random.uniform(_TOKENS, draw.number, batch.positions.numpy())
+            taken = torch.full(batch.shape, bool(draw.share))
+        elif of_tokens:
+            taken = torch.from_numpy(counter_random.uniform(_TOKENS, draw.number, batch.positions) < draw.share)
         else:
-            lots = _document_lots(batch, draw.number)
-        return torch.from_numpy(lots < draw.share)
+            taken = torch.from_numpy(_document_lots(batch, draw.number) < draw.share)
+        return taken & (batch.modality == Modality.IMAGE) if of_tokens else taken
 
     def describe(self) -> str:
         """One line."""
@@ -72,7 +73,7 @@ def _document_lots(batch: Batch, number: int) -> np.ndarray:
     first = torch.ones_like(batch.document, dtype=torch.bool)
     first[:, 1:] = batch.document[:, 1:] != batch.document[:, :-1]
     document = first.flatten().cumsum(0).numpy() - 1
-    token = counter_random.key(batch.positions.numpy().ravel(), batch.tokens.numpy().ravel())
+    token = counter_random.key(batch.positions.flatten(), batch.tokens.flatten())
     content = np.zeros(document.max() + 1, dtype=np.uint64)
     np.add.at(content, document, token)
     return counter_random.uniform(_DOCUMENTS, number, content)[document].reshape(batch.shape)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,14 @@ def test_mjhq_has_captions_as_prompts_and_pictures_by_number_of_objects(folder):
 
 
 SMALL = BenchmarkConfig(pictures=2, size=32)
+
+
+def test_a_split_without_held_out_pairs_can_be_asked_about_too(tmp_path):
+    write_benchmarks(tmp_path / "world", replace(CONFIG, pictures=8, split="validation"))
+    for name, benchmark in BENCHMARKS.items():
+        for item in benchmark.read(tmp_path / "world" / name, None):
+            assert item.image.name.startswith("validation")
+            assert not [pair for pair in HELD_OUT if f"{pair[1]} {pair[0]}" in item.question]
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_what_is_complete_alone(tmp_path):

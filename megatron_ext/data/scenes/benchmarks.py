@@ -1,4 +1,4 @@
-"""The test split as benchmarks, in the files of the real ones, so that whoever reads those reads these.
+"""Pictures of a split as benchmarks, in the files of the real ones, so that whoever reads those reads these.
 
 ::
 
@@ -73,11 +73,12 @@ CARD = "benchmarks.json"
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """``pictures`` per benchmark (per subtask of MME), of ``size`` x ``size`` pixels."""
+    """``pictures`` per benchmark (per subtask of MME), of ``size`` x ``size`` pixels, from a split."""
 
     pictures: int = 60
     size: int = 64
     seed: int = 1234
+    split: str = "test"
 
 
 def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
@@ -108,7 +109,7 @@ def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
 
 
 def _scenes(config: BenchmarkConfig) -> Iterator[Scene]:
-    return (make_scene(config.seed, "test", index) for index in itertools.count())
+    return (make_scene(config.seed, config.split, index) for index in itertools.count())
 
 
 def _save(scene: Scene, config: BenchmarkConfig, file: Path) -> None:
@@ -151,7 +152,7 @@ def _negatives(
     """As many absent pairs as there are positives, all different."""
     shapes, colors = {o.shape for o in scene.objects}, {o.color for o in scene.objects}
     there = {(o.shape, o.color) for o in scene.objects}
-    absent = [(s, c) for s in SHAPES for c in COLORS if (s, c) not in there]
+    absent = [(s, c) for s in SHAPES for c in COLORS if (s, c) not in there and scene.speakable(s, c)]
     rng.shuffle(absent)
     match name:
         case "random":
@@ -214,14 +215,19 @@ def _position(scene: Scene, rng: random.Random, number: int) -> Both:
 
 
 def _color(scene: Scene, rng: random.Random, number: int) -> Both:
-    """Of every two pictures one shows a held-out color of a shape, and in the other it is the wrong one."""
+    """In the test split, of every two pictures one shows a held-out color of a shape, and in the other it is the wrong
+    one."""
     shapes = Counter(o.shape for o in scene.objects)
-    held_out = number % 2 == 0
+    held_out = scene.split == "test" and number % 2 == 0
     items: list[SceneObject] = [o for o in scene.objects if shapes[o.shape] == 1 and o.held_out == held_out]
     if not items:
         return None
     item = rng.choice(items)
-    wrong = [c for c in COLORS if c != item.color and (held_out or (item.shape, c) in HELD_OUT)]
+    wrong = [c for c in COLORS if c != item.color]
+    if scene.split == "test":
+        wrong = [c for c in wrong if held_out or (item.shape, c) in HELD_OUT]
+    else:
+        wrong = [c for c in wrong if scene.speakable(item.shape, c)]
     return tuple(f"Is the {item.shape} {color}?" for color in (item.color, rng.choice(wrong)))
 
 
