@@ -195,6 +195,43 @@ class OptimizerConfig:
 
 
 @dataclass
+class EvaluationBenchmark:
+    """Questions of one benchmark."""
+
+    name: str
+    """gqa, mme, pope or seed."""
+    data: str
+    """Folder of the benchmark as released."""
+    parts: list[str] = field(default_factory=list)
+    """Its splits or subtasks; none: all."""
+    limit: int = 0
+    """So many questions, drawn evenly from all over the benchmark, the same ones every time; 0: all."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Benchmarks answered and pictures drawn while training goes on, into OUTPUT/evaluation/iter_NNNNNNN."""
+
+    interval: int = 0
+    """Iterations between evaluations; 0: never."""
+    vq: str = ""
+    """Folder of the VQ tokenizer that the training data was made with."""
+    benchmarks: list[EvaluationBenchmark] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    """Captions to draw pictures for."""
+    guidance: float = 3.0
+    """Scale of classifier-free guidance for pictures; 1: none."""
+    temperature: float = 1.0
+    """For pictures; 0: the most likely token. Answers are always the most likely tokens."""
+    seed: int = 0
+    """Of the pictures; every evaluation draws with the same."""
+    batch_size: int = 16
+    """Questions or pictures that a replica decodes together."""
+    longest: int = 16
+    """Most tokens of an answer."""
+
+
+@dataclass
 class BadStepConfig:
     """A bad step is not applied, is counted and logged; the limits stop the run.
 
@@ -258,6 +295,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -334,6 +372,43 @@ class Config:
                 f"config: 'optimizer.warmup_iterations' is {self.optimizer.warmup_iterations}, "
                 f"must be less than training.iterations ({t.iterations})"
             )
+        if self.evaluation.interval:
+            _validate_evaluation(self.evaluation, p)
+
+
+def _validate_evaluation(wanted: EvaluationConfig, parallel: ParallelConfig) -> None:
+    from megatron_ext.evaluation.registry import BENCHMARKS  # a benchmark of one's own is added there
+
+    if wanted.interval < 0:
+        raise UserError(f"config: 'evaluation.interval' is {wanted.interval}, must be 0 (never) or more")
+    if parallel.pipeline > 1:
+        raise UserError(
+            f"config: 'evaluation.interval' is {wanted.interval}, needs parallel.pipeline=1 (it is "
+            f"{parallel.pipeline}): decoding wants the whole model in one stage; set evaluation.interval=0 and run "
+            "tools/evaluate.py and tools/generate.py on the checkpoints"
+        )
+    if not wanted.vq:
+        raise UserError("config: 'evaluation.vq' is empty; name the folder of the VQ tokenizer")
+    if not (wanted.benchmarks or wanted.prompts):
+        raise UserError(
+            f"config: 'evaluation.interval' is {wanted.interval}, but evaluation.benchmarks and evaluation.prompts are "
+            "both empty; give one of them, or 0"
+        )
+    for key in ("guidance", "temperature"):
+        if getattr(wanted, key) < 0:
+            raise UserError(f"config: 'evaluation.{key}' is {getattr(wanted, key)}, must be 0 or more")
+    for i, one in enumerate(wanted.benchmarks):
+        key = f"evaluation.benchmarks[{i}]"
+        if one.name not in BENCHMARKS:
+            raise UserError(f"config: '{key}.name' is {one.name!r}, must be one of {', '.join(BENCHMARKS)}")
+        if one.name in (other.name for other in wanted.benchmarks[:i]):
+            raise UserError(f"config: '{key}.name' is {one.name!r} again; give each benchmark once")
+        for part in one.parts:
+            if part not in BENCHMARKS[one.name].parts:
+                known = ", ".join(BENCHMARKS[one.name].parts)
+                raise UserError(f"config: '{key}.parts' has {part!r}, must be of {known}")
+        if one.limit < 0:
+            raise UserError(f"config: '{key}.limit' is {one.limit}, must be 0 (all) or more")
 
 
 def _at_least_one(config: Config) -> list[tuple[str, int]]:
@@ -342,6 +417,7 @@ def _at_least_one(config: Config) -> list[tuple[str, int]]:
         "parallel": ("tensor", "pipeline", "virtual_pipeline"),
         "training": ("iterations", "micro_batch_size", "global_batch_size"),
         "data": ("sequence_length", "prefetch"),
+        "evaluation": ("batch_size", "longest"),
         "logging": ("interval",),
     }
     return [(f"{s}.{k}", getattr(getattr(config, s), k)) for s, names in keys.items() for k in names]

@@ -81,17 +81,12 @@ def _answer(arguments: argparse.Namespace, folders: list[Path], parts: list[str 
     import torch.distributed as dist
 
     from megatron_ext.evaluation.answering import answer
+    from megatron_ext.generation.load import load
     from megatron_ext.generation.session import Session
 
     items = [_items(*one) for one in zip(arguments.benchmark, folders, parts)]
-    session = Session(
-        arguments.checkpoint,
-        arguments.vq,
-        arguments.vocabulary,
-        arguments.overrides,
-        arguments.batch_size,
-        arguments.tensor,
-    )
+    trained = load(arguments.checkpoint, arguments.overrides, arguments.vocabulary, arguments.tensor)
+    session = Session(trained, arguments.vq, arguments.batch_size)
     try:
         for questions, file in zip(items, arguments.score):
             if unreadable := answer(session, questions, file, arguments.longest):

@@ -43,11 +43,11 @@ def main() -> None:
         parser.error("--question needs --image")
 
     # Imported late: --help and bad usage should not wait for Megatron-Core.
+    from megatron_ext.generation.load import load
     from megatron_ext.generation.session import Session
 
-    session = Session(
-        arguments.checkpoint, arguments.vq, arguments.vocabulary, arguments.overrides, arguments.batch_size
-    )
+    trained = load(arguments.checkpoint, arguments.overrides, arguments.vocabulary)
+    session = Session(trained, arguments.vq, arguments.batch_size)
     drawn = {"top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
     heat = arguments.temperature
     results = []

@@ -18,6 +18,7 @@ from megatron_ext.evaluation.items import Item
 from megatron_ext.generation import prompts
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.generation.session import Session
+from megatron_ext.training.distributed import from_rank_zero
 
 GREEDY = Sampling(temperature=0)
 
@@ -31,7 +32,7 @@ def answer(session: Session, items: Sequence[Item], file: Path, longest: int) ->
     Returns:
         Number of items whose image cannot be read; each is named in a line on standard error and left unanswered.
     """
-    _on_first_rank(lambda: _collect(file))
+    from_rank_zero(lambda: _collect(file))
     answered = read_answers(file).records
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     todo = [item for item in items if item.id not in answered][replica::replicas]
@@ -61,7 +62,7 @@ def answer(session: Session, items: Sequence[Item], file: Path, longest: int) ->
         if writer:
             writer.close()
     dist.barrier()
-    _on_first_rank(lambda: _collect(file))
+    from_rank_zero(lambda: _collect(file))
     counts = [None] * dist.get_world_size()
     dist.all_gather_object(counts, unreadable if writes else 0)
     return sum(counts)
@@ -79,9 +80,3 @@ def _collect(file: Path) -> None:
                 if record["id"] not in writer.answered:
                     writer.write(**record)
             part.unlink()
-
-
-def _on_first_rank(act) -> None:
-    if dist.get_rank() == 0:
-        act()
-    dist.barrier()

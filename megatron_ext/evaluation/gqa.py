@@ -58,15 +58,20 @@ def score(items: Sequence[Item], answers: Answers) -> Scores:
     """
     parsed = counting.parse(items, answers, lambda item, answer: normalised(answer) or None)
 
-    def right(item: Item) -> bool:
+    def equal(item: Item) -> bool:
         return parsed.answer[item.id] == normalised(item.answer)
 
     def plain(item: Item) -> bool:
         return answers.get(item.id, "").strip().rstrip(".").lower() == item.answer.lower()
 
     details = {"plain string match": {"accuracy": counting.percent(map(plain, items)), "questions": len(items)}}
-    details |= counting.accuracies(items, right)
-    return Scores({"GQA": counting.percent(map(right, items))}, details, len(items), parsed.missing, parsed.invalid)
+    details |= counting.accuracies(items, equal)
+    return Scores({"GQA": counting.percent(map(equal, items))}, details, len(items), parsed.missing, parsed.invalid)
 
 
-GQA = Benchmark("gqa", "GQA", PARTS, read, score)
+def right(item: Item, answer: str) -> bool:
+    """Whether the two are equal, :func:`~.parsing.normalised`."""
+    return normalised(answer) == normalised(item.answer)
+
+
+GQA = Benchmark("gqa", "GQA", PARTS, read, score, right, {"GQA": "accuracy"})

@@ -1,5 +1,6 @@
 """What all benchmarks share: a question with its image, the scores, and a benchmark as a reader and a scorer."""
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,10 @@ class Benchmark:
     ``read(folder, parts)`` reads the released files in ``folder`` into items, in their order: all of ``parts``, or the
     given ones. It raises :class:`~megatron_ext.errors.UserError` for a file that is missing or malformed, with the
     entry at fault; whether the images exist is for whoever opens them. ``score(items, answers)`` is a pure function.
-    ``score_likelihoods(items, {id: log-likelihood of each choice})`` is there where the choices can be ranked instead.
+    ``right(item, answer)`` is whether one answer is counted as right. ``figures`` names what each headline column is:
+    a training run logs it as ``<benchmark>_<name>``. With ``whole_images`` the questions about an image are scored
+    together. ``score_likelihoods(items, {id: log-likelihood of each choice})`` is there where the choices can be ranked
+    instead.
     """
 
     name: str
@@ -47,4 +51,26 @@ class Benchmark:
     parts: tuple[str, ...]
     read: Callable[[Path, Sequence[str] | None], list[Item]]
     score: Callable[[Sequence[Item], Answers], Scores]
+    right: Callable[[Item, str], bool]
+    figures: Mapping[str, str]
+    whole_images: bool = False
     score_likelihoods: Callable[[Sequence[Item], Mapping[str, Sequence[float]]], Scores] | None = None
+
+    def some(self, items: Sequence[Item], limit: int) -> list[Item]:
+        """About ``limit`` items from all over a benchmark, always the same ones, in their order.
+
+        The items are cut into runs of equal length, of which each gives one at random: taken at even distances they
+        would follow the pattern of a file that asks for yes and no in turn.
+        """
+        units = list(_by_image(items).values()) if self.whole_images else [[item] for item in items]
+        count = max(1, limit * len(units) // len(items))
+        edges = [i * len(units) // count for i in range(count + 1)]
+        draw = random.Random(0)
+        return [item for low, high in zip(edges, edges[1:]) for item in units[draw.randrange(low, high)]]
+
+
+def _by_image(items: Sequence[Item]) -> dict[Path, list[Item]]:
+    of_image: dict[Path, list[Item]] = {}
+    for item in items:
+        of_image.setdefault(item.image, []).append(item)
+    return of_image

@@ -127,4 +127,11 @@ def _figures(items: list[Item], parsed: counting.Parsed) -> dict[str, float]:
     }
 
 
-MME = Benchmark("mme", "MME", PARTS, read, score)
+def right(item: Item, answer: str) -> bool:
+    """Whether the answer says what is right."""
+    return yes_or_no(answer) == item.answer
+
+
+MME = Benchmark(
+    "mme", "MME", PARTS, read, score, right, {"MME-P": "perception", "MME-C": "cognition"}, whole_images=True
+)

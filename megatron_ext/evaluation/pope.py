@@ -76,4 +76,9 @@ def _figures(items: list[Item], parsed: counting.Parsed) -> dict[str, float]:
     }
 
 
-POPE = Benchmark("pope", "POPE", PARTS, read, score)
+def right(item: Item, answer: str) -> bool:
+    """Whether the answer says what is right."""
+    return yes_or_no(answer) == item.answer
+
+
+POPE = Benchmark("pope", "POPE", PARTS, read, score, right, {column: name for name, column in _COLUMNS.items()})

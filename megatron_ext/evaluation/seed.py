@@ -80,4 +80,18 @@ def _scores(column: str, items: Sequence[Item], parsed: counting.Parsed) -> Scor
     )
 
 
-SEED = Benchmark("seed", "SEED-Bench (image)", PARTS, read, score, score_likelihoods)
+def right(item: Item, answer: str) -> bool:
+    """Whether the answer names the right option."""
+    return letter(answer, item.choices) == item.answer
+
+
+SEED = Benchmark(
+    "seed",
+    "SEED-Bench (image)",
+    PARTS,
+    read,
+    score,
+    right,
+    {"SEED": "accuracy", "SEED-likelihood": "likelihood_accuracy"},
+    score_likelihoods=score_likelihoods,
+)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.data.batch import Batch
@@ -11,6 +12,7 @@ from megatron_ext.generation.cache import Cache
 from megatron_ext.routing.plan import Plan, class_index
 from megatron_ext.routing.route import LayerRoute, Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.transformer.fp8 import row_multiple_of
 from megatron_ext.transformer.model import UnifiedModel
 from megatron_ext.vocabulary import Vocabulary
 
@@ -32,6 +34,9 @@ class Decoder:
             tasks: of each document.
             cache: empty, with a row for each document and enough room.
         """
+        # A model that is being trained cuts hidden states over ranks, or rounds up their rows, as its training does.
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        self._alignment = (size if model.config.sequence_parallel else 1, row_multiple_of(model.config))
         self._model, self._plan, self._vocabulary, self._cache = model, plan, vocabulary, cache
         self._tasks = torch.tensor([int(task) for task in tasks], dtype=torch.int8)
         self._positions = torch.zeros(len(tasks), dtype=torch.int64)
@@ -88,7 +93,9 @@ class Decoder:
             task=self._tasks[:, None].expand(ids.shape),
             document=torch.where(real, 0, PADDING_DOCUMENT).to(torch.int32),
         )
-        route = Route.of(batch, self._plan, wanted=last[:, None] & (within == lengths[:, None] - 1), cached=True)
+        route = Route.of(
+            batch, self._plan, *self._alignment, wanted=last[:, None] & (within == lengths[:, None] - 1), cached=True
+        )
         if single:
             self._steps[key] = route
         return route.to(device)

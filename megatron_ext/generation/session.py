@@ -1,10 +1,11 @@
 """A trained model and its VQ tokenizer at work for a person: captions in, pictures out; questions in, answers out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from PIL import Image
 from torch import Tensor
 
@@ -12,38 +13,33 @@ from megatron_ext import command_line
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.generation.generate import Generator, Request
-from megatron_ext.generation.load import load
+from megatron_ext.generation.load import Trained
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.preprocess.images import CROP, PillowDecoder
 from megatron_ext.training import distributed
 from megatron_ext.vq import model as vq_model
 
+SHEET = "sheet.png"
 SHEET_COLUMNS = 4
 
 
 class Session:
-    """Everything that ``tools/generate.py`` and ``tools/evaluate.py`` need."""
+    """Everything that ``tools/generate.py``, ``tools/evaluate.py`` and evaluations during training need."""
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        vq: Path,
-        vocabulary: Path | None,
-        overrides: list[str],
-        batch_size: int,
-        tensor: int | None = None,
-    ):
+    def __init__(self, trained: Trained, vq: Path, batch_size: int, say: Callable[[str], None] = distributed.report):
         """
         Args:
-            checkpoint, overrides, vocabulary: see :func:`~megatron_ext.generation.load.load`.
+            trained: a checkpoint's (:func:`~megatron_ext.generation.load.load`) or one that is being trained. It must
+                be in evaluation mode whenever something is asked of it.
+            vq: folder of the VQ tokenizer.
             batch_size: documents that are decoded together.
-            tensor: processes over which the model is cut; None: all. The others are replicas.
+            say: is given every line for the person, on every rank.
 
         Raises:
-            UserError: a checkpoint, vocabulary or VQ tokenizer that does not fit the others.
+            UserError: there is no such VQ tokenizer, or it does not fit the vocabulary.
         """
-        self.trained = load(checkpoint, overrides, vocabulary, tensor)
-        device = next(self.trained.model.parameters()).device
+        self.trained, self._say = trained, say
+        device = next(trained.model.parameters()).device
         self.vq = vq_model.load(vq, device)
         words = self.trained.vocabulary
         if self.vq.codebook_size != words.codebook_size:
@@ -76,29 +72,22 @@ class Session:
         return self.vq.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1)[0].tolist()
 
     def draw(self, captions: Sequence[str], out: Path, settings: dict, first: int = 0) -> list[dict]:
-        """A PNG for each caption and a sheet of all of them in ``out``.
+        """A PNG for each caption and a sheet of all of them in ``out``. Collective.
 
         Returns:
-            For each picture its file, caption and codes.
+            For each picture its file, caption and codes; the files are there once this returns.
         """
         words = self.trained.vocabulary
         requests = [prompts.picture(words, caption, first + i) for i, caption in enumerate(captions)]
         made = self._continue(requests, Sampling(**settings), "pictures")
-        codes = torch.tensor([[words.codes(token) for token in tokens if words.is_image(token)] for tokens in made])
-        if not self.first:
-            return []
-        out.mkdir(parents=True, exist_ok=True)
-        pictures = [_picture(image) for image in self.vq.decode(codes).cpu()]
-        records = []
-        for number, (caption, picture) in enumerate(zip(captions, pictures), start=first):
-            file = out / f"{number:04d}.png"
-            picture.save(file)
-            print(f"{file}: {caption}")
-            records.append({"file": str(file), "caption": caption, "codes": codes[number - first].tolist()})
-        if len(pictures) > 1:
-            _sheet(pictures).save(out / "sheet.png")
-            print(out / "sheet.png")
-        return records
+        codes = [[words.codes(token) for token in tokens if words.is_image(token)] for tokens in made]
+        files = [out / f"{number:04d}.png" for number in range(first, first + len(captions))]
+        distributed.from_rank_zero(lambda: self._save(codes, files, out / SHEET))
+        for file, caption in zip(files, captions):
+            self._say(f"{file}: {caption}")
+        if len(files) > 1:
+            self._say(str(out / SHEET))
+        return [{"file": str(f), "caption": caption, "codes": c} for f, caption, c in zip(files, captions, codes)]
 
     def ask(self, image: Path, questions: Sequence[str], longest: int, settings: dict) -> list[dict]:
         """An answer to each question about a picture."""
@@ -106,7 +95,7 @@ class Session:
         requests = [prompts.answer(words, codes, question, longest, i) for i, question in enumerate(questions)]
         answers = [words.decode(tokens) for tokens in self._continue(requests, Sampling(**settings), "answers")]
         for question, answer in zip(questions, answers):
-            distributed.report(f"{question} {answer}")
+            self._say(f"{question} {answer}")
         return [{"image": str(image), "question": q, "answer": a} for q, a in zip(questions, answers)]
 
     def line(self, what: str) -> str:
@@ -125,14 +114,27 @@ class Session:
         distributed.shut_down()
 
     def _continue(self, requests: list[Request], sampling: Sampling, what: str) -> list[list[int]]:
-        groups = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
-        memory = max(self.generator.memory(group, sampling) for group in groups)
-        distributed.report(f"{len(requests)} {what}; cache of keys and values: {memory / 2**20:.1f} MiB on each device")
+        """What follows each request, the same on every rank; each replica makes every n-th."""
+        replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        mine = requests[replica::replicas]
+        groups = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        memory = max((self.generator.memory(group, sampling) for group in groups), default=0)
+        self._say(f"{len(requests)} {what}; cache of keys and values: {memory / 2**20:.1f} MiB on each device")
         made = []
         with command_line.progress(desc=what, unit=" tokens") as bar:
             for group in groups:
                 made += self.generator(group, sampling, bar.update)
-        return made
+        shares: list = [None] * replicas
+        dist.all_gather_object(shares, made, parallel_state.get_data_parallel_group())
+        return [shares[i % replicas][i // replicas] for i in range(len(requests))]
+
+    def _save(self, codes: list[list[int]], files: Sequence[Path], sheet: Path) -> None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        pictures = [_picture(image) for image in self.vq.decode(torch.tensor(codes)).cpu()]
+        for file, picture in zip(files, pictures):
+            picture.save(file)
+        if len(pictures) > 1:
+            _sheet(pictures).save(sheet)
 
 
 def _picture(image: Tensor) -> Image.Image:

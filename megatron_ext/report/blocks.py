@@ -68,6 +68,7 @@ class Tree:
 class Samples:
     """Pictures with the text that goes with each: (PNG, task, text)."""
 
+    name: str
     samples: list[tuple[bytes, str, str]]
 
 

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.report.blocks import (
     Commands,
     Figure,
@@ -17,11 +18,15 @@ from megatron_ext.report.blocks import (
     Tree,
 )
 from megatron_ext.report.chart import Series, line_chart, number, smooth
+from megatron_ext.report.evaluated import Question
 from megatron_ext.report.gather import Facts
 from megatron_ext.report.roles import picture, used_roles
 from megatron_ext.routing.plan import Role
 from megatron_ext.token_classes import Task
 from megatron_ext.training.logging import duration
+
+COLOURS = ("ink", "understanding", "generation", "text", "accent")
+"""Of a benchmark's figures."""
 
 
 def page(facts: Facts) -> Page:
@@ -37,6 +42,7 @@ def page(facts: Facts) -> Page:
         sections=[
             Section("", [_headline(facts)]),
             Section("Loss", _loss(facts)),
+            *([Section("Questions and pictures", _evaluated(facts))] if facts.evaluated else []),
             Section("Speed", _speed(facts)),
             Section("What was trained", _model(facts)),
             Section("Data", _data(facts)),
@@ -107,6 +113,35 @@ def _guessing(facts: Facts, task: str) -> str:
         return "–"
     choices = facts.vocabulary.codebook_size if task == "generation" else facts.vocabulary.text_size
     return f"{math.log(choices):.3f}"
+
+
+def _evaluated(facts: Facts) -> list:
+    found, records = facts.evaluated, facts.records
+    blocks, table = [], Table(["", "first", "last"], [])
+    for benchmark in (benchmark_named(one.name) for one in facts.config.evaluation.benchmarks):
+        curves = {name: _points(records, f"{benchmark.name}_{name}") for name in benchmark.figures.values()}
+        curves = {name: points for name, points in curves.items() if points}
+        series = [Series(name, colour, points, "dots") for colour, (name, points) in zip(COLOURS, curves.items())]
+        chart = line_chart(series, "iteration", benchmark.title, description=f"figures of {benchmark.title}")
+        blocks.append(Figure(f"scores-{benchmark.name}", benchmark.title, chart))
+        for name, points in curves.items():
+            values = [value for _, value in points]
+            table.rows.append([f"{benchmark.title}, {name}", f"{values[0]:.1f}", f"{values[-1]:.1f}"])
+    if table.rows:
+        asked = "Percent, of MME points. The same questions every time; 'yes' is the share of questions answered so."
+        blocks += [table, Text(asked)]
+    if found.questions:
+        blocks.append(Text(f"Some of the questions after iteration {found.iteration:,}, right and wrong."))
+        blocks.append(Samples("question", [(q.png, "understanding", _told(q)) for q in found.questions]))
+    if found.pictures:
+        blocks.append(Text(f"Drawn after iteration {found.iteration:,} for these captions."))
+        blocks.append(Samples("picture", [(png, "generation", caption) for png, caption in found.pictures]))
+    return blocks
+
+
+def _told(q: Question) -> str:
+    mark = "✓" if q.right else "✗"
+    return f"{q.benchmark}: {q.question}\nright: {q.answer}\n{mark} {q.given or '(nothing)'}"
 
 
 def _speed(facts: Facts) -> list:
@@ -223,7 +258,9 @@ def _data(facts: Facts) -> list:
     if facts.samples:
         blocks.append(Text("A few documents as the model meets them: pictures decoded from their image tokens."))
         blocks.append(
-            Samples([(s.png, s.task, "\n".join(filter(None, (s.text, f"→ {s.answer}")))) for s in facts.samples])
+            Samples(
+                "sample", [(s.png, s.task, "\n".join(filter(None, (s.text, f"→ {s.answer}")))) for s in facts.samples]
+            )
         )
     return blocks
 
@@ -250,6 +287,9 @@ def _commands(facts: Facts) -> Commands:
         launch = f"torchrun --nproc_per_node {processes}"
     train, iterations = f"{launch} pretrain_unified.py --config {run}/config.yaml", config.training.iterations
     commands = []
+    elsewhere = f"CONFIG={run}/config.yaml OUTPUT={run}-tp2-pp2 bash examples/run_unified_tp4_pp2.sh"
+    if config.evaluation.interval:  # which needs the whole model in a stage
+        elsewhere += " evaluation.interval=0"
     if not facts.finished:
         commands.append(("Go on from the newest checkpoint", train))
     return Commands(
@@ -258,7 +298,7 @@ def _commands(facts: Facts) -> Commands:
             ("Train on, to twice as many iterations", f"{train} training.iterations={2 * iterations}"),
             (
                 "The same with tensor parallelism 2 and pipeline parallelism 2 (4 processes), in a folder of its own",
-                f"TP=2 PP=2 NPROC=4 CONFIG={run}/config.yaml OUTPUT={run}-tp2-pp2 bash examples/run_unified_tp4_pp2.sh",
+                f"TP=2 PP=2 NPROC=4 {elsewhere}",
             ),
             ("Watch the curves while a run is going", f"tensorboard --logdir {run.parent}"),
             ("Write this page anew", f"python tools/report.py --run {run}"),

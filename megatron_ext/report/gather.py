@@ -9,6 +9,7 @@ from megatron_ext import config_file
 from megatron_ext.command_line import read_json
 from megatron_ext.config import Config, SourceConfig
 from megatron_ext.errors import UserError
+from megatron_ext.report.evaluated import Evaluated, evaluated
 from megatron_ext.report.samples import Sample, samples, vq_sheet
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Plan
@@ -29,6 +30,7 @@ class Facts:
         vocabulary: None where its folder is gone.
         sheet: PNG of pictures beside their VQ reconstructions.
         samples: a few validation (else training) documents.
+        evaluated: what the newest evaluation during training left.
     """
 
     run: Path
@@ -41,6 +43,7 @@ class Facts:
     vocabulary: Vocabulary | None
     sheet: bytes | None
     samples: list[Sample]
+    evaluated: Evaluated | None
 
     @property
     def parameters(self) -> int | None:
@@ -83,6 +86,7 @@ def gather(run: str | Path, vq: str | Path | None = None) -> Facts:
         vocabulary=vocabulary,
         sheet=vq_sheet(Path(vq)) if vq else None,
         samples=samples(config.data, vocabulary, Path(vq)) if vq and vocabulary else [],
+        evaluated=evaluated(run, config, records[-1]["iteration"]),
     )
 
 

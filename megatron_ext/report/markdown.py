@@ -49,7 +49,7 @@ def _block(block, folder: Path) -> str:
             return "\n".join(line for root in block.roots for line in _tree(root, 0))
         case Samples():
             rows = [
-                [_file(folder, f"sample-{i}.png", png, task), task, text.replace("\n", "<br>")]
+                [_file(folder, f"{block.name}-{i}.png", png, task), task, text.replace("\n", "<br>")]
                 for i, (png, task, text) in enumerate(block.samples)
             ]
             return _table(Table(["picture", "task", "text"], rows, words=True))

@@ -72,7 +72,11 @@ def _samples_of(source: SourceConfig, vocabulary: Vocabulary, vq: VQModel, count
 def to_png(image: Tensor) -> bytes:
     """An image [3, H, W] in [-1, 1] as PNG."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels)
+    return enlarged(Image.fromarray(pixels))
+
+
+def enlarged(picture: Image.Image) -> bytes:
+    """A picture as PNG, a small one made larger."""
     factor = -(-_SMALLEST // min(picture.size))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     stream = io.BytesIO()

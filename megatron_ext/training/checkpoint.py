@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_ext.errors import UserError
 from megatron_ext.training import checkpoint_folder, checkpoint_state, checkpoint_writer
+from megatron_ext.training.distributed import from_rank_zero
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Checkpointer:
         """
         _require_plain(state, "state")
         self.finish()
-        partial = _from_rank_zero(lambda: checkpoint_folder.begin(self.folder, iteration))
+        partial = from_rank_zero(lambda: checkpoint_folder.begin(self.folder, iteration))
         sharded = {"model": checkpoint_state.model_state(model)}
         sharded["optimizer"] = checkpoint_state.optimizer_state(optimizer, sharded["model"])
         sharded["random"] = checkpoint_state.random_state()
@@ -98,7 +99,7 @@ class Checkpointer:
 
         A checkpoint that was complete once and is damaged now is still the newest: :meth:`load` refuses it.
         """
-        found = _from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
+        found = from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
         return found[-1] if found else None
 
     def load(self, path: Path, model: list[nn.Module], optimizer, expected: dict | None = None) -> dict:
@@ -152,7 +153,7 @@ class Checkpointer:
             checkpoint_folder.keep_newest(self.folder, self.keep)
             return final
 
-        final = _from_rank_zero(publish)
+        final = from_rank_zero(publish)
         if dist.get_rank() == 0:
             _log.info("%s is complete", final)
 
@@ -224,14 +225,14 @@ def _difference(theirs: Any, ours: Any, key: str) -> tuple[str, Any, Any] | None
 def _verified(path: Path, expected: dict | None) -> dict:
     """The marker of a checkpoint whose files are all whole; the ranks share the reading."""
     path = Path(path)
-    marker = _from_rank_zero(lambda: checkpoint_folder.read_marker(path))
+    marker = from_rank_zero(lambda: checkpoint_folder.read_marker(path))
     check_compatible(marker["state"], expected or {}, path)
     files = marker["files"]
     names = sorted(files, key=lambda name: (-files[name]["bytes"], name))[dist.get_rank() :: dist.get_world_size()]
     damaged = [line for lines in _gathered(checkpoint_folder.damage(path, files, names)) for line in lines]
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        way_out = _from_rank_zero(lambda: checkpoint_folder.way_out(path))
+        way_out = from_rank_zero(lambda: checkpoint_folder.way_out(path))
         raise UserError(f"{sorted(damaged)[0]}{more}{way_out}")
     return marker
 
@@ -269,24 +270,6 @@ def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict
 
     dict_list_map_inplace(if_stored, sharded["model"])
     return dist_checkpointing.load(sharded, str(path))
-
-
-def _from_rank_zero(make: Callable):
-    """The result of ``make()`` on rank 0, or its error, on every rank. Alone where there is no process group."""
-    if not dist.is_initialized():
-        return make()
-    answer: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = make()
-        except UserError as error:
-            answer[1] = error
-        except OSError as error:
-            answer[1] = UserError(f"{error.filename}: {error.strerror}")
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
 
 
 def _gathered(mine) -> list:

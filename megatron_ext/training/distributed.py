@@ -3,6 +3,7 @@
 import datetime
 import os
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ext import cpu
 from megatron_ext.config import Config
+from megatron_ext.errors import UserError
 
 
 def world_size() -> int:
@@ -72,6 +74,24 @@ def device() -> torch.device:
 def is_logging_rank() -> bool:
     """The one rank that writes metrics: the last of the world, which holds the last pipeline stage's losses."""
     return dist.get_rank() == dist.get_world_size() - 1
+
+
+def from_rank_zero(make: Callable):
+    """The result of ``make()`` on rank 0, or its error, on every rank. Alone where there is no process group."""
+    if not dist.is_initialized():
+        return make()
+    answer: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = make()
+        except UserError as error:
+            answer[1] = error
+        except OSError as error:
+            answer[1] = UserError(f"{error.filename}: {error.strerror}")
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def report(line: str) -> None:

@@ -2,12 +2,16 @@
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from megatron_ext.command_line import write_json
 from megatron_ext.config import Config
 from megatron_ext.config_file import to_tree
+from megatron_ext.evaluation.registry import BENCHMARKS
 from megatron_ext.training.environment import environment
 from megatron_ext.training.metrics import MetricsFile
 
@@ -28,6 +32,8 @@ class Logger:
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
     validation_loss, validation_loss_...  on iterations with a validation only
+    pope_accuracy, gqa_accuracy, ...      on iterations with an evaluation only: headline figures of its benchmarks
+    evaluation_seconds                    what it took, no part of step_seconds
     ====================================  ============================================================================
 
     Args:
@@ -52,10 +58,13 @@ class Logger:
         self._tensorboard = _tensorboard(output, resumed_iteration) if config.logging.tensorboard else None
         self._wandb = _wandb(config, resumed_iteration, say) if config.logging.wandb != "off" else None
 
-    def log(self, record: dict) -> None:
+    def log(self, record: dict, pictures: Sequence[tuple[str, Path]] = ()) -> None:
         """Log one iteration, everywhere.
 
-        An iteration is due every ``logging.interval``, and whenever it was validated or skipped.
+        An iteration is due every ``logging.interval``, and whenever it was validated, evaluated or skipped.
+
+        Args:
+            pictures: (caption, file) of each that the model drew after this iteration.
         """
         self._metrics.write(record)
         iteration = record["iteration"]
@@ -63,13 +72,24 @@ class Logger:
         if self._tensorboard:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(_grouped(name), value, iteration)
+            for number, (caption, file) in enumerate(pictures):
+                self._tensorboard.add_image(
+                    f"pictures/{number}: {caption}", _pixels(file), iteration, dataformats="HWC"
+                )
         if self._wandb:
-            self._wandb.log({_grouped(name): value for name, value in numbers.items()} | {"iteration": iteration})
+            values = {_grouped(name): value for name, value in numbers.items()} | {"iteration": iteration}
+            if pictures:
+                import wandb
+
+                values["pictures"] = [wandb.Image(str(file), caption=caption) for caption, file in pictures]
+            self._wandb.log(values)
         if reason := record.get("skip_reason"):
             self._say(f"iteration {iteration}: step skipped, {reason} ({record['skipped_steps']} skipped so far)")
         self._say(console_line(record, self._config.training.iterations, self._seconds_left(iteration)))
         if "validation_loss" in record:
             self._say(f"iteration {iteration}: validation {_losses(record, 'validation_loss')}")
+        if "evaluation_seconds" in record:
+            self._say(f"iteration {iteration}: evaluation {_evaluated(record, pictures)}")
 
     def close(self) -> None:
         """Flush and close all files."""
@@ -118,6 +138,24 @@ def _losses(record: dict, name: str) -> str:
     return f"loss {record[name]:.4f}" + (f" ({details})" if details else "")
 
 
+def _evaluated(record: dict, pictures: Sequence[tuple[str, Path]]) -> str:
+    found = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in record.items() if _benchmark(name)]
+    found += [f"{len(pictures)} pictures in {pictures[0][1].parent}"] if pictures else []
+    return f"{', '.join(found)} ({record['evaluation_seconds']:.1f} s)"
+
+
+def _benchmark(name: str) -> str | None:
+    """The benchmark of which ``name`` is a figure."""
+    benchmark = name.partition("_")[0]
+    return benchmark if benchmark in BENCHMARKS else None
+
+
+def _pixels(file: Path) -> np.ndarray:
+    """uint8 [H, W, 3]"""
+    with Image.open(file) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
 def _short(number: float) -> str:
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -132,6 +170,8 @@ def _grouped(name: str) -> str:
             return f"{group}/all"
         if name.startswith(group + "_"):
             return f"{group}/{name[len(group) + 1 :]}"
+    if benchmark := _benchmark(name):
+        return f"{benchmark}/{name[len(benchmark) + 1 :]}"
     return f"run/{name}"
 
 

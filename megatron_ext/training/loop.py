@@ -1,4 +1,4 @@
-"""The training loop: step, log, validate, save, stop."""
+"""The training loop: step, validate, evaluate, log, save, stop."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ from megatron_ext.training.logging import Logger
 from megatron_ext.training.profiler import ProfileWindow
 from megatron_ext.training.run import Run
 from megatron_ext.training.schedule import build_scheduler
-from megatron_ext.training.step import StepResult, evaluate_step, train_step
+from megatron_ext.training.step import StepResult, evaluate_step, evaluation_mode, train_step
 
 
 def train(run: Run) -> bool:
@@ -79,12 +79,17 @@ def train(run: Run) -> bool:
                 record["skip_reason"] = fault
             if _due(progress.iteration, config.training.validation_interval, config) and run.validation_data:
                 record |= validate(run)
+            pictures = []
+            # A run that was told to stop leaves without: its time may be short.
+            if run.benchmarking and stop is None and _due(progress.iteration, config.evaluation.interval, config):
+                evaluation = run.benchmarking(progress.iteration)
+                record |= evaluation.figures | {"evaluation_seconds": evaluation.seconds}
+                pictures = evaluation.pictures
             if logger and (
                 _due(progress.iteration, config.logging.interval, config)
-                or "skip_reason" in record
-                or "validation_loss" in record
+                or record.keys() & {"skip_reason", "validation_loss", "evaluation_seconds"}
             ):
-                logger.log(record)
+                logger.log(record, pictures)
             if trace := profile.end(progress.iteration):
                 distributed.report(f"profile written to {trace}")
             bad_steps.enforce_limits(progress.iteration)
@@ -111,11 +116,8 @@ def validate(run: Run) -> dict[str, float]:
     data = dataclasses.replace(config.data, loader="plain", workers=0)
     count = config.training.validation_batches
     batches = step_batches(run.validation_data, data, config.training.global_batch_size, 0, num_steps=count)
-    for chunk in run.chunks:
-        chunk.eval()
-    sums, counts = map(sum, zip(*(evaluate_step(run.chunks, next(batches), config) for _ in range(count))))
-    for chunk in run.chunks:
-        chunk.train()
+    with evaluation_mode(run.chunks):
+        sums, counts = map(sum, zip(*(evaluate_step(run.chunks, next(batches), config) for _ in range(count))))
     batches.close()
     losses = {
         task.name.lower(): total / tokens for task, total, tokens in zip(Task, sums.tolist(), counts.tolist()) if tokens

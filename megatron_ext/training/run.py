@@ -13,6 +13,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Plan
 from megatron_ext.training import distributed
+from megatron_ext.training.benchmarking import Benchmarking
 from megatron_ext.training.checkpoint import Checkpointer, load_weights
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.specs import fp8_recipe, implementation, why_no_fp8
@@ -37,6 +38,7 @@ class Run:
     """Everything that a training run consists of, built by ``pretrain_unified.py``.
 
     Attributes:
+        benchmarking: evaluates the model while it is trained; None where the configuration wants none.
         identity: what a checkpoint must agree on with the run that loads it (vocabulary, model shape, projections).
     """
 
@@ -49,6 +51,7 @@ class Run:
     optimizer: object
     checkpoints: Checkpointer
     progress: Progress
+    benchmarking: Benchmarking | None
     identity: dict
 
 
@@ -83,6 +86,7 @@ def build_run(config: Config) -> Run:
             Path(config.output) / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
         ),
         progress=Progress(),
+        benchmarking=Benchmarking(config, plan, vocabulary, chunks) if config.evaluation.interval else None,
         identity=_identity(config, vocabulary),
     )
     _resume(run)

@@ -1,7 +1,8 @@
 """One training step, and one validation step, over Megatron-Core's pipeline schedules."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,6 +97,18 @@ def train_step(
             torch.nn.utils.clip_grads_with_norm_(optimizer.get_parameters(), limit, torch.tensor(grad_norm))
         optimizer.step_with_ready_grads()
     return StepResult(loss, task_losses, grad_norm, tally, applied)
+
+
+@contextmanager
+def evaluation_mode(chunks: list) -> Iterator[None]:
+    """The model in evaluation mode, and in training mode again afterwards."""
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.train()
 
 
 @torch.no_grad()

@@ -29,6 +29,12 @@ def row_multiple(recipe: str) -> int:
     return _MULTIPLES[recipe]
 
 
+def row_multiple_of(transformer) -> int:
+    """The same for a model built with these settings of Megatron-Core's."""
+    wanted = transformer.fp8_recipe if transformer.fp8 else None
+    return next((row_multiple(name) for name, recipe in _RECIPES.items() if recipe == wanted), 1)
+
+
 def why_not(recipe: str) -> str | None:
     """Why a recipe cannot be had on this machine; None when it can."""
     if cpu.available():
