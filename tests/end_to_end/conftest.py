@@ -1,6 +1,7 @@
 """A vocabulary, small data sets, and a configuration to train with on them."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,11 @@ import yaml
 from programs import launcher, run_program
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.vocabulary import Vocabulary
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from preprocess_material import make_vq
 
 SENTENCE = "is there a red green blue circle square left right of above below how many yes no one two"
 CODES = 32
@@ -18,8 +23,11 @@ CODES = 32
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:
-    """A folder with vocabulary/, pairs and texts (data sets), and config.yaml, a run that takes a second or two."""
+    """A folder with vocabulary/, pairs and texts (data sets), vq/, benchmarks/, and config.yaml, a run that takes a
+    second or two."""
     folder = tmp_path_factory.mktemp("material")
+    make_vq(folder / "vq")
+    write_benchmarks(folder / "benchmarks", BenchmarkConfig(pictures=2, size=32))
     random = np.random.default_rng(0)
     sentences = [" ".join(random.choice(SENTENCE.split(), random.integers(4, 12))) for _ in range(400)]
     (folder / "text.txt").write_text("\n".join(sentences))

@@ -14,6 +14,7 @@ import pytest
 from programs import ROOT, launcher
 
 FIRST, LAST = 10, 20
+SHARDED = ["parallel.tensor=2", "parallel.sequence=true"]
 
 
 def metrics(output: Path) -> list[dict]:
@@ -34,11 +35,33 @@ def half_of(whole: Path, output: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, material):
-    """An uninterrupted run of 20 iterations with TP 2."""
+    """An uninterrupted run of 20 iterations with TP 2 and sequence parallelism, evaluated twice; the runs that it is
+    compared with have no evaluations."""
     output = tmp_path_factory.mktemp("whole")
     command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={output}"]
-    subprocess.run([*command, "parallel.tensor=2"], cwd=ROOT, check=True, timeout=300)
+    subprocess.run([*command, *SHARDED, *evaluation(material)], cwd=ROOT, check=True, timeout=300)
     return output
+
+
+def evaluation(material: Path) -> list[str]:
+    pope = {"name": "pope", "data": str(material / "benchmarks" / "pope"), "limit": 9}
+    settings = {"interval": FIRST, "vq": str(material / "vq"), "benchmarks": [pope], "prompts": ["red", "two circle"]}
+    return [f"evaluation={json.dumps(settings)}"]
+
+
+def answers(output: Path, iteration: int) -> dict[str, str]:
+    lines = (output / "evaluation" / f"iter_{iteration:07}" / "pope.jsonl").read_text().splitlines()
+    return {record["id"]: record["answer"] for record in map(json.loads, lines)}
+
+
+def test_evaluations_are_in_the_record(whole, material):
+    for iteration in (FIRST, LAST):
+        record = metrics(whole)[iteration - 1]
+        assert {"pope_accuracy", "pope_f1", "evaluation_seconds"} <= record.keys()
+        names = {file.name for file in (whole / "evaluation" / f"iter_{iteration:07}").iterdir()}
+        assert names == {"pope.jsonl", "evaluation.json", "0000.png", "0001.png", "sheet.png"}
+        assert len(answers(whole, iteration)) == 9
+    assert sum("pope_accuracy" in record for record in metrics(whole)) == 2
 
 
 def test_a_run_leaves_its_record(whole):
@@ -55,19 +78,23 @@ def test_a_run_leaves_its_record(whole):
 
 def test_resumed_at_the_same_layout_every_bit_is_the_same(whole, tmp_path, train):
     output = half_of(whole, tmp_path)
-    train(output, "parallel.tensor=2", processes=2)
+    train(output, *SHARDED, processes=2)
     expected = {i: record for i, record in losses(whole).items() if i > FIRST}
     assert losses(output) == expected
 
 
 @pytest.mark.parametrize(
-    "processes, overrides",
-    [(1, []), (2, ["parallel.pipeline=2"]), (2, ["training.micro_batch_size=1"])],
+    "processes, overrides, evaluates",
+    [(1, [], False), (2, ["parallel.pipeline=2"], False), (2, ["training.micro_batch_size=1"], True)],
     ids=["alone", "pp2", "dp2"],
 )
-def test_resumed_under_another_layout_the_losses_are_the_same(whole, tmp_path, train, processes, overrides):
+def test_resumed_under_another_layout_the_losses_are_the_same(
+    whole, tmp_path, train, material, processes, overrides, evaluates
+):
     output = half_of(whole, tmp_path)
-    train(output, *overrides, processes=processes)
+    train(output, *overrides, *(evaluation(material) if evaluates else []), processes=processes)
+    if evaluates:  # each replica answers a part of the questions
+        assert answers(output, LAST) == answers(whole, LAST)
     for iteration, record in losses(output).items():
         assert record == pytest.approx(losses(whole)[iteration], rel=1e-5)
     assert max(losses(output)) == LAST
@@ -75,13 +102,13 @@ def test_resumed_under_another_layout_the_losses_are_the_same(whole, tmp_path, t
 
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(whole, tmp_path, train, material):
     command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={tmp_path}"]
-    command += ["parallel.tensor=2", "checkpoint.interval=3"]
+    command += [*SHARDED, "checkpoint.interval=3"]
     run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     wait_for(lambda: (tmp_path / "checkpoints" / "iter_0000006").is_dir(), run)
     rank = next(p for p in psutil.Process(run.pid).children() if "pretrain_unified.py" in p.cmdline())
     os.kill(rank.pid, signal.SIGKILL)
     assert run.wait(timeout=120) != 0
-    output = train(tmp_path, "parallel.tensor=2", "checkpoint.interval=3", processes=2).stdout
+    output = train(tmp_path, *SHARDED, "checkpoint.interval=3", processes=2).stdout
     assert "resumed from" in output
     assert losses(tmp_path) == losses(whole)
 

@@ -11,6 +11,11 @@ from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Projections
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+EVALUATED = ["evaluation.interval=5", "evaluation.vq=vq", "evaluation.prompts=[a circle]"]
+
+
+def benchmarks(*entries: str) -> str:
+    return f"evaluation.benchmarks=[{', '.join(entries)}]"
 
 
 def load(*overrides: str) -> Config:
@@ -66,12 +71,27 @@ def test_unknown_keys_and_wrong_types_are_named(override, parts):
         (["optimizer.schedule=wsd"], 1, ["optimizer.wsd_decay_iterations"]),
         (["optimizer.warmup_iterations=100"], 1, ["optimizer.warmup_iterations", "training.iterations"]),
         (["model.num_layers=0"], 1, ["model.num_layers", "at least 1"]),
+        (["evaluation.interval=-1"], 1, ["evaluation.interval", "-1"]),
+        ([*EVALUATED, 'evaluation.vq=""'], 1, ["evaluation.vq", "empty"]),
+        ([*EVALUATED, "evaluation.prompts=[]"], 1, ["evaluation.benchmarks", "evaluation.prompts", "empty"]),
+        ([*EVALUATED, "parallel.pipeline=2"], 2, ["evaluation.interval", "parallel.pipeline", "tools/evaluate.py"]),
+        ([*EVALUATED, "evaluation.temperature=-1"], 1, ["evaluation.temperature", "-1"]),
+        ([*EVALUATED, "evaluation.batch_size=0"], 1, ["evaluation.batch_size", "at least 1"]),
+        ([*EVALUATED, benchmarks("{name: vqa, data: x}")], 1, ["evaluation.benchmarks[0].name", "'vqa'", "gqa, mme"]),
+        ([*EVALUATED, benchmarks("{name: gqa, data: x, limit: -1}")], 1, ["evaluation.benchmarks[0].limit", "-1"]),
+        ([*EVALUATED, benchmarks("{name: mme, data: x, parts: [sound]}")], 1, [".parts", "'sound'", "existence"]),
+        ([*EVALUATED, benchmarks(*2 * ["{name: gqa, data: x}"])], 1, ["evaluation.benchmarks[1].name", "again"]),
     ],
 )
 def test_impossible_combinations_are_refused(overrides, world_size, parts):
     with pytest.raises(UserError) as error:
         load(*overrides).validate(world_size)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_what_an_evaluation_would_need_is_not_asked_of_a_run_without_one():
+    load("parallel.pipeline=2", "evaluation.prompts=[a circle]").validate(2)
+    load(*EVALUATED, benchmarks("{name: mme, data: x, parts: [count, OCR], limit: 20}")).validate(1)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

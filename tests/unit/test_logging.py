@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ext.config import Config, LoggingConfig, TrainingConfig
@@ -39,11 +40,11 @@ def config(tmp_path):
     return Config(output=str(tmp_path / "run"), training=TrainingConfig(iterations=10))
 
 
-def run(config, iterations, resumed=0, **more):
+def run(config, iterations, resumed=0, pictures=(), **more):
     lines = []
     logger = Logger(config, resumed, say=lines.append)
     for iteration in iterations:
-        logger.log(record(iteration, **more))
+        logger.log(record(iteration, **more), pictures)
     logger.close()
     return lines
 
@@ -104,6 +105,21 @@ def test_a_skipped_step_and_a_validation_have_their_own_console_lines(config):
     assert lines[2] == "iteration 3: validation loss 4.0000"
 
 
+def test_an_evaluation_has_its_own_console_line_and_charts(config, tmp_path):
+    pictures = [("a red circle", tmp_path / "0000.png")]
+    Image.new("RGB", (6, 4), "red").save(pictures[0][1])
+    found = {"pope_accuracy": 61.25, "mme_perception": 900.0, "evaluation_seconds": 7.5}
+    lines = run(config, [3], pictures=pictures, **found)
+    said = f"pope accuracy 61.2, mme perception 900.0, 1 pictures in {tmp_path} (7.5 s)"
+    assert lines[1] == f"iteration 3: evaluation {said}"
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("pope/accuracy")[0].value == 61.25
+    assert {"mme/perception", "run/evaluation_seconds"} <= set(events.Tags()["scalars"])
+    (image,) = events.Images("pictures/0: a red circle")
+    assert (image.step, image.width, image.height) == (3, 6, 4)
+
+
 def test_the_time_left_follows_the_pace_of_this_process(config):
     now = iter([100.0, 130.0])
     lines = []
@@ -122,10 +138,13 @@ def test_wandb_offline_writes_a_run_and_resumes_the_same_one(config, tmp_path):
     config.logging = LoggingConfig(wandb="offline", tensorboard=False)
     run(config, range(1, 3))
     first = (tmp_path / "run" / "wandb_id").read_text()
-    run(config, range(2, 4), resumed=1)
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "0000.png")
+    run(config, [2], resumed=1, pictures=[("a red circle", tmp_path / "0000.png")], evaluation_seconds=1.0)
     assert (tmp_path / "run" / "wandb_id").read_text() == first
     files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert files and all(file.name == f"run-{first}.wandb" and file.stat().st_size > 0 for file in files)
+    (picture,) = (tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures_*.png")
+    assert Image.open(picture).size == (6, 4)
 
 
 def test_absent_wandb_is_said_in_one_line_and_the_run_goes_on(config, tmp_path, monkeypatch):
