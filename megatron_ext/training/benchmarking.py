@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_ext import cpu
 from megatron_ext.command_line import write_json
 from megatron_ext.config import Config, EvaluationBenchmark
 from megatron_ext.evaluation.answering import answer
@@ -59,7 +58,7 @@ class Benchmarking:
         self._benchmarks = [_questions(one) for one in self._wanted.benchmarks]
         (model,) = unwrap_model(chunks)
         # Building the tokenizer's network draws numbers for weights that are then read from its file.
-        with torch.random.fork_rng([] if cpu.available() else [device()]):
+        with torch.random.fork_rng([device()]):
             self._session = Session(
                 Trained(config, plan, vocabulary, model),
                 Path(self._wanted.vq),

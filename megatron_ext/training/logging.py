@@ -140,7 +140,8 @@ def _losses(record: dict, name: str) -> str:
 
 def _evaluated(record: dict, pictures: Sequence[tuple[str, Path]]) -> str:
     found = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in record.items() if _benchmark(name)]
-    found += [f"{len(pictures)} pictures in {pictures[0][1].parent}"] if pictures else []
+    if pictures:
+        found.append(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {pictures[0][1].parent}")
     return f"{', '.join(found)} ({record['evaluation_seconds']:.1f} s)"
 
 

@@ -94,6 +94,12 @@ def test_what_an_evaluation_would_need_is_not_asked_of_a_run_without_one():
     load(*EVALUATED, benchmarks("{name: mme, data: x, parts: [count, OCR], limit: 20}")).validate(1)
 
 
+def test_the_example_of_an_evaluation_goes_over_the_quickstart():
+    config = config_file.load(Config, [EXAMPLES / "quickstart.yaml", EXAMPLES / "evaluation.yaml"])
+    config.validate(world_size=1)
+    assert config.training.iterations % config.evaluation.interval == 0
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match="absent.yaml"):
         config_file.load(Config, [tmp_path / "absent.yaml"])

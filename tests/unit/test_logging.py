@@ -110,7 +110,7 @@ def test_an_evaluation_has_its_own_console_line_and_charts(config, tmp_path):
     Image.new("RGB", (6, 4), "red").save(pictures[0][1])
     found = {"pope_accuracy": 61.25, "mme_perception": 900.0, "evaluation_seconds": 7.5}
     lines = run(config, [3], pictures=pictures, **found)
-    said = f"pope accuracy 61.2, mme perception 900.0, 1 pictures in {tmp_path} (7.5 s)"
+    said = f"pope accuracy 61.2, mme perception 900.0, 1 picture in {tmp_path} (7.5 s)"
     assert lines[1] == f"iteration 3: evaluation {said}"
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
