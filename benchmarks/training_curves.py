@@ -31,6 +31,7 @@ def train(preset: str, output: Path, overrides: list[str]) -> list[dict]:
             CONFIG,
             f"output={output}",
             f"plan.preset={preset}",
+            "evaluation.interval=0",
         ]
         finished = subprocess.run(
             [*command, *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=7200

@@ -35,6 +35,9 @@ Done in $((SECONDS - started)) s. Open $ROOT/$OUT/training/report.html in a brow
 Next:
   bash examples/quickstart.sh training.iterations=1000          train longer: goes on where this ended
   python tools/show_data.py --config examples/configs/quickstart.yaml     what the model was fed
-  TP=2 PP=2 CONFIG=examples/configs/quickstart.yaml bash examples/run_unified_tp4_pp2.sh     four processes
+  python tools/generate.py --checkpoint $OUT/training --vq $OUT/vq --prompt "A picture of a red circle."     a picture
+  python tools/evaluate.py --checkpoint $OUT/training --vq $OUT/vq --benchmark gqa --data $OUT/benchmarks/test/gqa \\
+      --out $OUT/answers                                        scores on combinations that training never had
+  TP=2 PP=2 CONFIG=examples/configs/quickstart.yaml bash examples/run_unified_tp4_pp2.sh evaluation.interval=0
   less README.md                                                your own data, GPUs, Slurm
 EOF

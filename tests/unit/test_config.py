@@ -95,7 +95,7 @@ def test_what_an_evaluation_would_need_is_not_asked_of_a_run_without_one():
 
 
 def test_the_example_of_an_evaluation_goes_over_the_quickstart():
-    config = config_file.load(Config, [EXAMPLES / "quickstart.yaml", EXAMPLES / "evaluation.yaml"])
+    config = config_file.load(Config, [EXAMPLES / "quickstart.yaml"])
     config.validate(world_size=1)
     assert config.training.iterations % config.evaluation.interval == 0
 
