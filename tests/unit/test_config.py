@@ -94,7 +94,7 @@ def test_what_an_evaluation_would_need_is_not_asked_of_a_run_without_one():
     load(*EVALUATED, benchmarks("{name: mme, data: x, parts: [count, OCR], limit: 20}")).validate(1)
 
 
-def test_the_example_of_an_evaluation_goes_over_the_quickstart():
+def test_the_quickstart_ends_with_an_evaluation():
     config = config_file.load(Config, [EXAMPLES / "quickstart.yaml"])
     config.validate(world_size=1)
     assert config.training.iterations % config.evaluation.interval == 0
