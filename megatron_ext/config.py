@@ -271,6 +271,9 @@ class LoggingConfig:
     profile_start: int = 0
     """First iteration of a torch profiler window (0: none); traces go to OUTPUT/profile."""
     profile_iterations: int = 3
+    gradient_alignment_interval: int = 0
+    """Iterations between measurements of how far the two tasks' gradients agree (``analysis/gradients.py``), each of
+    which takes about as long as two steps; 0: never."""
 
 
 @dataclass
@@ -338,6 +341,11 @@ class Config:
             _divides("plan.projections.rank", projections.rank, "parallel.tensor", p.tensor)
         if t.fp8 != "none" and t.precision != "bf16":
             raise UserError(f"config: 'training.fp8' is {t.fp8}, needs training.precision=bf16")
+        if t.fp8 == "delayed" and self.logging.gradient_alignment_interval:
+            raise UserError(
+                "config: 'logging.gradient_alignment_interval' would change the FP8 scales that training.fp8=delayed "
+                "learns from every pass; take current or mxfp8, or 0"
+            )
         stages = p.pipeline * p.virtual_pipeline
         _divides("model.num_layers", m.num_layers, "parallel.pipeline x parallel.virtual_pipeline", stages)
         if p.virtual_pipeline > 1 and p.pipeline == 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from megatron_ext.analysis import gradients_report
 from megatron_ext.command_line import write_json
 from megatron_ext.config import Config
 from megatron_ext.config_file import to_tree
@@ -19,7 +20,7 @@ from megatron_ext.training.metrics import MetricsFile
 class Logger:
     """Logs from one rank of a run; made on that rank only.
 
-    A record of :meth:`log` is a flat dictionary of plain numbers:
+    A record of :meth:`log` is a dictionary of plain numbers, flat but for one:
 
     ====================================  ============================================================================
     iteration                             1, 2, ...
@@ -34,6 +35,7 @@ class Logger:
     validation_loss, validation_loss_...  on iterations with a validation only
     pope_accuracy, gqa_accuracy, ...      on iterations with an evaluation only: headline figures of its benchmarks
     evaluation_seconds                    what it took, no part of step_seconds
+    gradient_alignment                    what ``analysis/gradients.py`` found, on iterations with a measurement only
     ====================================  ============================================================================
 
     Args:
@@ -69,6 +71,10 @@ class Logger:
         self._metrics.write(record)
         iteration = record["iteration"]
         numbers = {k: v for k, v in record.items() if k != "iteration" and isinstance(v, int | float)}
+        alignment = record.get("gradient_alignment")
+        if alignment:
+            found = gradients_report.scalars(alignment)
+            numbers |= {f"gradient_alignment_{name}": value for name, value in found.items()}
         if self._tensorboard:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(_grouped(name), value, iteration)
@@ -90,6 +96,10 @@ class Logger:
             self._say(f"iteration {iteration}: validation {_losses(record, 'validation_loss')}")
         if "evaluation_seconds" in record:
             self._say(f"iteration {iteration}: evaluation {_evaluated(record, pictures)}")
+        if alignment:
+            interval = self._config.logging.gradient_alignment_interval
+            said = gradients_report.line(alignment, interval, record["step_seconds"])
+            self._say(f"iteration {iteration}: {said}")
 
     def close(self) -> None:
         """Flush and close all files."""
@@ -166,7 +176,7 @@ def _short(number: float) -> str:
 
 def _grouped(name: str) -> str:
     """TensorBoard's and wandb's way of putting charts together: ``loss/understanding``."""
-    for group in ("validation_loss", "loss"):
+    for group in ("validation_loss", "loss", "gradient_alignment"):
         if name == group:
             return f"{group}/all"
         if name.startswith(group + "_"):

@@ -6,6 +6,7 @@ import time
 import torch
 from megatron.core import parallel_state
 
+from megatron_ext.analysis.gradients import alignment
 from megatron_ext.config import Config
 from megatron_ext.data import step_batches
 from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
@@ -56,6 +57,10 @@ def train(run: Run) -> bool:
             profile.begin(progress.iteration + 1)
             batch = next(batches)
             draw = run.plan.draw(progress.iteration, config.training.iterations)
+            found = {}
+            if _due(progress.iteration + 1, config.logging.gradient_alignment_interval, config):
+                found["gradient_alignment"] = alignment(run.chunks, batch, config, draw)
+                started += found["gradient_alignment"]["seconds"]
             result = train_step(
                 run.chunks,
                 run.optimizer,
@@ -74,7 +79,7 @@ def train(run: Run) -> bool:
             progress.consumed_tokens += round(tokens)
             progress.bad_steps = bad_steps.state_dict()
             record = _record(run, result, time.perf_counter() - started, batches.wait_seconds)
-            record |= {"learning_rate": learning_rate, "skipped_steps": bad_steps.total}
+            record |= {"learning_rate": learning_rate, "skipped_steps": bad_steps.total, **found}
             if fault:
                 record["skip_reason"] = fault
             if _due(progress.iteration, config.training.validation_interval, config) and run.validation_data:
@@ -87,7 +92,7 @@ def train(run: Run) -> bool:
                 pictures = evaluation.pictures
             if logger and (
                 _due(progress.iteration, config.logging.interval, config)
-                or record.keys() & {"skip_reason", "validation_loss", "evaluation_seconds"}
+                or record.keys() & {"skip_reason", "validation_loss", "evaluation_seconds", "gradient_alignment"}
             ):
                 logger.log(record, pictures)
             if trace := profile.end(progress.iteration):

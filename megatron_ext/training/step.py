@@ -1,5 +1,6 @@
 """One training step, and one validation step, over Megatron-Core's pipeline schedules."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from megatron_ext.config import Config
+from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Draw
 from megatron_ext.routing.groups import stored_length
@@ -123,7 +124,27 @@ def evaluate_step(chunks: list, batch: Batch, config: Config) -> tuple[Tensor, T
     return _sum_over_world(sums), counts
 
 
-def _run(chunks, batch: Batch, config: Config, forward_only: bool, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
+def task_gradients(chunks: list, batch: Batch, config: Config, task: Task, draw: Draw | None = None) -> None:
+    """Forward and backward pass for one task's mean cross-entropy over the global batch.
+
+    Afterwards ``main_grad`` of every parameter (this rank's slice of it) is its gradient, whole on every replica, also
+    where the optimizer is sharded over them. Nothing else has changed: the next step zeroes these buffers.
+    """
+    alone = TaskWeights(**{other.name.lower(): float(other == task) for other in Task})
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, task_weights=alone))
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        chunk.force_all_reduce = True  # for gradients that are reduced as they become ready
+    try:
+        _run(chunks, batch, config, forward_only=False, draw=draw, force_all_reduce=True)
+    finally:
+        for chunk in chunks:
+            chunk.force_all_reduce = False
+
+
+def _run(
+    chunks, batch: Batch, config: Config, forward_only: bool, draw: Draw | None = None, **options
+) -> tuple[Tensor, Tensor]:
     counts = loss_token_counts(batch)
     micro_batches = _cut(batch, counts, config, draw)
     sums = torch.zeros(len(Task), dtype=torch.float64, device=counts.device)
@@ -136,6 +157,7 @@ def _run(chunks, batch: Batch, config: Config, forward_only: bool, draw: Draw | 
         seq_length=_stored_length(config),
         micro_batch_size=1,
         forward_only=forward_only,
+        **options,
     ):
         sums += result
     return counts, sums

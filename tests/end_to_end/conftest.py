@@ -61,6 +61,7 @@ def material(tmp_path_factory) -> Path:
         "training": {"iterations": 20, "micro_batch_size": 2, "global_batch_size": 8, "validation_interval": 10},
         "optimizer": {"lr": 1e-2, "warmup_iterations": 2},
         "checkpoint": {"interval": 10, "keep": 0},
+        "logging": {"gradient_alignment_interval": 6},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder

@@ -27,6 +27,11 @@ def losses(output: Path) -> dict[int, tuple]:
     return {m["iteration"]: {k: v for k, v in m.items() if k.startswith(kept)} for m in metrics(output)}
 
 
+def alignments(output: Path) -> dict[int, dict]:
+    """The gradient alignment that was measured, by iteration."""
+    return {m["iteration"]: m["gradient_alignment"] for m in metrics(output) if "gradient_alignment" in m}
+
+
 def half_of(whole: Path, output: Path) -> Path:
     """A run like ``whole`` that was stopped right after its first checkpoint."""
     shutil.copytree(whole / "checkpoints" / f"iter_{FIRST:07}", output / "checkpoints" / f"iter_{FIRST:07}")
@@ -73,12 +78,14 @@ def test_a_run_leaves_its_record(whole):
     assert records[-1]["consumed_samples"] == LAST * 8
     assert records[-1]["loss"] < 0.95 * records[0]["loss"]
     assert "validation_loss_generation" in records[FIRST - 1]
+    assert list(alignments(whole)) == [6, 12, 18, LAST]
     assert {"config.yaml", "FINISHED", "checkpoints", "tensorboard"} <= {p.name for p in whole.iterdir()}
 
 
-def test_resumed_at_the_same_layout_every_bit_is_the_same(whole, tmp_path, train):
+def test_resumed_at_the_same_layout_every_bit_is_the_same_whether_alignment_is_measured_or_not(whole, tmp_path, train):
     output = half_of(whole, tmp_path)
-    train(output, *SHARDED, processes=2)
+    train(output, *SHARDED, "logging.gradient_alignment_interval=0", processes=2)
+    assert not alignments(output)
     expected = {i: record for i, record in losses(whole).items() if i > FIRST}
     assert losses(output) == expected
 
@@ -98,6 +105,9 @@ def test_resumed_under_another_layout_the_losses_are_the_same(
     for iteration, record in losses(output).items():
         assert record == pytest.approx(losses(whole)[iteration], rel=1e-5)
     assert max(losses(output)) == LAST
+    for iteration, found in alignments(output).items():
+        for figure, values in alignments(whole)[iteration]["layer"].items():
+            assert found["layer"][figure] == pytest.approx(values, rel=1e-3, abs=1e-3), figure
 
 
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(whole, tmp_path, train, material):

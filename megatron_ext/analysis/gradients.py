@@ -1,0 +1,188 @@
+"""Gradient alignment: how far understanding and generation pull the same weights the same way.
+
+With u and g the gradients of the two tasks' mean cross-entropies over one global batch (each with weight 1), restricted
+to a part of the parameters (arXiv 2606.01503 traces the loss of synergy to which parameters each task trains)::
+
+    cosine              = <u, g> / (|u| |g|)
+    norm_understanding  = |u|
+    norm_generation     = |g|
+    only_understanding  = share of the parameters with u != 0 and g = 0 exactly
+    only_generation     = share with u = 0 and g != 0
+    untrained           = share with u = 0 and g = 0
+
+Parts are the projections of every layer, shared weights and each component of image tokens apart, its norms, the layer
+as a whole, and outside of the layers the embedding, the final norm and the output head (the embedding, if tied).
+"""
+
+import dataclasses
+import math
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor
+
+from megatron_ext import config_file
+from megatron_ext.analysis.rows import run_batches
+from megatron_ext.config import Config, ParallelConfig
+from megatron_ext.data.batch import Batch
+from megatron_ext.generation.load import newest
+from megatron_ext.routing.plan import Plan
+from megatron_ext.token_classes import Task
+from megatron_ext.training import distributed
+from megatron_ext.training.checkpoint import load_weights, read_state
+from megatron_ext.training.run import padded_vocabulary
+from megatron_ext.training.setup import build_model
+from megatron_ext.training.step import task_gradients
+from megatron_ext.transformer.initialization import cut, global_parameters
+from megatron_ext.vocabulary import Vocabulary
+
+MODULES = ("qkv", "proj", "fc1", "fc2")
+OUTSIDE = {
+    "embedding.word_embeddings.weight": "embedding",
+    "decoder.final_layernorm.weight": "final norm",
+    "output_layer.weight": "head",
+}
+SUMS = ("<u, g>", "<u, u>", "<g, g>", "only u", "only g", "neither", "parameters")
+CHUNK = 2**22
+"""Elements that are taken to float64 at a time."""
+
+
+def alignment(chunks: list, batch: Batch, config: Config) -> dict:
+    """Gradient alignment on one global batch; collective, the same on every rank.
+
+    Costs a forward and a backward pass for each of the two tasks, and memory for a copy of this rank's gradients.
+    Overwrites the gradient buffers and nothing else.
+
+    Args:
+        chunks: this rank's model chunks, wrapped for data parallelism.
+        batch: this replica's rows of the global batch.
+
+    Returns:
+        The figures above: "layers", for each kind of part a list over layers; "layer", over all parameters of each
+        layer; "outside", of what is in no layer; "all" of the model together; and "seconds", what it took. A figure is
+        None where it is not defined, as the cosine with a gradient of zero.
+    """
+    started = time.perf_counter()
+    columns = part_names(config)
+    places = {(layer, name): i for i, (layer, name) in enumerate(_parts(config, columns))}
+    counted = [(places[part_of(name)], p) for chunk in chunks for name, p in _counted(chunk)]
+    task_gradients(chunks, batch, config, Task.UNDERSTANDING)
+    first = [p.main_grad.clone() for _, p in counted]
+    task_gradients(chunks, batch, config, Task.GENERATION)
+    sums = torch.zeros(len(places), len(SUMS), dtype=torch.float64, device=batch.tokens.device)
+    for (place, p), u in zip(counted, first):
+        sums[place] += _sums(u, p.main_grad)
+    dist.all_reduce(sums, group=parallel_state.get_model_parallel_group())
+    result = _result(sums.cpu(), places, columns, config.model.num_layers)
+    return result | {"seconds": time.perf_counter() - started}
+
+
+def part_names(config: Config) -> list[str]:
+    """The kinds of parts that a layer has: ``norms``, ``qkv``, ``qkv image``, ..."""
+    projections = Plan.of(config.plan, config.model.num_layers).projections
+    names = ["norms"]
+    for module in MODULES:
+        names.append(module)
+        names += [f"{module} {component}" for component in projections.components if module in projections.modules]
+    return names
+
+
+def part_of(name: str) -> tuple[int | None, str]:
+    """The layer (from 0; None outside of layers) and the part that a parameter belongs to, by its global name."""
+    if name in OUTSIDE:
+        return None, OUTSIDE[name]
+    layer, rest = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name).groups()
+    if projection := re.search(r"linear_(\w+)\.(\w+)$", rest):
+        component = projection[2].rpartition("_")[0]  # of weight; image_weight, image_delta, image_down, image_up
+        return int(layer), f"{projection[1]} {component}".rstrip()
+    return int(layer), "norms"
+
+
+def _parts(config: Config, columns: list[str]) -> list[tuple[int | None, str]]:
+    outside = [name for name in OUTSIDE.values() if name != "head" or not config.model.tie_embeddings]
+    return [(n, name) for n in range(config.model.num_layers) for name in columns] + [(None, name) for name in outside]
+
+
+def _counted(chunk):
+    """Names and parameters of a chunk without those that another rank counts: copies of what is not cut over the
+    tensor-parallel group, and the last stage's copy of a tied embedding."""
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    for name, parameter in global_parameters(chunk.module):
+        if param_is_not_shared(parameter) and (first or cut(name)[0] is not None):
+            yield name, parameter
+
+
+def _sums(of_u: Tensor, of_g: Tensor) -> Tensor:
+    """The ``SUMS`` of two gradients of one shape, float64."""
+    total = torch.zeros(len(SUMS), dtype=torch.float64, device=of_u.device)
+    for u, g in zip(of_u.flatten().split(CHUNK), of_g.flatten().split(CHUNK)):
+        by_u, by_g = u != 0, g != 0
+        counts = [(by_u & ~by_g).sum(), (by_g & ~by_u).sum(), (~by_u & ~by_g).sum()]
+        u, g = u.double(), g.double()
+        total += torch.stack([u @ g, u @ u, g @ g, *(n.double() for n in counts), total.new_tensor(u.numel())])
+    return total
+
+
+def _result(sums: Tensor, places: dict, columns: list[str], num_layers: int) -> dict:
+    def over_layers(rows: list[Tensor]) -> dict[str, list]:
+        figures = [_figures(row) for row in rows]
+        return {name: [f[name] for f in figures] for name in figures[0]}
+
+    of_layers = sums[: num_layers * len(columns)].view(num_layers, len(columns), -1)
+    return {
+        "layers": {name: over_layers(list(of_layers[:, i])) for i, name in enumerate(columns)},
+        "layer": over_layers(list(of_layers.sum(1))),
+        "outside": {name: _figures(sums[i]) for (layer, name), i in places.items() if layer is None},
+        "all": _figures(sums.sum(0)),
+    }
+
+
+def _figures(sums: Tensor) -> dict[str, float | None]:
+    dot, uu, gg, only_u, only_g, neither, count = sums.tolist()
+    figures = {
+        "cosine": dot / math.sqrt(uu * gg) if uu * gg > 0 else None,
+        "norm_understanding": math.sqrt(uu),
+        "norm_generation": math.sqrt(gg),
+        "only_understanding": only_u / count,
+        "only_generation": only_g / count,
+        "untrained": neither / count,
+    }
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
+
+
+def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validation", count: int = 1) -> dict:
+    """The "alignment" of a checkpoint over rows of its run's data, with what it was measured on.
+
+    Args:
+        checkpoint: ``.../checkpoints/iter_NNNNNNN``, or a run's folder, whose newest checkpoint is taken.
+        overrides: ``section.key=value`` over the run's configuration, whose ``parallel`` is that of one process.
+        data: ``validation`` or ``train``.
+        count: global batches of the run's size, taken together as one.
+
+    Raises:
+        UserError: the checkpoint, an override or the data, named.
+    """
+    path = newest(checkpoint)
+    config = config_file.from_tree(Config, read_state(path)["config"])
+    config.parallel = ParallelConfig()
+    config = config_file.override(config, overrides)
+    config.training.global_batch_size *= count
+    config.validate(distributed.world_size())
+    vocabulary = Vocabulary(config.data.vocabulary)
+    distributed.initialize(config)
+    chunks = build_model(config, padded_vocabulary(config, vocabulary))
+    load_weights(path, chunks, {"fingerprints": {"vocabulary": vocabulary.fingerprint}})
+    batch = next(run_batches(config, vocabulary, data, config.training.global_batch_size, 1))
+    return {
+        "checkpoint": str(checkpoint),
+        "plan": Plan.of(config.plan, config.model.num_layers).name,
+        "data": [f"{source.task}: {source.path}" for source in getattr(config.data, data)],
+        "rows": config.training.global_batch_size,
+        "parallel": dataclasses.asdict(config.parallel),
+        "alignment": alignment(chunks, batch, config),
+    }

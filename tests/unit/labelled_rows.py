@@ -1,0 +1,127 @@
+"""Small packed rows whose tokens carry their class by name, and attention summed over them by plain loops."""
+
+import math
+from collections import defaultdict
+
+import torch
+
+from megatron_ext.data.batch import Batch
+from megatron_ext.data.rendering import SpecialTokens
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+
+SPECIAL = SpecialTokens(bos=1, pad=30, eod=31, boi=32, eoi=33)
+VOCABULARY = 64
+IDS = {"bos": 1, "boi": 32, "eoi": 33, "eod": 31}
+
+Document = tuple[Task, list[str]]
+"""A task, and for each token what it is: a special token, ``image``, ``text``, or ``answer1`` of the first turn."""
+
+
+def understanding(image: int, *turns: tuple[int, int]) -> Document:
+    """With so many image tokens, and turns of so many question and answer tokens."""
+    kinds = ["bos", "boi", *["image"] * image, "eoi"]
+    for number, (question, answer) in enumerate(turns, start=1):
+        kinds += [*["text"] * question, *[f"answer{number}"] * answer, f"eod{number}"]
+    return Task.UNDERSTANDING, kinds
+
+
+def generation(caption: int, image: int) -> Document:
+    return Task.GENERATION, ["bos", *["text"] * caption, "boi", *["image"] * image, "eoi", "eod"]
+
+
+def text(length: int) -> Document:
+    return Task.TEXT, ["bos", *["text"] * length, "eod"]
+
+
+def learnt(task: Task, kind: str) -> bool:
+    """Whether a token's prediction counts."""
+    if task == Task.UNDERSTANDING:
+        return kind.startswith("answer") or (kind.startswith("eod") and kind != "eod")
+    return kind == "image" if task == Task.GENERATION else kind != "bos"
+
+
+def rows_of(*rows: list[Document], length: int) -> tuple[Batch, list[str]]:
+    """Rows that hold these documents, and what each of their tokens is, by flat index (``padding`` at the end)."""
+    random = torch.Generator().manual_seed(0)
+    batch = Batch(**{name: torch.zeros(len(rows), length, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch.document[:], batch.tokens[:], batch.task[:] = PADDING_DOCUMENT, SPECIAL.pad, Task.TEXT
+    batch.labels[:] = torch.randint(0, VOCABULARY, batch.shape, generator=random)
+    names = []
+    for row, documents in enumerate(rows):
+        start = 0
+        for number, (task, kinds) in enumerate(documents):
+            for place, kind in enumerate(kinds):
+                low, high = (40, 64) if kind == "image" else (2, 30)
+                drawn = int(torch.randint(low, high, (1,), generator=random))
+                here = row, start + place
+                batch.tokens[here] = IDS.get(kind.rstrip("123"), drawn)
+                batch.modality[here] = Modality.IMAGE if kind == "image" else Modality.TEXT
+                batch.positions[here], batch.document[here], batch.task[here] = place, number, task
+                batch.loss_mask[here] = place + 1 < len(kinds) and learnt(task, kinds[place + 1])
+            start += len(kinds)
+            names += kinds
+        names += ["padding"] * (length - start)
+    return batch, names
+
+
+def allocate(attention: torch.Tensor, visible: torch.Tensor, batch: Batch, names: list[str], of: str) -> dict:
+    """The figures of one layer by the definitions, one query after the other.
+
+    Args:
+        attention: [heads, t, t] of all tokens by flat index; a row without attention is no query.
+        visible: bool [t, t].
+        of: the set of queries.
+    """
+    tasks, positions = batch.task.flatten().tolist(), batch.positions.flatten().tolist()
+    mass, share, entropies, ratios = defaultdict(list), defaultdict(list), [], []
+    for i in range(len(names)):
+        if not attention[:, i].any() or not _asks(of, i, names, tasks, positions):
+            continue
+        turn = int(_next_turn(names[i:]))
+        keys = visible[i].nonzero().flatten().tolist()
+        totals, counts = defaultdict(float), defaultdict(int)
+        for j in keys:
+            of_key = _class(names[j], tasks[j], turn)
+            totals[of_key] += float(attention[:, i, j].mean())
+            counts[of_key] += 1
+        for of_key in ("image", "question", "own answer", "earlier answers", "special", "caption"):
+            mass[of_key].append(totals[of_key])
+            share[of_key].append(counts[of_key] / len(keys))
+        entropy = -sum(p * math.log(p) for p in attention[:, i, keys].flatten().tolist() if p) / len(attention)
+        entropies.append(entropy)
+        if len(keys) > 1:
+            ratios.append(entropy / math.log(len(keys)))
+    mean = {name: sum(v) / len(v) for name, v in mass.items()}
+    return {
+        "queries": len(entropies),
+        "mass": mean,
+        "over_uniform": {n: mean[n] / (sum(share[n]) / len(share[n])) if any(share[n]) else None for n in mean},
+        "entropy": sum(entropies) / len(entropies) if entropies else None,
+        "entropy_share": sum(ratios) / len(ratios) if ratios else None,
+    }
+
+
+def _asks(of: str, i: int, names: list[str], tasks: list[int], positions: list[int]) -> bool:
+    if of == "image":
+        return tasks[i] == Task.GENERATION and names[i] == "image"
+    if tasks[i] != Task.UNDERSTANDING or names[i] == "padding":
+        return False
+    if of == "answer":
+        after = names[i + 1] if i + 1 < len(names) and positions[i + 1] else "padding"
+        return learnt(Task.UNDERSTANDING, after)
+    return names[i] != "image" and "image" in names[i - positions[i] : i]
+
+
+def _next_turn(names: list[str]) -> str:
+    """The number of the turn that the first of these tokens is in."""
+    return next((name[3:] for name in names if name.startswith("eod") and name != "eod"), "0")
+
+
+def _class(name: str, task: int, turn: int) -> str:
+    if name == "image":
+        return "image"
+    if name.startswith("answer"):
+        return "own answer" if int(name[6:]) == turn else "earlier answers"
+    if name == "text":
+        return "question" if task == Task.UNDERSTANDING else "caption"
+    return "special"

@@ -1,0 +1,161 @@
+"""Gradient alignment equals what torch's autograd gives for the two losses, and measuring it changes nothing."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
+
+from megatron_ext.analysis import gradients, gradients_report
+from megatron_ext.config import Config
+from megatron_ext.errors import UserError
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import Task
+from megatron_ext.training.logging import Logger
+from megatron_ext.training.metrics import read_metrics
+from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.step import train_step
+
+SMALL = (
+    "model.num_layers=3",
+    "model.hidden_size=32",
+    "data.sequence_length=48",
+    "training.global_batch_size=2",
+    "training.micro_batch_size=1",
+    "training.task_weights={understanding: 3.0, generation: 0.5, text: 1.0}",
+)
+ROWS = (
+    [understanding(6, (3, 2), (1, 3)), generation(4, 5), text(3)],
+    [generation(0, 7), understanding(4, (2, 1)), understanding(3, (1, 1), (2, 2), (1, 1))],
+)
+FIGURES = ("cosine", "norm_understanding", "norm_generation", "only_understanding", "only_generation", "untrained")
+
+
+def model_of(config):
+    """Weights without the zeros that differences begin with."""
+    chunks = build_model(config, VOCABULARY)
+    random = torch.Generator().manual_seed(1)
+    for parameter in chunks[0].parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
+    return chunks
+
+
+def by_autograd(chunks, config, batch, task) -> dict[str, torch.Tensor]:
+    model = chunks[0].module
+    route = Route.of(batch, Plan.of(config.plan, config.model.num_layers))
+    chosen = batch.task.flatten()[route.targets] == task
+    logits = model(route).view(-1, VOCABULARY)[chosen]
+    loss = F.cross_entropy(logits, batch.labels.flatten()[route.targets][chosen])
+    names, parameters = zip(*model.named_parameters())
+    return dict(zip(names, torch.autograd.grad(loss, parameters)))
+
+
+def figures_of(u: list[torch.Tensor], g: list[torch.Tensor]) -> dict[str, float]:
+    u, g = (torch.cat([x.flatten() for x in xs]).double() for xs in (u, g))
+    cosine = float(F.cosine_similarity(u, g, dim=0, eps=1e-30))
+    alone = [float((a & b).double().mean()) for a, b in ((u != 0, g == 0), (u == 0, g != 0), (u == 0, g == 0))]
+    return dict(zip(FIGURES, (cosine, float(u.norm()), float(g.norm()), *alone)))
+
+
+@pytest.mark.parametrize(
+    "overrides, part, names",
+    [
+        (["model.tie_embeddings=true"], "fc1", ["mlp.linear_fc1.weight"]),
+        (["plan.preset=himix_hmgen_share_all_separate"], "qkv image", ["self_attention.linear_qkv.image_weight"]),
+        (
+            ["plan.projections={kind: decomposed, rank: 2, per_task: true, modules: [qkv, fc2]}"],
+            "fc2 generation",
+            ["mlp.linear_fc2.generation_down", "mlp.linear_fc2.generation_up"],
+        ),
+    ],
+    ids=["dense", "separate", "rank 2 per task"],
+)
+def test_figures_are_those_of_the_two_losses_gradients(one_process, overrides, part, names):
+    config = one_process(*SMALL, *overrides)
+    chunks = model_of(config)
+    batch, _ = rows_of(*ROWS, length=48)
+    found = gradients.alignment(chunks, batch, config)
+    u, g = (by_autograd(chunks, config, batch, task) for task in (Task.UNDERSTANDING, Task.GENERATION))
+
+    def expected(chosen) -> dict:
+        return pytest.approx(figures_of([u[n] for n in chosen], [g[n] for n in chosen]), rel=1e-4, abs=1e-6)
+
+    assert set(found["layers"]) == set(gradients.part_names(config))
+    for layer in range(3):
+        prefix = f"decoder.layers.{layer}."
+        norms = [f"{prefix}{norm}.weight" for norm in ("input_layernorm", "pre_mlp_layernorm")]
+        for name, members in ((part, [prefix + n for n in names]), ("norms", norms)):
+            measured = {figure: found["layers"][name][figure][layer] for figure in FIGURES}
+            if measured["cosine"] is None:  # a part of one task alone
+                assert 0.0 in (measured["norm_understanding"], measured["norm_generation"])
+                measured["cosine"] = 0.0
+            assert measured == expected(members)
+        whole = {figure: found["layer"][figure][layer] for figure in FIGURES}
+        assert whole == expected([n for n in u if n.startswith(prefix)])
+    assert found["outside"]["embedding"] == expected(["embedding.word_embeddings.weight"])
+    head = set() if config.model.tie_embeddings else {"head"}
+    assert found["outside"].keys() == {"embedding", "final norm"} | head
+    assert found["all"] == expected(list(u))
+
+
+def test_what_a_task_has_no_part_in_has_no_gradient_from_it(one_process):
+    """Of image weights per task each is trained by its own task alone, and by neither from plain text."""
+    config = one_process(*SMALL, "plan.projections={kind: separate, per_task: true, modules: [qkv]}")
+    chunks = model_of(config)
+    layers = gradients.alignment(chunks, rows_of(*ROWS, length=48)[0], config)["layers"]
+    # What images ask for in the last layer reaches no answer: a third of its query, key and value has no gradient.
+    assert layers["qkv understanding"]["only_understanding"] == pytest.approx([1, 1, 2 / 3])
+    assert layers["qkv generation"]["only_generation"] == [1.0] * 3
+    assert layers["qkv generation"]["cosine"] == [None] * 3
+    assert all(shared is not None for shared in layers["qkv"]["cosine"])
+    of_text = gradients.alignment(chunks, rows_of([text(20)], [text(40)], length=48)[0], config)
+    assert of_text["all"]["untrained"] == 1.0 and of_text["all"]["cosine"] is None
+
+
+@pytest.mark.parametrize("settings", [[], ["training.precision=bf16", "parallel.distributed_optimizer=true"]])
+def test_measuring_changes_no_bit_of_training(one_process, settings):
+    config = one_process(*SMALL, *settings)
+    batch, _ = rows_of(*ROWS, length=48)
+    ends = []
+    for measure in (False, True):
+        chunks = model_of(config)
+        optimizer = build_optimizer(config, chunks)
+        optimizer.reload_model_params()
+        steps = []
+        for _ in range(3):
+            if measure:
+                gradients.alignment(chunks, batch, config)
+            result = train_step(chunks, optimizer, batch, config)
+            steps.append((result.loss, result.grad_norm))
+        ends.append((steps, torch.cat([p.detach().flatten() for p in chunks[0].parameters()]), torch.get_rng_state()))
+    (steps, weights, state), (measured_steps, measured_weights, measured_state) = ends
+    assert steps == measured_steps and len(set(steps)) == 3
+    assert torch.equal(weights, measured_weights) and torch.equal(state, measured_state)
+
+
+def test_findings_are_logged_and_shown(one_process, tmp_path):
+    config = one_process(*SMALL, "logging.gradient_alignment_interval=5", f"output={tmp_path}")
+    found = gradients.alignment(model_of(config), rows_of(*ROWS, length=48)[0], config)
+    lines = []
+    record = {"iteration": 5, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "step_seconds": 0.5}
+    logger = Logger(config, say=lines.append)
+    record |= {"tokens_per_second": 1.0, "data_wait_seconds": 0.0}
+    logger.log(record | {"gradient_alignment": found | {"seconds": 2.5}})
+    logger.close()
+    assert "every 5 iterations that is 50 % of time" in lines[-1]
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["gradient_alignment"]["layers"] == found["layers"]
+    cosines = [found["layers"][part]["cosine"][2] for part in ("norms", "qkv", "proj", "fc1", "fc2")]
+    assert gradients_report.scalars(found)["layer_02"] == pytest.approx(sum(cosines) / 5)
+    assert f"{found['layers']['proj']['cosine'][1]:+.3f}" in gradients_report.table(found)
+    gradients_report.draw(json.loads(json.dumps(found)), tmp_path / "figure.png", "title")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_scales_learnt_from_every_pass_are_not_disturbed():
+    config = Config()
+    config.training.precision, config.training.fp8 = "bf16", "delayed"
+    config.logging.gradient_alignment_interval = 10
+    with pytest.raises(UserError, match="gradient_alignment_interval"):
+        config.validate(1)

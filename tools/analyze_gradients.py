@@ -1,0 +1,46 @@
+"""How far a checkpoint's two tasks pull its weights the same way, per layer and projection."""
+
+from pathlib import Path
+
+from megatron_ext import command_line
+
+
+def main() -> None:
+    parser = command_line.parser(
+        "How far understanding and generation pull a checkpoint's weights the same way: for every layer and\n"
+        "projection the cosine of the two tasks' gradients, their norms, and the share of parameters that one task trains alone.\n"
+        "Under torchrun give parallel.tensor, parallel.pipeline; other processes are replicas.",
+        "python tools/analyze_gradients.py --checkpoint runs/quickstart/training --batches 4 \\\n"
+        "      --figure runs/gradients.png --json runs/gradients.json",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
+    add("--data", choices=("validation", "train"), default="validation", help="which of the run's data are read")
+    add("--batches", type=int, default=4, help="how many of the run's global batches are taken together")
+    add("--figure", type=Path, metavar="FILE", help="draw a PNG")
+    add("overrides", nargs="*", metavar="section.key=value", help="changes to the run's configuration")
+    arguments = parser.parse_args()
+    if arguments.batches < 1:
+        parser.error("--batches must be at least 1")
+
+    # Imported late: --help and bad usage should not wait for Megatron-Core.
+    import torch.distributed as dist
+
+    from megatron_ext.analysis import gradients_report
+    from megatron_ext.analysis.gradients import of_checkpoint
+    from megatron_ext.training import distributed
+
+    numbers = of_checkpoint(arguments.checkpoint, arguments.overrides, arguments.data, arguments.batches)
+    if dist.get_rank() == 0:
+        print(gradients_report.table(numbers["alignment"]))
+        if arguments.json:
+            command_line.write_json(arguments.json, numbers)
+        if arguments.figure:
+            title = f"gradient alignment: {numbers['checkpoint']}, plan {numbers['plan']}"
+            gradients_report.draw(numbers["alignment"], arguments.figure, title)
+            print(arguments.figure)
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    command_line.run(main)
