@@ -7,9 +7,9 @@ from megatron_ext import command_line
 
 def main() -> None:
     parser = command_line.parser(
-        "How far understanding and generation pull a checkpoint's weights the same way: for every layer and\n"
-        "projection the cosine of the two tasks' gradients, their norms, and the share of parameters that one task trains alone.\n"
-        "Under torchrun give parallel.tensor, parallel.pipeline; other processes are replicas.",
+        "How far understanding and generation pull a checkpoint's weights the same way: for each layer and projection\n"
+        "the cosine of the two tasks' gradients, their norms, and the share of parameters that one task trains alone.\n"
+        "Under torchrun give parallel.tensor and parallel.pipeline; other processes are replicas.",
         "python tools/analyze_gradients.py --checkpoint runs/quickstart/training --batches 4 \\\n"
         "      --figure runs/gradients.png --json runs/gradients.json",
     )

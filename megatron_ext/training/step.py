@@ -134,6 +134,8 @@ def task_gradients(chunks: list, batch: Batch, config: Config, task: Task, draw:
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, task_weights=alone))
     for chunk in chunks:
         chunk.zero_grad_buffer()
+        # The optimizer's last step may have left the buffers here too, and gradients would be added to them twice.
+        chunk.zero_grad(set_to_none=True)
         chunk.force_all_reduce = True  # for gradients that are reduced as they become ready
     try:
         _run(chunks, batch, config, forward_only=False, draw=draw, force_all_reduce=True)
