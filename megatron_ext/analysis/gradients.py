@@ -31,6 +31,7 @@ from megatron_ext.analysis.rows import run_batches
 from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.generation.load import newest
+from megatron_ext.routing.dense_share import Draw
 from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import Task
 from megatron_ext.training import distributed
@@ -52,7 +53,7 @@ CHUNK = 2**22
 """Elements that are taken to float64 at a time."""
 
 
-def alignment(chunks: list, batch: Batch, config: Config) -> dict:
+def alignment(chunks: list, batch: Batch, config: Config, draw: Draw | None = None) -> dict:
     """Gradient alignment on one global batch; collective, the same on every rank.
 
     Costs a forward and a backward pass for each of the two tasks, and memory for a copy of this rank's gradients.
@@ -61,6 +62,7 @@ def alignment(chunks: list, batch: Batch, config: Config) -> dict:
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
         batch: this replica's rows of the global batch.
+        draw: of the iteration, where the plan has documents drawn to be dense.
 
     Returns:
         The figures above: "layers", for each kind of part a list over layers; "layer", over all parameters of each
@@ -71,9 +73,9 @@ def alignment(chunks: list, batch: Batch, config: Config) -> dict:
     columns = part_names(config)
     places = {(layer, name): i for i, (layer, name) in enumerate(_parts(config, columns))}
     counted = [(places[part_of(name)], p) for chunk in chunks for name, p in _counted(chunk)]
-    task_gradients(chunks, batch, config, Task.UNDERSTANDING)
+    task_gradients(chunks, batch, config, Task.UNDERSTANDING, draw)
     first = [p.main_grad.clone() for _, p in counted]
-    task_gradients(chunks, batch, config, Task.GENERATION)
+    task_gradients(chunks, batch, config, Task.GENERATION, draw)
     sums = torch.zeros(len(places), len(SUMS), dtype=torch.float64, device=batch.tokens.device)
     for (place, p), u in zip(counted, first):
         sums[place] += _sums(u, p.main_grad)
