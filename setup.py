@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
+    package_data={"megatron_ext.analysis": ["published.json"]},
     py_modules=["pretrain_unified"],
     install_requires=[
         "megatron-core>=0.16.1,<0.17",

@@ -54,11 +54,16 @@ def progress(items: Iterable | None = None, **options) -> tqdm:
 
 
 def write_json(path: Path, value) -> None:
-    """Write ``value`` as JSON so that a reader sees either the whole file or none: a temporary file, then a rename."""
+    """Write ``value`` as JSON; whole or not at all, as :func:`write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees either the whole file or none: a temporary file, then a rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

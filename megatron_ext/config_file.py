@@ -4,12 +4,13 @@ Nothing here knows what the keys mean (see :mod:`megatron_ext.config`). Every re
 what would do.
 """
 
+import copy
 import dataclasses
 import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -28,12 +29,15 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
     Raises:
         UserError: a file cannot be read, or a key is unknown or has a value of the wrong type.
     """
-    tree: dict = {}
-    for file in files:
-        _merge(tree, read_yaml(file))
-    for override in overrides:
-        _merge(tree, _parse_override(override))
-    return from_tree(schema, tree)
+    return from_trees(schema, [*map(read_yaml, files), *map(_parse_override, overrides)])
+
+
+def from_trees(schema: type[T], trees: Iterable[dict]) -> T:
+    """``schema`` from nested dictionaries, each laid over those before it as files are."""
+    laid: dict = {}
+    for tree in trees:
+        _merge(laid, copy.deepcopy(tree))
+    return from_tree(schema, laid)
 
 
 def override(config: T, overrides: Sequence[str]) -> T:

@@ -1,1 +1,1 @@
-"""What a trained or training model does: where its attention goes, and where its two tasks pull its weights."""
+"""What is measured of models: attention, gradients, synergy between the tasks, studies over methods and sizes."""

@@ -1,0 +1,107 @@
+"""How long each run of a study trains, so that what is compared is equal in tokens or in FLOPs.
+
+The base configuration's ``training.iterations`` are those of dense, trained on both tasks. From them, with rows of the
+run's own data::
+
+    tokens    iterations x (share of the tokens of the tasks trained on, or 1: study.single_task_tokens)
+    flops     the same / (FLOPs of the method / FLOPs of dense on the same rows)
+
+So an equal-FLOPs run costs what dense costs on its data. It is planned by its number of iterations, not stopped at a
+total of FLOPs, so that its learning rate comes down as every other run's does.
+"""
+
+import json
+from dataclasses import dataclass
+
+from megatron_ext.config import Config
+from megatron_ext.data.mixture import Mixture
+
+ROWS = 256
+"""Rows that the FLOPs of a method are counted on."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """What planning needs to know of a size and method.
+
+    Attributes:
+        share: of the tokens of all the base configuration's sources, those in the sources kept, 0 .. 1.
+        flops_ratio: training FLOPs relative to dense, on the same rows.
+        parameters: of the dense model of this size.
+    """
+
+    share: float
+    flops_ratio: float
+    parameters: int
+
+    def iterations(self, base: int, budget: str, single_task_tokens: str) -> int:
+        """At least 1.
+
+        Args:
+            base: iterations of dense on all sources.
+        """
+        exact = base * (self.share if single_task_tokens == "same_task" else 1.0)
+        return max(1, round(exact / self.flops_ratio if budget == "flops" else exact))
+
+
+class Lengths:
+    """Measures lengths; opens every data set once."""
+
+    def __init__(self):
+        self._mixtures: dict[str, Mixture] = {}
+        self._batches: dict[str, object] = {}
+
+    def measure(self, config: Config, whole: Config) -> Length:
+        """The length of a run.
+
+        Args:
+            config: the run's, with the sources it keeps; ``whole``: the same with all sources.
+        """
+        # Imported late: a plan that is known already should not wait for torch.
+        from megatron_ext.routing.cost import count, dense, forward_flops, parameter_count
+        from megatron_ext.routing.plan import Plan, Projections
+        from megatron_ext.vocabulary import Vocabulary
+
+        words = Vocabulary(config.data.vocabulary)
+        batch = self._batch(config, words)
+        plan = Plan.of(config.plan, config.model.num_layers)
+        flops, dense_flops = (forward_flops(config.model, words.size, p, count(batch, p)) for p in (plan, dense(plan)))
+        return Length(
+            self._tokens(config, words) / self._tokens(whole, words),
+            flops / dense_flops,
+            parameter_count(config.model, words.size, Projections()),
+        )
+
+    def _tokens(self, config: Config, words) -> float:
+        """Tokens drawn per unit of weight, before caption dropout."""
+        mixture = self._mixture(config, words)
+        return sum(
+            wanted.weight * source.tokens / source.card["documents"]
+            for wanted, source in zip(config.data.train, mixture.sources)
+        )
+
+    def _batch(self, config: Config, words):
+        from megatron_ext.data.decoding import decode
+        from megatron_ext.data.rows import PackedRows
+
+        key = _key(config)
+        if key not in self._batches:
+            import torch
+
+            rows = PackedRows(self._mixture(config, words), config.data.sequence_length).words(0, ROWS)
+            self._batches[key] = decode(torch.from_numpy(rows), words.pad)
+        return self._batches[key]
+
+    def _mixture(self, config: Config, words) -> Mixture:
+        from megatron_ext.data import build_mixture
+
+        key = _key(config)
+        if key not in self._mixtures:
+            self._mixtures[key] = build_mixture(config.data.train, config.data, words, train=True)
+        return self._mixtures[key]
+
+
+def _key(config: Config) -> str:
+    from megatron_ext.config_file import to_tree
+
+    return json.dumps(to_tree(config.data), sort_keys=True)

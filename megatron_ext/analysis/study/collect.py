@@ -1,0 +1,65 @@
+"""All finished runs of a study as one file of results."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ext.analysis.results import Metric, Results, Row
+from megatron_ext.analysis.study import state, steps
+from megatron_ext.analysis.study.grid import Run
+from megatron_ext.analysis.study.study_file import Study
+from megatron_ext.command_line import write_json
+
+
+def collect(study: Study, runs: Sequence[Run]) -> Results:
+    """The results of the finished runs; also written to ``OUT/results.json``, in the order of the runs."""
+    results = Results(f"study {study.name}")
+    for budget in study.budgets:
+        for run in runs:
+            found = state.result(run, steps.fingerprint(run, study.evaluation))
+            if found and budget in run.budgets:
+                results.rows += _rows(study, run, found, budget)
+    names = dict.fromkeys(name for row in results.rows for name in row.metrics)
+    results.metrics = {
+        name: Metric(**(dataclasses.asdict(_guess(name)) | study.metrics.get(name, {}))) for name in names
+    }
+    write_json(Path(study.output) / "results.json", dataclasses.asdict(results))
+    return results
+
+
+def _rows(study: Study, run: Run, found: dict, budget: str) -> list[Row]:
+    """A row for each of the roles that the run was evaluated with; validation losses are those of training's roles."""
+    several = len(study.evaluation.evaluate_as) > 1
+    rows = []
+    for name, overrides in study.evaluation.evaluate_as.items():
+        figures = found["evaluated"].get(name, {}) | ({} if overrides else found["losses"])
+        if not figures:
+            continue
+        rows.append(
+            Row(
+                method=run.method.label or run.method.name,
+                task=run.method.trained_on,
+                accelerator=run.method.accelerator,
+                metrics=figures,
+                flops_ratio=found["flops_ratio"],
+                seed=run.seed,
+                size=run.size.name,
+                parameters=run.length.parameters,
+                budget=budget,
+                evaluated_as=name if several else None,
+                iterations=found["iterations"],
+                tokens=found["tokens"],
+                flops=found["flops"],
+                run=run.name,
+            )
+        )
+    return rows
+
+
+def _guess(name: str) -> Metric:
+    """How to read a figure, from its name; losses stay out of the average over benchmarks."""
+    if name.endswith(" loss"):
+        return Metric(name.removesuffix(" loss"), higher_is_better=False, in_average=False)
+    if "FID" in name or name.startswith("MJHQ"):
+        return Metric("generation", higher_is_better="FID" not in name)
+    return Metric("understanding")

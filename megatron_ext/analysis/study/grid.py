@@ -1,0 +1,134 @@
+"""The runs of a study: sizes x methods x budgets x seeds, each with its whole configuration."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext import config_file
+from megatron_ext.analysis.study.budget import Length, Lengths
+from megatron_ext.analysis.study.study_file import Method, Size, Study
+from megatron_ext.command_line import progress, read_json, write_json
+from megatron_ext.config import Config
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: of its folder under ``OUT/runs/``.
+        budgets: those it belongs to; a method that costs what dense costs is run once for both.
+        length: what its number of iterations was planned from.
+    """
+
+    name: str
+    folder: Path
+    size: Size
+    method: Method
+    budgets: tuple[str, ...]
+    seed: int
+    processes: int
+    length: Length
+    config: Config
+
+    @property
+    def iterations(self) -> int:
+        return self.config.training.iterations
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        task = self.method.trained_on
+        return ("understanding", "generation") if task == "unified" else (task,)
+
+
+def runs(study: Study) -> list[Run]:
+    """All runs, smallest size first as the file has them, equal tokens before equal FLOPs.
+
+    What is measured of the data is kept in ``OUT/plan.json``, so that it is measured once.
+
+    Raises:
+        UserError: a configuration is refused; the run is named.
+    """
+    made = []
+    pairs = [(size, method) for size in study.sizes for method in study.methods]
+    lengths = _lengths(study, pairs)
+    for (size, method), length in zip(pairs, lengths):
+        planned: dict[int, list[str]] = {}
+        for budget in study.budgets:
+            base = _config(study, size, method).training.iterations
+            planned.setdefault(length.iterations(base, budget, study.single_task_tokens), []).append(budget)
+        for iterations, budgets in planned.items():
+            for seed in study.seeds:
+                made.append(_run(study, size, method, tuple(budgets), iterations, seed, length))
+    return made
+
+
+def _run(
+    study: Study, size: Size, method: Method, budgets: tuple[str, ...], iterations: int, seed: int, length: Length
+) -> Run:
+    name = f"{size.name}.{method.name}.{budgets[0]}.seed{seed}"
+    folder = Path(study.output) / "runs" / name
+    config = _config(study, size, method)
+    config.output = str(folder)
+    config.training.iterations = iterations
+    config.training.seed = config.data.seed = seed
+    config.training.validation_interval = config.training.validation_interval or iterations
+    processes = size.processes or config.parallel.tensor * config.parallel.pipeline
+    try:
+        config.validate(processes)
+    except UserError as error:
+        raise UserError(f"run {name}: {str(error).removeprefix('config: ')}") from None
+    return Run(name, folder, size, method, budgets, seed, processes, length, config)
+
+
+def _config(study: Study, size: Size, method: Method, all_sources: bool = False) -> Config:
+    """The configuration of a size and method, with the sources that the method is trained on.
+
+    Validation keeps all sources, so that the rows it measures are the same for every run.
+    """
+    trees = [*map(config_file.read_yaml, study.base), study.settings, size.settings, method.settings]
+    config = config_file.from_trees(Config, trees)
+    if method.trained_on != "unified" and not all_sources:
+        kept = {method.trained_on} | ({"text"} if study.keep_text else set())
+        config.data.train = [source for source in config.data.train if source.task in kept]
+        if not any(source.task == method.trained_on for source in config.data.train):
+            raise UserError(f"method {method.name}: 'data.train' has no source for the task {method.trained_on}")
+    return config
+
+
+def _lengths(study: Study, pairs: list[tuple[Size, Method]]) -> list[Length]:
+    """Of each size and method, in order."""
+    configs = [(_config(study, *pair), _config(study, *pair, all_sources=True)) for pair in pairs]
+    cards = {
+        source.path: hashlib.sha256(card.read_bytes()).hexdigest() if card.is_file() else None
+        for _, whole in configs
+        for source in whole.data.train
+        for card in (Path(f"{source.path}.json"),)
+    }
+    told = json.dumps([[config_file.to_tree(c) for pair in configs for c in pair], cards], sort_keys=True)
+    key = hashlib.sha256(told.encode()).hexdigest()
+    file = Path(study.output) / "plan.json"
+    if file.is_file() and (kept := read_json(file))["key"] == key:
+        return [Length(**length) for length in kept["lengths"]]
+    measure = Lengths().measure
+    lengths = [measure(*pair) for pair in progress(configs, desc="planning", leave=False)]
+    write_json(file, {"key": key, "lengths": [dataclasses.asdict(length) for length in lengths]})
+    return lengths
+
+
+def chosen(runs: list[Run], names: list[str] | None) -> list[Run]:
+    """The runs of these names; None: all.
+
+    Raises:
+        UserError: there is no run of a name.
+    """
+    known = {run.name: run for run in runs}
+    for name in names or ():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"--run {name}: there is no such run" + (f"; did you mean {close[0]}?" if close else ""))
+    return runs if names is None else [known[name] for name in names]

@@ -1,0 +1,44 @@
+"""The figures of one finished run, from what training and evaluation wrote."""
+
+from megatron_ext.analysis.study import steps
+from megatron_ext.analysis.study.grid import Run
+from megatron_ext.analysis.study.study_file import Evaluation
+from megatron_ext.command_line import write_json
+from megatron_ext.errors import UserError
+from megatron_ext.training.metrics import read_metrics
+
+LOSS = "validation_loss_"
+
+
+def write(run: Run, evaluation: Evaluation) -> dict:
+    """Collect the figures and write ``RUN/result.json``, which makes the run complete.
+
+    Of a run that logs every n-th iteration the FLOPs are the mean over those times all iterations.
+
+    Raises:
+        UserError: the last iteration was not logged.
+    """
+    file = run.folder / "metrics.jsonl"
+    records = read_metrics(file)
+    if not records or records[-1]["iteration"] != run.iterations:
+        raise UserError(f"{file}: does not end with iteration {run.iterations}")
+    last = records[-1]
+    flops = sum(r["flops"] for r in records)
+    found = {
+        "iterations": run.iterations,
+        "tokens": last["consumed_tokens"],
+        "flops": flops / len(records) * run.iterations,
+        "flops_ratio": flops / sum(r["flops"] / r["flops_ratio"] for r in records),
+        "losses": {f"{task} loss": last[LOSS + task] for task in run.tasks if last.get(LOSS + task) is not None},
+        "evaluated": {name: _scores(run, evaluation, name) for name in evaluation.evaluate_as},
+        "evaluation": steps.fingerprint(run, evaluation),
+    }
+    write_json(run.folder / "result.json", found)
+    (run.folder / "failed.json").unlink(missing_ok=True)
+    return found
+
+
+def _scores(run: Run, evaluation: Evaluation, name: str) -> dict[str, float]:
+    if not steps.benchmarks(run, evaluation):
+        return {}
+    return steps.scores(run, steps.same_roles(run, evaluation, name))

@@ -1,0 +1,101 @@
+"""Scores over resampled questions, of every run whose answers were kept.
+
+Pictures are drawn, each with all its questions, because the answers about one picture go together. In replicate r all
+runs get the same pictures, so that their differences are not blurred by which questions were asked.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext import command_line
+from megatron_ext.analysis.bootstrap import Bootstrap
+from megatron_ext.analysis.study import state, steps
+from megatron_ext.analysis.study.grid import Run
+from megatron_ext.analysis.study.study_file import Benchmark, Study
+from megatron_ext.evaluation.answers import read_answers
+from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.registry import BENCHMARKS
+
+STRATIFIED = ("mme",)
+"""Benchmarks whose score is a sum over groups of a fixed number of pictures: drawn within the groups."""
+
+
+def bootstrap(study: Study, runs: Sequence[Run]) -> Bootstrap:
+    """Replicates of every figure that is a score of answers; kept in the run's folder, so that they are made once."""
+    made = Bootstrap(study.replicates)
+    if not study.replicates:
+        return made
+    drawn = _Drawings(study.replicates)
+    several = len(study.evaluation.evaluate_as) > 1
+    work = [
+        (run, name, benchmark)
+        for run in runs
+        if state.result(run, steps.fingerprint(run, study.evaluation))
+        for benchmark in steps.benchmarks(run, study.evaluation)
+        for name in study.evaluation.evaluate_as
+    ]
+    for run, name, benchmark in command_line.progress(work, desc="resampling questions", leave=False):
+        folder = steps.answers(run, steps.same_roles(run, study.evaluation, name))
+        for column, values in _replicates(folder, benchmark, drawn).items():
+            made.questions[run.name, name if several else None, column] = np.array(values)
+    return made
+
+
+class _Drawings:
+    """The questions of each benchmark, and the pictures of each replicate."""
+
+    def __init__(self, replicates: int):
+        self.replicates = replicates
+        self._items: dict[tuple[str, str, str], list[Item]] = {}
+
+    def items(self, benchmark: Benchmark) -> list[Item]:
+        key = (benchmark.name, benchmark.data, benchmark.parts)
+        if key not in self._items:
+            parts = None if benchmark.parts == "all" else benchmark.parts.split(",")
+            self._items[key] = BENCHMARKS[benchmark.name].read(Path(benchmark.data), parts)
+        return self._items[key]
+
+    def resampled(self, benchmark: Benchmark):
+        """For each replicate the items of as many pictures as there are, beside copies of them for the scorer, to whom
+        a picture that is drawn again is another one."""
+        strata: dict[tuple, dict[Path, list[Item]]] = {}
+        for item in self.items(benchmark):
+            stratum = item.groups if benchmark.name in STRATIFIED else ()
+            strata.setdefault(stratum, {}).setdefault(item.image, []).append(item)
+        for replicate in range(self.replicates):
+            random = np.random.default_rng([replicate, len(strata)])
+            drawn = [
+                items
+                for pictures in map(list, map(dict.values, strata.values()))
+                for items in (pictures[n] for n in random.integers(len(pictures), size=len(pictures)))
+            ]
+            yield [
+                (item, dataclasses.replace(item, id=f"{n}/{item.id}", image=Path(f"{n}/{item.image}")))
+                for n, items in enumerate(drawn)
+                for item in items
+            ]
+
+
+def _replicates(folder: Path, benchmark: Benchmark, drawn: _Drawings) -> dict[str, list[float]]:
+    """Column -> figures of the replicates; nothing for a benchmark without answers (pictures, likelihoods)."""
+    answers = folder / f"{benchmark.name}.jsonl"
+    if benchmark.name not in BENCHMARKS or not answers.is_file():
+        return {}
+    told = [benchmark.name, benchmark.data, benchmark.parts, drawn.replicates]
+    key = hashlib.sha256(json.dumps(told).encode() + answers.read_bytes()).hexdigest()
+    file = folder / f"{benchmark.name}.replicates.json"
+    if file.is_file() and (kept := command_line.read_json(file))["key"] == key:
+        return kept["figures"]
+    given = read_answers(answers).answers
+    figures: dict[str, list[float]] = {}
+    for items in drawn.resampled(benchmark):
+        said = {copy.id: given[item.id] for item, copy in items if item.id in given}
+        for column, value in BENCHMARKS[benchmark.name].score([copy for _, copy in items], said).headline.items():
+            figures.setdefault(column, []).append(value)
+    command_line.write_json(file, {"key": key, "figures": figures})
+    return figures

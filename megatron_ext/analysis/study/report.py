@@ -1,0 +1,208 @@
+"""What a study says: OUT/report.md with its pictures, and OUT/analysis.json with the numbers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.analysis import fit, synergy, tables
+from megatron_ext.analysis.results import Results, Row
+from megatron_ext.analysis.study import collect, questions, state, steps
+from megatron_ext.analysis.study.grid import Run
+from megatron_ext.analysis.study.study_file import Study
+from megatron_ext.analysis.synergy import REFERENCE, TASKS, Comparison
+from megatron_ext.command_line import write_json, write_text
+
+BUDGETS = {"tokens": "Equal tokens", "flops": "Equal FLOPs"}
+LOSSES = tuple(f"{task} loss" for task in TASKS)
+
+
+def write(study: Study, runs: Sequence[Run]) -> dict:
+    """Collect, compare, fit, draw and write. Returns the numbers of ``OUT/analysis.json``."""
+    from megatron_ext.analysis import plots  # imported late: the tool's --help should not wait for matplotlib
+
+    out = Path(study.output)
+    results = collect.collect(study, runs)
+    comparisons = synergy.compare(results, questions.bootstrap(study, runs))
+    fits = {(budget, roles, method, what): line for budget, roles, method, what, line in _fits(comparisons)}
+    parts = [f"# Study {study.name}", *_facts(study, runs, results), *_unfinished(study, runs)]
+    for budget in study.budgets:
+        rows = [row for row in results.rows if row.budget == budget]
+        if rows:
+            parts += [f"## {BUDGETS[budget]}", _trained(study, budget, rows).markdown()]
+        for roles in dict.fromkeys(row.evaluated_as for row in rows):
+            mine = [c for c in comparisons if (c.budget, c.evaluated_as) == (budget, roles)]
+            if not mine:
+                continue
+            heading = f", evaluated as {roles}" if roles else ""
+            stem = "-".join(filter(None, ["synergy", budget, roles]))
+            parts += [f"### Gains and synergy losses{heading}"]
+            for size in dict.fromkeys(c.size for c in mine):
+                of_size = [c for c in mine if c.size == size]
+                file = out / "figures" / f"{stem}-{size}.svg"
+                plots.bars(of_size, file, f"{size}, {BUDGETS[budget].lower()}{heading}")
+                for table in (tables.gains(of_size), tables.losses(of_size)):
+                    parts += [f"{table.title}, size {size}:", table.markdown()] if table.rows else []
+                parts += [f"![gains, size {size}](figures/{file.name})"]
+            lines = {(m, w): f for (b, r, m, w), f in fits.items() if (b, r) == (budget, roles)}
+            for what in _scales(mine):
+                drawn = {method: line for (method, w), line in lines.items() if w == what}
+                file = out / "figures" / f"{stem}-{what.replace(' ', '-')}-over-size.svg"
+                plots.scaling(mine, what, drawn, file)
+                parts += [f"![synergy loss over size: {what}](figures/{file.name})"]
+            if lines:
+                parts += [_fit_table(lines).markdown()]
+    if len(study.budgets) > 1:
+        parts += _both_budgets(comparisons)
+    parts += _uncertainty(study, results)
+    write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    numbers = {
+        "study": study.name,
+        "methods": tables.as_json(comparisons),
+        "fits": [
+            dict(zip(("budget", "evaluated_as", "method", "loss_of"), key)) | line.as_json()
+            for key, line in fits.items()
+        ],
+    }
+    write_json(out / "analysis.json", numbers)
+    return numbers
+
+
+def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
+    finished = [run for run in runs if state.result(run, steps.fingerprint(run, study.evaluation))]
+    found = [state.result(run, steps.fingerprint(run, study.evaluation)) for run in finished]
+    single = {
+        "same_task": "as many tokens of the task as the unified run sees of it",
+        "same_total": "as many tokens in all as the unified run",
+    }[study.single_task_tokens]
+    text = "Plain text is in every run's data." if study.keep_text else "Plain text is in the unified runs' data alone."
+    lines = [
+        f"- {len(finished)} of {len(runs)} runs are complete: sizes {', '.join(s.name for s in study.sizes)}; "
+        f"{len(study.methods)} methods; seeds {', '.join(map(str, study.seeds))}; "
+        f"budgets {', '.join(study.budgets)}.",
+        f"- Trained in all: {sum(f['tokens'] for f in found) / 1e6:.3g} million tokens, "
+        f"{sum(f['flops'] for f in found):.3g} FLOPs.",
+        f"- Training on one task takes {single}. {text}",
+        "- Equal tokens: every method takes the iterations that dense takes on the same tasks. Equal FLOPs: a method "
+        "that costs r of dense takes 1/r times as many, with its learning rate decaying over all of them. r is counted "
+        "on rows of the run's own data; the tables show what was really done.",
+        "- A gain is (unified - single) / |single|, the single-task model trained with the same accelerator; the sign "
+        "is turned for FID and losses. Synergy loss is dense's gain minus the method's, in percentage points.",
+    ]
+    return ["\n".join(lines)]
+
+
+def _unfinished(study: Study, runs: Sequence[Run]) -> list[str]:
+    states = [(run, state.of(run, steps.fingerprint(run, study.evaluation))) for run in runs]
+    lines = [
+        f"- {run.name}: {s.kind} at iteration {s.iteration} of {run.iterations}" + (f" ({s.note})" if s.note else "")
+        for run, s in states
+        if s.kind != "finished"
+    ]
+    return ["## Runs that are missing here", "\n".join(lines)] if lines else []
+
+
+def _trained(study: Study, budget: str, rows: list[Row]) -> tables.Table:
+    """A row per size and method: what it cost and what it reached, mean and standard deviation over its seeds."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    roles = len({row.evaluated_as for row in rows}) > 1
+    lines = []
+    for key in dict.fromkeys((row.size, row.method, row.task, row.evaluated_as) for row in rows):
+        mine = [row for row in rows if (row.size, row.method, row.task, row.evaluated_as) == key]
+        size, method, task, evaluated_as = key
+        lines.append(
+            [
+                f"{method}, {task}",
+                size,
+                *([evaluated_as] if roles else []),
+                ", ".join(str(row.seed) for row in mine),
+                str(mine[0].iterations),
+                f"{np.mean([row.tokens for row in mine]) / 1e6:.3g} M",
+                f"{np.mean([row.flops for row in mine]):.3g}",
+                f"{np.mean([row.flops_ratio for row in mine]):.3f}",
+                *(_mean([row.metrics[m] for row in mine if row.metrics.get(m) is not None]) for m in metrics),
+            ]
+        )
+    head = ["method, trained on", "size", *(["evaluated as"] if roles else []), "seeds", "iterations", "tokens"]
+    return tables.Table(BUDGETS[budget], [*head, "FLOPs", "FLOPs / dense", *metrics], lines)
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{np.mean(values):.4g}" + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
+
+
+def _scales(comparisons: Sequence[Comparison]) -> list[str]:
+    """What is shown over size: each task's average over benchmarks, and its loss."""
+    averages = [f"mean {task}" for task in TASKS if any(c.average(task) for c in comparisons)]
+    return averages + [name for name in LOSSES if any(c.effect(name) for c in comparisons)]
+
+
+def _fits(comparisons: Sequence[Comparison]):
+    """Lines through the synergy losses over size, for everything that is shown over size and every metric."""
+    for budget, roles in dict.fromkeys((c.budget, c.evaluated_as) for c in comparisons):
+        mine = [c for c in comparisons if (c.budget, c.evaluated_as) == (budget, roles)]
+        metrics = dict.fromkeys(e.metric for c in mine for e in c.effects)
+        for method in dict.fromkeys(c.method for c in mine if c.method != REFERENCE):
+            for what in dict.fromkeys((*_scales(mine), *metrics)):
+                points = [
+                    (c.parameters, loss) for c in mine if c.method == method and (loss := c.loss_of(what)) is not None
+                ]
+                if line := fit.fit([n for n, _ in points], [loss for _, loss in points]):
+                    yield budget, roles, method, what, line
+
+
+def _fit_table(lines: dict[tuple[str, str], fit.Fit]) -> tables.Table:
+    rows = [
+        [
+            method,
+            what,
+            tables.percent(line.a, "pp"),
+            tables.percent(line.b, "pp"),
+            str(len(line.parameters)),
+            f"{100 * line.residual:.1f} pp",
+        ]
+        for (method, what), line in lines.items()
+    ]
+    return tables.Table("", ["method", "synergy loss of", "a", "b of a + b ln N", "sizes", "rms residual"], rows)
+
+
+def _both_budgets(comparisons: Sequence[Comparison]) -> list[str]:
+    """Synergy losses at equal tokens beside those at equal FLOPs."""
+    rows = []
+    keys = dict.fromkeys((c.size, c.method, c.evaluated_as) for c in comparisons if c.method != REFERENCE)
+    for key in keys:
+        mine = {c.budget: c for c in comparisons if (c.size, c.method, c.evaluated_as) == key}
+        for what in _scales(list(mine.values())):
+            cells = [tables.percent(c.loss_of(what) if (c := mine.get(b)) else None, "pp") for b in BUDGETS]
+            rows.append([key[1], key[0], key[2] or "trained", what, *cells])
+    if not rows:
+        return []
+    head = ["method", "size", "evaluated as", "synergy loss of", "at equal tokens", "at equal FLOPs"]
+    return ["## Equal tokens against equal FLOPs", tables.Table("", head, rows).markdown()]
+
+
+def _uncertainty(study: Study, results: Results) -> list[str]:
+    seeds = len(study.seeds)
+    lines = [
+        f"- Brackets are the central 95 % of {study.replicates} bootstrap replicates. Each replicate draws, with "
+        "replacement, the seeds of every size (the same for all methods of the size) and the pictures of every "
+        "benchmark (the same for all models, each with all its questions), and does everything again from there: "
+        "gains, losses, averages, fits.",
+        "- Losses and FID vary with the seeds alone: validation documents and generated pictures are not resampled.",
+        f"- There {'is 1 seed, so how results vary with it is in no interval' if seeds == 1 else f'are {seeds} seeds'}"
+        + ("." if seeds == 1 or seeds >= 5 else ": too few for their resampling to be more than a rough guide."),
+    ]
+    if len(study.sizes) > 1:
+        lines.append(
+            f"- Lines are least squares over {len(study.sizes)} sizes, N the parameters of the dense model, embeddings "
+            "included; b is the change as N grows 2.72-fold."
+            + (" Through two sizes they are exact, whatever the noise." if len(study.sizes) == 2 else "")
+        )
+    reads = "; ".join(
+        f"{name} ({m.task}, {'higher' if m.higher_is_better else 'lower'} is better"
+        f"{'' if m.in_average else ', not in averages'})"
+        for name, m in results.metrics.items()
+    )
+    return ["## What the numbers rest on", "\n".join([*lines, f"- Figures: {reads}."])]

@@ -1,0 +1,130 @@
+"""What has to be done for a run, as commands that can each be stopped and given again."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext import config_file
+from megatron_ext.analysis.study import state
+from megatron_ext.analysis.study.grid import Run
+from megatron_ext.analysis.study.study_file import PICTURES, Evaluation
+from megatron_ext.command_line import read_json, write_json
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation.registry import BENCHMARKS
+from megatron_ext.routing.plan import Plan
+
+ROOT = Path(__file__).parents[3]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command; ``finish`` is called when it has left with 0, ``is_done`` says whether it is done already."""
+
+    name: str
+    command: list[str]
+    is_done: Callable[[], bool]
+    finish: Callable[[], None] = lambda: None
+
+
+def steps(run: Run, evaluation: Evaluation) -> Iterator[Step]:
+    """Training, then an evaluation for each of ``evaluate_as``."""
+    train = [str(ROOT / "pretrain_unified.py"), "--config", str(run.folder / "run.yaml")]
+    yield Step("training", [*_launcher(run), *train], lambda: state.is_trained(run))
+    for name, overrides in different_roles(run, evaluation).items():
+        if benchmarks(run, evaluation):
+            yield _evaluation(run, evaluation, name, overrides)
+
+
+def check(evaluation: Evaluation) -> None:
+    """Refuse before training what evaluation would stumble over after it.
+
+    Raises:
+        UserError: a benchmark or a folder that is not there.
+    """
+    for benchmark in evaluation.benchmarks:
+        if benchmark.name not in (*BENCHMARKS, PICTURES):
+            raise UserError(f"evaluation: there is no benchmark {benchmark.name!r}; there are {', '.join(BENCHMARKS)}")
+        if not Path(benchmark.data).is_dir():
+            raise UserError(f"evaluation: {benchmark.data}: there is no such folder (benchmark {benchmark.name})")
+    if evaluation.vq and not Path(evaluation.vq).is_dir():
+        raise UserError(f"evaluation: {evaluation.vq}: there is no such folder (evaluation.vq)")
+
+
+def fingerprint(run: Run, evaluation: Evaluation) -> dict:
+    """What decides a run's figures beside its configuration, as plain data."""
+    asked = benchmarks(run, evaluation)
+    return {
+        "benchmarks": [[b.name, b.data, b.parts, *b.options] for b in asked],
+        "evaluate_as": evaluation.evaluate_as if asked else {},
+    }
+
+
+def benchmarks(run: Run, evaluation: Evaluation) -> list:
+    """Those for the tasks that the run is trained on."""
+    return [benchmark for benchmark in evaluation.benchmarks if benchmark.task in run.tasks]
+
+
+def different_roles(run: Run, evaluation: Evaluation) -> dict[str, list[str]]:
+    """``evaluate_as`` without the entries under which this run's plan is that of an earlier entry."""
+    different: dict[str, list[str]] = {}
+    seen = []
+    for name, overrides in evaluation.evaluate_as.items():
+        roles = _roles(run, overrides)
+        if roles not in seen:
+            seen.append(roles)
+            different[name] = overrides
+    return different
+
+
+def same_roles(run: Run, evaluation: Evaluation, name: str) -> str:
+    """The entry of :func:`different_roles` under which the run has the plan that it has under ``name``."""
+    wanted = _roles(run, evaluation.evaluate_as[name])
+    return next(n for n, o in different_roles(run, evaluation).items() if _roles(run, o) == wanted)
+
+
+def answers(run: Run, name: str) -> Path:
+    """The folder with the answers under some roles."""
+    return run.folder / "evaluation" / name
+
+
+def scores(run: Run, name: str) -> dict[str, float]:
+    """The figures under some roles, as tools/evaluate.py wrote them."""
+    rows = read_json(answers(run, name).with_suffix(".json"))["rows"]
+    return {column: value for row in rows.values() for column, value in row.items()}
+
+
+def _evaluation(run: Run, evaluation: Evaluation, name: str, overrides: list[str]) -> Step:
+    folder, marker = answers(run, name), answers(run, name).with_suffix(".done.json")
+    words = ["--checkpoint", str(run.folder), "--vq", evaluation.vq, "--out", str(folder)]
+    words += ["--tensor", str(run.config.parallel.tensor), "--json", str(folder.with_suffix(".json"))]
+    for benchmark in benchmarks(run, evaluation):
+        words += ["--benchmark", benchmark.name, "--data", benchmark.data, "--parts", benchmark.parts]
+        words += ["--label", run.name, *benchmark.options]
+    command = [str(ROOT / "tools" / "evaluate.py"), *words, *_with_projections(run, overrides)]
+    return Step(
+        f"evaluation ({name})",
+        [*_launcher(run), *command],
+        lambda: marker.is_file() and read_json(marker) == command[1:],
+        lambda: write_json(marker, command[1:]),
+    )
+
+
+def _roles(run: Run, overrides: list[str]) -> tuple:
+    config = config_file.override(run.config, _with_projections(run, overrides))
+    plan = Plan.of(config.plan, config.model.num_layers)
+    return plan.roles, plan.projections
+
+
+def _with_projections(run: Run, overrides: list[str]) -> list[str]:
+    """The overrides, and the kind of projections that was trained: another preset would mean other parameters."""
+    if not overrides:
+        return []
+    kind = Plan.of(run.config.plan, run.config.model.num_layers).projections.kind
+    return [*overrides, f"plan.projections.kind={kind}"]
+
+
+def _launcher(run: Run) -> list[str]:
+    if run.processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run.processes)]

@@ -1,0 +1,137 @@
+"""The study file: what is compared, strictly checked as configurations are."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_ext import config_file
+from megatron_ext.analysis.results import Metric
+from megatron_ext.errors import UserError
+
+PICTURES = "mjhq"
+"""The benchmark whose answers are pictures."""
+
+
+@dataclass
+class Size:
+    """A model size."""
+
+    name: str
+    settings: dict
+    """Laid over the base configuration: ``model``, and what goes with it (``optimizer: {lr: ...}``, ``parallel``)."""
+    processes: int | None = None
+    """Processes of a run; None: parallel.tensor x parallel.pipeline."""
+
+
+@dataclass
+class Method:
+    """A method, trained on one task or on both."""
+
+    name: str
+    """Names the run; unique in the study."""
+    trained_on: Literal["understanding", "generation", "unified"]
+    accelerator: str | list[str]
+    """Which single-task methods are the partners of which unified ones: those that share one of these names."""
+    settings: dict = field(default_factory=dict)
+    """Laid over the base configuration and the size: ``plan``."""
+    label: str | None = None
+    """In tables; None: its name. The reference of the synergy loss is the unified method labelled ``dense``."""
+
+
+@dataclass
+class Benchmark:
+    """A benchmark of tools/evaluate.py."""
+
+    name: str
+    data: str
+    task: Literal["understanding", "generation"] | None = None
+    """Models trained on this task answer it; None: generation for mjhq, understanding for the others."""
+    parts: str = "all"
+    options: list[str] = field(default_factory=list)
+    """Further words on the command line of tools/evaluate.py."""
+
+    def __post_init__(self):
+        self.task = self.task or ("generation" if self.name == PICTURES else "understanding")
+
+
+@dataclass
+class Evaluation:
+    """What is measured after training, besides the validation losses."""
+
+    vq: str | None = None
+    """Folder of the VQ tokenizer; needed where there are benchmarks."""
+    benchmarks: list[Benchmark] = field(default_factory=list)
+    evaluate_as: dict = field(default_factory=lambda: {"trained": []})
+    """Name -> overrides (``plan.preset=dense``) of the roles that models are evaluated with; [] for those of training.
+    The projections stay those that were trained."""
+
+
+@dataclass
+class Study:
+    """The whole study."""
+
+    name: str
+    output: str
+    """Folder for runs/, results.json, report.md."""
+    base: list[str]
+    """Configuration files, as after ``pretrain_unified.py --config``."""
+    sizes: list[Size]
+    methods: list[Method]
+    seeds: list[int] = field(default_factory=lambda: [1])
+    """Each sets training.seed and data.seed."""
+    settings: dict = field(default_factory=dict)
+    """Laid over the base configuration of every run."""
+    budgets: list[Literal["tokens", "flops"]] = field(default_factory=lambda: ["tokens"])
+    """tokens: every method sees the tokens that dense sees. flops: every method trains for as many iterations as cost
+    what dense costs on the same rows, with its learning rate schedule stretched over them."""
+    single_task_tokens: Literal["same_task", "same_total"] = "same_task"
+    """Training on one task takes as many tokens of the task as the unified run does, or as many in all."""
+    keep_text: bool = True
+    """Plain text is in every run's data; false: in the unified ones' alone."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    metrics: dict = field(default_factory=dict)
+    """Metric -> {task, higher_is_better, in_average}, where the name does not tell."""
+    replicates: int = 200
+    """Bootstrap replicates."""
+    slurm: list[str] = field(default_factory=list)
+    """Options for sbatch: ``--time=4:00:00``, ``--gpus=1``."""
+
+
+def read(file: str | Path) -> Study:
+    """The study in a file.
+
+    Raises:
+        UserError: it cannot be read, or names something twice or not at all.
+    """
+    try:
+        study = config_file.from_tree(Study, config_file.read_yaml(file))
+        _check(study)
+    except UserError as error:
+        text = str(error).removeprefix("config: ")
+        raise UserError(text if text.startswith(f"{file}: ") else f"{file}: {text}") from None
+    return study
+
+
+def _check(study: Study) -> None:
+    for kind, entries in (("sizes", study.sizes), ("methods", study.methods)):
+        names = [entry.name for entry in entries]
+        if not names:
+            raise UserError(f"'{kind}' is empty")
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise UserError(f"'{kind}[{number}].name' is {name!r}, as an earlier one's is; take another name")
+            if not name or "/" in name or name.startswith("."):
+                raise UserError(f"'{kind}[{number}].name' is {name!r}; it names a folder, take letters and digits")
+    for key in ("seeds", "budgets", "base"):
+        values = getattr(study, key)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"'{key}' is {values}; give at least one, each once")
+    if study.evaluation.benchmarks and not study.evaluation.vq:
+        raise UserError("'evaluation.vq' is missing; name the folder of the VQ tokenizer that the data were made with")
+    for name, overrides in study.evaluation.evaluate_as.items():
+        if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
+            raise UserError(f"'evaluation.evaluate_as.{name}' is {overrides!r}, must be a list of section.key=value")
+    for name, fields in study.metrics.items():
+        if not isinstance(fields, dict):
+            raise UserError(f"'metrics.{name}' must be a mapping, got {fields!r}")
+        config_file.from_tree(Metric, fields, f"metrics.{name}")

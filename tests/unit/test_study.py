@@ -1,0 +1,279 @@
+"""A study's runs, their lengths, states and locks; questions drawn again; the Slurm array; the report."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from preprocess_material import CODES, make_vocabulary
+
+from megatron_ext.analysis.bootstrap import interval
+from megatron_ext.analysis.study import grid, questions, report, slurm, state, status, steps, study_file
+from megatron_ext.command_line import read_json, write_json
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation.registry import BENCHMARKS
+from megatron_ext.evaluation.table import score_file
+from megatron_ext.training.metrics import MetricsFile
+
+OTHER = {"yes": "no", "no": "yes"}
+NOTHING = {"benchmarks": [], "evaluate_as": {}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict:
+    """A configuration's data: pairs for both tasks, some texts; generation is 60 % of the documents with images."""
+    folder = tmp_path_factory.mktemp("data")
+    words = make_vocabulary(folder / "vocabulary")
+    random = np.random.default_rng(0)
+    images = {"fingerprint": "none", "grid": [4, 4], "codebook_size": CODES}
+    text = np.array(words.encode("a red circle"), np.int32)
+    with DatasetWriter(folder / "pairs", words.fingerprint, images, {"made": "by a test"}) as writer:
+        for _ in range(50):
+            codes = words.image_ids(random.integers(0, CODES, 16)).astype(np.int32)
+            writer.add([(IMAGE, codes), (TEXT, text), (ANSWER, text)])
+    with DatasetWriter(folder / "texts", words.fingerprint, None, {"made": "by a test"}) as writer:
+        for _ in range(50):
+            writer.add([(TEXT, text)])
+    sources = [
+        {"path": str(folder / "pairs"), "task": "understanding", "weight": 2},
+        {"path": str(folder / "pairs"), "task": "generation", "weight": 3},
+        {"path": str(folder / "texts"), "task": "text"},
+    ]
+    return {
+        "vocabulary": str(folder / "vocabulary"),
+        "train": sources,
+        "validation": sources[:2],
+        "sequence_length": 64,
+    }
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    """What planning has measured, for all tests."""
+    return {}
+
+
+@pytest.fixture
+def study(data, measured, tmp_path):
+    """A function (changes) that gives a study of the paper's seven rows in tmp_path."""
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"data": data, "training": {"iterations": 100}}))
+    tree = yaml.safe_load((Path(__file__).parents[2] / "examples/studies/smoke.yaml").read_text())
+    tree |= {"base": [str(tmp_path / "base.yaml")], "settings": {}, "output": str(tmp_path / "out")}
+
+    if "plan" in measured:  # by an earlier test: the same data and methods
+        write_json(tmp_path / "out" / "plan.json", measured["plan"])
+
+    def make(**changes) -> study_file.Study:
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree | changes))
+        return study_file.read(tmp_path / "study.yaml")
+
+    return make
+
+
+def test_runs_keep_the_sources_of_their_task_and_validate_on_all(study, measured):
+    made = study(seeds=[3])
+    runs = {run.method.name: run for run in grid.runs(made)}
+    measured["plan"] = read_json(Path(made.output) / "plan.json")
+    tasks = {name: [s.task for s in run.config.data.train] for name, run in runs.items()}
+    assert tasks["dense"] == ["understanding", "generation", "text"]
+    assert tasks["himix-u"] == ["understanding", "text"] and tasks["hmgen-g"] == ["generation", "text"]
+    assert all([s.task for s in run.config.data.validation] == ["understanding", "generation"] for run in runs.values())
+    assert {(run.config.training.seed, run.config.data.seed) for run in runs.values()} == {(3, 3)}
+    assert runs["dense-u"].config.training.validation_interval == runs["dense-u"].iterations  # once, at the end
+    without = {r.method.name: r for r in grid.runs(study(keep_text=False))}["himix-u"]
+    assert [s.task for s in without.config.data.train] == ["understanding"]
+
+
+def test_equal_tokens_and_equal_flops(study):
+    runs = grid.runs(study(budgets=["tokens", "flops"]))
+    iterations = {(run.method.name, run.budgets): run.iterations for run in runs}
+    assert iterations["dense", ("tokens", "flops")] == 100  # one run for both
+    alone = iterations["dense-u", ("tokens", "flops")], iterations["dense-g", ("tokens", "flops")]
+    assert 100 < sum(alone) < 125  # text is in both
+    ratios = {run.method.name: run.length.flops_ratio for run in runs}
+    assert ratios["himix-u"] < ratios["share-all"] < ratios["hmgen-g"] < 1
+    for name in ("himix-u", "hmgen-g", "share-all"):
+        tokens, flops = iterations[name, ("tokens",)], iterations[name, ("flops",)]
+        assert flops * ratios[name] == pytest.approx(tokens, abs=1)
+    total = {r.method.name: r.iterations for r in grid.runs(study(single_task_tokens="same_total"))}
+    assert set(total.values()) == {100}
+
+
+def test_what_is_measured_of_the_data_is_measured_once(study, monkeypatch):
+    before = grid.runs(study())
+    monkeypatch.setattr(grid, "Lengths", None)
+    assert [run.iterations for run in grid.runs(study())] == [run.iterations for run in before]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sizes": []}, "'sizes' is empty"),
+        ({"budget": ["tokens"]}, "unknown key 'budget' .did you mean 'budgets'"),
+        ({"budgets": ["time"]}, r"'budgets\[0\]' is 'time', must be one of tokens, flops"),
+        ({"seeds": [1, 1]}, r"'seeds' is \[1, 1\]; give at least one, each once"),
+        ({"evaluation": {"benchmarks": [{"name": "gqa", "data": "x"}]}}, "'evaluation.vq' is missing"),
+        ({"sizes": [{"name": "a/b", "settings": {}}]}, r"'sizes\[0\].name' is 'a/b'; it names a folder"),
+    ],
+)
+def test_a_mistake_in_a_study_file_is_named(study, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        study(**changes)
+    assert str(refusal.value).startswith(f"{tmp_path / 'study.yaml'}: ")
+
+
+def test_a_configuration_that_cannot_run_is_refused_before_any_run(study):
+    sizes = [{"name": "odd", "settings": {"model": {"hidden_size": 30, "num_attention_heads": 4}}}]
+    with pytest.raises(UserError, match="run odd.dense-u.tokens.seed1: model.hidden_size .30. is not divisible"):
+        grid.runs(study(sizes=sizes))
+
+
+def finish(run, loss=2.0) -> None:
+    """As training leaves a run, by its files."""
+    state.begin(run)
+    write_json(run.folder / "FINISHED", {"iteration": run.iterations})
+    losses = {f"validation_loss_{task}": loss for task in ("understanding", "generation")}
+    cost = {"consumed_tokens": 10 * run.iterations, "flops": 5.0, "flops_ratio": 0.5}
+    MetricsFile(run.folder / "metrics.jsonl").write({"iteration": run.iterations} | cost | losses)
+
+
+def test_a_run_is_as_far_as_its_folder_says(study):
+    run = grid.runs(study())[0]
+    assert state.of(run, NOTHING).kind == "waiting"
+    descriptor = state.lock(run)
+    assert state.of(run, NOTHING).kind == "running" and state.lock(run) is None
+    os.close(descriptor)
+    finish(run)
+    assert state.of(run, NOTHING).kind == "trained"
+    write_json(run.folder / "failed.json", {"step": "training", "returncode": 1, "error": "no room"})
+    assert state.of(run, NOTHING) == state.State("failed", run.iterations, "training: no room")
+
+
+def test_another_configuration_in_the_same_folder_is_refused_but_another_layout_is_not(study):
+    state.begin(grid.runs(study())[0])
+    settings = {"logging": {"interval": 5}, "checkpoint": {"keep": 1}}
+    state.begin(grid.runs(study(settings=settings))[0])
+    changed = grid.runs(study(settings={"optimizer": {"lr": 0.5}}))[0]
+    with pytest.raises(UserError, match="was begun with optimizer.lr = 0.0003, the study file now says 0.5; remove"):
+        state.begin(changed)
+    assert state.of(changed, NOTHING).kind == "changed"
+
+
+def test_a_program_that_was_started_keeps_the_lock_of_a_study_that_is_gone(study):
+    run = grid.runs(study())[0]
+    descriptor = state.lock(run)
+    program = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
+    os.close(descriptor)
+    assert state.locked(run)
+    program.kill()
+    program.wait()
+    assert not state.locked(run)
+
+
+def test_the_report_names_what_is_missing_and_states_what_it_rests_on(study):
+    from megatron_ext.analysis.study import outcome
+
+    made = study(seeds=[1, 2], replicates=50)
+    runs = grid.runs(made)
+    for run in runs[:-2]:
+        finish(run, loss=2.0 + 0.1 * run.seed * len(run.tasks))
+        outcome.write(run, made.evaluation)
+    write_json(runs[-1].folder / "failed.json", {"step": "training", "returncode": 1, "error": "no room"})
+    numbers = report.write(made, runs)
+    text = (Path(made.output) / "report.md").read_text()
+    assert "- 10 of 12 runs are complete" in text and "seeds 1, 2" in text
+    assert f"- {runs[-1].name}: failed at iteration 0 of 100 (training: no room)" in text
+    assert f"- {runs[-2].name}: waiting at iteration 0 of 100" in text
+    (dense,) = numbers["methods"]
+    single, unified = np.mean([2.1, 2.2]), np.mean([2.2, 2.4])
+    effect = dense["effects"][0]
+    assert effect["metric"] == "understanding loss" and effect["seeds"] == [1, 2]
+    assert effect["gain"] == pytest.approx((single - unified) / single)
+    assert effect["gain_interval"] == pytest.approx([-0.2 / 2.2, -0.1 / 2.1])
+    assert status.failed(made, runs) == [runs[-1].name]
+    assert (Path(made.output) / "figures" / "synergy-tokens-tiny.svg").is_file()
+
+
+def test_questions_are_drawn_by_picture_and_alike_for_every_model(tmp_path):
+    write_benchmarks(tmp_path / "data", BenchmarkConfig(pictures=8, size=16))
+    drawn = questions._Drawings(200)
+    for name in ("pope", "mme"):
+        benchmark = study_file.Benchmark(name, str(tmp_path / "data" / name))
+        items = BENCHMARKS[name].read(tmp_path / "data" / name, None)
+        figures = []
+        for model in ("one", "two"):
+            folder = tmp_path / model
+            folder.mkdir(exist_ok=True)
+            lines = [
+                f'{{"id": "{i.id}", "answer": "{i.answer if n % 4 else OTHER[i.answer]}"}}\n'
+                for n, i in enumerate(items)
+            ]
+            (folder / f"{name}.jsonl").write_text("".join(lines))
+            figures.append(questions._replicates(folder, benchmark, drawn))
+        assert figures[0] == figures[1]
+        score = score_file(BENCHMARKS[name], items, tmp_path / "one" / f"{name}.jsonl", "").scores.headline
+        for column, values in figures[0].items():
+            assert len(values) == 200
+            bounds = interval(np.array([0, *values]))
+            assert bounds[0] < score[column] < bounds[1] and bounds[1] - bounds[0] > 1
+
+
+def test_roles_that_are_the_same_are_evaluated_once(study):
+    evaluation = study_file.Evaluation(
+        "vq", [study_file.Benchmark("pope", "data")], {"trained": [], "dense": ["plan.preset=dense"]}
+    )
+    runs = {run.method.name: run for run in grid.runs(study())}
+    wanted = {name: [step.name for step in steps.steps(run, evaluation)] for name, run in runs.items()}
+    assert wanted["dense"] == ["training", "evaluation (trained)"]
+    assert wanted["share-all"] == ["training", "evaluation (trained)", "evaluation (dense)"]
+    assert wanted["hmgen-g"] == ["training"]  # is asked no questions
+    hmgen = steps._with_projections(runs["hmgen-g"], ["plan.preset=dense"])
+    assert hmgen == ["plan.preset=dense", "plan.projections.kind=separate"]
+
+
+def test_a_slurm_array_does_every_run_and_requeues_what_is_not_complete(study, tmp_path, monkeypatch):
+    made = study()
+    runs = grid.runs(made)
+    (tmp_path / "bin").mkdir()
+    programs = {"sbatch": "cp $2 submitted.sh; echo 77", "scontrol": 'echo "$@" >> requeued', "python": 'echo "$@"'}
+    for name, does in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm.sys, "executable", "python")
+    monkeypatch.chdir(tmp_path)
+    made.slurm = ["--time=4:00:00"]
+    assert slurm.submit(made, tmp_path / "study.yaml", runs) == "77"
+    script = (tmp_path / "submitted.sh").read_text()
+    assert f"#SBATCH --array=1-{len(runs)}\n" in script and "#SBATCH --time=4:00:00\n" in script
+    write_json(runs[1].folder / "result.json", {})
+    for task, run in enumerate(runs[:2], start=1):
+        environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_JOB_ID": "77"}
+        done = subprocess.run(["bash", "submitted.sh"], capture_output=True, text=True, env=environment, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().endswith(
+            f"scaling_study.py {tmp_path}/study.yaml --out {made.output} --run {run.name}"
+        )
+    assert (tmp_path / "requeued").read_text() == "requeue 77_1\n"
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="sbatch is not on this machine; .*slurm.sh is written"):
+        slurm.submit(made, tmp_path / "study.yaml", runs)
+
+
+def test_the_study_of_the_picture_world_has_a_partner_for_every_unified_method():
+    made = study_file.read(Path(__file__).parents[2] / "examples/studies/picture_world.yaml")
+    for method in made.methods:
+        if method.trained_on == "unified":
+            groups = {method.accelerator} if isinstance(method.accelerator, str) else set(method.accelerator)
+            for task in ("understanding", "generation"):
+                partners = [
+                    m.name
+                    for m in made.methods
+                    if m.trained_on == task
+                    and groups & ({m.accelerator} if isinstance(m.accelerator, str) else set(m.accelerator))
+                ]
+                assert len(partners) == 1, (method.name, task, partners)

@@ -1,0 +1,76 @@
+"""A study over methods, sizes and seeds: all its runs, their evaluation, and a report on synergy."""
+
+from pathlib import Path
+
+from megatron_ext import command_line
+from megatron_ext.errors import UserError
+
+
+def main() -> None:
+    parser = command_line.parser(
+        "Train and evaluate every run of a study file (megatron_ext/analysis/study/study_file.py has its keys), and\n"
+        "report gains, synergy losses and how they scale. Stopped in any way, the same command goes on: finished runs\n"
+        "are kept, others go on from their checkpoints, failed ones are tried again.",
+        "python tools/scaling_study.py examples/studies/picture_world.yaml --jobs 2\n"
+        "  python tools/scaling_study.py examples/studies/picture_world.yaml --status\n"
+        "  python tools/scaling_study.py examples/studies/picture_world.yaml --slurm     an array, a task per run",
+    )
+    add = parser.add_argument
+    add("study", type=Path, metavar="STUDY.yaml")
+    add("--out", metavar="FOLDER", help="instead of the study file's output")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    add("--gpus", default="", metavar="0,1", help="GPUs to share out, to each run as many as it has processes")
+    add("--run", action="append", metavar="NAME", help="only this run, without a report; may be given several times")
+    does = parser.add_mutually_exclusive_group()
+    does.add_argument("--status", action="store_true", help="only show how far every run is")
+    does.add_argument("--report", action="store_true", help="only report on what is finished")
+    does.add_argument("--slurm", action="store_true", help="submit the runs that are not finished as a Slurm array")
+    does.add_argument("--slurm-print", action="store_true", help="only print the script that --slurm would submit")
+    arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    # Imported late: --help should not wait for numpy and the configuration.
+    from megatron_ext.analysis.study import execute, grid, slurm, status, steps, study_file
+
+    study = study_file.read(arguments.study)
+    study.output = arguments.out or study.output
+    runs = grid.chosen(grid.runs(study), arguments.run)
+    if arguments.status:
+        _show(arguments, status.table(study, runs))
+        return
+    if arguments.slurm or arguments.slurm_print:
+        left = status.unfinished(study, runs)
+        if not left:
+            print("every run is finished")
+        elif arguments.slurm_print:
+            print(slurm.script(study, arguments.study, left), end="")
+        else:
+            print(f"submitted as job {slurm.submit(study, arguments.study, left)}: {len(left)} runs")
+        return
+    if not arguments.report:
+        steps.check(study.evaluation)
+        execute.execute(runs, study.evaluation, arguments.jobs, [g for g in arguments.gpus.split(",") if g])
+    if not arguments.run:
+        _report(study, runs, arguments)
+    left = status.failed(study, runs)
+    if left and not arguments.report:
+        raise UserError(f"{len(left)} of {len(runs)} runs failed: {', '.join(left)}")
+
+
+def _report(study, runs, arguments) -> None:
+    from megatron_ext.analysis.study import report
+
+    numbers = report.write(study, runs)
+    print(f"{study.output}/report.md: written")
+    if arguments.json:
+        command_line.write_json(arguments.json, numbers)
+
+
+def _show(arguments, table) -> None:
+    print(f"{table.markdown()}\n{table.title}")
+    if arguments.json:
+        command_line.write_json(arguments.json, [dict(zip(table.head, row)) for row in table.rows])
+
+
+if __name__ == "__main__":
+    command_line.run(main)

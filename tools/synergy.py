@@ -1,0 +1,44 @@
+"""Synergy of unified training: what each method gains over single-task training, and loses against dense."""
+
+from pathlib import Path
+
+from megatron_ext import command_line
+from megatron_ext.analysis import results, synergy, tables
+
+
+def main() -> None:
+    parser = command_line.parser(
+        "Gains of unified over single-task training and the synergy loss of every method against dense, from files of\n"
+        "results (megatron_ext/analysis/results.py has their form; tools/scaling_study.py writes them).",
+        "python tools/synergy.py                    the paper's tables (arXiv 2606.01503)\n"
+        "  python tools/synergy.py runs/study/results.json --latex synergy.tex --plot synergy.svg",
+    )
+    add = parser.add_argument
+    add("results", nargs="*", type=Path, metavar="RESULTS.json", help="default: the paper's tables")
+    add("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
+    add("--latex", type=Path, metavar="FILE", help="the same in LaTeX (needs booktabs)")
+    add("--csv", type=Path, metavar="FILE", help="a line per method and metric, unrounded")
+    add("--plot", type=Path, metavar="FILE", help="bars of the gains (.svg, .pdf, .png)")
+    arguments = parser.parse_args()
+    read = results.read_all(arguments.results or [results.PUBLISHED])
+    comparisons = synergy.compare(read)
+    shown = [tables.gains(comparisons), tables.losses(comparisons)]
+    notes = [f"- {note}" for c in comparisons for note in c.missing]
+    text = "\n\n".join([read.source, *(f"{t.title}:\n\n{t.markdown()}" for t in shown), *notes]) + "\n"
+    print(text, end="")
+    if arguments.json:
+        command_line.write_json(arguments.json, {"source": read.source, "methods": tables.as_json(comparisons)})
+    if arguments.markdown:
+        command_line.write_text(arguments.markdown, text)
+    if arguments.latex:
+        command_line.write_text(arguments.latex, "\n\n".join(t.latex() for t in shown) + "\n")
+    if arguments.csv:
+        command_line.write_text(arguments.csv, tables.as_csv(comparisons))
+    if arguments.plot:
+        from megatron_ext.analysis import plots  # imported late: --help should not wait for matplotlib
+
+        plots.bars(comparisons, arguments.plot)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
