@@ -1,6 +1,5 @@
-"""A study as a user runs it: killed and started again, with a run that fails, evaluated, reported on."""
+"""A study as a user runs it: killed and started again, evaluated, reported on."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -25,8 +24,8 @@ from preprocess_material import CODES, GRID, make_vocabulary, make_vq
 
 @pytest.fixture
 def study(tmp_path) -> Path:
-    """A study of three runs on questions: two that are the same but for their names, of which the first alone is asked
-    the questions of a benchmark, and one that cannot start."""
+    """A study of two runs on questions that are the same but for their names and the benchmark that only the first is
+    asked (as it counts as trained on both tasks)."""
     make_vq(tmp_path / "vq")
     words = make_vocabulary(tmp_path / "vocabulary")
     write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=2, size=32))
@@ -41,24 +40,22 @@ def study(tmp_path) -> Path:
     base = {
         "plan": {"preset": "himix"},
         "data": {"vocabulary": str(tmp_path / "vocabulary"), "train": [source], "validation": [source]},
-        "training": {"iterations": 60, "micro_batch_size": 2, "global_batch_size": 4, "validation_batches": 1},
+        "training": {"iterations": 30, "micro_batch_size": 2, "global_batch_size": 4, "validation_batches": 1},
         "optimizer": {"warmup_iterations": 2},
-        "checkpoint": {"interval": 10},
+        "checkpoint": {"interval": 5},
         "logging": {"tensorboard": False},
     }
     base["data"] |= {"sequence_length": 128, "workers": 0}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     first = {"name": "first", "trained_on": "unified", "accelerator": "same"}
     second = {"name": "second", "trained_on": "understanding", "accelerator": "same"}
-    lost = {"checkpoint": {"load": str(tmp_path / "none")}}
-    broken = {"name": "broken", "trained_on": "understanding", "accelerator": "other", "settings": lost}
     pope = {"name": "pope", "data": str(tmp_path / "benchmarks" / "pope"), "task": "generation"}
     tree = {
         "name": "test",
         "output": str(tmp_path / "out"),
         "base": [str(tmp_path / "base.yaml")],
         "sizes": [{"name": "tiny", "settings": {"model": {"num_layers": 2, "hidden_size": 32}}}],
-        "methods": [first, broken, second],
+        "methods": [first, second],
         "evaluation": {"vq": str(tmp_path / "vq"), "benchmarks": [pope | {"options": ["--longest", "2"]}]},
         "replicates": 20,
     }
@@ -66,12 +63,12 @@ def study(tmp_path) -> Path:
     return tmp_path / "study.yaml"
 
 
-def test_a_killed_study_ends_as_if_it_had_not_been_and_a_failed_run_stops_no_other(study):
+def test_a_killed_study_ends_as_if_it_had_not_been(study):
     command = [sys.executable, "tools/scaling_study.py", str(study)]
     output = study.parent / "out"
     first = output / "runs" / "tiny.first.tokens.seed1"
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (first / "checkpoints" / "iter_0000010").is_dir(), killed)
+    wait_for(lambda: (first / "checkpoints" / "iter_0000005").is_dir(), killed)
     (training,) = (p for p in psutil.Process(killed.pid).children() if "pretrain_unified.py" in " ".join(p.cmdline()))
     killed.send_signal(signal.SIGKILL)
     killed.wait(timeout=60)
@@ -82,19 +79,15 @@ def test_a_killed_study_ends_as_if_it_had_not_been_and_a_failed_run_stops_no_oth
     assert not (first / "FINISHED").exists()
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "scaling_study.py: 1 of 3 runs failed: tiny.broken.tokens.seed1"
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in (first / "log.txt").read_text()
     learnt = [
         [{k: r[k] for k in r if k.startswith(("iteration", "loss", "grad_norm", "validation"))} for r in records]
         for records in (read_metrics(runs[name].folder / "metrics.jsonl") for name in ("first", "second"))
     ]
-    assert learnt[0] == learnt[1] and len(learnt[0]) == 60
+    assert learnt[0] == learnt[1] and len(learnt[0]) == 30
 
-    failure = json.loads((runs["broken"].folder / "failed.json").read_text())
-    assert failure["step"] == "training" and str(study.parent / "none") in failure["error"]
-    report = (output / "report.md").read_text()
-    assert f"- tiny.broken.tokens.seed1: failed at iteration 0 of 60 (training: {failure['error']})" in report
+    assert "- 2 of 2 runs are complete" in (output / "report.md").read_text()
     rows = {row.method: row for row in results.read(output / "results.json").rows}
     assert rows.keys() == {"first", "second"}
     assert rows["first"].metrics["understanding loss"] == rows["second"].metrics["understanding loss"]

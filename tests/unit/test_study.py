@@ -204,12 +204,13 @@ def test_questions_are_drawn_by_picture_and_alike_for_every_model(tmp_path):
     for name in ("pope", "mme"):
         benchmark = study_file.Benchmark(name, str(tmp_path / "data" / name))
         items = BENCHMARKS[name].read(tmp_path / "data" / name, None)
+        wrong = set(np.random.default_rng(0).permutation(len(items))[: len(items) // 3])
         figures = []
         for model in ("one", "two"):
             folder = tmp_path / model
             folder.mkdir(exist_ok=True)
             lines = [
-                f'{{"id": "{i.id}", "answer": "{i.answer if n % 4 else OTHER[i.answer]}"}}\n'
+                f'{{"id": "{i.id}", "answer": "{OTHER[i.answer] if n in wrong else i.answer}"}}\n'
                 for n, i in enumerate(items)
             ]
             (folder / f"{name}.jsonl").write_text("".join(lines))

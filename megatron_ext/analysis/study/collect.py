@@ -10,6 +10,9 @@ from megatron_ext.analysis.study.grid import Run
 from megatron_ext.analysis.study.study_file import Study
 from megatron_ext.command_line import write_json
 
+_BESIDE = ("POPE-A", "POPE-P", "POPE-R", "POPE-yes")
+"""Further figures of answers that POPE-F1 counts already; they would weigh POPE more than other benchmarks."""
+
 
 def collect(study: Study, runs: Sequence[Run]) -> Results:
     """The results of the finished runs; also written to ``OUT/results.json``, in the order of the runs."""
@@ -62,4 +65,4 @@ def _guess(name: str) -> Metric:
         return Metric(name.removesuffix(" loss"), higher_is_better=False, in_average=False)
     if "FID" in name or name.startswith("MJHQ"):
         return Metric("generation", higher_is_better="FID" not in name)
-    return Metric("understanding")
+    return Metric("understanding", in_average=name not in _BESIDE and "likelihood" not in name)

@@ -7,6 +7,7 @@ runs get the same pictures, so that their differences are not blurred by which q
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class _Drawings:
     def __init__(self, replicates: int):
         self.replicates = replicates
         self._items: dict[tuple[str, str, str], list[Item]] = {}
+        self._copied: dict[tuple[tuple, int], list[tuple[Item, Item]]] = {}
 
     def items(self, benchmark: Benchmark) -> list[Item]:
         key = (benchmark.name, benchmark.data, benchmark.parts)
@@ -63,22 +65,30 @@ class _Drawings:
     def resampled(self, benchmark: Benchmark):
         """For each replicate the items of as many pictures as there are, beside copies of them for the scorer, to whom
         a picture that is drawn again is another one."""
-        strata: dict[tuple, dict[Path, list[Item]]] = {}
+        of: dict[tuple, list[Item]] = {}  # a picture is a benchmark's, and a stratum's where it has strata
+        strata: dict[tuple, dict[tuple, None]] = {}
         for item in self.items(benchmark):
             stratum = item.groups if benchmark.name in STRATIFIED else ()
-            strata.setdefault(stratum, {}).setdefault(item.image, []).append(item)
+            picture = (benchmark.name, benchmark.data, benchmark.parts, stratum, item.image)
+            of.setdefault(picture, []).append(item)
+            strata.setdefault(stratum, {})[picture] = None
         for replicate in range(self.replicates):
             random = np.random.default_rng([replicate, len(strata)])
-            drawn = [
-                items
-                for pictures in map(list, map(dict.values, strata.values()))
-                for items in (pictures[n] for n in random.integers(len(pictures), size=len(pictures)))
-            ]
-            yield [
+            drawn = Counter(
+                image
+                for pictures in map(list, strata.values())
+                for image in (pictures[n] for n in random.integers(len(pictures), size=len(pictures)))
+            )
+            yield [pair for image, times in drawn.items() for n in range(times) for pair in self._copies(image, n, of)]
+
+    def _copies(self, image: tuple, n: int, of: dict) -> list[tuple[Item, Item]]:
+        """The items of a picture with copies for the n-th time that it is drawn."""
+        if (image, n) not in self._copied:
+            self._copied[image, n] = [
                 (item, dataclasses.replace(item, id=f"{n}/{item.id}", image=Path(f"{n}/{item.image}")))
-                for n, items in enumerate(drawn)
-                for item in items
+                for item in of[image]
             ]
+        return self._copied[image, n]
 
 
 def _replicates(folder: Path, benchmark: Benchmark, drawn: _Drawings) -> dict[str, list[float]]:
