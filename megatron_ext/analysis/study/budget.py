@@ -18,6 +18,8 @@ from megatron_ext.data.mixture import Mixture
 
 ROWS = 256
 """Rows that the FLOPs of a method are counted on."""
+PARTS = 16
+"""As many times in the course of training they are looked at, a part of the rows each time."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Lengths:
 
     def __init__(self):
         self._mixtures: dict[str, Mixture] = {}
-        self._batches: dict[str, object] = {}
+        self._batches: dict[str, list] = {}
 
     def measure(self, config: Config, whole: Config) -> Length:
         """The length of a run.
@@ -63,9 +65,13 @@ class Lengths:
         from megatron_ext.vocabulary import Vocabulary
 
         words = Vocabulary(config.data.vocabulary)
-        batch = self._batch(config, words)
         plan = Plan.of(config.plan, config.model.num_layers)
-        flops, dense_flops = (forward_flops(config.model, words.size, p, count(batch, p)) for p in (plan, dense(plan)))
+        batches = self._batches_of(config, words)
+        flops = dense_flops = 0
+        for number, batch in enumerate(batches):
+            draw = plan.draw(2 * number + 1, 2 * len(batches))  # a dense share may change in the course of training
+            flops += forward_flops(config.model, words.size, plan, count(batch, plan, draw))
+            dense_flops += forward_flops(config.model, words.size, dense(plan), count(batch, dense(plan), draw))
         return Length(
             self._tokens(config, words) / self._tokens(whole, words),
             flops / dense_flops,
@@ -80,7 +86,7 @@ class Lengths:
             for wanted, source in zip(config.data.train, mixture.sources)
         )
 
-    def _batch(self, config: Config, words):
+    def _batches_of(self, config: Config, words) -> list:
         from megatron_ext.data.decoding import decode
         from megatron_ext.data.rows import PackedRows
 
@@ -89,7 +95,7 @@ class Lengths:
             import torch
 
             rows = PackedRows(self._mixture(config, words), config.data.sequence_length).words(0, ROWS)
-            self._batches[key] = decode(torch.from_numpy(rows), words.pad)
+            self._batches[key] = [decode(part, words.pad) for part in torch.from_numpy(rows).split(ROWS // PARTS)]
         return self._batches[key]
 
     def _mixture(self, config: Config, words) -> Mixture:

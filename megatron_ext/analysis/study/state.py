@@ -22,7 +22,7 @@ from megatron_ext.command_line import read_json, write_text
 from megatron_ext.errors import UserError
 from megatron_ext.training.metrics import read_metrics
 
-_FREE = ("output", "parallel", "checkpoint", "logging", "lifecycle")
+_FREE = ("output", "parallel", "checkpoint", "logging", "lifecycle", "evaluation")
 """Sections that may change between a run's beginning and its end: its results are the same, up to rounding."""
 
 

@@ -85,7 +85,7 @@ def same_roles(run: Run, evaluation: Evaluation, name: str) -> str:
 
 def answers(run: Run, name: str) -> Path:
     """The folder with the answers under some roles."""
-    return run.folder / "evaluation" / name
+    return run.folder / "benchmarks" / name
 
 
 def scores(run: Run, name: str) -> dict[str, float]:
@@ -113,7 +113,7 @@ def _evaluation(run: Run, evaluation: Evaluation, name: str, overrides: list[str
 def _roles(run: Run, overrides: list[str]) -> tuple:
     config = config_file.override(run.config, _with_projections(run, overrides))
     plan = Plan.of(config.plan, config.model.num_layers)
-    return plan.roles, plan.projections
+    return plan.roles, plan.projections, plan.dense_share
 
 
 def _with_projections(run: Run, overrides: list[str]) -> list[str]:
