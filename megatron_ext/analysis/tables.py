@@ -110,7 +110,7 @@ def percent(values: np.ndarray | None, unit: str = "%") -> str:
 
 def _table(comparisons: Sequence[Comparison], title: str, which, unit: str) -> Table:
     metrics = list(dict.fromkeys(e.metric for c in comparisons for e in c.effects))
-    tasks = [task for task in TASKS if any((a := c.average(task)) and a.metric for c in comparisons)]
+    tasks = [task for task in TASKS if any(c.average(task) for c in comparisons)]
     settings = [key for key in ("size", "budget", "evaluated_as") if len({getattr(c, key) for c in comparisons}) > 1]
 
     def cell(effect: Effect | None) -> str:
