@@ -65,17 +65,22 @@ class DocumentAttention(torch.nn.Module):
 
         A segment of q queries and k keys is causal from its end: its last query sees all k keys.
         """
+        dtype = query.dtype
+        if dtype == torch.bfloat16 and not query.is_cuda:
+            # Torch's kernel for CPUs takes longer in bf16 than in float32, there and back included.
+            query, key, value = query.float(), key.float(), value.float()
         segments = zip(packed_seq_params.query_lengths, packed_seq_params.key_lengths)
         shapes = [(q, k, len(list(same))) for (q, k), same in groupby(segments)]
         if not shapes:  # nobody asks, yet every weight has a gradient of zero
-            return query.flatten(2) + 0 * (key.sum() + value.sum())
+            return (query.flatten(2) + 0 * (key.sum() + value.sum())).to(dtype)
         queries = query.squeeze(1).split([q * n for q, _, n in shapes])
         keys, values = (x.squeeze(1).split([k * n for _, k, n in shapes]) for x in (key, value))
         outputs = [
             self._attend(*(x.unflatten(0, (n, -1)).transpose(1, 2) for x in pieces), q, k)
             for (q, k, n), *pieces in zip(shapes, queries, keys, values)
         ]
-        return torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs]).flatten(1).unsqueeze(1)
+        joined = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
+        return joined.flatten(1).unsqueeze(1).to(dtype)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, q: int, k: int) -> Tensor:
         """[n, heads, q, d] of query [n, heads, q, d], key and value [n, groups, k, d]."""
