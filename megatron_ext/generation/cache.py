@@ -5,13 +5,14 @@ makes it, and :func:`cache_bytes` says how large before it is taken.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.routing.plan import Plan, Role
-from megatron_ext.routing.route import LayerRoute
+from megatron_ext.routing.route import CachePlaces, LayerRoute
 
 
 def layer_capacities(plan: Plan, tokens: Sequence[int]) -> list[int]:
@@ -26,12 +27,30 @@ def cache_bytes(capacities: Sequence[int], rows: int, groups: int, head_size: in
     return 2 * sum(capacities) * rows * groups * head_size * element_size
 
 
-class Cache:
-    """Keys and values of ``rows`` documents.
+@dataclass
+class _Step:
+    """What a piece does in the layers of one kind of roles.
 
     Attributes:
-        lengths: [rows], for each layer; layers with the same roles share theirs.
+        rows, slots: where each of its keys goes.
+        longest: keys of the longest row, its own included.
+        queries: (row, place in it) of each query where the rows differ in their number; None: as many in each.
+        width: queries of the longest row.
+        mask: the keys that each query sees, bool [rows, 1, width, longest]; None: all, or causal.
+        causal: every key of the cache is of this piece, and has a query.
     """
+
+    rows: Tensor
+    slots: Tensor
+    longest: int
+    queries: tuple[Tensor, Tensor] | None
+    width: int
+    mask: Tensor | None
+    causal: bool
+
+
+class Cache:
+    """Keys and values of ``rows`` documents."""
 
     def __init__(
         self,
@@ -43,53 +62,68 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        shape = (groups, head_size)
-        self._keys = [torch.zeros(rows, n, *shape, dtype=dtype, device=device) for n in capacities]
-        self._values = [torch.zeros(rows, n, *shape, dtype=dtype, device=device) for n in capacities]
-        of_roles = {roles: torch.zeros(rows, dtype=torch.int64, device=device) for roles in plan.roles}
-        self.lengths = [of_roles[roles] for roles in plan.roles]
-        self._longest = {id(lengths): 0 for lengths in self.lengths}
+        # A head's keys stand together, as attention reads them.
+        shapes = [(rows, groups, n, head_size) for n in capacities]
+        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self._values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        of_roles = {roles: torch.zeros(rows, dtype=torch.int64) for roles in plan.roles}
+        # On the host; layers with the same roles share theirs.
+        self._lengths = [of_roles[roles] for roles in plan.roles]
+        self._steps: list[_Step] = []
 
-    def advance(self, layers: Sequence[LayerRoute]) -> None:
-        """Count the keys of a piece, once it has gone through all layers."""
-        done = set()
-        for lengths, layer in zip(self.lengths, layers):
-            if id(lengths) not in done:
-                done.add(id(lengths))
-                lengths += torch.bincount(layer.places.key_rows, minlength=lengths.numel())
-                self._longest[id(lengths)] = int(lengths.max())
+    def begin(self, layers: Sequence[LayerRoute]) -> None:
+        """Work out where the queries and keys of a piece belong, before it goes through the layers."""
+        device = self._keys[0].device
+        made = {id(layer): (layer.places, lengths) for layer, lengths in zip(layers, self._lengths)}
+        steps = {key: _step(places, lengths, device) for key, (places, lengths) in made.items()}
+        self._steps = [steps[id(layer)] for layer in layers]
+        for places, lengths in made.values():
+            lengths += places.key_counts
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, route: LayerRoute) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keep the keys and values of a piece, [k, 1, groups, d], and let its queries, [q, 1, heads, d], see them and
         those before them: [q, 1, heads * d]."""
-        places, lengths = route.places, self.lengths[layer]
-        keys, values = self._keys[layer], self._values[layer]
-        slots = lengths[places.key_rows] + places.key_ranks
-        keys[places.key_rows, slots] = key.squeeze(1)
-        values[places.key_rows, slots] = value.squeeze(1)
+        step, keys, values = self._steps[layer], self._keys[layer], self._values[layer]
+        keys[step.rows, :, step.slots] = key.squeeze(1)
+        values[step.rows, :, step.slots] = value.squeeze(1)
         if not query.shape[0]:
             return query.flatten(2)
-        longest = min(self._longest[id(lengths)] + places.most_keys, keys.shape[1])
-        visible = lengths[places.query_rows] + places.query_visible
-        if places.one_each:
-            padded, seen = query.transpose(1, 2), visible[:, None]
-        else:  # rows of different numbers of queries stand side by side
-            rows, most = keys.shape[0], places.most_queries
-            first = torch.searchsorted(places.query_rows, torch.arange(rows, device=query.device))
-            place = torch.arange(query.shape[0], device=query.device) - first[places.query_rows]
-            padded = query.new_zeros(rows, most, *query.shape[2:])
-            padded[places.query_rows, place] = query.squeeze(1)
-            padded = padded.transpose(1, 2)
-            seen = torch.ones(rows, most, dtype=torch.int64, device=query.device)
-            seen[places.query_rows, place] = visible
-        mask = torch.arange(longest, device=query.device) < seen[..., None]
+        shape = (keys.shape[0], step.width, *query.shape[2:])
+        if step.queries is None:
+            beside = query.reshape(shape)
+        else:
+            beside = query.new_zeros(shape)
+            beside[step.queries] = query.squeeze(1)
         output = F.scaled_dot_product_attention(
-            padded,
-            keys[:, :longest].transpose(1, 2),
-            values[:, :longest].transpose(1, 2),
-            attn_mask=mask[:, None],
-            enable_gqa=padded.shape[1] != keys.shape[2],
+            beside.transpose(1, 2),
+            keys[:, :, : step.longest],
+            values[:, :, : step.longest],
+            attn_mask=step.mask,
+            is_causal=step.causal,
+            enable_gqa=query.shape[2] != keys.shape[1],
         ).transpose(1, 2)
-        if places.one_each:
-            return output.flatten(2)
-        return output[places.query_rows, place].flatten(1).unsqueeze(1)
+        output = output.flatten(0, 1) if step.queries is None else output[step.queries]
+        return output.flatten(1).unsqueeze(1)
+
+
+def _step(places: CachePlaces, lengths: Tensor, device: torch.device) -> _Step:
+    """Of a piece that comes after ``lengths`` keys of each row."""
+    longest = int((lengths + places.key_counts).max())
+    width = int(places.query_counts.max())
+    even = bool((places.query_counts == width).all())
+    causal = width > 1 and not lengths.any() and places.query_rows.numel() == places.key_rows.numel()
+    seen = (lengths[places.query_rows] + places.query_visible)[:, None]
+    mask = None
+    if not causal and not (even and bool((seen == longest).all())):
+        mask = torch.ones(lengths.numel(), width, longest, dtype=torch.bool)
+        mask[places.query_rows, places.query_ranks] = torch.arange(longest) < seen
+        mask = mask.unsqueeze(1).to(device)
+    return _Step(
+        rows=places.key_rows.to(device),
+        slots=(lengths[places.key_rows] + places.key_ranks).to(device),
+        longest=longest,
+        queries=None if even else (places.query_rows.to(device), places.query_ranks.to(device)),
+        width=width,
+        mask=mask,
+        causal=causal,
+    )

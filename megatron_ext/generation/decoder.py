@@ -1,7 +1,6 @@
 """The model over rows that grow: pieces of documents go in, the logits of the next tokens come out."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -9,8 +8,9 @@ from torch import Tensor
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.generation.cache import Cache
+from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.plan import Plan, class_index
-from megatron_ext.routing.route import LayerRoute, Route
+from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.fp8 import row_multiple_of
 from megatron_ext.transformer.model import UnifiedModel
@@ -50,6 +50,8 @@ class Decoder:
             Logits [documents, vocabulary / tensor-parallel size] after the last token of each; zeros where none came.
         """
         rows, longest = len(tokens), max(map(len, tokens))
+        if longest <= PIECE and all(tokens):
+            return self._advance(tokens, torch.ones(rows, dtype=torch.bool))
         logits = None
         for start in range(0, longest, PIECE):
             piece = [row[start : start + PIECE] for row in tokens]
@@ -65,56 +67,47 @@ class Decoder:
         route = self._route(tokens, last)
         for layer in route.layers:
             layer.cache = self._cache
-        logits = self._model(route)
-        self._cache.advance(route.layers)
+        self._cache.begin(route.layers)
         self._positions += torch.tensor([len(row) for row in tokens])
-        return logits.squeeze(1)
+        return self._model(route).squeeze(1)
 
     def _route(self, tokens: Sequence[Sequence[int]], last: Tensor) -> Route:
         lengths = torch.tensor([len(row) for row in tokens])
-        ids = torch.full((len(tokens), int(lengths.max())), self._vocabulary.pad)
-        for row, given in zip(ids, tokens):
-            row[: len(given)] = torch.tensor(given, dtype=ids.dtype)
+        longest, pad = max(map(len, tokens)), self._vocabulary.pad
+        ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in tokens])
         within = torch.arange(ids.shape[1])
         real = within < lengths[:, None]
-        image = self._vocabulary.is_image(ids)
-        positions = self._positions[:, None] + within
-        single = ids.shape[1] == 1
-        key = torch.cat([image, real], 1).numpy().tobytes() if single else b""
-        device = next(self._model.parameters()).device
-        if single and key in self._steps:
-            return self._again(self._steps[key], ids, positions).to(device)
         batch = Batch(
             tokens=ids,
             labels=ids,
             loss_mask=torch.zeros(ids.shape),
-            positions=positions,
-            modality=torch.where(image, Modality.IMAGE, Modality.TEXT).to(torch.int8),
+            positions=self._positions[:, None] + within,
+            modality=torch.where(self._vocabulary.is_image(ids), Modality.IMAGE, Modality.TEXT).to(torch.int8),
             task=self._tasks[:, None].expand(ids.shape),
             document=torch.where(real, 0, PADDING_DOCUMENT).to(torch.int32),
         )
-        route = Route.of(
-            batch, self._plan, *self._alignment, wanted=last[:, None] & (within == lengths[:, None] - 1), cached=True
-        )
+        single = ids.shape[1] == 1
+        key = torch.where(real, token_classes(batch, self._plan, None), -1).numpy().tobytes() if single else b""
+        if single and key in self._steps:
+            return self._again(self._steps[key], batch)
+        wanted = last[:, None] & (within == lengths[:, None] - 1)
+        route = Route.of(batch, self._plan, *self._alignment, wanted=wanted, cached=True)
+        route = route.to(next(self._model.parameters()).device)
         if single:
             self._steps[key] = route
-        return route.to(device)
+        return route
 
-    def _again(self, route: Route, ids: Tensor, positions: Tensor) -> Route:
-        """The route of a step whose tokens are of the same classes as those of another."""
-        flat = positions.flatten()
-        fresh: dict[int, LayerRoute] = {}
-        for layer in route.layers:
-            if id(layer) not in fresh:
-                fresh[id(layer)] = replace(
-                    layer,
-                    query_positions=flat[layer.places.query_rows],
-                    key_positions=flat[layer.places.key_rows],
-                    rotary=None,
-                )
-        return replace(
-            route, tokens=ids.flatten()[route.order].unsqueeze(0), layers=[fresh[id(x)] for x in route.layers]
-        )
+    def _again(self, route: Route, batch: Batch) -> Route:
+        """The route of an earlier step, whose tokens were of the same classes, for these."""
+        device, positions = route.tokens.device, batch.positions.flatten()
+        for layer in {id(layer): layer for layer in route.layers}.values():
+            of_queries, of_keys = layer.places.query_rows, layer.places.key_rows
+            layer.query_positions = layer.key_positions = positions[of_keys].to(device)
+            if of_queries.numel() < of_keys.numel():
+                layer.query_positions = positions[of_queries].to(device)
+            layer.rotary = None
+        route.tokens = batch.tokens.flatten().to(device)[route.order].unsqueeze(0)
+        return route
 
 
 def tokens_by_class(vocabulary: Vocabulary, task: Task, tokens: Sequence[int]) -> list[int]:

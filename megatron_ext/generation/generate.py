@@ -15,6 +15,7 @@ from megatron_ext.generation.sampling import Sampling, next_tokens
 from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import Task
 from megatron_ext.transformer.model import UnifiedModel
+from megatron_ext.transformer.projection import formed
 from megatron_ext.vocabulary import Vocabulary
 
 
@@ -56,8 +57,8 @@ class Generator:
         parameter = next(model.parameters())
         self._dtype, self._device = parameter.dtype, parameter.device
         ids = torch.arange(vocabulary.size, device=self._device)
-        self._image = vocabulary.is_image(ids)
-        self._text = (ids < vocabulary.text_size) & (ids != vocabulary.bos) | (ids == vocabulary.eod)
+        text = (ids < vocabulary.text_size) & (ids != vocabulary.bos) | (ids == vocabulary.eod)
+        self._allowed = torch.stack([text, text | (ids == vocabulary.boi), vocabulary.is_image(ids)])
 
     def memory(self, requests: Sequence[Request], sampling: Sampling) -> int:
         """Bytes on each rank of the cache for these requests together."""
@@ -65,6 +66,7 @@ class Generator:
         capacities = self._capacities(requests, sampling)
         return cache_bytes(capacities, rows, self._groups, self.model.config.kv_channels, self._dtype.itemsize)
 
+    @torch.no_grad()
     def __call__(
         self,
         requests: Sequence[Request],
@@ -84,24 +86,16 @@ class Generator:
         decoder = Decoder(self.model, self.plan, self.vocabulary, tasks, cache)
         rows = [_Row(self, request) for request in requests]
         generators = sampling.generators([request.number for request in requests])
-        logits = decoder.advance(prompts)
-        while any(not row.done for row in rows):
-            active = [i for i, row in enumerate(rows) if not row.done]
-            drawn = [i for i in active if rows[i].forced is None]
-            if drawn:
-                chosen = self._logits(logits, drawn, n, sampling)
-                allowed = torch.stack([rows[i].allowed for i in drawn])
-                picked = next_tokens(chosen, allowed, sampling, [generators[i] for i in drawn])
-                for i, token in zip(drawn, picked):
-                    rows[i].take(token)
-            for i in active:
-                if rows[i].forced is not None and i not in drawn:
-                    rows[i].take(rows[i].forced)
-            progress(len(active))
-            # What ended a document is not read any more.
-            fed = [[row.made[-1]] if i in active and not row.done else [] for i, row in enumerate(rows)]
-            if any(fed):
-                logits = decoder.advance(fed + fed if guided else fed)
+        unread = [[*prompt, *rows[i % n].made] for i, prompt in enumerate(prompts)]
+        with formed(self.model):
+            while active := [i for i, row in enumerate(rows) if not row.done]:
+                logits = self._logits(decoder.advance(unread), active, n, sampling)
+                allowed = self._allowed[[rows[i].may for i in active]]
+                unread, before = [[] for _ in rows], sum(len(row.made) for row in rows)
+                for i, token in zip(active, next_tokens(logits, allowed, sampling, [generators[i] for i in active])):
+                    unread[i] = rows[i].take(token)
+                progress(sum(len(row.made) for row in rows) - before)
+                unread = unread * 2 if guided else unread
         return [row.made for row in rows]
 
     def _logits(self, logits: Tensor, rows: Sequence[int], n: int, sampling: Sampling) -> Tensor:
@@ -109,7 +103,7 @@ class Generator:
         if sampling.guidance != 1:
             null = self._whole(logits[[n + i for i in rows]])
             return null + sampling.guidance * (self._whole(logits[rows]) - null)
-        return self._whole(logits[rows])
+        return self._whole(logits if len(rows) == n else logits[rows])
 
     def _whole(self, logits: Tensor) -> Tensor:
         group = parallel_state.get_tensor_model_parallel_group()
@@ -141,54 +135,60 @@ class Generator:
 
 
 class _Row:
-    """One document while it grows: what may come next, and when it ends."""
+    """One document while it grows: what may come next, and when it ends.
+
+    Attributes:
+        made: tokens after the prompt.
+        done: whether the last of them ended the document.
+    """
 
     def __init__(self, of: Generator, request: Request):
-        self._of, self._request = of, request
+        self._vocabulary, self._picture, self._request = of.vocabulary, of.picture, request
         self.made: list[int] = []
-        self.forced: int | None = None
         self.done = False
         self._images, self._texts = 0, 0
         self._left = of.picture if request.tokens[-1] == of.vocabulary.boi else 0
         if self._left and not request.images:
             raise UserError("a prompt ends in <boi>, but no picture is wanted after it")
-        self._open_text()
+        if not self._left and (forced := self._open_text()) is not None:
+            self.take(forced)
 
     @property
-    def allowed(self) -> Tensor:
-        """Tokens that may come next, bool [vocabulary]."""
-        if self._left:
-            return self._of._image
-        if self._images < self._request.images:
-            allowed = self._of._text.clone()
-            allowed[self._of.vocabulary.boi] = True
-            return allowed
-        return self._of._text
+    def may(self) -> int:
+        """Which tokens may come next, by number in the generator's table: text, text or a picture, a picture's."""
+        return 2 if self._left else int(self._images < self._request.images)
 
-    def take(self, token: int) -> None:
-        vocabulary = self._of.vocabulary
-        self.made.append(token)
-        self.forced = None
+    def take(self, token: int) -> list[int]:
+        """Go on with ``token`` and what must follow it; returns what is to be read before the next is chosen. What ends
+        a document is not read."""
+        start, following = len(self.made), token
+        while following is not None:
+            self.made.append(following)
+            following = self._after(following)
+        return [] if self.done else self.made[start:]
+
+    def _after(self, token: int) -> int | None:
+        """The token that must follow, if it is not to be chosen."""
+        vocabulary = self._vocabulary
         if self._left:
             self._left -= 1
-            if not self._left:
-                self.forced = vocabulary.eoi
-        elif token == vocabulary.eoi:
-            self._images += 1
-            self._open_text()
-        elif token == vocabulary.boi:
-            self._left = self._of.picture
-        elif token == vocabulary.eod:
+            return None if self._left else vocabulary.eoi
+        if token == vocabulary.boi:
+            self._left = self._picture
+            return None
+        if token == vocabulary.eod:
             self.done = True
+            return None
+        if token == vocabulary.eoi:
+            self._images += 1
         else:
             self._texts += 1
-            self._open_text()
+        return self._open_text()
 
-    def _open_text(self) -> None:
-        """Outside of a picture: go on with text, with a picture, or end."""
-        if self._left:
-            return
+    def _open_text(self) -> int | None:
+        """Outside of a picture: go on with text (None), with a picture, or end."""
         if self._images >= self._request.images > 0 or self._texts >= self._request.text_tokens:
-            more_images = self._images < self._request.images
-            self.forced = self._of.vocabulary.boi if more_images else None
-            self.done = not more_images
+            if self._images < self._request.images:
+                return self._vocabulary.boi
+            self.done = True
+        return None

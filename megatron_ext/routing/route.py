@@ -52,23 +52,23 @@ class Pieces:
 
 @dataclass
 class CachePlaces:
-    """Where queries and keys belong when keys of earlier tokens are kept: every row is a piece of one document.
+    """Where queries and keys belong when keys of earlier tokens are kept: every row is a piece of one document. Always
+    on the host.
 
     Attributes:
         query_rows, key_rows: row of each query and key of this piece, in attention's order.
         query_visible: keys of this piece that each query sees, its own included.
-        key_ranks: keys of its row before each key of this piece.
-        most_queries, most_keys: of a row.
-        one_each: every row has exactly one query.
+        query_ranks, key_ranks: queries and keys of its row before each query and key of this piece.
+        query_counts, key_counts: of each row.
     """
 
     query_rows: Tensor
     query_visible: Tensor
+    query_ranks: Tensor
+    query_counts: Tensor
     key_rows: Tensor
     key_ranks: Tensor
-    most_queries: int
-    most_keys: int
-    one_each: bool
+    key_counts: Tensor
 
 
 @dataclass
@@ -234,6 +234,7 @@ def _layer_route(facts: _Facts, roles: list[Role], cached: bool) -> LayerRoute:
     position = facts.batch.positions.flatten()
     compact = facts.compact(pieces.full, pieces.sizes)
     queries, keys, seen = RowMap.of(compact[query], [rows]), None, query
+    query_positions = position[query]
     if pieces.kv_only:
         kv_rows = facts.ranks * _rows(pieces.kv_only_splits)
         kv_compact = facts.compact(pieces.kv_only, pieces.sizes)
@@ -250,28 +251,27 @@ def _layer_route(facts: _Facts, roles: list[Role], cached: bool) -> LayerRoute:
         keys=keys,
         query_lengths=query_lengths.tolist(),
         key_lengths=key_lengths.tolist(),
-        query_positions=position[query],
-        key_positions=position[seen],
+        query_positions=query_positions,
+        key_positions=query_positions if seen is query else position[seen],
         cu_seqlens_q=_cumulative(query_lengths),
         cu_seqlens_kv=_cumulative(key_lengths),
-        places=_cache_places(key, full, documents, *facts.batch.shape) if cached else None,
+        places=_cache_places(key, full, *facts.batch.shape) if cached else None,
     )
 
 
-def _cache_places(key: Tensor, full: Tensor, documents: Tensor, rows: int, s: int) -> CachePlaces:
-    """Of the flat indices of the keys in ``rows`` rows of s, which are queries too, and the first of each document."""
-    here = torch.arange(key.numel())
-    ranks = here - documents[torch.searchsorted(documents, here, right=True) - 1] if key.numel() else here
+def _cache_places(key: Tensor, full: Tensor, rows: int, s: int) -> CachePlaces:
+    """Of the flat indices of the keys in ``rows`` rows of s, and which of them are queries too."""
     row = key // s
-    per_row = torch.bincount(row[full], minlength=rows)
+    query_counts, key_counts = (torch.bincount(x, minlength=rows) for x in (row[full], row))
+    ranks = torch.arange(key.numel()) - (key_counts.cumsum(0) - key_counts)[row]
     return CachePlaces(
         query_rows=row[full],
         query_visible=ranks[full] + 1,
+        query_ranks=torch.arange(int(full.sum())) - (query_counts.cumsum(0) - query_counts)[row[full]],
+        query_counts=query_counts,
         key_rows=row,
         key_ranks=ranks,
-        most_queries=int(per_row.max()),
-        most_keys=int(ranks.max()) + 1 if key.numel() else 0,
-        one_each=bool((per_row == 1).all()),
+        key_counts=key_counts,
     )
 
 
@@ -311,7 +311,7 @@ def _moved(value, device: torch.device, seen: dict):
             seen[id(value)] = value.to(device, non_blocking=True)
         elif isinstance(value, list):
             seen[id(value)] = [_moved(v, device, seen) for v in value]
-        elif isinstance(value, (Route, LayerRoute, CachePlaces, RowMap)):
+        elif isinstance(value, (Route, LayerRoute, RowMap)):
             seen[id(value)] = type(value)(
                 **{f.name: _moved(getattr(value, f.name), device, seen) for f in fields(value)}
             )

@@ -6,6 +6,8 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_ext.transformer.function import Function
+
 
 class SwiGLU(MegatronModule):
     """silu(gate) * up of [n, 1, 2 f] (gate first) to [n, 1, f] (Shazeer, arXiv 2002.05202).
@@ -14,10 +16,10 @@ class SwiGLU(MegatronModule):
     """
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        return bias_swiglu_impl(gate_up, None) if gate_up.is_cuda else _SwiGLU.apply(gate_up)
+        return bias_swiglu_impl(gate_up, None) if gate_up.is_cuda else _SwiGLU.of(gate_up)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(Function):
     """Keeps its input alone for the backward pass, and writes both gradients into one buffer."""
 
     @staticmethod

@@ -28,6 +28,11 @@ class UnifiedSelfAttention(SelfAttention):
         queries = self.num_attention_heads_per_partition // groups
         mixed = mixed.view(-1, 1, groups, queries + 2, d)
         query_table, key_table = route.rotary
+        if route.cache is not None and kv_only is None:  # queries and keys of the same rows, turned at once
+            mixed = arrange(route.queries, mixed)
+            query, key = apply_rotary(mixed[..., :-1, :], key_table.unsqueeze(2)).split([queries, 1], 3)
+            output = route.cache.attend(self.layer_number - 1, query.flatten(2, 3), key.squeeze(3), mixed[..., -1, :])
+            return self.linear_proj(restore(route.queries, output), of.full_splits)
         query, pairs = mixed.split([queries, 2], 3)
         query = apply_rotary(arrange(route.queries, query), query_table.unsqueeze(2)).flatten(2, 3)
         if kv_only is None:
@@ -35,7 +40,7 @@ class UnifiedSelfAttention(SelfAttention):
         else:
             key, value = keys_and_values(route.keys, key_table, pairs, of_kv_only.view(-1, 1, groups, 2, d))
         if route.cache is not None:
-            output = route.cache.attend(self.layer_number - 1, query, key, value, route)
+            output = route.cache.attend(self.layer_number - 1, query, key, value)
             return self.linear_proj(restore(route.queries, output), of.full_splits)
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:

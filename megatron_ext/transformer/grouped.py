@@ -5,15 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_ext.transformer.function import Function
+
 
 def grouped_linear(rows: Tensor, counts: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
     """Consecutive groups of ``counts`` rows of [n, in], each times the transpose of its [out, in] matrix: [n, out]."""
     if len(weights) == 1:
         return torch.nn.functional.linear(rows, weights[0])
-    return _GroupedLinear.apply(rows, tuple(counts), *weights)
+    return _GroupedLinear.of(rows, tuple(counts), *weights)
 
 
-class _GroupedLinear(torch.autograd.Function):
+class _GroupedLinear(Function):
     """Every product is written where it belongs: nothing is copied together afterwards."""
 
     @staticmethod

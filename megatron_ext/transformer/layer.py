@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -40,6 +41,8 @@ class UnifiedLayer(TransformerLayer):
         route = packed_seq_params.layers[self.layer_number - 1]
         of = route.pieces
         pieces = _cut(hidden_states, of.sizes)
+        if not (of.full or of.kv_only or torch.is_grad_enabled()):
+            return join(pieces, pieces[0]) if self.joins else InPieces(of.sizes, pieces), None
         full = join([pieces[i] for i in of.full], pieces[0])
         kv_only = None
         if of.kv_only:

@@ -63,7 +63,9 @@ class UnifiedModel(GPTModel):
         frequencies = self.rotary_pos_emb.inv_freq.to(precision)
         for layer in route.layers:
             if layer.rotary is None:
-                layer.rotary = tuple(rotary_table(frequencies, p) for p in (layer.query_positions, layer.key_positions))
+                queries, keys = layer.query_positions, layer.key_positions
+                of_keys = rotary_table(frequencies, keys)
+                layer.rotary = of_keys if queries is keys else rotary_table(frequencies, queries), of_keys
         hidden_states = None
         if self.pre_process:
             hidden_states = self.embedding(input_ids=route.tokens, position_ids=None)

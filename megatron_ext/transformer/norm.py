@@ -3,6 +3,7 @@
 import torch
 
 from megatron_ext import cpu
+from megatron_ext.transformer.function import Function
 
 
 def _kernel() -> type[torch.nn.Module]:
@@ -31,13 +32,13 @@ class RMSNorm(_kernel()):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        return _RMSNorm.apply(x, self.weight, self.eps) if plain else super().forward(x)
+        return _RMSNorm.of(x, self.weight, self.eps) if plain else super().forward(x)
 
 
 def unit_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     """The same norm without a weight, for rows whose next matrix takes the weight upon itself."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return _UnitNorm.apply(x, eps)
+        return _UnitNorm.of(x, eps)
     return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=eps)
 
 
@@ -46,7 +47,7 @@ def _scale(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-class _UnitNorm(torch.autograd.Function):
+class _UnitNorm(Function):
     """y = x s with s = 1 / sqrt(mean(x^2) + eps): dx = s (g - y mean(g y))."""
 
     @staticmethod
@@ -63,7 +64,7 @@ class _UnitNorm(torch.autograd.Function):
         return torch.addcmul(gradient, made, share).mul_(scale), None
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     """y = x s w with s = 1 / sqrt(mean(x^2) + eps), in a quarter of the passes over memory that torch makes on CPUs.
 
     Keeps x alone: dx = s (g w) - x s^3 mean(g w x), dw = sum over rows of g x s.

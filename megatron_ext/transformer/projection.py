@@ -15,7 +15,8 @@ The rows that use one matrix stand together (see :mod:`megatron_ext.routing.rout
 rows alone. All rows are gathered at once before, and their outputs reduced at once after, whatever matrices they use.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +62,9 @@ class Split:
         self.projections = projections
         self.stride = options.get("stride", 1)
         self._group = options["tp_group"]
-        size = self._group.size()
+        self._size = size = self._group.size()
         self._ranks = size if self.config.sequence_parallel else 1
+        self._formed: dict[int, Tensor] = {}
         rank = projections.rank
         out_features, in_features = self.weight.shape
         for component in projections.components:
@@ -82,6 +84,12 @@ class Split:
         """What exists beside W."""
         return self.projections.components
 
+    @property
+    def plain(self) -> bool:
+        """Whether Megatron-Core's (or Transformer Engine's) own product will do. It is there for gradients and their
+        messages, and for FP8; when neither is at work it only takes longer."""
+        return not self.components and (torch.is_grad_enabled() or bool(self.config.fp8))
+
     def multiply(
         self, rows: Tensor, splits: Splits, part: Part = lambda weight: weight, scale: Tensor | None = None
     ) -> Tensor:
@@ -96,17 +104,19 @@ class Split:
             return weight if scale is None else weight * scale
 
         if not self.components:
-            splits = [(0, sum(n for _, n in splits))]
-        # A component without rows is still multiplied (by none), so that its gradient is zero and not missing.
-        absent = set(range(len(self.components) + 1)) - {component for component, _ in splits}
-        splits = [*splits, *((component, 0) for component in sorted(absent))]
+            made = fp8.grouped_linear(self, rows.squeeze(1), [rows.shape[0]], [scaled(part(self.weight))])
+            return made.unsqueeze(1)
+        if torch.is_grad_enabled() or not splits:
+            # A component without rows is still multiplied (by none), so that its gradient is zero and not missing.
+            absent = set(range(len(self.components) + 1)) - {component for component, _ in splits}
+            splits = [*splits, *((component, 0) for component in sorted(absent))]
         counts = [n for _, n in splits]
         apart = self._ranks > 1 and len(splits) > 1
         ranked = (self._ranks, sum(counts), rows.shape[-1])
         flat = torch.cat([x.flatten(0, 1) for x in rows.view(ranked).split(counts, 1)]) if apart else rows.squeeze(1)
         totals = [self._ranks * n for n in counts]
-        if self.projections.rank is None or not self.components:
-            weights = self._matrices(lambda weight: scaled(part(weight)))
+        if self.projections.rank is None:
+            weights = {c: scaled(self._matrix(c, part)) for c, _ in splits}
             made = fp8.grouped_linear(self, flat, totals, [weights[c] for c, _ in splits])
         else:
             made = F.linear(flat, scaled(part(self.weight)))
@@ -117,18 +127,22 @@ class Split:
             made = torch.cat(pieces, 1).flatten(0, 1)
         return made.unsqueeze(1)
 
-    def _matrices(self, part: Part) -> list[Tensor]:
+    def _matrix(self, component: int, part: Part) -> Tensor:
+        if component == 0:
+            return part(self.weight)
+        if component in self._formed:
+            return part(self._formed[component])
+        name = self.components[component - 1]
         if self.projections.kind == "separate":
-            return [part(self.weight), *(part(getattr(self, f"{c}_weight")) for c in self.components)]
-        shared = part(self.weight)
-        return [shared, *(shared + part(getattr(self, f"{c}_delta")) for c in self.components)]
+            return part(getattr(self, f"{name}_weight"))
+        return part(self.weight) + part(getattr(self, f"{name}_delta"))
 
     def _low_rank(self, component: int, rows: Tensor, part: Part, scaled: Part) -> Tensor:
         """Both factors are cut over the tensor-parallel group, so no rank repeats another's work; between them only
         [rows, r] travels."""
         name = self.components[component - 1]
         inner = F.linear(rows, scaled(getattr(self, f"{name}_down")))
-        if self._group.size() > 1:
+        if self._size > 1:
             meet = (
                 all_gather_last_dim_from_tensor_parallel_region
                 if self.cut == 0
@@ -155,6 +169,24 @@ class Split:
         return made
 
 
+@contextmanager
+def formed(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, every W + D is formed once and not with every product; the weights must not change meanwhile."""
+    decomposed = [
+        module
+        for module in model.modules()
+        if isinstance(module, Split) and module.projections.kind == "decomposed" and module.projections.rank is None
+    ]
+    for module in decomposed:
+        components = range(1, len(module.components) + 1)
+        module._formed = {c: module._matrix(c, lambda weight: weight) for c in components}
+    try:
+        yield
+    finally:
+        for module in decomposed:
+            module._formed = {}
+
+
 class SplitColumn(Split):
     """Mixed into a column-parallel linear layer."""
 
@@ -162,12 +194,14 @@ class SplitColumn(Split):
 
     def forward(self, rows: Tensor, splits: Splits) -> Tensor:
         """[n, 1, in] on each rank to [R * n, 1, out / tensor-parallel size]."""
-        if not self.components:
+        if self.plain:
             return super().forward(rows)[0]
         return self.multiply(self.enter(rows), splits)
 
     def enter(self, rows: Tensor) -> Tensor:
         """Rows of all ranks; their gradients are summed over the tensor-parallel group."""
+        if self._size == 1:
+            return rows
         if self._ranks > 1:
             return gather_from_sequence_parallel_region(rows, group=self._group)
         return copy_to_tensor_model_parallel_region(rows, group=self._group)
@@ -188,7 +222,7 @@ class SplitQueryKeyValue(SplitColumn):
         """
         if kv_only is None:
             return super().forward(full, splits), None
-        if self._group.size() > 1:  # one message for both
+        if self._size > 1:  # one message for both
             sizes = full.shape[0], kv_only.shape[0]
             gathered = self.enter(torch.cat([full, kv_only])).unflatten(0, (self._ranks, -1))
             full, kv_only = (x.flatten(0, 1) for x in gathered.split(sizes, 1))
@@ -199,7 +233,7 @@ class SplitQueryKeyValue(SplitColumn):
 
     def _key_value(self, weight: Tensor) -> Tensor:
         """The rows of keys and values, [g * 2 * d, in], of a matrix over queries, keys and values."""
-        groups = self.config.num_query_groups // self._group.size()
+        groups = self.config.num_query_groups // self._size
         d = self.config.kv_channels
         return weight.view(groups, -1, d, weight.shape[-1])[:, -2:].flatten(0, 2)
 
@@ -211,9 +245,11 @@ class SplitRow(Split):
 
     def forward(self, rows: Tensor, splits: Splits) -> Tensor:
         """[R * n, 1, in / tensor-parallel size] to [n, 1, out] on each rank, reduced once for all matrices."""
-        if not self.components:
+        if self.plain:
             return super().forward(rows)[0]
         partial = self.multiply(rows, splits)
+        if self._size == 1:
+            return partial
         if self._ranks > 1:
             return reduce_scatter_to_sequence_parallel_region(partial, group=self._group)
         return reduce_from_tensor_model_parallel_region(partial, group=self._group)

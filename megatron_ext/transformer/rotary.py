@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.routing.row_map import RowMap
+from megatron_ext.transformer.function import Function
 from megatron_ext.transformer.rows import by_slices, gather, gather_back
 
 
@@ -17,7 +18,7 @@ def rotary_table(inverse_frequencies: Tensor, positions: Tensor) -> Tensor:
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """``x`` [t, 1, ..., heads, d] turned by the angles of ``table``; the pairs are the halves of d (GPT-NeoX)."""
-    return _Rotation.apply(x, table)
+    return _Rotation.of(x, table)
 
 
 def keys_and_values(by: RowMap | None, table: Tensor, *pairs: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,10 +28,10 @@ def keys_and_values(by: RowMap | None, table: Tensor, *pairs: Tensor) -> tuple[T
         table: of the n keys' positions.
         pairs: where the rows come from, each [rows, 1, groups, 2, d]: a key and a value.
     """
-    return _KeysAndValues.apply(by, table, *pairs)
+    return _KeysAndValues.of(by, table, *pairs)
 
 
-class _Rotation(torch.autograd.Function):
+class _Rotation(Function):
     """(a, b) -> (a cos - b sin, b cos + a sin), one pass into one buffer; its gradient is the rotation back."""
 
     @staticmethod
@@ -46,7 +47,7 @@ class _Rotation(torch.autograd.Function):
         return _rotate(gradient, cosine, -sine, made), None
 
 
-class _KeysAndValues(torch.autograd.Function):
+class _KeysAndValues(Function):
     """Every key and value is written once, where it belongs, and so is its gradient."""
 
     @staticmethod

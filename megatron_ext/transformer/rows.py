@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.routing.row_map import RowMap
+from megatron_ext.transformer.function import Function
 
 
 def join(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -15,16 +16,16 @@ def join(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def arrange(by: RowMap | None, rows: Tensor) -> Tensor:
     """``rows`` [inputs, ...] as [outputs, ...] in the order of ``by``; None: as they are."""
-    return rows if by is None else _Arrange.apply(by, rows)
+    return rows if by is None else _Arrange.of(by, rows)
 
 
 def restore(by: RowMap | None, rows: Tensor) -> Tensor:
     """What :func:`arrange` by the same map brought into order, [outputs, ...], back in its place,
     [inputs, ...]; rows that went nowhere are zeros."""
-    return rows if by is None else _Restore.apply(by, rows)
+    return rows if by is None else _Restore.of(by, rows)
 
 
-class _Arrange(torch.autograd.Function):
+class _Arrange(Function):
     @staticmethod
     def forward(ctx, by: RowMap, rows: Tensor) -> Tensor:
         ctx.by, ctx.inputs = by, rows.shape[0]
@@ -35,7 +36,7 @@ class _Arrange(torch.autograd.Function):
         return None, gather_back(ctx.by, gradient, [ctx.inputs])[0]
 
 
-class _Restore(torch.autograd.Function):
+class _Restore(Function):
     @staticmethod
     def forward(ctx, by: RowMap, rows: Tensor) -> Tensor:
         ctx.by = by

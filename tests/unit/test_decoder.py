@@ -75,6 +75,10 @@ def cache_for(plan: Plan, rows: int, tokens: int) -> Cache:
 PLANS = {
     **{preset: [f"plan.preset={preset}"] for preset in PRESETS},
     "late himix": ["plan.preset=himix_hmgen_share_partial", "plan.himix_start=3"],
+    "some image tokens dense": [
+        "plan.preset=himix_hmgen_share_all",
+        "plan.dense_share={of: image_tokens, start: 0.5}",
+    ],
     "any table": [
         "plan.table=[{layers: '1', task: all, modality: text, role: skip},"
         "{layers: '2', task: all, modality: text, role: kv_only},"
