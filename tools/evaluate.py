@@ -1,68 +1,87 @@
-"""Benchmarks: a checkpoint's answers to the official questions, saved and scored, or the score of saved answers."""
+"""Benchmarks: a checkpoint's answers to the official questions, or its pictures for the official prompts, saved and
+scored; or the score of what was saved."""
 
 import argparse
 import os
 from pathlib import Path
 
 from megatron_ext import command_line
+from megatron_ext.errors import UserError
 from megatron_ext.evaluation import table
-from megatron_ext.evaluation.items import Item
-from megatron_ext.evaluation.registry import BENCHMARKS, benchmark_named
+from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES, benchmark_named
 
 
 def main() -> None:
-    parser = command_line.parser(
-        "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, or score answers that are there already:\n"
-        "files with a JSON object a line, {id, answer}. --benchmark, --data and --score are given once for each\n"
-        "answers file, in the same order. Answering goes on where it was stopped, over all processes of torchrun.",
-        "python tools/evaluate.py --checkpoint runs/my --vq checkpoints/janus --benchmark pope --data data/pope \\\n"
-        "      --out runs/my/answers\n"
-        "  "
-        "python tools/evaluate.py --benchmark pope --data data/pope --score runs/my/answers/pope.jsonl \\\n"
-        "      --benchmark gqa --data data/gqa --score runs/my/answers/gqa.jsonl --markdown scores.md",
-    )
-    add = parser.add_argument
-    add("--benchmark", action="append", required=True, choices=list(BENCHMARKS), help="which questions")
-    add("--data", action="append", required=True, type=Path, metavar="FOLDER", help="the benchmark as released")
-    add("--score", action="append", type=Path, metavar="FILE", help="the answers file to score")
-    add("--checkpoint", type=Path, metavar="FOLDER", help="answer with this checkpoint (or a run's newest) first")
-    add("--vq", type=Path, metavar="FOLDER", help="the VQ tokenizer that the checkpoint was trained with")
-    add("--vocabulary", type=Path, metavar="FOLDER", help="where the run's vocabulary is now, if it was moved")
-    add("--out", type=Path, metavar="FOLDER", help="where the answers go, FOLDER/<benchmark>.jsonl")
-    add("--tensor", type=int, default=1, help="processes over which the model is cut; the others are replicas")
-    add("--batch-size", type=int, default=16, help="questions that are answered together")
-    add("--longest", type=int, default=16, help="most tokens of an answer")
-    add("--parts", action="append", metavar="A,B", help="only these splits or subtasks of the benchmark, or 'all'")
-    add("--label", action="append", metavar="NAME", help="whose answers they are (default: the file's folder)")
-    add("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
-    add(
-        "overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model is used with"
-    )
-    arguments = parser.parse_args()
-    if arguments.checkpoint:
-        if arguments.score or not (arguments.vq and arguments.out):
-            parser.error("--checkpoint needs --vq and --out, and goes without --score")
-        arguments.score = [arguments.out / f"{name}.jsonl" for name in arguments.benchmark]
-        if not _answer(arguments, _each(parser, arguments, "data"), _each(parser, arguments, "parts")):
-            return
-    elif not arguments.score:
-        parser.error("give --score, or --checkpoint with --vq and --out")
-    scored = [
-        _score(*one)
-        for one in zip(
-            arguments.benchmark,
-            _each(parser, arguments, "data"),
-            _each(parser, arguments, "score"),
-            _each(parser, arguments, "parts"),
-            _each(parser, arguments, "label"),
-        )
-    ]
+    arguments = _arguments()
+    if arguments.checkpoint and not _generate(arguments):
+        return
+    scored = _scored(arguments)
     text = table.markdown(scored)
     if arguments.json:
         command_line.write_json(arguments.json, table.as_json(scored))
     if arguments.markdown:
         _write(arguments.markdown, text)
     print(text, end="")
+
+
+def _arguments() -> argparse.Namespace:
+    """What was asked for, with as many of ``data``, ``score``, ``parts`` and ``label`` as there are benchmarks."""
+    parser = command_line.parser(
+        "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, and draw pictures for MJHQ-30K; or score what\n"
+        "is there already: files with a JSON object a line, {id, answer}, and folders of pictures. --benchmark, --data\n"
+        "and --score are given once for each of them, in the same order. Answering and drawing go on where they were\n"
+        "stopped, over all processes of torchrun. What the scores mean: docs/evaluation.md.",
+        "python tools/evaluate.py --checkpoint runs/my --vq checkpoints/janus --benchmark pope --data data/pope \\\n"
+        "      --benchmark mjhq --data data/mjhq --inception inception-2015-12-05.pt --out runs/my/answers\n"
+        "  "
+        "python tools/evaluate.py --benchmark pope --data data/pope --score runs/my/answers/pope.jsonl \\\n"
+        "      --benchmark mjhq --data data/mjhq --score runs/my/answers/mjhq --markdown scores.md",
+    )
+    add = parser.add_argument
+    add("--benchmark", action="append", required=True, choices=[*BENCHMARKS, PICTURES], help="which one")
+    add("--data", action="append", required=True, type=Path, metavar="FOLDER", help="the benchmark as released")
+    add("--score", action="append", type=Path, metavar="PATH", help="the answers file, or folder of pictures, to score")
+    add("--checkpoint", type=Path, metavar="FOLDER", help="answer with this checkpoint (or a run's newest) first")
+    add("--vq", type=Path, metavar="FOLDER", help="the VQ tokenizer that the checkpoint was trained with")
+    add("--vocabulary", type=Path, metavar="FOLDER", help="where the run's vocabulary is now, if it was moved")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for the answers, FOLDER/<benchmark>.jsonl, and pictures, FOLDER/mjhq",
+    )
+    add("--tensor", type=int, default=1, help="processes over which the model is cut; the others are replicas")
+    add("--batch-size", type=int, default=16, help="questions that are answered, or pictures drawn, together")
+    add("--longest", type=int, default=16, help="most tokens of an answer")
+    add("--parts", action="append", metavar="A,B", help="only these splits, subtasks or categories, or 'all'")
+    add("--label", action="append", metavar="NAME", help="whose answers they are (default: the file's folder)")
+    add("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
+    add(
+        "overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model is used with"
+    )
+    pictures = parser.add_argument_group("pictures (mjhq)")
+    add = pictures.add_argument
+    add("--temperature", type=float, default=1.0, help="0: the most likely token (default: %(default)s)")
+    add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all (default)")
+    add("--top-p", type=float, default=1.0, help="only the most likely tokens of this total probability")
+    add("--guidance", type=float, default=3.0, help="scale of classifier-free guidance; 1: none (default: %(default)s)")
+    add("--seed", type=int, default=0, help="with a prompt's number it decides what is drawn")
+    add("--inception", type=Path, metavar="FILE", help="inception-2015-12-05.pt, for FID (default: built-in features)")
+    add("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it, for the CLIP score")
+    arguments = parser.parse_args()
+    if arguments.checkpoint:
+        if arguments.score or not (arguments.vq and arguments.out):
+            parser.error("--checkpoint needs --vq and --out, and goes without --score")
+        names = [name if name == PICTURES else f"{name}.jsonl" for name in arguments.benchmark]
+        arguments.score = [arguments.out / name for name in names]
+    elif not arguments.score:
+        parser.error("give --score, or --checkpoint with --vq and --out")
+    if PICTURES not in arguments.benchmark and (arguments.inception or arguments.clip):
+        parser.error(f"--inception and --clip are for --benchmark {PICTURES}")
+    for name in ("data", "score", "parts", "label"):
+        setattr(arguments, name, _each(parser, arguments, name))
+    arguments.parts = [None if parts in (None, "all") else parts.split(",") for parts in arguments.parts]
+    return arguments
 
 
 def _each(parser: argparse.ArgumentParser, arguments: argparse.Namespace, name: str) -> list:
@@ -75,33 +94,54 @@ def _each(parser: argparse.ArgumentParser, arguments: argparse.Namespace, name: 
     return values
 
 
-def _answer(arguments: argparse.Namespace, folders: list[Path], parts: list[str | None]) -> bool:
-    """Answer every benchmark with the checkpoint. Returns whether this is the process that scores."""
+def _generate(arguments: argparse.Namespace) -> bool:
+    """Answer and draw everything with the checkpoint. Returns whether this is the process that scores."""
     # Imported late: --help and scoring alone should not wait for Megatron-Core.
     import torch.distributed as dist
 
+    from megatron_ext.evaluation import drawing, mjhq
     from megatron_ext.evaluation.answering import answer
-    from megatron_ext.generation.load import load
+    from megatron_ext.generation.load import load, newest
+    from megatron_ext.generation.sampling import Sampling
     from megatron_ext.generation.session import Session
 
-    items = [_items(*one) for one in zip(arguments.benchmark, folders, parts)]
-    trained = load(arguments.checkpoint, arguments.overrides, arguments.vocabulary, arguments.tensor)
+    # Found before hours of drawing rather than after.
+    if lost := [path for path in (arguments.inception, arguments.clip) if path and not path.exists()]:
+        raise UserError(f"{lost[0]}: no such file or folder")
+    read = {name: mjhq.read if name == PICTURES else benchmark_named(name).read for name in arguments.benchmark}
+    given = [read[name](*one) for name, *one in zip(arguments.benchmark, arguments.data, arguments.parts)]
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.guidance, arguments.seed)
+    checkpoint = newest(arguments.checkpoint)
+    trained = load(checkpoint, arguments.overrides, arguments.vocabulary, arguments.tensor)
     session = Session(trained, arguments.vq, arguments.batch_size)
     try:
-        for questions, file in zip(items, arguments.score):
-            if unreadable := answer(session, questions, file, arguments.longest):
-                print(f"{file}: {unreadable} images could not be read", flush=True)
+        for name, data, items, out in zip(arguments.benchmark, arguments.data, given, arguments.score):
+            if name == PICTURES:
+                settings = drawing.settings_of(session, checkpoint, mjhq.fingerprint(data), sampling)
+                drawing.draw(session, items, out, sampling, settings)
+            elif unreadable := answer(session, items, out, arguments.longest):
+                print(f"{out}: {unreadable} images could not be read", flush=True)
         return dist.get_rank() == 0
     finally:
         session.close()
 
 
-def _items(name: str, folder: Path, parts: str | None) -> list[Item]:
-    return benchmark_named(name).read(folder, None if parts in (None, "all") else parts.split(","))
+def _scored(arguments: argparse.Namespace) -> list[table.Scored]:
+    scored, scorer = [], None
+    for name, data, file, parts, label in zip(
+        arguments.benchmark, arguments.data, arguments.score, arguments.parts, arguments.label
+    ):
+        label = label or str(file.parent)
+        if name == PICTURES:
+            # Imported late: answers are scored without torch.
+            from megatron_ext.evaluation.pictures import PictureScorer
 
-
-def _score(name: str, folder: Path, file: Path, parts: str | None, label: str | None) -> table.Scored:
-    return table.score_file(benchmark_named(name), _items(name, folder, parts), file, label or str(file.parent))
+            scorer = scorer or PictureScorer(arguments.inception, arguments.clip, arguments.vq)
+            scored += scorer.score(data, parts, file, label)
+        else:
+            benchmark = benchmark_named(name)
+            scored.append(table.score_file(benchmark, benchmark.read(data, parts), file, label))
+    return scored
 
 
 def _write(path: Path, text: str) -> None:

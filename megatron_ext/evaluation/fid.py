@@ -115,6 +115,15 @@ def features(files: Sequence[Path], network: Network) -> Features:
     return Features(readable, np.concatenate(rows) if rows else np.zeros((0, 0)), unreadable)
 
 
+def read_picture(file: Path) -> Image.Image | None:
+    """An image file in RGB; None if it cannot be read."""
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Frechet distance between Gaussians fitted to two sets of features, [n, d] and [m, d].
 
@@ -138,12 +147,11 @@ def _batches(files: Sequence[Path], unreadable: list[Path]) -> Iterator[tuple[li
     names: list[Path] = []
     images: list[np.ndarray] = []
     for file in progress(files, desc="features", unit="image"):
-        try:
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        picture = read_picture(file)
+        if picture is None:
             unreadable.append(file)
             continue
+        pixels = np.asarray(picture)
         if images and (pixels.shape != images[0].shape or len(images) == BATCH):
             yield names, _tensor(images)
             names, images = [], []

@@ -4,6 +4,7 @@ Layout of the release, ``meta_data.json``: {id: {"category", "prompt"}}, and ``<
 lie in a folder of the same layout, or without categories; .png, .jpg, .jpeg and .webp are all looked for.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from megatron_ext.command_line import read_json
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.fid import Features, Network, features, frechet_distance
 
+TITLE = "MJHQ-30K"
+PROMPTS = "meta_data.json"
 ENDINGS = (".jpg", ".png", ".jpeg", ".webp")
 
 
@@ -24,15 +27,16 @@ class Prompt:
     id: str
     category: str
     prompt: str
+    number: int  # among all prompts of the file: it stays the same where only some categories are read
 
 
-def read(folder: Path) -> list[Prompt]:
-    """The prompts of ``folder/meta_data.json``, in its order.
+def read(folder: Path, categories: Sequence[str] | None = None) -> list[Prompt]:
+    """The prompts of ``folder/meta_data.json``, in its order: all, or those of some categories.
 
     Raises:
-        UserError: the file is absent or not of this layout.
+        UserError: the file is absent or not of this layout, or has no such category.
     """
-    file = folder / "meta_data.json"
+    file = folder / PROMPTS
     entries = read_json(file)
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{file}: must be an object {{id: {{category, prompt}}}} with at least one entry")
@@ -44,70 +48,88 @@ def read(folder: Path) -> list[Prompt]:
         # Both become parts of paths.
         if any(part in ("", ".", "..") or "/" in part or "\\" in part for part in (name, values[0])):
             raise UserError(f"{file}: entry '{name}', category '{values[0]}': cannot be the name of a file")
-        prompts.append(Prompt(name, *values))
-    return prompts
+        prompts.append(Prompt(name, *values, len(prompts)))
+    known = sorted({prompt.category for prompt in prompts})
+    if absent := [category for category in categories or () if category not in known]:
+        raise UserError(f"{file}: has no category '{absent[0]}'; it has {', '.join(known)}")
+    return [prompt for prompt in prompts if categories is None or prompt.category in categories]
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hexadecimal digits that change with the file of prompts."""
+    return hashlib.sha256((folder / PROMPTS).read_bytes()).hexdigest()[:16]
 
 
 def image_file(folder: Path, prompt: Prompt) -> Path | None:
     """Where the image for a prompt lies in a folder, if it does."""
-    places = [place / f"{prompt.id}{ending}" for place in (folder / prompt.category, folder) for ending in ENDINGS]
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in _places(folder, prompt) if place.is_file()), None)
 
 
-def score(prompts: Sequence[Prompt], reference: Path, generated: Path, network: Network) -> dict:
-    """Frechet distances of the generated images from the reference images.
+def strays(prompts: Sequence[Prompt], folder: Path) -> tuple[list[str], int]:
+    """The images in a folder, and in its categories, that stand for no prompt, and the number of those that stand for
+    one that has an image already."""
+    folders = [folder, *(folder / category for category in sorted({prompt.category for prompt in prompts}))]
+    files = {f for place in folders if place.is_dir() for f in place.iterdir() if f.suffix.lower() in ENDINGS}
+    found = [[place for place in _places(folder, prompt) if place in files] for prompt in prompts]
+    unknown = files.difference(*found) if found else files
+    return sorted(str(file.relative_to(folder)) for file in unknown), sum(max(len(some) - 1, 0) for some in found)
 
-    Returns:
-        ``network``; ``fid`` and ``images`` (how many of ``reference`` and ``generated`` were used) overall and for each
-        of ``categories``; and for both sides the ids that are ``missing`` or ``unreadable``. A distance is None where
-        a side has fewer than two images.
 
-    Raises:
-        UserError: a folder is absent.
-    """
-    sides = {"reference": _collect(prompts, reference, network), "generated": _collect(prompts, generated, network)}
-    categories = sorted({prompt.category for prompt in prompts})
-    return {
-        "network": network.name,
-        **_distance([side.rows() for side in sides.values()]),
-        "categories": {c: _distance([side.rows(c) for side in sides.values()]) for c in categories},
-        "missing": {name: side.missing for name, side in sides.items()},
-        "unreadable": {name: side.unreadable for name, side in sides.items()},
-    }
+def _places(folder: Path, prompt: Prompt) -> list[Path]:
+    return [place / f"{prompt.id}{ending}" for place in (folder / prompt.category, folder) for ending in ENDINGS]
 
 
 @dataclass(frozen=True)
-class _Side:
-    """The images of one folder."""
+class Side:
+    """The images of one folder, generated or reference, as a network sees them."""
 
-    category_of: dict[Path, str]
+    network: str
+    prompts: Sequence[Prompt]
     features: Features
-    missing: list[str]
-    unreadable: list[str]
+    files: dict[str, Path]  # id -> image, the readable ones
+    missing: list[str]  # ids
+    unreadable: list[str]  # ids
 
     def rows(self, category: str | None = None) -> np.ndarray:
         """Features of all images, or of one category's."""
         if category is None:
             return self.features.rows
-        wanted = [self.category_of[file] == category for file in self.features.files]
-        return self.features.rows[np.array(wanted, dtype=bool)]
+        files = {self.files[p.id] for p in self.prompts if p.category == category and p.id in self.files}
+        return self.features.rows[np.array([file in files for file in self.features.files], dtype=bool)]
 
 
-def _collect(prompts: Sequence[Prompt], folder: Path, network: Network) -> _Side:
+def collect(prompts: Sequence[Prompt], folder: Path, network: Network) -> Side:
+    """The images for some prompts in a folder.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = {prompt: image_file(folder, prompt) for prompt in prompts}
-    found = {file: prompt for prompt, file in files.items() if file}
-    made = features(list(found), network)
-    return _Side(
-        {file: prompt.category for file, prompt in found.items()},
+    found = {prompt.id: file for prompt in prompts if (file := image_file(folder, prompt))}
+    made = features(list(found.values()), network)
+    lost = set(made.unreadable)
+    return Side(
+        network.name,
+        prompts,
         made,
-        [prompt.id for prompt, file in files.items() if not file],
-        [found[file].id for file in made.unreadable],
+        {id: file for id, file in found.items() if file not in lost},
+        [prompt.id for prompt in prompts if prompt.id not in found],
+        [id for id, file in found.items() if file in lost],
     )
 
 
-def _distance(rows: list[np.ndarray]) -> dict:
-    reference, generated = rows
+def distances(reference: Side, generated: Side) -> dict[str | None, dict]:
+    """Frechet distances of the generated images from the reference images.
+
+    Returns:
+        For each category, and for None, all images: ``fid``, and ``images`` (how many of ``reference`` and
+        ``generated`` it is between). A distance is None where a side has fewer than two images.
+    """
+    categories = sorted({prompt.category for prompt in generated.prompts})
+    return {c: _distance(reference.rows(c), generated.rows(c)) for c in (None, *categories)}
+
+
+def _distance(reference: np.ndarray, generated: np.ndarray) -> dict:
     fid = frechet_distance(generated, reference) if min(len(reference), len(generated)) > 1 else None
     return {"fid": fid, "images": {"reference": len(reference), "generated": len(generated)}}

@@ -8,6 +8,8 @@ from megatron_ext.evaluation.pope import POPE
 from megatron_ext.evaluation.seed import SEED
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (GQA, MME, POPE, SEED)}
+PICTURES = "mjhq"
+"""The benchmark of pictures: :mod:`.mjhq` reads it, :mod:`.pictures` scores it."""
 
 
 def benchmark_named(name: str) -> Benchmark:

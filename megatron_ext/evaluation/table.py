@@ -1,7 +1,7 @@
 """Scored answers files side by side: one table, and beneath it everything that was counted."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_ext.errors import UserError
@@ -21,6 +21,7 @@ class Scored:
     unknown: int  # answers to questions that were not asked
     malformed: list[int]  # lines without an id and an answer
     cut_short: bool  # half a last line
+    unusable: dict[str, list[str]] = field(default_factory=dict)  # of pictures: what is wrong -> all their ids
 
 
 def score_file(benchmark: Benchmark, items: Sequence[Item], file: Path, label: str) -> Scored:
@@ -100,12 +101,17 @@ def _counts(one: Scored) -> list[str]:
 
 
 def _notes(one: Scored) -> list[str]:
-    lines = ", ".join(map(str, one.malformed[:5])) + (", ..." if len(one.malformed) > 5 else "")
+    unusable = [f"{one.file}: {what}: {_first(ids)}" for what, ids in one.unusable.items() if ids]
     return [
         *one.scores.notes,
-        *([f"{one.file}: no answer in line {lines}"] if one.malformed else []),
+        *unusable,
+        *([f"{one.file}: no answer in line {_first(one.malformed)}"] if one.malformed else []),
         *([f"{one.file}: the last line is cut short"] if one.cut_short else []),
     ]
+
+
+def _first(values: Sequence) -> str:
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
 def _details(details: dict[str, dict[str, float]]) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ext.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,6 +22,9 @@ class Sampling:
         guidance: scale s of classifier-free guidance for pictures, logits = null + s (conditional - null)
             (Ho and Salimans, arXiv 2207.12598); 1: none.
         seed: with a document's number it decides what is drawn, whatever else is in the batch.
+
+    Raises:
+        UserError: a number that cannot be meant.
     """
 
     temperature: float = 1.0
@@ -27,6 +32,14 @@ class Sampling:
     top_p: float = 1.0
     guidance: float = 1.0
     seed: int = 0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise UserError(f"temperature {self.temperature:g}: must be 0 or more")
+        if self.top_k < 0:
+            raise UserError(f"top-k {self.top_k}: must be 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p:g}: must be above 0 and at most 1")
 
     def generators(self, numbers: Sequence[int]) -> list[torch.Generator]:
         """A source of noise for each document by its number."""

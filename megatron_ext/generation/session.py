@@ -80,7 +80,7 @@ class Session:
         words = self.trained.vocabulary
         requests = [prompts.picture(words, caption, first + i) for i, caption in enumerate(captions)]
         made = self._continue(requests, Sampling(**settings), "pictures")
-        codes = [[words.codes(token) for token in tokens if words.is_image(token)] for tokens in made]
+        codes = self.codes(made)
         files = [out / f"{number:04d}.png" for number in range(first, first + len(captions))]
         distributed.from_rank_zero(lambda: self._save(codes, files, out / SHEET))
         for file, caption in zip(files, captions):
@@ -88,6 +88,15 @@ class Session:
         if len(files) > 1:
             self._say(str(out / SHEET))
         return [{"file": str(f), "caption": caption, "codes": c} for f, caption, c in zip(files, captions, codes)]
+
+    def codes(self, made: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The VQ codes in continuations."""
+        words = self.trained.vocabulary
+        return [[words.codes(token) for token in tokens if words.is_image(token)] for tokens in made]
+
+    def pictures(self, codes: Sequence[Sequence[int]]) -> list[Image.Image]:
+        """The pictures that VQ codes, h*w each, stand for."""
+        return [_picture(image) for image in self.vq.decode(torch.tensor(codes)).cpu()]
 
     def ask(self, image: Path, questions: Sequence[str], longest: int, settings: dict) -> list[dict]:
         """An answer to each question about a picture."""
@@ -130,7 +139,7 @@ class Session:
 
     def _save(self, codes: list[list[int]], files: Sequence[Path], sheet: Path) -> None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        pictures = [_picture(image) for image in self.vq.decode(torch.tensor(codes)).cpu()]
+        pictures = self.pictures(codes)
         for file, picture in zip(files, pictures):
             picture.save(file)
         if len(pictures) > 1:
