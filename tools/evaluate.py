@@ -2,7 +2,6 @@
 scored; or the score of what was saved."""
 
 import argparse
-import os
 from pathlib import Path
 
 from megatron_ext import command_line
@@ -20,17 +19,17 @@ def main() -> None:
     if arguments.json:
         command_line.write_json(arguments.json, table.as_json(scored))
     if arguments.markdown:
-        _write(arguments.markdown, text)
+        command_line.write_text(arguments.markdown, text)
     print(text, end="")
 
 
 def _arguments() -> argparse.Namespace:
     """What was asked for, with as many of ``data``, ``score``, ``parts`` and ``label`` as there are benchmarks."""
     parser = command_line.parser(
-        "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, and draw pictures for MJHQ-30K; or score what\n"
-        "is there already: files with a JSON object a line, {id, answer}, and folders of pictures. --benchmark, --data\n"
-        "and --score are given once for each of them, in the same order. Answering and drawing go on where they were\n"
-        "stopped, over all processes of torchrun. What the scores mean: docs/evaluation.md.",
+        "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, and draw pictures for MJHQ-30K; or score\n"
+        "what is there already: files with a JSON object a line, {id, answer}, and folders of pictures. --benchmark,\n"
+        "--data and --score are given once for each of them, in the same order. Answering and drawing go on where\n"
+        "they were stopped, over all processes of torchrun. What the scores mean: docs/evaluation.md.",
         "python tools/evaluate.py --checkpoint runs/my --vq checkpoints/janus --benchmark pope --data data/pope \\\n"
         "      --benchmark mjhq --data data/mjhq --inception inception-2015-12-05.pt --out runs/my/answers\n"
         "  "
@@ -142,13 +141,6 @@ def _scored(arguments: argparse.Namespace) -> list[table.Scored]:
             benchmark = benchmark_named(name)
             scored.append(table.score_file(benchmark, benchmark.read(data, parts), file, label))
     return scored
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

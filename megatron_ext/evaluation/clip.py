@@ -26,6 +26,7 @@ class Clip:
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu"):
         # transformers takes seconds to import.
+        from safetensors import SafetensorError
         from transformers import CLIPModel, CLIPProcessor
 
         if not (folder / "config.json").is_file():
@@ -33,7 +34,7 @@ class Clip:
         try:
             self._model, loaded = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
             self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{folder}: not a CLIP model with its processor ({reason})") from None
         # transformers would give random values to weights that are not in the file.

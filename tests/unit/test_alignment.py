@@ -36,7 +36,7 @@ def test_right_pictures_are_far_above_the_control():
 def test_pictures_that_do_not_heed_their_prompts_are_not_above_it():
     # Faultless pictures, but each of another prompt: much is right by chance, and the control says so.
     found = align(SEEN[1:] + SEEN[:1], FACTS)
-    assert found.right[ALL] > 10
+    assert found.right[ALL] > 5
     low, high = found.interval[ALL]
     assert low < 0 < high
 

@@ -64,8 +64,12 @@ def test_scores_are_those_of_torchmetrics(tmp_path):
         pixels = torch.from_numpy(np.asarray(picture(i))).permute(2, 0, 1)
         expected = clip_score(pixels, TEXTS[i], lambda: (Reference(folder), processor))
         assert scores[i] == pytest.approx(float(expected), abs=1e-4)
-    # A negative cosine counts as 0, and some are not.
-    assert (scores == 0).any() and (scores > 1).any()
+    # A negative cosine counts as 0: with all pictures turned to the other side, those and only those count.
+    model = CLIPModel.from_pretrained(folder)
+    model.visual_projection.weight.data.neg_()
+    model.save_pretrained(folder)
+    turned = Clip(folder)([picture(i) for i in range(6)], TEXTS)
+    assert ((scores == 0) == (turned > 0)).all()
 
 
 def test_long_texts_are_cut_and_the_rest_of_the_batch_stays_as_it_is(tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 
 import numpy as np
 import pytest
@@ -158,15 +157,22 @@ def release(tmp_path):
     return folder
 
 
+def scored(prompts, reference, generated):
+    """Distances by category, and the side of the generated images."""
+    sides = [mjhq.collect(prompts, folder, ColorAndEdges()) for folder in (reference, generated)]
+    assert not sides[0].missing and not sides[0].unreadable
+    return mjhq.distances(*sides), sides[1]
+
+
 def test_the_reference_images_themselves_are_at_distance_zero(release):
     prompts = mjhq.read(release)
     assert [p.prompt for p in prompts] == [f"picture {n}" for n in range(12)]
-    scores = mjhq.score(prompts, release, release, ColorAndEdges())
-    assert scores["network"] == ColorAndEdges.name
-    assert scores["fid"] == pytest.approx(0, abs=1e-9)
-    assert scores["images"] == {"reference": 12, "generated": 12}
-    assert set(scores["categories"]) == {"animals", "food"}
-    assert scores["categories"]["food"]["images"] == {"reference": 6, "generated": 6}
+    distances, side = scored(prompts, release, release)
+    assert side.network == ColorAndEdges.name
+    assert distances[None]["fid"] == pytest.approx(0, abs=1e-9)
+    assert distances[None]["images"] == {"reference": 12, "generated": 12}
+    assert set(distances) == {None, "animals", "food"}
+    assert distances["food"]["images"] == {"reference": 6, "generated": 6}
 
 
 def test_categories_are_apart_and_what_is_missing_or_unreadable_is_named(release, tmp_path):
@@ -180,13 +186,12 @@ def test_categories_are_apart_and_what_is_missing_or_unreadable_is_named(release
             image.save(generated / f"{prompt.id}.png")
     broken = generated / f"{prompts[6].id}.png"
     broken.write_bytes(broken.read_bytes()[:50])
-    scores = mjhq.score(prompts, release, generated, ColorAndEdges())
-    assert scores["missing"] == {"reference": [], "generated": [prompts[4].id]}
-    assert scores["unreadable"] == {"reference": [], "generated": [prompts[6].id]}
-    assert scores["images"] == {"reference": 12, "generated": 10}
-    animals, food = (scores["categories"][c] for c in ("animals", "food"))
+    distances, side = scored(prompts, release, generated)
+    assert side.missing == [prompts[4].id] and side.unreadable == [prompts[6].id]
+    assert distances[None]["images"] == {"reference": 12, "generated": 10}
+    animals, food = distances["animals"], distances["food"]
     assert animals["images"]["generated"] == 4 and food["images"]["generated"] == 6
-    assert animals["fid"] < food["fid"] and scores["fid"] < food["fid"]
+    assert animals["fid"] < food["fid"] and distances[None]["fid"] < food["fid"]
 
 
 def test_a_category_with_one_image_has_no_distance(release, tmp_path):
@@ -194,10 +199,9 @@ def test_a_category_with_one_image_has_no_distance(release, tmp_path):
     generated = tmp_path / "generated" / "food"
     generated.mkdir(parents=True)
     picture(1).save(generated / f"{prompts[1].id}.jpg")
-    scores = mjhq.score(prompts, release, generated.parent, ColorAndEdges())
-    assert scores["fid"] is None and scores["categories"]["animals"]["fid"] is None
-    assert len(scores["missing"]["generated"]) == 11
-    assert not any(isinstance(v, float) and math.isnan(v) for v in scores.values())
+    distances, side = scored(prompts, release, generated.parent)
+    assert distances[None]["fid"] is None and distances["animals"]["fid"] is None
+    assert len(side.missing) == 11
 
 
 @pytest.mark.parametrize(
@@ -218,4 +222,4 @@ def test_absent_folders_are_refused(release, tmp_path):
     with pytest.raises(UserError, match="meta_data.json"):
         mjhq.read(tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        mjhq.score(mjhq.read(release), release, tmp_path / "nowhere", ColorAndEdges())
+        mjhq.collect(mjhq.read(release), tmp_path / "nowhere", ColorAndEdges())
