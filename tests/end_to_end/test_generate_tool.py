@@ -12,6 +12,7 @@ from programs import launcher, run_program
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pope import POPE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -86,13 +87,15 @@ def test_questions_are_answered_in_text(trained, tmp_path):
 
 def evaluate(trained: Path, data: Path, out: Path, processes: int) -> str:
     command = [*launcher(processes), "tools/evaluate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
-    return run_program([*command, "--benchmark", "pope", "--data", data, "--out", out, "--longest", 3]).stdout
+    for name in ("pope", "mjhq"):
+        command += ["--benchmark", name, "--data", data / name]
+    return run_program([*command, "--out", out, "--longest", 3]).stdout
 
 
-def test_a_benchmark_is_answered_by_replicas_and_goes_on_where_it_stopped(trained, tmp_path):
-    write_benchmarks(tmp_path / "data", BenchmarkConfig(pictures=3, size=32))
-    data, file = tmp_path / "data" / "pope", tmp_path / "answers" / "pope.jsonl"
-    items = POPE.read(data)
+def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stopped(trained, tmp_path):
+    data, file = tmp_path / "data", tmp_path / "answers" / "pope.jsonl"
+    write_benchmarks(data, BenchmarkConfig(pictures=3, size=32))
+    items, prompts = POPE.read(data / "pope"), mjhq.read(data / "mjhq")
     broken = items[0].image
     broken.write_bytes(broken.read_bytes()[:60])
     lost = {item.id for item in items if item.image == broken}
@@ -100,11 +103,17 @@ def test_a_benchmark_is_answered_by_replicas_and_goes_on_where_it_stopped(traine
     assert shown.count(f"{broken}: ") == len(lost) and "Traceback" not in shown
     answers = {record["id"]: record["answer"] for record in map(json.loads, file.read_text().splitlines())}
     assert answers.keys() == {item.id for item in items} - lost
-    assert [file] == list(file.parent.iterdir())
+    pictures = {path: path.read_bytes() for path in (file.parent / "mjhq").rglob("*.png")}
+    assert {path.stem for path in pictures} == {prompt.id for prompt in prompts}
+    assert sorted(file.parent.iterdir()) == [file.parent / "mjhq", file]
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + lines[5][:9])  # a run that was killed
+    for path in list(pictures)[:2]:
+        path.unlink()
     shown = evaluate(trained, data, file.parent, processes=1)
     assert f"{len(lost)} images could not be read" in shown and "POPE-F1" in shown
+    assert "MJHQ-FID (built-in)" in shown
+    assert {path: path.read_bytes() for path in pictures} == pictures
     again = [json.loads(line) for line in file.read_text().splitlines()]
     assert {record["id"]: record["answer"] for record in again} == answers
 
