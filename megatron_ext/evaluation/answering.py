@@ -16,6 +16,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.evaluation.answers import AnswersWriter, read_answers
 from megatron_ext.evaluation.items import Item
 from megatron_ext.generation import prompts
+from megatron_ext.generation.likelihood import log_likelihoods
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.generation.session import Session
 from megatron_ext.training.distributed import from_rank_zero
@@ -25,6 +26,8 @@ GREEDY = Sampling(temperature=0)
 
 def answer(session: Session, items: Sequence[Item], file: Path, longest: int) -> int:
     """Answer what ``file`` does not answer yet, the most likely token each time. Collective.
+
+    Questions with choices also get the log-likelihood of each choice, as the whole answer to the bare question.
 
     Args:
         longest: most tokens of an answer.
@@ -55,9 +58,10 @@ def answer(session: Session, items: Sequence[Item], file: Path, longest: int) ->
             words = session.trained.vocabulary
             requests = [prompts.answer(words, codes[item.image], item.question, longest) for item in readable]
             made = session.generator(requests, GREEDY) if requests else []
+            ranked = _likelihoods(session, readable, codes)
             for item, tokens in zip(readable, made):
                 if writer:
-                    writer.write(item.id, words.decode(tokens))
+                    writer.write(item.id, words.decode(tokens), **ranked.get(item.id, {}))
             bar.update(len(batch))
         if writer:
             writer.close()
@@ -66,6 +70,18 @@ def answer(session: Session, items: Sequence[Item], file: Path, longest: int) ->
     counts = [None] * dist.get_world_size()
     dist.all_gather_object(counts, unreadable if writes else 0)
     return sum(counts)
+
+
+def _likelihoods(session: Session, items: Sequence[Item], codes: dict[Path, list[int]]) -> dict[str, dict]:
+    """By item, for those with choices: ``likelihoods``, of each choice and the end of the answer after it."""
+    words, ranked = session.trained.vocabulary, {}
+    for item in items:
+        if item.choices:
+            prompt = prompts.answer(words, codes[item.image], item.bare, 0)
+            choices = [[*words.encode(choice), words.eod] for choice in item.choices]
+            made = log_likelihoods(session.generator, [prompt] * len(choices), choices)
+            ranked[item.id] = {"likelihoods": made}
+    return ranked
 
 
 def _part(file: Path, replica: int) -> Path:

@@ -16,6 +16,7 @@ class Item:
     answer: str  # the right one: a word or phrase (GQA), "yes" or "no" (MME, POPE), a letter (SEED-Bench)
     groups: tuple[str, ...] = ()  # what the item is reported under: its subtask, split or question types
     choices: tuple[str, ...] = ()  # the options of a multiple choice question, A first
+    bare: str = ""  # such a question without its options and suffix, for ranking them by their likelihood
 
 
 @dataclass(frozen=True)

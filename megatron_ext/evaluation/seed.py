@@ -41,14 +41,16 @@ def _items(questions: list, types: dict[str, str], file: Path, folder: Path) -> 
         image = field(entry, "data_id", where)
         choices = tuple(field(entry, f"choice_{name.lower()}", where) for name in LETTERS)
         type_id = field(entry, "question_type_id", where)
+        bare = field(entry, "question", where)
         options = [f"{name}. {choice}" for name, choice in zip(LETTERS, choices)]
         yield Item(
             id=id,
             image=first_image([folder / place / f"{image}{suffix}" for place, suffix in _IMAGE_PLACES]),
-            question="\n".join([field(entry, "question", where), *options, SUFFIX]),
+            question="\n".join([bare, *options, SUFFIX]),
             answer=one_of(field(entry, "answer", where).upper(), tuple(LETTERS), "answer", where),
             groups=(types.get(type_id, f"type {type_id}"),),
             choices=choices,
+            bare=bare,
         )
 
 
@@ -60,7 +62,8 @@ def score(items: Sequence[Item], answers: Answers) -> Scores:
 def score_likelihoods(items: Sequence[Item], likelihoods: Mapping[str, Sequence[float]]) -> Scores:
     """The same, where a model's answer is the choice with the highest of four log-likelihoods, the first of equal ones.
 
-    Whether a choice's log-likelihood is summed or averaged over its tokens is for whoever computes it. Anything but
+    Whether a choice's log-likelihood is summed or averaged over its tokens is for whoever computes it
+    (``evaluation/answering.py`` sums). Anything but
     four numbers, or four that are -inf, is invalid.
     """
     return _scores("SEED-likelihood", items, counting.parse(items, likelihoods, lambda item, four: _likeliest(four)))

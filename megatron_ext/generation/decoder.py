@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.generation.cache import Cache
+from megatron_ext.generation.rows import alignment, rows_of
 from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.plan import Plan, class_index
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-from megatron_ext.transformer.fp8 import row_multiple_of
 from megatron_ext.transformer.model import UnifiedModel
 from megatron_ext.vocabulary import Vocabulary
 
@@ -34,9 +33,7 @@ class Decoder:
             tasks: of each document.
             cache: empty, with a row for each document and enough room.
         """
-        # A model that is being trained cuts hidden states over ranks, or rounds up their rows, as its training does.
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        self._alignment = (size if model.config.sequence_parallel else 1, row_multiple_of(model.config))
+        self._alignment = alignment(model)
         self._model, self._plan, self._vocabulary, self._cache = model, plan, vocabulary, cache
         self._tasks = torch.tensor([int(task) for task in tasks], dtype=torch.int8)
         self._positions = torch.zeros(len(tasks), dtype=torch.int64)
@@ -72,25 +69,14 @@ class Decoder:
         return self._model(route).squeeze(1)
 
     def _route(self, tokens: Sequence[Sequence[int]], last: Tensor) -> Route:
-        lengths = torch.tensor([len(row) for row in tokens])
-        longest, pad = max(map(len, tokens)), self._vocabulary.pad
-        ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in tokens])
-        within = torch.arange(ids.shape[1])
-        real = within < lengths[:, None]
-        batch = Batch(
-            tokens=ids,
-            labels=ids,
-            loss_mask=torch.zeros(ids.shape),
-            positions=self._positions[:, None] + within,
-            modality=torch.where(self._vocabulary.is_image(ids), Modality.IMAGE, Modality.TEXT).to(torch.int8),
-            task=self._tasks[:, None].expand(ids.shape),
-            document=torch.where(real, 0, PADDING_DOCUMENT).to(torch.int32),
-        )
-        single = ids.shape[1] == 1
+        batch = rows_of(self._vocabulary, tokens, self._tasks, self._positions)
+        real = batch.document != PADDING_DOCUMENT
+        single = batch.shape[1] == 1
         key = torch.where(real, token_classes(batch, self._plan, None), -1).numpy().tobytes() if single else b""
         if single and key in self._steps:
             return self._again(self._steps[key], batch)
-        wanted = last[:, None] & (within == lengths[:, None] - 1)
+        lengths = torch.tensor([len(row) for row in tokens])
+        wanted = last[:, None] & (torch.arange(batch.shape[1]) == lengths[:, None] - 1)
         route = Route.of(batch, self._plan, *self._alignment, wanted=wanted, cached=True)
         route = route.to(next(self._model.parameters()).device)
         if single:

@@ -87,7 +87,7 @@ def test_questions_are_answered_in_text(trained, tmp_path):
 
 def evaluate(trained: Path, data: Path, out: Path, processes: int) -> str:
     command = [*launcher(processes), "tools/evaluate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
-    for name in ("pope", "mjhq"):
+    for name in ("pope", "seed", "mjhq"):
         command += ["--benchmark", name, "--data", data / name]
     return run_program([*command, "--out", out, "--longest", 3]).stdout
 
@@ -105,13 +105,13 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     assert answers.keys() == {item.id for item in items} - lost
     pictures = {path: path.read_bytes() for path in (file.parent / "mjhq").rglob("*.png")}
     assert {path.stem for path in pictures} == {prompt.id for prompt in prompts}
-    assert sorted(file.parent.iterdir()) == [file.parent / "mjhq", file]
+    assert sorted(file.parent.iterdir()) == [file.parent / "mjhq", file, file.parent / "seed.jsonl"]
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + lines[5][:9])  # a run that was killed
     for path in list(pictures)[:2]:
         path.unlink()
     shown = evaluate(trained, data, file.parent, processes=1)
-    assert f"{len(lost)} images could not be read" in shown and "POPE-F1" in shown
+    assert f"{len(lost)} images could not be read" in shown and "POPE-F1" in shown and "SEED-likelihood" in shown
     assert "MJHQ-FID (built-in)" in shown
     assert {path: path.read_bytes() for path in pictures} == pictures
     again = [json.loads(line) for line in file.read_text().splitlines()]

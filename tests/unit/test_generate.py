@@ -6,6 +6,7 @@ from test_decoder import PLANS, SHAPE, build, full_logits
 
 from megatron_ext.errors import UserError
 from megatron_ext.generation.generate import Generator, Request
+from megatron_ext.generation.likelihood import log_likelihoods
 from megatron_ext.generation.sampling import Sampling, next_tokens
 from megatron_ext.token_classes import Task
 
@@ -67,6 +68,18 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(one_process, plan):
     for request, made in zip(REQUESTS, of(REQUESTS, GREEDY), strict=True):
         assert made
         uncached(of, request, made)
+
+
+@pytest.mark.parametrize("plan", ["dense", "himix_hmgen_share_partial"])
+def test_log_likelihoods_are_sums_over_the_full_forward_pass(one_process, plan):
+    one_process(*SHAPE)
+    of, continuations = generator(PLANS[plan]), [[4, 5, Words.eod], [9], [], [3, 3, 3, 3]]
+    expected = []
+    for request, more in zip(REQUESTS, continuations):
+        (logits,) = full_logits(of.model, of.plan, [[*request.tokens, *more]], [request.task])
+        of_next = logits.double().log_softmax(-1)[len(request.tokens) - 1 :]
+        expected.append(sum(float(of_next[i, token]) for i, token in enumerate(more)))
+    assert log_likelihoods(of, REQUESTS, continuations) == pytest.approx(expected, abs=1e-4)
 
 
 def test_pictures_are_whole_and_text_is_text(one_process):
