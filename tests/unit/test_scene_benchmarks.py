@@ -83,7 +83,7 @@ def test_of_four_choices_exactly_one_is_true(folder):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_training_has_the_instructions_of_every_benchmark(folder, name):
-    said = [question for i in range(40) for question, _ in conversation(make_scene(5, "train", i), 8)]
+    said = [question for i in range(80) for question, _ in conversation(make_scene(5, "train", i), 8)]
     for item in BENCHMARKS[name].read(folder / name, None):
         instruction = re.search(r"[\n ](Answer|Please).*$", item.question)[0]
         assert any(question.endswith(instruction) for question in said), item.question

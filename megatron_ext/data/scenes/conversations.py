@@ -14,9 +14,9 @@ SHORT = "Answer the question using a single word or phrase."
 YES_OR_NO = "Please answer yes or no."
 LETTER = "Answer with the option's letter from the given choices directly."
 
-INSTRUCTED = 0.3
+INSTRUCTED = 0.15
 """Share of the questions that carry an instruction."""
-MULTIPLE_CHOICE = 0.15
+MULTIPLE_CHOICE = 0.08
 """Share of the turns that are questions with four choices."""
 
 
