@@ -40,6 +40,10 @@ class Clip:
         # transformers would give random values to weights that are not in the file.
         if absent := sorted(loaded["missing_keys"]):
             raise UserError(f"{folder}: its weights lack {absent[0]}; it must be a whole CLIP model")
+        # In no file; and transformers 5 leaves them unset where torch's factories have been redirected (cpu.py).
+        for module in self._model.modules():
+            if hasattr(module, "position_ids"):
+                module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
         self._model.eval().to(device)
         self._device = torch.device(device)
         self._longest = self._model.config.text_config.max_position_embeddings

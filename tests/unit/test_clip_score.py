@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torchmetrics.functional.multimodal import clip_score
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -40,7 +41,9 @@ class Reference:
     """What torchmetrics asks of a model: features as tensors."""
 
     def __init__(self, folder):
-        self._model = CLIPModel.from_pretrained(folder).eval()
+        # Built, not loaded whole: transformers' loading leaves buffers unset after this process has trained on CPUs.
+        self._model = CLIPModel(CLIPConfig.from_pretrained(folder)).eval()
+        self._model.load_state_dict(load_file(folder / "model.safetensors"))
         self.config = self._model.config
 
     def get_image_features(self, pixels):

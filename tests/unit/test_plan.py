@@ -117,7 +117,8 @@ def test_every_example_of_a_method_lies_over_a_model(file):
     config = config_file.load(Config, [EXAMPLES / "tiny.yaml", file])
     config.validate(world_size=1)
     made = Plan.of(config.plan, config.model.num_layers)
-    assert made.name == {"own_table": "dense+table"}.get(file.stem, file.stem)
+    share = "himix_hmgen_share_all+dense_share" if made.dense_share else file.stem
+    assert made.name == {"own_table": "dense+table"}.get(file.stem, share)
 
 
 def test_every_preset_has_an_example():
