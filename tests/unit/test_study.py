@@ -88,6 +88,14 @@ def test_runs_keep_the_sources_of_their_task_and_validate_on_all(study, measured
     assert [s.task for s in without.config.data.train] == ["understanding"]
 
 
+def test_a_size_may_have_seeds_of_its_own(study):
+    settings = {"model": {"num_layers": 2}}
+    sizes = [{"name": "a", "settings": settings}, {"name": "b", "settings": settings, "seeds": [7]}]
+    runs = grid.runs(study(sizes=sizes, seeds=[1, 2]))
+    seeds = {size: {r.config.training.seed for r in runs if r.size.name == size} for size in ("a", "b")}
+    assert seeds == {"a": {1, 2}, "b": {7}}
+
+
 def test_equal_tokens_and_equal_flops(study):
     runs = grid.runs(study(budgets=["tokens", "flops"]))
     iterations = {(run.method.name, run.budgets): run.iterations for run in runs}

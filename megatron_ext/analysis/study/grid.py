@@ -62,7 +62,7 @@ def runs(study: Study) -> list[Run]:
             base = _config(study, size, method).training.iterations
             planned.setdefault(length.iterations(base, budget, study.single_task_tokens), []).append(budget)
         for iterations, budgets in planned.items():
-            for seed in study.seeds:
+            for seed in study.seeds_of(size):
                 made.append(_run(study, size, method, tuple(budgets), iterations, seed, length))
     return made
 

@@ -77,8 +77,7 @@ def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
     }[study.single_task_tokens]
     text = "Plain text is in every run's data." if study.keep_text else "Plain text is in the unified runs' data alone."
     lines = [
-        f"- {len(finished)} of {len(runs)} runs are complete: sizes {', '.join(s.name for s in study.sizes)}; "
-        f"{len(study.methods)} methods; seeds {', '.join(map(str, study.seeds))}; "
+        f"- {len(finished)} of {len(runs)} runs are complete: {_sizes(study)}; {len(study.methods)} methods; "
         f"budgets {', '.join(study.budgets)}.",
         f"- Trained in all: {sum(f['tokens'] for f in found) / 1e6:.3g} million tokens, "
         f"{sum(f['flops'] for f in found):.3g} FLOPs.",
@@ -90,6 +89,14 @@ def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
         "is turned for FID and losses. Synergy loss is dense's gain minus the method's, in percentage points.",
     ]
     return ["\n".join(lines)]
+
+
+def _sizes(study: Study) -> str:
+    """Sizes, and the seeds of each."""
+    seeds = [", ".join(map(str, study.seeds_of(size))) for size in study.sizes]
+    if len(set(seeds)) == 1:
+        return f"sizes {', '.join(size.name for size in study.sizes)}; seeds {seeds[0]}"
+    return "sizes " + ", ".join(f"{size.name} (seeds {some})" for size, some in zip(study.sizes, seeds))
 
 
 def _unfinished(study: Study, runs: Sequence[Run]) -> list[str]:
@@ -184,14 +191,16 @@ def _both_budgets(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _uncertainty(study: Study, results: Results) -> list[str]:
-    seeds = len(study.seeds)
+    seeds = min(len(study.seeds_of(size)) for size in study.sizes)
+    fewest = "" if all(len(study.seeds_of(size)) == seeds for size in study.sizes) else " for some sizes"
     lines = [
         f"- Brackets are the central 95 % of {study.replicates} bootstrap replicates. Each replicate draws, with "
         "replacement, the seeds of every size (the same for all methods of the size) and the pictures of every "
         "benchmark (the same for all models, each with all its questions), and does everything again from there: "
         "gains, losses, averages, fits.",
         "- Losses and FID vary with the seeds alone: validation documents and generated pictures are not resampled.",
-        f"- There {'is 1 seed, so how results vary with it is in no interval' if seeds == 1 else f'are {seeds} seeds'}"
+        f"- There {'is 1 seed' if seeds == 1 else f'are {seeds} seeds'}{fewest}"
+        + (", so how their results vary with it is in no interval" if seeds == 1 else "")
         + ("." if seeds == 1 or seeds >= 5 else ": too few for their resampling to be more than a rough guide."),
     ]
     if len(study.sizes) > 1:

@@ -21,6 +21,8 @@ class Size:
     """Laid over the base configuration: ``model``, and what goes with it (``optimizer: {lr: ...}``, ``parallel``)."""
     processes: int | None = None
     """Processes of a run; None: parallel.tensor x parallel.pipeline."""
+    seeds: list[int] | None = None
+    """Its own, where a large one can afford fewer; None: the study's."""
 
 
 @dataclass
@@ -96,6 +98,10 @@ class Study:
     slurm: list[str] = field(default_factory=list)
     """Options for sbatch: ``--time=4:00:00``, ``--gpus=1``."""
 
+    def seeds_of(self, size: Size) -> list[int]:
+        """Those that a size is trained with."""
+        return self.seeds if size.seeds is None else size.seeds
+
 
 def read(file: str | Path) -> Study:
     """The study in a file.
@@ -122,8 +128,9 @@ def _check(study: Study) -> None:
                 raise UserError(f"'{kind}[{number}].name' is {name!r}, as an earlier one's is; take another name")
             if not name or "/" in name or name.startswith("."):
                 raise UserError(f"'{kind}[{number}].name' is {name!r}; it names a folder, take letters and digits")
-    for key in ("seeds", "budgets", "base"):
-        values = getattr(study, key)
+    lists = {key: getattr(study, key) for key in ("seeds", "budgets", "base")}
+    lists |= {f"sizes[{i}].seeds": study.seeds_of(size) for i, size in enumerate(study.sizes)}
+    for key, values in lists.items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"'{key}' is {values}; give at least one, each once")
     if study.evaluation.benchmarks and not study.evaluation.vq:
