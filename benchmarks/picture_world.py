@@ -1,0 +1,140 @@
+"""What a model has learnt to see and to draw on the picture world: accuracy of every kind of question against chance,
+and generated pictures against a control.
+
+    python benchmarks/picture_world.py --run runs/study/dense --data runs/study --out runs/study/scores \
+        --markdown docs/picture_world.md --json benchmarks/results/picture_world.json
+
+Answers the picture world's benchmarks (tools/evaluate.py, which goes on where it was stopped) for new arrangements of
+known combinations and for held-out combinations of shape and color. Chance: the share that guessing among the possible
+answers gets; the answers are balanced. Intervals are those of Wilson, 95 %.
+"""
+
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from megatron_ext import command_line
+from megatron_ext.data.scenes.world import COLORS, PLACES, SHAPES
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation import scene_check
+from megatron_ext.evaluation.answers import read_answers
+from megatron_ext.evaluation.parsing import LETTERS
+from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES
+
+ROOT = Path(__file__).parents[1]
+SPLITS = {"validation": "new arrangements", "test": "held-out combinations"}
+OPEN = {"color": len(COLORS), "shape": len(SHAPES), "place": sum(map(len, PLACES))}
+"""Kinds of GQA questions that are not answered with yes or no, and how many answers there are."""
+Z = 1.96
+
+
+def evaluate(run: Path, data: Path, out: Path, options: list[str]) -> dict:
+    """The tables of tools/evaluate.py for all benchmarks in ``data``."""
+    command = [sys.executable, "tools/evaluate.py", "--checkpoint", run, "--vq", data.parents[1] / "vq", "--out", out]
+    for name in (*BENCHMARKS, PICTURES):
+        command += ["--benchmark", name, "--data", data / name]
+    finished = subprocess.run(
+        [*map(str, command), "--json", str(out / "scores.json"), *options], cwd=ROOT, timeout=7200, check=False
+    )
+    if finished.returncode:
+        raise UserError(f"{out}: tools/evaluate.py failed; its last line says why")
+    return command_line.read_json(out / "scores.json")
+
+
+def kinds(data: Path, out: Path) -> dict[str, dict]:
+    """By kind of question: ``right``, ``questions``, ``chance``, and ``low`` and ``high``, all shares of 1."""
+    found: dict[str, list[tuple[bool, float]]] = defaultdict(list)
+    detailed = command_line.read_json(data / "gqa" / "testdev_balanced_questions.json")
+    for name, benchmark in BENCHMARKS.items():
+        read = read_answers(out / f"{name}.jsonl")
+        for item in benchmark.read(data / name, None):
+            right = item.id in read.answers and benchmark.right(item, read.answers[item.id])
+            if name == "gqa":
+                kind = detailed[item.id]["types"]["detailed"]
+                found[f"GQA, {kind}"].append((right, 1 / OPEN.get(kind, 2)))
+            elif name == "seed":
+                likelihoods = read.likelihoods.get(item.id)
+                likeliest = likelihoods and LETTERS[likelihoods.index(max(likelihoods))] == item.answer
+                found[f"SEED, {item.groups[0]}, by letter"].append((right, 1 / 4))
+                found[f"SEED, {item.groups[0]}, by likelihood"].append((bool(likeliest), 1 / 4))
+            else:
+                found[f"{benchmark.title}, {item.groups[0]}"].append((right, 1 / 2))
+    return {kind: _share(results) for kind, results in found.items()}
+
+
+def _share(results: list[tuple[bool, float]]) -> dict:
+    n, right = len(results), sum(r for r, _ in results) / len(results)
+    middle = (right + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * (right * (1 - right) / n + Z**2 / (4 * n**2)) ** 0.5
+    return {
+        "right": right,
+        "questions": n,
+        "chance": results[0][1],
+        "low": max(middle - half, 0.0),
+        "high": middle + half,
+    }
+
+
+def markdown(found: dict, budget: str) -> str:
+    """The page."""
+    lines = ["# What a model learns on the picture world", "", budget, ""]
+    lines += ["Accuracy in percent, in brackets its 95 % interval; **bold**: the interval is above chance.", ""]
+    lines += ["| question | chance | " + " | ".join(SPLITS.values()) + " |", "| --- | --- | --- | --- |"]
+    for kind, of in found["validation"]["kinds"].items():
+        cells = [_cell(found[split]["kinds"].get(kind)) for split in SPLITS]
+        lines.append(f"| {kind} | {100 * of['chance']:.1f} | " + " | ".join(cells) + " |")
+    lines += ["", "Facts of their captions that are right in generated pictures, in percent; the control is the same"]
+    lines += ["pictures with other pictures' captions. At best: the reference pictures through the VQ tokenizer.", ""]
+    lines += [
+        "| pictures for | facts | right | control | difference | at best |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for split, name in SPLITS.items():
+        for kind, row in found[split]["pictures"].items():
+            between = f"{row['difference']:.1f} [{row['from']:.1f}, {row['to']:.1f}]" if "difference" in row else "-"
+            control, best = row.get("others' prompts"), row.get("reference through VQ")
+            cells = [f"{row['right']:.1f}", _number(control), between, _number(best)]
+            lines.append(f"| {name} | {kind} ({row['facts']}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(of: dict | None) -> str:
+    if of is None:
+        return "-"
+    text = f"{100 * of['right']:.1f}"
+    bold = f"**{text}**" if of["low"] > of["chance"] else text
+    return f"{bold} [{100 * of['low']:.0f}, {100 * of['high']:.0f}]"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def main() -> None:
+    parser = command_line.parser(
+        __doc__, "python benchmarks/picture_world.py --run runs/study/dense --data runs/study --out runs/study/scores"
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a run, trained on --data")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with vq/ and benchmarks/")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for answers and pictures")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--budget", default="", help="a sentence on what the model was trained with, for the page")
+    parser.add_argument("options", nargs="*", help="more for tools/evaluate.py, such as plan.preset=dense")
+    arguments = parser.parse_args()
+    found = {}
+    for split in SPLITS:
+        data, out = arguments.data / "benchmarks" / split, arguments.out / split
+        tables = evaluate(arguments.run, data, out, arguments.options)
+        pictures = [of["scores"]["details"] for of in tables["files"] if of["benchmark"] == scene_check.TITLE]
+        found[split] = {"kinds": kinds(data, out), "pictures": pictures[0] if pictures else {}, "table": tables["rows"]}
+    text = markdown(found, arguments.budget)
+    print(text)
+    if arguments.markdown:
+        command_line.write_text(arguments.markdown, text)
+    if arguments.json:
+        command_line.write_json(arguments.json, {"budget": arguments.budget, **found})
+
+
+if __name__ == "__main__":
+    command_line.run(main)
