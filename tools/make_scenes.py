@@ -19,6 +19,13 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=200, help="default: 200")
     parser.add_argument("--test", type=int, default=200, help="default: 200; all of them with held-out combinations")
     parser.add_argument("--size", type=int, default=64, help="pixels along a side (default: 64)")
+    parser.add_argument(
+        "--variation",
+        type=float,
+        default=1.0,
+        metavar="V",
+        help="0 .. 1: how much equal objects and backgrounds differ in their looks (default: 1)",
+    )
     parser.add_argument("--questions", type=int, default=3, help="per picture (default: 3)")
     parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["tar", "text"], help="default: tar text")
@@ -45,10 +52,12 @@ def main() -> None:
         parser.error("give --out, --sheet, --benchmarks or several of them")
     if arguments.size < 16:
         raise UserError(f"--size {arguments.size}: must be at least 16")
+    if not 0 <= arguments.variation <= 1:
+        raise UserError(f"--variation {arguments.variation}: must be from 0 to 1")
     if arguments.benchmark_pictures < 1:
         raise UserError(f"--benchmark-pictures {arguments.benchmark_pictures}: must be at least 1")
     if arguments.sheet:
-        write_sheet(arguments.sheet, "train", arguments.seed, arguments.size)
+        write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, arguments.variation)
         print(f"{arguments.sheet}: written")
     cards = {}
     for split in SPLITS if arguments.out else ():
@@ -58,6 +67,7 @@ def main() -> None:
             count=count,
             texts=round(count * arguments.texts_per_scene),
             size=arguments.size,
+            variation=arguments.variation,
             questions=arguments.questions,
             seed=arguments.seed,
             forms=tuple(arguments.forms),
@@ -67,7 +77,11 @@ def main() -> None:
         print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({card['fingerprint']})")
     if arguments.benchmarks:
         config = BenchmarkConfig(
-            arguments.benchmark_pictures, arguments.size, arguments.seed, arguments.benchmark_split
+            arguments.benchmark_pictures,
+            arguments.size,
+            arguments.seed,
+            arguments.benchmark_split,
+            arguments.variation,
         )
         cards["benchmarks"] = card = write_benchmarks(arguments.benchmarks, config)
         items = ", ".join(f"{count} of {name}" for name, count in card["items"].items())

@@ -18,6 +18,7 @@ from megatron_ext.data.scenes.world import COLORS, SHAPES, Background, Scene, Sc
 from megatron_ext.errors import UserError
 
 SCENES = [make_scene(3, split, index) for split in ("train", "test") for index in range(25)]
+PLAIN = [make_scene(3, split, index, variation=0.0) for split in ("train", "test") for index in range(25)]
 
 
 def jpeg(picture: Image.Image, quality: int) -> Image.Image:
@@ -59,9 +60,9 @@ def rates(scenes, size, degrade=lambda picture: picture) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("size", [48, 64])
-def test_what_is_drawn_is_seen(size):
-    measured = rates(SCENES, size)
+@pytest.mark.parametrize("size, scenes", [(48, SCENES), (64, SCENES), (48, PLAIN)], ids=["48", "64", "48 plain"])
+def test_what_is_drawn_is_seen(size, scenes):
+    measured = rates(scenes, size)
     assert min(measured.values()) > 0.97, measured
 
 

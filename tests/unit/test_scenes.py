@@ -204,6 +204,22 @@ def test_objects_do_not_overlap_and_lie_in_their_cells():
             assert (int(o.x * 3), int(o.y * 3)) == (o.column, o.row)
 
 
+def test_without_variation_the_same_is_said_of_pictures_whose_pixels_follow_from_it():
+    looks = {}
+    for scene in SCENES["train"]:
+        plain = make_scene(7, "train", scene.index, variation=0.0)
+        spoken = caption(scene).replace(f"background is {scene.background.pattern}", "background is plain")
+        assert (plain.arrangement, caption(plain), text(plain)) == (scene.arrangement, spoken, text(scene))
+        assert plain.background.color == scene.background.color and plain.background.pattern == "plain"
+        pixels = np.asarray(render(plain, 48))
+        for o in plain.objects:
+            cell = pixels[16 * o.row : 16 * (o.row + 1), 16 * o.column : 16 * (o.column + 1)]
+            known = looks.setdefault((o.shape, o.color, o.size, o.place, plain.background.color), cell)
+            assert np.array_equal(cell, known)
+    patterned = [make_scene(7, "train", i, variation=0.5).background.pattern != "plain" for i in range(300)]
+    assert 0.3 < np.mean(patterned) < 0.5  # half of the four fifths that variation 1 has
+
+
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_a_color_can_be_read_off_the_pixels_of_its_object(size):
     palette = np.array(list(RGB.values()))

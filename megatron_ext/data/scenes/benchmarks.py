@@ -73,12 +73,14 @@ CARD = "benchmarks.json"
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """``pictures`` per benchmark (per subtask of MME), of ``size`` x ``size`` pixels, from a split."""
+    """``pictures`` per benchmark (per subtask of MME), of ``size`` x ``size`` pixels, from a split; ``variation`` as in
+    :func:`world.make_scene`."""
 
     pictures: int = 60
     size: int = 64
     seed: int = 1234
     split: str = "test"
+    variation: float = 1.0
 
 
 def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
@@ -109,7 +111,7 @@ def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
 
 
 def _scenes(config: BenchmarkConfig) -> Iterator[Scene]:
-    return (make_scene(config.seed, config.split, index) for index in itertools.count())
+    return (make_scene(config.seed, config.split, index, config.variation) for index in itertools.count())
 
 
 def _save(scene: Scene, config: BenchmarkConfig, file: Path) -> None:

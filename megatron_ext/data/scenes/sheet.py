@@ -13,13 +13,14 @@ from megatron_ext.data.scenes.world import make_scene
 COLUMNS, CELL, PICTURE, LINE = 4, (300, 330), 180, 13
 
 
-def write_sheet(file: Path, split: str, seed: int, size: int, count: int = 12) -> None:
-    """The first ``count`` scenes of a split, rendered at ``size`` pixels and shown enlarged."""
+def write_sheet(file: Path, split: str, seed: int, size: int, variation: float = 1.0, count: int = 12) -> None:
+    """The first ``count`` scenes of a split, rendered at ``size`` pixels and shown enlarged; ``variation`` as in
+    :func:`world.make_scene`."""
     rows = -(-count // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * CELL[0], rows * CELL[1]), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for index in range(count):
-        scene = make_scene(seed, split, index)
+        scene = make_scene(seed, split, index, variation)
         x, y = index % COLUMNS * CELL[0] + 10, index // COLUMNS * CELL[1] + 10
         sheet.paste(render(scene, size).resize((PICTURE, PICTURE), Image.Resampling.NEAREST), (x, y))
         lines = textwrap.wrap(caption(scene), 48)

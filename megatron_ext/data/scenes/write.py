@@ -43,6 +43,7 @@ class SplitConfig:
     count: int
     texts: int
     size: int = 64
+    variation: float = 1.0
     questions: int = 3
     seed: int = 1234
     forms: tuple[str, ...] = ("tar", "text")
@@ -62,7 +63,7 @@ class Sample:
 
 def make_sample(config: SplitConfig, index: int) -> Sample:
     """Scene ``index`` of a split as a sample; a pure function of its arguments."""
-    scene = make_scene(config.seed, config.split, index)
+    scene = make_scene(config.seed, config.split, index, config.variation)
     buffer = io.BytesIO()
     render(scene, config.size).save(buffer, format="PNG")
     turns = []
