@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Data of the studies on the picture world, in runs/study: 25,000 scenes with ten questions each, and their
-# benchmarks. Equal objects look equal, so that models of this size learn to see and draw them in minutes.
+# benchmarks. Equal objects look equal, so that small models learn shapes and places sooner.
 #
 #   bash examples/studies/prepare.sh      some ten minutes on two CPU cores; what is complete is not made again
 set -euo pipefail

@@ -140,7 +140,7 @@ def make_scene(seed: int, split: str, index: int, variation: float = 1.0) -> Sce
         variation: 0 .. 1, how much equal things differ in their looks: how far objects stray from the middle of their
             cells and turn, how much radii of one size vary, and which share of the backgrounds has a pattern. What
             there is to say of the objects does not change, but at 0 every pixel of an object follows from its words
-            and its cell, which small models learn several times sooner.
+            and its cell, so small models learn shapes, places and attributes sooner.
 
     Raises:
         UserError: ``split`` is not one of :data:`SPLITS`.
