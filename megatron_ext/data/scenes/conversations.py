@@ -14,9 +14,9 @@ SHORT = "Answer the question using a single word or phrase."
 YES_OR_NO = "Please answer yes or no."
 LETTER = "Answer with the option's letter from the given choices directly."
 
-INSTRUCTED = 0.15
+INSTRUCTED = 0.3
 """Share of the questions that carry an instruction."""
-MULTIPLE_CHOICE = 0.08
+MULTIPLE_CHOICE = 0.1
 """Share of the turns that are questions with four choices."""
 
 
@@ -37,7 +37,7 @@ def with_letters(question: Question) -> str:
 
 
 def _instructed(question: Question, rng: random.Random) -> str:
-    if rng.random() >= INSTRUCTED:
+    if rng.random() >= INSTRUCTED or not question.choices:  # no choices: not a short answer
         return question.text
     # MME has its instruction in the line of the question.
     wordings = (f"\n{SHORT}", f" {YES_OR_NO}") if question.choices == YES_NO else (f"\n{SHORT}",)

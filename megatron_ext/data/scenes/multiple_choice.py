@@ -4,9 +4,9 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from megatron_ext.data.scenes.captions import article, pair_name, plural, relation_words, unique_objects
+from megatron_ext.data.scenes.captions import article, pair_name, plural
 from megatron_ext.data.scenes.questions import Question, ask
-from megatron_ext.data.scenes.world import BACKGROUND_COLORS, COLORS, HELD_OUT, SHAPES, Scene
+from megatron_ext.data.scenes.world import COLORS, HELD_OUT, SHAPES, Scene
 
 CHOICES = 4
 Chosen = tuple[str, str, Sequence[str]] | None
@@ -33,11 +33,6 @@ def absent_like(scene: Scene, pair: tuple[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def _scene(scene: Scene, rng: random.Random) -> Chosen:
-    color = scene.background.color
-    return "What color is the background?", color, [c for c in BACKGROUND_COLORS if c != color]
-
-
 def _identity(scene: Scene, rng: random.Random) -> Chosen:
     item = rng.choice(scene.objects)
     absent = absent_like(scene, (item.shape, item.color))
@@ -56,19 +51,6 @@ def _asked(*kinds: str) -> Callable[[Scene, random.Random], Chosen]:
     return make
 
 
-def _relation(scene: Scene, rng: random.Random) -> Chosen:
-    """Objects in one row or column, so that one word alone is true."""
-    items = unique_objects(scene)
-    pairs = [(a, b) for a in items for b in items if len(relation_words(a, b)) == 1]
-    if not pairs:
-        return None
-    a, b = rng.choice(pairs)
-    ((word, _),) = relation_words(a, b)
-    wrong = [w for w in ("left of", "right of", "above", "below") if w != word]
-    question = f"Where is the {pair_name(a)}, as seen from the {pair_name(b)}?"
-    return question, f"{word} it", [f"{w} it" for w in wrong]
-
-
 def _reasoning(scene: Scene, rng: random.Random) -> Chosen:
     """What there is most of; wrong choices are in the picture as far as there are such."""
     attribute, values = rng.choice([("color", COLORS), ("shape", SHAPES)])
@@ -84,11 +66,11 @@ def _reasoning(scene: Scene, rng: random.Random) -> Chosen:
 
 
 KINDS: dict[str, Callable[[Scene, random.Random], Chosen]] = {
-    "Scene Understanding": _scene,
+    "Scene Understanding": _asked("background"),
     "Instance Identity": _identity,
     "Instance Attributes": _asked("color", "shape"),
     "Instance Location": _asked("place"),
     "Instances Counting": _asked("counting"),
-    "Spatial Relation": _relation,
+    "Spatial Relation": _asked("direction"),
     "Visual Reasoning": _reasoning,
 }

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_ext.data.scenes.captions import NUMBERS, article, pair_name, plural, relation_words, unique_objects
-from megatron_ext.data.scenes.world import COLORS, HELD_OUT, PLACES, SHAPES, Scene, SceneObject
+from megatron_ext.data.scenes.world import BACKGROUND_COLORS, COLORS, HELD_OUT, PLACES, SHAPES, Scene, SceneObject
 
 YES_NO = ("yes", "no")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer, and the answers among which a system would have to choose."""
+    """A question with its answer, and the answers among which a system would have to choose (none: too many)."""
 
     kind: str
     text: str
@@ -22,9 +22,9 @@ class Question:
 
 
 def questions(scene: Scene, count: int) -> list[Question]:
-    """``count`` questions (fewer if the scene allows no more) of different kinds, as far as there are kinds."""
+    """``count`` questions (fewer if the scene allows no more), kinds as frequent as :data:`SHARES` says."""
     rng = scene.random("questions")
-    kinds = list(KINDS)
+    kinds = [kind for kind, share in SHARES.items() for _ in range(share)]
     rng.shuffle(kinds)
     made: list[Question] = []
     for _ in range(4):
@@ -84,6 +84,16 @@ def _place(scene: Scene, rng: random.Random) -> Asked:
     return (f"Where is the {pair_name(item)}?", item.place, tuple(place for row in PLACES for place in row))
 
 
+def _background(scene: Scene, rng: random.Random) -> Asked:
+    return ("What color is the background?", scene.background.color, BACKGROUND_COLORS)
+
+
+def _layout(scene: Scene, rng: random.Random) -> Asked:
+    """All objects, in reading order: every word of the answer needs looking."""
+    items = sorted(scene.objects, key=lambda o: (o.row, o.column))
+    return ("What is where?", ", ".join(f"{o.place}: {pair_name(o)}" for o in items), ())
+
+
 def _comparison(scene: Scene, rng: random.Random) -> Asked:
     """Numbers of two colors or shapes, or sizes of two objects; which comes first decides the answer."""
     answer = rng.choice(YES_NO)
@@ -112,6 +122,18 @@ def _relation(scene: Scene, rng: random.Random) -> Asked:
     word, inverse = rng.choice(relation_words(a, b))
     answer = rng.choice(YES_NO)
     return (f"Is the {pair_name(a)} {word if answer == 'yes' else inverse} the {pair_name(b)}?", answer, YES_NO)
+
+
+def _direction(scene: Scene, rng: random.Random) -> Asked:
+    """Objects in one row or column, so that one word alone is true."""
+    items = unique_objects(scene)
+    pairs = [(a, b) for a in items for b in items if len(relation_words(a, b)) == 1]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    ((word, _),) = relation_words(a, b)
+    answers = tuple(f"{w} it" for w in ("left of", "right of", "above", "below"))
+    return (f"Where is the {pair_name(a)}, as seen from the {pair_name(b)}?", f"{word} it", answers)
 
 
 def _logic(scene: Scene, rng: random.Random) -> Asked:
@@ -184,9 +206,28 @@ KINDS: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "place": _place,
     "comparison": _comparison,
     "relation": _relation,
+    "direction": _direction,
     "logic": _logic,
     "statement": _statement,
+    "background": _background,
+    "layout": _layout,
 }
+
+SHARES = {
+    "existence": 2,
+    "counting": 2,
+    "color": 1,
+    "shape": 1,
+    "place": 2,
+    "comparison": 2,
+    "relation": 3,
+    "direction": 2,
+    "logic": 2,
+    "statement": 3,
+    "background": 1,
+    "layout": 1,
+}
+"""How often a kind is asked in training, next to the others: more often what takes longer to learn."""
 
 
 def _number(count: int) -> str:
