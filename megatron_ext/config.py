@@ -258,7 +258,7 @@ class CheckpointConfig:
     resume: bool = True
     """Go on from the newest complete checkpoint in the output folder, if there is one."""
     load: str | None = None
-    """A checkpoint folder to start from when there is nothing to resume: weights alone, step 0."""
+    """A checkpoint, or a run's folder, to start from when there is nothing to resume: weights alone, step 0."""
 
 
 @dataclass

@@ -100,9 +100,10 @@ def _generate(arguments: argparse.Namespace) -> bool:
 
     from megatron_ext.evaluation import drawing, mjhq
     from megatron_ext.evaluation.answering import answer
-    from megatron_ext.generation.load import load, newest
+    from megatron_ext.generation.load import load
     from megatron_ext.generation.sampling import Sampling
     from megatron_ext.generation.session import Session
+    from megatron_ext.training import checkpoint_folder
 
     # Found before hours of drawing rather than after.
     if lost := [path for path in (arguments.inception, arguments.clip) if path and not path.exists()]:
@@ -110,7 +111,7 @@ def _generate(arguments: argparse.Namespace) -> bool:
     read = {name: mjhq.read if name == PICTURES else benchmark_named(name).read for name in arguments.benchmark}
     given = [read[name](*one) for name, *one in zip(arguments.benchmark, arguments.data, arguments.parts)]
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.guidance, arguments.seed)
-    checkpoint = newest(arguments.checkpoint)
+    checkpoint = checkpoint_folder.of_run(arguments.checkpoint)
     trained = load(checkpoint, arguments.overrides, arguments.vocabulary, arguments.tensor)
     session = Session(trained, arguments.vq, arguments.batch_size)
     try:

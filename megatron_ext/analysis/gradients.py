@@ -30,11 +30,10 @@ from megatron_ext import config_file
 from megatron_ext.analysis.rows import run_batches
 from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.data.batch import Batch
-from megatron_ext.generation.load import newest
 from megatron_ext.routing.dense_share import Draw
 from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import Task
-from megatron_ext.training import distributed
+from megatron_ext.training import checkpoint_folder, distributed
 from megatron_ext.training.checkpoint import load_weights, read_state
 from megatron_ext.training.run import padded_vocabulary
 from megatron_ext.training.setup import build_model
@@ -169,7 +168,7 @@ def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validatio
     Raises:
         UserError: the checkpoint, an override or the data, named.
     """
-    path = newest(checkpoint)
+    path = checkpoint_folder.of_run(checkpoint)
     config = config_file.from_tree(Config, read_state(path)["config"])
     config.parallel = ParallelConfig()
     config = config_file.override(config, overrides)

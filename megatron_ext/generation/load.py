@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from megatron_ext import config_file
 from megatron_ext.config import Config
-from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan
 from megatron_ext.vocabulary import Vocabulary
 
@@ -35,12 +34,12 @@ def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None,
     Raises:
         UserError: the checkpoint or the vocabulary is missing, damaged, or another one than it was trained with.
     """
-    from megatron_ext.training import distributed
+    from megatron_ext.training import checkpoint_folder, distributed
     from megatron_ext.training.checkpoint import load_weights, read_state
     from megatron_ext.training.run import padded_vocabulary
     from megatron_ext.transformer.model import build_chunks
 
-    path = newest(checkpoint)
+    path = checkpoint_folder.of_run(checkpoint)
     state = read_state(path)
     config = config_file.override(config_file.from_tree(Config, state["config"]), overrides)
     config.parallel = type(config.parallel)(tensor=tensor or distributed.world_size())
@@ -53,15 +52,3 @@ def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None,
     (model,) = build_chunks(config, padded_vocabulary(config, words))
     load_weights(path, [model], {"fingerprints": {"vocabulary": words.fingerprint}})
     return Trained(config, Plan.of(config.plan, config.model.num_layers), words, model.eval())
-
-
-def newest(folder: Path) -> Path:
-    """``folder`` if it is a checkpoint, else the newest complete one of the run in it."""
-    from megatron_ext.training import checkpoint_folder
-
-    if folder.name.startswith("iter_"):
-        return folder
-    found = checkpoint_folder.checkpoints(folder / "checkpoints")
-    if not found:
-        raise UserError(f"{folder}: no complete checkpoint in {folder / 'checkpoints'}")
-    return found[-1]

@@ -37,6 +37,20 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=iteration_of)
 
 
+def of_run(folder: Path) -> Path:
+    """``folder`` if it is named as a checkpoint, else the newest complete checkpoint of the run in it.
+
+    Raises:
+        UserError: the run has none.
+    """
+    if _COMPLETE.fullmatch(folder.name):
+        return folder
+    found = checkpoints(folder / "checkpoints")
+    if not found:
+        raise UserError(f"{folder}: no complete checkpoint in {folder / 'checkpoints'}")
+    return found[-1]
+
+
 def iteration_of(path: Path) -> int:
     """20 for ``iter_0000020``."""
     return int(_COMPLETE.fullmatch(path.name)[1])

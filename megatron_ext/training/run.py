@@ -12,7 +12,7 @@ from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Plan
-from megatron_ext.training import distributed
+from megatron_ext.training import checkpoint_folder, distributed
 from megatron_ext.training.benchmarking import Benchmarking
 from megatron_ext.training.checkpoint import Checkpointer, load_weights
 from megatron_ext.training.setup import build_model, build_optimizer
@@ -123,9 +123,10 @@ def _resume(run: Run) -> None:
                 "the training data or their weights have changed since: rows follow the new mixture from here on"
             )
     elif wanted.load:
-        load_weights(Path(wanted.load), run.chunks, run.identity)
+        path = checkpoint_folder.of_run(Path(wanted.load))
+        load_weights(path, run.chunks, run.identity)
         run.optimizer.reload_model_params()
-        distributed.report(f"weights from {wanted.load}")
+        distributed.report(f"weights from {path}")
 
 
 def describe(run: Run) -> str:

@@ -56,6 +56,14 @@ def test_saving_an_iteration_again_replaces_its_checkpoint(tmp_path):
     assert (path / "data").read_bytes() == b"second"
 
 
+def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint in"):
+        checkpoint_folder.of_run(tmp_path)
+    paths = [save(tmp_path / "checkpoints", iteration) for iteration in (10, 9)]
+    assert checkpoint_folder.of_run(tmp_path) == paths[0]
+    assert checkpoint_folder.of_run(paths[1]) == paths[1]
+
+
 @pytest.mark.parametrize(("keep", "left"), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4]), (0, [1, 2, 3, 4])])
 def test_the_newest_are_kept(tmp_path, keep, left):
     for iteration in range(1, 5):

@@ -88,12 +88,14 @@ def test_runs_keep_the_sources_of_their_task_and_validate_on_all(study, measured
     assert [s.task for s in without.config.data.train] == ["understanding"]
 
 
-def test_a_size_may_have_seeds_of_its_own(study):
-    settings = {"model": {"num_layers": 2}}
-    sizes = [{"name": "a", "settings": settings}, {"name": "b", "settings": settings, "seeds": [7]}]
-    runs = grid.runs(study(sizes=sizes, seeds=[1, 2]))
+def test_a_size_may_have_seeds_and_budgets_of_its_own(study):
+    size = {"settings": {"model": {"num_layers": 2}}}
+    sizes = [{"name": "a", **size}, {"name": "b", **size, "seeds": [7], "budgets": ["tokens"]}]
+    runs = grid.runs(study(sizes=sizes, seeds=[1, 2], budgets=["tokens", "flops"]))
     seeds = {size: {r.config.training.seed for r in runs if r.size.name == size} for size in ("a", "b")}
     assert seeds == {"a": {1, 2}, "b": {7}}
+    budgets = {size: {b for r in runs if r.size.name == size for b in r.budgets} for size in ("a", "b")}
+    assert budgets == {"a": {"tokens", "flops"}, "b": {"tokens"}}
 
 
 def test_equal_tokens_and_equal_flops(study):
@@ -125,6 +127,7 @@ def test_what_is_measured_of_the_data_is_measured_once(study, monkeypatch):
         ({"budgets": ["time"]}, r"'budgets\[0\]' is 'time', must be one of tokens, flops"),
         ({"seeds": [1, 1]}, r"'seeds' is \[1, 1\]; give at least one, each once"),
         ({"evaluation": {"benchmarks": [{"name": "gqa", "data": "x"}]}}, "'evaluation.vq' is missing"),
+        ({"sizes": [{"name": "a", "settings": {}, "budgets": ["flops"]}]}, "'flops', which is not among the study's"),
         ({"sizes": [{"name": "a/b", "settings": {}}]}, r"'sizes\[0\].name' is 'a/b'; it names a folder"),
     ],
 )

@@ -10,8 +10,8 @@ from megatron_ext.analysis.study.grid import Run
 from megatron_ext.analysis.study.study_file import Study
 from megatron_ext.command_line import write_json
 
-_BESIDE = ("POPE-A", "POPE-P", "POPE-R", "POPE-yes")
-"""Further figures of answers that POPE-F1 counts already; they would weigh POPE more than other benchmarks."""
+_BESIDE = ("POPE-A", "POPE-P", "POPE-R", "POPE-yes", "MJHQ-facts, others' prompts", "MJHQ-facts, difference")
+"""Further figures of what POPE-F1 and MJHQ-facts count already; they would weigh these more than other benchmarks."""
 
 
 def collect(study: Study, runs: Sequence[Run]) -> Results:
@@ -64,5 +64,5 @@ def _guess(name: str) -> Metric:
     if name.endswith(" loss"):
         return Metric(name.removesuffix(" loss"), higher_is_better=False, in_average=False)
     if "FID" in name or name.startswith("MJHQ"):
-        return Metric("generation", higher_is_better="FID" not in name)
+        return Metric("generation", higher_is_better="FID" not in name, in_average=name not in _BESIDE)
     return Metric("understanding", in_average=name not in _BESIDE and "likelihood" not in name)

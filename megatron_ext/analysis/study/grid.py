@@ -58,7 +58,7 @@ def runs(study: Study) -> list[Run]:
     lengths = _lengths(study, pairs)
     for (size, method), length in zip(pairs, lengths):
         planned: dict[int, list[str]] = {}
-        for budget in study.budgets:
+        for budget in study.budgets_of(size):
             base = _config(study, size, method).training.iterations
             planned.setdefault(length.iterations(base, budget, study.single_task_tokens), []).append(budget)
         for iterations, budgets in planned.items():

@@ -23,6 +23,8 @@ class Size:
     """Processes of a run; None: parallel.tensor x parallel.pipeline."""
     seeds: list[int] | None = None
     """Its own, where a large one can afford fewer; None: the study's."""
+    budgets: list[Literal["tokens", "flops"]] | None = None
+    """Some of the study's, likewise; None: all."""
 
 
 @dataclass
@@ -102,6 +104,10 @@ class Study:
         """Those that a size is trained with."""
         return self.seeds if size.seeds is None else size.seeds
 
+    def budgets_of(self, size: Size) -> list[str]:
+        """Those that a size is trained under."""
+        return self.budgets if size.budgets is None else size.budgets
+
 
 def read(file: str | Path) -> Study:
     """The study in a file.
@@ -130,9 +136,13 @@ def _check(study: Study) -> None:
                 raise UserError(f"'{kind}[{number}].name' is {name!r}; it names a folder, take letters and digits")
     lists = {key: getattr(study, key) for key in ("seeds", "budgets", "base")}
     lists |= {f"sizes[{i}].seeds": study.seeds_of(size) for i, size in enumerate(study.sizes)}
+    lists |= {f"sizes[{i}].budgets": study.budgets_of(size) for i, size in enumerate(study.sizes)}
     for key, values in lists.items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"'{key}' is {values}; give at least one, each once")
+    for i, size in enumerate(study.sizes):
+        if unknown := set(study.budgets_of(size)) - set(study.budgets):
+            raise UserError(f"'sizes[{i}].budgets' has {min(unknown)!r}, which is not among the study's 'budgets'")
     if study.evaluation.benchmarks and not study.evaluation.vq:
         raise UserError("'evaluation.vq' is missing; name the folder of the VQ tokenizer that the data were made with")
     for name, overrides in study.evaluation.evaluate_as.items():
