@@ -108,6 +108,39 @@ def compare(results: Results, bootstrap: Bootstrap | None = None) -> list[Compar
     return comparisons
 
 
+def against_dense(results: Results, bootstrap: Bootstrap | None = None) -> list[Comparison]:
+    """What every other method costs where dense is trained on the same task or tasks, by setting.
+
+    The gains are ``(method - dense) / |dense|``, positive where the method is better, over the seeds that both have.
+
+    Raises:
+        UserError: two rows stand for the same method, task, setting and seed.
+    """
+    bootstrap = bootstrap or Bootstrap()
+    bootstrap.draw_seeds(results.rows)
+    made = []
+    for setting, task in dict.fromkeys((row.setting, row.task) for row in results.rows):
+        rows = [row for row in results.rows if (row.setting, row.task) == (setting, task)]
+        methods = {
+            name: _by_seed([row for row in rows if row.method == name], f"{name}, {task}")
+            for name in dict.fromkeys(row.method for row in rows)
+        }
+        dense = methods.pop(REFERENCE, {})
+        for name, mine in methods.items():
+            first = next(iter(mine.values()))
+            one = Comparison(f"{name}, {task}", *setting, first.flops_ratio, first.parameters)
+            for metric, of in results.metrics.items():
+                seeds = [s for s in mine if s in dense and _has(mine[s], metric) and _has(dense[s], metric)]
+                if seeds:
+                    both = [bootstrap.mean({s: of_seed[s] for s in seeds}, metric) for of_seed in (mine, dense)]
+                    change = gain(*both, of.higher_is_better)
+                    one.effects.append(Effect(metric, of.task, change, None, *both, tuple(seeds)))
+            one.averages = list(_averages(one.effects, results))
+            if one.effects:
+                made.append(one)
+    return made
+
+
 class _Pairs:
     """A unified method's rows and their single-task partners, by seed, in one setting."""
 

@@ -49,6 +49,27 @@ def test_synergy_loss_is_what_dense_gains_more(paper):
     assert 100 * average == pytest.approx(np.mean(understanding)) == pytest.approx(23.65, abs=0.05)
 
 
+def test_what_a_method_costs_is_against_dense_on_the_same_tasks():
+    costs = {c.method: c for c in synergy.against_dense(results.published())}
+    assert not [name for name in costs if name.startswith("dense")]
+    himix, hmgen = costs["HiMix, understanding"], costs["HMGen, 3 shallow layers, generation"]
+    assert himix.effect("GQA").gain[0] == pytest.approx((49.92 - 52.86) / 52.86)
+    assert hmgen.effect("MJHQ-FID").gain[0] == pytest.approx((17.45 - 12.16) / 17.45)  # lower is better
+    share_all = costs["HiMix-HMGen (Share All), unified"]
+    assert share_all.effect("GQA").gain[0] == pytest.approx((33.0 - 56.0) / 56.0)
+    assert [e.metric for e in hmgen.effects] == ["MJHQ-FID"] and share_all.average("understanding")
+
+
+def test_costs_are_over_the_seeds_and_sizes_that_dense_has_too():
+    rows = [
+        *(row("dense", "unified", "dense", value, seed, "a") for seed, value in ((1, 10.0), (2, 20.0))),
+        *(row("fast", "unified", "fast", value, seed, "a") for seed, value in ((2, 30.0), (3, 99.0))),
+        row("fast", "unified", "fast", 1.0, 1, "b"),
+    ]
+    (cost,) = synergy.against_dense(gqa(*rows), Bootstrap(50))
+    assert (cost.size, cost.effects[0].seeds) == ("a", (2,)) and cost.effects[0].gain[0] == 0.5
+
+
 def row(method, task, accelerator, value, seed=None, size=None, run=None, metric="GQA") -> Row:
     return Row(method, task, accelerator, {metric: value}, seed=seed, size=size, run=run, parameters=None)
 

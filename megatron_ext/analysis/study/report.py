@@ -22,8 +22,8 @@ def write(study: Study, runs: Sequence[Run]) -> dict:
     from megatron_ext.analysis import plots  # imported late: the tool's --help should not wait for matplotlib
 
     out = Path(study.output)
-    results = collect.collect(study, runs)
-    comparisons = synergy.compare(results, questions.bootstrap(study, runs))
+    results, drawn = collect.collect(study, runs), questions.bootstrap(study, runs)
+    comparisons, costs = synergy.compare(results, drawn), synergy.against_dense(results, drawn)
     fits = {(budget, roles, method, what): line for budget, roles, method, what, line in _fits(comparisons)}
     parts = [f"# Study {study.name}", *_facts(study, runs, results), *_unfinished(study, runs)]
     for budget in study.budgets:
@@ -31,6 +31,7 @@ def write(study: Study, runs: Sequence[Run]) -> dict:
         if rows:
             parts += [f"## {BUDGETS[budget]}", _trained(study, budget, rows).markdown()]
         for roles in dict.fromkeys(row.evaluated_as for row in rows):
+            parts += _costs([c for c in costs if (c.budget, c.evaluated_as) == (budget, roles)], roles)
             mine = [c for c in comparisons if (c.budget, c.evaluated_as) == (budget, roles)]
             if not mine:
                 continue
@@ -59,6 +60,7 @@ def write(study: Study, runs: Sequence[Run]) -> dict:
     numbers = {
         "study": study.name,
         "methods": tables.as_json(comparisons),
+        "against_dense": tables.as_json(costs),
         "fits": [
             dict(zip(("budget", "evaluated_as", "method", "loss_of"), key)) | line.as_json()
             for key, line in fits.items()
@@ -138,6 +140,14 @@ def _mean(values: list[float]) -> str:
     if not values:
         return "-"
     return f"{np.mean(values):.4g}" + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
+
+
+def _costs(costs: Sequence[Comparison], roles: str | None) -> list[str]:
+    """A table for each size: how much better or worse than dense on the same tasks."""
+    parts = ["### Against dense, trained on the same tasks" + (f", evaluated as {roles}" if roles else "")]
+    for size in dict.fromkeys(c.size for c in costs):
+        parts += [f"Size {size}:", tables.gains([c for c in costs if c.size == size]).markdown()]
+    return parts if len(parts) > 1 else []
 
 
 def _scales(comparisons: Sequence[Comparison]) -> list[str]:
