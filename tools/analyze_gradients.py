@@ -16,7 +16,12 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
     add("--data", choices=("validation", "train"), default="validation", help="which of the run's data are read")
-    add("--batches", type=int, default=4, help="how many of the run's global batches are taken together")
+    add(
+        "--batches",
+        type=int,
+        default=4,
+        help="how many of the run's global batches are taken together; an even number tells noise from disagreement",
+    )
     add("--figure", type=Path, metavar="FILE", help="draw a PNG")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the run's configuration")
     arguments = parser.parse_args()
@@ -32,7 +37,7 @@ def main() -> None:
 
     numbers = of_checkpoint(arguments.checkpoint, arguments.overrides, arguments.data, arguments.batches)
     if dist.get_rank() == 0:
-        print(gradients_report.table(numbers["alignment"]))
+        print(gradients_report.table(numbers["alignment"], numbers["corrected"]))
         if arguments.json:
             command_line.write_json(arguments.json, numbers)
         if arguments.figure:

@@ -69,18 +69,67 @@ def alignment(chunks: list, batch: Batch, config: Config, draw: Draw | None = No
         None where it is not defined, as the cosine with a gradient of zero.
     """
     started = time.perf_counter()
+    result = _compared(chunks, config, (batch, Task.UNDERSTANDING), (batch, Task.GENERATION), draw)
+    return result | {"seconds": time.perf_counter() - started}
+
+
+def corrected(chunks: list, batch: Batch, config: Config) -> dict:
+    """The two tasks' cosines without the noise of the rows they are measured on; collective, the same on every rank.
+
+    A batch's gradient is the expected one plus noise, which makes every cosine smaller. With a and b the halves of the
+    batch (Spearman's correction for attenuation, American Journal of Psychology 15, 1904)::
+
+        corrected = (cos(u_a, g_b) + cos(u_b, g_a)) / 2 / sqrt(cos(u_a, u_b) cos(g_a, g_b))
+
+    Costs eight forward and backward passes over half of the batch.
+
+    Args:
+        batch: this replica's rows, an even number of micro-batches.
+
+    Returns:
+        "layers", "layer", "outside" and "all" as of :func:`alignment`, with the figures ``corrected_cosine``,
+        ``repeat_understanding`` = cos(u_a, u_b) and ``repeat_generation`` = cos(g_a, g_b). The corrected cosine is
+        None where a task's halves do not agree at all; it may pass 1 where they agree little.
+    """
+    middle = batch.shape[0] // 2
+    a, b = batch.rows(0, middle), batch.rows(middle, 2 * middle)
+    u, g = Task.UNDERSTANDING, Task.GENERATION
+    pairs = [((a, u), (b, u)), ((a, g), (b, g)), ((a, u), (b, g)), ((b, u), (a, g))]
+    found = [_compared(chunks, config, *pair) for pair in pairs]
+
+    def joined(values: list) -> dict:
+        repeat_u, repeat_g, *crossed = values
+        known = None not in values and min(repeat_u, repeat_g) > 0
+        cosine = sum(crossed) / 2 / math.sqrt(repeat_u * repeat_g) if known else None
+        return {"corrected_cosine": cosine, "repeat_understanding": repeat_u, "repeat_generation": repeat_g}
+
+    def over_layers(figures: list[dict]) -> dict[str, list]:
+        made = [joined(list(values)) for values in zip(*(of["cosine"] for of in figures))]
+        return {name: [of[name] for of in made] for name in made[0]}
+
+    return {
+        "layers": {part: over_layers([one["layers"][part] for one in found]) for part in found[0]["layers"]},
+        "layer": over_layers([one["layer"] for one in found]),
+        "outside": {part: joined([one["outside"][part]["cosine"] for one in found]) for part in found[0]["outside"]},
+        "all": joined([one["all"]["cosine"] for one in found]),
+    }
+
+
+def _compared(
+    chunks: list, config: Config, first: tuple[Batch, Task], second: tuple[Batch, Task], draw: Draw | None = None
+) -> dict:
+    """All figures of two gradients, each of a task on a batch; u stands for the first."""
     columns = part_names(config)
     places = {(layer, name): i for i, (layer, name) in enumerate(_parts(config, columns))}
     counted = [(places[part_of(name)], p) for chunk in chunks for name, p in _counted(chunk)]
-    task_gradients(chunks, batch, config, Task.UNDERSTANDING, draw)
-    first = [p.main_grad.clone() for _, p in counted]
-    task_gradients(chunks, batch, config, Task.GENERATION, draw)
-    sums = torch.zeros(len(places), len(SUMS), dtype=torch.float64, device=batch.tokens.device)
-    for (place, p), u in zip(counted, first):
+    task_gradients(chunks, first[0], config, first[1], draw)
+    of_first = [p.main_grad.clone() for _, p in counted]
+    task_gradients(chunks, second[0], config, second[1], draw)
+    sums = torch.zeros(len(places), len(SUMS), dtype=torch.float64, device=first[0].tokens.device)
+    for (place, p), u in zip(counted, of_first):
         sums[place] += _sums(u, p.main_grad)
     dist.all_reduce(sums, group=parallel_state.get_model_parallel_group())
-    result = _result(sums.cpu(), places, columns, config.model.num_layers)
-    return result | {"seconds": time.perf_counter() - started}
+    return _result(sums.cpu(), places, columns, config.model.num_layers)
 
 
 def part_names(config: Config) -> list[str]:
@@ -157,7 +206,8 @@ def _figures(sums: Tensor) -> dict[str, float | None]:
 
 
 def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validation", count: int = 1) -> dict:
-    """The "alignment" of a checkpoint over rows of its run's data, with what it was measured on.
+    """The "alignment" of a checkpoint over rows of its run's data, with what it was measured on; for an even ``count``
+    also the "corrected" one.
 
     Args:
         checkpoint: ``.../checkpoints/iter_NNNNNNN``, or a run's folder, whose newest checkpoint is taken.
@@ -186,4 +236,5 @@ def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validatio
         "rows": config.training.global_batch_size,
         "parallel": dataclasses.asdict(config.parallel),
         "alignment": alignment(chunks, batch, config),
+        "corrected": corrected(chunks, batch, config) if count % 2 == 0 else None,
     }

@@ -26,8 +26,9 @@ def line(alignment: Mapping, interval: int, step_seconds: float) -> str:
     )
 
 
-def table(alignment: Mapping) -> str:
-    """Cosines by layer and part; beneath them, for each part, norms and shares of parameters by task."""
+def table(alignment: Mapping, corrected: Mapping | None = None) -> str:
+    """Cosines by layer and part; beneath them, for each part, norms and shares of parameters by task. With
+    ``corrected`` (:func:`gradients.corrected`) the cosines of whole layers are shown without noise too."""
     parts = alignment["layers"]
     widths = [max(7, len(name)) for name in parts]
     rows = [["cosine".ljust(11), *(name.rjust(w) for name, w in zip(parts, widths)), "  layer"]]
@@ -35,6 +36,11 @@ def table(alignment: Mapping) -> str:
         cells = [_signed(of["cosine"][number]).rjust(w) for of, w in zip(parts.values(), widths)]
         rows.append([f"layer {number}".ljust(11), *cells, _signed(whole).rjust(7)])
     lines = ["  ".join(row) for row in rows]
+    if corrected:
+        lines[0] += "  without noise (halves of the rows agree: understanding, generation)"
+        for number in range(len(alignment["layer"]["cosine"])):
+            cosine, *repeats = (_signed(values[number]) for values in corrected["layer"].values())
+            lines[1 + number] += f"  {cosine:>13} ({', '.join(repeats)})"
     lines += [
         "",
         f"{'':24}cosine  |understanding|  |generation|  trained by one task alone (understanding, generation)",

@@ -9,6 +9,7 @@ from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 from megatron_ext.analysis import gradients, gradients_report
 from megatron_ext.config import Config
+from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
@@ -100,6 +101,36 @@ def test_figures_are_those_of_the_two_losses_gradients(one_process, overrides, p
     head = set() if config.model.tie_embeddings else {"head"}
     assert found["outside"].keys() == {"embedding", "final norm"} | head
     assert found["all"] == expected(list(u))
+
+
+def test_noise_is_told_from_disagreement_by_halves_of_the_rows(one_process):
+    config = one_process(*SMALL)
+    chunks = model_of(config)
+    both, _ = rows_of(*ROWS, length=48)
+    halves = [both.rows(0, 1), both.rows(1, 2)]
+    found = gradients.corrected(chunks, both, config)
+    u, g = (
+        [by_autograd(chunks, config, half, task) for half in halves] for task in (Task.UNDERSTANDING, Task.GENERATION)
+    )
+
+    def cosine(a: dict, b: dict, prefix: str) -> float:
+        names = [name for name in a if name.startswith(prefix)]
+        return figures_of([a[n] for n in names], [b[n] for n in names])["cosine"]
+
+    for layer, prefix in enumerate(f"decoder.layers.{n}." for n in range(3)):
+        repeats = cosine(u[0], u[1], prefix), cosine(g[0], g[1], prefix)
+        crossed = (cosine(u[0], g[1], prefix) + cosine(u[1], g[0], prefix)) / 2
+        of_layer = {name: values[layer] for name, values in found["layer"].items()}
+        assert [of_layer[f"repeat_{task}"] for task in ("understanding", "generation")] == pytest.approx(
+            repeats, abs=1e-5
+        )
+        expected = crossed / (repeats[0] * repeats[1]) ** 0.5 if min(repeats) > 0 else None
+        assert of_layer["corrected_cosine"] == (None if expected is None else pytest.approx(expected, abs=1e-4))
+    again = Batch(*(torch.cat([getattr(halves[0], name)] * 2) for name in Batch.names()))
+    same = gradients.corrected(chunks, again, config)  # no noise: nothing to correct
+    assert same["all"]["repeat_generation"] == pytest.approx(1)
+    assert same["all"]["corrected_cosine"] == pytest.approx(gradients.alignment(chunks, again, config)["all"]["cosine"])
+    assert "without noise" in gradients_report.table(gradients.alignment(chunks, both, config), found)
 
 
 def test_what_a_task_has_no_part_in_has_no_gradient_from_it(one_process):
