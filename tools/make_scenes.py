@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megatron_ext import command_line
 from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.data.scenes.questions import KINDS
 from megatron_ext.data.scenes.sheet import write_sheet
 from megatron_ext.data.scenes.world import SPLITS
 from megatron_ext.data.scenes.write import FORMS, SplitConfig, write_split
@@ -27,6 +28,12 @@ def main() -> None:
         help="0 .. 1: how much equal objects and backgrounds differ in their looks (default: 1)",
     )
     parser.add_argument("--questions", type=int, default=3, help="per picture (default: 3)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=[], metavar="KIND", help=f"only such questions: {', '.join(KINDS)}"
+    )
+    parser.add_argument(
+        "--with-choices", type=float, default=0.1, metavar="SHARE", help="of questions with four choices (default: 0.1)"
+    )
     parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["tar", "text"], help="default: tar text")
     parser.add_argument("--seed", type=int, default=1234)
@@ -54,6 +61,8 @@ def main() -> None:
         raise UserError(f"--size {arguments.size}: must be at least 16")
     if not 0 <= arguments.variation <= 1:
         raise UserError(f"--variation {arguments.variation}: must be from 0 to 1")
+    if not 0 <= arguments.with_choices <= 1:
+        raise UserError(f"--with-choices {arguments.with_choices}: must be from 0 to 1")
     if arguments.benchmark_pictures < 1:
         raise UserError(f"--benchmark-pictures {arguments.benchmark_pictures}: must be at least 1")
     if arguments.sheet:
@@ -69,6 +78,8 @@ def main() -> None:
             size=arguments.size,
             variation=arguments.variation,
             questions=arguments.questions,
+            kinds=tuple(arguments.kinds),
+            with_choices=arguments.with_choices,
             seed=arguments.seed,
             forms=tuple(arguments.forms),
         )

@@ -96,8 +96,11 @@ def judge(scene: Scene, question: str) -> str:
         return yes(the(scene, match[1]).color == match[2])
     if match := re.fullmatch(r"Where is the ([\w ]+), as seen from the ([\w ]+)\?", question):
         a, b = the(scene, match[1]), the(scene, match[2])
-        (word,) = [word for word, holds in HOLDS.items() if holds(a, b)]
-        return f"{word} it"
+        return " and ".join(f"{word} it" for word, holds in HOLDS.items() if holds(a, b))
+    if match := re.fullmatch(r"Which (color|shape) is there most of\?", question):
+        (most, n), (_, second), *_ = Counter(getattr(o, match[1]) for o in scene.objects).most_common()
+        assert n > second
+        return most
     match = re.fullmatch(rf"Is the ([\w ]+?) ({relation}) the ([\w ]+)\?", question)
     return yes(HOLDS[match[2]](the(scene, match[1]), the(scene, match[3])))
 
@@ -128,11 +131,19 @@ def test_conversations_are_true_whatever_the_instruction():
                 text, *options, _ = question.split("\n")
                 choice = dict(option.split(". ", 1) for option in options)[answer]
                 lettered += 1
-                if not text.startswith(("Which", "What are")):
+                if not text.startswith("Which object"):
                     assert judge(scene, text) == choice
             else:
                 assert judge(scene, bare) == answer
     assert instructed > 100 and lettered > 50
+
+
+def test_conversations_can_be_of_some_kinds_only():
+    for scene in SCENES["train"][:50]:
+        said = [question for question, _ in conversation(scene, 8, ["layout", "background"], with_choices=0.0)]
+        assert {question.split("\n")[0] for question in said} == {"What is where?", "What color is the background?"}
+    lettered = [q.endswith(LETTER) for s in SCENES["train"][:50] for q, _ in conversation(s, 8, with_choices=1.0)]
+    assert sum(lettered) > 0.6 * len(lettered)  # the others are of kinds that a scene does not allow
 
 
 def test_captions_name_every_object_and_lie_about_none():

@@ -5,6 +5,7 @@ questions (LLaVA-1.5, arXiv 2310.03744, has the same ones); most are left bare.
 """
 
 import random
+from collections.abc import Collection
 
 from megatron_ext.data.scenes import multiple_choice
 from megatron_ext.data.scenes.questions import YES_NO, Question, questions
@@ -16,16 +17,21 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 INSTRUCTED = 0.3
 """Share of the questions that carry an instruction."""
-MULTIPLE_CHOICE = 0.1
-"""Share of the turns that are questions with four choices."""
 
 
-def conversation(scene: Scene, turns: int) -> list[tuple[str, str]]:
-    """``turns`` questions with their answers (fewer if the scene allows no more)."""
+def conversation(
+    scene: Scene, turns: int, only: Collection[str] = (), with_choices: float = 0.1
+) -> list[tuple[str, str]]:
+    """``turns`` questions with their answers (fewer if the scene allows no more).
+
+    Args:
+        only: open questions of these kinds; empty: of all.
+        with_choices: share of the turns that are questions with four choices instead, of any kind.
+    """
     rng = scene.random("conversation")
     made = []
-    for question in questions(scene, turns):
-        chosen = _with_choices(scene, rng) if rng.random() < MULTIPLE_CHOICE else None
+    for question in questions(scene, turns, only):
+        chosen = _with_choices(scene, rng) if rng.random() < with_choices else None
         made.append(chosen or (_instructed(question, rng), question.answer))
     return made
 

@@ -1,10 +1,9 @@
 """Questions with four choices about a scene, of the kinds that SEED-Bench has; exactly one choice is true."""
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 
-from megatron_ext.data.scenes.captions import article, pair_name, plural
+from megatron_ext.data.scenes.captions import article, pair_name
 from megatron_ext.data.scenes.questions import Question, ask
 from megatron_ext.data.scenes.world import COLORS, HELD_OUT, SHAPES, Scene
 
@@ -53,16 +52,13 @@ def _asked(*kinds: str) -> Callable[[Scene, random.Random], Chosen]:
 
 def _reasoning(scene: Scene, rng: random.Random) -> Chosen:
     """What there is most of; wrong choices are in the picture as far as there are such."""
-    attribute, values = rng.choice([("color", COLORS), ("shape", SHAPES)])
-    counts = Counter(getattr(o, attribute) for o in scene.objects).most_common()
-    if len(counts) < 2 or counts[0][1] == counts[1][1]:
+    question = ask(scene, "most", rng)
+    if not question:
         return None
-    form = "{} objects" if attribute == "color" else "{}"
-    present = [value for value, _ in counts[1:CHOICES]]
-    absent = [value for value in values if value not in dict(counts)]
-    wrong = present + rng.sample(absent, CHOICES - 1 - len(present))
-    names = [form.format(v if attribute == "color" else plural(v, 2)) for v in (counts[0][0], *wrong)]
-    return "What are there most of?", names[0], names[1:]
+    said = {value for o in scene.objects for value in (o.color, o.shape)} - {question.answer}
+    present = [choice for choice in question.choices if choice in said][: CHOICES - 1]
+    absent = [choice for choice in question.choices if choice not in said | {question.answer}]
+    return question.text, question.answer, present + rng.sample(absent, CHOICES - 1 - len(present))
 
 
 KINDS: dict[str, Callable[[Scene, random.Random], Chosen]] = {

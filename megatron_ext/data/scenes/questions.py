@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from megatron_ext.data.scenes.captions import NUMBERS, article, pair_name, plural, relation_words, unique_objects
@@ -21,10 +21,14 @@ class Question:
     choices: tuple[str, ...]
 
 
-def questions(scene: Scene, count: int) -> list[Question]:
-    """``count`` questions (fewer if the scene allows no more), kinds as frequent as :data:`SHARES` says."""
+def questions(scene: Scene, count: int, only: Collection[str] = ()) -> list[Question]:
+    """``count`` questions (fewer if the scene allows no more), kinds as frequent as :data:`SHARES` says.
+
+    Args:
+        only: these kinds; empty: all.
+    """
     rng = scene.random("questions")
-    kinds = [kind for kind, share in SHARES.items() for _ in range(share)]
+    kinds = [kind for kind, share in SHARES.items() if not only or kind in only for _ in range(share)]
     rng.shuffle(kinds)
     made: list[Question] = []
     for _ in range(4):
@@ -125,15 +129,27 @@ def _relation(scene: Scene, rng: random.Random) -> Asked:
 
 
 def _direction(scene: Scene, rng: random.Random) -> Asked:
-    """Objects in one row or column, so that one word alone is true."""
+    """All that is true is said: both words of objects that share neither row nor column."""
     items = unique_objects(scene)
-    pairs = [(a, b) for a in items for b in items if len(relation_words(a, b)) == 1]
+    pairs = [(a, b) for a in items for b in items if a is not b]
     if not pairs:
         return None
     a, b = rng.choice(pairs)
-    ((word, _),) = relation_words(a, b)
-    answers = tuple(f"{w} it" for w in ("left of", "right of", "above", "below"))
-    return (f"Where is the {pair_name(a)}, as seen from the {pair_name(b)}?", f"{word} it", answers)
+    words = [word for word, _ in relation_words(a, b)]
+    straight = [[word] for word in ("left of", "right of", "above", "below")]
+    diagonal = [[x, y] for x in ("left of", "right of") for y in ("above", "below")]
+    answer, *choices = (
+        " and ".join(f"{word} it" for word in one) for one in (words, *(straight if len(words) == 1 else diagonal))
+    )
+    return (f"Where is the {pair_name(a)}, as seen from the {pair_name(b)}?", answer, tuple(choices))
+
+
+def _most(scene: Scene, rng: random.Random) -> Asked:
+    attribute, values = rng.choice([("color", COLORS), ("shape", SHAPES)])
+    ranks = Counter(getattr(o, attribute) for o in scene.objects).most_common()
+    if len(ranks) < 2 or ranks[0][1] == ranks[1][1]:
+        return None
+    return (f"Which {attribute} is there most of?", ranks[0][0], values)
 
 
 def _logic(scene: Scene, rng: random.Random) -> Asked:
@@ -211,6 +227,7 @@ KINDS: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "statement": _statement,
     "background": _background,
     "layout": _layout,
+    "most": _most,
 }
 
 SHARES = {
@@ -226,6 +243,7 @@ SHARES = {
     "statement": 3,
     "background": 1,
     "layout": 1,
+    "most": 1,
 }
 """How often a kind is asked in training, next to the others: more often what takes longer to learn."""
 

@@ -37,7 +37,7 @@ TEXT_SEED_OFFSET = 1_000_003
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """One split: scenes 0 .. count-1 of it."""
+    """One split: scenes 0 .. count-1 of it. ``kinds`` and ``with_choices`` are those of conversations.conversation."""
 
     split: str
     count: int
@@ -45,6 +45,8 @@ class SplitConfig:
     size: int = 64
     variation: float = 1.0
     questions: int = 3
+    kinds: tuple[str, ...] = ()
+    with_choices: float = 0.1
     seed: int = 1234
     forms: tuple[str, ...] = ("tar", "text")
     per_tar: int = 1000
@@ -67,7 +69,7 @@ def make_sample(config: SplitConfig, index: int) -> Sample:
     buffer = io.BytesIO()
     render(scene, config.size).save(buffer, format="PNG")
     turns = []
-    for question, answer in conversation(scene, config.questions):
+    for question, answer in conversation(scene, config.questions, config.kinds, config.with_choices):
         prompt = question if turns else f"<image>\n{question}"
         turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
     return Sample(scene.key, buffer.getvalue(), caption(scene), turns, scene.to_dict())
