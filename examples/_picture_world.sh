@@ -4,8 +4,8 @@
 #   make_picture_world FOLDER    makes FOLDER/{scenes,benchmarks,vq,vocabulary,data}
 #
 # Settings: SIZE pixels along a side (54), GRID tokens (9: three for each cell of a scene), CODES of the VQ tokenizer
-# (1024) and VQ_STEPS of its training (1200), TRAIN scenes (4000) with VARIATION in their looks (1), QUESTIONS about
-# each (6), PICTURES in each benchmark (40). Needs _setup.sh before it.
+# (1024) and VQ_STEPS of its training (1200), TRAIN scenes (4000), QUESTIONS about each (6), PICTURES in each benchmark
+# (40), SCENES for further options of tools/make_scenes.py. Needs _setup.sh before it.
 
 step() { # name, seconds allowed, command ...
     local name=$1 seconds=$2 begun=$SECONDS
@@ -18,10 +18,12 @@ step() { # name, seconds allowed, command ...
 
 make_picture_world() {
     local out=$1 size=${SIZE:-54} grid=${GRID:-9} split
+    local -a options
+    read -ra options <<<"${SCENES:-}"
     step "pictures, captions, questions" 1800 \
         "$PY" tools/make_scenes.py --out "$out/scenes" --size "$size" --train "${TRAIN:-4000}" \
-        --variation "${VARIATION:-1}" --questions "${QUESTIONS:-6}" --workers 2
-    step "benchmarks: known combinations in new pictures, and held-out ones" 600 _benchmarks "$out" "$size"
+        --questions "${QUESTIONS:-6}" --workers 2 "${options[@]}"
+    step "benchmarks: known combinations in new pictures, and held-out ones" 600 _benchmarks "$out" "$size" "${options[@]}"
     if [[ -f $out/vq/training.json ]]; then
         echo "== VQ tokenizer: complete"
     else
@@ -39,11 +41,11 @@ make_picture_world() {
     done
 }
 
-_benchmarks() { # folder, size
+_benchmarks() { # folder, size, options ...
     local split
     for split in validation test; do
         "$PY" tools/make_scenes.py --benchmarks "$1/benchmarks/$split" --benchmark-split "$split" --size "$2" \
-            --variation "${VARIATION:-1}" --benchmark-pictures "${PICTURES:-40}"
+            --benchmark-pictures "${PICTURES:-40}" "${@:3}"
     done
 }
 

@@ -6,7 +6,7 @@ from megatron_ext import command_line
 from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.data.scenes.questions import KINDS
 from megatron_ext.data.scenes.sheet import write_sheet
-from megatron_ext.data.scenes.world import SPLITS
+from megatron_ext.data.scenes.world import SPLITS, World
 from megatron_ext.data.scenes.write import FORMS, SplitConfig, write_split
 from megatron_ext.errors import UserError
 
@@ -27,6 +27,10 @@ def main() -> None:
         metavar="V",
         help="0 .. 1: how much equal objects and backgrounds differ in their looks (default: 1)",
     )
+    parser.add_argument(
+        "--kinds-of-things", type=int, default=8, metavar="N", help="shapes, and colors: 8 (default) or 4"
+    )
+    parser.add_argument("--most-objects", type=int, default=6, metavar="N", help="in a scene, 2 .. 6 (default: 6)")
     parser.add_argument("--questions", type=int, default=3, help="per picture (default: 3)")
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=[], metavar="KIND", help=f"only such questions: {', '.join(KINDS)}"
@@ -59,14 +63,13 @@ def main() -> None:
         parser.error("give --out, --sheet, --benchmarks or several of them")
     if arguments.size < 16:
         raise UserError(f"--size {arguments.size}: must be at least 16")
-    if not 0 <= arguments.variation <= 1:
-        raise UserError(f"--variation {arguments.variation}: must be from 0 to 1")
     if not 0 <= arguments.with_choices <= 1:
         raise UserError(f"--with-choices {arguments.with_choices}: must be from 0 to 1")
     if arguments.benchmark_pictures < 1:
         raise UserError(f"--benchmark-pictures {arguments.benchmark_pictures}: must be at least 1")
+    world = World(arguments.kinds_of_things, arguments.most_objects, arguments.variation)
     if arguments.sheet:
-        write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, arguments.variation)
+        write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, world)
         print(f"{arguments.sheet}: written")
     cards = {}
     for split in SPLITS if arguments.out else ():
@@ -76,7 +79,7 @@ def main() -> None:
             count=count,
             texts=round(count * arguments.texts_per_scene),
             size=arguments.size,
-            variation=arguments.variation,
+            world=world,
             questions=arguments.questions,
             kinds=tuple(arguments.kinds),
             with_choices=arguments.with_choices,
@@ -92,7 +95,7 @@ def main() -> None:
             arguments.size,
             arguments.seed,
             arguments.benchmark_split,
-            arguments.variation,
+            world,
         )
         cards["benchmarks"] = card = write_benchmarks(arguments.benchmarks, config)
         items = ", ".join(f"{count} of {name}" for name, count in card["items"].items())

@@ -14,11 +14,11 @@ from megatron_ext.data.scenes.check import check, compare, summary
 from megatron_ext.data.scenes.facts import read_caption
 from megatron_ext.data.scenes.look import Seen, look
 from megatron_ext.data.scenes.render import render
-from megatron_ext.data.scenes.world import COLORS, SHAPES, Background, Scene, SceneObject, make_scene
+from megatron_ext.data.scenes.world import COLORS, SHAPES, Background, Scene, SceneObject, World, make_scene
 from megatron_ext.errors import UserError
 
 SCENES = [make_scene(3, split, index) for split in ("train", "test") for index in range(25)]
-PLAIN = [make_scene(3, split, index, variation=0.0) for split in ("train", "test") for index in range(25)]
+PLAIN = [make_scene(3, split, index, World(variation=0.0)) for split in ("train", "test") for index in range(25)]
 
 
 def jpeg(picture: Image.Image, quality: int) -> Image.Image:

@@ -16,8 +16,9 @@ from megatron_ext.data.scenes.captions import caption, text
 from megatron_ext.data.scenes.conversations import LETTER, SHORT, YES_OR_NO, conversation
 from megatron_ext.data.scenes.questions import KINDS, ask
 from megatron_ext.data.scenes.render import RGB, render
-from megatron_ext.data.scenes.world import COLORS, HELD_OUT, SHAPES, SPLITS, Scene, make_scene
+from megatron_ext.data.scenes.world import COLORS, HELD_OUT, SHAPES, SPLITS, Scene, World, make_scene
 from megatron_ext.data.scenes.write import SplitConfig, write_split
+from megatron_ext.errors import UserError
 
 NUMBER = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six"])}
 SCENES = {split: [make_scene(7, split, index) for index in range(300)] for split in SPLITS}
@@ -218,6 +219,30 @@ def test_the_question_alone_does_not_give_the_answer_away(kind, split):
     assert best < chance + 0.15, best
 
 
+POOR = World(kinds=4, objects=4, variation=0.0)
+
+
+def test_a_poorer_world_has_and_names_fewer_things():
+    for split, index in itertools.product(SPLITS, range(200)):
+        scene = make_scene(7, split, index, POOR)
+        assert Scene.from_dict(scene.to_dict()) == scene and len(scene.objects) <= 4
+        held_out = [o for o in scene.objects if o.held_out]
+        assert bool(held_out) == (split == "test")
+        everything = [q for kind in KINDS for q in asked(scene, kind)]
+        for question in everything:
+            assert question.answer == judge(scene, question.text)
+            words = set(re.findall(r"\w+", question.text)) | {question.answer}
+            assert not words & {*COLORS} - {"orange", "green", "purple", "white"}
+            assert not words & {*SHAPES} - {"circle", "triangle", "star", "heart"}
+    assert POOR.held_out == sorted((s, c) for s, c in HELD_OUT if s in POOR.shapes) and len(POOR.held_out) == 4
+
+
+@pytest.mark.parametrize("wrong", [{"kinds": 5}, {"objects": 1}, {"objects": 7}, {"variation": 1.5}])
+def test_a_world_that_cannot_be_is_refused(wrong):
+    with pytest.raises(UserError, match=f"world: {next(iter(wrong))} is"):
+        World(**wrong)
+
+
 def test_objects_do_not_overlap_and_lie_in_their_cells():
     for scene in ALL:
         for a, b in itertools.combinations(scene.objects, 2):
@@ -229,7 +254,7 @@ def test_objects_do_not_overlap_and_lie_in_their_cells():
 def test_without_variation_the_same_is_said_of_pictures_whose_pixels_follow_from_it():
     looks = {}
     for scene in SCENES["train"]:
-        plain = make_scene(7, "train", scene.index, variation=0.0)
+        plain = make_scene(7, "train", scene.index, World(variation=0.0))
         spoken = caption(scene).replace(f"background is {scene.background.pattern}", "background is plain")
         assert (plain.arrangement, caption(plain), text(plain)) == (scene.arrangement, spoken, text(scene))
         assert plain.background.color == scene.background.color and plain.background.pattern == "plain"
@@ -238,7 +263,7 @@ def test_without_variation_the_same_is_said_of_pictures_whose_pixels_follow_from
             cell = pixels[16 * o.row : 16 * (o.row + 1), 16 * o.column : 16 * (o.column + 1)]
             known = looks.setdefault((o.shape, o.color, o.size, o.place, plain.background.color), cell)
             assert np.array_equal(cell, known)
-    patterned = [make_scene(7, "train", i, variation=0.5).background.pattern != "plain" for i in range(300)]
+    patterned = [make_scene(7, "train", i, World(variation=0.5)).background.pattern != "plain" for i in range(300)]
     assert 0.3 < np.mean(patterned) < 0.5  # half of the four fifths that variation 1 has
 
 

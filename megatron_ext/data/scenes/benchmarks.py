@@ -37,7 +37,15 @@ from megatron_ext.data.scenes.conversations import YES_OR_NO
 from megatron_ext.data.scenes.multiple_choice import absent_like
 from megatron_ext.data.scenes.questions import ask, exactly, number_of_groups
 from megatron_ext.data.scenes.render import render
-from megatron_ext.data.scenes.world import COLORS, HELD_OUT, OBJECT_COUNTS, SHAPES, Scene, SceneObject, make_scene
+from megatron_ext.data.scenes.world import (
+    HELD_OUT,
+    OBJECT_COUNTS,
+    RICHEST,
+    Scene,
+    SceneObject,
+    World,
+    make_scene,
+)
 from megatron_ext.data.scenes.write import fingerprint
 from megatron_ext.errors import UserError
 
@@ -73,14 +81,13 @@ CARD = "benchmarks.json"
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """``pictures`` per benchmark (per subtask of MME), of ``size`` x ``size`` pixels, from a split; ``variation`` as in
-    :func:`world.make_scene`."""
+    """``pictures`` per benchmark (per subtask of MME), of ``size`` x ``size`` pixels, from a split."""
 
     pictures: int = 60
     size: int = 64
     seed: int = 1234
     split: str = "test"
-    variation: float = 1.0
+    world: World = RICHEST
 
 
 def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
@@ -111,7 +118,7 @@ def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
 
 
 def _scenes(config: BenchmarkConfig) -> Iterator[Scene]:
-    return (make_scene(config.seed, config.split, index, config.variation) for index in itertools.count())
+    return (make_scene(config.seed, config.split, index, config.world) for index in itertools.count())
 
 
 def _save(scene: Scene, config: BenchmarkConfig, file: Path) -> None:
@@ -154,7 +161,8 @@ def _negatives(
     """As many absent pairs as there are positives, all different."""
     shapes, colors = {o.shape for o in scene.objects}, {o.color for o in scene.objects}
     there = {(o.shape, o.color) for o in scene.objects}
-    absent = [(s, c) for s in SHAPES for c in COLORS if (s, c) not in there and scene.speakable(s, c)]
+    pairs = [(s, c) for s in scene.world.shapes for c in scene.world.colors]
+    absent = [pair for pair in pairs if pair not in there and scene.speakable(*pair)]
     rng.shuffle(absent)
     match name:
         case "random":
@@ -225,7 +233,7 @@ def _color(scene: Scene, rng: random.Random, number: int) -> Both:
     if not items:
         return None
     item = rng.choice(items)
-    wrong = [c for c in COLORS if c != item.color]
+    wrong = [c for c in scene.world.colors if c != item.color]
     if scene.split == "test":
         wrong = [c for c in wrong if held_out or (item.shape, c) in HELD_OUT]
     else:
@@ -287,8 +295,8 @@ def _seed(folder: Path, config: BenchmarkConfig) -> int:
 
 def _mjhq(folder: Path, config: BenchmarkConfig) -> int:
     """As many pictures of each number of objects, so that every category has enough for a distance."""
-    each = -(-config.pictures // len(OBJECT_COUNTS))
-    missing = dict.fromkeys(OBJECT_COUNTS, each)
+    counts = [count for count in OBJECT_COUNTS if count <= config.world.objects]
+    missing = dict.fromkeys(counts, -(-config.pictures // len(counts)))
     entries = {}
     for scene in _scenes(config):
         count = len(scene.objects)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_ext.data.scenes.captions import article, pair_name
 from megatron_ext.data.scenes.questions import Question, ask
-from megatron_ext.data.scenes.world import COLORS, HELD_OUT, SHAPES, Scene
+from megatron_ext.data.scenes.world import HELD_OUT, Scene
 
 CHOICES = 4
 Chosen = tuple[str, str, Sequence[str]] | None
@@ -28,7 +28,10 @@ def absent_like(scene: Scene, pair: tuple[str, str]) -> list[tuple[str, str]]:
     held-out pairs are frequent, so that to hear one must not mean that it is there."""
     there = {(o.shape, o.color) for o in scene.objects}
     return [
-        (s, c) for s in SHAPES for c in COLORS if (s, c) not in there and ((s, c) in HELD_OUT) == (pair in HELD_OUT)
+        (s, c)
+        for s in scene.world.shapes
+        for c in scene.world.colors
+        if (s, c) not in there and ((s, c) in HELD_OUT) == (pair in HELD_OUT)
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from megatron_ext.data.scenes.captions import NUMBERS, article, pair_name, plural, relation_words, unique_objects
-from megatron_ext.data.scenes.world import BACKGROUND_COLORS, COLORS, HELD_OUT, PLACES, SHAPES, Scene, SceneObject
+from megatron_ext.data.scenes.world import BACKGROUND_COLORS, PLACES, Scene, SceneObject
 
 YES_NO = ("yes", "no")
 
@@ -61,9 +61,9 @@ def _counting(scene: Scene, rng: random.Random) -> Asked:
     """How many of a color, of a shape, or in all; the number is drawn among those that some question has here."""
     counts: dict[int, list[str]] = {}
     by_color, by_shape = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
-    for color in COLORS:
+    for color in scene.world.colors:
         counts.setdefault(by_color[color], []).append(f"{color} objects")
-    for shape in SHAPES:
+    for shape in scene.world.shapes:
         counts.setdefault(by_shape[shape], []).append(plural(shape, 2))
     counts.setdefault(len(scene.objects), []).append("objects")
     number = rng.choice(sorted(counts))
@@ -72,12 +72,12 @@ def _counting(scene: Scene, rng: random.Random) -> Asked:
 
 def _color(scene: Scene, rng: random.Random) -> Asked:
     item = _single(scene, rng, lambda o: o.shape)
-    return item and (f"What color is the {item.shape}?", item.color, COLORS)
+    return item and (f"What color is the {item.shape}?", item.color, scene.world.colors)
 
 
 def _shape(scene: Scene, rng: random.Random) -> Asked:
     item = _single(scene, rng, lambda o: o.color)
-    return item and (f"What shape is the {item.color} object?", item.shape, SHAPES)
+    return item and (f"What shape is the {item.color} object?", item.shape, scene.world.shapes)
 
 
 def _place(scene: Scene, rng: random.Random) -> Asked:
@@ -145,7 +145,7 @@ def _direction(scene: Scene, rng: random.Random) -> Asked:
 
 
 def _most(scene: Scene, rng: random.Random) -> Asked:
-    attribute, values = rng.choice([("color", COLORS), ("shape", SHAPES)])
+    attribute, values = rng.choice([("color", scene.world.colors), ("shape", scene.world.shapes)])
     ranks = Counter(getattr(o, attribute) for o in scene.objects).most_common()
     if len(ranks) < 2 or ranks[0][1] == ranks[1][1]:
         return None
@@ -173,7 +173,7 @@ def _statement(scene: Scene, rng: random.Random) -> Asked:
         item = _single(scene, rng, lambda o: o.shape)
         if not item:
             return None
-        others = [c for c in COLORS if c != item.color and scene.speakable(item.shape, c)]
+        others = [c for c in scene.world.colors if c != item.color and scene.speakable(item.shape, c)]
         return (f"Is the {item.shape} {item.color if answer == 'yes' else rng.choice(others)}?", answer, YES_NO)
     groups = number_of_groups(scene)
     # Neighbouring numbers, either of which may be the right one.
@@ -204,7 +204,7 @@ def _other_color(scene: Scene, rng: random.Random, answer: str) -> Asked:
     colors = {shape: {o.color for o in scene.objects if o.shape == shape} for shape in {o.shape for o in scene.objects}}
     if answer == "yes":
         candidates = [(s, c) for s in sorted(colors) for c in sorted(colors[s]) if len(colors[s]) > 1]
-        candidates = candidates or [(s, c) for s in sorted(colors) for c in COLORS if c not in colors[s]]
+        candidates = candidates or [(s, c) for s in sorted(colors) for c in scene.world.colors if c not in colors[s]]
     else:
         candidates = [(s, c) for s in sorted(colors) for c in colors[s] if len(colors[s]) == 1]
     candidates = [(s, c) for s, c in candidates if scene.speakable(s, c)]
@@ -266,10 +266,11 @@ def _absent(scene: Scene, rng: random.Random) -> tuple[str, str]:
     there = {(o.shape, o.color) for o in scene.objects}
     shapes, colors = sorted({s for s, _ in there}), sorted({c for _, c in there})
     near = [(s, c) for s in shapes for c in colors if (s, c) not in there and scene.speakable(s, c)]
-    anywhere = [(s, c) for s in SHAPES for c in COLORS if (s, c) not in there and scene.speakable(s, c)]
+    pairs = [(s, c) for s in scene.world.shapes for c in scene.world.colors]
+    anywhere = [pair for pair in pairs if pair not in there and scene.speakable(*pair)]
     if scene.split == "test":
         # Test pictures are full of held-out pairs, so that to hear one must not mean yes.
-        anywhere = sorted(HELD_OUT - there)
+        anywhere = sorted(set(scene.world.held_out) - there) or anywhere
     return rng.choice(near if near and rng.random() < 0.5 else anywhere)
 
 

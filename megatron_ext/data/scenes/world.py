@@ -47,6 +47,49 @@ OBJECT_COUNTS = {1: 2, 2: 4, 3: 5, 4: 5, 5: 4, 6: 3}
 
 
 @dataclass(frozen=True)
+class World:
+    """How rich scenes are: the poorer, the sooner small models learn to see.
+
+    Attributes:
+        kinds: shapes, and as many colors: all 8, or 4, every other one, chosen so that each has a held-out pair.
+        objects: at most so many in a scene, 2 .. 6.
+        variation: 0 .. 1, how much equal things differ in their looks: how far objects stray from the middle of their
+            cells and turn, how much radii of one size vary, and which share of the backgrounds has a pattern. What
+            there is to say of the objects does not change, but at 0 every pixel of an object follows from its words
+            and its cell.
+    """
+
+    kinds: int = len(SHAPES)
+    objects: int = max(OBJECT_COUNTS)
+    variation: float = 1.0
+
+    def __post_init__(self):
+        if self.kinds not in (len(SHAPES) // 2, len(SHAPES)):
+            raise UserError(f"world: kinds is {self.kinds}, must be {len(SHAPES) // 2} or {len(SHAPES)}")
+        if not 2 <= self.objects <= max(OBJECT_COUNTS):
+            raise UserError(f"world: objects is {self.objects}, must be from 2 to {max(OBJECT_COUNTS)}")
+        if not 0 <= self.variation <= 1:
+            raise UserError(f"world: variation is {self.variation}, must be from 0 to 1")
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        return SHAPES[:: len(SHAPES) // self.kinds]
+
+    @property
+    def colors(self) -> tuple[str, ...]:
+        step = len(COLORS) // self.kinds
+        return COLORS[step - 1 :: step]
+
+    @property
+    def held_out(self) -> list[tuple[str, str]]:
+        """The (shape, color) pairs that test alone has."""
+        return sorted((s, c) for s, c in HELD_OUT if s in self.shapes and c in self.colors)
+
+
+RICHEST = World()
+
+
+@dataclass(frozen=True)
 class PlacedObject:
     """What can be said of an object. ``x``, ``y`` (its center) and ``radius`` are fractions of the side, y down."""
 
@@ -96,6 +139,7 @@ class Scene:
     index: int
     background: Background
     objects: tuple[SceneObject, ...]
+    world: World = RICHEST
 
     def random(self, stream: str) -> random.Random:
         """Random numbers that belong to this scene and ``stream``: one stream's use never disturbs another's."""
@@ -130,17 +174,12 @@ class Scene:
     def from_dict(cls, tree: dict) -> "Scene":
         """The scene that :meth:`to_dict` was called on."""
         objects = tuple(SceneObject(**{k: v for k, v in o.items() if k != "place"}) for o in tree["objects"])
-        return cls(tree["seed"], tree["split"], tree["index"], Background(**tree["background"]), objects)
+        background, world = Background(**tree["background"]), World(**tree["world"])
+        return cls(tree["seed"], tree["split"], tree["index"], background, objects, world)
 
 
-def make_scene(seed: int, split: str, index: int, variation: float = 1.0) -> Scene:
+def make_scene(seed: int, split: str, index: int, world: World = RICHEST) -> Scene:
     """Scene ``index`` of a split.
-
-    Args:
-        variation: 0 .. 1, how much equal things differ in their looks: how far objects stray from the middle of their
-            cells and turn, how much radii of one size vary, and which share of the backgrounds has a pattern. What
-            there is to say of the objects does not change, but at 0 every pixel of an object follows from its words
-            and its cell, so small models learn shapes, places and attributes sooner.
 
     Raises:
         UserError: ``split`` is not one of :data:`SPLITS`.
@@ -148,9 +187,9 @@ def make_scene(seed: int, split: str, index: int, variation: float = 1.0) -> Sce
     if split not in SPLITS:
         raise UserError(f"split '{split}': must be one of {', '.join(SPLITS)}")
     rng = _random(seed, split, index, "world")
-    patterned = _random(seed, split, index, "pattern").random() < variation
+    patterned = _random(seed, split, index, "pattern").random() < world.variation
     while True:
-        scene = Scene(seed, split, index, _background(rng, patterned), _objects(rng, split, variation))
+        scene = Scene(seed, split, index, _background(rng, patterned), _objects(rng, split, world), world)
         if split == "test" or split == _split_of(scene.arrangement):
             return scene
 
@@ -170,20 +209,21 @@ def _background(rng: random.Random, patterned: bool) -> Background:
     return Background(color, pattern if patterned else "plain", rng.randrange(4), round(rng.random(), 4))
 
 
-def _objects(rng: random.Random, split: str, variation: float) -> tuple[SceneObject, ...]:
+def _objects(rng: random.Random, split: str, world: World) -> tuple[SceneObject, ...]:
     """Objects of a few shapes and colors each, so that equal ones are frequent and counting is worth asking."""
-    (count,) = rng.choices(list(OBJECT_COUNTS), list(OBJECT_COUNTS.values()))
+    counts = {count: times for count, times in OBJECT_COUNTS.items() if count <= world.objects}
+    (count,) = rng.choices(list(counts), list(counts.values()))
     pairs: list[tuple[str, str]] = []
     while not pairs:
-        shapes, colors = rng.sample(SHAPES, rng.randint(1, 4)), rng.sample(COLORS, rng.randint(1, 4))
+        shapes, colors = rng.sample(world.shapes, rng.randint(1, 4)), rng.sample(world.colors, rng.randint(1, 4))
         pairs = [pair for pair in itertools.product(shapes, colors) if pair not in HELD_OUT]
     chosen = [rng.choice(pairs) for _ in range(count)]
     if split == "test":
         # One held-out pair, and around it objects that share its shape or its color.
-        shape, color = rng.choice(sorted(HELD_OUT))
+        shape, color = rng.choice(world.held_out)
         chosen = [(shape, color)] + [rng.choice([pair, (shape, pair[1]), (pair[0], color)]) for pair in chosen[1:]]
     cells = rng.sample(range(GRID * GRID), count)
-    return tuple(_object(rng, *pair, *divmod(cell, GRID), variation) for pair, cell in zip(chosen, cells))
+    return tuple(_object(rng, *pair, *divmod(cell, GRID), world.variation) for pair, cell in zip(chosen, cells))
 
 
 def _object(rng: random.Random, shape: str, color: str, row: int, column: int, variation: float) -> SceneObject:

@@ -28,7 +28,7 @@ from megatron_ext.command_line import progress, read_json, write_json
 from megatron_ext.data.scenes.captions import caption, text
 from megatron_ext.data.scenes.conversations import conversation
 from megatron_ext.data.scenes.render import render
-from megatron_ext.data.scenes.world import SPLIT_RULE, make_scene
+from megatron_ext.data.scenes.world import RICHEST, SPLIT_RULE, World, make_scene
 
 FORMS = ("tar", "folder", "text")
 TEXT_SEED_OFFSET = 1_000_003
@@ -43,7 +43,7 @@ class SplitConfig:
     count: int
     texts: int
     size: int = 64
-    variation: float = 1.0
+    world: World = RICHEST
     questions: int = 3
     kinds: tuple[str, ...] = ()
     with_choices: float = 0.1
@@ -65,7 +65,7 @@ class Sample:
 
 def make_sample(config: SplitConfig, index: int) -> Sample:
     """Scene ``index`` of a split as a sample; a pure function of its arguments."""
-    scene = make_scene(config.seed, config.split, index, config.variation)
+    scene = make_scene(config.seed, config.split, index, config.world)
     buffer = io.BytesIO()
     render(scene, config.size).save(buffer, format="PNG")
     turns = []
@@ -101,7 +101,7 @@ def write_split(out: Path, config: SplitConfig, workers: int) -> dict:
     if "text" in config.forms:
         with (partial / "text.jsonl").open("w") as lines:
             for index in range(config.texts):
-                scene = make_scene(config.seed + TEXT_SEED_OFFSET, config.split, index)
+                scene = make_scene(config.seed + TEXT_SEED_OFFSET, config.split, index, config.world)
                 lines.write(json.dumps({"text": text(scene)}) + "\n")
     card = {"settings": settings, "split_rule": SPLIT_RULE, "fingerprint": fingerprint(partial)}
     write_json(partial / "scenes.json", card)
