@@ -29,6 +29,9 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rotary_scaling_factor: float | None = None
     """Llama 3's long-context scaling of the rotary frequencies; None: none."""
+    image_positions: int = 0
+    """Learned positions inside an image, as many as it has tokens, added to their embeddings: small models
+    learn where things lie from fewer images than by rotary positions alone, which stay as they are. 0: none."""
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     tie_embeddings: bool = False
@@ -327,6 +330,8 @@ class Config:
         _divides("model.num_attention_heads", m.num_attention_heads, "parallel.tensor", p.tensor)
         _divides("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
         _divides("model.ffn_hidden_size", m.ffn_hidden_size, "parallel.tensor", p.tensor)
+        if m.image_positions < 0:
+            raise UserError(f"config: 'model.image_positions' is {m.image_positions}, must be at least 0")
         if (m.hidden_size // m.num_attention_heads) % 2:
             raise UserError(
                 f"config: head size {m.hidden_size // m.num_attention_heads} (model.hidden_size / "

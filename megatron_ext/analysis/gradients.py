@@ -44,6 +44,7 @@ from megatron_ext.vocabulary import Vocabulary
 MODULES = ("qkv", "proj", "fc1", "fc2")
 OUTSIDE = {
     "embedding.word_embeddings.weight": "embedding",
+    "image_positions.weight": "image positions",
     "decoder.final_layernorm.weight": "final norm",
     "output_layer.weight": "head",
 }
@@ -154,7 +155,9 @@ def part_of(name: str) -> tuple[int | None, str]:
 
 
 def _parts(config: Config, columns: list[str]) -> list[tuple[int | None, str]]:
-    outside = [name for name in OUTSIDE.values() if name != "head" or not config.model.tie_embeddings]
+    absent = {"head"} if config.model.tie_embeddings else set()
+    absent |= set() if config.model.image_positions else {"image positions"}
+    outside = [name for name in OUTSIDE.values() if name not in absent]
     return [(n, name) for n in range(config.model.num_layers) for name in columns] + [(None, name) for name in outside]
 
 

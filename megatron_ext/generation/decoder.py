@@ -10,7 +10,7 @@ from megatron_ext.generation.cache import Cache
 from megatron_ext.generation.rows import alignment, rows_of
 from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.plan import Plan, class_index
-from megatron_ext.routing.route import Route
+from megatron_ext.routing.route import Route, image_places
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.model import UnifiedModel
 from megatron_ext.vocabulary import Vocabulary
@@ -37,6 +37,7 @@ class Decoder:
         self._model, self._plan, self._vocabulary, self._cache = model, plan, vocabulary, cache
         self._tasks = torch.tensor([int(task) for task in tasks], dtype=torch.int8)
         self._positions = torch.zeros(len(tasks), dtype=torch.int64)
+        self._images = torch.zeros(len(tasks), dtype=torch.int64)  # image tokens that each document ends with so far
         self._steps: dict[bytes, Route] = {}
 
     @torch.no_grad()
@@ -71,19 +72,21 @@ class Decoder:
     def _route(self, tokens: Sequence[Sequence[int]], last: Tensor) -> Route:
         batch = rows_of(self._vocabulary, tokens, self._tasks, self._positions)
         real = batch.document != PADDING_DOCUMENT
+        before, places = self._images, image_places(batch, self._images)
+        lengths = torch.tensor([len(row) for row in tokens])
+        self._images = torch.where(lengths > 0, places[torch.arange(len(tokens)), lengths - 1], before)
         single = batch.shape[1] == 1
         key = torch.where(real, token_classes(batch, self._plan, None), -1).numpy().tobytes() if single else b""
         if single and key in self._steps:
-            return self._again(self._steps[key], batch)
-        lengths = torch.tensor([len(row) for row in tokens])
+            return self._again(self._steps[key], batch, places)
         wanted = last[:, None] & (torch.arange(batch.shape[1]) == lengths[:, None] - 1)
-        route = Route.of(batch, self._plan, *self._alignment, wanted=wanted, cached=True)
+        route = Route.of(batch, self._plan, *self._alignment, wanted=wanted, cached=True, images_before=before)
         route = route.to(next(self._model.parameters()).device)
         if single:
             self._steps[key] = route
         return route
 
-    def _again(self, route: Route, batch: Batch) -> Route:
+    def _again(self, route: Route, batch: Batch, places: Tensor) -> Route:
         """The route of an earlier step, whose tokens were of the same classes, for these."""
         device, positions = route.tokens.device, batch.positions.flatten()
         for layer in {id(layer): layer for layer in route.layers}.values():
@@ -93,6 +96,7 @@ class Decoder:
                 layer.query_positions = positions[of_queries].to(device)
             layer.rotary = None
         route.tokens = batch.tokens.flatten().to(device)[route.order].unsqueeze(0)
+        route.image_places, route.longest_image = places.flatten().to(device)[route.order], int(places.max())
         return route
 
 

@@ -129,7 +129,7 @@ def stage_layers(num_layers: int, pipeline: int, virtual: int = 1) -> list[list[
 def parameter_count(model: ModelConfig, vocab_size: int, projections: Projections) -> int:
     """Parameters of the whole model, over all ranks, with those that image tokens have for themselves."""
     h = model.hidden_size
-    embeddings = (1 if model.tie_embeddings else 2) * vocab_size * h
+    embeddings = ((1 if model.tie_embeddings else 2) * vocab_size + model.image_positions) * h
     per_layer = sum(i * o for i, o in projection_shapes(model).values()) + 2 * h
     return embeddings + model.num_layers * per_layer + h + image_parameter_count(model, projections)
 

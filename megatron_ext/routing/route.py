@@ -30,7 +30,7 @@ from megatron_ext.routing.dense_share import Draw
 from megatron_ext.routing.groups import plan_groups, stored_length, token_classes
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.routing.row_map import RowMap
-from megatron_ext.token_classes import PADDING_DOCUMENT
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
 
 
 @dataclass
@@ -111,6 +111,8 @@ class Route(PackedSeqParams):
     Attributes:
         order: [T] flat index into b * s of each stored row, -1 for a dummy.
         tokens: [1, T] token ids as stored.
+        image_places: [T] which token of its image each stored row is, from 1; 0: of none (see :func:`image_places`).
+        longest_image: the largest of them.
         layers: the route of each layer of the whole model, by its number from 0.
         targets: [n] flat indices into b * s, ascending, of the tokens whose logits are wanted.
         head: the pieces that hold those tokens; their gathered rows become the targets' by ``head_rows``.
@@ -118,6 +120,8 @@ class Route(PackedSeqParams):
 
     order: Tensor = None
     tokens: Tensor = None
+    image_places: Tensor = None
+    longest_image: int = 0
     layers: list[LayerRoute] = field(default_factory=list)
     targets: Tensor = None
     head: Pieces = None
@@ -134,6 +138,7 @@ class Route(PackedSeqParams):
         wanted: Tensor | None = None,
         cached: bool = False,
         draw: Draw | None = None,
+        images_before: Tensor | None = None,
     ) -> "Route":
         """The route of one micro-batch of [b, s] tokens, on the host.
 
@@ -146,6 +151,7 @@ class Route(PackedSeqParams):
             cached: each row is the next piece of a document whose earlier keys are kept. Keys are then all the keys of
                 a piece, in order.
             draw: this step's draw of the plan's dense share; None: as in evaluation.
+            images_before: as for :func:`image_places`.
         """
         real = (batch.document != PADDING_DOCUMENT).flatten()
         groups = plan_groups(plan)
@@ -172,10 +178,13 @@ class Route(PackedSeqParams):
         targets = (wanted & real).nonzero().flatten()
         needed = torch.zeros(len(sizes), dtype=torch.bool)
         needed[group[targets]] = True
+        places = image_places(batch, images_before).flatten()
         head = _pieces(sizes, [Role.FULL if n else Role.SKIP for n in needed], facts.components)
         return cls(
             order=order,
             tokens=batch.tokens.flatten()[order.clamp(min=0)].unsqueeze(0),
+            image_places=places[order.clamp(min=0)],
+            longest_image=int(places.max()) if t else 0,
             layers=[by_roles[roles] for roles in groups.roles],
             targets=targets,
             head=head,
@@ -185,6 +194,24 @@ class Route(PackedSeqParams):
     def to(self, device: torch.device) -> "Route":
         """The same route on ``device``; what layers share stays shared."""
         return self if device.type == "cpu" else _moved(self, device, {})
+
+
+def image_places(batch: Batch, before: Tensor | None = None) -> Tensor:
+    """[b, s]: which token of its image each token is, from 1 in the order of the document; 0 for text.
+
+    An image that a document's cut divides begins anew, as the document's positions do.
+
+    Args:
+        before: [b], where rows are pieces of documents: image tokens right before the first token of each row.
+    """
+    image, column = batch.modality == Modality.IMAGE, torch.arange(batch.shape[1])
+    first = image.clone()
+    first[:, 1:] &= ~image[:, :-1] | (batch.document[:, 1:] != batch.document[:, :-1])
+    start = torch.where(first, column, 0).cummax(dim=1).values
+    places = column - start + 1
+    if before is not None:
+        places = places + torch.where(start == 0, before[:, None], 0)
+    return torch.where(image, places, 0)
 
 
 @dataclass

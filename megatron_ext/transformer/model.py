@@ -7,6 +7,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_ext.config import Config
+from megatron_ext.errors import UserError
 from megatron_ext.routing.route import Route
 from megatron_ext.transformer.initialization import initialize
 from megatron_ext.transformer.rotary import rotary_table
@@ -45,6 +46,12 @@ class UnifiedModel(GPTModel):
             rope_scaling_factor=config.model.rotary_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        self.image_positions = None
+        if config.model.image_positions and self.pre_process:
+            count, h = config.model.image_positions, config.model.hidden_size
+            self.image_positions = torch.nn.Embedding(count, h, dtype=transformer.params_dtype)
+            # Every tensor-parallel rank adds to its own rows: Megatron-Core sums such parameters' gradients over them.
+            self.image_positions.weight.sequence_parallel = transformer.sequence_parallel
         for layer in self.decoder.layers[:-1]:
             layer.joins = config.training.recompute == "full"
         if self.post_process and transformer.sequence_parallel:
@@ -68,12 +75,28 @@ class UnifiedModel(GPTModel):
                 layer.rotary = of_keys if queries is keys else rotary_table(frequencies, queries), of_keys
         hidden_states = None
         if self.pre_process:
-            hidden_states = self.embedding(input_ids=route.tokens, position_ids=None)
+            hidden_states = self._embedded(route)
         hidden_states = self.decoder(hidden_states=hidden_states, attention_mask=None, packed_seq_params=route)
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(self._targets(hidden_states, route), weight=weight)[0]
+
+    def _embedded(self, route: Route) -> Tensor:
+        """[T / R, 1, h]"""
+        embedded = self.embedding(input_ids=route.tokens, position_ids=None)
+        if self.image_positions is None:
+            return embedded
+        if route.longest_image > self.image_positions.num_embeddings:
+            raise UserError(
+                f"an image has {route.longest_image} tokens, model.image_positions is "
+                f"{self.image_positions.num_embeddings}"
+            )
+        places = route.image_places
+        if self.config.sequence_parallel:
+            places = places.view(-1, embedded.shape[0])[parallel_state.get_tensor_model_parallel_rank()]
+        added = self.image_positions((places - 1).clamp(min=0)) * (places > 0)[:, None]
+        return embedded + added.unsqueeze(1)
 
     def _targets(self, hidden_states: Tensor, route: Route) -> Tensor:
         """[n, 1, h] of the tokens whose logits are wanted; under sequence parallelism gathered from all ranks."""

@@ -88,6 +88,9 @@ PLANS = {
 }
 
 
+PLANS["learned image positions"] = ["plan.preset=himix_hmgen_share_all", "model.image_positions=30"]
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("piece", [1, 3, 512], ids=["token by token", "pieces of 3", "prompt at once"])
 def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan, piece):

@@ -9,10 +9,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_ext.config import PlanConfig
 from megatron_ext.data.batch import Batch
+from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan
-from megatron_ext.routing.route import Route
+from megatron_ext.routing.route import Route, image_places
 from megatron_ext.routing.row_map import RowMap
-from megatron_ext.token_classes import PADDING_DOCUMENT
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
 from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.norm import RMSNorm
@@ -55,6 +56,27 @@ def draw_everything(model) -> None:
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.1 * noise)
+
+
+def test_learned_positions_are_added_to_image_tokens_alone(one_process):
+    config = one_process(*SHAPE, "data.sequence_length=12", "model.image_positions=4")
+    (model,) = build_chunks(config, VOCABULARY)
+    draw_everything(model)
+    batch = one_document_rows(2, 12)
+    batch.modality[0, 2:5] = batch.modality[0, 7:11] = batch.modality[1, :2] = Modality.IMAGE
+    batch.document[1, 2:] = 1
+    batch.modality[1, 2:4] = Modality.IMAGE  # of the next document
+    expected = torch.tensor([[0, 0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 0], [1, 2, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0]])
+    assert torch.equal(image_places(batch), expected)
+    found = logits_of(model, batch)
+    table = torch.cat([torch.zeros(1, 64), model.image_positions.weight.detach()])
+    added = table[expected].view(-1, 1, 64)
+    model.image_positions = None
+    model.embedding.register_forward_hook(lambda module, inputs, output: output + added)
+    assert torch.allclose(found, logits_of(model, batch), atol=1e-6)
+    model.image_positions = torch.nn.Embedding(3, 64)
+    with pytest.raises(UserError, match="an image has 4 tokens, model.image_positions is 3"):
+        logits_of(model, batch)
 
 
 def test_logits_equal_stock_megatron(one_process):
