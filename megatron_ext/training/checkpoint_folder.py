@@ -38,12 +38,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def of_run(folder: Path) -> Path:
-    """``folder`` if it is named as a checkpoint, else the newest complete checkpoint of the run in it.
+    """``folder`` if it is a checkpoint, by its name or by what is in it, else the newest complete one of the run in it.
 
     Raises:
         UserError: the run has none.
     """
-    if _COMPLETE.fullmatch(folder.name):
+    if _COMPLETE.fullmatch(folder.name) or (folder / MARKER).is_file():
         return folder
     found = checkpoints(folder / "checkpoints")
     if not found:

@@ -62,6 +62,8 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
     paths = [save(tmp_path / "checkpoints", iteration) for iteration in (10, 9)]
     assert checkpoint_folder.of_run(tmp_path) == paths[0]
     assert checkpoint_folder.of_run(paths[1]) == paths[1]
+    renamed = paths[1].rename(tmp_path / "best")
+    assert checkpoint_folder.of_run(renamed) == renamed
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4]), (0, [1, 2, 3, 4])])
