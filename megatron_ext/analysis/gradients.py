@@ -70,7 +70,7 @@ def alignment(chunks: list, batch: Batch, config: Config, draw: Draw | None = No
         None where it is not defined, as the cosine with a gradient of zero.
     """
     started = time.perf_counter()
-    result = _compared(chunks, config, (batch, Task.UNDERSTANDING), (batch, Task.GENERATION), draw)
+    (result,) = _compared(chunks, config, [(batch, Task.UNDERSTANDING), (batch, Task.GENERATION)], draw)
     return result | {"seconds": time.perf_counter() - started}
 
 
@@ -82,7 +82,7 @@ def corrected(chunks: list, batch: Batch, config: Config) -> dict:
 
         corrected = (cos(u_a, g_b) + cos(u_b, g_a)) / 2 / sqrt(cos(u_a, u_b) cos(g_a, g_b))
 
-    Costs eight forward and backward passes over half of the batch.
+    Costs five forward and backward passes over half of the batch, and memory as :func:`alignment` does.
 
     Args:
         batch: this replica's rows, an even number of micro-batches.
@@ -95,8 +95,8 @@ def corrected(chunks: list, batch: Batch, config: Config) -> dict:
     middle = batch.shape[0] // 2
     a, b = batch.rows(0, middle), batch.rows(middle, 2 * middle)
     u, g = Task.UNDERSTANDING, Task.GENERATION
-    pairs = [((a, u), (b, u)), ((a, g), (b, g)), ((a, u), (b, g)), ((b, u), (a, g))]
-    found = [_compared(chunks, config, *pair) for pair in pairs]
+    of_u, crossed, of_g, crossed_back = _compared(chunks, config, [(a, u), (b, u), (a, g), (b, g), (a, u)])
+    found = [of_u, of_g, crossed, crossed_back]
 
     def joined(values: list) -> dict:
         repeat_u, repeat_g, *crossed = values
@@ -116,21 +116,23 @@ def corrected(chunks: list, batch: Batch, config: Config) -> dict:
     }
 
 
-def _compared(
-    chunks: list, config: Config, first: tuple[Batch, Task], second: tuple[Batch, Task], draw: Draw | None = None
-) -> dict:
-    """All figures of two gradients, each of a task on a batch; u stands for the first."""
+def _compared(chunks: list, config: Config, passes: list[tuple[Batch, Task]], draw: Draw | None = None) -> list[dict]:
+    """All figures of each two consecutive gradients, each of a task on a batch; u stands for the former."""
     columns = part_names(config)
     places = {(layer, name): i for i, (layer, name) in enumerate(_parts(config, columns))}
     counted = [(places[part_of(name)], p) for chunk in chunks for name, p in _counted(chunk)]
-    task_gradients(chunks, first[0], config, first[1], draw)
-    of_first = [p.main_grad.clone() for _, p in counted]
-    task_gradients(chunks, second[0], config, second[1], draw)
-    sums = torch.zeros(len(places), len(SUMS), dtype=torch.float64, device=first[0].tokens.device)
-    for (place, p), u in zip(counted, of_first):
-        sums[place] += _sums(u, p.main_grad)
-    dist.all_reduce(sums, group=parallel_state.get_model_parallel_group())
-    return _result(sums.cpu(), places, columns, config.model.num_layers)
+    made, before = [], []
+    for number, (batch, task) in enumerate(passes, 1):
+        task_gradients(chunks, batch, config, task, draw)
+        if number > 1:
+            sums = torch.zeros(len(places), len(SUMS), dtype=torch.float64, device=batch.tokens.device)
+            for (place, p), u in zip(counted, before):
+                sums[place] += _sums(u, p.main_grad)
+            dist.all_reduce(sums, group=parallel_state.get_model_parallel_group())
+            made.append(_result(sums.cpu(), places, columns, config.model.num_layers))
+        if number < len(passes):
+            before = [p.main_grad.clone() for _, p in counted]
+    return made
 
 
 def part_names(config: Config) -> list[str]:
