@@ -72,15 +72,15 @@ class Decoder:
     def _route(self, tokens: Sequence[Sequence[int]], last: Tensor) -> Route:
         batch = rows_of(self._vocabulary, tokens, self._tasks, self._positions)
         real = batch.document != PADDING_DOCUMENT
-        before, places = self._images, image_places(batch, self._images)
         lengths = torch.tensor([len(row) for row in tokens])
-        self._images = torch.where(lengths > 0, places[torch.arange(len(tokens)), lengths - 1], before)
+        places = image_places(batch, self._images)
+        self._images = torch.where(lengths > 0, places[torch.arange(len(tokens)), lengths - 1], self._images)
         single = batch.shape[1] == 1
         key = torch.where(real, token_classes(batch, self._plan, None), -1).numpy().tobytes() if single else b""
         if single and key in self._steps:
             return self._again(self._steps[key], batch, places)
         wanted = last[:, None] & (torch.arange(batch.shape[1]) == lengths[:, None] - 1)
-        route = Route.of(batch, self._plan, *self._alignment, wanted=wanted, cached=True, images_before=before)
+        route = Route.of(batch, self._plan, *self._alignment, wanted=wanted, cached=True, places=places)
         route = route.to(next(self._model.parameters()).device)
         if single:
             self._steps[key] = route

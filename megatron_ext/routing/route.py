@@ -138,7 +138,7 @@ class Route(PackedSeqParams):
         wanted: Tensor | None = None,
         cached: bool = False,
         draw: Draw | None = None,
-        images_before: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> "Route":
         """The route of one micro-batch of [b, s] tokens, on the host.
 
@@ -151,7 +151,7 @@ class Route(PackedSeqParams):
             cached: each row is the next piece of a document whose earlier keys are kept. Keys are then all the keys of
                 a piece, in order.
             draw: this step's draw of the plan's dense share; None: as in evaluation.
-            images_before: as for :func:`image_places`.
+            places: [b, s], of :func:`image_places`; None: of whole documents.
         """
         real = (batch.document != PADDING_DOCUMENT).flatten()
         groups = plan_groups(plan)
@@ -178,7 +178,7 @@ class Route(PackedSeqParams):
         targets = (wanted & real).nonzero().flatten()
         needed = torch.zeros(len(sizes), dtype=torch.bool)
         needed[group[targets]] = True
-        places = image_places(batch, images_before).flatten()
+        places = (image_places(batch) if places is None else places).flatten()
         head = _pieces(sizes, [Role.FULL if n else Role.SKIP for n in needed], facts.components)
         return cls(
             order=order,

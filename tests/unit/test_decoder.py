@@ -79,6 +79,7 @@ PLANS = {
         "plan.preset=himix_hmgen_share_all",
         "plan.dense_share={of: image_tokens, start: 0.5}",
     ],
+    "learned image positions": ["plan.preset=himix_hmgen_share_all", "model.image_positions=30"],
     "any table": [
         "plan.table=[{layers: '1', task: all, modality: text, role: skip},"
         "{layers: '2', task: all, modality: text, role: kv_only},"
@@ -86,9 +87,6 @@ PLANS = {
         "{layers: '4', task: generation, modality: image, role: kv_only}]"
     ],
 }
-
-
-PLANS["learned image positions"] = ["plan.preset=himix_hmgen_share_all", "model.image_positions=30"]
 
 
 @pytest.mark.parametrize("plan", PLANS)
