@@ -1,8 +1,8 @@
 """What a model has learnt to see and to draw on the picture world: accuracy of every kind of question against chance,
 and generated pictures against a control.
 
-    python benchmarks/picture_world.py --run runs/study/dense --data runs/study --out runs/study/scores \
-        --markdown docs/picture_world.md --json benchmarks/results/picture_world.json
+    python benchmarks/picture_world.py --run runs/picture_world/dense --data runs/picture_world \
+        --out runs/picture_world/scores --markdown docs/picture_world.md --json benchmarks/results/picture_world.json
 
 Answers the picture world's benchmarks (tools/evaluate.py, which goes on where it was stopped) for new arrangements of
 known combinations and for held-out combinations of shape and color. Chance: the share that guessing among the possible
@@ -15,7 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from megatron_ext import command_line
-from megatron_ext.data.scenes.world import COLORS, PLACES, SHAPES
+from megatron_ext.data.scenes.benchmarks import CARD
+from megatron_ext.data.scenes.world import PLACES, World
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import scene_check
 from megatron_ext.evaluation.answers import read_answers
@@ -24,8 +25,6 @@ from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {"validation": "new arrangements", "test": "held-out combinations"}
-OPEN = {"color": len(COLORS), "shape": len(SHAPES), "place": sum(map(len, PLACES))}
-"""Kinds of GQA questions that are not answered with yes or no, and how many answers there are."""
 Z = 1.96
 
 
@@ -46,13 +45,15 @@ def kinds(data: Path, out: Path) -> dict[str, dict]:
     """By kind of question: ``right``, ``questions``, ``chance``, and ``low`` and ``high``, all shares of 1."""
     found: dict[str, list[tuple[bool, float]]] = defaultdict(list)
     detailed = command_line.read_json(data / "gqa" / "testdev_balanced_questions.json")
+    world = World(**command_line.read_json(data / CARD)["settings"]["world"])
+    answers = {"color": len(world.colors), "shape": len(world.shapes), "place": sum(map(len, PLACES))}
     for name, benchmark in BENCHMARKS.items():
         read = read_answers(out / f"{name}.jsonl")
         for item in benchmark.read(data / name, None):
             right = item.id in read.answers and benchmark.right(item, read.answers[item.id])
             if name == "gqa":
                 kind = detailed[item.id]["types"]["detailed"]
-                found[f"GQA, {kind}"].append((right, 1 / OPEN.get(kind, 2)))
+                found[f"GQA, {kind}"].append((right, 1 / answers.get(kind, 2)))
             elif name == "seed":
                 likelihoods = read.likelihoods.get(item.id)
                 likeliest = likelihoods and LETTERS[likelihoods.index(max(likelihoods))] == item.answer
@@ -113,7 +114,8 @@ def _number(value: float | None) -> str:
 
 def main() -> None:
     parser = command_line.parser(
-        __doc__, "python benchmarks/picture_world.py --run runs/study/dense --data runs/study --out runs/study/scores"
+        __doc__,
+        "python benchmarks/picture_world.py --run runs/picture_world/dense --data runs/picture_world --out scores",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a run, trained on --data")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with vq/ and benchmarks/")

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Data of examples/configs/picture_world.yaml, in runs/study: 30,000 scenes with sixteen questions each, further ones with
-# questions about what is learnt last, and benchmarks. Equal objects look equal, so that small models learn to see sooner.
+# Data of examples/configs/picture_world.yaml and examples/studies/picture_world.yaml, in runs/picture_world.
 #
 #   bash examples/prepare_picture_world.sh     some ten minutes on two CPU cores; what is complete is not made again
+#
+# Scenes have few kinds of things and equal objects look equal, so that small models learn to see soon. Of 30,000 there
+# are captions and four questions each, rows that are mostly images; of 40,000 others there are eight questions each.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 # shellcheck source-path=SCRIPTDIR source=_picture_world.sh
 source examples/_picture_world.sh
 
-SCENES="--variation 0" TRAIN=30000 QUESTIONS=16 VQ_STEPS=6000 PICTURES=200 make_picture_world runs/study
-step "scenes with questions about relations" 600 "$PY" tools/make_scenes.py --out runs/study/scenes_hard --size 54 \
-    --variation 0 --forms tar --workers 2 --seed 4321 --train 24000 --validation 0 --test 0 --questions 16 \
-    --with-choices 0.2 --kinds relation direction place layout most statement comparison
-_data_set runs/study hard-questions-train runs/study/scenes_hard/train/*.tar --vq runs/study/vq --as conversation
+OUT=runs/picture_world
+WORLD="--variation 0 --kinds-of-things 4 --most-objects 4"
+
+SCENES="$WORLD --with-choices 0" TRAIN=30000 QUESTIONS=4 CODES=512 VQ_STEPS=3000 PICTURES=120 make_picture_world $OUT
+# shellcheck disable=SC2086
+step "scenes with more questions" 600 "$PY" tools/make_scenes.py --out $OUT/more_scenes --size 54 $WORLD \
+    --seed 4321 --train 40000 --validation 0 --test 0 --questions 8 --forms tar --workers 2
+_data_set $OUT more-questions-train $OUT/more_scenes/train/*.tar --vq $OUT/vq --as conversation

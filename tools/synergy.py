@@ -11,7 +11,7 @@ def main() -> None:
         "Gains of unified over single-task training and the synergy loss of every method against dense, from files of\n"
         "results (megatron_ext/analysis/results.py has their form; tools/scaling_study.py writes them).",
         "python tools/synergy.py                    the paper's tables (arXiv 2606.01503)\n"
-        "  python tools/synergy.py runs/study/results.json --latex synergy.tex --plot synergy.svg",
+        "  python tools/synergy.py runs/studies/picture_world/results.json --latex synergy.tex --plot synergy.svg",
     )
     add = parser.add_argument
     add("results", nargs="*", type=Path, metavar="RESULTS.json", help="default: the paper's tables")

@@ -24,6 +24,8 @@ class Question:
 def questions(scene: Scene, count: int, only: Collection[str] = ()) -> list[Question]:
     """``count`` questions (fewer if the scene allows no more), kinds as frequent as :data:`SHARES` says.
 
+    Those of :data:`TELLING` come last: who has read their answers need not look for the others'.
+
     Args:
         only: these kinds; empty: all.
     """
@@ -39,7 +41,7 @@ def questions(scene: Scene, count: int, only: Collection[str] = ()) -> list[Ques
                 and question.text not in {q.text for q in made}
             ):
                 made.append(question)
-    return made
+    return sorted(made, key=lambda question: question.kind in TELLING)
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
@@ -144,6 +146,20 @@ def _direction(scene: Scene, rng: random.Random) -> Asked:
     return (f"Where is the {pair_name(a)}, as seen from the {pair_name(b)}?", answer, tuple(choices))
 
 
+def _around(scene: Scene, rng: random.Random) -> Asked:
+    """Directions to all objects that can be named: as many comparisons of two places as there are others."""
+    items = sorted(unique_objects(scene), key=lambda o: (o.row, o.column))
+    if len(items) < 2:
+        return None
+    center = rng.choice(items)
+    said = [
+        f"the {pair_name(o)} " + " and ".join(f"{word} it" for word, _ in relation_words(o, center))
+        for o in items
+        if o is not center
+    ]
+    return (f"Where is what, as seen from the {pair_name(center)}?", ", ".join(said), ())
+
+
 def _most(scene: Scene, rng: random.Random) -> Asked:
     attribute, values = rng.choice([("color", scene.world.colors), ("shape", scene.world.shapes)])
     ranks = Counter(getattr(o, attribute) for o in scene.objects).most_common()
@@ -223,6 +239,7 @@ KINDS: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "comparison": _comparison,
     "relation": _relation,
     "direction": _direction,
+    "around": _around,
     "logic": _logic,
     "statement": _statement,
     "background": _background,
@@ -239,13 +256,17 @@ SHARES = {
     "comparison": 2,
     "relation": 3,
     "direction": 2,
+    "around": 2,
     "logic": 2,
     "statement": 3,
     "background": 1,
-    "layout": 1,
+    "layout": 2,
     "most": 1,
 }
 """How often a kind is asked in training, next to the others: more often what takes longer to learn."""
+
+TELLING = ("layout", "around")
+"""Kinds whose answers tell of many objects where they are."""
 
 
 def _number(count: int) -> str:
