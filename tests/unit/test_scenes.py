@@ -83,7 +83,7 @@ def judge(scene: Scene, question: str) -> str:
         return the(scene, match[1]).color
     if match := re.fullmatch(r"What shape is the (\w+) object\?", question):
         return the(scene, match[1]).shape
-    if match := re.fullmatch(r"Where is the (\w+ \w+)\?", question):
+    if match := re.fullmatch(r"Where is the (\w+|\w+ \w+)\?", question):
         item = the(scene, match[1])
         row, column = ("top", "center", "bottom")[int(item.y * 3)], ("left", "center", "right")[int(item.x * 3)]
         return "center" if row == column == "center" else f"{row} {column}"

@@ -87,7 +87,7 @@ def _place(scene: Scene, rng: random.Random) -> Asked:
     if not items:
         return None
     item = rng.choice(items)
-    return (f"Where is the {pair_name(item)}?", item.place, tuple(place for row in PLACES for place in row))
+    return (f"Where is the {_called(scene, item, rng)}?", item.place, tuple(place for row in PLACES for place in row))
 
 
 def _background(scene: Scene, rng: random.Random) -> Asked:
@@ -107,7 +107,8 @@ def _comparison(scene: Scene, rng: random.Random) -> Asked:
     if pairs and rng.random() < 0.5:
         small, large = rng.choice(pairs)
         first, second = (large, small) if answer == "yes" else (small, large)
-        return (f"Is the {pair_name(first)} larger than the {pair_name(second)}?", answer, YES_NO)
+        names = [_called(scene, item, rng) for item in (first, second)]
+        return (f"Is the {names[0]} larger than the {names[1]}?", answer, YES_NO)
     attribute, form = rng.choice([("color", "{} objects"), ("shape", "{}")])
     counts = Counter(getattr(o, attribute) for o in scene.objects)
     unequal = [(a, b) for a in sorted(counts) for b in sorted(counts) if counts[a] > counts[b]]
@@ -127,7 +128,8 @@ def _relation(scene: Scene, rng: random.Random) -> Asked:
     a, b = rng.choice(pairs)
     word, inverse = rng.choice(relation_words(a, b))
     answer = rng.choice(YES_NO)
-    return (f"Is the {pair_name(a)} {word if answer == 'yes' else inverse} the {pair_name(b)}?", answer, YES_NO)
+    names = [_called(scene, item, rng) for item in (a, b)]
+    return (f"Is the {names[0]} {word if answer == 'yes' else inverse} the {names[1]}?", answer, YES_NO)
 
 
 def _direction(scene: Scene, rng: random.Random) -> Asked:
@@ -143,7 +145,8 @@ def _direction(scene: Scene, rng: random.Random) -> Asked:
     answer, *choices = (
         " and ".join(f"{word} it" for word in one) for one in (words, *(straight if len(words) == 1 else diagonal))
     )
-    return (f"Where is the {pair_name(a)}, as seen from the {pair_name(b)}?", answer, tuple(choices))
+    names = [_called(scene, item, rng) for item in (a, b)]
+    return (f"Where is the {names[0]}, as seen from the {names[1]}?", answer, tuple(choices))
 
 
 def _around(scene: Scene, rng: random.Random) -> Asked:
@@ -157,7 +160,7 @@ def _around(scene: Scene, rng: random.Random) -> Asked:
         for o in items
         if o is not center
     ]
-    return (f"Where is what, as seen from the {pair_name(center)}?", ", ".join(said), ())
+    return (f"Where is what, as seen from the {_called(scene, center, rng)}?", ", ".join(said), ())
 
 
 def _most(scene: Scene, rng: random.Random) -> Asked:
@@ -275,6 +278,17 @@ def _number(count: int) -> str:
 
 def _name(pair: tuple[str, str]) -> str:
     return article(f"{pair[1]} {pair[0]}")
+
+
+def _called(scene: Scene, item: SceneObject, rng: random.Random) -> str:
+    """A name that singles out one of :func:`unique_objects`; the shape or the color alone where that is enough, as to
+    look for one of them is learnt sooner than to look for both."""
+    names = [pair_name(item)]
+    if sum(o.shape == item.shape for o in scene.objects) == 1:
+        names.append(item.shape)
+    if sum(o.color == item.color for o in scene.objects) == 1:
+        names.append(f"{item.color} object")
+    return rng.choice(names)
 
 
 def _present(scene: Scene, rng: random.Random) -> tuple[str, str]:
