@@ -4,8 +4,9 @@
 #   make_picture_world FOLDER    makes FOLDER/{scenes,benchmarks,vq,vocabulary,data}
 #
 # Settings: SIZE pixels along a side (54), GRID tokens (9: three for each cell of a scene), CODES of the VQ tokenizer
-# (1024) and VQ_STEPS of its training (1200), TRAIN scenes (4000), QUESTIONS about each (6), PICTURES in each benchmark
-# (40), SCENES for further options of tools/make_scenes.py. Needs _setup.sh before it.
+# (1024), VQ_STEPS of its training (1200) and VQ for further options of tools/train_vq.py, TRAIN scenes (4000),
+# QUESTIONS about each (6), PICTURES in each benchmark (40), SCENES for further options of tools/make_scenes.py. Needs
+# _setup.sh before it.
 
 step() { # name, seconds allowed, command ...
     local name=$1 seconds=$2 begun=$SECONDS
@@ -18,8 +19,9 @@ step() { # name, seconds allowed, command ...
 
 make_picture_world() {
     local out=$1 size=${SIZE:-54} grid=${GRID:-9} split
-    local -a options
+    local -a options vq_options
     read -ra options <<<"${SCENES:-}"
+    read -ra vq_options <<<"${VQ:-}"
     step "pictures, captions, questions" 1800 \
         "$PY" tools/make_scenes.py --out "$out/scenes" --size "$size" --train "${TRAIN:-4000}" \
         --questions "${QUESTIONS:-6}" --workers 2 "${options[@]}"
@@ -29,7 +31,7 @@ make_picture_world() {
     else
         step "VQ tokenizer" 3600 "$PY" tools/train_vq.py --images "$out"/scenes/train/*.tar --out "$out/vq" \
             --image-size "$size" --grid "$grid" --patch $((size / grid)) --codebook-size "${CODES:-1024}" \
-            --steps "${VQ_STEPS:-1200}"
+            --steps "${VQ_STEPS:-1200}" "${vq_options[@]}"
     fi
     step "text tokenizer and vocabulary" 300 "$PY" tools/train_tokenizer.py \
         --texts "$out"/scenes/train/*.tar "$out/scenes/train/text.jsonl" --vocab-size 512 \

@@ -15,7 +15,7 @@ source examples/_picture_world.sh
 OUT=runs/picture_world
 WORLD="--variation 0 --kinds-of-things 4 --most-objects 4"
 
-SCENES="$WORLD --with-choices 0" TRAIN=30000 QUESTIONS=2 GRID=6 VQ_STEPS=3000 PICTURES=120 make_picture_world $OUT
+SCENES="$WORLD --with-choices 0" TRAIN=30000 QUESTIONS=2 GRID=6 VQ=--local VQ_STEPS=3000 PICTURES=120 make_picture_world $OUT
 # shellcheck disable=SC2086
 step "scenes with more questions" 600 "$PY" tools/make_scenes.py --out $OUT/more_scenes --size 54 $WORLD \
     --seed 4321 --train 40000 --validation 0 --test 0 --questions 8 --forms tar --workers 2

@@ -22,7 +22,10 @@ def main() -> None:
 
     for setting in fields(TrainConfig):
         name = f"--{setting.name.replace('_', '-')}"
-        parser.add_argument(name, type=setting.type, default=setting.default, help=f"default: {setting.default}")
+        if setting.type is bool:
+            parser.add_argument(name, action="store_true", help="a code tells of its own patch alone")
+        else:
+            parser.add_argument(name, type=setting.type, default=setting.default, help=f"default: {setting.default}")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

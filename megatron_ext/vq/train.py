@@ -3,7 +3,8 @@
 Latents and codes are unit vectors (LlamaGen, arXiv 2406.06525, section 3.1). The codebook is not trained by gradients:
 each code follows the mean of the latents that chose it (exponential moving average; van den Oord et al., arXiv
 1711.00937, appendix A), it starts from k-means over real latents once the autoencoder has learnt to draw without it,
-and a code that nothing chooses is moved to a random latent.
+and a code that nothing chooses is moved to a latent that is far from every code: most of a picture may be background,
+and codes that start at random latents would all tell apart shades of it (k-means++, Arthur and Vassilvitskii 2007).
 """
 
 import math
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.models.janus.modeling_janus import JanusVQVAEAttnBlock
 
 from megatron_ext.command_line import progress, write_json
 from megatron_ext.errors import UserError
@@ -30,6 +32,9 @@ class TrainConfig:
     Attributes:
         image_size, grid: pixels and codes along a side.
         patch: pixels along a side that the network takes in at once; larger is faster and coarser.
+        local: the encoder sees nothing of a picture but the patch that a code stands for, and the norms' statistics:
+            codes are spent on what there is in a patch, not on what lies around. For pictures of many different
+            patches without halvings: of few flat colors the norms leave too little.
         channels: of the convolutions at the finest level; doubled once, at the first halving. The norms have 32 groups,
             and with one channel a group they would take the picture's colors away: 64 or more.
         warmup: share of the steps before there is a codebook.
@@ -45,6 +50,7 @@ class TrainConfig:
     steps: int = 2000
     batch_size: int = 16
     lr: float = 2e-3
+    local: bool = False
     warmup: float = 0.3
     commitment: float = 0.25
     codebook_decay: float = 0.97
@@ -60,6 +66,8 @@ class TrainConfig:
             )
         if self.channels % 32 or self.channels < 64:
             raise UserError(f"channels {self.channels}: must be a multiple of 32 (the groups of the norms), 64 or more")
+        if self.local and halvings:
+            raise UserError(f"local: image size / patch / grid must be 1, it is {2**halvings:g}")
         self.multipliers = [1] + [2] * int(halvings)
 
 
@@ -164,6 +172,7 @@ class _Training:
         trained = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self._keep_local()
         self.counts = torch.ones(config.codebook_size)
         self.sums = torch.zeros_like(self.codebook)
 
@@ -191,8 +200,21 @@ class _Training:
         (reconstruction + config.commitment * commitment).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         self.optimizer.step()
+        self._keep_local()
         self.step += 1
         return float(reconstruction.detach())
+
+    @torch.no_grad()
+    def _keep_local(self) -> None:
+        """What keeps a local encoder from looking beyond a patch: no weights there."""
+        if not self.config.local:
+            return
+        for module in self.network.encoder.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+                center = module.weight[:, :, 1, 1].clone()
+                module.weight.zero_()[:, :, 1, 1] = center
+            elif isinstance(module, JanusVQVAEAttnBlock):
+                module.proj_out.weight.zero_()
 
     def _cosine(self) -> float:
         return 0.05 + 0.95 * (1 + math.cos(math.pi * self.step / self.config.steps)) / 2
@@ -216,12 +238,19 @@ class _Training:
         self._place(dead, flat)
 
     def _place(self, which: Tensor, flat: Tensor) -> None:
-        count = int(which.sum())
-        if count:
-            fresh = flat[torch.randint(len(flat), (count,), generator=self.generator)]
-            self.codebook[which] = fresh
-            self.counts[which] = fair = len(flat) / len(self.counts)
-            self.sums[which] = fresh * fair
+        """Move codes, one after the other, to latents [m, d] drawn by their squared distance from the codes so far."""
+        dead = which.nonzero().flatten().tolist()
+        if not dead:
+            return
+        nearest_square = torch.full((len(flat),), 4.0)  # the largest between unit vectors
+        if not which.all():
+            nearest_square = (2 - 2 * (flat @ self.codebook[~which].T).max(1).values).clamp(min=0)
+        for code in dead:
+            drawn = torch.multinomial(nearest_square + 1e-9, 1, generator=self.generator)
+            self.codebook[code] = flat[drawn]
+            nearest_square = torch.minimum(nearest_square, (2 - 2 * (flat @ self.codebook[code])).clamp(min=0))
+        self.counts[which] = fair = len(flat) / len(self.counts)
+        self.sums[which] = self.codebook[which] * fair
 
     @torch.no_grad()
     def _start_codebook(self, pictures: Tensor) -> None:

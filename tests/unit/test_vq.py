@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_training_learns_to_draw_and_loads(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_local_code_depends_on_its_own_patch(tmp_path):
+    train(two_colored_pictures(100), tmp_path, replace(SMALL, local=True))
+    adapter = vq.load(tmp_path)
+    random = torch.Generator().manual_seed(1)
+    pictures = torch.rand(4, 3, 16, 16, generator=random) * 2 - 1
+    # The norms see the whole picture, but not in which order its patches lie.
+    order = torch.randperm(16, generator=random)
+    patches = torch.nn.functional.unfold(pictures, 4, stride=4)
+    moved = torch.nn.functional.fold(patches[:, :, order], (16, 16), 4, stride=4)
+    codes = adapter.encode(pictures)
+    assert len(codes.unique()) > 1
+    assert torch.equal(adapter.encode(moved), codes[:, order])
+
+
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     pictures = two_colored_pictures(60)
     whole = train(pictures, tmp_path / "whole", SMALL)
@@ -141,16 +156,14 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
     shutil.copytree(tmp_path / "cut", tmp_path / "other")
     assert train(pictures, tmp_path / "cut", SMALL, save_every=20)["fingerprint"] == whole["fingerprint"]
     with pytest.raises(UserError, match="other settings"):
-        train(pictures, tmp_path / "other", TrainConfig(**{**vars_of(SMALL), "lr": 1e-3}))
-
-
-def vars_of(config: TrainConfig) -> dict:
-    return {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+        train(pictures, tmp_path / "other", replace(SMALL, lr=1e-3))
 
 
 def test_impossible_settings_and_pictures_are_refused(tmp_path):
     with pytest.raises(UserError, match="power of two"):
         TrainConfig(image_size=48, grid=8)
+    with pytest.raises(UserError, match="local: image size / patch / grid must be 1, it is 2"):
+        replace(SMALL, image_size=32, local=True)
     with pytest.raises(UserError, match="multiple of 32"):
         TrainConfig(channels=48)
     with pytest.raises(UserError, match="held out"):
