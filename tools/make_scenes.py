@@ -38,6 +38,13 @@ def main() -> None:
     parser.add_argument(
         "--with-choices", type=float, default=0.1, metavar="SHARE", help="of questions with four choices (default: 0.1)"
     )
+    parser.add_argument(
+        "--with-instruction",
+        type=float,
+        default=0.3,
+        metavar="SHARE",
+        help="of the other short questions that carry a benchmark's instruction (default: 0.3)",
+    )
     parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["tar", "text"], help="default: tar text")
     parser.add_argument("--seed", type=int, default=1234)
@@ -63,8 +70,9 @@ def main() -> None:
         parser.error("give --out, --sheet, --benchmarks or several of them")
     if arguments.size < 16:
         raise UserError(f"--size {arguments.size}: must be at least 16")
-    if not 0 <= arguments.with_choices <= 1:
-        raise UserError(f"--with-choices {arguments.with_choices}: must be from 0 to 1")
+    for option in ("with_choices", "with_instruction"):
+        if not 0 <= getattr(arguments, option) <= 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: must be from 0 to 1")
     if arguments.benchmark_pictures < 1:
         raise UserError(f"--benchmark-pictures {arguments.benchmark_pictures}: must be at least 1")
     world = World(arguments.kinds_of_things, arguments.most_objects, arguments.variation)
@@ -83,6 +91,7 @@ def main() -> None:
             questions=arguments.questions,
             kinds=tuple(arguments.kinds),
             with_choices=arguments.with_choices,
+            with_instruction=arguments.with_instruction,
             seed=arguments.seed,
             forms=tuple(arguments.forms),
         )

@@ -15,24 +15,21 @@ SHORT = "Answer the question using a single word or phrase."
 YES_OR_NO = "Please answer yes or no."
 LETTER = "Answer with the option's letter from the given choices directly."
 
-INSTRUCTED = 0.3
-"""Share of the questions that carry an instruction."""
-
-
 def conversation(
-    scene: Scene, turns: int, only: Collection[str] = (), with_choices: float = 0.1
+    scene: Scene, turns: int, only: Collection[str] = (), with_choices: float = 0.1, with_instruction: float = 0.3
 ) -> list[tuple[str, str]]:
     """``turns`` questions with their answers (fewer if the scene allows no more).
 
     Args:
         only: open questions of these kinds; empty: of all.
         with_choices: share of the turns that are questions with four choices instead, of any kind.
+        with_instruction: share of the other short questions that carry an instruction.
     """
     rng = scene.random("conversation")
     made = []
     for question in questions(scene, turns, only):
         chosen = _with_choices(scene, rng) if rng.random() < with_choices else None
-        made.append(chosen or (_instructed(question, rng), question.answer))
+        made.append(chosen or (_instructed(question, with_instruction, rng), question.answer))
     return made
 
 
@@ -42,8 +39,8 @@ def with_letters(question: Question) -> str:
     return "\n".join([question.text, *options, LETTER])
 
 
-def _instructed(question: Question, rng: random.Random) -> str:
-    if rng.random() >= INSTRUCTED or not question.choices:  # no choices: not a short answer
+def _instructed(question: Question, share: float, rng: random.Random) -> str:
+    if rng.random() >= share or not question.choices:  # no choices: not a short answer
         return question.text
     # MME has its instruction in the line of the question.
     wordings = (f"\n{SHORT}", f" {YES_OR_NO}") if question.choices == YES_NO else (f"\n{SHORT}",)

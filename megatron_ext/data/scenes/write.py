@@ -37,7 +37,7 @@ TEXT_SEED_OFFSET = 1_000_003
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """One split: scenes 0 .. count-1 of it. ``kinds`` and ``with_choices`` are those of conversations.conversation."""
+    """One split: scenes 0 .. count-1 of it. ``kinds`` and what follows it are those of conversations.conversation."""
 
     split: str
     count: int
@@ -47,6 +47,7 @@ class SplitConfig:
     questions: int = 3
     kinds: tuple[str, ...] = ()
     with_choices: float = 0.1
+    with_instruction: float = 0.3
     seed: int = 1234
     forms: tuple[str, ...] = ("tar", "text")
     per_tar: int = 1000
@@ -69,7 +70,8 @@ def make_sample(config: SplitConfig, index: int) -> Sample:
     buffer = io.BytesIO()
     render(scene, config.size).save(buffer, format="PNG")
     turns = []
-    for question, answer in conversation(scene, config.questions, config.kinds, config.with_choices):
+    asked = conversation(scene, config.questions, config.kinds, config.with_choices, config.with_instruction)
+    for question, answer in asked:
         prompt = question if turns else f"<image>\n{question}"
         turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
     return Sample(scene.key, buffer.getvalue(), caption(scene), turns, scene.to_dict())
