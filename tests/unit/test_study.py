@@ -88,14 +88,20 @@ def test_runs_keep_the_sources_of_their_task_and_validate_on_all(study, measured
     assert [s.task for s in without.config.data.train] == ["understanding"]
 
 
-def test_a_size_may_have_seeds_and_budgets_of_its_own(study):
+def test_a_size_may_have_seeds_budgets_and_methods_of_its_own(study):
     size = {"settings": {"model": {"num_layers": 2}}}
-    sizes = [{"name": "a", **size}, {"name": "b", **size, "seeds": [7], "budgets": ["tokens"]}]
+    own = {"seeds": [7], "budgets": ["tokens"], "methods": ["dense", "dense-u", "dense-g"]}
+    sizes = [{"name": "a", **size}, {"name": "b", **size, **own}]
     runs = grid.runs(study(sizes=sizes, seeds=[1, 2], budgets=["tokens", "flops"]))
     seeds = {size: {r.config.training.seed for r in runs if r.size.name == size} for size in ("a", "b")}
     assert seeds == {"a": {1, 2}, "b": {7}}
     budgets = {size: {b for r in runs if r.size.name == size for b in r.budgets} for size in ("a", "b")}
     assert budgets == {"a": {"tokens", "flops"}, "b": {"tokens"}}
+    methods = {size: [r.method.name for r in runs if r.size.name == size] for size in ("a", "b")}
+    assert methods["b"] == ["dense-u", "dense-g", "dense"]  # the study's order
+    assert {*methods["b"]} < {*methods["a"]}
+    with pytest.raises(UserError, match=r"'sizes\[0\].methods' has 'none', which is not among the study's 'methods'"):
+        study(sizes=[{"name": "a", **size, "methods": ["none"]}])
 
 
 def test_equal_tokens_and_equal_flops(study):

@@ -54,7 +54,7 @@ def runs(study: Study) -> list[Run]:
         UserError: a configuration is refused; the run is named.
     """
     made = []
-    pairs = [(size, method) for size in study.sizes for method in study.methods]
+    pairs = [(size, method) for size in study.sizes for method in study.methods_of(size)]
     lengths = _lengths(study, pairs)
     for (size, method), length in zip(pairs, lengths):
         planned: dict[int, list[str]] = {}

@@ -79,7 +79,7 @@ def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
     }[study.single_task_tokens]
     text = "Plain text is in every run's data." if study.keep_text else "Plain text is in the unified runs' data alone."
     lines = [
-        f"- {len(finished)} of {len(runs)} runs are complete: {_sizes(study)}; {len(study.methods)} methods; "
+        f"- {len(finished)} of {len(runs)} runs are complete: {_sizes(study)}; "
         f"budgets {', '.join(study.budgets)}.",
         f"- Trained in all: {sum(f['tokens'] for f in found) / 1e6:.3g} million tokens, "
         f"{sum(f['flops'] for f in found):.3g} FLOPs.",
@@ -94,11 +94,14 @@ def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
 
 
 def _sizes(study: Study) -> str:
-    """Sizes, and the seeds of each."""
+    """Sizes, and the seeds and the number of methods of each."""
     seeds = [", ".join(map(str, study.seeds_of(size))) for size in study.sizes]
-    if len(set(seeds)) == 1:
-        return f"sizes {', '.join(size.name for size in study.sizes)}; seeds {seeds[0]}"
-    return "sizes " + ", ".join(f"{size.name} (seeds {some})" for size, some in zip(study.sizes, seeds))
+    counts = [len(study.methods_of(size)) for size in study.sizes]
+    if len(set(zip(seeds, counts))) == 1:
+        return f"sizes {', '.join(size.name for size in study.sizes)}; {counts[0]} methods; seeds {seeds[0]}"
+    return "sizes " + ", ".join(
+        f"{size.name} ({count} methods; seeds {some})" for size, count, some in zip(study.sizes, counts, seeds)
+    )
 
 
 def _unfinished(study: Study, runs: Sequence[Run]) -> list[str]:

@@ -25,6 +25,8 @@ class Size:
     """Its own, where a large one can afford fewer; None: the study's."""
     budgets: list[Literal["tokens", "flops"]] | None = None
     """Some of the study's, likewise; None: all."""
+    methods: list[str] | None = None
+    """Names of some of the study's, likewise; None: all."""
 
 
 @dataclass
@@ -108,6 +110,10 @@ class Study:
         """Those that a size is trained under."""
         return self.budgets if size.budgets is None else size.budgets
 
+    def methods_of(self, size: Size) -> list[Method]:
+        """Those that are trained at a size."""
+        return [method for method in self.methods if size.methods is None or method.name in size.methods]
+
 
 def read(file: str | Path) -> Study:
     """The study in a file.
@@ -143,6 +149,8 @@ def _check(study: Study) -> None:
     for i, size in enumerate(study.sizes):
         if unknown := set(study.budgets_of(size)) - set(study.budgets):
             raise UserError(f"'sizes[{i}].budgets' has {min(unknown)!r}, which is not among the study's 'budgets'")
+        if unknown := set(size.methods or ()) - {method.name for method in study.methods}:
+            raise UserError(f"'sizes[{i}].methods' has {min(unknown)!r}, which is not among the study's 'methods'")
     if study.evaluation.benchmarks and not study.evaluation.vq:
         raise UserError("'evaluation.vq' is missing; name the folder of the VQ tokenizer that the data were made with")
     for name, overrides in study.evaluation.evaluate_as.items():
