@@ -5,7 +5,7 @@
 #
 # Scenes have few kinds of things, equal objects look equal, and an object is four tokens that tell of nothing else, so
 # that small models learn to see soon. Of 30,000 there are captions and two questions each, so that half of the tokens are
-# images; of 40,000 others there are eight questions each, and of 24,000 more eight about what is learnt last.
+# images; of 40,000 others there are eight questions each. Those of the last three sets are about what is learnt last.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
@@ -19,10 +19,13 @@ SCENES="$WORLD --with-choices 0" TRAIN=30000 QUESTIONS=2 GRID=6 VQ=--local VQ_ST
 # shellcheck disable=SC2086
 more_scenes() { # name of the questions, options of tools/make_scenes.py ...
     step "scenes with $1" 600 "$PY" tools/make_scenes.py --out "$OUT/$1-scenes" --size 54 $WORLD \
-        --validation 0 --test 0 --questions 8 --forms tar --workers 2 "${@:2}"
+        --validation 0 --test 0 --forms tar --workers 2 "${@:2}"
     _data_set $OUT "$1-train" "$OUT/$1-scenes"/train/*.tar --vq $OUT/vq --as conversation
 }
 
-more_scenes more-questions --seed 4321 --train 40000
-more_scenes relation-questions --seed 5678 --train 24000 --kinds relation direction comparison statement \
+more_scenes more-questions --seed 4321 --train 40000 --questions 8
+more_scenes relation-questions --seed 5678 --train 24000 --questions 8 --kinds relation direction comparison statement \
     --with-choices 0 --with-instruction 0.5
+# Two about a scene: of more, the later ones' answers follow from those before.
+more_scenes side-questions --seed 6789 --train 36000 --questions 2 --kinds side --with-choices 0 --with-instruction 0.5
+more_scenes relations --seed 8765 --train 44000 --questions 2 --kinds relation --with-choices 0 --with-instruction 0.5

@@ -30,7 +30,8 @@ def questions(scene: Scene, count: int, only: Collection[str] = ()) -> list[Ques
         only: these kinds; empty: all.
     """
     rng = scene.random("questions")
-    kinds = [kind for kind, share in SHARES.items() if not only or kind in only for _ in range(share)]
+    shares = {kind: max(1, SHARES[kind]) for kind in SHARES if kind in only} or SHARES
+    kinds = [kind for kind, share in shares.items() for _ in range(share)]
     rng.shuffle(kinds)
     made: list[Question] = []
     for _ in range(4):
@@ -130,6 +131,20 @@ def _relation(scene: Scene, rng: random.Random) -> Asked:
     answer = rng.choice(YES_NO)
     names = [_called(scene, item, rng) for item in (a, b)]
     return (f"Is the {names[0]} {word if answer == 'yes' else inverse} the {names[1]}?", answer, YES_NO)
+
+
+def _side(scene: Scene, rng: random.Random) -> Asked:
+    """A relation in the words "left of" and "above" alone. With their inverses beside them as often, neither a word nor a
+    place says anything of the answer, only both together, and nothing shows a small model where to begin."""
+    items = unique_objects(scene)
+    pairs = [(a, b) for a in items for b in items if relation_words(a, b)]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    word, inverse = rng.choice(relation_words(a, b))
+    true = word in ("left of", "above")
+    names = [_called(scene, item, rng) for item in (a, b)]
+    return (f"Is the {names[0]} {word if true else inverse} the {names[1]}?", "yes" if true else "no", YES_NO)
 
 
 def _direction(scene: Scene, rng: random.Random) -> Asked:
@@ -241,6 +256,7 @@ KINDS: dict[str, Callable[[Scene, random.Random], Asked]] = {
     "place": _place,
     "comparison": _comparison,
     "relation": _relation,
+    "side": _side,
     "direction": _direction,
     "around": _around,
     "logic": _logic,
@@ -258,6 +274,7 @@ SHARES = {
     "place": 2,
     "comparison": 2,
     "relation": 3,
+    "side": 0,
     "direction": 2,
     "around": 2,
     "logic": 2,
@@ -266,7 +283,8 @@ SHARES = {
     "layout": 2,
     "most": 1,
 }
-"""How often a kind is asked in training, next to the others: more often what takes longer to learn."""
+"""How often a kind is asked in training, next to the others: more often what takes longer to learn. 0: only where it is
+asked for by name."""
 
 TELLING = ("layout", "around")
 """Kinds whose answers tell of many objects where they are."""
