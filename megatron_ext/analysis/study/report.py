@@ -79,8 +79,7 @@ def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
     }[study.single_task_tokens]
     text = "Plain text is in every run's data." if study.keep_text else "Plain text is in the unified runs' data alone."
     lines = [
-        f"- {len(finished)} of {len(runs)} runs are complete: {_sizes(study)}; "
-        f"budgets {', '.join(study.budgets)}.",
+        f"- {len(finished)} of {len(runs)} runs are complete: {_sizes(study)}; budgets {', '.join(study.budgets)}.",
         f"- Trained in all: {sum(f['tokens'] for f in found) / 1e6:.3g} million tokens, "
         f"{sum(f['flops'] for f in found):.3g} FLOPs.",
         f"- Training on one task takes {single}. {text}",

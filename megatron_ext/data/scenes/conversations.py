@@ -15,6 +15,7 @@ SHORT = "Answer the question using a single word or phrase."
 YES_OR_NO = "Please answer yes or no."
 LETTER = "Answer with the option's letter from the given choices directly."
 
+
 def conversation(
     scene: Scene, turns: int, only: Collection[str] = (), with_choices: float = 0.1, with_instruction: float = 0.3
 ) -> list[tuple[str, str]]:

@@ -134,8 +134,8 @@ def _relation(scene: Scene, rng: random.Random) -> Asked:
 
 
 def _side(scene: Scene, rng: random.Random) -> Asked:
-    """A relation in the words "left of" and "above" alone. With their inverses beside them as often, neither a word nor a
-    place says anything of the answer, only both together, and nothing shows a small model where to begin."""
+    """A relation in the words "left of" and "above" alone. With their inverses beside them as often, neither a word nor
+    a place says anything of the answer, only both together, and nothing shows a small model where to begin."""
     items = unique_objects(scene)
     pairs = [(a, b) for a in items for b in items if relation_words(a, b)]
     if not pairs:
