@@ -238,17 +238,19 @@ class _Training:
         self._place(dead, flat)
 
     def _place(self, which: Tensor, flat: Tensor) -> None:
-        """Move codes, one after the other, to latents [m, d] drawn by their squared distance from the codes so far."""
-        dead = which.nonzero().flatten().tolist()
-        if not dead:
+        """Move codes to latents [m, d] drawn by their squared distance from the other codes; where there are no others,
+        one code after the other."""
+        dead = which.nonzero().flatten()
+        if not len(dead):
             return
-        nearest_square = torch.full((len(flat),), 4.0)  # the largest between unit vectors
-        if not which.all():
-            nearest_square = (2 - 2 * (flat @ self.codebook[~which].T).max(1).values).clamp(min=0)
-        for code in dead:
-            drawn = torch.multinomial(nearest_square + 1e-9, 1, generator=self.generator)
-            self.codebook[code] = flat[drawn]
-            nearest_square = torch.minimum(nearest_square, (2 - 2 * (flat @ self.codebook[code])).clamp(min=0))
+        if len(dead) < min(len(which), len(flat)):
+            square = (2 - 2 * (flat @ self.codebook[~which].T).max(1).values).clamp(min=0) + 1e-9
+            self.codebook[dead] = flat[torch.multinomial(square, len(dead), generator=self.generator)]
+        else:
+            square = torch.full((len(flat),), 4.0)  # the largest between unit vectors
+            for code in dead.tolist():
+                self.codebook[code] = flat[torch.multinomial(square + 1e-9, 1, generator=self.generator)]
+                square = torch.minimum(square, (2 - 2 * (flat @ self.codebook[code])).clamp(min=0))
         self.counts[which] = fair = len(flat) / len(self.counts)
         self.sums[which] = self.codebook[which] * fair
 
