@@ -68,9 +68,13 @@ class Comparison:
     def average(self, task: str) -> Effect | None:
         return next((e for e in self.averages if e.task == task), None)
 
+    def of(self, what: str) -> Effect | None:
+        """A metric's effect, or that of ``mean understanding`` or ``mean generation``; None where there is none."""
+        return self.average(what.removeprefix("mean ")) if what.startswith("mean ") else self.effect(what)
+
     def loss_of(self, what: str) -> np.ndarray | None:
-        """Synergy loss of a metric, or of ``mean understanding`` or ``mean generation``; None where there is none."""
-        found = self.average(what.removeprefix("mean ")) if what.startswith("mean ") else self.effect(what)
+        """Synergy loss, likewise."""
+        found = self.of(what)
         return None if found is None or found.loss is None or not np.isfinite(found.loss[0]) else found.loss
 
 

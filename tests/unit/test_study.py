@@ -88,7 +88,7 @@ def test_runs_keep_the_sources_of_their_task_and_validate_on_all(study, measured
     assert [s.task for s in without.config.data.train] == ["understanding"]
 
 
-def test_a_size_may_have_seeds_budgets_and_methods_of_its_own(study):
+def test_a_size_may_have_seeds_budgets_and_methods_of_its_own_and_a_method_budgets(study):
     size = {"settings": {"model": {"num_layers": 2}}}
     own = {"seeds": [7], "budgets": ["tokens"], "methods": ["dense", "dense-u", "dense-g"]}
     sizes = [{"name": "a", **size}, {"name": "b", **size, **own}]
@@ -100,23 +100,27 @@ def test_a_size_may_have_seeds_budgets_and_methods_of_its_own(study):
     methods = {size: [r.method.name for r in runs if r.size.name == size] for size in ("a", "b")}
     assert methods["b"] == ["dense-u", "dense-g", "dense"]  # the study's order
     assert {*methods["b"]} < {*methods["a"]}
+    some = [{"name": "dense", "trained_on": "unified", "accelerator": "dense", "budgets": ["tokens"]}]
+    runs = grid.runs(study(sizes=sizes[:1], seeds=[1, 2], budgets=["flops", "tokens"], methods=some))
+    assert [run.budgets for run in runs] == [("tokens",), ("tokens",)]
     with pytest.raises(UserError, match=r"'sizes\[0\].methods' has 'none', which is not among the study's 'methods'"):
         study(sizes=[{"name": "a", **size, "methods": ["none"]}])
 
 
-def test_equal_tokens_and_equal_flops(study):
-    runs = grid.runs(study(budgets=["tokens", "flops"]))
+def test_equal_tokens_steps_and_flops(study):
+    runs = grid.runs(study(budgets=["tokens", "steps", "flops"]))
     iterations = {(run.method.name, run.budgets): run.iterations for run in runs}
-    assert iterations["dense", ("tokens", "flops")] == 100  # one run for both
+    assert iterations["dense", ("tokens", "steps", "flops")] == 100  # one run for all
     alone = iterations["dense-u", ("tokens", "flops")], iterations["dense-g", ("tokens", "flops")]
     assert 100 < sum(alone) < 125  # text is in both
+    assert iterations["dense-u", ("steps",)] == iterations["dense-g", ("steps",)] == 100
+    assert iterations["himix-u", ("steps",)] == iterations["share-all", ("tokens", "steps")] == 100
     ratios = {run.method.name: run.length.flops_ratio for run in runs}
     assert ratios["himix-u"] < ratios["share-all"] < ratios["hmgen-g"] < 1
     for name in ("himix-u", "hmgen-g", "share-all"):
-        tokens, flops = iterations[name, ("tokens",)], iterations[name, ("flops",)]
+        shared = ("tokens", "steps") if name == "share-all" else ("tokens",)
+        tokens, flops = iterations[name, shared], iterations[name, ("flops",)]
         assert flops * ratios[name] == pytest.approx(tokens, abs=1)
-    total = {r.method.name: r.iterations for r in grid.runs(study(single_task_tokens="same_total"))}
-    assert set(total.values()) == {100}
 
 
 def test_what_is_measured_of_the_data_is_measured_once(study, monkeypatch):
@@ -130,7 +134,7 @@ def test_what_is_measured_of_the_data_is_measured_once(study, monkeypatch):
     [
         ({"sizes": []}, "'sizes' is empty"),
         ({"budget": ["tokens"]}, "unknown key 'budget' .did you mean 'budgets'"),
-        ({"budgets": ["time"]}, r"'budgets\[0\]' is 'time', must be one of tokens, flops"),
+        ({"budgets": ["time"]}, r"'budgets\[0\]' is 'time', must be one of tokens, steps, flops"),
         ({"seeds": [1, 1]}, r"'seeds' is \[1, 1\]; give at least one, each once"),
         ({"evaluation": {"benchmarks": [{"name": "gqa", "data": "x"}]}}, "'evaluation.vq' is missing"),
         ({"sizes": [{"name": "a", "settings": {}, "budgets": ["flops"]}]}, "'flops', which is not among the study's"),

@@ -3,8 +3,9 @@
 The base configuration's ``training.iterations`` are those of dense, trained on both tasks. From them, with rows of the
 run's own data::
 
-    tokens    iterations x (share of the tokens of the tasks trained on, or 1: study.single_task_tokens)
-    flops     the same / (FLOPs of the method / FLOPs of dense on the same rows)
+    tokens    iterations x share of the tokens of the tasks trained on
+    steps     iterations, whatever the tasks
+    flops     tokens' / (FLOPs of the method / FLOPs of dense on the same rows)
 
 So an equal-FLOPs run costs what dense costs on its data. It is planned by its number of iterations, not stopped at a
 total of FLOPs, so that its learning rate comes down as every other run's does.
@@ -36,14 +37,14 @@ class Length:
     flops_ratio: float
     parameters: int
 
-    def iterations(self, base: int, budget: str, single_task_tokens: str) -> int:
+    def iterations(self, base: int, budget: str) -> int:
         """At least 1.
 
         Args:
             base: iterations of dense on all sources.
         """
-        exact = base * (self.share if single_task_tokens == "same_task" else 1.0)
-        return max(1, round(exact / self.flops_ratio if budget == "flops" else exact))
+        factor = {"tokens": self.share, "steps": 1.0, "flops": self.share / self.flops_ratio}[budget]
+        return max(1, round(base * factor))
 
 
 class Lengths:

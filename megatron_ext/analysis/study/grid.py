@@ -46,7 +46,7 @@ class Run:
 
 
 def runs(study: Study) -> list[Run]:
-    """All runs, smallest size first as the file has them, equal tokens before equal FLOPs.
+    """All runs, smallest size first as the file has them, budgets as the study has them.
 
     What is measured of the data is kept in ``OUT/plan.json``, so that it is measured once.
 
@@ -58,9 +58,9 @@ def runs(study: Study) -> list[Run]:
     lengths = _lengths(study, pairs)
     for (size, method), length in zip(pairs, lengths):
         planned: dict[int, list[str]] = {}
-        for budget in study.budgets_of(size):
+        for budget in study.budgets_of(size, method):
             base = _config(study, size, method).training.iterations
-            planned.setdefault(length.iterations(base, budget, study.single_task_tokens), []).append(budget)
+            planned.setdefault(length.iterations(base, budget), []).append(budget)
         for iterations, budgets in planned.items():
             for seed in study.seeds_of(size):
                 made.append(_run(study, size, method, tuple(budgets), iterations, seed, length))

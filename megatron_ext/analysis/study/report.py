@@ -13,7 +13,7 @@ from megatron_ext.analysis.study.study_file import Study
 from megatron_ext.analysis.synergy import REFERENCE, TASKS, Comparison
 from megatron_ext.command_line import write_json, write_text
 
-BUDGETS = {"tokens": "Equal tokens", "flops": "Equal FLOPs"}
+BUDGETS = {"tokens": "Equal tokens", "steps": "Equal steps", "flops": "Equal FLOPs"}
 LOSSES = tuple(f"{task} loss" for task in TASKS)
 
 
@@ -54,7 +54,7 @@ def write(study: Study, runs: Sequence[Run]) -> dict:
             if lines:
                 parts += [_fit_table(lines).markdown()]
     if len(study.budgets) > 1:
-        parts += _both_budgets(comparisons)
+        parts += _beside_each_other(study.budgets, comparisons)
     parts += _uncertainty(study, results)
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
     numbers = {
@@ -73,19 +73,16 @@ def write(study: Study, runs: Sequence[Run]) -> dict:
 def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
     finished = [run for run in runs if state.result(run, steps.fingerprint(run, study.evaluation))]
     found = [state.result(run, steps.fingerprint(run, study.evaluation)) for run in finished]
-    single = {
-        "same_task": "as many tokens of the task as the unified run sees of it",
-        "same_total": "as many tokens in all as the unified run",
-    }[study.single_task_tokens]
     text = "Plain text is in every run's data." if study.keep_text else "Plain text is in the unified runs' data alone."
     lines = [
         f"- {len(finished)} of {len(runs)} runs are complete: {_sizes(study)}; budgets {', '.join(study.budgets)}.",
         f"- Trained in all: {sum(f['tokens'] for f in found) / 1e6:.3g} million tokens, "
         f"{sum(f['flops'] for f in found):.3g} FLOPs.",
-        f"- Training on one task takes {single}. {text}",
-        "- Equal tokens: every method takes the iterations that dense takes on the same tasks. Equal FLOPs: a method "
-        "that costs r of dense takes 1/r times as many, with its learning rate decaying over all of them. r is counted "
-        "on rows of the run's own data; the tables show what was really done.",
+        "- Equal tokens: every method takes the iterations that dense takes on the same tasks, and training on one task "
+        "as many tokens of the task as the unified run sees of it. Equal steps: training on one task takes the unified "
+        "run's iterations. Equal FLOPs: a method that costs r of dense takes 1/r times as many as for equal tokens. "
+        "The learning rate decays over all of a run's iterations. r is counted on rows of the run's own data; the "
+        f"tables show what was really done. {text}",
         "- A gain is (unified - single) / |single|, the single-task model trained with the same accelerator; the sign "
         "is turned for FID and losses. Synergy loss is dense's gain minus the method's, in percentage points.",
     ]
@@ -187,19 +184,24 @@ def _fit_table(lines: dict[tuple[str, str], fit.Fit]) -> tables.Table:
     return tables.Table("", ["method", "synergy loss of", "a", "b of a + b ln N", "sizes", "rms residual"], rows)
 
 
-def _both_budgets(comparisons: Sequence[Comparison]) -> list[str]:
-    """Synergy losses at equal tokens beside those at equal FLOPs."""
+def _beside_each_other(budgets: Sequence[str], comparisons: Sequence[Comparison]) -> list[str]:
+    """Gains and synergy losses under each budget."""
     rows = []
-    keys = dict.fromkeys((c.size, c.method, c.evaluated_as) for c in comparisons if c.method != REFERENCE)
+    keys = dict.fromkeys((c.size, c.method, c.evaluated_as) for c in comparisons)
     for key in keys:
         mine = {c.budget: c for c in comparisons if (c.size, c.method, c.evaluated_as) == key}
+        if len(mine) < 2:
+            continue
         for what in _scales(list(mine.values())):
-            cells = [tables.percent(c.loss_of(what) if (c := mine.get(b)) else None, "pp") for b in BUDGETS]
-            rows.append([key[1], key[0], key[2] or "trained", what, *cells])
+            found = [c.of(what) if (c := mine.get(b)) else None for b in budgets]
+            gains = [tables.percent(effect and effect.gain) for effect in found]
+            losses = [tables.percent(effect and effect.loss, "pp") for effect in found]
+            rows.append([key[1], key[0], key[2] or "trained", what, *gains, *losses])
     if not rows:
         return []
-    head = ["method", "size", "evaluated as", "synergy loss of", "at equal tokens", "at equal FLOPs"]
-    return ["## Equal tokens against equal FLOPs", tables.Table("", head, rows).markdown()]
+    head = ["method", "size", "evaluated as", "metric"]
+    head += [f"{what}, {BUDGETS[b].lower()}" for what in ("gain", "synergy loss") for b in budgets]
+    return ["## Budgets beside each other", tables.Table("", head, rows).markdown()]
 
 
 def _uncertainty(study: Study, results: Results) -> list[str]:

@@ -10,6 +10,7 @@ from megatron_ext.errors import UserError
 
 PICTURES = "mjhq"
 """The benchmark whose answers are pictures."""
+Budget = Literal["tokens", "steps", "flops"]
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Size:
     """Processes of a run; None: parallel.tensor x parallel.pipeline."""
     seeds: list[int] | None = None
     """Its own, where a large one can afford fewer; None: the study's."""
-    budgets: list[Literal["tokens", "flops"]] | None = None
+    budgets: list[Budget] | None = None
     """Some of the study's, likewise; None: all."""
     methods: list[str] | None = None
     """Names of some of the study's, likewise; None: all."""
@@ -40,6 +41,8 @@ class Method:
     """Which single-task methods are the partners of which unified ones: those that share one of these names."""
     settings: dict = field(default_factory=dict)
     """Laid over the base configuration and the size: ``plan``."""
+    budgets: list[Budget] | None = None
+    """Some of its size's; None: all."""
     label: str | None = None
     """In tables; None: its name. The reference of the synergy loss is the unified method labelled ``dense``."""
 
@@ -87,11 +90,10 @@ class Study:
     """Each sets training.seed and data.seed."""
     settings: dict = field(default_factory=dict)
     """Laid over the base configuration of every run."""
-    budgets: list[Literal["tokens", "flops"]] = field(default_factory=lambda: ["tokens"])
-    """tokens: every method sees the tokens that dense sees. flops: every method trains for as many iterations as cost
-    what dense costs on the same rows, with its learning rate schedule stretched over them."""
-    single_task_tokens: Literal["same_task", "same_total"] = "same_task"
-    """Training on one task takes as many tokens of the task as the unified run does, or as many in all."""
+    budgets: list[Budget] = field(default_factory=lambda: ["tokens"])
+    """tokens: every method sees the tokens that dense sees, and one trained on a single task those of the task. steps:
+    one trained on a single task takes the unified run's steps, so that it sees its task's tokens more often. flops:
+    tokens' iterations, divided by the FLOPs relative to dense; the learning rate schedule is stretched over them."""
     keep_text: bool = True
     """Plain text is in every run's data; false: in the unified ones' alone."""
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -106,9 +108,10 @@ class Study:
         """Those that a size is trained with."""
         return self.seeds if size.seeds is None else size.seeds
 
-    def budgets_of(self, size: Size) -> list[str]:
-        """Those that a size is trained under."""
-        return self.budgets if size.budgets is None else size.budgets
+    def budgets_of(self, size: Size, method: Method | None = None) -> list[str]:
+        """Those that a size, or a method at a size, is trained under."""
+        budgets = self.budgets if size.budgets is None else size.budgets
+        return [b for b in budgets if method is None or method.budgets is None or b in method.budgets]
 
     def methods_of(self, size: Size) -> list[Method]:
         """Those that are trained at a size."""
@@ -146,9 +149,11 @@ def _check(study: Study) -> None:
     for key, values in lists.items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"'{key}' is {values}; give at least one, each once")
+    for kind, entries in (("sizes", study.sizes), ("methods", study.methods)):
+        for i, entry in enumerate(entries):
+            if unknown := set(entry.budgets or ()) - set(study.budgets):
+                raise UserError(f"'{kind}[{i}].budgets' has {min(unknown)!r}, which is not among the study's 'budgets'")
     for i, size in enumerate(study.sizes):
-        if unknown := set(study.budgets_of(size)) - set(study.budgets):
-            raise UserError(f"'sizes[{i}].budgets' has {min(unknown)!r}, which is not among the study's 'budgets'")
         if unknown := set(size.methods or ()) - {method.name for method in study.methods}:
             raise UserError(f"'sizes[{i}].methods' has {min(unknown)!r}, which is not among the study's 'methods'")
     if study.evaluation.benchmarks and not study.evaluation.vq:
