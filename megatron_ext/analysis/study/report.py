@@ -3,18 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from megatron_ext.analysis import fit, synergy, tables
-from megatron_ext.analysis.results import Results, Row
-from megatron_ext.analysis.study import collect, questions, state, steps
+from megatron_ext.analysis.results import Results
+from megatron_ext.analysis.study import collect, questions, report_tables, state, steps
 from megatron_ext.analysis.study.grid import Run
 from megatron_ext.analysis.study.study_file import Study
-from megatron_ext.analysis.synergy import REFERENCE, TASKS, Comparison
+from megatron_ext.analysis.synergy import REFERENCE, Comparison
 from megatron_ext.command_line import write_json, write_text
-
-BUDGETS = {"tokens": "Equal tokens", "steps": "Equal steps", "flops": "Equal FLOPs"}
-LOSSES = tuple(f"{task} loss" for task in TASKS)
 
 
 def write(study: Study, runs: Sequence[Run]) -> dict:
@@ -29,32 +24,33 @@ def write(study: Study, runs: Sequence[Run]) -> dict:
     for budget in study.budgets:
         rows = [row for row in results.rows if row.budget == budget]
         if rows:
-            parts += [f"## {BUDGETS[budget]}", _trained(study, budget, rows).markdown()]
+            parts += [f"## {report_tables.BUDGETS[budget]}", report_tables.trained(budget, rows).markdown()]
         for roles in dict.fromkeys(row.evaluated_as for row in rows):
-            parts += _costs([c for c in costs if (c.budget, c.evaluated_as) == (budget, roles)], roles)
+            parts += report_tables.costs([c for c in costs if (c.budget, c.evaluated_as) == (budget, roles)], roles)
             mine = [c for c in comparisons if (c.budget, c.evaluated_as) == (budget, roles)]
             if not mine:
                 continue
             heading = f", evaluated as {roles}" if roles else ""
             stem = "-".join(filter(None, ["synergy", budget, roles]))
-            parts += [f"### Gains and synergy losses{heading}"]
+            parts += [f"### Gains and synergy losses{heading}", *report_tables.over_sizes(mine)]
             for size in dict.fromkeys(c.size for c in mine):
                 of_size = [c for c in mine if c.size == size]
                 file = out / "figures" / f"{stem}-{size}.svg"
-                plots.bars(of_size, file, f"{size}, {BUDGETS[budget].lower()}{heading}")
+                plots.bars(of_size, file, f"{size}, {report_tables.BUDGETS[budget].lower()}{heading}")
                 for table in (tables.gains(of_size), tables.losses(of_size)):
                     parts += [f"{table.title}, size {size}:", table.markdown()] if table.rows else []
                 parts += [f"![gains, size {size}](figures/{file.name})"]
-            lines = {(m, w): f for (b, r, m, w), f in fits.items() if (b, r) == (budget, roles)}
-            for what in _scales(mine):
+            shown = report_tables.scales(mine)
+            lines = {(m, w): f for (b, r, m, w), f in fits.items() if (b, r) == (budget, roles) and w in shown}
+            for what in shown:
                 drawn = {method: line for (method, w), line in lines.items() if w == what}
                 file = out / "figures" / f"{stem}-{what.replace(' ', '-')}-over-size.svg"
                 plots.scaling(mine, what, drawn, file)
                 parts += [f"![synergy loss over size: {what}](figures/{file.name})"]
             if lines:
-                parts += [_fit_table(lines).markdown()]
+                parts += [report_tables.fit_table(lines).markdown()]
     if len(study.budgets) > 1:
-        parts += _beside_each_other(study.budgets, comparisons)
+        parts += report_tables.beside_each_other(study.budgets, comparisons)
     parts += _uncertainty(study, results)
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
     numbers = {
@@ -78,11 +74,11 @@ def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
         f"- {len(finished)} of {len(runs)} runs are complete: {_sizes(study)}; budgets {', '.join(study.budgets)}.",
         f"- Trained in all: {sum(f['tokens'] for f in found) / 1e6:.3g} million tokens, "
         f"{sum(f['flops'] for f in found):.3g} FLOPs.",
-        "- Equal tokens: every method takes the iterations that dense takes on the same tasks, and training on one task "
-        "as many tokens of the task as the unified run sees of it. Equal steps: training on one task takes the unified "
-        "run's iterations. Equal FLOPs: a method that costs r of dense takes 1/r times as many as for equal tokens. "
-        "The learning rate decays over all of a run's iterations. r is counted on rows of the run's own data; the "
-        f"tables show what was really done. {text}",
+        "- Equal tokens: every method takes the iterations that dense takes on the same tasks; training on one task "
+        "takes as many tokens of it as the unified run sees. Equal steps: training on one task takes the unified "
+        "run's iterations. Equal FLOPs: a method that costs r of dense takes 1/r times the iterations of equal "
+        "tokens. The learning rate decays over all of a run's iterations. r is counted on rows of the run's own "
+        f"data; the tables show what was really done. {text}",
         "- A gain is (unified - single) / |single|, the single-task model trained with the same accelerator; the sign "
         "is turned for FID and losses. Synergy loss is dense's gain minus the method's, in percentage points.",
     ]
@@ -110,98 +106,18 @@ def _unfinished(study: Study, runs: Sequence[Run]) -> list[str]:
     return ["## Runs that are missing here", "\n".join(lines)] if lines else []
 
 
-def _trained(study: Study, budget: str, rows: list[Row]) -> tables.Table:
-    """A row per size and method: what it cost and what it reached, mean and standard deviation over its seeds."""
-    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    roles = len({row.evaluated_as for row in rows}) > 1
-    lines = []
-    for key in dict.fromkeys((row.size, row.method, row.task, row.evaluated_as) for row in rows):
-        mine = [row for row in rows if (row.size, row.method, row.task, row.evaluated_as) == key]
-        size, method, task, evaluated_as = key
-        lines.append(
-            [
-                f"{method}, {task}",
-                size,
-                *([evaluated_as] if roles else []),
-                ", ".join(str(row.seed) for row in mine),
-                str(mine[0].iterations),
-                f"{np.mean([row.tokens for row in mine]) / 1e6:.3g} M",
-                f"{np.mean([row.flops for row in mine]):.3g}",
-                f"{np.mean([row.flops_ratio for row in mine]):.3f}",
-                *(_mean([row.metrics[m] for row in mine if row.metrics.get(m) is not None]) for m in metrics),
-            ]
-        )
-    head = ["method, trained on", "size", *(["evaluated as"] if roles else []), "seeds", "iterations", "tokens"]
-    return tables.Table(BUDGETS[budget], [*head, "FLOPs", "FLOPs / dense", *metrics], lines)
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return "-"
-    return f"{np.mean(values):.4g}" + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
-
-
-def _costs(costs: Sequence[Comparison], roles: str | None) -> list[str]:
-    """A table for each size: how much better or worse than dense on the same tasks."""
-    parts = ["### Against dense, trained on the same tasks" + (f", evaluated as {roles}" if roles else "")]
-    for size in dict.fromkeys(c.size for c in costs):
-        parts += [f"Size {size}:", tables.gains([c for c in costs if c.size == size]).markdown()]
-    return parts if len(parts) > 1 else []
-
-
-def _scales(comparisons: Sequence[Comparison]) -> list[str]:
-    """What is shown over size: each task's average over benchmarks, and its loss."""
-    averages = [f"mean {task}" for task in TASKS if any(c.average(task) for c in comparisons)]
-    return averages + [name for name in LOSSES if any(c.effect(name) for c in comparisons)]
-
-
 def _fits(comparisons: Sequence[Comparison]):
     """Lines through the synergy losses over size, for everything that is shown over size and every metric."""
     for budget, roles in dict.fromkeys((c.budget, c.evaluated_as) for c in comparisons):
         mine = [c for c in comparisons if (c.budget, c.evaluated_as) == (budget, roles)]
         metrics = dict.fromkeys(e.metric for c in mine for e in c.effects)
         for method in dict.fromkeys(c.method for c in mine if c.method != REFERENCE):
-            for what in dict.fromkeys((*_scales(mine), *metrics)):
+            for what in dict.fromkeys((*report_tables.scales(mine), *metrics)):
                 points = [
                     (c.parameters, loss) for c in mine if c.method == method and (loss := c.loss_of(what)) is not None
                 ]
                 if line := fit.fit([n for n, _ in points], [loss for _, loss in points]):
                     yield budget, roles, method, what, line
-
-
-def _fit_table(lines: dict[tuple[str, str], fit.Fit]) -> tables.Table:
-    rows = [
-        [
-            method,
-            what,
-            tables.percent(line.a, "pp"),
-            tables.percent(line.b, "pp"),
-            str(len(line.parameters)),
-            f"{100 * line.residual:.1f} pp",
-        ]
-        for (method, what), line in lines.items()
-    ]
-    return tables.Table("", ["method", "synergy loss of", "a", "b of a + b ln N", "sizes", "rms residual"], rows)
-
-
-def _beside_each_other(budgets: Sequence[str], comparisons: Sequence[Comparison]) -> list[str]:
-    """Gains and synergy losses under each budget."""
-    rows = []
-    keys = dict.fromkeys((c.size, c.method, c.evaluated_as) for c in comparisons)
-    for key in keys:
-        mine = {c.budget: c for c in comparisons if (c.size, c.method, c.evaluated_as) == key}
-        if len(mine) < 2:
-            continue
-        for what in _scales(list(mine.values())):
-            found = [c.of(what) if (c := mine.get(b)) else None for b in budgets]
-            gains = [tables.percent(effect and effect.gain) for effect in found]
-            losses = [tables.percent(effect and effect.loss, "pp") for effect in found]
-            rows.append([key[1], key[0], key[2] or "trained", what, *gains, *losses])
-    if not rows:
-        return []
-    head = ["method", "size", "evaluated as", "metric"]
-    head += [f"{what}, {BUDGETS[b].lower()}" for what in ("gain", "synergy loss") for b in budgets]
-    return ["## Budgets beside each other", tables.Table("", head, rows).markdown()]
 
 
 def _uncertainty(study: Study, results: Results) -> list[str]:
