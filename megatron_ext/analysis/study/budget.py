@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from megatron_ext.config import Config
 from megatron_ext.data.mixture import Mixture
 
+DRAWS = 1 << 14
+"""Documents that the share of a task's tokens is counted on."""
 ROWS = 256
 """Rows that the FLOPs of a method are counted on."""
 PARTS = 16
@@ -74,18 +76,22 @@ class Lengths:
             flops += forward_flops(config.model, words.size, plan, count(batch, plan, draw))
             dense_flops += forward_flops(config.model, words.size, dense(plan), count(batch, dense(plan), draw))
         return Length(
-            self._tokens(config, words) / self._tokens(whole, words),
+            self._share(config, whole, words),
             flops / dense_flops,
             parameter_count(config.model, words.size, Projections()),
         )
 
-    def _tokens(self, config: Config, words) -> float:
-        """Tokens drawn per unit of weight, before caption dropout."""
-        mixture = self._mixture(config, words)
-        return sum(
-            wanted.weight * source.tokens / source.card["documents"]
-            for wanted, source in zip(config.data.train, mixture.sources)
-        )
+    def _share(self, config: Config, whole: Config, words) -> float:
+        """Of the tokens that the sources of ``whole`` give, those of the tasks of ``config``; with caption dropout."""
+        import numpy as np
+
+        from megatron_ext.token_classes import Task
+
+        mixture = self._mixture(whole, words)
+        draws = mixture.draws(0, DRAWS)
+        kept = {Task[source.task.upper()] for source in config.data.train}
+        mine = np.array([source.task in kept for source in mixture.sources])[draws.source]
+        return float(draws.length[mine].sum() / draws.length.sum())
 
     def _batches_of(self, config: Config, words) -> list:
         from megatron_ext.data.decoding import decode
