@@ -31,7 +31,7 @@ from megatron_ext.analysis.rows import run_batches
 from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Draw
-from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.token_classes import Task
 from megatron_ext.training import checkpoint_folder, distributed
 from megatron_ext.training.checkpoint import load_weights, read_state
@@ -226,7 +226,7 @@ def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validatio
     path = checkpoint_folder.of_run(checkpoint)
     config = config_file.from_tree(Config, read_state(path)["config"])
     config.parallel = ParallelConfig()
-    config = config_file.override(config, overrides)
+    config = with_roles(config, overrides)
     config.training.global_batch_size *= count
     config.validate(distributed.world_size())
     vocabulary = Vocabulary(config.data.vocabulary)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_ext import config_file
 from megatron_ext.config import Config
-from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.vocabulary import Vocabulary
 
 
@@ -28,7 +28,8 @@ def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None,
     Args:
         checkpoint: ``.../checkpoints/iter_NNNNNNN``, or a run's folder, whose newest checkpoint is taken; trained under
             any layout.
-        overrides: ``section.key=value``; ``plan.*`` changes the roles that the model is used with.
+        overrides: ``section.key=value``; ``plan.*`` changes the roles that the model is used with, and leaves the
+            projections that were trained.
         vocabulary: its folder, where it is not that of the run's configuration any more.
 
     Raises:
@@ -41,7 +42,7 @@ def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None,
 
     path = checkpoint_folder.of_run(checkpoint)
     state = read_state(path)
-    config = config_file.override(config_file.from_tree(Config, state["config"]), overrides)
+    config = with_roles(config_file.from_tree(Config, state["config"]), overrides)
     config.parallel = type(config.parallel)(tensor=tensor or distributed.world_size())
     config.training.micro_batch_size, config.training.global_batch_size = 1, distributed.world_size()
     config.training.recompute = "none"

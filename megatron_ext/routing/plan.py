@@ -13,10 +13,12 @@ method is a row of ``PRESETS``, or a table in YAML::
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from megatron_ext.config import DenseShareConfig, PlanConfig
+from megatron_ext import config_file
+from megatron_ext.config import Config, DenseShareConfig, PlanConfig
 from megatron_ext.errors import UserError
 from megatron_ext.routing.dense_share import DenseShare, Draw
 from megatron_ext.token_classes import Modality, Task
@@ -228,6 +230,20 @@ def shallow_layers(config: PlanConfig, num_layers: int) -> list[int]:
         return [(i + 1) * num_layers // (count + 1) for i in range(count)]
     start = (num_layers - count) // 2
     return list(range(start, start + count))
+
+
+def with_roles(config: Config, overrides: Sequence[str]) -> Config:
+    """A trained model's configuration with ``section.key=value`` over it; its projections are those that were trained
+    unless an override names them, so that another preset gives it other roles and not other parameters.
+
+    Raises:
+        UserError: as for :func:`megatron_ext.config_file.override`.
+    """
+    changed = config_file.override(config, overrides)
+    if changed.plan.projections == config.plan.projections:
+        kind = Plan.of(config.plan, config.model.num_layers).projections.kind
+        changed.plan.projections = replace(changed.plan.projections, kind=kind)
+    return changed
 
 
 def _dense_share(config: DenseShareConfig) -> DenseShare | None:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 
+from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
-from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.plan import Plan, task_and_modality
 from megatron_ext.training import checkpoint_folder, distributed
 from megatron_ext.training.benchmarking import Benchmarking
-from megatron_ext.training.checkpoint import Checkpointer, load_weights
+from megatron_ext.training.checkpoint import Checkpointer, load_weights, read_state
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.specs import fp8_recipe, implementation, why_no_fp8
 from megatron_ext.vocabulary import Vocabulary
@@ -110,11 +111,27 @@ def _identity(config: Config, vocabulary: Vocabulary) -> dict:
     }
 
 
+def _require_same_roles(run: Run, path: Path) -> None:
+    """Refuse to go on with another method in the folder of the one before, where both would look like one run."""
+    theirs = config_file.from_tree(Config, distributed.from_rank_zero(lambda: read_state(path))["config"])
+    before = Plan.of(theirs.plan, theirs.model.num_layers)
+    for layer, (old, new) in enumerate(zip(before.roles, run.plan.roles)):
+        for index, (one, other) in enumerate(zip(old, new)):
+            if one != other:
+                task, modality = (word.name.lower() for word in task_and_modality(index))
+                raise UserError(
+                    f"{path}: was trained with {task} {modality} tokens {one.name} in layer {layer}, this run has them "
+                    f"{other.name}; give it a folder of its own (output=...), and checkpoint.load={path} to start from "
+                    "these weights"
+                )
+
+
 def _resume(run: Run) -> None:
     """Go on from the newest checkpoint of the output folder, or start from another run's weights."""
     wanted = run.config.checkpoint
     path = run.checkpoints.newest() if wanted.resume else None
     if path:
+        _require_same_roles(run, path)
         state = run.checkpoints.load(path, run.chunks, run.optimizer, run.identity)
         run.progress = Progress(**state["progress"])
         distributed.report(f"resumed from {path}")

@@ -144,6 +144,11 @@ def test_mistakes_are_one_line(whole, tmp_path, train, material):
     other_shape = train(output, "model.hidden_size=64", check=False)
     assert other_shape.returncode == 1 and "Traceback" not in other_shape.stdout
     assert "hidden_size is 32, this run's is 64" in other_shape.stdout
+    other_roles = train(output, "plan.himix_start=1", check=False)
+    assert other_roles.returncode == 1 and "Traceback" not in other_roles.stdout
+    assert (
+        "was trained with understanding image tokens KV_ONLY in layer 0, this run has them FULL" in other_roles.stdout
+    )
     damaged = next((output / "checkpoints" / f"iter_{FIRST:07}").rglob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-7])
     truncated = train(output, check=False)

@@ -7,7 +7,7 @@ import pytest
 from megatron_ext import config_file
 from megatron_ext.config import Config, PlanConfig
 from megatron_ext.errors import UserError
-from megatron_ext.routing.plan import PRESETS, Plan, Role
+from megatron_ext.routing.plan import PRESETS, Plan, Role, with_roles
 from megatron_ext.token_classes import Modality, Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples/configs"
@@ -54,6 +54,18 @@ def test_presets_touch_image_tokens_of_their_task_alone(preset):
 def test_shallow_layers_by_count_place_or_list(settings, skipped):
     made = plan("preset=hmgen", *settings)
     assert layers(made, Task.GENERATION, Modality.IMAGE, Role.SKIP) == skipped
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_trained_model_takes_other_roles_and_keeps_its_projections(preset):
+    trained = config_file.load(Config, [], [f"plan.preset={preset}", "plan.projections.per_task=true"])
+    before = Plan.of(trained.plan, trained.model.num_layers)
+    dense = with_roles(trained, ["plan.preset=dense"])
+    used = Plan.of(dense.plan, dense.model.num_layers)
+    assert used.projections == before.projections and used.name == "dense"
+    assert all(role == Role.FULL for roles in used.roles for role in roles)
+    other = with_roles(trained, ["plan.preset=dense", "plan.projections.per_task=false"])
+    assert not other.plan.projections.per_task
 
 
 def test_himix_may_begin_late():

@@ -253,8 +253,6 @@ def test_roles_that_are_the_same_are_evaluated_once(study):
     assert wanted["dense"] == ["training", "evaluation (trained)"]
     assert wanted["share-all"] == ["training", "evaluation (trained)", "evaluation (dense)"]
     assert wanted["hmgen-g"] == ["training"]  # is asked no questions
-    hmgen = steps._with_projections(runs["hmgen-g"], ["plan.preset=dense"])
-    assert hmgen == ["plan.preset=dense", "plan.projections.kind=separate"]
 
 
 def test_a_slurm_array_does_every_run_and_requeues_what_is_not_complete(study, tmp_path, monkeypatch):

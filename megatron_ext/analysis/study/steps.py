@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext import config_file
 from megatron_ext.analysis.study import state
 from megatron_ext.analysis.study.grid import Run
 from megatron_ext.analysis.study.study_file import PICTURES, Evaluation
 from megatron_ext.command_line import read_json, write_json
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.registry import BENCHMARKS
-from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.plan import Plan, with_roles
 
 ROOT = Path(__file__).parents[3]
 
@@ -101,7 +100,7 @@ def _evaluation(run: Run, evaluation: Evaluation, name: str, overrides: list[str
     for benchmark in benchmarks(run, evaluation):
         words += ["--benchmark", benchmark.name, "--data", benchmark.data, "--parts", benchmark.parts]
         words += ["--label", run.name, *benchmark.options]
-    command = [str(ROOT / "tools" / "evaluate.py"), *words, *_with_projections(run, overrides)]
+    command = [str(ROOT / "tools" / "evaluate.py"), *words, *overrides]
     return Step(
         f"evaluation ({name})",
         [*_launcher(run), *command],
@@ -111,17 +110,9 @@ def _evaluation(run: Run, evaluation: Evaluation, name: str, overrides: list[str
 
 
 def _roles(run: Run, overrides: list[str]) -> tuple:
-    config = config_file.override(run.config, _with_projections(run, overrides))
+    config = with_roles(run.config, overrides)
     plan = Plan.of(config.plan, config.model.num_layers)
     return plan.roles, plan.projections, plan.dense_share
-
-
-def _with_projections(run: Run, overrides: list[str]) -> list[str]:
-    """The overrides, and the kind of projections that was trained: another preset would mean other parameters."""
-    if not overrides:
-        return []
-    kind = Plan.of(run.config.plan, run.config.model.num_layers).projections.kind
-    return [*overrides, f"plan.projections.kind={kind}"]
 
 
 def _launcher(run: Run) -> list[str]:
