@@ -49,6 +49,11 @@ def _arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="for the answers, FOLDER/<benchmark>.jsonl, and pictures, FOLDER/mjhq",
     )
+    add(
+        "--set-aside",
+        action="store_true",
+        help="move what --out holds of another model, or of other questions, to NAME.before-N instead of refusing",
+    )
     add("--tensor", type=int, default=1, help="processes over which the model is cut; the others are replicas")
     add("--batch-size", type=int, default=16, help="questions that are answered, or pictures drawn, together")
     add("--longest", type=int, default=16, help="most tokens of an answer")
@@ -98,8 +103,7 @@ def _generate(arguments: argparse.Namespace) -> bool:
     # Imported late: --help and scoring alone should not wait for Megatron-Core.
     import torch.distributed as dist
 
-    from megatron_ext.evaluation import drawing, mjhq
-    from megatron_ext.evaluation.answering import answer
+    from megatron_ext.evaluation import answering, drawing, mjhq
     from megatron_ext.generation.load import load
     from megatron_ext.generation.sampling import Sampling
     from megatron_ext.generation.session import Session
@@ -118,8 +122,10 @@ def _generate(arguments: argparse.Namespace) -> bool:
         for name, data, items, out in zip(arguments.benchmark, arguments.data, given, arguments.score):
             if name == PICTURES:
                 settings = drawing.settings_of(session, checkpoint, mjhq.fingerprint(data), sampling)
-                drawing.draw(session, items, out, sampling, settings)
-            elif unreadable := answer(session, items, out, arguments.longest):
+                drawing.draw(session, items, out, sampling, settings, arguments.set_aside)
+                continue
+            answering.claim(session, checkpoint, items, out, arguments.longest, arguments.set_aside)
+            if unreadable := answering.answer(session, items, out, arguments.longest):
                 print(f"{out}: {unreadable} images could not be read", flush=True)
         return dist.get_rank() == 0
     finally:

@@ -4,6 +4,8 @@ Each replica answers every n-th question and writes a part beside the answers fi
 stopped goes on, the parts are taken into the file. What is answered is never asked again.
 """
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_ext import command_line
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation import card
 from megatron_ext.evaluation.answers import AnswersWriter, read_answers
 from megatron_ext.evaluation.items import Item
 from megatron_ext.generation import prompts
@@ -22,6 +25,42 @@ from megatron_ext.generation.session import Session
 from megatron_ext.training.distributed import from_rank_zero
 
 GREEDY = Sampling(temperature=0)
+
+
+def claim(
+    session: Session, checkpoint: Path, items: Sequence[Item], file: Path, longest: int, set_aside: bool = False
+) -> None:
+    """Make ``file`` that of this model's answers to these questions, or go on with one that is. Collective.
+
+    Its card, ``<name>.card.json``, says what the answers depend on, and every line which question it answers; questions
+    that are new, of further splits for example, may be added.
+
+    Args:
+        checkpoint: ``.../iter_NNNNNNN``, which the session was loaded from.
+        set_aside: answers that were given otherwise are moved away and given anew.
+
+    Raises:
+        UserError: the file holds other answers, or answers to other questions.
+    """
+    settings = {**card.model_settings(session, checkpoint), "longest": longest}
+
+    def made() -> None:
+        _collect(file)
+        before, other = read_answers(file).records, None
+        for item in items:
+            if item.id in before and before[item.id].get("asked") != asked(item):
+                other = f"question {item.id} was another one when it was answered"
+                break
+        card.claim(file, file.with_suffix(".card.json"), settings, other, set_aside)
+
+    from_rank_zero(made)
+
+
+def asked(item: Item) -> str:
+    """8 hexadecimal digits that change with the question, its choices, and its image's name and size."""
+    size = item.image.stat().st_size if item.image.is_file() else None
+    told = [item.image.name, size, item.question, item.choices, item.bare]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
 
 
 def answer(session: Session, items: Sequence[Item], file: Path, longest: int) -> int:
@@ -61,7 +100,7 @@ def answer(session: Session, items: Sequence[Item], file: Path, longest: int) ->
             ranked = _likelihoods(session, readable, codes)
             for item, tokens in zip(readable, made):
                 if writer:
-                    writer.write(item.id, words.decode(tokens), **ranked.get(item.id, {}))
+                    writer.write(item.id, words.decode(tokens), asked=asked(item), **ranked.get(item.id, {}))
             bar.update(len(batch))
         if writer:
             writer.close()

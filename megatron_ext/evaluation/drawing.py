@@ -4,8 +4,6 @@ Each replica draws every n-th prompt. What is in the folder is never drawn again
 it is whole, so a run that was stopped goes on and ends with the same pictures.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,13 +12,14 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext import command_line, config_file
+from megatron_ext import command_line
+from megatron_ext.evaluation.card import model_settings
 from megatron_ext.evaluation.mjhq import Prompt
 from megatron_ext.evaluation.picture_folder import claim, picture_file, save
 from megatron_ext.generation import prompts as requests
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.generation.session import Session
-from megatron_ext.training import checkpoint_folder, distributed
+from megatron_ext.training import distributed
 
 
 def settings_of(session: Session, checkpoint: Path, prompts: str, sampling: Sampling) -> dict:
@@ -30,28 +29,24 @@ def settings_of(session: Session, checkpoint: Path, prompts: str, sampling: Samp
         checkpoint: ``.../iter_NNNNNNN``, which the session was loaded from.
         prompts: :func:`mjhq.fingerprint`.
     """
-    marker = checkpoint_folder.read_marker(checkpoint)
-    weights = hashlib.sha256(json.dumps(marker["files"], sort_keys=True).encode()).hexdigest()[:16]
-    config = config_file.to_tree(session.trained.config)
-    return {
-        "path": str(checkpoint),
-        "checkpoint": f"{checkpoint.name} ({weights})",
-        "plan": json.loads(json.dumps(config["plan"])),
-        "precision": config["training"]["precision"],
-        "vq": session.vq.fingerprint,
-        "vocabulary": session.trained.vocabulary.fingerprint,
-        "prompts": prompts,
-        **asdict(sampling),
-    }
+    return {**model_settings(session, checkpoint), "prompts": prompts, **asdict(sampling)}
 
 
-def draw(session: Session, prompts: Sequence[Prompt], folder: Path, sampling: Sampling, settings: dict) -> int:
+def draw(
+    session: Session,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    sampling: Sampling,
+    settings: dict,
+    set_aside: bool = False,
+) -> int:
     """Draw the pictures that are not in ``folder`` yet. Collective.
 
     The noise of a picture depends on ``sampling.seed`` and the prompt's number alone, whatever else is drawn with it.
 
     Args:
         settings: of :func:`settings_of`; the folder's card.
+        set_aside: pictures that were made otherwise are moved away and drawn anew.
 
     Returns:
         Number of pictures drawn, by all replicas.
@@ -59,7 +54,7 @@ def draw(session: Session, prompts: Sequence[Prompt], folder: Path, sampling: Sa
     Raises:
         UserError: the folder holds pictures that were made otherwise.
     """
-    missing = distributed.from_rank_zero(lambda: _missing(prompts, folder, settings))
+    missing = distributed.from_rank_zero(lambda: _missing(prompts, folder, settings, set_aside))
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     todo = [prompt for prompt in prompts if prompt.id in missing][replica::replicas]
     writes = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -79,6 +74,6 @@ def draw(session: Session, prompts: Sequence[Prompt], folder: Path, sampling: Sa
     return len(missing)
 
 
-def _missing(prompts: Sequence[Prompt], folder: Path, settings: dict) -> set[str]:
-    claim(folder, settings)
+def _missing(prompts: Sequence[Prompt], folder: Path, settings: dict, set_aside: bool) -> set[str]:
+    claim(folder, settings, set_aside)
     return {prompt.id for prompt in prompts if not picture_file(folder, prompt).exists()}

@@ -84,11 +84,11 @@ def test_questions_are_answered_in_text(trained, tmp_path):
     assert all(isinstance(a["answer"], str) for a in answers)
 
 
-def evaluate(trained: Path, data: Path, out: Path, processes: int) -> str:
+def evaluate(trained: Path, data: Path, out: Path, processes: int, *options, check: bool = True) -> str:
     command = [*launcher(processes), "tools/evaluate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
     for name in ("pope", "seed", "mjhq"):
         command += ["--benchmark", name, "--data", data / name]
-    return run_program([*command, "--out", out, "--longest", 3]).stdout
+    return run_program([*command, "--out", out, "--longest", 3, *options], check=check).stdout
 
 
 def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stopped(trained, tmp_path):
@@ -104,7 +104,8 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     assert answers.keys() == {item.id for item in items} - lost
     pictures = {path: path.read_bytes() for path in (file.parent / "mjhq").rglob("*.png")}
     assert {path.stem for path in pictures} == {prompt.id for prompt in prompts}
-    assert sorted(file.parent.iterdir()) == [file.parent / "mjhq", file, file.parent / "seed.jsonl"]
+    names = ["mjhq", "pope.card.json", "pope.jsonl", "seed.card.json", "seed.jsonl"]
+    assert sorted(path.name for path in file.parent.iterdir()) == names
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + lines[5][:9])  # a run that was killed
     for path in list(pictures)[:2]:
@@ -115,6 +116,20 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     assert {path: path.read_bytes() for path in pictures} == pictures
     again = [json.loads(line) for line in file.read_text().splitlines()]
     assert {record["id"]: record["answer"] for record in again} == answers
+
+    # What is there was made with other roles: refused by name, or moved away.
+    shown = evaluate(trained, data, file.parent, 1, "plan.preset=dense", check=False)
+    assert f"{file}: what it holds was made with plan " in shown.splitlines()[-1]
+    evaluate(trained, data, file.parent, 1, "--set-aside", "plan.preset=dense")
+    before = file.with_name("pope.before-1.jsonl")
+    assert [json.loads(line) for line in before.read_text().splitlines()] == again
+    assert (file.parent / "mjhq.before-1" / "settings.json").is_file()
+    assert {json.loads(line)["id"] for line in file.read_text().splitlines()} == answers.keys()
+    # Of the same model, answers to what was another question.
+    question = data / "pope" / "coco_pope_random.json"
+    question.write_text(question.read_text().replace("Is there", "Do you see"))
+    shown = evaluate(trained, data, file.parent, 1, "plan.preset=dense", check=False)
+    assert "was another one when it was answered" in shown.splitlines()[-1]
 
 
 def test_what_does_not_fit_is_one_line(trained, tmp_path):
