@@ -38,6 +38,8 @@ def main() -> None:
     if arguments.status:
         _show(arguments, status.table(study, runs))
         return
+    if not arguments.report:
+        steps.check(runs, study.evaluation)
     if arguments.slurm or arguments.slurm_print:
         left = status.unfinished(study, runs)
         if not left:
@@ -48,7 +50,6 @@ def main() -> None:
             print(f"submitted as job {slurm.submit(study, arguments.study, left)}: {len(left)} runs")
         return
     if not arguments.report:
-        steps.check(study.evaluation)
         execute.execute(runs, study.evaluation, arguments.jobs, [g for g in arguments.gpus.split(",") if g])
     if not arguments.run:
         _report(study, runs, arguments)

@@ -150,7 +150,11 @@ class _Active:
     def _ended(self, code: int) -> bool:
         """Whether the step is done."""
         if code == 0:
-            self._step.finish()
+            try:
+                self._step.finish()
+            except UserError as error:
+                self._fail(self._step.name, 1, str(error))
+                return False
             if self._step.is_done():
                 return True
         if self._terminated or code == 0:

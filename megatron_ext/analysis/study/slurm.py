@@ -21,21 +21,24 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --open-mode=append
 #SBATCH --output={output}/slurm-%A-%a.log
 {options}
-# A task of the array does one run, the SLURM_ARRAY_TASK_ID-th line of runs.txt. Training saves and leaves before the
+# A task of the array does one run, the SLURM_ARRAY_TASK_ID-th of these. Training saves and leaves before the
 # job's time is over (lifecycle.slurm_margin_minutes); the task is then put back into the queue, and goes on.
 set -euo pipefail
 cd {directory}
-run=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {runs})
+runs=(
+{runs}
+)
+run=${{runs[SLURM_ARRAY_TASK_ID - 1]}}
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}
 {command} --run "$run"
-if [[ ! -f {output}/runs/$run/result.json ]]; then
+if ! {command} --run "$run" --status | grep -q "^1 finished$"; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 fi
 """
 
 
 def script(study: Study, study_file: Path, runs: Sequence[Run]) -> str:
-    """The batch script for these runs; ``runs.txt`` names them."""
+    """The batch script for these runs."""
     command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), str(study_file), "--out", study.output]
     return SCRIPT.format(
         name=study.name,
@@ -43,19 +46,18 @@ def script(study: Study, study_file: Path, runs: Sequence[Run]) -> str:
         output=shlex.quote(study.output),
         options="".join(f"#SBATCH {option}\n" for option in study.slurm),
         directory=shlex.quote(str(Path.cwd())),
-        runs=shlex.quote(str(_names(study))),
+        runs="\n".join(shlex.quote(run.name) for run in runs),
         command=shlex.join(command),
     )
 
 
 def submit(study: Study, study_file: Path, runs: Sequence[Run]) -> str:
-    """Write the script and the names of the runs, and give it to ``sbatch``. Returns the job's number.
+    """Write the script, and give it to ``sbatch``. Returns the job's number.
 
     Raises:
         UserError: ``sbatch`` is not there or refuses.
     """
     file = Path(study.output) / "slurm.sh"
-    write_text(_names(study), "".join(f"{run.name}\n" for run in runs))
     write_text(file, script(study, study_file, runs))
     try:
         done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
@@ -64,7 +66,3 @@ def submit(study: Study, study_file: Path, runs: Sequence[Run]) -> str:
     if done.returncode:
         raise UserError(f"sbatch refused {file}: {' '.join(done.stderr.split())}")
     return done.stdout.strip()
-
-
-def _names(study: Study) -> Path:
-    return Path(study.output) / "runs.txt"

@@ -3,6 +3,7 @@
 ::
 
     RUN/run.yaml       its configuration, written before anything else
+    RUN/data.json      its data sets, and the checksums of their cards
     RUN/.lock          held by whoever works on it, and by the programs that it has started
     RUN/log.txt        what those programs said
     RUN/failed.json    the last attempt's failure, until the next one
@@ -10,7 +11,10 @@
 """
 
 import fcntl
+import functools
+import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +22,15 @@ import yaml
 
 from megatron_ext import config_file
 from megatron_ext.analysis.study.grid import Run
-from megatron_ext.command_line import read_json, write_text
+from megatron_ext.command_line import read_json, write_json, write_text
 from megatron_ext.errors import UserError
 from megatron_ext.training.metrics import read_metrics
 
 _FREE = ("output", "parallel", "checkpoint", "logging", "lifecycle", "evaluation")
 """Sections that may change between a run's beginning and its end: its results are the same, up to rounding."""
+
+_RANK = re.compile(r"^\[\w+\]:\s*")  # torchrun's, before what a rank says
+_ERROR = re.compile(r"^\w+\.py: \S")  # a program's one line about what was wrong
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,9 @@ def of(run: Run, evaluation: dict) -> State:
 
 
 def result(run: Run, evaluation: dict) -> dict | None:
-    """What a complete run measured; None for one that is not complete, or was evaluated otherwise."""
+    """What a complete run measured; None for one that is not complete, or was trained or evaluated otherwise."""
     file = run.folder / "result.json"
-    if not file.is_file() or (found := read_json(file))["evaluation"] != evaluation:
+    if not file.is_file() or (found := read_json(file))["evaluation"] != evaluation or changed(run):
         return None
     return found
 
@@ -76,17 +83,23 @@ def trained_iterations(run: Run) -> int:
 
 
 def changed(run: Run) -> str | None:
-    """The first difference to the configuration that the run was begun with; None: there is none."""
+    """The first difference to the configuration and data that the run was begun with; None: there is none."""
     file = run.folder / "run.yaml"
     if not file.is_file():
         return None
-    begun, wanted = (_flat(tree) for tree in (config_file.read_yaml(file), config_file.to_tree(run.config)))
+    remedy = "remove the folder, or give the study another output or the method or size another name"
+    begun, wanted = _begun_with(file.read_text(), file), _flat(config_file.to_tree(run.config))
     for key in dict.fromkeys((*begun, *wanted)):
         if key.split(".")[0] not in _FREE and begun.get(key) != wanted.get(key):
             return (
                 f"{file}: was begun with {key} = {begun.get(key)!r}, the study file now says {wanted.get(key)!r}; "
-                "remove the folder, or give the study another output or the method or size another name"
+                + remedy
             )
+    if (cards := run.folder / "data.json").is_file():
+        before, now = read_json(cards), _data(run)
+        for path in now:
+            if before.get(path) != now[path]:
+                return f"{run.folder}: was begun with another data set {path} than is there now; {remedy}"
     return None
 
 
@@ -98,6 +111,7 @@ def begin(run: Run) -> None:
     """
     if difference := changed(run):
         raise UserError(difference)
+    write_json(run.folder / "data.json", _data(run))
     write_text(run.folder / "run.yaml", yaml.safe_dump(config_file.to_tree(run.config), sort_keys=False))
 
 
@@ -129,9 +143,28 @@ def locked(run: Run) -> bool:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says anything, without a rank's prefix of torchrun's."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    """What a log's program said last; of one that torchrun has ended, what it said before torchrun's own report."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    starts = [number for number, line in enumerate(lines) if line.startswith("== ")]
+    said = [_RANK.sub("", line) for line in lines[starts[-1] + 1 if starts else 0 :]]
+    said = [line for line in said if line.strip("=-~ ")]
+    errors = [line for line in said if _ERROR.match(line)]
+    return (errors or said or ["it said nothing"])[-1]
+
+
+@functools.cache
+def _begun_with(text: str, file: Path) -> dict:
+    return _flat(config_file.read_yaml(file))
+
+
+def _data(run: Run) -> dict[str, str | None]:
+    """Data set -> checksum of its card, which has those of its files; None: it is not there."""
+    sources = (*run.config.data.train, *run.config.data.validation)
+    return {source.path: _checksum(Path(f"{source.path}.json")) for source in sources}
+
+
+def _checksum(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -46,6 +46,11 @@ class Method:
     label: str | None = None
     """In tables; None: its name. The reference of the synergy loss is the unified method labelled ``dense``."""
 
+    @property
+    def accelerators(self) -> list[str]:
+        """All of them."""
+        return [self.accelerator] if isinstance(self.accelerator, str) else self.accelerator
+
 
 @dataclass
 class Benchmark:
@@ -91,7 +96,8 @@ class Study:
     settings: dict = field(default_factory=dict)
     """Laid over the base configuration of every run."""
     budgets: list[Budget] = field(default_factory=lambda: ["tokens"])
-    """tokens: every method sees the tokens that dense sees, and one trained on a single task those of the task. steps:
+    """The first one that a run belongs to is in its name: add further ones at the end, and what is trained is kept.
+    tokens: every method sees the tokens that dense sees, and one trained on a single task those of the task. steps:
     one trained on a single task takes the unified run's steps, so that it sees its task's tokens more often. flops:
     tokens' iterations, divided by the FLOPs relative to dense; the learning rate schedule is stretched over them."""
     keep_text: bool = True
@@ -151,17 +157,47 @@ def _check(study: Study) -> None:
             raise UserError(f"'{key}' is {values}; give at least one, each once")
     for kind, entries in (("sizes", study.sizes), ("methods", study.methods)):
         for i, entry in enumerate(entries):
+            if entry.budgets == []:
+                raise UserError(f"'{kind}[{i}].budgets' is []; give at least one, or leave it out for all")
             if unknown := set(entry.budgets or ()) - set(study.budgets):
                 raise UserError(f"'{kind}[{i}].budgets' has {min(unknown)!r}, which is not among the study's 'budgets'")
     for i, size in enumerate(study.sizes):
         if unknown := set(size.methods or ()) - {method.name for method in study.methods}:
             raise UserError(f"'sizes[{i}].methods' has {min(unknown)!r}, which is not among the study's 'methods'")
+        _check_partners(f"sizes[{i}]", study.methods_of(size))
+    names = [benchmark.name for benchmark in study.evaluation.benchmarks]
+    if len(set(names)) < len(names):
+        raise UserError(f"'evaluation.benchmarks' names {', '.join(names)}; each once, with all its parts")
     if study.evaluation.benchmarks and not study.evaluation.vq:
         raise UserError("'evaluation.vq' is missing; name the folder of the VQ tokenizer that the data were made with")
+    if [] not in study.evaluation.evaluate_as.values():
+        raise UserError("'evaluation.evaluate_as' needs an entry of [], the roles of training")
     for name, overrides in study.evaluation.evaluate_as.items():
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"'evaluation.evaluate_as' has {name!r}; it names a folder, take letters and digits")
         if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
             raise UserError(f"'evaluation.evaluate_as.{name}' is {overrides!r}, must be a list of section.key=value")
     for name, fields in study.metrics.items():
         if not isinstance(fields, dict):
             raise UserError(f"'metrics.{name}' must be a mapping, got {fields!r}")
         config_file.from_tree(Metric, fields, f"metrics.{name}")
+
+
+def _check_partners(where: str, methods: list[Method]) -> None:
+    """Refuse what would leave open who is compared with whom."""
+    labels = [(method.label or method.name, method.trained_on) for method in methods]
+    for label, task in labels:
+        if labels.count((label, task)) > 1:
+            raise UserError(f"'{where}': two methods trained on {task} are labelled {label!r}; give each a label")
+    for unified in (method for method in methods if method.trained_on == "unified"):
+        for task in ("understanding", "generation"):
+            partners = [
+                method.name
+                for method in methods
+                if method.trained_on == task and set(unified.accelerators) & set(method.accelerators)
+            ]
+            if len(partners) > 1:
+                raise UserError(
+                    f"'{where}': {' and '.join(partners)} share an accelerator with {unified.name}, which can have one "
+                    f"partner for {task}; give them other accelerators"
+                )
