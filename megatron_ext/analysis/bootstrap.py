@@ -2,8 +2,8 @@
 
 In one replicate all models of a size are averaged over the same seeds, drawn with replacement: a seed fixes initial
 weights and the order of the data for every method, so methods are compared seed by seed. In the same replicate all
-models answer the same pictures, drawn with replacement with all their questions. A figure without answers (a loss,
-an FID) varies with the seeds alone.
+models answer the same pictures, drawn with replacement with all their questions. What pictures show is drawn again
+picture by picture. A figure of neither (a loss, an FID) varies with the seeds alone.
 """
 
 import zlib

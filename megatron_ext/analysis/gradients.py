@@ -30,6 +30,7 @@ from megatron_ext import config_file
 from megatron_ext.analysis.rows import run_batches
 from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.data.batch import Batch
+from megatron_ext.errors import UserError
 from megatron_ext.routing.dense_share import Draw
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.token_classes import Task
@@ -93,6 +94,11 @@ def corrected(chunks: list, batch: Batch, config: Config) -> dict:
         None where a task's halves do not agree at all; it may pass 1 where they agree little.
     """
     middle = batch.shape[0] // 2
+    if middle % config.training.micro_batch_size or not middle:
+        raise UserError(
+            f"a replica has {batch.shape[0]} rows, which are no even number of micro-batches of "
+            f"{config.training.micro_batch_size}; take more --batches, or fewer processes"
+        )
     a, b = batch.rows(0, middle), batch.rows(middle, 2 * middle)
     u, g = Task.UNDERSTANDING, Task.GENERATION
     of_u, crossed, of_g, crossed_back = _compared(chunks, config, [(a, u), (b, u), (a, g), (b, g), (a, u)])

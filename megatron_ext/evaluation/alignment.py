@@ -44,21 +44,32 @@ def align(seen: Sequence[Seen | None], facts: Sequence[Facts], control: bool = T
     A picture that is missing (None) shows nothing, so that none of its facts is right. The control's prompts are
     :func:`others`; the interval is that of a bootstrap over pictures, each with its own and the other prompts.
     """
-    own = _counts(seen, facts)
+    own, other = counted(seen, facts, control)
     there = own[:, :, 1].sum(0) > 0
     names = [row for row, said in zip(ROWS, there) if said]
     own = own[:, there]
-    right, said = _shares(own.sum(0)), own[:, :, 1].sum(0)
-    orders = others(len(facts)) if control else []
-    if not len(orders):
+    right, said = shares(own.sum(0)), own[:, :, 1].sum(0)
+    if other is None:
         return Aligned(_named(names, right), _named(names, said.astype(int)), {}, {})
-    other = np.mean([_counts(seen, [facts[i] for i in order])[:, there] for order in orders], axis=0)
+    other = other[:, there]
     return Aligned(
         _named(names, right),
         _named(names, said.astype(int)),
-        _named(names, _shares(other.sum(0))),
+        _named(names, shares(other.sum(0))),
         _named(names, _interval(own, other)),
     )
+
+
+def counted(
+    seen: Sequence[Seen | None], facts: Sequence[Facts], control: bool = True
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What is right and what was said, [pictures, rows of :data:`ROWS`, 2]: of pictures' own prompts, and the mean of
+    that over others' prompts, which is None without a control."""
+    own = _counts(seen, facts)
+    orders = others(len(facts)) if control else []
+    if not len(orders):
+        return own, None
+    return own, np.mean([_counts(seen, [facts[i] for i in order]) for order in orders], axis=0)
 
 
 def _named(names: Sequence[str], values: np.ndarray) -> dict:
@@ -88,7 +99,7 @@ def _of_one(seen: Seen | None, facts: Facts) -> list[tuple[int, int]]:
     return [every, (int(verdict.all_right), 1), *kinds, (objects - verdict.extra, objects)]
 
 
-def _shares(totals: np.ndarray) -> np.ndarray:
+def shares(totals: np.ndarray) -> np.ndarray:
     """Percent of [rows, 2] right and said; nan of nothing said."""
     with np.errstate(invalid="ignore"):
         return 100 * totals[:, 0] / totals[:, 1]
@@ -100,6 +111,6 @@ def _interval(own: np.ndarray, other: np.ndarray) -> np.ndarray:
     differences = []
     for _ in range(RESAMPLES):
         weights = np.bincount(random.integers(count, size=count), minlength=count)
-        differences.append(_shares(np.tensordot(weights, own, 1)) - _shares(np.tensordot(weights, other, 1)))
+        differences.append(shares(np.tensordot(weights, own, 1)) - shares(np.tensordot(weights, other, 1)))
     # What hardly any caption speaks of may not be in a resample at all.
     return np.nanpercentile(differences, [2.5, 97.5], axis=0).T

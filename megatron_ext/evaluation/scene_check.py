@@ -1,6 +1,6 @@
 """What pictures show of the prompts they were made for, where those are captions of the picture world."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from megatron_ext.data.scenes.facts import Facts, read_caption
 from megatron_ext.data.scenes.look import Seen, look
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
-from megatron_ext.evaluation.alignment import ALL, Aligned, align
+from megatron_ext.evaluation.alignment import ALL, ROWS, Aligned, align, counted, shares
 from megatron_ext.evaluation.fid import BATCH, read_picture
 from megatron_ext.evaluation.items import Scores
 from megatron_ext.evaluation.mjhq import Prompt, Side
@@ -21,6 +21,7 @@ from megatron_ext.vq.model import VQModel
 
 TITLE = f"{mjhq.TITLE}, scene check"
 COLUMN = "MJHQ-facts"
+OTHERS, DIFFERENCE = f"{COLUMN}, others' prompts", f"{COLUMN}, difference"
 
 
 def scores(reference: Side, generated: Side, vq: VQModel | None) -> Scores | None:
@@ -54,11 +55,41 @@ def scores(reference: Side, generated: Side, vq: VQModel | None) -> Scores | Non
     if found.shuffled:
         low, high = found.interval[ALL]
         difference = found.right[ALL] - found.shuffled[ALL]
-        headline |= {f"{COLUMN}, others' prompts": found.shuffled[ALL], f"{COLUMN}, difference": difference}
-        notes.append(f"{COLUMN}, difference: {difference:.2f}, 95 % interval {low:.2f} to {high:.2f}")
+        headline |= {OTHERS: found.shuffled[ALL], DIFFERENCE: difference}
+        notes.append(f"{DIFFERENCE}: {difference:.2f}, 95 % interval {low:.2f} to {high:.2f}")
     else:
         notes.append(f"{COLUMN}: no control, there is one prompt only")
     return Scores(headline, _details(found, best), len(facts), *lost, tuple(notes))
+
+
+def resampled(
+    prompts: Sequence[Prompt], files: Mapping[str, Path], drawings: Callable[[int], np.ndarray]
+) -> dict[str, list[float]]:
+    """Column of the headline -> its figure for each drawing of pictures, each with its own and the others' prompts.
+
+    Args:
+        files: the picture of each prompt, by its id; a prompt without one has nothing right.
+        drawings: of a number of pictures, how often each is drawn, [drawings, pictures].
+
+    Returns:
+        Nothing where no prompt is a caption of the picture world, or a picture is none of it.
+    """
+    facts = {prompt.id: said for prompt in prompts if (said := _facts(prompt))}
+    if not facts:
+        return {}
+    try:
+        seen = _look(((id, read_picture(files[id])) for id in facts if id in files), len(facts))
+    except UserError:
+        return {}
+    own, other = counted([seen.get(id) for id in facts], list(facts.values()))
+    drawn = drawings(len(facts))
+    every = ROWS.index(ALL)
+    right = shares(drawn @ own[:, every])
+    figures = {COLUMN: right}
+    if other is not None:
+        control = shares(drawn @ other[:, every])
+        figures |= {OTHERS: control, DIFFERENCE: right - control}
+    return {column: values.tolist() for column, values in figures.items()}
 
 
 def _facts(prompt: Prompt) -> Facts | None:

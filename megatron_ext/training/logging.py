@@ -27,9 +27,11 @@ class Logger:
     loss, loss_understanding, ...         the objective, and the mean cross-entropy of each task that had loss tokens
     grad_norm, learning_rate              before clipping; of this iteration
     consumed_samples, consumed_tokens     packed rows, and tokens in them, since the start of the run
+    consumed_flops, consumed_dense_flops  training FLOPs since the start of the run, of the model over all ranks; those
+                                          that the dense plan would have taken on the same rows
     tokens_per_second                     over all ranks
     step_seconds, data_wait_seconds       wall-clock time of the iteration; the part spent waiting for the batch
-    flops_ratio                           FLOPs of the iteration relative to the dense plan
+    flops, flops_ratio                    FLOPs of the iteration; relative to the dense plan
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
     validation_loss, validation_loss_...  on iterations with a validation only

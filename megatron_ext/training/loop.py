@@ -70,13 +70,15 @@ def train(run: Run) -> bool:
                 tally=(lifecycle.vote(), *_work(run, batch, draw)),
                 draw=draw,
             )
-            vote, *_, tokens = result.tally
+            vote, flops, dense_flops, tokens = result.tally
             stop = lifecycle.stop_reason(vote)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             scheduler.step(1)
             progress.iteration += 1
             progress.consumed_samples += config.training.global_batch_size
             progress.consumed_tokens += round(tokens)
+            progress.consumed_flops += flops
+            progress.consumed_dense_flops += dense_flops
             progress.bad_steps = bad_steps.state_dict()
             record = _record(run, result, time.perf_counter() - started, batches.wait_seconds)
             record |= {"learning_rate": learning_rate, "skipped_steps": bad_steps.total, **found}
@@ -168,6 +170,8 @@ def _record(run: Run, result: StepResult, seconds: float, wait: float) -> dict:
         "grad_norm": result.grad_norm,
         "consumed_samples": run.progress.consumed_samples,
         "consumed_tokens": run.progress.consumed_tokens,
+        "consumed_flops": run.progress.consumed_flops,
+        "consumed_dense_flops": run.progress.consumed_dense_flops,
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "data_wait_seconds": wait,

@@ -31,6 +31,8 @@ class Progress:
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    consumed_flops: float = 0.0
+    consumed_dense_flops: float = 0.0
     bad_steps: dict = field(default_factory=dict)
 
 

@@ -1,12 +1,16 @@
 """A study's runs, their lengths, states and locks; questions drawn again; the Slurm array; the report."""
 
+import itertools
+import json
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from preprocess_material import CODES, make_vocabulary
 
 from megatron_ext.analysis.bootstrap import interval
@@ -15,6 +19,8 @@ from megatron_ext.command_line import read_json, write_json
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation import mjhq
+from megatron_ext.evaluation.pictures import PictureScorer
 from megatron_ext.evaluation.registry import BENCHMARKS
 from megatron_ext.evaluation.table import score_file
 from megatron_ext.training.metrics import MetricsFile
@@ -188,7 +194,7 @@ def finish(run, loss=2.0) -> None:
     state.begin(run)
     write_json(run.folder / "FINISHED", {"iteration": run.iterations})
     losses = {f"validation_loss_{task}": loss for task in ("understanding", "generation")}
-    cost = {"consumed_tokens": 10 * run.iterations, "flops": 5.0, "flops_ratio": 0.5}
+    cost = {"consumed_tokens": 10 * run.iterations, "consumed_flops": 5.0, "consumed_dense_flops": 10.0}
     MetricsFile(run.folder / "metrics.jsonl").write({"iteration": run.iterations} | cost | losses)
 
 
@@ -315,6 +321,44 @@ def test_questions_are_drawn_by_picture_and_alike_for_every_model(tmp_path):
             assert len(values) == 200
             bounds = interval(np.array([0, *values]))
             assert bounds[0] < score[column] < bounds[1] and bounds[1] - bounds[0] > 1
+        for pairs in itertools.islice(drawn.resampled(benchmark), 5):
+            times, of = Counter(item.id for item, _ in pairs), {}
+            for item in items:
+                of.setdefault((item.groups if name == "mme" else (), item.image), []).append(times[item.id])
+            assert all(len(set(counts)) == 1 for counts in of.values())  # a picture comes with all its questions
+            assert len({counts[0] for counts in of.values()}) > 2
+            for stratum in {stratum for stratum, _ in of}:
+                mine = [counts[0] for (other, _), counts in of.items() if other == stratum]
+                assert sum(mine) == len(mine)
+
+
+def test_likelihoods_and_pictures_are_drawn_again_too(tmp_path):
+    write_benchmarks(tmp_path / "data", BenchmarkConfig(pictures=8, size=54))
+    drawn = questions._Drawings(50)
+    items = BENCHMARKS["seed"].read(tmp_path / "data" / "seed", None)
+    with (tmp_path / "seed.jsonl").open("w") as file:
+        for number, item in enumerate(items):  # every third is wrong
+            ranked = [0.0 if letter == item.answer and number % 3 else -1.0 - n for n, letter in enumerate("ABCD")]
+            file.write(json.dumps({"id": item.id, "answer": "", "likelihoods": ranked}) + "\n")
+    benchmark = study_file.Benchmark("seed", str(tmp_path / "data" / "seed"))
+    figures = questions._replicates(tmp_path, benchmark, drawn)
+    score = score_file(BENCHMARKS["seed"], items, tmp_path / "seed.jsonl", "").scores.headline
+    low, high = interval(np.array([0, *figures["SEED-likelihood"]]))
+    assert low < score["SEED-likelihood"] < high and set(figures["SEED"]) == {0.0}
+
+    # As if drawn by a model: the reference pictures, each for the next prompt in half of the cases.
+    prompts = mjhq.read(tmp_path / "data" / "mjhq")
+    for number, prompt in enumerate(prompts):
+        shown = mjhq.image_file(tmp_path / "data" / "mjhq", prompts[number - number % 2])
+        (tmp_path / "mjhq" / prompt.category).mkdir(parents=True, exist_ok=True)
+        Image.open(shown).save(tmp_path / "mjhq" / prompt.category / f"{prompt.id}.png")
+    benchmark = study_file.Benchmark("mjhq", str(tmp_path / "data" / "mjhq"))
+    figures = questions._replicates(tmp_path, benchmark, drawn)
+    (scored,) = PictureScorer(None, None, None).score(Path(benchmark.data), None, tmp_path / "mjhq", "")[1:]
+    assert figures.keys() == scored.scores.headline.keys()
+    for column, values in figures.items():
+        low, high = interval(np.array([0, *values]))
+        assert low < scored.scores.headline[column] < high and high - low > 1, column
 
 
 def test_roles_that_are_the_same_are_evaluated_once(study):

@@ -16,7 +16,12 @@ from megatron_ext.analysis.study.study_file import Evaluation, Method, Size, Stu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 
-RECORD = {"consumed_tokens": 9, "flops": 4.0, "flops_ratio": 0.5, "validation_loss_generation": 1.5}
+RECORD = {
+    "consumed_tokens": 9,
+    "consumed_flops": 400.0,
+    "consumed_dense_flops": 800.0,
+    "validation_loss_generation": 1.5,
+}
 TRAINS = f"echo '{json.dumps({'iteration': 100} | RECORD)}' > metrics.jsonl; echo '{{\"iteration\": 100}}' > FINISHED"
 
 

@@ -74,6 +74,9 @@ def _run(
     folder = Path(study.output) / "runs" / name
     config = _config(study, size, method)
     config.output = str(folder)
+    # A run of another length gives the same share of it to the decay; warm-up stays as many steps.
+    decay = config.optimizer.wsd_decay_iterations
+    config.optimizer.wsd_decay_iterations = round(decay * iterations / config.training.iterations)
     config.training.iterations = iterations
     config.training.seed = config.data.seed = seed
     config.training.validation_interval = config.training.validation_interval or iterations

@@ -13,8 +13,6 @@ LOSS = "validation_loss_"
 def write(run: Run, evaluation: Evaluation) -> dict:
     """Collect the figures and write ``RUN/result.json``, which makes the run complete.
 
-    Of a run that logs every n-th iteration the FLOPs are the mean over those times all iterations.
-
     Raises:
         UserError: the last iteration was not logged.
     """
@@ -23,12 +21,11 @@ def write(run: Run, evaluation: Evaluation) -> dict:
     if not records or records[-1]["iteration"] != run.iterations:
         raise UserError(f"{file}: does not end with iteration {run.iterations}")
     last = records[-1]
-    flops = sum(r["flops"] for r in records)
     found = {
         "iterations": run.iterations,
         "tokens": last["consumed_tokens"],
-        "flops": flops / len(records) * run.iterations,
-        "flops_ratio": flops / sum(r["flops"] / r["flops_ratio"] for r in records),
+        "flops": last["consumed_flops"],
+        "flops_ratio": last["consumed_flops"] / last["consumed_dense_flops"],
         "losses": {f"{task} loss": last[LOSS + task] for task in run.tasks if last.get(LOSS + task) is not None},
         "evaluated": {name: _scores(run, evaluation, name) for name in evaluation.evaluate_as},
         "evaluation": steps.fingerprint(run, evaluation),

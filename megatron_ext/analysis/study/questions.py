@@ -1,4 +1,4 @@
-"""Scores over resampled questions, of every run whose answers were kept.
+"""Scores over resampled questions and pictures, of every run whose answers were kept.
 
 Pictures are drawn, each with all its questions, because the answers about one picture go together. In replicate r all
 runs get the same pictures, so that their differences are not blurred by which questions were asked.
@@ -17,17 +17,20 @@ from megatron_ext import command_line
 from megatron_ext.analysis.bootstrap import Bootstrap
 from megatron_ext.analysis.study import state, steps
 from megatron_ext.analysis.study.grid import Run
-from megatron_ext.analysis.study.study_file import Benchmark, Study
+from megatron_ext.analysis.study.study_file import PICTURES, Benchmark, Study
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.items import Item
 from megatron_ext.evaluation.registry import BENCHMARKS
 
+VERSION = 2
+"""Of the way in which replicates are made: others that were kept are made anew."""
 STRATIFIED = ("mme",)
 """Benchmarks whose score is a sum over groups of a fixed number of pictures: drawn within the groups."""
 
 
 def bootstrap(study: Study, runs: Sequence[Run]) -> Bootstrap:
-    """Replicates of every figure that is a score of answers; kept in the run's folder, so that they are made once."""
+    """Replicates of every figure that is a score of answers or of what pictures show; kept in the run's folder, so that
+    they are made once."""
     made = Bootstrap(study.replicates)
     if not study.replicates:
         return made
@@ -92,20 +95,49 @@ class _Drawings:
 
 
 def _replicates(folder: Path, benchmark: Benchmark, drawn: _Drawings) -> dict[str, list[float]]:
-    """Column -> figures of the replicates; nothing for a benchmark without answers (pictures, likelihoods)."""
-    answers = folder / f"{benchmark.name}.jsonl"
-    if benchmark.name not in BENCHMARKS or not answers.is_file():
+    """Column -> figures of the replicates; nothing for what cannot be resampled (FID, CLIP)."""
+    pictures = benchmark.name == PICTURES
+    made = folder / (PICTURES if pictures else f"{benchmark.name}.jsonl")
+    if not made.exists():
         return {}
-    told = [benchmark.name, benchmark.data, benchmark.parts, drawn.replicates]
-    key = hashlib.sha256(json.dumps(told).encode() + answers.read_bytes()).hexdigest()
+    told = hashlib.sha256(
+        json.dumps([VERSION, benchmark.name, benchmark.data, benchmark.parts, drawn.replicates]).encode()
+    )
+    for answered in sorted(made.rglob("*.png")) if pictures else [made]:
+        told.update(answered.read_bytes())
     file = folder / f"{benchmark.name}.replicates.json"
-    if file.is_file() and (kept := command_line.read_json(file))["key"] == key:
+    if file.is_file() and (kept := command_line.read_json(file))["key"] == told.hexdigest():
         return kept["figures"]
-    given = read_answers(answers).answers
+    figures = (_of_pictures if pictures else _of_answers)(made, benchmark, drawn)
+    command_line.write_json(file, {"key": told.hexdigest(), "figures": figures})
+    return figures
+
+
+def _of_answers(file: Path, benchmark: Benchmark, drawn: _Drawings) -> dict[str, list[float]]:
+    scorer, given = BENCHMARKS[benchmark.name], read_answers(file)
+    scores = [(scorer.score, given.answers)]
+    if scorer.score_likelihoods and given.likelihoods:
+        scores.append((scorer.score_likelihoods, given.likelihoods))
     figures: dict[str, list[float]] = {}
     for items in drawn.resampled(benchmark):
-        said = {copy.id: given[item.id] for item, copy in items if item.id in given}
-        for column, value in BENCHMARKS[benchmark.name].score([copy for _, copy in items], said).headline.items():
-            figures.setdefault(column, []).append(value)
-    command_line.write_json(file, {"key": key, "figures": figures})
+        copies = [copy for _, copy in items]
+        for score, answers in scores:
+            said = {copy.id: answers[item.id] for item, copy in items if item.id in answers}
+            for column, value in score(copies, said).headline.items():
+                figures.setdefault(column, []).append(value)
     return figures
+
+
+def _of_pictures(folder: Path, benchmark: Benchmark, drawn: _Drawings) -> dict[str, list[float]]:
+    from megatron_ext.evaluation import mjhq, scene_check  # imported late: torch, which answers do without
+
+    prompts = mjhq.read(Path(benchmark.data), None if benchmark.parts == "all" else benchmark.parts.split(","))
+    files = {prompt.id: file for prompt in prompts if (file := mjhq.image_file(folder, prompt))}
+
+    def drawings(pictures: int) -> np.ndarray:
+        chosen = (
+            np.random.default_rng([n, pictures]).integers(pictures, size=pictures) for n in range(drawn.replicates)
+        )
+        return np.array([np.bincount(one, minlength=pictures) for one in chosen])
+
+    return scene_check.resampled(prompts, files, drawings)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.analysis import fit, synergy, tables
+from megatron_ext.analysis.bootstrap import Bootstrap
 from megatron_ext.analysis.results import Results
 from megatron_ext.analysis.study import collect, questions, report_tables, state, steps
 from megatron_ext.analysis.study.grid import Run
@@ -32,7 +33,10 @@ def write(study: Study, runs: Sequence[Run]) -> dict:
                 continue
             heading = f", evaluated as {roles}" if roles else ""
             stem = "-".join(filter(None, ["synergy", budget, roles]))
-            parts += [f"### Gains and synergy losses{heading}", *report_tables.over_sizes(mine)]
+            parts += [f"### Gains and synergy losses{heading}"]
+            lacking = [f"- Size {c.size}: {reason}." for c in mine for reason in c.missing]
+            parts += ["\n".join(dict.fromkeys(lacking))] if lacking else []
+            parts += report_tables.over_sizes(mine)
             for size in dict.fromkeys(c.size for c in mine):
                 of_size = [c for c in mine if c.size == size]
                 file = out / "figures" / f"{stem}-{size}.svg"
@@ -43,15 +47,15 @@ def write(study: Study, runs: Sequence[Run]) -> dict:
             shown = report_tables.scales(mine)
             lines = {(m, w): f for (b, r, m, w), f in fits.items() if (b, r) == (budget, roles) and w in shown}
             for what in shown:
-                drawn = {method: line for (method, w), line in lines.items() if w == what}
+                through = {method: line for (method, w), line in lines.items() if w == what}
                 file = out / "figures" / f"{stem}-{what.replace(' ', '-')}-over-size.svg"
-                plots.scaling(mine, what, drawn, file)
+                plots.scaling(mine, what, through, file)
                 parts += [f"![synergy loss over size: {what}](figures/{file.name})"]
             if lines:
                 parts += [report_tables.fit_table(lines).markdown()]
     if len(study.budgets) > 1:
         parts += report_tables.beside_each_other(study.budgets, comparisons)
-    parts += _uncertainty(study, results)
+    parts += _uncertainty(study, results, drawn)
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
     numbers = {
         "study": study.name,
@@ -120,7 +124,8 @@ def _fits(comparisons: Sequence[Comparison]):
                     yield budget, roles, method, what, line
 
 
-def _uncertainty(study: Study, results: Results) -> list[str]:
+def _uncertainty(study: Study, results: Results, drawn: Bootstrap) -> list[str]:
+    fixed = sorted(results.metrics.keys() - {metric for _, _, metric in drawn.questions})
     seeds = min(len(study.seeds_of(size)) for size in study.sizes)
     fewest = "" if all(len(study.seeds_of(size)) == seeds for size in study.sizes) else " for some sizes"
     lines = [
@@ -128,7 +133,9 @@ def _uncertainty(study: Study, results: Results) -> list[str]:
         "replacement, the seeds of every size (the same for all methods of the size) and the pictures of every "
         "benchmark (the same for all models, each with all its questions), and does everything again from there: "
         "gains, losses, averages, fits.",
-        "- Losses and FID vary with the seeds alone: validation documents and generated pictures are not resampled.",
+        "- "
+        + (", ".join(fixed) or "No figure")
+        + " vary with the seeds alone, here and in averages; of one seed they have no interval.",
         f"- There {'is 1 seed' if seeds == 1 else f'are {seeds} seeds'}{fewest}"
         + (", so how their results vary with it is in no interval" if seeds == 1 else "")
         + ("." if seeds == 1 or seeds >= 5 else ": too few for their resampling to be more than a rough guide."),

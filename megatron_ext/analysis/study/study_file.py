@@ -99,7 +99,8 @@ class Study:
     """The first one that a run belongs to is in its name: add further ones at the end, and what is trained is kept.
     tokens: every method sees the tokens that dense sees, and one trained on a single task those of the task. steps:
     one trained on a single task takes the unified run's steps, so that it sees its task's tokens more often. flops:
-    tokens' iterations, divided by the FLOPs relative to dense; the learning rate schedule is stretched over them."""
+    tokens' iterations, divided by the FLOPs relative to dense; the learning rate decays over all of a run's
+    iterations, after as many steps of warm-up in each."""
     keep_text: bool = True
     """Plain text is in every run's data; false: in the unified ones' alone."""
     evaluation: Evaluation = field(default_factory=Evaluation)
