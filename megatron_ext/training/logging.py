@@ -29,7 +29,7 @@ class Logger:
     consumed_samples, consumed_tokens     packed rows, and tokens in them, since the start of the run
     tokens_per_second                     over all ranks
     step_seconds, data_wait_seconds       wall-clock time of the iteration; the part spent waiting for the batch
-    flops_ratio                           FLOPs of the iteration relative to the dense plan
+    flops, flops_ratio                    FLOPs really done in the iteration; relative to the dense plan
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
     validation_loss, validation_loss_...  on iterations with a validation only
