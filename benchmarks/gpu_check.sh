@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU path proved in one run, on a machine with at least one NVIDIA GPU:
 #
-#   pip install -e '.[gpu]' && bash benchmarks/gpu_check.sh [RESULTS]
+#   bash benchmarks/gpu_check.sh [RESULTS]      in the environment that the README makes for GPUs
 #
 # Layouts against one GPU under every plan; step time of the plans in bf16 and FP8 at the size of Llama 3.2 1B and rows of
 # 4096 tokens, with MFU; data through DALI to the GPU; and training with torch's and with Transformer Engine's layers, in

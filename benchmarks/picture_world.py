@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with vq/ and benchmarks/")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for answers and pictures")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
-    parser.add_argument("--budget", default="", help="a sentence on what the model was trained with, for the page")
+    parser.add_argument("--budget", default="", help="a paragraph or more on what the model was trained with")
     parser.add_argument("options", nargs="*", help="more for tools/evaluate.py, such as plan.preset=dense")
     arguments = parser.parse_args()
     found = {}

@@ -52,6 +52,12 @@ def summary(records: list[dict]) -> dict:
     }
 
 
+def image_grid(config: Config) -> tuple[int, int]:
+    """Rows and columns of tokens in a picture of the training data."""
+    cards = [command_line.read_json(ROOT / f"{source.path}.json") for source in config.data.train]
+    return tuple(next(card["vq"]["grid"] for card in cards if card["vq"]))
+
+
 def draw(runs: dict[str, list[dict]], file: Path) -> None:
     """Validation losses over the iterations, a panel per task."""
     import matplotlib
@@ -115,6 +121,7 @@ def main() -> None:
                 rows=config.training.global_batch_size,
                 length=config.data.sequence_length,
                 million=first["tokens"] / 1e6,
+                grid="{} x {}".format(*image_grid(config)),
                 figure=figure.name,
                 table=table(results),
             )
@@ -126,16 +133,17 @@ PAGE = """# Training curves
 Made by `{command}`.
 
 Every method trains the same model ({layers} layers, hidden size {hidden}) from the same weights on the same rows of the
-picture world: {iterations} iterations of {rows} rows of {length} tokens, {million:.2f} million tokens. The losses are
-those of the validation sets: answers for understanding, image tokens for generation. One seed and so few tokens say
-that every method trains and what it costs; they do not rank the methods.
+picture world: {iterations} iterations of {rows} rows of {length} tokens, {million:.2f} million tokens. A picture is
+{grid} tokens here (`GRID` of `examples/_picture_world.sh`). The losses are those of the validation sets: answers for
+understanding, image tokens for generation. One seed and so few tokens say that every method trains and what it costs;
+they do not rank the methods.
 
 ![validation losses]({figure})
 
 {table}
 
-Each line's FLOPs are those of the mix of tasks that is trained, text documents and the output head included, so they
-are above the figures per task in [methods](methods.md) and `tools/flops.py`.
+FLOPs are those of the mix of tasks that is trained, plain texts and the output head included. `tools/flops.py --mix`
+says what a method costs on other documents.
 """
 
 

@@ -33,6 +33,7 @@ cat <<EOF
 Done in $((SECONDS - started)) s. Open $ROOT/$OUT/training/report.html in a browser.
 
 Next:
+  source $VENV/bin/activate                                     for python and its packages
   bash examples/quickstart.sh training.iterations=1000          train longer: goes on where this ended
   python tools/show_data.py --config examples/configs/quickstart.yaml     what the model was fed
   python tools/generate.py --checkpoint $OUT/training --vq $OUT/vq --prompt "A picture of a red circle."     a picture

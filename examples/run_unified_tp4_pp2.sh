@@ -12,16 +12,19 @@
 #
 # Train with tensor parallelism 4 and pipeline parallelism 2 (8 GPUs hold the model once; more are replicas).
 #
-#   sbatch --nodes=4 examples/run_unified_tp4_pp2.sh                  under Slurm, one task per GPU
+#   CONFIG=my.yaml OUTPUT=runs/my sbatch --nodes=4 examples/run_unified_tp4_pp2.sh      under Slurm, one task per GPU
 #   bash examples/run_unified_tp4_pp2.sh training.iterations=100      on this machine, under torchrun
 #   TP=2 PP=2 NPROC=4 CONFIG=examples/configs/tiny.yaml bash examples/run_unified_tp4_pp2.sh     without any GPU
 #
 # A job that is told to stop (its time ends, it is preempted) saves a checkpoint and is put back into the queue, and
-# goes on from there. Arguments are overrides, section.key=value. From the environment:
+# goes on from there. Arguments are overrides, section.key=value. From the environment, which sbatch passes on unless it
+# is told otherwise (--export):
 #
 #   CONFIG        YAML files, space-separated; later ones over earlier   examples/configs/llama-2-7b.yaml
 #   OUTPUT        folder of the run                                      runs/<last config's name>-tp<TP>-pp<PP>
-#   TP PP VPP     tensor, pipeline, virtual pipeline parallel sizes      4 2 1; data parallelism takes what is left
+#   TP PP         tensor and pipeline parallel sizes; they always        4 2; data parallelism takes what is left
+#                 replace those of the configuration
+#   VPP           virtual pipeline parallel size                         the configuration's
 #   MICRO_BATCH GLOBAL_BATCH ITERATIONS TIME_LIMIT                       the configuration's (TIME_LIMIT in minutes)
 #   EXTRA         more overrides, space-separated
 #   PYTHON        interpreter                                            .venv/bin/python if there is one, or python3

@@ -1,7 +1,7 @@
 """The plan: the role of every class of token in every layer, and which weights it uses.
 
-The only module that knows methods by name. Layers ask for roles and components and never for a method, so a new
-method is a row of ``PRESETS``, or a table in YAML::
+The only module that knows methods by name. Layers ask for roles and components and never for a method. A method is a
+table in YAML, laid over a preset::
 
     plan:
       preset: dense
@@ -10,6 +10,13 @@ method is a row of ``PRESETS``, or a table in YAML::
         - {layers: "3,5-6", task: generation, modality: image, role: skip}
       projections: {kind: decomposed, rank: 16}
 
+A new preset is a row of ``PRESETS`` where it mixes what is there: HiMix, HMGen, a kind of weights. Roles by another
+rule need a field of :class:`Preset` and the lines of :meth:`Plan.of` that read it.
+
+What roles can depend on is the layer, a token's task and its modality. ``dense_share`` is the example of a choice by
+more than these: it, too, is made from integers that are known before the forward pass. A choice by hidden states, such
+as pruning by attention or merging, has no place yet: the route of a micro-batch is worked out once, before the first
+layer, on every stage alike.
 """
 
 import re

@@ -31,7 +31,7 @@ class Logger:
                                           that the dense plan would have taken on the same rows
     tokens_per_second                     over all ranks
     step_seconds, data_wait_seconds       wall-clock time of the iteration; the part spent waiting for the batch
-    flops, flops_ratio                    FLOPs of the iteration; relative to the dense plan
+    flops, flops_ratio                    FLOPs really done in the iteration; relative to the dense plan
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
     validation_loss, validation_loss_...  on iterations with a validation only
