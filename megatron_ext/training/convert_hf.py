@@ -37,9 +37,9 @@ from megatron_ext.vocabulary import Vocabulary
 def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) -> dict:
     """Write a Llama's weights as ``out``/iter_0000000 and its shape as ``out``/model.yaml.
 
-    The checkpoint has weights alone, in bf16 where all of Llama's are, else in float32. The model is held in memory
-    once, and Llama's weights are read one by one. Joins a process group of its own, of this process alone, and leaves
-    it.
+    The checkpoint has weights alone, in bf16 where all of Llama's are, else in float32. Llama's weights are read one by
+    one; the model is held in memory once, and its matrices of gate and up twice while they are written, half the model
+    again. Joins a process group of its own, of this process alone, and leaves it.
 
     Args:
         folder: config.json and safetensors of ``LlamaForCausalLM``.
