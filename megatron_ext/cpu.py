@@ -56,6 +56,10 @@ def _redirect_device_calls() -> None:
 
 
 def _redirect_factories() -> None:
+    # torch learns which functions `with torch.device(...)` is for when it is first used. It is to learn these, not what
+    # replaces them, or such a block would do nothing (transformers' from_pretrained builds models in one).
+    with torch.device("cpu"):
+        torch.empty(0)
     # Wrapping the handful of factories costs nothing elsewhere; a TorchFunctionMode would tax every operation.
     for name in _FACTORIES + _LIKE_FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -57,7 +57,7 @@ class Checkpointer:
         Args:
             iteration: iterations done.
             model: this rank's model chunks, wrapped for data parallelism or not.
-            optimizer: Megatron-Core's.
+            optimizer: Megatron-Core's; None for weights alone, which a run can start from and not go on from.
             state: whatever else belongs to the run, the same on every rank, as plain JSON data. It comes back from
                 :meth:`load`, and can be read without loading (:func:`read_state`).
 
@@ -68,9 +68,10 @@ class Checkpointer:
         self.finish()
         partial = from_rank_zero(lambda: checkpoint_folder.begin(self.folder, iteration))
         sharded = {"model": checkpoint_state.model_state(model)}
-        sharded["optimizer"] = checkpoint_state.optimizer_state(optimizer, sharded["model"])
         sharded["random"] = checkpoint_state.random_state()
-        sharded["optimizer_steps"] = checkpoint_state.steps_taken(optimizer)
+        if optimizer is not None:
+            sharded["optimizer"] = checkpoint_state.optimizer_state(optimizer, sharded["model"])
+            sharded["optimizer_steps"] = checkpoint_state.steps_taken(optimizer)
         description = {
             "iteration": iteration,
             "versions": {name: importlib.metadata.version(name) for name in ("megatron-core", "torch")},
@@ -122,6 +123,11 @@ class Checkpointer:
         """
         marker = _verified(path, expected)
         stored = _stored_shapes(path)
+        if not any(key.startswith("optimizer.") for key in stored):
+            raise UserError(
+                f"{path}: has weights alone, nothing to go on from; move it out of the run's folder, and start from it "
+                "with checkpoint.load"
+            )
         sharded = {"model": checkpoint_state.model_state(model)}
         _check_parameters(path, sharded["model"], stored)
         sharded["optimizer"] = checkpoint_state.optimizer_state(optimizer, sharded["model"], stored)

@@ -69,7 +69,7 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         "config": dataclasses.asdict(after),
         "plan": {"projections": target.identity},
     }
-    before, after = _alone(before), _alone(after)
+    before, after = alone(before), alone(after)
     distributed.initialize(after)
     try:
         chunks = build_model(after, vocab_size)
@@ -257,7 +257,7 @@ def _with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return changed
 
 
-def _alone(config: Config) -> Config:
+def alone(config: Config) -> Config:
     """The same model in one process, in a form that every machine can build."""
     model = dataclasses.replace(config.model, implementation="local")
     training = dataclasses.replace(config.training, fp8="none")

@@ -90,7 +90,7 @@ def build_run(config: Config) -> Run:
         ),
         progress=Progress(),
         benchmarking=Benchmarking(config, plan, vocabulary, chunks) if config.evaluation.interval else None,
-        identity=_identity(config, vocabulary),
+        identity=identity_of(config, vocabulary),
     )
     _resume(run)
     return run
@@ -101,7 +101,8 @@ def padded_vocabulary(config: Config, vocabulary: Vocabulary) -> int:
     return vocabulary.padded_size(math.lcm(VOCABULARY_MULTIPLE, config.parallel.tensor))
 
 
-def _identity(config: Config, vocabulary: Vocabulary) -> dict:
+def identity_of(config: Config, vocabulary: Vocabulary) -> dict:
+    """What a checkpoint must agree on with the run that loads it."""
     model = dataclasses.asdict(config.model)
     for free in ("implementation", "init_std"):
         del model[free]

@@ -19,7 +19,7 @@ from megatron_ext.training import checkpoint_folder, distributed
 from megatron_ext.training.checkpoint import Checkpointer, load_weights, read_state
 from megatron_ext.training.checkpoint_state import steps_taken
 from megatron_ext.training.convert import convert, converted
-from megatron_ext.training.run import _identity
+from megatron_ext.training.run import identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.vocabulary import Vocabulary
 
@@ -226,7 +226,7 @@ def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_f
         expected = chunks[0].module(Route.of(batch, Plan.of(config.plan, LAYERS)))
     recorded = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=2))
     state = {"progress": {"iteration": 7}, "config": dataclasses.asdict(recorded), "data": "5f0c"}
-    state |= _identity(config, vocabulary)
+    state |= identity_of(config, vocabulary)
     Checkpointer(tmp_path / "dense").save(7, chunks, build_optimizer(config, chunks), state)
     distributed.shut_down()
 
@@ -243,7 +243,7 @@ def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_f
 
     config = one_process(*settings, *changes)
     chunks = build_model(config, VOCABULARY)
-    identity = _identity(config, vocabulary)
+    identity = identity_of(config, vocabulary)
     with pytest.raises(UserError, match="its plan.projections.kind is shared, this run's is decomposed; tools/convert"):
         load_weights(dense, chunks, identity)
     load_weights(split, chunks, identity)
