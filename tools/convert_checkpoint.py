@@ -36,7 +36,7 @@ def main() -> None:
         command_line.write_json(arguments.json, numbers)
     print(
         f"{numbers['parameters']:,} parameters, before {numbers['source']['parameters']:,}; train on with\n"
-        f"  checkpoint.load={numbers['checkpoint']} {' '.join(arguments.overrides)}"
+        f"  checkpoint.load={numbers['checkpoint']} {' '.join(arguments.overrides)} output=..."
     )
 
 
