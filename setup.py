@@ -22,6 +22,7 @@ setup(
         "psutil",
         "pyyaml",
         "sentencepiece>=0.2",
+        "safetensors",
         "transformers>=5.0",
         "pillow",
         "matplotlib",
