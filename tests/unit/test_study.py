@@ -114,17 +114,24 @@ def test_a_size_may_have_seeds_budgets_and_methods_of_its_own_and_a_method_budge
 
 
 def test_equal_tokens_steps_and_flops(study):
-    runs = grid.runs(study(budgets=["tokens", "steps", "flops"]))
+    settings = {"training": {"micro_batch_size": 2, "global_batch_size": 8}}
+    runs = grid.runs(study(budgets=["tokens", "steps", "total", "flops"], settings=settings))
     iterations = {(run.method.name, run.budgets): run.iterations for run in runs}
-    assert iterations["dense", ("tokens", "steps", "flops")] == 100  # one run for all
+    assert iterations["dense", ("tokens", "steps", "total", "flops")] == 100  # one run for all
     alone = iterations["dense-u", ("tokens", "flops")], iterations["dense-g", ("tokens", "flops")]
     assert 100 < sum(alone) < 125  # text is in both
-    assert iterations["dense-u", ("steps",)] == iterations["dense-g", ("steps",)] == 100
-    assert iterations["himix-u", ("steps",)] == iterations["share-all", ("tokens", "steps")] == 100
+    for name in ("dense-u", "dense-g", "himix-u", "hmgen-g"):
+        assert iterations[name, ("steps",)] == iterations[name, ("total",)] == 100
+    assert iterations["share-all", ("tokens", "steps", "total")] == 100
+    batches = {(run.method.name, run.budgets[0]): run.config.training for run in runs}
+    assert {batches[name, "tokens"].global_batch_size for name in ("dense", "dense-u", "dense-g")} == {8}
+    assert {batches[name, "total"].global_batch_size for name in ("dense-u", "dense-g")} == {8}
+    cut = [batches[name, "steps"] for name in ("dense-u", "dense-g")]
+    assert [(one.global_batch_size, one.micro_batch_size) for one in cut] == [(3, 1), (5, 1)]  # of 8 rows, by share
     ratios = {run.method.name: run.length.flops_ratio for run in runs}
     assert ratios["himix-u"] < ratios["share-all"] < ratios["hmgen-g"] < 1
     for name in ("himix-u", "hmgen-g", "share-all"):
-        shared = ("tokens", "steps") if name == "share-all" else ("tokens",)
+        shared = ("tokens", "steps", "total") if name == "share-all" else ("tokens",)
         tokens, flops = iterations[name, shared], iterations[name, ("flops",)]
         assert flops * ratios[name] == pytest.approx(tokens, abs=1)
 
@@ -140,7 +147,7 @@ def test_what_is_measured_of_the_data_is_measured_once(study, monkeypatch):
     [
         ({"sizes": []}, "'sizes' is empty"),
         ({"budget": ["tokens"]}, "unknown key 'budget' .did you mean 'budgets'"),
-        ({"budgets": ["time"]}, r"'budgets\[0\]' is 'time', must be one of tokens, steps, flops"),
+        ({"budgets": ["time"]}, r"'budgets\[0\]' is 'time', must be one of tokens, steps, total, flops"),
         ({"seeds": [1, 1]}, r"'seeds' is \[1, 1\]; give at least one, each once"),
         ({"evaluation": {"benchmarks": [{"name": "gqa", "data": "x"}]}}, "'evaluation.vq' is missing"),
         ({"sizes": [{"name": "a", "settings": {}, "budgets": ["flops"]}]}, "'flops', which is not among the study's"),

@@ -4,7 +4,8 @@ The base configuration's ``training.iterations`` are those of dense, trained on 
 run's own data::
 
     tokens    iterations x share of the tokens of the tasks trained on
-    steps     iterations, whatever the tasks
+    steps     iterations, of batches x share
+    total     iterations
     flops     tokens' / (FLOPs of the method / FLOPs of dense on the same rows)
 
 So an equal-FLOPs run costs what dense costs on its data. It is planned by its number of iterations, not stopped at a
@@ -45,8 +46,16 @@ class Length:
         Args:
             base: iterations of dense on all sources.
         """
-        factor = {"tokens": self.share, "steps": 1.0, "flops": self.share / self.flops_ratio}[budget]
+        factor = {"tokens": self.share, "flops": self.share / self.flops_ratio}.get(budget, 1.0)
         return max(1, round(base * factor))
+
+    def batch(self, base: int, budget: str, replicas: int) -> int:
+        """Rows of a global batch, a multiple of ``replicas``.
+
+        Args:
+            base: those of dense on all sources.
+        """
+        return max(1, round(base * self.share / replicas)) * replicas if budget == "steps" else base
 
 
 class Lengths:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,18 +58,30 @@ def runs(study: Study) -> list[Run]:
     pairs = [(size, method) for size in study.sizes for method in study.methods_of(size)]
     lengths = _lengths(study, pairs)
     for (size, method), length in zip(pairs, lengths):
-        planned: dict[int, list[str]] = {}
+        planned: dict[tuple[int, int], list[str]] = {}
+        base = _config(study, size, method)
+        model_parallel = base.parallel.tensor * base.parallel.pipeline
+        replicas = max(1, (size.processes or model_parallel) // model_parallel)
         for budget in study.budgets_of(size, method):
-            base = _config(study, size, method).training.iterations
-            planned.setdefault(length.iterations(base, budget), []).append(budget)
-        for iterations, budgets in planned.items():
+            iterations = length.iterations(base.training.iterations, budget)
+            batch = length.batch(base.training.global_batch_size, budget, replicas)
+            planned.setdefault((iterations, batch), []).append(budget)
+        for (iterations, batch), budgets in planned.items():
             for seed in study.seeds_of(size):
-                made.append(_run(study, size, method, tuple(budgets), iterations, seed, length))
+                made.append(_run(study, size, method, tuple(budgets), iterations, batch, replicas, seed, length))
     return made
 
 
 def _run(
-    study: Study, size: Size, method: Method, budgets: tuple[str, ...], iterations: int, seed: int, length: Length
+    study: Study,
+    size: Size,
+    method: Method,
+    budgets: tuple[str, ...],
+    iterations: int,
+    batch: int,
+    replicas: int,
+    seed: int,
+    length: Length,
 ) -> Run:
     name = f"{size.name}.{method.name}.{budgets[0]}.seed{seed}"
     folder = Path(study.output) / "runs" / name
@@ -78,6 +91,8 @@ def _run(
     decay = config.optimizer.wsd_decay_iterations
     config.optimizer.wsd_decay_iterations = round(decay * iterations / config.training.iterations)
     config.training.iterations = iterations
+    config.training.global_batch_size = batch
+    config.training.micro_batch_size = math.gcd(config.training.micro_batch_size, batch // replicas)
     config.training.seed = config.data.seed = seed
     config.training.validation_interval = config.training.validation_interval or iterations
     processes = size.processes or config.parallel.tensor * config.parallel.pipeline

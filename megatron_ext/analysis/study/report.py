@@ -79,10 +79,11 @@ def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
         f"- Trained in all: {sum(f['tokens'] for f in found) / 1e6:.3g} million tokens, "
         f"{sum(f['flops'] for f in found):.3g} FLOPs.",
         "- Equal tokens: every method takes the iterations that dense takes on the same tasks; training on one task "
-        "takes as many tokens of it as the unified run sees. Equal steps: training on one task takes the unified "
-        "run's iterations. Equal FLOPs: a method that costs r of dense takes 1/r times the iterations of equal "
-        "tokens. The learning rate decays over all of a run's iterations. r is counted on rows of the run's own "
-        f"data; the tables show what was really done. {text}",
+        "takes as many tokens of it as the unified run sees, in fewer steps. Equal tokens and steps: the same, in as "
+        "many steps of smaller batches. Equal tokens in all: training on one task takes the unified run's steps of "
+        "whole batches, and sees more of the task. Equal FLOPs: a method that costs r of dense takes 1/r times the "
+        "iterations of equal tokens. The learning rate decays over all of a run's iterations. r is counted on rows of "
+        f"the run's own data; the tables show what was really done. {text}",
         "- A gain is (unified - single) / |single|, the single-task model trained with the same accelerator; the sign "
         "is turned for FID and losses. Synergy loss is dense's gain minus the method's, in percentage points.",
     ]

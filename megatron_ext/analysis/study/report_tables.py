@@ -9,7 +9,12 @@ from megatron_ext.analysis.results import Row
 from megatron_ext.analysis.synergy import TASKS, Comparison
 from megatron_ext.analysis.tables import Table, gains, percent
 
-BUDGETS = {"tokens": "Equal tokens", "steps": "Equal steps", "flops": "Equal FLOPs"}
+BUDGETS = {
+    "tokens": "Equal tokens",
+    "steps": "Equal tokens and steps",
+    "total": "Equal tokens in all",
+    "flops": "Equal FLOPs",
+}
 LOSSES = tuple(f"{task} loss" for task in TASKS)
 
 

@@ -10,7 +10,7 @@ from megatron_ext.errors import UserError
 
 PICTURES = "mjhq"
 """The benchmark whose answers are pictures."""
-Budget = Literal["tokens", "steps", "flops"]
+Budget = Literal["tokens", "steps", "total", "flops"]
 
 
 @dataclass
@@ -97,10 +97,10 @@ class Study:
     """Laid over the base configuration of every run."""
     budgets: list[Budget] = field(default_factory=lambda: ["tokens"])
     """The first one that a run belongs to is in its name: add further ones at the end, and what is trained is kept.
-    tokens: every method sees the tokens that dense sees, and one trained on a single task those of the task. steps:
-    one trained on a single task takes the unified run's steps, so that it sees its task's tokens more often. flops:
-    tokens' iterations, divided by the FLOPs relative to dense; the learning rate decays over all of a run's
-    iterations, after as many steps of warm-up in each."""
+    tokens: every method sees the tokens that dense sees, and one trained on a single task those of the task, in fewer
+    steps. steps: the same, and one trained on a single task takes as many steps as the unified one, of smaller batches.
+    total: it takes as many steps of whole batches, and sees more of its task. flops: tokens' iterations, divided by the
+    FLOPs relative to dense. The learning rate decays over all of a run's iterations, after the same steps of warm-up."""
     keep_text: bool = True
     """Plain text is in every run's data; false: in the unified ones' alone."""
     evaluation: Evaluation = field(default_factory=Evaluation)
