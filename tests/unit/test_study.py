@@ -127,6 +127,8 @@ def test_equal_tokens_steps_and_flops(study):
     assert {batches[name, "tokens"].global_batch_size for name in ("dense", "dense-u", "dense-g")} == {8}
     assert {batches[name, "total"].global_batch_size for name in ("dense-u", "dense-g")} == {8}
     cut = [batches[name, "steps"] for name in ("dense-u", "dense-g")]
+    rows = batches["dense", "tokens"].validation_batches * 8  # validated on, or those and some more
+    assert all(rows <= one.validation_batches * one.global_batch_size < rows + 8 for one in cut)
     assert [(one.global_batch_size, one.micro_batch_size) for one in cut] == [(3, 1), (5, 1)]  # of 8 rows, by share
     ratios = {run.method.name: run.length.flops_ratio for run in runs}
     assert ratios["himix-u"] < ratios["share-all"] < ratios["hmgen-g"] < 1

@@ -91,6 +91,9 @@ def _run(
     decay = config.optimizer.wsd_decay_iterations
     config.optimizer.wsd_decay_iterations = round(decay * iterations / config.training.iterations)
     config.training.iterations = iterations
+    # Validation is counted in batches, and is to have the same rows.
+    rows = config.training.validation_batches * config.training.global_batch_size
+    config.training.validation_batches = -(-rows // batch)
     config.training.global_batch_size = batch
     config.training.micro_batch_size = math.gcd(config.training.micro_batch_size, batch // replicas)
     config.training.seed = config.data.seed = seed
