@@ -100,7 +100,7 @@ class Study:
     tokens: every method sees the tokens that dense sees, and one trained on a single task those of the task, in fewer
     steps. steps: the same, and one trained on a single task takes as many steps as the unified one, of smaller batches.
     total: it takes as many steps of whole batches, and sees more of its task. flops: tokens' iterations, divided by the
-    FLOPs relative to dense. The learning rate decays over all of a run's iterations, after the same steps of warm-up."""
+    FLOPs relative to dense. The learning rate decays over all of a run's iterations, after equal steps of warm-up."""
     keep_text: bool = True
     """Plain text is in every run's data; false: in the unified ones' alone."""
     evaluation: Evaluation = field(default_factory=Evaluation)
