@@ -33,7 +33,7 @@ def test_alignment_and_allocation_are_those_of_one_process(tmp_path):
     ((expected, _),) = world(1, _measure, {"tp1": []}, folder=tmp_path)
     for found, losses in world(2, _measure, LAYOUTS, folder=tmp_path):
         for layout in LAYOUTS:
-            names = {n for n in expected["tp1"] if " mass " not in n or layout in ("tp2", "dp2")}
+            names = {n for n in expected["tp1"] if " allocation " not in n or layout in ("tp2", "dp2")}
             assert found[layout].keys() == names
             for name in names:
                 assert found[layout][name] == pytest.approx(expected["tp1"][name], rel=1e-4, abs=1e-6), (layout, name)
@@ -90,7 +90,7 @@ def _allocation(model, config, batch) -> dict:
 
     allocation = Allocation(model, Plan.of(config.plan, config.model.num_layers), SPECIAL)
     allocation.read(batch)
-    return {f"{name} mass": [layer["mass"] for layer in of["layers"]] for name, of in allocation.result().items()}
+    return {f"{name} allocation": of["layers"] for name, of in allocation.result().items()}
 
 
 def _two_steps(settings: list[str], measured: bool) -> list[float]:

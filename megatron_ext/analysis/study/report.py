@@ -152,4 +152,7 @@ def _uncertainty(study: Study, results: Results, drawn: Bootstrap) -> list[str]:
         f"{'' if m.in_average else ', not in averages'})"
         for name, m in results.metrics.items()
     )
-    return ["## What the numbers rest on", "\n".join([*lines, f"- Figures: {reads}."])]
+    lines.append(f"- Figures: {reads}.")
+    if unknown := [name for name in study.metrics if name not in results.metrics]:
+        lines.append(f"- 'metrics' of the study file names {', '.join(unknown)}, which no run has.")
+    return ["## What the numbers rest on", "\n".join(lines)]
