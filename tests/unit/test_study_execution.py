@@ -68,9 +68,12 @@ def test_what_failed_or_stopped_is_tried_again_and_what_is_finished_is_not(study
 
 
 def test_figures_that_are_missing_make_a_run_fail(study):
-    made, runs = study(a=TRAINS.replace('"iteration": 100, ', '"iteration": 99, '))
+    lacks = TRAINS.replace('"consumed_flops": 400.0, ', "")
+    made, runs = study(a=TRAINS.replace('"iteration": 100, ', '"iteration": 99, '), b=lacks, c=TRAINS)
     execute.execute(runs, made.evaluation)
     assert "metrics.jsonl: does not end with iteration 100" in state.of(runs[0], {}).note
+    assert "metrics.jsonl: has no consumed_flops" in state.of(runs[1], {}).note
+    assert (runs[2].folder / "result.json").is_file()
 
 
 def test_a_run_that_another_process_works_on_is_waited_for(study, capsys):

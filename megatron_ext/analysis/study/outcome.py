@@ -14,13 +14,15 @@ def write(run: Run, evaluation: Evaluation) -> dict:
     """Collect the figures and write ``RUN/result.json``, which makes the run complete.
 
     Raises:
-        UserError: the last iteration was not logged.
+        UserError: the last iteration was not logged, or not with what is collected.
     """
     file = run.folder / "metrics.jsonl"
     records = read_metrics(file)
     if not records or records[-1]["iteration"] != run.iterations:
         raise UserError(f"{file}: does not end with iteration {run.iterations}")
     last = records[-1]
+    if absent := {"consumed_tokens", "consumed_flops", "consumed_dense_flops"} - last.keys():
+        raise UserError(f"{file}: has no {min(absent)}; remove the run's folder, it is trained again")
     found = {
         "iterations": run.iterations,
         "tokens": last["consumed_tokens"],
