@@ -381,6 +381,26 @@ def test_roles_that_are_the_same_are_evaluated_once(study):
     assert wanted["hmgen-g"] == ["training"]  # is asked no questions
 
 
+def test_evaluations_keep_apart_and_are_not_done_while_answers_are_missing(study, tmp_path):
+    write_benchmarks(tmp_path / "made", BenchmarkConfig(pictures=3, size=16))
+    shares = {f"share-{share}": [f"plan.himix_start={layer}"] for layer, share in enumerate((0.5, 0.25))}
+    pope = study_file.Benchmark("pope", str(tmp_path / "made" / "pope"))
+    evaluation = study_file.Evaluation("vq", [pope], {"trained": [], **shares})
+    run = next(run for run in grid.runs(study()) if run.method.name == "share-all")
+    _, *asked = steps.steps(run, evaluation)
+    files = [Path(step.command[step.command.index("--json") + 1]) for step in asked]
+    assert len(files) > 1 and len({file.name for file in files}) == len(files)
+    for missing in (2, 0):
+        for file in files:
+            write_json(file, {"files": [{"file": "pope.jsonl", "benchmark": "POPE", "scores": {"missing": missing}}]})
+        if missing:
+            with pytest.raises(UserError, match="pope.jsonl: 2 of POPE are missing"):
+                asked[0].finish()
+        else:
+            asked[0].finish()
+        assert [step.is_done() for step in asked] == [not missing] + [False] * (len(asked) - 1)
+
+
 def test_a_slurm_array_does_every_run_and_requeues_what_is_not_complete(study, tmp_path, monkeypatch):
     made = study()
     runs = grid.runs(made)
