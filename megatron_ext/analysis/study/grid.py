@@ -60,15 +60,13 @@ def runs(study: Study) -> list[Run]:
     for (size, method), length in zip(pairs, lengths):
         planned: dict[tuple[int, int], list[str]] = {}
         base = _config(study, size, method)
-        model_parallel = base.parallel.tensor * base.parallel.pipeline
-        replicas = max(1, (size.processes or model_parallel) // model_parallel)
         for budget in study.budgets_of(size, method):
             iterations = length.iterations(base.training.iterations, budget)
-            batch = length.batch(base.training.global_batch_size, budget, replicas)
+            batch = length.batch(base.training.global_batch_size, budget, _replicas(size, base))
             planned.setdefault((iterations, batch), []).append(budget)
         for (iterations, batch), budgets in planned.items():
             for seed in study.seeds_of(size):
-                made.append(_run(study, size, method, tuple(budgets), iterations, batch, replicas, seed, length))
+                made.append(_run(study, size, method, tuple(budgets), iterations, batch, seed, length))
     return made
 
 
@@ -79,7 +77,6 @@ def _run(
     budgets: tuple[str, ...],
     iterations: int,
     batch: int,
-    replicas: int,
     seed: int,
     length: Length,
 ) -> Run:
@@ -95,15 +92,23 @@ def _run(
     rows = config.training.validation_batches * config.training.global_batch_size
     config.training.validation_batches = -(-rows // batch)
     config.training.global_batch_size = batch
-    config.training.micro_batch_size = math.gcd(config.training.micro_batch_size, batch // replicas)
+    config.training.micro_batch_size = math.gcd(config.training.micro_batch_size, batch // _replicas(size, config))
     config.training.seed = config.data.seed = seed
     config.training.validation_interval = config.training.validation_interval or iterations
-    processes = size.processes or config.parallel.tensor * config.parallel.pipeline
+    processes = _processes(size, config)
     try:
         config.validate(processes)
     except UserError as error:
         raise UserError(f"run {name}: {str(error).removeprefix('config: ')}") from None
     return Run(name, folder, size, method, budgets, seed, processes, length, config)
+
+
+def _processes(size: Size, config: Config) -> int:
+    return size.processes or config.parallel.tensor * config.parallel.pipeline
+
+
+def _replicas(size: Size, config: Config) -> int:
+    return max(1, _processes(size, config) // (config.parallel.tensor * config.parallel.pipeline))
 
 
 def _config(study: Study, size: Size, method: Method, all_sources: bool = False) -> Config:
@@ -124,12 +129,7 @@ def _config(study: Study, size: Size, method: Method, all_sources: bool = False)
 def _lengths(study: Study, pairs: list[tuple[Size, Method]]) -> list[Length]:
     """Of each size and method, in order."""
     configs = [(_config(study, *pair), _config(study, *pair, all_sources=True)) for pair in pairs]
-    cards = {
-        source.path: hashlib.sha256(card.read_bytes()).hexdigest() if card.is_file() else None
-        for _, whole in configs
-        for source in whole.data.train
-        for card in (Path(f"{source.path}.json"),)
-    }
+    cards = {source.path: card_checksum(source.path) for _, whole in configs for source in whole.data.train}
     told = json.dumps([[config_file.to_tree(c) for pair in configs for c in pair], cards], sort_keys=True)
     key = hashlib.sha256(told.encode()).hexdigest()
     file = Path(study.output) / "plan.json"
@@ -139,6 +139,12 @@ def _lengths(study: Study, pairs: list[tuple[Size, Method]]) -> list[Length]:
     lengths = [measure(*pair) for pair in progress(configs, desc="planning", leave=False)]
     write_json(file, {"key": key, "lengths": [dataclasses.asdict(length) for length in lengths]})
     return lengths
+
+
+def card_checksum(path: str) -> str | None:
+    """Of a data set's card, which has the checksums of its files; None: it is not there."""
+    card = Path(f"{path}.json")
+    return hashlib.sha256(card.read_bytes()).hexdigest() if card.is_file() else None
 
 
 def chosen(runs: list[Run], names: list[str] | None) -> list[Run]:

@@ -61,8 +61,7 @@ class _Drawings:
     def items(self, benchmark: Benchmark) -> list[Item]:
         key = (benchmark.name, benchmark.data, benchmark.parts)
         if key not in self._items:
-            parts = None if benchmark.parts == "all" else benchmark.parts.split(",")
-            self._items[key] = BENCHMARKS[benchmark.name].read(Path(benchmark.data), parts)
+            self._items[key] = benchmark.read()
         return self._items[key]
 
     def resampled(self, benchmark: Benchmark):
@@ -131,7 +130,7 @@ def _of_answers(file: Path, benchmark: Benchmark, drawn: _Drawings) -> dict[str,
 def _of_pictures(folder: Path, benchmark: Benchmark, drawn: _Drawings) -> dict[str, list[float]]:
     from megatron_ext.evaluation import mjhq, scene_check  # imported late: torch, which answers do without
 
-    prompts = mjhq.read(Path(benchmark.data), None if benchmark.parts == "all" else benchmark.parts.split(","))
+    prompts = benchmark.read()
     files = {prompt.id: file for prompt in prompts if (file := mjhq.image_file(folder, prompt))}
 
     def drawings(pictures: int) -> np.ndarray:

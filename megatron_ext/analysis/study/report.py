@@ -71,11 +71,10 @@ def write(study: Study, runs: Sequence[Run]) -> dict:
 
 
 def _facts(study: Study, runs: Sequence[Run], results: Results) -> list[str]:
-    finished = [run for run in runs if state.result(run, steps.fingerprint(run, study.evaluation))]
-    found = [state.result(run, steps.fingerprint(run, study.evaluation)) for run in finished]
+    found = [one for run in runs if (one := state.result(run, steps.fingerprint(run, study.evaluation)))]
     text = "Plain text is in every run's data." if study.keep_text else "Plain text is in the unified runs' data alone."
     lines = [
-        f"- {len(finished)} of {len(runs)} runs are complete: {_sizes(study)}; budgets {', '.join(study.budgets)}.",
+        f"- {len(found)} of {len(runs)} runs are complete: {_sizes(study)}; budgets {', '.join(study.budgets)}.",
         f"- Trained in all: {sum(f['tokens'] for f in found) / 1e6:.3g} million tokens, "
         f"{sum(f['flops'] for f in found):.3g} FLOPs.",
         "- Equal tokens: every method takes the iterations that dense takes on the same tasks; training on one task "

@@ -12,7 +12,6 @@
 
 import fcntl
 import functools
-import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 import yaml
 
 from megatron_ext import config_file
-from megatron_ext.analysis.study.grid import Run
+from megatron_ext.analysis.study.grid import Run, card_checksum
 from megatron_ext.command_line import read_json, write_json, write_text
 from megatron_ext.errors import UserError
 from megatron_ext.training.metrics import read_metrics
@@ -51,7 +50,7 @@ def of(run: Run, evaluation: dict) -> State:
     iteration = trained_iterations(run)
     if difference := changed(run):
         return State("changed", iteration, difference)
-    if result(run, evaluation):
+    if _result(run, evaluation):
         return State("finished", run.iterations)
     if locked(run):
         return State("running", iteration)
@@ -65,8 +64,14 @@ def of(run: Run, evaluation: dict) -> State:
 
 def result(run: Run, evaluation: dict) -> dict | None:
     """What a complete run measured; None for one that is not complete, or was trained or evaluated otherwise."""
+    found = _result(run, evaluation)
+    return None if found is None or changed(run) else found
+
+
+def _result(run: Run, evaluation: dict) -> dict | None:
+    """The same, of a run that is known not to be changed."""
     file = run.folder / "result.json"
-    if not file.is_file() or (found := read_json(file))["evaluation"] != evaluation or changed(run):
+    if not file.is_file() or (found := read_json(file))["evaluation"] != evaluation:
         return None
     return found
 
@@ -158,13 +163,9 @@ def _begun_with(text: str, file: Path) -> dict:
 
 
 def _data(run: Run) -> dict[str, str | None]:
-    """Data set -> checksum of its card, which has those of its files; None: it is not there."""
+    """Data set -> checksum of its card."""
     sources = (*run.config.data.train, *run.config.data.validation)
-    return {source.path: _checksum(Path(f"{source.path}.json")) for source in sources}
-
-
-def _checksum(file: Path) -> str | None:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return {source.path: card_checksum(source.path) for source in sources}
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -12,7 +12,6 @@ from megatron_ext.analysis.study.grid import Run
 from megatron_ext.analysis.study.study_file import PICTURES, Evaluation
 from megatron_ext.command_line import read_json, write_json
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.registry import BENCHMARKS
 from megatron_ext.routing.plan import Plan, with_roles
 
@@ -49,8 +48,7 @@ def check(runs: Sequence[Run], evaluation: Evaluation) -> None:
             raise UserError(f"evaluation: there is no benchmark {benchmark.name!r}; there are {', '.join(BENCHMARKS)}")
         if not Path(benchmark.data).is_dir():
             raise UserError(f"evaluation: {benchmark.data}: there is no such folder (benchmark {benchmark.name})")
-        read = mjhq.read if benchmark.name == PICTURES else BENCHMARKS[benchmark.name].read
-        read(Path(benchmark.data), None if benchmark.parts == "all" else benchmark.parts.split(","))
+        benchmark.read()
     if evaluation.vq and not Path(evaluation.vq).is_dir():
         raise UserError(f"evaluation: {evaluation.vq}: there is no such folder (evaluation.vq)")
     for run in runs:

@@ -67,6 +67,19 @@ class Benchmark:
     def __post_init__(self):
         self.task = self.task or ("generation" if self.name == PICTURES else "understanding")
 
+    def read(self) -> list:
+        """Its questions, or its prompts.
+
+        Raises:
+            UserError: its files are missing or malformed, or have no such part.
+        """
+        # Imported late: a study file is read without what evaluation needs.
+        from megatron_ext.evaluation import mjhq
+        from megatron_ext.evaluation.registry import BENCHMARKS
+
+        read = mjhq.read if self.name == PICTURES else BENCHMARKS[self.name].read
+        return read(Path(self.data), None if self.parts == "all" else self.parts.split(","))
+
 
 @dataclass
 class Evaluation:
@@ -148,7 +161,7 @@ def _check(study: Study) -> None:
         for number, name in enumerate(names):
             if name in names[:number]:
                 raise UserError(f"'{kind}[{number}].name' is {name!r}, as an earlier one's is; take another name")
-            if not name or "/" in name or name.startswith("."):
+            if not _names_a_folder(name):
                 raise UserError(f"'{kind}[{number}].name' is {name!r}; it names a folder, take letters and digits")
     lists = {key: getattr(study, key) for key in ("seeds", "budgets", "base")}
     lists |= {f"sizes[{i}].seeds": study.seeds_of(size) for i, size in enumerate(study.sizes)}
@@ -174,7 +187,7 @@ def _check(study: Study) -> None:
     if [] not in study.evaluation.evaluate_as.values():
         raise UserError("'evaluation.evaluate_as' needs an entry of [], the roles of training")
     for name, overrides in study.evaluation.evaluate_as.items():
-        if not name or "/" in name or name.startswith("."):
+        if not _names_a_folder(name):
             raise UserError(f"'evaluation.evaluate_as' has {name!r}; it names a folder, take letters and digits")
         if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
             raise UserError(f"'evaluation.evaluate_as.{name}' is {overrides!r}, must be a list of section.key=value")
@@ -182,6 +195,10 @@ def _check(study: Study) -> None:
         if not isinstance(fields, dict):
             raise UserError(f"'metrics.{name}' must be a mapping, got {fields!r}")
         config_file.from_tree(Metric, fields, f"metrics.{name}")
+
+
+def _names_a_folder(name: str) -> bool:
+    return bool(name) and "/" not in name and not name.startswith(".")
 
 
 def _check_partners(where: str, methods: list[Method]) -> None:
