@@ -19,7 +19,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan, Projections
 from megatron_ext.transformer import fp8
 from megatron_ext.transformer.activation import SwiGLU
-from megatron_ext.transformer.attention import DocumentAttention, UnifiedSelfAttention, transformer_engine_attention
+from megatron_ext.transformer.attention import UnifiedSelfAttention
+from megatron_ext.transformer.core_attention import DocumentAttention, transformer_engine_attention
 from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.norm import RMSNorm
 from megatron_ext.transformer.projection import (
