@@ -172,6 +172,9 @@ class TrainingConfig:
     goes on in ``precision``."""
     task_weights: TaskWeights = field(default_factory=TaskWeights)
     seed: int = 1234
+    row_multiple: int = 1
+    """Dummy rows fill every group of tokens, the queries and keys of every layer and the logits up to a multiple of
+    this, so that shapes repeat from one micro-batch to the next; 1: none."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: selective recomputes the attention core, full whole layers."""
     validation_interval: int = 0
@@ -428,7 +431,7 @@ def _at_least_one(config: Config) -> list[tuple[str, int]]:
     keys = {
         "model": ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
         "parallel": ("tensor", "pipeline", "virtual_pipeline"),
-        "training": ("iterations", "micro_batch_size", "global_batch_size"),
+        "training": ("iterations", "micro_batch_size", "global_batch_size", "row_multiple"),
         "data": ("sequence_length", "prefetch"),
         "evaluation": ("batch_size", "longest"),
         "logging": ("interval",),

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.data import counter_random, words
+from megatron_ext.data.batch import Batch
+from megatron_ext.data.decoding import decode
 from megatron_ext.data.mixture import Draws, Mixture
 from megatron_ext.data.packing import pack
 from megatron_ext.data.rendering import Pieces, Sheet, render
@@ -63,13 +65,9 @@ class PackedRows:
     def __getstate__(self):
         return {**self.__dict__, "_kept": {}}
 
-    def __getitem__(self, row: int):
-        """Row ``row`` as a :class:`~megatron_ext.data.batch.Batch` of one row."""
-        import torch
-
-        from megatron_ext.data.decoding import decode
-
-        return decode(torch.from_numpy(self.words(row, row + 1)), self.mixture.special.pad)
+    def __getitem__(self, row: int) -> Batch:
+        """Row ``row`` as a batch of one row, of tensors."""
+        return decode(self.words(row, row + 1), self.mixture.special.pad).tensors()
 
     def words(self, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop`` as words (:mod:`megatron_ext.data.words`), int32 [rows, length]."""

@@ -1,6 +1,7 @@
 """From our configuration to Megatron-Core's: the TransformerConfig and the module spec of a layer."""
 
 import importlib.util
+import math
 from functools import partial
 
 import torch
@@ -59,6 +60,12 @@ def why_no_fp8(config: Config) -> str | None:
     if reason := fp8.why_not(config.training.fp8):
         return reason
     return "model.implementation is local" if implementation(config) == "local" else None
+
+
+def row_alignment(config: Config) -> tuple[int, int]:
+    """Over how many ranks hidden states are cut, and what the rows of each group on a rank are a multiple of."""
+    ranks = config.parallel.tensor if config.parallel.sequence else 1
+    return ranks, math.lcm(fp8.row_multiple(fp8_recipe(config)), config.training.row_multiple)
 
 
 def transformer_config(config: Config) -> TransformerConfig:
