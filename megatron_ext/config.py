@@ -141,6 +141,9 @@ class DataConfig:
     validation: list[SourceConfig] = field(default_factory=list)
     sequence_length: int = 512
     """Tokens in a packed row."""
+    rows: Literal["mixed", "by_task"] = "mixed"
+    """Tasks that share a row: any, or one, which also makes micro-batches of one task where it can, so that with
+    training.row_multiple their shapes repeat; a little more padding."""
     caption_dropout: float = 0.1
     """Probability that a generation document loses its caption (classifier-free guidance)."""
     seed: int = 1234

@@ -67,6 +67,7 @@ class Preparation:
         alignment: see ``ranks``, ``multiple`` and ``fixed_length`` of
             :meth:`~megatron_ext.routing.route.Route.arrays`.
         fill: likewise.
+        by_task: rows hold one task each, and those of one task shall stand together.
         pad: id of the padding token.
         iterations: of the run, for shares that change in its course; None: as in evaluation.
     """
@@ -77,6 +78,7 @@ class Preparation:
     micro_batch_size: int
     alignment: tuple[int, int, bool]
     fill: int
+    by_task: bool = False
     pad: int = 0
     iterations: int | None = None
 
@@ -97,6 +99,7 @@ class Preparation:
             micro_batch_size=config.training.micro_batch_size,
             alignment=(*row_alignment(config), config.parallel.pipeline > 1),
             fill=config.training.row_multiple,
+            by_task=config.data.rows == "by_task",
             pad=pad,
             iterations=config.training.iterations if training else None,
         )
@@ -109,6 +112,9 @@ class Preparation:
     def step_input(self, batch: Batch, draw: Draw | None = None) -> StepInput:
         """Of a batch on the host; ``draw`` None: as in evaluation."""
         batch = batch.arrays()
+        if self.by_task:
+            order = np.argsort(batch.task[:, 0], kind="stable")
+            batch = Batch(*(getattr(batch, name)[order] for name in Batch.names()))
         starts = range(0, batch.shape[0], self.micro_batch_size)
         parts = [batch.rows(start, start + self.micro_batch_size) for start in starts]
         counts = [count(batch, plan, draw) for plan in (self.plan, dense(self.plan))]

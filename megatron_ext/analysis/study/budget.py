@@ -110,7 +110,10 @@ class Lengths:
         if key not in self._batches:
             import numpy as np
 
-            rows = PackedRows(self._mixture(config, words), config.data.sequence_length).words(0, ROWS)
+            packed = PackedRows(
+                self._mixture(config, words), config.data.sequence_length, config.data.rows == "by_task"
+            )
+            rows = packed.words(0, ROWS)
             self._batches[key] = [decode(part, words.pad) for part in np.split(rows, PARTS)]
         return self._batches[key]
 
