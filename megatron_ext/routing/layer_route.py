@@ -17,8 +17,8 @@ from megatron_ext.routing.plan import Role
 from megatron_ext.routing.row_map import RowMap
 
 SEGMENTS_MULTIPLE = 16
-"""Attention kernels are told a multiple of this many segments, and of the longest its length rounded up to a power of
-two, so that what they plan for one micro-batch serves for the next."""
+"""Attention kernels are told a multiple of this many segments, and the longest length rounded up to a power of two, so
+that what they plan for one micro-batch serves for the next."""
 
 
 @dataclass
@@ -229,7 +229,8 @@ def _cumulative(lengths: np.ndarray) -> np.ndarray:
 
 
 def _power_of_two(lengths: np.ndarray) -> int:
-    return 1 << max(int(lengths.max(initial=1)) - 1, 0).bit_length()
+    """At least 64: some of cuDNN's kernels want a multiple of it."""
+    return 1 << (int(lengths.max(initial=64)) - 1).bit_length()
 
 
 def _cache_places(key: np.ndarray, full: np.ndarray, rows: int, s: int) -> CachePlaces:
