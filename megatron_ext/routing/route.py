@@ -83,6 +83,7 @@ class LayerRoute:
         query_lengths, key_lengths: of each segment.
         query_positions, key_positions: rotary positions in attention's order.
         cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1].
+        max_query_length, max_key_length: at least the longest segment's.
         rotary: tables for queries and keys; filled in by the model before its first layer.
         places, cache: with a cache of keys, what goes where in it (``generation/cache.py``); None in training.
     """
@@ -96,6 +97,8 @@ class LayerRoute:
     key_positions: Tensor
     cu_seqlens_q: Tensor
     cu_seqlens_kv: Tensor
+    max_query_length: int
+    max_key_length: int
     rotary: tuple[Tensor, Tensor] | None = None
     places: CachePlaces | None = None
     cache: object = None
@@ -282,6 +285,8 @@ def _layer_route(facts: _Facts, roles: list[Role], cached: bool) -> LayerRoute:
         key_positions=query_positions if seen is query else position[seen],
         cu_seqlens_q=_cumulative(query_lengths),
         cu_seqlens_kv=_cumulative(key_lengths),
+        max_query_length=max(query_lengths.tolist(), default=0),
+        max_key_length=max(key_lengths.tolist(), default=0),
         places=_cache_places(key, full, *facts.batch.shape) if cached else None,
     )
 
