@@ -80,7 +80,7 @@ def _local_device(local_rank: int, visible: int) -> int:
     if local_rank >= visible:
         raise UserError(
             f"LOCAL_RANK is {local_rank}, but {visible} GPUs are visible; start one process for each of them, or let "
-            "every process see one of its own (srun --gpus-per-task=1)"
+            "every process see its own alone"
         )
     return local_rank
 

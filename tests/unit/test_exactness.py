@@ -99,7 +99,7 @@ def test_a_process_takes_the_gpu_that_is_its_own(local_rank, visible, device):
 
 
 def test_more_processes_than_gpus_are_refused():
-    with pytest.raises(UserError, match="LOCAL_RANK is 5, but 4 GPUs are visible.*gpus-per-task"):
+    with pytest.raises(UserError, match="LOCAL_RANK is 5, but 4 GPUs are visible"):
         _local_device(5, 4)
 
 
