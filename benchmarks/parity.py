@@ -175,7 +175,7 @@ def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Pa
             }
             # The optimizer does not know of plans: one without and one with components stand for all.
             if parallel_state.get_data_parallel_world_size() > 1 and plan in (plans[0], plans[-1]):
-                config.parallel.distributed_optimizer = True
+                config.parallel.distributed_optimizer = config.parallel.overlap = True
                 results[plan]["sharded_optimizer_losses"] = relative(measure(config)[1], expected_losses)
         if dist.get_rank() == 0:
             known = command_line.read_json(result_file) if result_file.exists() else {}
