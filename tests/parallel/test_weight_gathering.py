@@ -51,6 +51,7 @@ def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, flo
     from megatron_ext.config import Config
     from megatron_ext.training import setup
     from megatron_ext.training.checkpoint_state import model_state, parameters
+    from megatron_ext.training.prepare import prepare
     from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
 
     setup.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET)
@@ -67,11 +68,11 @@ def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, flo
     losses, validation = [], []
     for step in range(3):
         batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=step)
-        batch = batch.rows(replica * rows, (replica + 1) * rows)
-        losses.append(train_step(chunks, optimizer, batch, config).loss)
+        inputs = prepare(batch.rows(replica * rows, (replica + 1) * rows), config)
+        losses.append(train_step(chunks, optimizer, inputs, config).loss)
         if step == 1:  # the first step's weights are gathered by the second
             with evaluation_mode(chunks):
-                validation.append(float(evaluate_step(chunks, batch, config)[0].sum()))
+                validation.append(float(evaluate_step(chunks, inputs, config)[0].sum()))
     setup.gather_weights(chunks)
     weights = {t.key: float(t.data.double().square().sum()) for t in parameters(model_state(chunks))}
     return losses, validation, weights, sum(len(chunk.bucket_groups) for chunk in chunks)

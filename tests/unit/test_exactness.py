@@ -12,6 +12,7 @@ from megatron_ext import config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.training.distributed import _local_device
+from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
 from megatron_ext.transformer.specs import implementation, transformer_config
@@ -86,7 +87,8 @@ def test_deterministic_is_told_to_all_who_ask(one_process, monkeypatch):
 def _losses(config: Config) -> list[float]:
     chunks = build_model(config, VOCABULARY)
     optimizer = build_optimizer(config, chunks)
-    return [train_step(chunks, optimizer, packed_batch(8, 48, seed), config).loss for seed in range(2)]
+    steps = [prepare(packed_batch(8, 48, seed), config) for seed in range(2)]
+    return [train_step(chunks, optimizer, step, config).loss for step in steps]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """A training step on the meta device: Megatron-Core and the model as they are, operators without data."""
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from unittest.mock import Mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,6 +72,8 @@ def world_on_meta(monkeypatch, *overrides: str):
         dist, "init_process_group", lambda *_, **__: init("fake", store=FakeStore(), rank=0, world_size=size)
     )
     monkeypatch.setattr(dist, "new_group", lambda ranks, **kw: new_group(ranks, **{**kw, "backend": "fake"}))
+    # The one collective that torch has not got on meta.
+    monkeypatch.setattr(param_and_grad_buffer, "_coalescing_manager", lambda *_, **__: nullcontext(Mock()))
     distributed.initialize(config)
     try:
         yield config
