@@ -85,6 +85,17 @@ def test_micro_batch_size_changes_no_gradient(one_process):
         assert (gradients[name] - expected[name]).norm() <= 1e-5 * expected[name].norm()
 
 
+@pytest.mark.parametrize("preset", ["dense", "himix_hmgen_share_all", "himix_hmgen_share_partial"])
+def test_filling_rows_up_changes_no_gradient(one_process, preset):
+    config = one_process(*SMALL, f"plan.preset={preset}")
+    expected, loss = gradients_and_loss(config)
+    config.training.row_multiple = 16
+    gradients, other_loss = gradients_and_loss(config)
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for name in expected:
+        assert (gradients[name] - expected[name]).norm() <= 1e-5 * expected[name].norm()
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_refused_step_changes_no_weight_and_an_accepted_one_does(one_process, precision):
     config = one_process(*SMALL, f"training.precision={precision}")
