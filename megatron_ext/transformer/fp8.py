@@ -92,12 +92,5 @@ def grouped_linear(module: torch.nn.Module, rows: Tensor, counts: Sequence[int],
     shape = (len(weights), *weights[0].shape)
     if shape not in kernels:
         groups, out_features, in_features = shape
-        kernels[shape] = transformer_engine.grouped_linear(groups, in_features, out_features, rows.dtype)
-    # For this call alone, and past torch.nn.Module, which would take some of them for its parameters.
-    given = {f"weight{i}": weight for i, weight in enumerate(weights)}
-    vars(kernels[shape]).update(given)
-    try:
-        return kernels[shape](rows, list(counts))
-    finally:
-        for name in given:
-            del vars(kernels[shape])[name]
+        kernels[shape] = transformer_engine.grouped_linear()(groups, in_features, out_features, rows.dtype)
+    return kernels[shape](rows, counts, weights)

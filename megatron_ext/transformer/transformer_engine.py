@@ -7,6 +7,7 @@ at first (:func:`check_before_megatron`), and only where there is one.
 
 import importlib
 import sys
+from functools import cache
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
@@ -70,18 +71,35 @@ def why_no_fp8(recipe: str) -> str | None:
         return "Transformer Engine is not installed"
     from transformer_engine.pytorch import is_fp8_available, is_mxfp8_available
 
-    able, reason = (is_mxfp8_available if recipe == "mxfp8" else is_fp8_available)(return_reason=True)
+    if recipe == "mxfp8":
+        able, reason = is_mxfp8_available(return_reason=True)
+    else:
+        able, reason = is_fp8_available(return_reason=True)
     return None if able else reason
 
 
-def grouped_linear(groups: int, in_features: int, out_features: int, dtype):
-    """Transformer Engine's module for ``groups`` GEMMs at once, without weights: they are set before each call."""
+@cache
+def grouped_linear() -> type:
+    """Transformer Engine's module for several GEMMs at once, over weights that come with every call."""
     from transformer_engine.pytorch import GroupedLinear
 
-    module = GroupedLinear(groups, in_features, out_features, bias=False, params_dtype=dtype, device="cuda")
-    for i in range(groups):
-        delattr(module, f"weight{i}")
-    return module
+    class WeightlessGroupedLinear(GroupedLinear):
+        def __init__(self, groups: int, in_features: int, out_features: int, dtype):
+            super().__init__(groups, in_features, out_features, bias=False, params_dtype=dtype, device="cuda")
+            for i in range(groups):
+                delattr(self, f"weight{i}")
+
+        def forward(self, rows, counts, weights):
+            # Past torch.nn.Module, which would take some of them for its parameters.
+            given = {f"weight{i}": weight for i, weight in enumerate(weights)}
+            vars(self).update(given)
+            try:
+                return super().forward(rows, list(counts))
+            finally:
+                for name in given:
+                    del vars(self)[name]
+
+    return WeightlessGroupedLinear
 
 
 def _version_of(package: str) -> Version | None:
