@@ -85,7 +85,9 @@ def grouped_linear() -> type:
 
     class WeightlessGroupedLinear(GroupedLinear):
         def __init__(self, groups: int, in_features: int, out_features: int, dtype):
-            super().__init__(groups, in_features, out_features, bias=False, params_dtype=dtype, device="cuda")
+            # The weights that it makes are not drawn: that would move the generator whenever a new shape comes up.
+            options = {"bias": False, "params_dtype": dtype, "init_method": lambda weight: None, "device": "cuda"}
+            super().__init__(groups, in_features, out_features, **options)
             for i in range(groups):
                 delattr(self, f"weight{i}")
 

@@ -104,7 +104,9 @@ class LayerNormLinear(Linear):
 
 
 class GroupedLinear(_Module):
-    def __init__(self, num_gemms, in_features, out_features, bias=True, params_dtype=None, device="cuda"):
+    def __init__(
+        self, num_gemms, in_features, out_features, init_method=None, bias=True, params_dtype=None, device="cuda"
+    ):
         super().__init__(num_gemms)
         for i in range(num_gemms):
             weight = torch.empty(out_features, in_features, dtype=params_dtype)
