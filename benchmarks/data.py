@@ -43,7 +43,7 @@ def main() -> None:
     if not dali.available():
         raise UserError("DALI is not installed; pip install nvidia-dali-cuda130")
     with tempfile.TemporaryDirectory() as folder:
-        numbers = measure(_mixture(Path(folder) / "pairs", options), options)
+        numbers = measure(mixture(Path(folder) / "pairs", options), options)
     print(_summary(numbers, options))
     if options.json:
         write_json(options.json, numbers)
@@ -90,7 +90,7 @@ def _timed(function):
     return result, time.perf_counter() - started
 
 
-def _mixture(prefix: Path, options) -> Mixture:
+def mixture(prefix: Path, options) -> Mixture:
     """Captioned random images, for generation and for understanding."""
     random = np.random.default_rng(0)
     vq = {"fingerprint": "random", "grid": [1, options.image_tokens], "codebook_size": CODES}

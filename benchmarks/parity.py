@@ -101,7 +101,7 @@ def measure(config: Config) -> Measured:
 
     def keep_logits(model, arguments, output: torch.Tensor) -> None:
         if model.post_process and not measured.losses:
-            measured.logits.append(output.detach().cpu())
+            measured.logits.append(output.detach().cpu().clone())  # the loss works in place
 
     def keep_gradients(loss: float, grad_norm: float) -> bool:
         for chunk in chunks if not measured.losses else ():
@@ -140,38 +140,52 @@ def perturb(chunks: list) -> None:
             parameter += shard(noise, name).to(parameter.device)
 
 
+def against_references(
+    layout: str, plans: list[str], settings: list[str], folder: Path, store=None
+) -> dict[str, dict[str, float]]:
+    """Errors of a layout under each plan, in a world that is joined for it and left again. References that are missing
+    are made.
+
+    Args:
+        store: where the ranks meet, see :func:`megatron_ext.training.distributed.initialize`.
+    """
+    from megatron_ext.training import distributed
+
+    config = config_file.load(Config, [], BASE + settings + overrides(layout))
+    config.validate(distributed.world_size())
+    distributed.initialize(config, store)
+    references = References(folder, numbers_drawn(config))
+    results = {}
+    for plan in plans:
+        config = config_file.load(Config, [], BASE + settings + overrides(layout) + PLANS[plan])
+        measured = measure(config)
+        if references.missing([plan]):
+            references.save(plan, measured)
+        expected = references.load(plan)
+        results[plan] = errors(measured, expected)
+        # The optimizer does not know of plans: one without and one with components stand for all.
+        replicas = config.data_parallel(distributed.world_size())
+        if replicas > 1 and plan in (plans[0], plans[-1]):
+            config.parallel.distributed_optimizer = True
+            results[plan]["sharded_optimizer_losses"] = relative(measure(config).losses, expected.losses)
+    # Groups hold threads; those of many layouts would drown the machine.
+    distributed.shut_down()
+    return results
+
+
 def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Path, result_file: Path) -> None:
     """One rank of a group of processes that goes through several layouts of the same size."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from megatron_ext.training import distributed
 
     share_one_gpu()
     meeting_point = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     for layout in layouts:
-        config = config_file.load(Config, [], BASE + settings + overrides(layout))
-        config.validate(distributed.world_size())
-        distributed.initialize(config, dist.PrefixStore(layout, meeting_point))
-        references = References(folder, numbers_drawn(config))
-        results = {}
-        for plan in plans:
-            config = config_file.load(Config, [], BASE + settings + overrides(layout) + PLANS[plan])
-            measured = measure(config)
-            if references.missing([plan]):
-                references.save(plan, measured)
-            expected = references.load(plan)
-            results[plan] = errors(measured, expected)
-            # The optimizer does not know of plans: one without and one with components stand for all.
-            if parallel_state.get_data_parallel_world_size() > 1 and plan in (plans[0], plans[-1]):
-                config.parallel.distributed_optimizer = True
-                results[plan]["sharded_optimizer_losses"] = relative(measure(config).losses, expected.losses)
-        if dist.get_rank() == 0:
+        store = dist.PrefixStore(layout, meeting_point)
+        results = against_references(layout, plans, settings, folder, store)
+        if int(os.environ["RANK"]) == 0:
             known = command_line.read_json(result_file) if result_file.exists() else {}
             known[layout] = known.get(layout, {}) | results
             command_line.write_json(result_file, known)
-        # Groups hold threads; those of many layouts would drown the machine.
-        distributed.shut_down()
 
 
 def compare(
