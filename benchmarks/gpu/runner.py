@@ -1,6 +1,7 @@
 """One step after the other, each in a process of its own with its time box: what breaks one breaks no other."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -64,19 +65,21 @@ def _why_not(step: Step, context: Context, deadline: float) -> str:
     if step.needs_transformer_engine:
         if not torch.cuda.is_available():
             return "no GPU"
-        _wait_for_build(deadline - 2 * SHORTEST)
-        if problem := _import_problem("transformer_engine.pytorch"):
+        wait_for_build(deadline - 2 * SHORTEST)
+        if problem := import_problem("transformer_engine.pytorch"):
             return f"no Transformer Engine: {problem}"
     return "no time left" if time.monotonic() > deadline - SHORTEST else ""
 
 
-def _wait_for_build(deadline: float) -> None:
+def wait_for_build(deadline: float) -> None:
+    """Wait for the file that :data:`WAIT_FOR_TE` names, if it names one."""
     ended = Path(os.environ.get(WAIT_FOR_TE, "/"))
     while not ended.exists() and time.monotonic() < deadline:
         time.sleep(1)
 
 
-def _import_problem(module: str) -> str:
+@functools.cache
+def import_problem(module: str) -> str:
     """What an import in a fresh process says when it fails; empty when it works."""
     tried = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
     return (tried.stderr.strip().splitlines() or ["it cannot be imported"])[-1][:300] if tried.returncode else ""
