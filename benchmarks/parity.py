@@ -293,6 +293,10 @@ are the worst of all plans. The last one repeats the steps with the optimizer's 
 plan "rank 4 per task" lets HiMix begin in layer 2 and gives all four projections low-rank differences for each task. An
 empty cell was not measured.
 
+The references are one process on a CPU. `--references FOLDER` keeps them (a file of 2 to 2.5 MB for each plan), and on a
+GPU they must be there, made on a CPU by `python benchmarks/parity.py --layouts tp1 --references FOLDER`: a GPU is never
+compared with itself. Ranks that outnumber the GPUs share the first one, over nccl's sockets.
+
 {table}
 """
 
