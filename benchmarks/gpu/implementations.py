@@ -62,7 +62,7 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
     """Hidden states [tokens, h] after each layer in the first micro-batch of a step, in the order of the batch."""
     from megatron.core.utils import unwrap_model
     from parity import VOCABULARY, packed_batch
-    from training_step.rows import step_input
+    from training_step.rows import step_input, stored_order
 
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import train_step
@@ -72,16 +72,17 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
     chunks = build_model(config, VOCABULARY)
     states = {}
 
-    def keep(layer, arguments, keywords, output) -> None:
+    batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=0)
+    order = stored_order(batch.rows(0, config.training.micro_batch_size), config)
+
+    def keep(layer, arguments, output) -> None:
         if layer.layer_number not in states:
-            order = keywords["packed_seq_params"].order
-            stored = output[0].detach().squeeze(1)[order >= 0]  # FP8 has dummies among them
-            states[layer.layer_number] = stored[order[order >= 0].argsort()].float().cpu()
+            stored = output[0].detach().squeeze(1).float().cpu()[order >= 0]  # FP8 has dummies among them
+            states[layer.layer_number] = stored[order[order >= 0].argsort()]
 
     for layer in unwrap_model(chunks[0]).decoder.layers:
         layer.joins = True
-        layer.register_forward_hook(keep, with_kwargs=True)
-    batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=0)
+        layer.register_forward_hook(keep)
     train_step(chunks, build_optimizer(config, chunks), step_input(batch, config), config)
     distributed.shut_down()
     return [states[number] for number in sorted(states)]

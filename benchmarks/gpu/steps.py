@@ -73,7 +73,7 @@ STEPS = (
     Step("kernels", "Kernels of a step", "kernels", 60),
     Step("layouts", "Layouts over nccl on one GPU", "layouts", 80),
     Step("resume", "Resume from an asynchronous checkpoint", "resume", 60),
-    Step("dali", "DALI to the GPU", "dali_rows", 40),
+    Step("dali", "Steps through DALI to the GPU", "dali_rows", 40),
     Step("fp8", "FP8 against float32", "precision", 60, needs_transformer_engine=True),
     Step("table_te_bf16", "1B in bf16, Transformer Engine's layers", "one_billion", 110, needs_transformer_engine=True),
     Step("table_te_fp8", "1B in FP8", "one_billion", 90, needs_transformer_engine=True),

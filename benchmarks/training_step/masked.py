@@ -14,7 +14,9 @@ from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training import distributed
 from training_step.ours import OurStep
+from training_step.rows import stored_order
 
 
 class MaskedStep(OurStep):
@@ -25,31 +27,27 @@ class MaskedStep(OurStep):
         projections = dataclasses.replace(config.plan.projections, kind=plan.projections.kind)
         dense = dataclasses.replace(config.plan, preset="dense", projections=projections)
         super().__init__(dataclasses.replace(config, plan=dense), vocab_size, batch)
+        rows = batch.rows(0, config.training.micro_batch_size)  # the classes of tokens are those of every micro-batch
+        order = stored_order(rows, self.config)
         for layer in unwrap_model(self.chunks[0]).decoder.layers:
             layer.joins = True
-            full = _full(plan, layer.layer_number - 1, batch.rows(0, config.training.micro_batch_size))
-            layer.register_forward_hook(_Blend(full.to(self.device)), with_kwargs=True)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.chunks[0].parameters()).device
+            full = _full(plan, layer.layer_number - 1, rows)[order]
+            layer.register_forward_hook(_Blend(full.to(distributed.device())), with_kwargs=True)
 
 
 class _Blend:
     """A forward hook that keeps the input of a layer where its output does not count.
 
     Args:
-        full: bool [b * s], by flat index; alike in all micro-batches.
+        full: bool [T], of the hidden states' rows.
     """
 
     def __init__(self, full: torch.Tensor):
-        self._full = full
+        self._full = full[:, None, None]
 
     def __call__(self, layer, arguments, keywords, output):
         hidden_states, context = output
-        counts = self._full[keywords["packed_seq_params"].order]  # in the order in which they are stored
-        return torch.where(counts[:, None, None], hidden_states, keywords["hidden_states"]), context
+        return torch.where(self._full, hidden_states, keywords["hidden_states"]), context
 
 
 def _full(plan: Plan, layer: int, batch: Batch) -> torch.Tensor:

@@ -41,6 +41,7 @@ def stock_megatron(config: Config, vocab_size: int, batch: Batch) -> Callable[[]
     data_parallel = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.parallel.overlap,
+        overlap_param_gather=config.parallel.overlap and config.parallel.distributed_optimizer,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     chunks = [DistributedDataParallel(settings, data_parallel, model)]

@@ -4,16 +4,25 @@ import torch
 
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training import distributed
+from megatron_ext.training.prepare import Preparation, StepInput, prepare
 
 IMAGE, TEXT = 256, 24
 DOCUMENT = IMAGE + TEXT
 
 
-def step_input(batch: Batch, config: Config):
-    """What ``train_step`` takes for a global batch that stands on the host."""
-    return batch.to(distributed.device())
+def step_input(batch: Batch, config: Config) -> StepInput:
+    """What ``train_step`` takes, on the device, for a replica's rows of a global batch. A run has it made ahead."""
+    return prepare(batch, config, distributed.device())
+
+
+def stored_order(batch: Batch, config: Config) -> torch.Tensor:
+    """[T] flat index into the rows [b, s] of a micro-batch of each row of its hidden states, -1 for a dummy."""
+    preparation = Preparation.of(config, training=False)
+    route = Route.arrays(batch, preparation.plan, *preparation.alignment, fill=preparation.fill)
+    return torch.as_tensor(route.order)
 
 
 def random_rows(kind: str, rows: int, length: int, vocab_size: int) -> Batch:
@@ -31,7 +40,7 @@ def random_rows(kind: str, rows: int, length: int, vocab_size: int) -> Batch:
         odd = (torch.arange(rows) % 2 == 1)[:, None]
         fields = ((getattr(understanding, name), getattr(generation, name)) for name in Batch.names())
         return Batch(*(torch.where(odd, second, first) for first, second in fields))
-    batch = Batch(**{name: torch.zeros(rows, length, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch = Batch.zeros(rows, length)
     batch.tokens[:] = torch.randint(0, vocab_size, (rows, length))
     batch.labels = batch.tokens.roll(-1, 1)
     document = length if kind == "whole" else DOCUMENT

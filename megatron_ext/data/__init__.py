@@ -13,23 +13,26 @@
             v   documents -> tokens, by task
         rendering.py  words.py  one int32 a token: id, loss, modality, task, first of its document
             |
-            v   ahead of training, in worker processes
-        dali.py | loader.py     the same rows, bit for bit
+            v   ahead of training, in worker processes: a Batch (decoding.py, batch.py), and what a step needs of it
+        workers.py              as one buffer (serialization.py)
             |
-            v   one reader per replica, one broadcast per step
-        distribute.py           every tensor- and pipeline-parallel rank decodes (decoding.py) the same Batch (batch.py)
+            v   through memory shared with the trainer
+        dali.py | loader.py     the same steps, bit for bit
+            |
+            v   one reader per replica, one broadcast per step; one copy to the device (transfer.py)
+        distribute.py           the same on every tensor- and pipeline-parallel rank
 
 A trainer needs two calls, and to resume it needs the number of the next step, under any number of replicas::
 
     mixture = build_mixture(config.data.train, config.data, vocabulary, train=True)
     print(mixture.tree(rows=iterations * global_batch_size, row_length=config.data.sequence_length))
-    batches = step_batches(mixture, config.data, global_batch_size, start_step)
-    for batch in batches: ...
+    steps = step_batches(mixture, config.data, global_batch_size, start_step, prepare=...)
+    for step in steps: ...
 
 and to look at row 7 alone: ``PackedRows(mixture, 512)[7]``.
 
 Importing this package is cheap; what is named above is imported when it is asked for, because the worker processes
-must not wait for torch.
+must not wait for torch. What they make of a step's rows is up to ``prepare``; without it, it is their Batch.
 """
 
 import importlib

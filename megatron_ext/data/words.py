@@ -7,8 +7,7 @@
 
 Everything else in a :class:`~megatron_ext.data.batch.Batch` follows from these (:mod:`megatron_ext.data.decoding`):
 a label is the next token of the same document, documents are counted by their start bits, a position is the distance
-to the last start. A step of rows so costs four bytes a token to hand from process to process and from rank to rank,
-instead of the 34 of a decoded batch.
+to the last start.
 """
 
 TOKEN_BITS = 24

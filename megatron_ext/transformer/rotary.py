@@ -70,7 +70,7 @@ class _KeysAndValues(Function):
         cosine, sine = ctx.saved_tensors
         sine = -sine
         slices = by is None or by_slices(by, of_key)
-        exact = by is None or not slices or (by.inverse is not None and by.holes is None)
+        exact = by is None or not slices or (by.inverse is not None and by.inverse.shape[0] == by.index.shape[0])
         rows = inputs if slices else [of_key.shape[0]]
         shape = (of_key.shape[1], of_key.shape[2], 2, of_key.shape[3])
         made = [(of_key.new_empty if exact else of_key.new_zeros)(n, *shape) for n in rows]

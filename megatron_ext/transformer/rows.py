@@ -51,13 +51,14 @@ def gather(by: RowMap, sources: Sequence[Tensor]) -> Tensor:
     """Rows of ``sources``, one after the other, in the order of ``by``."""
     if by_slices(by, sources[0]):
         return torch.cat([sources[source][first : first + n] for source, first, n in by.runs])
-    return (sources[0] if len(sources) == 1 else torch.cat(list(sources))).index_select(0, by.index)
+    return _select(sources[0] if len(sources) == 1 else torch.cat(list(sources)), by.index)
 
 
 def gather_back(by: RowMap, rows: Tensor, inputs: Sequence[int]) -> Sequence[Tensor]:
     """The sum of the output rows that each input row became."""
     if by_slices(by, rows):
-        make = rows.new_empty if by.inverse is not None and by.holes is None else rows.new_zeros
+        covered = by.inverse is not None and by.inverse.shape[0] == by.index.shape[0]
+        make = rows.new_empty if covered else rows.new_zeros
         made = [make(n, *rows.shape[1:]) for n in inputs]
         for (source, first, n), piece in zip(by.runs, rows.split([n for *_, n in by.runs])):
             place = made[source][first : first + n]
@@ -66,12 +67,16 @@ def gather_back(by: RowMap, rows: Tensor, inputs: Sequence[int]) -> Sequence[Ten
     if by.inverse is None:
         made = rows.new_zeros(sum(inputs), *rows.shape[1:]).index_add_(0, by.index, rows)
     elif rows.shape[0]:
-        made = rows.index_select(0, by.inverse)
-        if by.holes is not None:
-            made.index_fill_(0, by.holes, 0)
+        made = _select(rows, by.inverse)
     else:
         made = rows.new_zeros(sum(inputs), *rows.shape[1:])
     return made.split(inputs)
+
+
+def _select(rows: Tensor, index: Tensor) -> Tensor:
+    if not rows.shape[0]:
+        return rows.new_zeros(index.shape[0], *rows.shape[1:])
+    return rows.index_select(0, index.clamp(min=0)).masked_fill_((index < 0).view(-1, *[1] * (rows.dim() - 1)), 0)
 
 
 def by_slices(by: RowMap, rows: Tensor) -> bool:

@@ -148,7 +148,7 @@ def test_errors_over_their_limits_are_told_anywhere_and_slow_steps_on_a_gpu_alon
     step = next(step for step in STEPS if step.name == "dali")
     record = of_step(tmp_path / "none.json", step.name, rehearsal=True)
     record.figures = {"differing": 3.0, "ratio": 0.5}
-    assert gpu_check.missed(step, record) == ["tokens that differ from the plain loader's 3, not <= 0"]
+    assert gpu_check.missed(step, record) == ["bytes that differ from the plain loader's 3, not <= 0"]
     assert len(gpu_check.missed(step, record, everywhere=False)) == 2
 
 
