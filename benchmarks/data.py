@@ -49,7 +49,7 @@ def main() -> None:
     if not dali.available():
         raise UserError("DALI is not installed; pip install nvidia-dali-cuda130")
     with tempfile.TemporaryDirectory() as folder:
-        numbers = measure(_mixture(Path(folder) / "pairs", options), options)
+        numbers = measure(mixture(Path(folder) / "pairs", options), options)
     print(_summary(numbers, options))
     if options.json:
         write_json(options.json, numbers)
@@ -59,8 +59,7 @@ def measure(mixture: Mixture, options) -> dict:
     """Tokens per second of every part of the data path, and the ratio of the loaders."""
     rows = StepRows(PackedRows(mixture, options.length), options.rows)
     step, packing = _timed(lambda: [rows[i] for i in range(options.steps)][-1])
-    settings = [f"plan.preset={options.plan}", f"data.sequence_length={options.length}", "model.num_layers=32"]
-    prepare = Preparation.of(config_file.load(Config, [], settings), pad=SPECIAL.pad)
+    prepare = preparation(options)
     few = max(1, options.steps // 20)
     _, preparing = _timed(lambda: [to_bytes(prepare(step, i)) for i in range(few)])
     tokens = options.steps * options.rows * options.length
@@ -77,6 +76,12 @@ def measure(mixture: Mixture, options) -> dict:
         "ratio": statistics.median(ours / theirs for ours, theirs in zip(speeds["dali"], speeds["torch"])),
         "padding": float(((step & TASK) == PADDING).mean()),
     }
+
+
+def preparation(options) -> Preparation:
+    """What the steps are made by."""
+    settings = [f"plan.preset={options.plan}", f"data.sequence_length={options.length}", "model.num_layers=32"]
+    return Preparation.of(config_file.load(Config, [], settings), pad=SPECIAL.pad)
 
 
 def _one_round(loader, rows: StepRows, prepare: Preparation, options) -> float:
@@ -102,7 +107,7 @@ def _timed(function):
     return result, time.perf_counter() - started
 
 
-def _mixture(prefix: Path, options) -> Mixture:
+def mixture(prefix: Path, options) -> Mixture:
     """Captioned random images, for generation and for understanding."""
     random = np.random.default_rng(0)
     vq = {"fingerprint": "random", "grid": [1, options.image_tokens], "codebook_size": CODES}

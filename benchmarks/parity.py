@@ -4,16 +4,19 @@ under every plan.
     python benchmarks/parity.py                        # the whole table, on CPU processes (half an hour)
     python benchmarks/parity.py --layouts tp2,pp2,tp2-sp-dp2 --plans dense,himix
     python benchmarks/parity.py --markdown docs/parity.md --json parity.json    # goes on where it was stopped
+    python benchmarks/parity.py --references FOLDER --layouts tp1               # on a CPU: makes the references
+    python benchmarks/parity.py --references FOLDER --layouts tp1,tp2,tp2-sp    # on a GPU: against the CPU's
 
-A layout is written tp2-pp2-vp2-sp-dp2. For each one and each plan this measures the relative error of the loss and of
-the gradient norm, and the largest relative error |g - g'| / |g'| over all parameters (Frobenius norms of whole
-parameters), in float32 against one process. A further optimizer step is compared by its loss, with replicas also when
-the optimizer's states are sharded.
+A layout is written tp2-pp2-vp2-sp-dp2. For each one and each plan this measures the relative error of the loss, of the
+logits and of the gradient norm, and the largest relative error |g - g'| / |g'| over all parameters (Frobenius norms of
+whole parameters), in float32 against one process. A further optimizer step is compared by its loss, with replicas also
+when the optimizer's states are sharded.
+
+Ranks take a GPU each; where there are too few, all of them take the first (see one_gpu.py).
 """
 
 import argparse
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -22,10 +25,16 @@ import zlib
 from pathlib import Path
 
 import torch
+from one_gpu import share_one_gpu
+from parity_layouts import all_layouts, overrides, processes
+from parity_page import PAGE, table
+from parity_references import MAKE, Measured, References, errors, relative
+from training_step.rows import step_input
 
-from megatron_ext import command_line, config_file
+from megatron_ext import command_line, config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
+from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
@@ -35,6 +44,7 @@ BASE = [
     "model.hidden_size=64",
     "model.num_attention_heads=8",
     "model.num_query_groups=4",
+    "model.implementation=local",
     "data.sequence_length=64",
     "training.micro_batch_size=1",
     "training.global_batch_size=8",
@@ -48,34 +58,6 @@ PLANS = {
     **{preset: [f"plan.preset={preset}"] for preset in PRESETS},
     "rank 4 per task": ["plan.preset=himix_hmgen_share_partial", "plan.himix_start=2", RANK],
 }
-
-
-def all_layouts() -> list[str]:
-    """{TP 1, 2, 4} x {PP 1, 2, 4, virtual} x {SP on, off} x {DP 1, 2} in up to 8 processes."""
-    names = []
-    for tp in (1, 2, 4):
-        for pipeline in ("", "-pp2", "-pp2-vp2", "-pp4", "-pp4-vp2"):
-            for sp in ("", "-sp") if tp > 1 else ("",):
-                for dp in ("", "-dp2"):
-                    name = f"tp{tp}{pipeline}{sp}{dp}"
-                    if processes(name) <= 8:
-                        names.append(name)
-    return names
-
-
-def overrides(layout: str) -> list[str]:
-    """Configuration of a layout by its name."""
-    keys = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline"}
-    sizes = re.findall(r"(tp|pp|vp)(\d+)", layout)
-    return [f"parallel.{keys[k]}={n}" for k, n in sizes] + ["parallel.sequence=true"] * ("sp" in layout.split("-"))
-
-
-def processes(layout: str) -> int:
-    """Processes that a layout takes."""
-    total = 1
-    for _, size in re.findall(r"(tp|pp|dp)(\d+)", layout):
-        total *= int(size)
-    return total
 
 
 def packed_batch(rows: int, length: int, seed: int) -> Batch:
@@ -103,11 +85,10 @@ def packed_batch(rows: int, length: int, seed: int) -> Batch:
     return batch
 
 
-def measure(config: Config) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
-    """This rank's gradients of the first step by global name, and the losses and gradient norms of all steps."""
+def measure(config: Config) -> Measured:
+    """This rank's share of what the steps give."""
     from megatron.core import parallel_state
 
-    from megatron_ext.training.prepare import prepare
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import train_step
     from megatron_ext.transformer.initialization import global_parameters
@@ -117,21 +98,35 @@ def measure(config: Config) -> tuple[dict[str, torch.Tensor], list[float], list[
     optimizer = build_optimizer(config, chunks)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rows = config.training.global_batch_size // replicas
-    gradients, losses, norms = {}, [], []
+    measured = Measured({}, [], [], [])
+
+    def keep_logits(model, arguments, output: torch.Tensor) -> None:
+        if model.post_process and not measured.losses:
+            measured.logits.append(output.detach().cpu().clone())  # the loss works in place
 
     def keep_gradients(loss: float, grad_norm: float) -> bool:
-        for chunk in chunks if not gradients else ():
-            gradients.update((name, p.main_grad.clone()) for name, p in global_parameters(chunk.module))
+        for chunk in chunks if not measured.losses else ():
+            gradients = ((name, p.main_grad.cpu().clone()) for name, p in global_parameters(chunk.module))
+            measured.gradients.update(gradients)
         return True
 
+    for chunk in chunks:
+        chunk.module.register_forward_hook(keep_logits)
     for step in range(STEPS):
         batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=step)
-        batch = batch.rows(replica * rows, (replica + 1) * rows)
-        step_input = prepare(batch, config, torch.cuda.current_device())
-        result = train_step(chunks, optimizer, step_input, config, accept=keep_gradients)
-        losses.append(result.loss)
-        norms.append(result.grad_norm)
-    return gradients, losses, norms
+        batch = step_input(batch.rows(replica * rows, (replica + 1) * rows), config)
+        result = train_step(chunks, optimizer, batch, config, accept=keep_gradients)
+        measured.losses.append(result.loss)
+        measured.norms.append(result.grad_norm)
+    return measured
+
+
+def numbers_drawn(config: Config) -> torch.Tensor:
+    """A few of the numbers that weights and rows consist of."""
+    batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=0)
+    weights = torch.empty(config.model.num_layers, config.model.hidden_size)
+    weights.normal_(generator=torch.Generator().manual_seed(config.training.seed))
+    return torch.cat([weights.flatten(), batch.tokens[0].float(), batch.document[-1].float()])
 
 
 @torch.no_grad()
@@ -146,114 +141,92 @@ def perturb(chunks: list) -> None:
             parameter += shard(noise, name).to(parameter.device)
 
 
+def against_references(
+    layout: str, plans: list[str], settings: list[str], folder: Path, store=None
+) -> dict[str, dict[str, float]]:
+    """Errors of a layout under each plan, in a world that is joined for it and left again. References that are missing
+    are made.
+
+    Args:
+        store: where the ranks meet, see :func:`megatron_ext.training.distributed.initialize`.
+    """
+    from megatron_ext.training import distributed
+
+    config = config_file.load(Config, [], BASE + settings + overrides(layout))
+    config.validate(distributed.world_size())
+    distributed.initialize(config, store)
+    references = References(folder, numbers_drawn(config))
+    results = {}
+    for plan in plans:
+        config = config_file.load(Config, [], BASE + settings + overrides(layout) + PLANS[plan])
+        measured = measure(config)
+        if references.missing([plan]):
+            references.save(plan, measured)
+        expected = references.load(plan)
+        results[plan] = errors(measured, expected)
+        # The optimizer does not know of plans: one without and one with components stand for all.
+        replicas = config.data_parallel(distributed.world_size())
+        if replicas > 1 and plan in (plans[0], plans[-1]):
+            config.parallel.distributed_optimizer = config.parallel.overlap = True
+            results[plan]["sharded_optimizer_losses"] = relative(measure(config).losses, expected.losses)
+    # Groups hold threads; those of many layouts would drown the machine.
+    distributed.shut_down()
+    return results
+
+
 def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Path, result_file: Path) -> None:
     """One rank of a group of processes that goes through several layouts of the same size."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
-    from megatron_ext.training import distributed
-
+    share_one_gpu()
     meeting_point = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     for layout in layouts:
-        config = config_file.load(Config, [], BASE + settings + overrides(layout))
-        config.validate(distributed.world_size())
-        distributed.initialize(config, dist.PrefixStore(layout, meeting_point))
-        results = {}
-        for plan in plans:
-            config = config_file.load(Config, [], BASE + settings + overrides(layout) + PLANS[plan])
-            gradients, losses, norms = measure(config)
-            gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
-            reference = folder / f"{plan}.pt"
-            if not reference.exists():
-                torch.save((gradients, losses, norms), reference)
-            expected_gradients, expected_losses, expected_norms = torch.load(reference)
-            results[plan] = {
-                "loss": relative(losses[:1], expected_losses),
-                "gradient": worst_gradient(gradients, expected_gradients),
-                "gradient_norm": relative(norms[:1], expected_norms),
-                "later_losses": relative(losses, expected_losses),
-            }
-            # The optimizer does not know of plans: one without and one with components stand for all.
-            if parallel_state.get_data_parallel_world_size() > 1 and plan in (plans[0], plans[-1]):
-                config.parallel.distributed_optimizer = config.parallel.overlap = True
-                results[plan]["sharded_optimizer_losses"] = relative(measure(config)[1], expected_losses)
-        if dist.get_rank() == 0:
+        store = dist.PrefixStore(layout, meeting_point)
+        results = against_references(layout, plans, settings, folder, store)
+        if int(os.environ["RANK"]) == 0:
             known = command_line.read_json(result_file) if result_file.exists() else {}
             known[layout] = known.get(layout, {}) | results
             command_line.write_json(result_file, known)
-        # Groups hold threads; those of many layouts would drown the machine.
-        distributed.shut_down()
-
-
-def worst_gradient(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Largest relative error over all parameters; each rank holds its slices of some of them."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from megatron_ext.transformer.initialization import shard
-
-    assert expected.keys() >= gradients.keys()
-    # Squared errors of the slices of one parameter add up over the tensor-parallel group.
-    names = sorted(gradients)
-    squares = torch.stack([(gradients[n] - shard(expected[n], n)).double().square().sum() for n in names])
-    squares = squares.to(torch.cuda.current_device())
-    dist.all_reduce(squares, group=parallel_state.get_tensor_model_parallel_group())
-    sizes = torch.stack([expected[n].double().norm() for n in names]).to(squares.device)
-    errors = squares.sqrt() / sizes.clamp(min=1e-30)
-    worst = errors.max()
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return float(worst)
-
-
-def relative(values: list[float], expected: list[float]) -> float:
-    """Largest relative error of the first ``len(values)`` numbers."""
-    return max(abs(v - e) / abs(e) for v, e in zip(values, expected))
 
 
 def compare(
-    layouts: list[str], plans: list[str], settings: list[str], minutes: float, file: Path | None = None
+    layouts: list[str],
+    plans: list[str],
+    settings: list[str],
+    minutes: float,
+    file: Path | None = None,
+    references: Path | None = None,
 ) -> dict[str, dict[str, dict]]:
     """Errors of each layout under each plan against one process; each size of world is started once.
 
     Args:
         file: where results are kept as they come; layouts that are there are not measured again.
+        references: folder of the references, made where they are missing; None: made for this call.
+
+    Raises:
+        UserError: references are missing, and this is a GPU.
     """
     with tempfile.TemporaryDirectory() as folder:
         result_file = file or Path(folder) / "results.json"
         known = command_line.read_json(result_file) if result_file.exists() else {}
         todo = [name for name in layouts if set(plans) - known.get(name, {}).keys()]
-        for size in sorted({1, *map(processes, todo)}) if todo else ():
-            group = [name for name in todo if processes(name) == size]
-            group = ["tp1", *(name for name in group if name != "tp1")] if size == 1 else group
+        folder = references or Path(folder)
+        missing = References(folder, numbers_drawn(config_file.load(Config, [], BASE + settings))).missing(plans)
+        if missing and not cpu.available():
+            raise UserError(f"{folder}: no reference for {missing[0]}, and a GPU makes none; on a CPU: {MAKE}")
+        if todo and missing and todo[0] != "tp1":
+            todo.insert(0, "tp1")
+        for size in sorted(set(map(processes, todo))):
+            group = list(dict.fromkeys(name for name in todo if processes(name) == size))
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size)]
-            command += ["--master_addr", "127.0.0.1", "--master_port", str(port), __file__, "--worker", folder]
+            command += ["--master_addr", "127.0.0.1", "--master_port", str(port), __file__, "--worker", str(folder)]
             command += ["--layouts", ",".join(group), "--plans", ",".join(plans), "--json", str(result_file), *settings]
             subprocess.run(command, check=True, timeout=60 * minutes, env={**os.environ, "OMP_NUM_THREADS": "1"})
         results = command_line.read_json(result_file)
     return {name: results[name] for name in layouts}
-
-
-def table(results: dict[str, dict[str, dict]]) -> str:
-    """The results as a Markdown table: worst gradient by plan, then the worst of all plans for the other figures."""
-    plans = list(dict.fromkeys(plan for of_plan in results.values() for plan in of_plan))
-    others = {
-        "loss": "loss",
-        "gradient_norm": "gradient norm",
-        "later_losses": "losses of 2 steps",
-        "sharded_optimizer_losses": "sharded optimizer",
-    }
-    heads = ["layout", "processes", *(plan.replace("_", " ") for plan in plans), *others.values()]
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    for name, of_plan in results.items():
-        cells = [f"{of_plan[plan]['gradient']:.0e}" if plan in of_plan else "" for plan in plans]
-        for key in others:
-            values = [r[key] for r in of_plan.values() if key in r]
-            cells.append(f"{max(values):.0e}" if values else "")
-        lines.append(f"| {name} | {processes(name)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def worst(results: dict[str, dict[str, dict]]) -> float:
@@ -267,6 +240,7 @@ def main() -> None:
     parser.add_argument("--plans", default=",".join(PLANS), help="comma-separated plans (default: all of them)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as a page of documentation")
     parser.add_argument("--minutes", type=float, default=60, help="time limit of each size of world")
+    parser.add_argument("--references", type=Path, metavar="FOLDER", help="keep the references here; a GPU needs them")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings of the model under test")
     arguments = parser.parse_args()
@@ -276,7 +250,7 @@ def main() -> None:
         parser.error(f"unknown plan {unknown[0]!r}; known: {', '.join(map(repr, PLANS))}")
     if arguments.worker:
         return worker(layouts, plans, arguments.settings, arguments.worker, arguments.json)
-    results = compare(layouts, plans, arguments.settings, arguments.minutes, arguments.json)
+    results = compare(layouts, plans, arguments.settings, arguments.minutes, arguments.json, arguments.references)
     print(table(results))
     print(
         f"{len(results)} layouts x {len(plans)} plans; largest relative error {worst(results):.1e} (limit {LIMIT:.0e})"
@@ -285,22 +259,6 @@ def main() -> None:
         arguments.markdown.write_text(PAGE.format(settings=" ".join(BASE), table=table(results), count=len(results)))
     if worst(results) >= LIMIT:
         sys.exit(1)
-
-
-PAGE = """# Parallel layouts agree
-
-Made by `python benchmarks/parity.py --markdown docs/parity.md`. {count} layouts train the same model on the same
-global batch under every plan, in float32 over gloo; each number is a relative error against one process. The model:
-`{settings}`.
-
-`tp` tensor, `pp` pipeline, `vp` virtual stages (interleaved schedule), `sp` sequence parallelism, `dp` replicas. Under
-a plan's name stands the largest |g - g'| / |g'| over all parameters of the model, each taken whole; the other columns
-are the worst of all plans. The last one repeats the steps with the optimizer's states sharded over the replicas. The
-plan "rank 4 per task" lets HiMix begin in layer 2 and gives all four projections low-rank differences for each task. An
-empty cell was not measured.
-
-{table}
-"""
 
 
 if __name__ == "__main__":

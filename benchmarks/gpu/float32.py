@@ -1,0 +1,32 @@
+"""Outputs, loss and gradients of every plan in float32, against references that a CPU made."""
+
+from parity import LIMIT, PLANS, against_references
+
+from gpu.records import Context, Record
+from gpu.steps import Figure
+
+SETTINGS = ["model.num_layers=4"]
+"""Small, as the references are carried from machine to machine."""
+
+FIGURES = {
+    "float32": {
+        name: Figure(f"{what}, largest relative error of all plans", at_most=LIMIT, everywhere=True)
+        for name, what in {
+            "logits": "logits",
+            "loss": "loss",
+            "gradient": "gradient of a parameter",
+            "later_losses": "loss after an optimizer step",
+        }.items()
+    }
+}
+
+
+def measure(context: Context, record: Record) -> None:
+    """Take the figures; on a CPU references that are missing are made."""
+    results = against_references("tp1", list(PLANS), SETTINGS, context.references)
+    lines = [f"| plan | {' | '.join(FIGURES['float32'])} |", "| --- | --- | --- | --- | --- |"]
+    for plan, errors in results.items():
+        lines.append(f"| {plan} | {' | '.join(f'{errors[name]:.0e}' for name in FIGURES['float32'])} |")
+    record.tables["Relative errors"] = "\n".join(lines)
+    for name in FIGURES["float32"]:
+        record.figures[name] = max(errors[name] for errors in results.values())

@@ -1,0 +1,34 @@
+"""Which kernels a step consists of: what to look at where a table misses its aim."""
+
+import gc
+
+from training_step.cases import CASES
+
+from gpu.one_billion import size_of
+from gpu.records import Context, Record
+from gpu.steps import Figure
+
+WANTED = ("dense", "himix", "hmgen")
+FIGURES = {"kernels": {f"{name} kernels": Figure(f"{name}: kernels in a step") for name in WANTED}}
+
+
+def measure(context: Context, record: Record) -> None:
+    """Profile a step of each case."""
+    import torch
+    from training_step.kernels import kernel_table, profile
+    from training_step.rows import random_rows
+
+    from megatron_ext.training import distributed
+
+    size = size_of(context, "table_bf16")
+    distributed.initialize(size.configuration())
+    for name in WANTED:
+        case = CASES[name]
+        batch = random_rows(case.rows, size.rows * size.micro_batches, size.sequence, size.vocab_size)
+        kernels = profile(case.build(size.configuration(case.plan), size.vocab_size, batch))
+        record.figures[f"{name} kernels"] = sum(kernel["calls"] for kernel in kernels)
+        record.tables[f"A step of {name}"] = kernel_table(kernels)
+        record.write()
+        gc.collect()
+        torch.cuda.empty_cache()
+    distributed.shut_down()

@@ -1,0 +1,35 @@
+"""Tensor, pipeline, sequence and data parallelism, two ranks each, against the CPU's references.
+
+On one GPU both ranks share it (see one_gpu.py).
+"""
+
+import subprocess
+
+from parity import LIMIT, compare
+
+from gpu.float32 import SETTINGS
+from gpu.logs import last_error
+from gpu.records import Context, Record
+from gpu.steps import Figure
+from megatron_ext import command_line
+
+LAYOUTS = ["tp2", "tp1-pp2", "tp2-sp", "tp1-dp2"]
+PLANS = ["dense", "himix_hmgen_share_partial", "rank 4 per task"]
+FIGURES = {
+    "layouts": {layout: Figure(f"{layout}: largest relative error", LIMIT, everywhere=True) for layout in LAYOUTS}
+}
+
+
+def measure(context: Context, record: Record) -> None:
+    """Take the figures; what was measured before nccl refused, or hung, counts."""
+    file = context.scratch / "layouts.json"
+    file.unlink(missing_ok=True)
+    plans = PLANS[-1:] if context.rehearsal else PLANS
+    try:
+        compare(LAYOUTS, plans, SETTINGS, 3 if context.rehearsal else 1.1, file=file, references=context.references)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(last_error(record.file.with_suffix(".log")) or str(error)) from None
+    finally:
+        for layout, of_plan in (command_line.read_json(file) if file.exists() else {}).items():
+            if layout in LAYOUTS:
+                record.figures[layout] = max(value for errors in of_plan.values() for value in errors.values())

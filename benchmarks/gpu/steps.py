@@ -1,0 +1,81 @@
+"""The steps in their order, most valuable first; those that need Transformer Engine last, as it may still be built."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gpu.records import Context, Record
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that a step gives.
+
+    Attributes:
+        label: what it says.
+        at_most, at_least: the aim; neither: there is none.
+        everywhere: a matter of being right, so that a rehearsal is held to it, too.
+    """
+
+    label: str
+    at_most: float | None = None
+    at_least: float | None = None
+    everywhere: bool = False
+
+    @property
+    def aim(self) -> str:
+        """The aim in words; nothing where there is none."""
+        if self.at_most is not None:
+            return f"<= {self.at_most:g}"
+        return f">= {self.at_least:g}" if self.at_least is not None else ""
+
+    def met(self, value: float) -> bool:
+        """Whether ``value`` reaches the aim; nan reaches none."""
+        above = self.at_least is None or value >= self.at_least
+        return above and (self.at_most is None or value <= self.at_most)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the check.
+
+    Attributes:
+        module: its file in ``benchmarks/gpu``, which has ``measure(context, record)`` and, by the step's name,
+            ``FIGURES``.
+        seconds: its time box.
+    """
+
+    name: str
+    title: str
+    module: str
+    seconds: int
+    needs_transformer_engine: bool = False
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """The figures that it gives, by their names in its record."""
+        return self._imported.FIGURES[self.name]
+
+    @property
+    def measure(self) -> Callable[[Context, Record], None]:
+        """Takes the figures."""
+        return self._imported.measure
+
+    @property
+    def _imported(self):
+        return importlib.import_module(f"gpu.{self.module}")
+
+
+STEPS = (
+    Step("float32", "float32 against the CPU", "float32", 60),
+    Step("bf16", "bf16 against float32", "precision", 60),
+    Step("table_bf16", "1B in bf16, torch's layers", "one_billion", 150),
+    Step("kernels", "Kernels of a step", "kernels", 60),
+    Step("layouts", "Layouts over nccl on one GPU", "layouts", 80),
+    Step("resume", "Resume from an asynchronous checkpoint", "resume", 60),
+    Step("dali", "Steps through DALI to the GPU", "dali_rows", 40),
+    Step("fp8", "FP8 against float32", "precision", 60, needs_transformer_engine=True),
+    Step("table_te_bf16", "1B in bf16, Transformer Engine's layers", "one_billion", 110, needs_transformer_engine=True),
+    Step("table_te_fp8", "1B in FP8", "one_billion", 90, needs_transformer_engine=True),
+    Step("implementations", "Training with both implementations", "implementations", 80, needs_transformer_engine=True),
+)

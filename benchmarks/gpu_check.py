@@ -1,0 +1,100 @@
+"""The GPU path proved in one run on one GPU: right, fast, and where the time goes. Started by gpu_check.sh.
+
+Results are in one folder: gpu_check.json, written after every step and while it runs; gpu.md, the same as a page; and
+gpu_check.log. Steps that are done are not run again.
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from gpu import runner
+from gpu.machine import machine
+from gpu.page import page
+from gpu.records import FAILED, Context, Record, read, write_machine
+from gpu.steps import STEPS, Step
+
+from megatron_ext import command_line
+from megatron_ext.errors import UserError
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    file = arguments.results / "gpu_check.json"
+    if arguments.page:
+        return command_line.write_text(arguments.page, page(read(file)))
+    steps = [step for step in STEPS if step.name in arguments.only]
+    if arguments.step:
+        return runner.measure({step.name: step for step in STEPS}[arguments.step], context_of(arguments))
+    if not torch.cuda.is_available() and not arguments.rehearse:
+        raise UserError("no GPU here; --rehearse runs the same steps at tiny sizes on a CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the step that runs, too
+    write_machine(file, machine())
+    ended: dict[str, Record] = {}
+
+    def after(step: Step, record: Record) -> None:
+        ended[step.name] = record
+        command_line.write_text(arguments.results / "gpu.md", page(read(file)))
+        print(describe(step, record), flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments.scratch = Path(scratch)
+        runner.run(steps, context_of(arguments), arguments.minutes, after)
+    print(f"{arguments.results / 'gpu.md'}; what the steps printed: {file.with_suffix('.log')}")
+    wrong = [step.name for step in steps if ended[step.name].status == FAILED or missed(step, ended[step.name])]
+    if wrong:
+        raise UserError(f"failed, or an error is over its limit: {', '.join(wrong)}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  bash benchmarks/gpu_check.sh runs/gpu --references runs/rehearsal/references",
+    )
+    names = [step.name for step in STEPS]
+    parser.add_argument("results", type=Path, nargs="?", default=Path("runs/gpu_check"), metavar="RESULTS")
+    parser.add_argument("--rehearse", action="store_true", help="the same steps at tiny sizes on a CPU")
+    parser.add_argument("--references", type=Path, metavar="FOLDER", help="the CPU's; default: RESULTS/references")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=f"of {','.join(names)}")
+    parser.add_argument("--minutes", type=float, default=8.8, help="for all steps together (default 8.8)")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write what RESULTS holds as a page, and run nothing")
+    parser.add_argument("--step", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.only if name not in names]:
+        parser.error(f"unknown step {unknown[0]!r}; known: {', '.join(names)}")
+    arguments.results = arguments.results.absolute()
+    return arguments
+
+
+def context_of(arguments: argparse.Namespace) -> Context:
+    references = arguments.references or arguments.results / "references"
+    return Context(arguments.results, references.absolute(), arguments.scratch, arguments.rehearse)
+
+
+def describe(step: Step, record: Record) -> str:
+    """How a step ended, and which aims it missed."""
+    told = f"{step.name}: {record.status}" + (f": {record.reason}" if record.reason else f", {record.seconds:.0f} s")
+    return "; ".join([told, *(f"missed: {line}" for line in missed(step, record, everywhere=record.rehearsal))])
+
+
+def missed(step: Step, record: Record, everywhere: bool = True) -> list[str]:
+    """The aims that a step missed.
+
+    Args:
+        everywhere: those alone that hold on any machine.
+    """
+    return [
+        f"{figure.label} {record.figures[name]:.3g}, not {figure.aim}"
+        for name, figure in step.figures.items()
+        if name in record.figures and not figure.met(record.figures[name]) and (figure.everywhere or not everywhere)
+    ]
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,31 @@
+"""Parallel layouts by their names: tp2-pp2-vp2-sp-dp2."""
+
+import re
+
+
+def all_layouts() -> list[str]:
+    """{TP 1, 2, 4} x {PP 1, 2, 4, virtual} x {SP on, off} x {DP 1, 2} in up to 8 processes."""
+    names = []
+    for tp in (1, 2, 4):
+        for pipeline in ("", "-pp2", "-pp2-vp2", "-pp4", "-pp4-vp2"):
+            for sp in ("", "-sp") if tp > 1 else ("",):
+                for dp in ("", "-dp2"):
+                    name = f"tp{tp}{pipeline}{sp}{dp}"
+                    if processes(name) <= 8:
+                        names.append(name)
+    return names
+
+
+def overrides(layout: str) -> list[str]:
+    """Configuration of a layout by its name."""
+    keys = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline"}
+    sizes = re.findall(r"(tp|pp|vp)(\d+)", layout)
+    return [f"parallel.{keys[k]}={n}" for k, n in sizes] + ["parallel.sequence=true"] * ("sp" in layout.split("-"))
+
+
+def processes(layout: str) -> int:
+    """Processes that a layout takes."""
+    total = 1
+    for _, size in re.findall(r"(tp|pp|dp)(\d+)", layout):
+        total *= int(size)
+    return total

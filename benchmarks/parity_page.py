@@ -1,0 +1,43 @@
+"""The errors of all layouts as a page of documentation."""
+
+from parity_layouts import processes
+
+PAGE = """# Parallel layouts agree
+
+Made by `python benchmarks/parity.py --markdown docs/parity.md`. {count} layouts train the same model on the same
+global batch under every plan, in float32 over gloo; each number is a relative error against one process. The model:
+`{settings}`.
+
+`tp` tensor, `pp` pipeline, `vp` virtual stages (interleaved schedule), `sp` sequence parallelism, `dp` replicas. Under
+a plan's name stands the largest |g - g'| / |g'| over all parameters of the model, each taken whole; the other columns
+are the worst of all plans. The last one repeats the steps with the optimizer's states sharded over the replicas. The
+plan "rank 4 per task" lets HiMix begin in layer 2 and gives all four projections low-rank differences for each task. An
+empty cell was not measured.
+
+The references are one process on a CPU. `--references FOLDER` keeps them (a file of 2 to 2.5 MB for each plan), and on
+a GPU they must be there, made on a CPU by `python benchmarks/parity.py --layouts tp1 --references FOLDER`: a GPU is
+never compared with itself. Ranks that outnumber the GPUs share the first one, over nccl's sockets.
+
+{table}
+"""
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """The results as a Markdown table: worst gradient by plan, then the worst of all plans for the other figures."""
+    plans = list(dict.fromkeys(plan for of_plan in results.values() for plan in of_plan))
+    others = {
+        "loss": "loss",
+        "logits": "logits",
+        "gradient_norm": "gradient norm",
+        "later_losses": "losses of 2 steps",
+        "sharded_optimizer_losses": "sharded optimizer",
+    }
+    heads = ["layout", "processes", *(plan.replace("_", " ") for plan in plans), *others.values()]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for name, of_plan in results.items():
+        cells = [f"{of_plan[plan]['gradient']:.0e}" if plan in of_plan else "" for plan in plans]
+        for key in others:
+            values = [r[key] for r in of_plan.values() if key in r]
+            cells.append(f"{max(values):.0e}" if values else "")
+        lines.append(f"| {name} | {processes(name)} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""The kinds of steps that are timed, each against another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_ext import config_file
+from megatron_ext.config import Config
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, forward_flops
+from megatron_ext.routing.plan import Plan
+
+Build = Callable[[Config, int, Batch], Callable[[], float]]
+"""From a configuration, the size of the vocabulary and a global batch on the host: a whole step that gives the loss."""
+
+
+def _ours(*arguments):
+    from training_step.ours import OurStep
+
+    return OurStep(*arguments)
+
+
+def _masked(*arguments):
+    from training_step.masked import MaskedStep
+
+    return MaskedStep(*arguments)
+
+
+def _stock_megatron(*arguments):
+    from training_step.others import stock_megatron
+
+    return stock_megatron(*arguments)
+
+
+def _hugging_face(*arguments):
+    from training_step.others import hugging_face
+
+    return hugging_face(*arguments)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of step.
+
+    Attributes:
+        rows: what the rows hold, see :func:`training_step.rows.random_rows`.
+        base: the case that it is measured against.
+        plan: settings of the plan whose FLOPs count.
+        limit: what the figure should not exceed.
+        build: makes the step.
+    """
+
+    rows: str
+    base: str
+    plan: tuple[str, ...] = ()
+    limit: float | None = None
+    build: Build = _ours
+
+    @property
+    def is_other_library(self) -> bool:
+        """Whether it is a step of another library. Its ratio is ours over theirs."""
+        return self.build in (_stock_megatron, _hugging_face)
+
+
+def _of_plan(rows: str, setting: str, limit: float, build: Build = _ours) -> Case:
+    return Case(rows, f"dense on {rows}", (setting,), limit, build)
+
+
+CASES = {
+    "dense": Case("whole", "dense"),
+    "stock Megatron-Core": Case("whole", "dense", limit=1.05, build=_stock_megatron),
+    "Hugging Face": Case("whole", "dense", limit=1.0, build=_hugging_face),
+    "dense on understanding": Case("understanding", "dense on understanding"),
+    "himix": _of_plan("understanding", "plan.preset=himix", 1.10),
+    "himix by masking": _of_plan("understanding", "plan.preset=himix", None, _masked),
+    "dense on generation": Case("generation", "dense on generation"),
+    "hmgen": _of_plan("generation", "plan.preset=hmgen", 1.05),
+    "hmgen by masking": _of_plan("generation", "plan.preset=hmgen", None, _masked),
+    "separate": _of_plan("generation", "plan.projections.kind=separate", 1.10),
+    "decomposed": _of_plan("generation", "plan.projections.kind=decomposed", 1.10),
+    "dense on both": Case("both", "dense on both"),
+    "himix_hmgen_share_all": _of_plan("both", "plan.preset=himix_hmgen_share_all", 1.10),
+    "himix_hmgen_share_all_separate": _of_plan("both", "plan.preset=himix_hmgen_share_all_separate", 1.10),
+    "himix_hmgen_share_partial": _of_plan("both", "plan.preset=himix_hmgen_share_partial", 1.10),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Model and step that the cases share.
+
+    Attributes:
+        settings: of the model and its precision, ``section.key=value``.
+        files: configurations that the settings are laid over.
+        rows: in a micro-batch.
+        sequence: tokens in a row.
+    """
+
+    settings: tuple[str, ...]
+    vocab_size: int
+    rows: int
+    sequence: int
+    micro_batches: int = 1
+    files: tuple[str, ...] = ()
+
+    def configuration(self, plan: tuple[str, ...] = ()) -> Config:
+        """The size as a run's configuration, with settings of a plan."""
+        step = [
+            f"data.sequence_length={self.sequence}",
+            f"training.micro_batch_size={self.rows}",
+            f"training.global_batch_size={self.rows * self.micro_batches}",
+        ]
+        return config_file.load(Config, list(self.files), [*self.settings, *step, *plan])
+
+    def flops(self, case: Case, batch: Batch) -> int:
+        """FLOPs of a training step of the model under the case's plan."""
+        config = self.configuration(case.plan)
+        plan = Plan.of(config.plan, config.model.num_layers)
+        return TRAINING_PER_FORWARD * forward_flops(config.model, self.vocab_size, plan, count(batch, plan))
+
+
+def with_bases(names: list[str]) -> list[str]:
+    """The cases ``names`` and their bases, each base right before what is measured against it."""
+    bases = {CASES[name].base for name in names}
+    return [name for base in CASES if base in bases for name in CASES if name == base or _against(name, base, names)]
+
+
+def _against(name: str, base: str, names: list[str]) -> bool:
+    return name in names and CASES[name].base == base

@@ -1,0 +1,45 @@
+"""This project's training step, and the parts of it that do not shrink with a plan."""
+
+import torch
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_ext.config import Config
+from megatron_ext.data.batch import Batch
+from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.step import train_step
+from training_step.rows import step_input
+from training_step.weights import drawn_on_device
+
+
+class OurStep:
+    """A training step over one global batch. Called, it runs the whole step and gives the loss."""
+
+    def __init__(self, config: Config, vocab_size: int, batch: Batch):
+        with drawn_on_device():
+            self.chunks = build_model(config, vocab_size)
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.config = config
+        self.input = step_input(batch, config)
+        self._logits = int((batch.loss_mask > 0).sum())
+
+    def __call__(self) -> float:
+        return train_step(self.chunks, self.optimizer, self.input, self.config).loss
+
+    def optimizer_step(self) -> None:
+        """The optimizer's part of a step with the gradients that the last step left: their norm, clipping, AdamW."""
+        self.optimizer.step()
+
+    def output_head(self) -> None:
+        """Forward and backward pass of the output layer and the loss, over as many rows as a step computes logits
+        for, micro-batch by micro-batch."""
+        chunk, training = self.chunks[-1], self.config.training
+        model = get_attr_wrapped_model(chunk, "token_losses", return_model_obj=True)
+        micro_batches = training.global_batch_size // training.micro_batch_size
+        weight = model.shared_embedding_or_output_weight()
+        shape = (self._logits // micro_batches, 1, self.config.model.hidden_size)
+        rows = torch.randn(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        labels = torch.zeros(shape[0], dtype=torch.int64, device=weight.device)
+        with chunk.no_sync():  # else gradients that are reduced as they become ready would wait for all the others
+            for _ in range(micro_batches):
+                logits, _ = model.output_layer(rows, weight=weight)
+                model.token_losses(logits, labels).sum().backward()

@@ -1,0 +1,58 @@
+"""Random rows that a step is timed on, and a batch as the training step wants it."""
+
+import torch
+
+from megatron_ext.config import Config
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.training import distributed
+from megatron_ext.training.prepare import Preparation, StepInput, prepare
+
+IMAGE, TEXT = 256, 24
+DOCUMENT = IMAGE + TEXT
+
+
+def step_input(batch: Batch, config: Config) -> StepInput:
+    """What ``train_step`` takes, on the device, for a replica's rows of a global batch. A run has it made ahead."""
+    return prepare(batch, config, distributed.device())
+
+
+def stored_order(batch: Batch, config: Config) -> torch.Tensor:
+    """[T] flat index into the rows [b, s] of a micro-batch of each row of its hidden states, -1 for a dummy."""
+    preparation = Preparation.of(config, training=False)
+    route = Route.arrays(batch, preparation.plan, *preparation.alignment, fill=preparation.fill)
+    return torch.as_tensor(route.order)
+
+
+def random_rows(kind: str, rows: int, length: int, vocab_size: int) -> Batch:
+    """Rows [rows, length] of random tokens.
+
+    Args:
+        kind: ``whole``: a document fills the row and every token has loss, as other libraries see any row.
+            ``understanding``, ``generation``: as many documents of 256 image and 24 text tokens as fit, and padding,
+            with their task's loss. ``both``: a row of one and a row of the other by turns.
+    """
+    if kind == "both":
+        understanding, generation = (
+            random_rows(task, rows, length, vocab_size) for task in ("understanding", "generation")
+        )
+        odd = (torch.arange(rows) % 2 == 1)[:, None]
+        fields = ((getattr(understanding, name), getattr(generation, name)) for name in Batch.names())
+        return Batch(*(torch.where(odd, second, first) for first, second in fields))
+    batch = Batch.zeros(rows, length)
+    batch.tokens[:] = torch.randint(0, vocab_size, (rows, length))
+    batch.labels = batch.tokens.roll(-1, 1)
+    document = length if kind == "whole" else DOCUMENT
+    number, position = torch.arange(length) // document, torch.arange(length) % document
+    batch.positions[:] = position
+    batch.modality[:] = (position >= TEXT if kind == "generation" else position % DOCUMENT < IMAGE) * Modality.IMAGE
+    batch.task[:] = Task.GENERATION if kind == "generation" else Task.UNDERSTANDING
+    batch.document[:] = torch.where(number < length // document, number, PADDING_DOCUMENT)
+    batch.loss_mask[:] = {
+        "whole": 1,
+        "understanding": batch.modality == Modality.TEXT,
+        "generation": batch.modality == Modality.IMAGE,
+    }[kind]
+    batch.loss_mask[batch.document == PADDING_DOCUMENT] = 0
+    return batch

@@ -1,0 +1,71 @@
+"""The references of benchmarks/parity.py: made on a CPU alone, refused where they do not fit."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import parity
+from one_gpu import share_one_gpu
+from parity_references import Measured, References, errors
+
+from megatron_ext import cpu
+from megatron_ext.errors import UserError
+
+NUMBERS = torch.arange(4.0)
+
+
+def measured(scale: float = 1.0) -> Measured:
+    gradients = {"decoder.final_layernorm.weight": scale * torch.ones(3)}
+    return Measured(gradients, [scale * torch.ones(5, 1, 4)], [2.0 * scale, 1.0], [3.0, 3.0])
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    references = References(tmp_path, NUMBERS)
+    assert references.missing(["dense", "rank 4"]) == ["dense", "rank 4"]
+    references.save("rank 4", measured())
+    assert references.missing(["dense", "rank 4"]) == ["dense"]
+    assert References(tmp_path, NUMBERS + 1e-7).load("rank 4").losses == [2.0, 1.0]
+
+
+def test_errors_are_relative(one_process):
+    one_process()
+    assert set(errors(measured(), measured()).values()) == {0.0}
+    found = errors(measured(1.5), measured())
+    assert (found["loss"], found["logits"], found["gradient"]) == pytest.approx((0.5, 0.5, 0.5))
+    assert found["gradient_norm"] == 0
+
+
+@pytest.mark.parametrize("numbers", [NUMBERS[:3], NUMBERS + 0.01], ids=["another shape", "other numbers"])
+def test_references_of_other_weights_or_rows_are_refused(tmp_path, numbers):
+    References(tmp_path, NUMBERS).save("dense", measured())
+    with pytest.raises(UserError, match="dense.pt: made with other settings"):
+        References(tmp_path, numbers).load("dense")
+
+
+def test_a_gpu_makes_no_references(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    with pytest.raises(UserError, match="no reference, and a GPU makes none; on a CPU: python benchmarks/parity.py"):
+        References(tmp_path, NUMBERS).save("dense", measured())
+    with pytest.raises(UserError, match="no reference for himix, and a GPU makes none"):
+        parity.compare(["tp1"], ["himix"], [], minutes=1, references=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_share_a_gpu_where_there_are_too_few_and_only_there(monkeypatch):
+    for name in ("LOCAL_RANK", "NCCL_HOSTID", "NCCL_NET", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "as it was")  # and is again after the test
+    for name in ("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    share_one_gpu()
+    assert os.environ["NCCL_HOSTID"] == "as it was"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    share_one_gpu()
+    assert (os.environ["LOCAL_RANK"], os.environ["NCCL_HOSTID"]) == ("0", "rank-1")
