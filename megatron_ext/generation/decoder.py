@@ -95,6 +95,7 @@ class Decoder:
             if of_queries.numel() < of_keys.numel():
                 layer.query_positions = positions[of_queries].to(device)
             layer.rotary = None
+        route.longest_document = int(positions.max()) + 1
         route.tokens = batch.tokens.flatten().to(device)[route.order].unsqueeze(0)
         route.image_places, route.longest_image = places.flatten().to(device)[route.order], int(places.max())
         return route

@@ -83,7 +83,7 @@ class LayerRoute:
         query_lengths, key_lengths: of each segment.
         query_positions, key_positions: rotary positions in attention's order.
         cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1].
-        rotary: tables for queries and keys; filled in by the model before its first layer.
+        rotary: angles of queries and keys; filled in by the model before its first layer.
         places, cache: with a cache of keys, what goes where in it (``generation/cache.py``); None in training.
     """
 
@@ -96,7 +96,7 @@ class LayerRoute:
     key_positions: Tensor
     cu_seqlens_q: Tensor
     cu_seqlens_kv: Tensor
-    rotary: tuple[Tensor, Tensor] | None = None
+    rotary: object = None
     places: CachePlaces | None = None
     cache: object = None
 
@@ -113,6 +113,7 @@ class Route(PackedSeqParams):
         tokens: [1, T] token ids as stored.
         image_places: [T] which token of its image each stored row is, from 1; 0: of none (see :func:`image_places`).
         longest_image: the largest of them.
+        longest_document: one more than the largest position of a token.
         layers: the route of each layer of the whole model, by its number from 0.
         targets: [n] flat indices into b * s, ascending, of the tokens whose logits are wanted.
         head: the pieces that hold those tokens; their gathered rows become the targets' by ``head_rows``.
@@ -122,6 +123,7 @@ class Route(PackedSeqParams):
     tokens: Tensor = None
     image_places: Tensor = None
     longest_image: int = 0
+    longest_document: int = 0
     layers: list[LayerRoute] = field(default_factory=list)
     targets: Tensor = None
     head: Pieces = None
@@ -185,6 +187,7 @@ class Route(PackedSeqParams):
             tokens=batch.tokens.flatten()[order.clamp(min=0)].unsqueeze(0),
             image_places=places[order.clamp(min=0)],
             longest_image=int(places.max()) if t else 0,
+            longest_document=int(batch.positions.max()) + 1 if t else 0,
             layers=[by_roles[roles] for roles in groups.roles],
             targets=targets,
             head=head,

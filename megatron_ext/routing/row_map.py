@@ -16,16 +16,19 @@ class RowMap:
     """Rows of one tensor, or of several one after the other, in another order: ``out[i] = rows[index[i]]``.
 
     Attributes:
-        index: [outputs].
-        inverse: [inputs], where each input row went; None when a row is used more than once.
-        holes: input rows that went nowhere (``inverse`` holds 0 for them); None when there are none.
+        index: int32 [outputs], the input row of each output row; -1 for a filler, which is zeros.
+        inverse: int32 [inputs], the output row that each input row became; -1 for none. None when a row is used more
+            than once.
+        starts, uses: int32 [inputs + 1] and [outputs]: input row i became the output rows ``uses[starts[i] :
+            starts[i + 1]]``, ascending. None unless a row is used more than once.
         runs: the same as slices of the tensors, (tensor, first row, rows) in order; None when they are too short to be
-            worth it.
+            worth it, or there are fillers.
     """
 
     index: Tensor
     inverse: Tensor | None
-    holes: Tensor | None
+    starts: Tensor | None
+    uses: Tensor | None
     runs: list[tuple[int, int, int]] | None
 
     @classmethod
@@ -34,17 +37,20 @@ class RowMap:
         total, here = sum(inputs), torch.arange(index.numel())
         if len(inputs) == 1 and index.numel() == total and torch.equal(index, here):
             return None
-        runs = _runs(index, inputs)
+        index, runs, real = index.int(), _runs(index, inputs), index >= 0
         if repeated:
-            return cls(index, None, None, runs)
-        inverse = torch.full((total,), -1).index_copy_(0, index, here)
-        holes = (inverse < 0).nonzero().flatten()
-        return cls(index, inverse.clamp_(min=0), holes if holes.numel() else None, runs)
+            order = index.argsort(stable=True)
+            counts = index[real].long().bincount(minlength=total)
+            starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+            return cls(index, None, starts, order[index.numel() - int(real.sum()) :].int(), runs)
+        inverse = torch.full((total,), -1, dtype=torch.int32)
+        inverse[index[real].long()] = here[real].int()
+        return cls(index, inverse, None, None, runs)
 
 
 def _runs(index: Tensor, inputs: Sequence[int]) -> list[tuple[int, int, int]] | None:
     """Runs of consecutive rows of one tensor in ``index``, if they are long: (tensor, first row, rows)."""
-    if not index.numel():
+    if not index.numel() or bool((index < 0).any()):
         return None
     starts = torch.tensor([0, *accumulate(inputs)])
     tensor = torch.searchsorted(starts, index, right=True) - 1

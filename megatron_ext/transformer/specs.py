@@ -22,7 +22,7 @@ from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.attention import UnifiedSelfAttention
 from megatron_ext.transformer.core_attention import DocumentAttention, transformer_engine_attention
 from megatron_ext.transformer.layer import UnifiedLayer
-from megatron_ext.transformer.norm import RMSNorm
+from megatron_ext.transformer.norm import AddNorm, InputNorm, RMSNorm
 from megatron_ext.transformer.projection import (
     ColumnLinear,
     QueryKeyValueLinear,
@@ -112,14 +112,12 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 
 def layer_spec(config: Config) -> ModuleSpec:
-    """One layer: :class:`UnifiedLayer` with norms, split projections and attention of the chosen implementation."""
+    """One layer: :class:`UnifiedLayer` with split projections and attention of the chosen implementation."""
     if implementation(config) == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm as norm
-
         query_key_value, column, row = transformer_engine_linears()
         attention = transformer_engine_attention()
     else:
-        norm, attention = RMSNorm, DocumentAttention
+        attention = DocumentAttention
         query_key_value, column, row = QueryKeyValueLinear, ColumnLinear, RowLinear
     projections = Plan.of(config.plan, config.model.num_layers).projections
 
@@ -131,7 +129,7 @@ def layer_spec(config: Config) -> ModuleSpec:
     return ModuleSpec(
         module=UnifiedLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=InputNorm,
             self_attention=ModuleSpec(
                 module=UnifiedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -141,7 +139,7 @@ def layer_spec(config: Config) -> ModuleSpec:
                     linear_proj=linear(row, "proj"),
                 ),
             ),
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=AddNorm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
@@ -162,8 +160,4 @@ def block_spec(config: Config, transformer: TransformerConfig, vp_stage: int | N
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     count = get_num_layers_to_build(transformer, vp_stage)
-    if implementation(config) == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm as norm
-    else:
-        norm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * count, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * count, layer_norm=RMSNorm)
