@@ -1,7 +1,8 @@
-"""Speed of the data path: packed rows per second through DALI and through torch's DataLoader, in one run.
+"""Speed of the data path: tokens per second through DALI and through torch's DataLoader, in one run.
 
-Both read the same rows of a synthetic data set, made in a temporary folder. The rounds alternate, so that a busy
-machine slows both alike; the ratio is the median of the rounds' ratios.
+Both make the same steps ahead from a synthetic data set in a temporary folder: rows, routes, labels, in one buffer,
+which goes to the device. The rounds alternate, so that a busy machine slows both alike; the ratio is the median of the
+rounds' ratios.
 """
 
 import statistics
@@ -12,18 +13,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_ext import config_file
 from megatron_ext.command_line import parser, progress, run, write_json
-from megatron_ext.config import SourceConfig
+from megatron_ext.config import Config, SourceConfig
 from megatron_ext.data import dali
-from megatron_ext.data.decoding import decode
 from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
 from megatron_ext.data.loader import PlainLoader
 from megatron_ext.data.mixture import Mixture, Source
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.rows import PackedRows, StepRows
+from megatron_ext.data.serialization import from_bytes, to_bytes
+from megatron_ext.data.transfer import to_device
 from megatron_ext.data.words import PADDING, TASK
-from megatron_ext.data.workers import WorkerRows
+from megatron_ext.data.workers import WorkerSteps
 from megatron_ext.errors import UserError
+from megatron_ext.routing.plan import PRESETS
+from megatron_ext.training.prepare import Preparation
 
 SPECIAL = SpecialTokens(bos=1, pad=32000, eod=32001, boi=32002, eoi=32003)
 CODES = 8192
@@ -36,6 +41,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=200, help="steps timed in a round (default 200)")
     arguments.add_argument("--rounds", type=int, default=5, help="rounds per loader (default 5)")
     arguments.add_argument("--workers", type=int, default=2, help="worker processes of each loader (default 2)")
+    arguments.add_argument("--plan", default="himix_hmgen_share_partial", choices=PRESETS, help="preset of the routes")
     arguments.add_argument("--documents", type=int, default=20_000, help="documents in the data set (default 20000)")
     arguments.add_argument("--image-tokens", type=int, default=256, help="VQ codes in an image (default 256)")
     arguments.add_argument("--text-tokens", type=int, default=24, help="mean tokens of a caption (default 24)")
@@ -53,17 +59,19 @@ def measure(mixture: Mixture, options) -> dict:
     """Tokens per second of every part of the data path, and the ratio of the loaders."""
     rows = StepRows(PackedRows(mixture, options.length), options.rows)
     step, packing = _timed(lambda: [rows[i] for i in range(options.steps)][-1])
-    packed = torch.from_numpy(step)
-    _, decoding = _timed(lambda: [decode(packed, SPECIAL.pad) for _ in range(options.steps)])
+    settings = [f"plan.preset={options.plan}", f"data.sequence_length={options.length}", "model.num_layers=32"]
+    prepare = Preparation.of(config_file.load(Config, [], settings), pad=SPECIAL.pad)
+    few = max(1, options.steps // 20)
+    _, preparing = _timed(lambda: [to_bytes(prepare(step, i)) for i in range(few)])
     tokens = options.steps * options.rows * options.length
     speeds = {"dali": [], "torch": []}
     for _ in progress(range(options.rounds), desc="rounds"):
         for name, loader in (("dali", dali.DaliLoader), ("torch", PlainLoader)):
-            speeds[name].append(tokens / _one_round(loader, rows, options))
+            speeds[name].append(tokens / _one_round(loader, rows, prepare, options))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     return {
         "packing_tokens_per_second": tokens / packing,
-        "decoding_tokens_per_second": tokens / decoding,
+        "preparing_tokens_per_second": tokens * few / options.steps / preparing,
         "dali_tokens_per_second": medians["dali"],
         "torch_tokens_per_second": medians["torch"],
         "ratio": statistics.median(ours / theirs for ours, theirs in zip(speeds["dali"], speeds["torch"])),
@@ -71,15 +79,19 @@ def measure(mixture: Mixture, options) -> dict:
     }
 
 
-def _one_round(loader, rows: StepRows, options) -> float:
+def _one_round(loader, rows: StepRows, prepare: Preparation, options) -> float:
     """Seconds for the steps after the first few, which are prepared while the processes start."""
     prefetch = 4
     warm = 2 * prefetch
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    steps = loader(WorkerRows(rows, 0, warm + options.steps), options.workers, prefetch, device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    steps = loader(WorkerSteps(rows, 0, warm + options.steps, prepare), options.workers, prefetch)
+
+    def fetch() -> float:
+        return float(to_device(from_bytes(next(steps).numpy()), device).loss_tokens[0])  # waits for the copy
+
     for _ in range(warm):
-        next(steps)
-    _, seconds = _timed(lambda: [next(steps)[0, 0].item() for _ in range(options.steps)])
+        fetch()
+    _, seconds = _timed(lambda: [fetch() for _ in range(options.steps)])
     steps.close()
     return seconds
 
@@ -111,7 +123,7 @@ def _summary(numbers: dict, options) -> str:
         [
             f"rows of {options.length} tokens, {options.rows} a step, {numbers['padding']:.1%} padding",
             f"packing, one process     {millions['packing_tokens_per_second']}",
-            f"decoding to a batch      {millions['decoding_tokens_per_second']}",
+            f"routes and labels        {millions['preparing_tokens_per_second']}",
             f"DALI, {options.workers} worker(s)        {millions['dali_tokens_per_second']}",
             f"DataLoader, {options.workers} worker(s)  {millions['torch_tokens_per_second']}",
             f"DALI / DataLoader        {numbers['ratio']:7.2f}",

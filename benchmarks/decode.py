@@ -186,7 +186,7 @@ def hugging_face(model, kind: str, rows: int) -> Continued:
 def document_rows(kind: str, tokens: Sequence[Sequence[int]], asked: int) -> Batch:
     """Rows of equally long documents in which the logits of the last ``asked`` tokens are wanted."""
     ids = torch.tensor(tokens)
-    batch = Batch(**{name: torch.zeros(ids.shape, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch = Batch.zeros(*ids.shape)
     batch.tokens[:], batch.positions[:] = ids, torch.arange(ids.shape[1])
     batch.modality[:] = Words.is_image(ids) * Modality.IMAGE
     batch.task[:] = KINDS[kind]

@@ -85,7 +85,7 @@ def packed_batch(rows: int, length: int, seed: int) -> Batch:
     def integers(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=random)
 
-    batch = Batch(**{name: torch.zeros(rows, length, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch = Batch.zeros(rows, length)
     batch.tokens[:] = integers(0, VOCABULARY, rows, length)
     batch.labels[:] = integers(0, VOCABULARY, rows, length)
     batch.modality[:] = (batch.tokens >= VOCABULARY // 2) * Modality.IMAGE
@@ -107,6 +107,7 @@ def measure(config: Config) -> tuple[dict[str, torch.Tensor], list[float], list[
     """This rank's gradients of the first step by global name, and the losses and gradient norms of all steps."""
     from megatron.core import parallel_state
 
+    from megatron_ext.training.prepare import prepare
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import train_step
     from megatron_ext.transformer.initialization import global_parameters
@@ -125,8 +126,9 @@ def measure(config: Config) -> tuple[dict[str, torch.Tensor], list[float], list[
 
     for step in range(STEPS):
         batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=step)
-        batch = batch.rows(replica * rows, (replica + 1) * rows).to(torch.cuda.current_device())
-        result = train_step(chunks, optimizer, batch, config, accept=keep_gradients)
+        batch = batch.rows(replica * rows, (replica + 1) * rows)
+        step_input = prepare(batch, config, torch.cuda.current_device())
+        result = train_step(chunks, optimizer, step_input, config, accept=keep_gradients)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return gradients, losses, norms
@@ -173,7 +175,7 @@ def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Pa
             }
             # The optimizer does not know of plans: one without and one with components stand for all.
             if parallel_state.get_data_parallel_world_size() > 1 and plan in (plans[0], plans[-1]):
-                config.parallel.distributed_optimizer = True
+                config.parallel.distributed_optimizer = config.parallel.overlap = True
                 results[plan]["sharded_optimizer_losses"] = relative(measure(config)[1], expected_losses)
         if dist.get_rank() == 0:
             known = command_line.read_json(result_file) if result_file.exists() else {}

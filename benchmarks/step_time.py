@@ -90,7 +90,7 @@ def configuration(arguments, plan: list[str]) -> Config:
 
 def random_rows(kind: str, rows: int, length: int) -> Batch:
     """Rows of ``length`` tokens, as many documents as fit and padding; ``kind`` as in :class:`Case`."""
-    batch = Batch(**{name: torch.zeros(rows, length, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch = Batch.zeros(rows, length)
     batch.tokens[:] = torch.randint(0, VOCABULARY, (rows, length))
     batch.labels = batch.tokens.roll(-1, 1)
     number, position = torch.arange(length) // DOCUMENT, torch.arange(length) % DOCUMENT
@@ -109,12 +109,13 @@ def random_rows(kind: str, rows: int, length: int) -> Batch:
 
 def ours(config: Config) -> Callable[[Batch], float]:
     """A training step of this project."""
+    from megatron_ext.training.prepare import prepare
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import train_step
 
     chunks = build_model(config, VOCABULARY)
     optimizer = build_optimizer(config, chunks)
-    return lambda batch: train_step(chunks, optimizer, batch, config).loss
+    return lambda batch: train_step(chunks, optimizer, prepare(batch, config), config).loss
 
 
 def stock_megatron(config: Config) -> Callable[[Batch], float]:

@@ -61,6 +61,9 @@ train=(pretrain_unified.py "${overrides[@]}" ${extra[@]+"${extra[@]}"} "$@" --co
 
 # Tensor-parallel communication overlaps with compute only if kernels are queued in order.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Micro-batches differ in size; segments that grow leave no holes between them. Newer torch has the second name.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-$PYTORCH_CUDA_ALLOC_CONF}
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)

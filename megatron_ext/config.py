@@ -36,7 +36,8 @@ class ModelConfig:
     init_std: float = 0.02
     tie_embeddings: bool = False
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Which linear layers and norms; auto: Transformer Engine when it is installed and a GPU is there."""
+    """Which linear layers, norms and attention; auto: Transformer Engine under bf16 where it is installed and a GPU is
+    there."""
 
     def __post_init__(self):
         self.num_query_groups = self.num_query_groups or self.num_attention_heads
@@ -119,7 +120,8 @@ class ParallelConfig:
     distributed_optimizer: bool = False
     """Shard optimizer states (and float32 master weights) over the data-parallel group."""
     overlap: bool = False
-    """Reduce gradients over the replicas while the backward pass goes on."""
+    """Reduce gradients over the replicas while the backward pass goes on and, with the distributed optimizer, gather
+    new weights while the next forward pass does."""
 
 
 @dataclass
@@ -141,6 +143,9 @@ class DataConfig:
     validation: list[SourceConfig] = field(default_factory=list)
     sequence_length: int = 512
     """Tokens in a packed row."""
+    rows: Literal["mixed", "by_task"] = "mixed"
+    """Tasks that share a row: any, or one, which also makes micro-batches of one task where it can, so that with
+    training.row_multiple their shapes repeat; a little more padding."""
     caption_dropout: float = 0.1
     """Probability that a generation document loses its caption (classifier-free guidance)."""
     seed: int = 1234
@@ -172,8 +177,15 @@ class TrainingConfig:
     goes on in ``precision``."""
     task_weights: TaskWeights = field(default_factory=TaskWeights)
     seed: int = 1234
+    row_multiple: int = 1
+    """Dummy rows fill every group of tokens, the queries and keys of every layer and the logits up to a multiple of
+    this, so that shapes repeat from one micro-batch to the next; 1: none."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: selective recomputes the attention core, full whole layers."""
+    """Activation recomputation: full recomputes whole layers, selective the attention core. The latter saves memory
+    only where attention keeps all its scores; flash's, cuDNN's and torch's fused kernels recompute them anyway."""
+    deterministic: bool = False
+    """The same bits from the same run, on GPUs too, at the cost of some speed: kernels that add in a fixed order. An
+    operation that has no such kernel is refused when it is called."""
     validation_interval: int = 0
     """Iterations between validations; 0: never."""
     validation_batches: int = 4
@@ -344,6 +356,11 @@ class Config:
             if projections.rank < 1:
                 raise UserError(f"config: 'plan.projections.rank' is {projections.rank}, must be at least 1")
             _divides("plan.projections.rank", projections.rank, "parallel.tensor", p.tensor)
+        if m.implementation == "transformer_engine" and t.precision == "float32":
+            raise UserError(
+                "config: 'model.implementation' is transformer_engine, whose float32 products are TF32; take "
+                "training.precision=bf16, or model.implementation=local"
+            )
         if t.fp8 != "none" and t.precision != "bf16":
             raise UserError(f"config: 'training.fp8' is {t.fp8}, needs training.precision=bf16")
         if t.fp8 == "delayed" and self.logging.gradient_alignment_interval:
@@ -428,7 +445,7 @@ def _at_least_one(config: Config) -> list[tuple[str, int]]:
     keys = {
         "model": ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
         "parallel": ("tensor", "pipeline", "virtual_pipeline"),
-        "training": ("iterations", "micro_batch_size", "global_batch_size"),
+        "training": ("iterations", "micro_batch_size", "global_batch_size", "row_multiple"),
         "data": ("sequence_length", "prefetch"),
         "evaluation": ("batch_size", "longest"),
         "logging": ("interval",),

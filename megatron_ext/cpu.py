@@ -13,6 +13,10 @@ import torch
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor")
 _LIKE_FACTORIES = ("empty_like", "zeros_like", "ones_like", "full_like")
 
+DEVICE = torch.device("cpu")
+"""What ``cuda`` means. On ``meta`` a step can be traced: operators have shapes and no data, and whatever would make the
+host wait for a device fails."""
+
 _entered = False
 
 
@@ -39,18 +43,18 @@ def enter() -> None:
 
 
 def _redirect_device_calls() -> None:
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_device = lambda: DEVICE
     for name in ("synchronize", "set_device", "empty_cache"):
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self.to(DEVICE)
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self.to(DEVICE)
     tensor_type = torch.Tensor.type
 
     @functools.wraps(tensor_type)
     def type_(self, *args, **kwargs):
         """The optimizers sort parameters by the name of their type and know only the CUDA names."""
         made = tensor_type(self, *args, **kwargs)
-        return made.replace("torch.", "torch.cuda.", 1) if isinstance(made, str) else made
+        return f"torch.cuda.{made.rpartition('.')[2]}" if isinstance(made, str) else made
 
     torch.Tensor.type = type_
 
@@ -62,17 +66,17 @@ def _redirect_factories() -> None:
         torch.empty(0)
     # Wrapping the handful of factories costs nothing elsewhere; a TorchFunctionMode would tax every operation.
     for name in _FACTORIES + _LIKE_FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        setattr(torch, name, _redirected(getattr(torch, name)))
 
 
-def _on_cpu(factory):
+def _redirected(factory):
     @functools.wraps(factory)
-    def made(*args, device=None, **kwargs):
+    def call(*args, device=None, **kwargs):
         if device is not None and torch.device(device).type == "cuda":
-            device = torch.device("cpu")
+            device = DEVICE
         return factory(*args, device=device, **kwargs)
 
-    return made
+    return call
 
 
 def _redirect_random_state() -> None:

@@ -1,7 +1,5 @@
 """Show what a run would train on: the mixture as a tree, some packed rows decoded, how much of them is padding."""
 
-import torch
-
 from megatron_ext import config_file
 from megatron_ext.command_line import parser, run, write_json
 from megatron_ext.config import Config
@@ -36,10 +34,10 @@ def main() -> None:
     steps = training.validation_batches if options.validation else training.iterations
     print(mixture.tree(steps * training.global_batch_size, config.data.sequence_length))
 
-    rows = PackedRows(mixture, config.data.sequence_length)
+    rows = PackedRows(mixture, config.data.sequence_length, config.data.rows == "by_task")
     for row in range(options.first, options.first + options.rows):
         print(describe_row(rows, row, vocabulary))
-    measured = statistics(decode(torch.from_numpy(rows.words(0, options.sample)), vocabulary.pad))
+    measured = statistics(decode(rows.words(0, options.sample), vocabulary.pad))
     print(f"first {options.sample} rows: " + ", ".join(f"{key} {value:.3g}" for key, value in measured.items()))
     if options.json:
         write_json(options.json, {"fingerprint": mixture.fingerprint, "rows": options.sample, **measured})

@@ -31,8 +31,9 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.errors import UserError
 from megatron_ext.generation.load import load
+from megatron_ext.routing.layer_route import LayerRoute
 from megatron_ext.routing.plan import Plan
-from megatron_ext.routing.route import LayerRoute, Route
+from megatron_ext.routing.route import Route
 from megatron_ext.transformer.rows import join
 
 BLOCK = 2**23

@@ -31,11 +31,11 @@ from megatron_ext.analysis.rows import run_batches
 from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
-from megatron_ext.routing.dense_share import Draw
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.token_classes import Task
 from megatron_ext.training import checkpoint_folder, distributed
 from megatron_ext.training.checkpoint import load_weights, read_state
+from megatron_ext.training.prepare import StepInput, prepare
 from megatron_ext.training.run import padded_vocabulary
 from megatron_ext.training.setup import build_model
 from megatron_ext.training.step import task_gradients
@@ -54,7 +54,7 @@ CHUNK = 2**22
 """Elements that are taken to float64 at a time."""
 
 
-def alignment(chunks: list, batch: Batch, config: Config, draw: Draw | None = None) -> dict:
+def alignment(chunks: list, step: StepInput, config: Config) -> dict:
     """Gradient alignment on one global batch; collective, the same on every rank.
 
     Costs a forward and a backward pass for each of the two tasks, and memory for a copy of this rank's gradients.
@@ -62,8 +62,7 @@ def alignment(chunks: list, batch: Batch, config: Config, draw: Draw | None = No
 
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
-        batch: this replica's rows of the global batch.
-        draw: of the iteration, where the plan has documents drawn to be dense.
+        step: this replica's rows of the global batch, on the device.
 
     Returns:
         The figures above: "layers", for each kind of part a list over layers; "layer", over all parameters of each
@@ -71,7 +70,7 @@ def alignment(chunks: list, batch: Batch, config: Config, draw: Draw | None = No
         None where it is not defined, as the cosine with a gradient of zero.
     """
     started = time.perf_counter()
-    (result,) = _compared(chunks, config, [(batch, Task.UNDERSTANDING), (batch, Task.GENERATION)], draw)
+    (result,) = _compared(chunks, config, [(step, Task.UNDERSTANDING), (step, Task.GENERATION)])
     return result | {"seconds": time.perf_counter() - started}
 
 
@@ -86,7 +85,7 @@ def corrected(chunks: list, batch: Batch, config: Config) -> dict:
     Costs five forward and backward passes over half of the batch, and memory as :func:`alignment` does.
 
     Args:
-        batch: this replica's rows, an even number of micro-batches.
+        batch: this replica's rows on the host, an even number of micro-batches.
 
     Returns:
         "layers", "layer", "outside" and "all" as of :func:`alignment`, with the figures ``corrected_cosine``,
@@ -99,7 +98,8 @@ def corrected(chunks: list, batch: Batch, config: Config) -> dict:
             f"a replica has {batch.shape[0]} rows, which are no even number of micro-batches of "
             f"{config.training.micro_batch_size}; take more --batches, or fewer processes"
         )
-    a, b = batch.rows(0, middle), batch.rows(middle, 2 * middle)
+    halves = batch.rows(0, middle), batch.rows(middle, 2 * middle)
+    a, b = (prepare(half, config).to(distributed.device()) for half in halves)
     u, g = Task.UNDERSTANDING, Task.GENERATION
     of_u, crossed, of_g, crossed_back = _compared(chunks, config, [(a, u), (b, u), (a, g), (b, g), (a, u)])
     found = [of_u, of_g, crossed, crossed_back]
@@ -122,16 +122,16 @@ def corrected(chunks: list, batch: Batch, config: Config) -> dict:
     }
 
 
-def _compared(chunks: list, config: Config, passes: list[tuple[Batch, Task]], draw: Draw | None = None) -> list[dict]:
-    """All figures of each two consecutive gradients, each of a task on a batch; u stands for the former."""
+def _compared(chunks: list, config: Config, passes: list[tuple[StepInput, Task]]) -> list[dict]:
+    """All figures of each two consecutive gradients, each of a task over some rows; u stands for the former."""
     columns = part_names(config)
     places = {(layer, name): i for i, (layer, name) in enumerate(_parts(config, columns))}
     counted = [(places[part_of(name)], p) for chunk in chunks for name, p in _counted(chunk)]
     made, before = [], []
-    for number, (batch, task) in enumerate(passes, 1):
-        task_gradients(chunks, batch, config, task, draw)
+    for number, (step, task) in enumerate(passes, 1):
+        task_gradients(chunks, step, config, task)
         if number > 1:
-            sums = torch.zeros(len(places), len(SUMS), dtype=torch.float64, device=batch.tokens.device)
+            sums = torch.zeros(len(places), len(SUMS), dtype=torch.float64, device=distributed.device())
             for (place, p), u in zip(counted, before):
                 sums[place] += _sums(u, p.main_grad)
             dist.all_reduce(sums, group=parallel_state.get_model_parallel_group())
@@ -239,13 +239,14 @@ def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validatio
     distributed.initialize(config)
     chunks = build_model(config, padded_vocabulary(config, vocabulary))
     load_weights(path, chunks, {"fingerprints": {"vocabulary": vocabulary.fingerprint}})
-    batch = next(run_batches(config, vocabulary, data, config.training.global_batch_size, 1))
+    batch = next(run_batches(config, vocabulary, data, config.training.global_batch_size, 1)).to("cpu")
+    step = prepare(batch, config).to(distributed.device())
     return {
         "checkpoint": str(checkpoint),
         "plan": Plan.of(config.plan, config.model.num_layers).name,
         "data": [f"{source.task}: {source.path}" for source in getattr(config.data, data)],
         "rows": config.training.global_batch_size,
         "parallel": dataclasses.asdict(config.parallel),
-        "alignment": alignment(chunks, batch, config),
+        "alignment": alignment(chunks, step, config),
         "corrected": corrected(chunks, batch, config) if count % 2 == 0 else None,
     }

@@ -1,15 +1,19 @@
 """One batch of packed rows: the only thing that the data path hands to the model."""
 
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+if TYPE_CHECKING:  # worker processes, which make batches of arrays, do not wait for torch
+    from torch import Tensor
 
 
 @dataclass
 class Batch:
-    """Packed rows of documents; every field is [b, s], b rows of s tokens.
+    """Packed rows of documents; every field is [b, s], b rows of s tokens: tensors, or NumPy arrays on the host.
 
     Attributes:
         tokens: token ids, int64.
@@ -23,36 +27,53 @@ class Batch:
             which stands at the end of a row. A document's tokens are contiguous.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    positions: Tensor
-    modality: Tensor
-    task: Tensor
-    document: Tensor
+    tokens: Tensor | np.ndarray
+    labels: Tensor | np.ndarray
+    loss_mask: Tensor | np.ndarray
+    positions: Tensor | np.ndarray
+    modality: Tensor | np.ndarray
+    task: Tensor | np.ndarray
+    document: Tensor | np.ndarray
 
-    DTYPES: ClassVar[dict] = {
-        "tokens": torch.int64,
-        "labels": torch.int64,
-        "loss_mask": torch.float32,
-        "positions": torch.int64,
-        "modality": torch.int8,
-        "task": torch.int8,
-        "document": torch.int32,
+    DTYPES: ClassVar[dict[str, str]] = {
+        "tokens": "int64",
+        "labels": "int64",
+        "loss_mask": "float32",
+        "positions": "int64",
+        "modality": "int8",
+        "task": "int8",
+        "document": "int32",
     }
+
+    @classmethod
+    def zeros(cls, rows: int, length: int) -> Batch:
+        """Tensors [rows, length] to be filled in, of one document of understanding text a row."""
+        import torch
+
+        return cls(**{name: torch.zeros(rows, length, dtype=getattr(torch, t)) for name, t in cls.DTYPES.items()})
 
     @classmethod
     def names(cls) -> list[str]:
         """Field names in order."""
         return [f.name for f in fields(cls)]
 
-    def rows(self, start: int, stop: int) -> "Batch":
+    def rows(self, start: int, stop: int) -> Batch:
         """Rows ``start`` to ``stop`` as a batch (views)."""
         return Batch(*(getattr(self, name)[start:stop] for name in self.names()))
 
-    def to(self, device, non_blocking: bool = False) -> "Batch":
-        """The same batch on ``device``."""
-        return Batch(*(getattr(self, name).to(device, non_blocking=non_blocking) for name in self.names()))
+    def to(self, device) -> Batch:
+        """The same tensors on ``device``."""
+        return Batch(*(getattr(self, name).to(device) for name in self.names()))
+
+    def arrays(self) -> Batch:
+        """The same as NumPy arrays; tensors, which must be on the host, share their memory."""
+        return Batch(*(np.asarray(getattr(self, name)) for name in self.names()))
+
+    def tensors(self) -> Batch:
+        """The same as tensors on the host, which share the arrays' memory."""
+        import torch
+
+        return Batch(*(torch.as_tensor(getattr(self, name)) for name in self.names()))
 
     @property
     def shape(self) -> tuple[int, int]:

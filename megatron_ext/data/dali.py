@@ -1,13 +1,13 @@
-"""Steps of rows through NVIDIA DALI: worker processes, shared memory, a prefetch queue and the copy to the GPU.
+"""Steps through NVIDIA DALI: worker processes, shared memory and a prefetch queue.
 
-The only module that imports DALI. The rows are those of :mod:`megatron_ext.data.loader`, bit for bit.
+The only module that imports DALI. The steps are those of :mod:`megatron_ext.data.loader`, bit for bit.
 """
 
 import importlib.util
 
 import torch
 
-from megatron_ext.data.workers import WorkerRows, Workers
+from megatron_ext.data.workers import Workers, WorkerSteps
 from megatron_ext.errors import UserError
 
 
@@ -17,7 +17,8 @@ def available() -> bool:
 
 
 class DaliLoader:
-    """Iterates over the steps of ``rows``, each int32 [rows, length] on ``device``.
+    """Iterates over ``steps``, each uint8 [bytes] on the host: a part of it stays there, where kernels are launched
+    from, and the rest goes to the device in one copy (:mod:`megatron_ext.data.transfer`).
 
     Args:
         workers: processes that pack ahead; 0 packs in this process.
@@ -30,7 +31,7 @@ class DaliLoader:
         UserError: DALI is not installed.
     """
 
-    def __init__(self, rows: WorkerRows, workers: int, prefetch: int, device: torch.device):
+    def __init__(self, steps: WorkerSteps, workers: int, prefetch: int):
         if not available():
             raise UserError(
                 "data.loader is 'dali', but DALI is missing; pip install nvidia-dali-cuda130, or set it to 'plain'"
@@ -38,40 +39,37 @@ class DaliLoader:
         from nvidia.dali import fn, pipeline_def, types
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-        gpu = device.type == "cuda"
-        height, width = rows.rows.shape
-
         @pipeline_def
         def pipeline():
-            step = fn.external_source(
-                source=rows.sample,
+            return fn.external_source(
+                source=steps.sample,
                 batch=False,
                 parallel=workers > 0,
                 prefetch_queue_depth=prefetch if workers else None,
-                bytes_per_sample_hint=height * width * 4 if workers else None,
-                dtype=types.INT32,
-                ndim=2,
+                # A guess, so that memory shared with the workers seldom has to grow: some 40 bytes a token.
+                bytes_per_sample_hint=steps.rows.shape[0] * steps.rows.shape[1] * 40 if workers else None,
+                dtype=types.UINT8,
+                ndim=1,
             )
-            return step.gpu() if gpu else step
 
         made = pipeline(
             batch_size=1,
             num_threads=1,
-            device_id=device.index if gpu else None,
+            device_id=None,
             py_num_workers=max(1, workers),
             py_start_method="spawn",
         )
         self.workers = Workers()
         with self.workers.starting():
             made.build()
-        self._steps = DALIGenericIterator(made, ["rows"], prepare_first_batch=False)
+        self._steps = DALIGenericIterator(made, ["step"], prepare_first_batch=False)
 
     def __iter__(self):
         return self
 
     def __next__(self) -> torch.Tensor:
         [step] = next(self._steps)
-        return step["rows"][0]
+        return step["step"][0]
 
     def close(self) -> None:
         """End the worker processes."""

@@ -1,14 +1,16 @@
-"""One reader per replica, the same batch on all its ranks.
+"""One reader per replica, the same step on all its ranks.
 
-The first rank of each model-parallel group reads; one broadcast of four bytes a token hands the step to the others,
-and every rank decodes it.
+The first rank of each model-parallel group reads; one broadcast between hosts, ahead of the step, hands the others the
+buffer that a worker process made. From there one copy takes it to the device.
 """
 
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,8 +22,10 @@ from megatron_ext.data.loader import PlainLoader
 from megatron_ext.data.mixture import Mixture, Source
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.rows import PackedRows, StepRows
+from megatron_ext.data.serialization import from_bytes
+from megatron_ext.data.transfer import to_device
 from megatron_ext.data.words import MAX_VOCABULARY
-from megatron_ext.data.workers import WorkerRows
+from megatron_ext.data.workers import WorkerSteps
 from megatron_ext.errors import UserError
 
 VALIDATION_SEED = 0
@@ -129,23 +133,44 @@ def _share(opened: list[Source] | None, error: str | None) -> list[Source]:
     return told[0]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """Prepares nothing: a step is the :class:`~megatron_ext.data.batch.Batch` of its rows."""
+
+    pad: int
+
+    def __call__(self, words: np.ndarray, step: int) -> Batch:
+        return decode(words, self.pad)
+
+
 def step_batches(
-    mixture: Mixture, data_config: DataConfig, rows_per_step: int, start_step: int, *, num_steps: int | None = None
+    mixture: Mixture,
+    data_config: DataConfig,
+    rows_per_step: int,
+    start_step: int,
+    *,
+    num_steps: int | None = None,
+    prepare: Callable[[np.ndarray, int], object] | None = None,
 ) -> "StepBatches":
-    """Batches of this process's replica, one per optimizer step; see :class:`StepBatches`."""
-    return StepBatches(mixture, data_config, rows_per_step, start_step, num_steps)
+    """What ``prepare`` (None: :class:`Decoding`) makes of the rows of this process's replica, one per optimizer step;
+    see :class:`StepBatches`."""
+    prepare = prepare or Decoding(mixture.special.pad)
+    return StepBatches(mixture, data_config, rows_per_step, start_step, prepare, num_steps)
 
 
 class StepBatches:
-    """Iterates over optimizer steps; on every rank of a replica the same :class:`Batch` of all the replica's rows.
+    """Iterates over optimizer steps: what ``prepare`` made, with its arrays as tensors on this rank's device; the same
+    on every rank of a replica.
 
     Args:
         rows_per_step: rows of a step over all replicas.
         start_step: first step wanted; all that is needed to resume.
+        prepare: runs in the worker processes and pickles; called with the replica's rows of a step as words
+            (:mod:`megatron_ext.data.words`), int32 [rows, length], and the step's number.
         num_steps: steps of the run, counted from step 0; None: without end.
 
     Attributes:
-        wait_seconds: time that the last ``next()`` took.
+        wait_seconds: time that was waited for the step that ``next()`` gave last.
     """
 
     def __init__(
@@ -154,45 +179,77 @@ class StepBatches:
         data_config: DataConfig,
         rows_per_step: int,
         start_step: int,
+        prepare: Callable[[np.ndarray, int], object],
         num_steps: int | None = None,
     ):
         self.wait_seconds = 0.0
         self._place = Place.here()
-        self._pad = mixture.special.pad
+        self._group = _host_group(self._place)
         self._step, self._end = start_step, sys.maxsize if num_steps is None else num_steps
-        gpu = torch.cuda.is_available()
-        self._device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-        self._shape = (rows_per_step // self._place.replicas, data_config.sequence_length)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._fetched: list[tuple[object, float]] = []
         self._loader = None
         if self._place.reads:
-            rows = PackedRows(mixture, data_config.sequence_length)
+            rows = PackedRows(mixture, data_config.sequence_length, data_config.rows == "by_task")
             mine = StepRows(rows, rows_per_step, self._place.replica, self._place.replicas)
             use_dali = data_config.loader == "dali" or (data_config.loader == "auto" and dali.available())
             self._loader = (dali.DaliLoader if use_dali else PlainLoader)(
-                WorkerRows(mine, start_step, self._end), data_config.workers, data_config.prefetch, self._device
+                WorkerSteps(mine, start_step, self._end, prepare), data_config.workers, data_config.prefetch
             )
 
     def __iter__(self):
         return self
 
-    def __next__(self) -> Batch:
-        if self._step >= self._end:
+    def __next__(self):
+        self.prefetch()
+        if not self._fetched:
             raise StopIteration
+        value, self.wait_seconds = self._fetched.pop()
+        return value
+
+    def prefetch(self) -> None:
+        """Fetch the next step already, if there is one; collective over the replica's ranks."""
+        if self._fetched or self._step >= self._end:
+            return
         self._step += 1
         started = time.perf_counter()
+        buffer = None
         if self._loader is not None:
             self._loader.workers.check()
-            packed = next(self._loader)
-        else:
-            packed = torch.empty(self._shape, dtype=torch.int32, device=self._device)
-        if self._place.group is not None and self._place.group.size() > 1:
-            dist.broadcast(packed, self._place.reader, group=self._place.group)
-        batch = decode(packed, self._pad)
-        self.wait_seconds = time.perf_counter() - started
-        return batch
+            buffer = next(self._loader)
+        if self._group is not None:
+            buffer = self._broadcast(buffer)
+        value = to_device(from_bytes(buffer.numpy()), self._device)
+        self._fetched.append((value, time.perf_counter() - started))
 
     def close(self) -> None:
-        """End the worker processes; no batch follows."""
+        """End the worker processes; no step follows."""
         self._end = self._step
+        self._fetched.clear()
         if self._loader is not None:
             self._loader.close()
+
+    def _broadcast(self, buffer: torch.Tensor | None) -> torch.Tensor:
+        size = torch.tensor([0 if buffer is None else buffer.numel()])
+        dist.broadcast(size, self._place.reader, group=self._group)
+        buffer = torch.empty(int(size), dtype=torch.uint8) if buffer is None else buffer
+        dist.broadcast(buffer, self._place.reader, group=self._group)
+        return buffer
+
+
+_host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def _host_group(place: Place) -> dist.ProcessGroup | None:
+    """A group over the ranks of a replica that moves host memory; None alone. Collective over the world."""
+    if place.group is None or place.group.size() == 1:
+        return None
+    if dist.get_backend(place.group) == "gloo":
+        return place.group
+    if place.group not in _host_groups:
+        mine = dist.get_process_group_ranks(place.group)
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        of_rank = {tuple(ranks): dist.new_group(list(ranks), backend="gloo") for ranks in sorted(map(tuple, everyone))}
+        _host_groups[place.group] = of_rank[tuple(mine)]
+    return _host_groups[place.group]

@@ -1,15 +1,15 @@
-"""Steps of rows through torch's DataLoader: the loader without DALI."""
+"""Steps through torch's DataLoader: the loader without DALI."""
 
 import atexit
 
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_ext.data.workers import WorkerRows, Workers
+from megatron_ext.data.workers import Workers, WorkerSteps
 
 
 class PlainLoader:
-    """Iterates over the steps of ``rows``, each int32 [rows, length] on ``device``.
+    """Iterates over ``steps``, each uint8 [bytes] on the host.
 
     Args:
         workers: processes that pack ahead; 0 packs when a step is asked for.
@@ -19,16 +19,14 @@ class PlainLoader:
         workers: :class:`~megatron_ext.data.workers.Workers`.
     """
 
-    def __init__(self, rows: WorkerRows, workers: int, prefetch: int, device: torch.device):
-        self._device = device
+    def __init__(self, steps: WorkerSteps, workers: int, prefetch: int):
         loader = DataLoader(
-            rows,
+            steps,
             batch_size=None,
-            sampler=range(rows.start, rows.end),
+            sampler=range(steps.start, steps.end),
             num_workers=workers,
             prefetch_factor=-(-prefetch // workers) if workers else None,
             multiprocessing_context="spawn" if workers else None,
-            pin_memory=device.type == "cuda",
         )
         self.workers = Workers()
         with self.workers.starting():
@@ -40,7 +38,7 @@ class PlainLoader:
         return self
 
     def __next__(self) -> torch.Tensor:
-        return next(self._steps).to(self._device, non_blocking=True)
+        return next(self._steps)
 
     def close(self) -> None:
         """End the worker processes."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.data import counter_random, words
+from megatron_ext.data.batch import Batch
+from megatron_ext.data.decoding import decode
 from megatron_ext.data.mixture import Draws, Mixture
 from megatron_ext.data.packing import pack
 from megatron_ext.data.rendering import Pieces, Sheet, render
@@ -48,11 +50,17 @@ class PackedRows:
         rows.words(0, 256)    # int32 [256, 512], see megatron_ext.data.words
 
     Pickles small: a worker process opens the files itself.
+
+    Args:
+        by_task: a row holds documents of one task alone. The tasks' rows alternate as their documents were drawn.
     """
 
-    def __init__(self, mixture: Mixture, length: int):
+    def __init__(self, mixture: Mixture, length: int, by_task: bool = False):
         self.mixture = mixture
         self.length = length
+        tasks = np.array([int(source.task) for source in mixture.sources])
+        # Documents of one lane share rows, those of different lanes never do.
+        self._lane_of_source = np.unique(tasks, return_inverse=True)[1] if by_task else np.zeros_like(tasks)
         self._first_rows = [0]  # first row of chunk 0, 1, ... and of the first that is not packed yet
         self._kept: dict[int, _Chunk] = {}
         # Draws over which the pieces of a long document are spread: a power of two, so that it divides a block.
@@ -63,13 +71,9 @@ class PackedRows:
     def __getstate__(self):
         return {**self.__dict__, "_kept": {}}
 
-    def __getitem__(self, row: int):
-        """Row ``row`` as a :class:`~megatron_ext.data.batch.Batch` of one row."""
-        import torch
-
-        from megatron_ext.data.decoding import decode
-
-        return decode(torch.from_numpy(self.words(row, row + 1)), self.mixture.special.pad)
+    def __getitem__(self, row: int) -> Batch:
+        """Row ``row`` as a batch of one row, of tensors."""
+        return decode(self.words(row, row + 1), self.mixture.special.pad).tensors()
 
     def words(self, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop`` as words (:mod:`megatron_ext.data.words`), int32 [rows, length]."""
@@ -128,7 +132,8 @@ class PackedRows:
         draws = self.mixture.draws(first * BLOCK, (first + blocks) * BLOCK)
         step = self.length - 1  # a piece shares one token with the next
         pieces = np.maximum(1, -(-(draws.length - 1) // step))
-        row_of, rows = pack((draws.length - (pieces - 1) * step).reshape(blocks, BLOCK), self.length)
+        last = (draws.length - (pieces - 1) * step).reshape(blocks, BLOCK)
+        row_of, rows = _pack_lanes(last, self._lane_of_source[draws.source].reshape(blocks, BLOCK), self.length)
         # What was packed is the last (mostly the only) piece of each document; the pieces before it fill rows alone.
         draw = np.repeat(np.arange(len(pieces)), pieces - 1)
         piece = np.arange(len(draw)) - np.repeat(np.cumsum(pieces - 1) - (pieces - 1), pieces - 1)
@@ -136,8 +141,7 @@ class PackedRows:
         reach = self._reach[draws.source[draw]]
         place = _spread(rows, (draw // reach + chance) * reach / BLOCK)
 
-        packed_row = (row_of + (np.cumsum(rows) - rows)[:, None]).reshape(-1)
-        row = place[np.concatenate([packed_row, rows.sum() + np.arange(len(draw))])]
+        row = place[np.concatenate([row_of, rows.sum() + np.arange(len(draw))])]
         by_row = np.argsort(row, kind="stable")
         return _Chunk(
             draws=draws,
@@ -157,19 +161,42 @@ class PackedRows:
         return (0, least) if chunk == 0 else (least << (chunk - 1), least << (chunk - 1))
 
 
+def _pack_lanes(lengths: np.ndarray, lanes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack documents [blocks, BLOCK] into rows, each lane of each block for itself.
+
+    Returns:
+        The row of each document, [blocks * BLOCK], counted over all lanes of all blocks, and the number of rows of each
+        lane of each block, [blocks, lanes].
+    """
+    blocks, count = len(lengths), int(lanes.max()) + 1
+    lane = (np.arange(blocks)[:, None] * count + lanes).reshape(-1)
+    # Documents of each lane in order, from the left; zeros are no documents.
+    order, sizes = np.argsort(lane, kind="stable"), np.bincount(lane, minlength=blocks * count)
+    column = np.arange(lane.size) - (sizes.cumsum() - sizes)[lane[order]]
+    packed = np.zeros((blocks * count, int(sizes.max())), dtype=lengths.dtype)
+    packed[lane[order], column] = lengths.reshape(-1)[order]
+    row_of, rows = pack(packed, capacity)
+    row = np.empty(lane.size, dtype=np.int64)
+    row[order] = (row_of + (rows.cumsum() - rows)[:, None])[lane[order], column]
+    return row, rows.reshape(blocks, count)
+
+
 def _spread(packed: np.ndarray, alone: np.ndarray) -> np.ndarray:
-    """Order the rows of some blocks: the packed ones of each block as they are, the others where they should go.
+    """Order the rows of some blocks: the packed ones of each lane as they are, those of a block's lanes evenly mixed,
+    the others where they should go.
 
     Args:
-        packed: packed rows of each block, int64 [blocks].
+        packed: packed rows of each lane of each block, int64 [blocks, lanes].
         alone: where each row that a piece fills alone should go, in blocks, float64 [rows].
 
     Returns:
         The place of each row, int64: first the packed ones of all blocks, then the others.
     """
-    block = np.repeat(np.arange(len(packed)), packed)
-    inside = np.arange(packed.sum()) - (np.cumsum(packed) - packed)[block]
-    order = np.argsort(np.concatenate([block + (inside + 0.5) / packed[block], alone]), kind="stable")
+    rows = packed.reshape(-1)
+    lane = np.repeat(np.arange(rows.size), rows)
+    inside = np.arange(rows.sum()) - (np.cumsum(rows) - rows)[lane]
+    block = lane // packed.shape[1]
+    order = np.argsort(np.concatenate([block + (inside + 0.5) / rows[lane], alone]), kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return place

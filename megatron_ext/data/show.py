@@ -54,10 +54,10 @@ def _readable(tokens: torch.Tensor, loss: torch.Tensor, vocabulary: Vocabulary) 
 
 
 def statistics(batch: Batch) -> dict[str, float]:
-    """Shares of some rows: padding, image tokens, learnt tokens; and documents per row."""
+    """Shares of some rows, a batch of arrays: padding, image tokens, learnt tokens; and documents per row."""
     return {
-        "padding": float((batch.document == PADDING_DOCUMENT).double().mean()),
-        "image_tokens": float(batch.modality.double().mean()),
-        "learnt_tokens": float((batch.loss_mask > 0).double().mean()),
-        "documents_per_row": float((batch.document.max(dim=1).values + 1).double().mean()),
+        "padding": float((batch.document == PADDING_DOCUMENT).mean()),
+        "image_tokens": float(batch.modality.mean()),
+        "learnt_tokens": float((batch.loss_mask > 0).mean()),
+        "documents_per_row": float((batch.document.max(axis=1) + 1).mean()),
     }

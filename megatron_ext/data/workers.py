@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable
 from contextlib import contextmanager
 from multiprocessing import connection
 
 import numpy as np
 
 from megatron_ext.data.rows import StepRows
+from megatron_ext.data.serialization import to_bytes
 from megatron_ext.errors import UserError
 
 SECONDS_TO_NOTICE = 60
@@ -86,23 +88,29 @@ def _lost(process: multiprocessing.Process) -> str:
     )
 
 
-class WorkerRows:
-    """The steps ``start`` to ``end`` of :class:`~megatron_ext.data.rows.StepRows`, for use in a worker process.
+class WorkerSteps:
+    """The steps ``start`` to ``end`` of a replica, for use in a worker process: what ``prepare`` makes of their rows,
+    as one buffer (:mod:`megatron_ext.data.serialization`).
 
-    ``rows[step]`` serves torch's loader, ``rows.sample(sample_info)`` serves DALI.
+    ``steps[step]`` serves torch's loader, ``steps.sample(sample_info)`` serves DALI.
     """
 
-    def __init__(self, rows: StepRows, start: int, end: int):
+    def __init__(self, rows: StepRows, start: int, end: int, prepare: Callable[[np.ndarray, int], object]):
+        """
+        Args:
+            prepare: called with the rows of a step as words, int32 [rows, length], and its number.
+        """
         self.rows = rows
         self.start = start
         self.end = end
-        self._prepared_in = os.getpid()  # the process that made this needs no preparation
+        self._prepare = prepare
+        self._ready_in = os.getpid()  # the process that made this needs no preparation
 
     def __getitem__(self, step: int) -> np.ndarray:
-        if self._prepared_in != os.getpid():
+        if self._ready_in != os.getpid():
             _prepare_worker()
-            self._prepared_in = os.getpid()
-        return self.rows[step]
+            self._ready_in = os.getpid()
+        return to_bytes(self._prepare(self.rows[step], step))
 
     def sample(self, sample_info) -> np.ndarray:
         step = self.start + sample_info.idx_in_epoch

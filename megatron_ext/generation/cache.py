@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.routing.layer_route import CachePlaces, LayerRoute
 from megatron_ext.routing.plan import Plan, Role
-from megatron_ext.routing.route import CachePlaces, LayerRoute
 
 
 def layer_capacities(plan: Plan, tokens: Sequence[int]) -> list[int]:

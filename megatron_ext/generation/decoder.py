@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Decoder:
         self._model, self._plan, self._vocabulary, self._cache = model, plan, vocabulary, cache
         self._tasks = torch.tensor([int(task) for task in tasks], dtype=torch.int8)
         self._positions = torch.zeros(len(tasks), dtype=torch.int64)
-        self._images = torch.zeros(len(tasks), dtype=torch.int64)  # image tokens that each document ends with so far
+        self._images = np.zeros(len(tasks), dtype=np.int64)  # image tokens that each document ends with so far
         self._steps: dict[bytes, Route] = {}
 
     @torch.no_grad()
@@ -70,25 +71,25 @@ class Decoder:
         return self._model(route).squeeze(1)
 
     def _route(self, tokens: Sequence[Sequence[int]], last: Tensor) -> Route:
-        batch = rows_of(self._vocabulary, tokens, self._tasks, self._positions)
+        batch = rows_of(self._vocabulary, tokens, self._tasks, self._positions).arrays()
         real = batch.document != PADDING_DOCUMENT
-        lengths = torch.tensor([len(row) for row in tokens])
+        lengths = np.array([len(row) for row in tokens])
         places = image_places(batch, self._images)
-        self._images = torch.where(lengths > 0, places[torch.arange(len(tokens)), lengths - 1], self._images)
+        self._images = np.where(lengths > 0, places[np.arange(len(tokens)), lengths - 1], self._images)
         single = batch.shape[1] == 1
-        key = torch.where(real, token_classes(batch, self._plan, None), -1).numpy().tobytes() if single else b""
+        key = np.where(real, token_classes(batch, self._plan, None), -1).tobytes() if single else b""
         if single and key in self._steps:
             return self._again(self._steps[key], batch, places)
-        wanted = last[:, None] & (torch.arange(batch.shape[1]) == lengths[:, None] - 1)
+        wanted = last.numpy()[:, None] & (np.arange(batch.shape[1]) == lengths[:, None] - 1)
         route = Route.of(batch, self._plan, *self._alignment, wanted=wanted, cached=True, places=places)
         route = route.to(next(self._model.parameters()).device)
         if single:
             self._steps[key] = route
         return route
 
-    def _again(self, route: Route, batch: Batch, places: Tensor) -> Route:
+    def _again(self, route: Route, batch: Batch, places: np.ndarray) -> Route:
         """The route of an earlier step, whose tokens were of the same classes, for these."""
-        device, positions = route.tokens.device, batch.positions.flatten()
+        device, positions = route.tokens.device, torch.as_tensor(batch.positions.ravel().astype(np.int32))
         for layer in {id(layer): layer for layer in route.layers}.values():
             of_queries, of_keys = layer.places.query_rows, layer.places.key_rows
             layer.query_positions = layer.key_positions = positions[of_keys].to(device)
@@ -96,8 +97,9 @@ class Decoder:
                 layer.query_positions = positions[of_queries].to(device)
             layer.rotary = None
         route.longest_document = int(positions.max()) + 1
-        route.tokens = batch.tokens.flatten().to(device)[route.order].unsqueeze(0)
-        route.image_places, route.longest_image = places.flatten().to(device)[route.order], int(places.max())
+        route.tokens = torch.as_tensor(batch.tokens.ravel()).to(device)[route.order].unsqueeze(0)
+        route.image_places = torch.as_tensor(places.ravel()).to(device)[route.order]
+        route.longest_image = int(places.max())
         return route
 
 

@@ -15,8 +15,7 @@ counted, nor are norms, activations and the embedding.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
@@ -58,21 +57,22 @@ def dense(plan: Plan) -> Plan:
 
 
 def count(batch: Batch, plan: Plan, draw: Draw | None = None) -> Counts:
-    """What rows [b, s] on the CPU hold, with logits for the positions whose loss counts.
+    """What rows [b, s] on the host hold, with logits for the positions whose loss counts.
 
     Args:
         draw: a step's draw of the plan's dense share; None: as in evaluation.
     """
-    real = (batch.document != PADDING_DOCUMENT).flatten()
-    kind = token_classes(batch, plan, draw).flatten()[real]
-    first = torch.ones_like(batch.document, dtype=torch.bool)
+    batch = batch.arrays()
+    real = (batch.document != PADDING_DOCUMENT).ravel()
+    kind = token_classes(batch, plan, draw).ravel()[real]
+    first = np.ones(batch.shape, dtype=bool)
     first[:, 1:] = batch.document[:, 1:] != batch.document[:, :-1]
-    first = first.flatten()[real]
+    first = first.ravel()[real]
     visible = {roles: _visible(kind, first, roles) for roles in set(plan.roles)}
     return Counts(
-        tuple(torch.bincount(kind, minlength=len(plan.roles[0])).tolist()),
+        tuple(np.bincount(kind, minlength=len(plan.roles[0])).tolist()),
         tuple(visible[roles] for roles in plan.roles),
-        int((batch.loss_mask.flatten()[real] > 0).sum()),
+        int((batch.loss_mask.ravel()[real] > 0).sum()),
     )
 
 
@@ -174,7 +174,7 @@ def _multiply_adds(model: ModelConfig, projections: Projections, index: int, rol
     return sum(i * o for i, o in shapes.values()) + sum(projections.rank * (i + o) for i, o in low_rank)
 
 
-def _visible(kind: Tensor, first: Tensor, roles: Sequence[Role]) -> tuple[int, ...]:
+def _visible(kind: np.ndarray, first: np.ndarray, roles: Sequence[Role]) -> tuple[int, ...]:
     """(query, key) pairs of each class of query in a layer.
 
     Args:
@@ -182,12 +182,12 @@ def _visible(kind: Tensor, first: Tensor, roles: Sequence[Role]) -> tuple[int, .
         first: where a document begins, [t].
         roles: of each class.
     """
-    role = torch.tensor(roles)[kind]
-    is_key = (role != Role.SKIP).long()
-    seen = is_key.cumsum(0)
-    before_document = (seen - is_key)[first][first.cumsum(0) - 1]
+    role = np.array(roles)[kind]
+    is_key = (role != Role.SKIP).astype(np.int64)
+    seen = is_key.cumsum()
+    before_document = (seen - is_key)[first][first.cumsum() - 1]
     pairs = (seen - before_document) * (role == Role.FULL)
-    return tuple(torch.zeros(len(roles), dtype=torch.int64).index_add_(0, kind, pairs).tolist())
+    return tuple(np.bincount(kind, weights=pairs, minlength=len(roles)).astype(np.int64).tolist())
 
 
 def _sums(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:

@@ -11,8 +11,6 @@ token's position. So every rank, stage and layout draws alike, however the batch
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_ext.data import counter_random
 from megatron_ext.data.batch import Batch
@@ -48,16 +46,16 @@ class DenseShare:
         way = min(max((done - self.begin_at) / span, 0.0), 1.0) if span else float(done >= self.end_at)
         return Draw(self.start + way * (self.end - self.start), iteration + 1)
 
-    def taken(self, batch: Batch, draw: Draw | None) -> Tensor:
+    def taken(self, batch: Batch, draw: Draw | None) -> np.ndarray:
         """Which tokens of rows on the host take the dense roles, bool [b, s]; ``draw`` None: as in evaluation."""
-        draw = draw or Draw(self.evaluation)
+        batch, draw = batch.arrays(), draw or Draw(self.evaluation)
         of_tokens = self.of == "image_tokens"
         if draw.share in (0.0, 1.0):
-            taken = torch.full(batch.shape, bool(draw.share))
+            taken = np.full(batch.shape, bool(draw.share))
         elif of_tokens:
-            taken = torch.from_numpy(counter_random.uniform(_TOKENS, draw.number, batch.positions) < draw.share)
+            taken = counter_random.uniform(_TOKENS, draw.number, batch.positions) < draw.share
         else:
-            taken = torch.from_numpy(_document_lots(batch, draw.number) < draw.share)
+            taken = _document_lots(batch, draw.number) < draw.share
         return taken & (batch.modality == Modality.IMAGE) if of_tokens else taken
 
     def describe(self) -> str:
@@ -70,10 +68,10 @@ class DenseShare:
 
 def _document_lots(batch: Batch, number: int) -> np.ndarray:
     """A number in [0, 1) for each document, float64 [b, s], from what is in it."""
-    first = torch.ones_like(batch.document, dtype=torch.bool)
+    first = np.ones(batch.shape, dtype=bool)
     first[:, 1:] = batch.document[:, 1:] != batch.document[:, :-1]
-    document = first.flatten().cumsum(0).numpy() - 1
-    token = counter_random.key(batch.positions.flatten(), batch.tokens.flatten())
+    document = first.ravel().cumsum() - 1
+    token = counter_random.key(batch.positions.ravel(), batch.tokens.ravel())
     content = np.zeros(document.max() + 1, dtype=np.uint64)
     np.add.at(content, document, token)
     return counter_random.uniform(_DOCUMENTS, number, content)[document].reshape(batch.shape)

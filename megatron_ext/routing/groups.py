@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from torch import Tensor
+import numpy as np
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Draw
@@ -17,13 +17,13 @@ def stored_length(tokens: int, plan: Plan, ranks: int = 1, multiple: int = 1) ->
     return (tokens + len(plan_groups(plan).members) * (step - 1)) // step * step
 
 
-def token_classes(batch: Batch, plan: Plan, draw: Draw | None) -> Tensor:
-    """Class of each token of rows on the host, int64 [b, s]: its index in each of ``plan.roles``.
+def token_classes(batch: Batch, plan: Plan, draw: Draw | None) -> np.ndarray:
+    """Class of each token of a batch of arrays, int64 [b, s]: its index in each of ``plan.roles``.
 
     Args:
         draw: the step's draw of the plan's dense share; None: as in evaluation.
     """
-    classes = class_index(batch.task.long(), batch.modality.long())
+    classes = class_index(batch.task.astype(np.int64), batch.modality)
     if plan.dense_share:
         classes += len(Task) * len(Modality) * plan.dense_share.taken(batch, draw)
     return classes

@@ -7,7 +7,7 @@ is on answers in understanding, on image tokens in generation, on everything in 
 
 import re
 
-import torch
+import numpy as np
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
@@ -17,7 +17,7 @@ _KINDS = {"text": Modality.TEXT, "answer": Modality.TEXT, "image": Modality.IMAG
 
 
 def mix_batch(mix: str) -> Batch:
-    """The documents of a mix, end to end in one row [1, t] without padding; all token ids are 0.
+    """The documents of a mix, end to end in one row [1, t] without padding, as arrays; all token ids are 0.
 
     Raises:
         UserError: a part of the mix cannot be read, quoted.
@@ -28,14 +28,14 @@ def mix_batch(mix: str) -> Batch:
     made = {name: [] for name in ("loss_mask", "positions", "modality", "task", "document")}
     for number, (task, runs) in enumerate(documents):
         length = sum(n for n, _ in runs)
-        made["positions"].append(torch.arange(length))
-        made["task"].append(torch.full((length,), task))
-        made["document"].append(torch.full((length,), number))
+        made["positions"].append(np.arange(length))
+        made["task"].append(np.full(length, task))
+        made["document"].append(np.full(length, number))
         for n, kind in runs:
-            made["modality"].append(torch.full((n,), _KINDS[kind]))
-            made["loss_mask"].append(torch.full((n,), _has_loss(task, kind)))
-    made["tokens"] = made["labels"] = [torch.zeros_like(p) for p in made["positions"]]
-    return Batch(**{name: torch.cat(pieces)[None].to(Batch.DTYPES[name]) for name, pieces in made.items()})
+            made["modality"].append(np.full(n, _KINDS[kind]))
+            made["loss_mask"].append(np.full(n, _has_loss(task, kind)))
+    made["tokens"] = made["labels"] = [np.zeros_like(p) for p in made["positions"]]
+    return Batch(**{name: np.concatenate(pieces)[None].astype(Batch.DTYPES[name]) for name, pieces in made.items()})
 
 
 def _documents(text: str) -> list[tuple[Task, list[tuple[int, str]]]]:

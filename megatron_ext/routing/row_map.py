@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
-from torch import Tensor
+import numpy as np
 
 SHORTEST_MEAN_RUN = 12
 """Rows: with shorter runs than these on average, moving rows one by one is faster than by slices."""
@@ -15,49 +14,56 @@ SHORTEST_MEAN_RUN = 12
 class RowMap:
     """Rows of one tensor, or of several one after the other, in another order: ``out[i] = rows[index[i]]``.
 
+    Every field but ``runs`` is int32: an array on the host, a tensor where the rows are.
+
     Attributes:
-        index: int32 [outputs], the input row of each output row; -1 for a filler, which is zeros.
-        inverse: int32 [inputs], the output row that each input row became; -1 for none. None when a row is used more
-            than once.
-        starts, uses: int32 [inputs + 1] and [outputs]: input row i became the output rows ``uses[starts[i] :
-            starts[i + 1]]``, ascending. None unless a row is used more than once.
+        index: [outputs], the input row of each output row; -1: a filler, a row of zeros.
+        inverse: [inputs], the output row that each input row became, -1: none. None when a row is used more than once.
+        starts, uses: then the output rows of input row i are ``uses[starts[i] : starts[i + 1]]``; [inputs + 1] and
+            [outputs without fillers].
         runs: the same as slices of the tensors, (tensor, first row, rows) in order; None when they are too short to be
-            worth it, or there are fillers.
+            worth it, and with fillers.
     """
 
-    index: Tensor
-    inverse: Tensor | None
-    starts: Tensor | None
-    uses: Tensor | None
+    index: np.ndarray
+    inverse: np.ndarray | None
+    starts: np.ndarray | None
+    uses: np.ndarray | None
     runs: list[tuple[int, int, int]] | None
 
     @classmethod
-    def of(cls, index: Tensor, inputs: Sequence[int], repeated: bool = False) -> "RowMap | None":
-        """The map for ``index`` [outputs] into tensors of ``inputs`` rows; None for the identity of one tensor."""
-        total, here = sum(inputs), torch.arange(index.numel())
-        if len(inputs) == 1 and index.numel() == total and torch.equal(index, here):
+    def of(cls, index: np.ndarray, inputs: Sequence[int], repeated: bool = False, fillers: int = 0) -> "RowMap | None":
+        """The map for ``index`` [outputs] into tensors of ``inputs`` rows; None for the identity of one tensor.
+
+        Args:
+            repeated: whether a row may be used more than once.
+            fillers: rows of zeros that follow.
+        """
+        total, here = sum(inputs), np.arange(index.size)
+        if len(inputs) == 1 and not fillers and index.size == total and np.array_equal(index, here):
             return None
-        index, runs, real = index.int(), _runs(index, inputs), index >= 0
+        runs = None if fillers else _runs(index, inputs)
+        inverse = starts = uses = None
         if repeated:
-            order = index.argsort(stable=True)
-            counts = index[real].long().bincount(minlength=total)
-            starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-            return cls(index, None, starts, order[index.numel() - int(real.sum()) :].int(), runs)
-        inverse = torch.full((total,), -1, dtype=torch.int32)
-        inverse[index[real].long()] = here[real].int()
-        return cls(index, inverse, None, None, runs)
+            uses = np.argsort(index, kind="stable").astype(np.int32)
+            starts = np.concatenate([[0], np.bincount(index, minlength=total).cumsum()]).astype(np.int32)
+        else:
+            inverse = np.full(total, -1, dtype=np.int32)
+            inverse[index] = here
+        filled = np.concatenate([index, np.full(fillers, -1)]) if fillers else index
+        return cls(filled.astype(np.int32), inverse, starts, uses, runs)
 
 
-def _runs(index: Tensor, inputs: Sequence[int]) -> list[tuple[int, int, int]] | None:
+def _runs(index: np.ndarray, inputs: Sequence[int]) -> list[tuple[int, int, int]] | None:
     """Runs of consecutive rows of one tensor in ``index``, if they are long: (tensor, first row, rows)."""
-    if not index.numel() or bool((index < 0).any()):
+    if not index.size:
         return None
-    starts = torch.tensor([0, *accumulate(inputs)])
-    tensor = torch.searchsorted(starts, index, right=True) - 1
-    new = torch.ones_like(index, dtype=torch.bool)
+    starts = np.array([0, *accumulate(inputs)])
+    tensor = np.searchsorted(starts, index, side="right") - 1
+    new = np.ones(index.size, dtype=bool)
     new[1:] = (index[1:] != index[:-1] + 1) | (tensor[1:] != tensor[:-1])
-    first = new.nonzero().flatten()
-    if first.numel() * SHORTEST_MEAN_RUN > index.numel():
+    first = np.flatnonzero(new)
+    if first.size * SHORTEST_MEAN_RUN > index.size:
         return None
-    lengths = torch.diff(first, append=first.new_tensor([index.numel()]))
+    lengths = np.diff(first, append=index.size)
     return list(zip(tensor[first].tolist(), (index - starts[tensor])[first].tolist(), lengths.tolist()))

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_ext.errors import UserError
 from megatron_ext.training import checkpoint_folder, checkpoint_state, checkpoint_writer
 from megatron_ext.training.distributed import from_rank_zero
+from megatron_ext.training.setup import gather_weights
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Checkpointer:
         _require_plain(state, "state")
         self.finish()
         partial = from_rank_zero(lambda: checkpoint_folder.begin(self.folder, iteration))
+        gather_weights(model)
         sharded = {"model": checkpoint_state.model_state(model)}
         sharded["random"] = checkpoint_state.random_state()
         if optimizer is not None:

@@ -28,11 +28,12 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
     Args:
         store: where the ranks meet; None: torchrun's.
     """
+    _set_arithmetic(config.training.deterministic)
     on_cpu = cpu.available()
     if on_cpu:
         cpu.enter()
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(_local_device(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if store is None and "MASTER_PORT" not in os.environ:
@@ -57,6 +58,31 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if on_cpu:
         report(f"no GPU: {dist.get_world_size()} CPU process{'es' * (dist.get_world_size() > 1)} over gloo")
+
+
+def _set_arithmetic(deterministic: bool) -> None:
+    """What torch and the libraries below it are told of exactness, before CUDA is initialised."""
+    torch.set_float32_matmul_precision("highest")  # no TF32, even where the environment's default allows it
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory that is written next
+        os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # switches add in the order of arrival
+
+
+def _local_device(local_rank: int, visible: int) -> int:
+    """The GPU of the process ``local_rank`` on this machine, among the ``visible`` ones.
+
+    A process that sees one GPU has it to itself (Slurm's --gpus-per-task): nccl refuses two ranks on one.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but {visible} GPUs are visible; start one process for each of them, or let "
+            "every process see its own alone"
+        )
+    return local_rank
 
 
 def shut_down() -> None:

@@ -9,14 +9,13 @@ from megatron.core import parallel_state
 from megatron_ext.analysis.gradients import alignment
 from megatron_ext.config import Config
 from megatron_ext.data import step_batches
-from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
-from megatron_ext.routing.dense_share import Draw
 from megatron_ext.token_classes import Task
 from megatron_ext.training import distributed
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.devices import model_flops_utilisation
 from megatron_ext.training.lifecycle import Lifecycle
 from megatron_ext.training.logging import Logger
+from megatron_ext.training.prepare import StepInput
 from megatron_ext.training.profiler import ProfileWindow
 from megatron_ext.training.run import Run
 from megatron_ext.training.schedule import build_scheduler
@@ -37,12 +36,13 @@ def train(run: Run) -> bool:
     logger = Logger(config, progress.iteration) if distributed.is_logging_rank() else None
     profile = ProfileWindow(config.logging, config.output, torch.distributed.get_rank())
     lifecycle = Lifecycle(config.lifecycle)
-    batches = step_batches(
+    steps = step_batches(
         run.train_data,
         config.data,
         config.training.global_batch_size,
         progress.iteration,
         num_steps=config.training.iterations,
+        prepare=run.preparation(),
     )
     stop, saved, fault = None, progress.iteration, None
 
@@ -55,20 +55,19 @@ def train(run: Run) -> bool:
         while progress.iteration < config.training.iterations and stop is None:
             started = time.perf_counter()
             profile.begin(progress.iteration + 1)
-            batch = next(batches)
-            draw = run.plan.draw(progress.iteration, config.training.iterations)
+            step = next(steps)
             found = {}
             if _due(progress.iteration + 1, config.logging.gradient_alignment_interval, config):
-                found["gradient_alignment"] = alignment(run.chunks, batch, config, draw)
+                found["gradient_alignment"] = alignment(run.chunks, step, config)
                 started += found["gradient_alignment"]["seconds"]
             result = train_step(
                 run.chunks,
                 run.optimizer,
-                batch,
+                step,
                 config,
                 accept=accept,
-                tally=(lifecycle.vote(), *_work(run, batch, draw)),
-                draw=draw,
+                tally=(lifecycle.vote(), *_work(step)),
+                meanwhile=steps.prefetch,
             )
             vote, flops, dense_flops, tokens = result.tally
             stop = lifecycle.stop_reason(vote)
@@ -80,7 +79,7 @@ def train(run: Run) -> bool:
             progress.consumed_flops += flops
             progress.consumed_dense_flops += dense_flops
             progress.bad_steps = bad_steps.state_dict()
-            record = _record(run, result, time.perf_counter() - started, batches.wait_seconds)
+            record = _record(run, result, time.perf_counter() - started, steps.wait_seconds)
             record |= {"learning_rate": learning_rate, "skipped_steps": bad_steps.total, **found}
             if fault:
                 record["skip_reason"] = fault
@@ -108,7 +107,7 @@ def train(run: Run) -> bool:
             _save(run)
         run.checkpoints.finish()
     finally:
-        batches.close()
+        steps.close()
         lifecycle.close()
         if logger:
             logger.close()
@@ -122,10 +121,13 @@ def validate(run: Run) -> dict[str, float]:
     config = run.config
     data = dataclasses.replace(config.data, loader="plain", workers=0)
     count = config.training.validation_batches
-    batches = step_batches(run.validation_data, data, config.training.global_batch_size, 0, num_steps=count)
+    prepare = run.preparation(training=False)
+    steps = step_batches(
+        run.validation_data, data, config.training.global_batch_size, 0, num_steps=count, prepare=prepare
+    )
     with evaluation_mode(run.chunks):
-        sums, counts = map(sum, zip(*(evaluate_step(run.chunks, next(batches), config) for _ in range(count))))
-    batches.close()
+        sums, counts = map(sum, zip(*(evaluate_step(run.chunks, step, config) for step in steps)))
+    steps.close()
     losses = {
         task.name.lower(): total / tokens for task, total, tokens in zip(Task, sums.tolist(), counts.tolist()) if tokens
     }
@@ -145,18 +147,10 @@ def _save(run: Run) -> None:
     distributed.report(f"checkpoint of iteration {run.progress.iteration} ({time.perf_counter() - started:.1f} s)")
 
 
-def _work(run: Run, batch, draw: Draw | None) -> tuple[float, float, float]:
-    """This rank's share of the step's training FLOPs under the plan and under the dense plan, and of its tokens.
-
-    Padding counts as none of them.
-    """
+def _work(step: StepInput) -> tuple[float, float, float]:
+    """This rank's share of the step's training FLOPs under the plan and under the dense plan, and of its tokens."""
     shares = parallel_state.get_model_parallel_group().size()
-    on_host = batch.to("cpu")
-    flops = []
-    for plan in (run.plan, dense(run.plan)):
-        counts = count(on_host, plan, draw)
-        flops.append(TRAINING_PER_FORWARD * forward_flops(run.config.model, run.vocabulary.size, plan, counts))
-    return flops[0] / shares, flops[1] / shares, sum(counts.tokens) / shares
+    return step.flops / shares, step.dense_flops / shares, step.tokens / shares
 
 
 def _record(run: Run, result: StepResult, seconds: float, wait: float) -> dict:

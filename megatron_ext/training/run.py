@@ -16,6 +16,7 @@ from megatron_ext.routing.plan import Plan, task_and_modality
 from megatron_ext.training import checkpoint_folder, distributed
 from megatron_ext.training.benchmarking import Benchmarking
 from megatron_ext.training.checkpoint import Checkpointer, load_weights, read_state
+from megatron_ext.training.prepare import Preparation
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.specs import fp8_recipe, implementation, why_no_fp8
 from megatron_ext.vocabulary import Vocabulary
@@ -56,6 +57,10 @@ class Run:
     progress: Progress
     benchmarking: Benchmarking | None
     identity: dict
+
+    def preparation(self, training: bool = True) -> Preparation:
+        """What makes the inputs of its steps."""
+        return Preparation.of(self.config, self.vocabulary.size, self.vocabulary.pad, training)
 
 
 def build_run(config: Config) -> Run:

@@ -8,25 +8,63 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.training.step import configure
+from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.model import build_chunks
+
+
+class DataParallel(DistributedDataParallel):
+    """Megatron-Core's, so that no weight is read before it is whole.
+
+    Where new weights are gathered while the next forward pass goes on (the distributed optimizer with overlap), a
+    replica has only its own share of them after a step.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for layer in self.modules() if self.use_forward_hook else ():
+            if isinstance(layer, UnifiedLayer):
+                layer.register_forward_pre_hook(self._wait_for_weights)
+
+    def _wait_for_weights(self, layer: UnifiedLayer, inputs: tuple) -> None:
+        """Megatron-Core waits when a module is called; a layer also uses weights of modules that it does not call."""
+        for group in dict.fromkeys(self.param_to_bucket_group[p] for p in layer.parameters()):
+            group.finish_param_sync()
+
+    def train(self, mode: bool = True) -> "DataParallel":
+        """In evaluation replicas need not call the same layers, nor as often: the weights are gathered before it."""
+        if not mode:
+            gather_weights([self])
+        return super().train(mode)
+
+
+def gather_weights(chunks: list[torch.nn.Module]) -> None:
+    """Make the weights of ``chunks`` whole on every replica. Collective; nothing to do unless gathering overlaps."""
+    for chunk in chunks:
+        if getattr(chunk, "use_forward_hook", False):
+            chunk.start_param_sync(force_sync=True)
+
+
+def _gathers_ahead(config: Config) -> bool:
+    return config.parallel.overlap and config.parallel.distributed_optimizer
 
 
 def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel]:
     """This rank's model chunks with initial weights, wrapped for data parallelism."""
+    parallel = config.parallel
     chunks = build_chunks(config, vocab_size)
     configure(chunks[0].config)
     for chunk in chunks[1:]:
         chunk.config = chunks[0].config
     data_parallel = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.parallel.overlap,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=_gathers_ahead(config),
+        use_distributed_optimizer=parallel.distributed_optimizer,
     )
     wrapped = [
-        DistributedDataParallel(chunk.config, data_parallel, chunk, disable_bucketing=i > 0)
-        for i, chunk in enumerate(chunks)
+        DataParallel(chunk.config, data_parallel, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
-    if config.parallel.overlap:
+    if parallel.overlap:
         # Gradients are reduced as they become ready, but only those of a step's last micro-batch.
         no_sync = [chunk.no_sync for chunk in wrapped]
         chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -48,6 +86,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=_gathers_ahead(config),
     )
     optimizer = get_megatron_optimizer(made, chunks, config_overrides=get_standard_config_overrides(made))
     if cpu.available():

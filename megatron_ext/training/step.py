@@ -16,26 +16,12 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_ext.config import Config, TaskWeights
-from megatron_ext.data.batch import Batch
-from megatron_ext.routing.dense_share import Draw
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
-from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Task
-from megatron_ext.training.losses import loss_token_counts, task_sums, token_weights
-from megatron_ext.transformer.fp8 import row_multiple
-from megatron_ext.transformer.specs import fp8_recipe
-
-
-@dataclass
-class MicroBatch:
-    """What a forward pass needs of its rows, worked out once: the route, and of the n tokens with loss the label, the
-    task and the weight in the objective, each [n]."""
-
-    route: Route
-    labels: Tensor
-    tasks: Tensor
-    weights: Tensor
+from megatron_ext.training.losses import cross_entropy_weights, global_counts, task_sums
+from megatron_ext.training.prepare import MicroBatch, StepInput
+from megatron_ext.transformer.specs import row_alignment
 
 
 @dataclass
@@ -68,29 +54,32 @@ def configure(model_config) -> None:
 def train_step(
     chunks: list,
     optimizer,
-    batch: Batch,
+    step: StepInput,
     config: Config,
     accept: Callable[[float, float], bool] = lambda loss, grad_norm: math.isfinite(loss) and math.isfinite(grad_norm),
     tally: Sequence[float] = (),
-    draw: Draw | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward, backward and optimizer step over the global batch.
 
+    The host waits for the device once the backward pass is queued, and not before.
+
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
-        batch: this replica's rows of the global batch, the same on all its ranks.
+        step: this replica's rows of the global batch, on the device, the same on all its ranks.
         accept: told the loss and the gradient norm, whether to apply the step. It must answer alike on every rank;
             all of them are given the same numbers.
         tally: numbers of this rank to be summed over all ranks on the way (its wish to stop, its share of the work).
-        draw: of the plan's dense share; None: as in evaluation.
+        meanwhile: work for the host while the device is busy with the step.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    counts, sums = _run(chunks, batch, config, forward_only=False, draw=draw)
+    counts, sums = _run(chunks, step, config, forward_only=False)
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    meanwhile()
     loss, task_losses, tally = _reduce(sums, counts, config, tally)
+    grad_norm = float(optimizer.get_grad_norm())
     applied = accept(loss, grad_norm)
     if applied:
         if 0 < config.optimizer.clip_grad < grad_norm:
@@ -113,18 +102,18 @@ def evaluation_mode(chunks: list) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate_step(chunks: list, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
-    """Forward pass over the global batch.
+def evaluate_step(chunks: list, step: StepInput, config: Config) -> tuple[Tensor, Tensor]:
+    """Forward pass over the global batch; ``step``: this replica's rows of it, on the device.
 
     Returns:
         Sums [tasks] of cross-entropy over the global batch and the counts [tasks] of loss tokens, float64, the same
         on every rank.
     """
-    counts, sums = _run(chunks, batch, config, forward_only=True)
+    counts, sums = _run(chunks, step, config, forward_only=True)
     return _sum_over_world(sums), counts
 
 
-def task_gradients(chunks: list, batch: Batch, config: Config, task: Task, draw: Draw | None = None) -> None:
+def task_gradients(chunks: list, step: StepInput, config: Config, task: Task) -> None:
     """Forward and backward pass for one task's mean cross-entropy over the global batch.
 
     Afterwards ``main_grad`` of every parameter (this rank's slice of it) is its gradient, whole on every replica, also
@@ -138,23 +127,22 @@ def task_gradients(chunks: list, batch: Batch, config: Config, task: Task, draw:
         chunk.zero_grad(set_to_none=True)
         chunk.force_all_reduce = True  # for gradients that are reduced as they become ready
     try:
-        _run(chunks, batch, config, forward_only=False, draw=draw, force_all_reduce=True)
+        _run(chunks, step, config, forward_only=False, force_all_reduce=True)
     finally:
         for chunk in chunks:
             chunk.force_all_reduce = False
 
 
-def _run(
-    chunks, batch: Batch, config: Config, forward_only: bool, draw: Draw | None = None, **options
-) -> tuple[Tensor, Tensor]:
-    counts = loss_token_counts(batch)
-    micro_batches = _cut(batch, counts, config, draw)
-    sums = torch.zeros(len(Task), dtype=torch.float64, device=counts.device)
+def _run(chunks: list, step: StepInput, config: Config, forward_only: bool, **options) -> tuple[Tensor, Tensor]:
+    """Loss tokens [tasks] of the global batch, and the sums [tasks] of their cross-entropies on this rank."""
+    counts = global_counts(step.loss_tokens)
+    weights = cross_entropy_weights(counts, config.training.task_weights)
+    sums = torch.zeros_like(counts)
     for result in get_forward_backward_func()(
-        forward_step_func=_forward,
-        data_iterator=[iter(micro_batches) for _ in chunks],
+        forward_step_func=partial(_forward, weights),
+        data_iterator=[iter(step.micro_batches) for _ in chunks],
         model=chunks,
-        num_microbatches=len(micro_batches),
+        num_microbatches=len(step.micro_batches),
         # The length of hidden states; the schedule itself cuts it over the ranks of sequence parallelism.
         seq_length=_stored_length(config),
         micro_batch_size=1,
@@ -165,54 +153,31 @@ def _run(
     return counts, sums
 
 
-def _cut(batch: Batch, counts: Tensor, config: Config, draw: Draw | None) -> list[MicroBatch]:
-    """The micro-batches of a step. Their routes are made on the host, from one copy of the batch's integers."""
-    plan, device, host = _plan(config), batch.tokens.device, batch.to("cpu")
-    weights = token_weights(host, counts.cpu(), config.training.task_weights)
-    made = []
-    for start in range(0, batch.shape[0], config.training.micro_batch_size):
-        rows = slice(start, start + config.training.micro_batch_size)
-        part = host.rows(rows.start, rows.stop)
-        route = Route.of(part, plan, *_alignment(config), fixed_length=config.parallel.pipeline > 1, draw=draw)
-        of_targets = (x.flatten()[route.targets] for x in (part.labels, part.task.long(), weights[rows]))
-        made.append(MicroBatch(route.to(device), *(x.to(device, non_blocking=True) for x in of_targets)))
-    return made
-
-
-def _plan(config: Config) -> Plan:
-    return Plan.of(config.plan, config.model.num_layers)
-
-
-def _alignment(config: Config) -> tuple[int, int]:
-    """Ranks that hidden states are cut over, and what their rows are a multiple of."""
-    ranks = config.parallel.tensor if config.parallel.sequence else 1
-    return ranks, row_multiple(fp8_recipe(config))
-
-
 def _stored_length(config: Config) -> int:
     tokens = config.training.micro_batch_size * config.data.sequence_length
-    return stored_length(tokens, _plan(config), *_alignment(config))
+    return stored_length(tokens, Plan.of(config.plan, config.model.num_layers), *row_alignment(config))
 
 
-def _forward(micro_batches, chunk):
+def _forward(weights: Tensor, micro_batches: Iterator[MicroBatch], chunk) -> tuple[Tensor, Callable]:
     micro_batch = next(micro_batches)
-    return chunk(micro_batch.route), partial(_loss, micro_batch, get_attr_wrapped_model(chunk, "token_losses"))
+    token_losses = get_attr_wrapped_model(chunk, "token_losses")
+    return chunk(micro_batch.route), partial(_loss, micro_batch, weights, token_losses)
 
 
-def _loss(micro_batch: MicroBatch, token_losses: Callable, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(
+    micro_batch: MicroBatch, weights: Tensor, token_losses: Callable, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The share of the objective in this micro-batch. Called by the schedule on the last stage only."""
     losses = token_losses(logits, micro_batch.labels)
-    objective = (losses * micro_batch.weights).sum()
+    objective = (losses * weights[micro_batch.tasks]).sum()
     return objective, torch.zeros((), dtype=torch.int, device=objective.device), task_sums(losses, micro_batch.tasks)
 
 
 def _reduce(sums: Tensor, counts: Tensor, config: Config, tally) -> tuple[float, dict[str, float], list[float]]:
-    message = _sum_over_world(sums, *tally).tolist()
-    totals, tally = message[: len(Task)], message[len(Task) :]
+    message = torch.cat([counts, _sum_over_world(sums, *tally)]).tolist()
+    counts, totals, tally = message[: len(Task)], message[len(Task) : 2 * len(Task)], message[2 * len(Task) :]
     weights = config.training.task_weights
-    task_losses = {
-        task.name.lower(): total / count for task, total, count in zip(Task, totals, counts.tolist()) if count
-    }
+    task_losses = {task.name.lower(): total / count for task, total, count in zip(Task, totals, counts) if count}
     loss = sum(getattr(weights, name) * value for name, value in task_losses.items())
     return loss, task_losses, tally
 

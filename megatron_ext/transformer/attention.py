@@ -3,7 +3,7 @@
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_ext.routing.route import LayerRoute
+from megatron_ext.routing.layer_route import LayerRoute
 from megatron_ext.transformer.kernels.functions import query_key_value, restore
 
 

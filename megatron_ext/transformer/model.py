@@ -82,8 +82,11 @@ class UnifiedModel(GPTModel):
         return self.output_layer(self._targets(hidden_states, route), weight=weight)[0]
 
     def _angles(self, route: Route) -> Tensor:
-        """Cosines and sines [2, positions, d / 2] of at least the positions in ``route``. Made on the first use, and anew
-        when generation goes beyond them; not a buffer, which would be rounded to bf16 with the weights."""
+        """Cosines and sines [2, positions, d / 2] of the positions in ``route`` and more.
+
+        Made on the first use, and anew where generation goes beyond them. Not a buffer: with the weights it would be
+        rounded to bf16.
+        """
         table, device = self._rotary_table, route.tokens.device
         if table is None or table.shape[1] < route.longest_document or table.device != device:
             positions = self.max_sequence_length

@@ -1,6 +1,7 @@
 """From our configuration to Megatron-Core's: the TransformerConfig and the module spec of a layer."""
 
 import importlib.util
+import math
 from functools import partial
 
 import torch
@@ -32,7 +33,8 @@ from megatron_ext.transformer.projection import (
 
 
 def implementation(config: Config) -> str:
-    """``local`` or ``transformer_engine``, resolving ``auto``.
+    """``local`` or ``transformer_engine``, resolving ``auto``: float32 is ``local``, as Transformer Engine's float32
+    GEMMs are TF32 and its attention knows half precision alone.
 
     Raises:
         UserError: Transformer Engine is asked for and cannot be had.
@@ -44,7 +46,9 @@ def implementation(config: Config) -> str:
             "config: 'model.implementation' is transformer_engine, which needs a GPU and "
             "pip install 'transformer-engine[pytorch]'; 'local' works everywhere"
         )
-    return ("transformer_engine" if possible else "local") if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    return "transformer_engine" if possible and config.training.precision == "bf16" else "local"
 
 
 def fp8_recipe(config: Config) -> str:
@@ -59,6 +63,12 @@ def why_no_fp8(config: Config) -> str | None:
     if reason := fp8.why_not(config.training.fp8):
         return reason
     return "model.implementation is local" if implementation(config) == "local" else None
+
+
+def row_alignment(config: Config) -> tuple[int, int]:
+    """Over how many ranks hidden states are cut, and what the rows of each group on a rank are a multiple of."""
+    ranks = config.parallel.tensor if config.parallel.sequence else 1
+    return ranks, math.lcm(fp8.row_multiple(fp8_recipe(config)), config.training.row_multiple)
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -90,6 +100,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         # Batched sends and receives mix two neighbours up when both are the same rank (2 stages, interleaved).
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        # Only torch of long ago had to wait for the device after a batch of messages. Outputs are never deallocated
+        # (deallocate_pipeline_outputs): before megatron-core 0.18 interleaved sends still read them.
+        batch_p2p_sync=False,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
@@ -100,7 +113,11 @@ def transformer_config(config: Config) -> TransformerConfig:
         gradient_accumulation_fusion=not on_cpu
         and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
         and Plan.of(config.plan, model.num_layers).is_dense,
-        cross_entropy_loss_fusion=not on_cpu,
+        # The fused kernels give gradients in bf16, whatever the logits are, and choose their order of summation by
+        # timing. Transformer Engine's are no choice: 2.12 subtracts 1 from a bf16 probability and waits for the device
+        # in every backward pass, 2.20 refuses a micro-batch without loss tokens.
+        cross_entropy_loss_fusion=bf16 and not on_cpu and not training.deterministic,
+        deterministic_mode=training.deterministic,
         bias_activation_fusion=False,
         use_te_activation_func=True,  # that is: the activation module of the layer spec
         masked_softmax_fusion=False,

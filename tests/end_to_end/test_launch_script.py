@@ -5,7 +5,22 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("chosen", ["", "max_split_size_mb:64"])
+def test_the_allocators_segments_grow_unless_told_otherwise(chosen, tmp_path):
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/bash\necho {' '.join('$' + name for name in names)}\n")
+    interpreter.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in (*names, "SLURM_JOB_ID")}
+    environment |= {"PYTHON": str(interpreter), names[0]: chosen}
+    script = ["bash", str(ROOT / "examples" / "run_unified_tp4_pp2.sh")]
+    told = subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout.split()
+    assert told == [chosen or "expandable_segments:True"] * 2
 
 
 def test_the_script_trains_and_goes_on(material, tmp_path):

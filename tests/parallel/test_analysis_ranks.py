@@ -43,11 +43,12 @@ def test_alignment_and_allocation_are_those_of_one_process(tmp_path):
 def _measure(layouts: dict[str, list[str]]):
     """By layout, all figures under flat names; the losses of two steps with measurements between them, and without."""
     from megatron_ext.analysis.gradients import alignment
+    from megatron_ext.training.prepare import prepare
 
     figures, losses = {}, {}
     for layout, overrides in layouts.items():
         config, chunks, batch = _model([*SETTINGS, RANK_4, *overrides])
-        found = alignment(chunks, batch, config)
+        found = alignment(chunks, prepare(batch, config), config)
         del found["seconds"]
         figures[layout] = dict(_flat(found))
         if config.parallel.pipeline == 1 and not config.parallel.sequence:
@@ -95,15 +96,16 @@ def _allocation(model, config, batch) -> dict:
 
 def _two_steps(settings: list[str], measured: bool) -> list[float]:
     from megatron_ext.analysis.gradients import alignment
+    from megatron_ext.training.prepare import prepare
     from megatron_ext.training.setup import build_optimizer
     from megatron_ext.training.step import train_step
 
     config, chunks, batch = _model(settings)
-    optimizer, losses = build_optimizer(config, chunks), []
+    optimizer, losses, step = build_optimizer(config, chunks), [], prepare(batch, config)
     for _ in range(2):
         if measured:
-            alignment(chunks, batch, config)
-        losses.append(train_step(chunks, optimizer, batch, config).loss)
+            alignment(chunks, step, config)
+        losses.append(train_step(chunks, optimizer, step, config).loss)
     return losses
 
 

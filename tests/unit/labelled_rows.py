@@ -43,7 +43,7 @@ def learnt(task: Task, kind: str) -> bool:
 def rows_of(*rows: list[Document], length: int) -> tuple[Batch, list[str]]:
     """Rows that hold these documents, and what each of their tokens is, by flat index (``padding`` at the end)."""
     random = torch.Generator().manual_seed(0)
-    batch = Batch(**{name: torch.zeros(len(rows), length, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch = Batch.zeros(len(rows), length)
     batch.document[:], batch.tokens[:], batch.task[:] = PADDING_DOCUMENT, SPECIAL.pad, Task.TEXT
     batch.labels[:] = torch.randint(0, VOCABULARY, batch.shape, generator=random)
     names = []

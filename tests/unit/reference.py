@@ -130,7 +130,9 @@ def roles_of(plan: Plan, layer: int, batch: Batch, draw: Draw | None = None) -> 
         for modality in Modality:
             role[tokens_of(task, modality, batch)] = int(plan.role(layer, task, modality))
     if plan.dense_share:
-        role[plan.dense_share.taken(batch, draw) & (batch.document != PADDING_DOCUMENT)] = int(Role.FULL)
+        role[torch.from_numpy(plan.dense_share.taken(batch, draw)) & (batch.document != PADDING_DOCUMENT)] = int(
+            Role.FULL
+        )
     return role
 
 

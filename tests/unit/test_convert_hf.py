@@ -68,7 +68,7 @@ def make_llama(folder: Path, rows: int = TEXT_SIZE, dtype: torch.dtype = torch.f
 def logits_of_both(model, llama) -> tuple[torch.Tensor, torch.Tensor]:
     """[b, s, text pieces] of rows of text."""
     tokens = torch.randint(0, TEXT_SIZE, (2, 40), generator=torch.Generator().manual_seed(0))
-    batch = Batch(**{name: torch.zeros(tokens.shape, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch = Batch.zeros(*tokens.shape)
     batch.tokens, batch.positions = tokens, torch.arange(40).repeat(2, 1)
     everywhere = torch.ones(tokens.shape, dtype=torch.bool)
     route = Route.of(batch, Plan.of(Config().plan, model.config.num_layers), wanted=everywhere)

@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_in
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training import distributed
-from megatron_ext.training.loop import _work
+from megatron_ext.training.prepare import Preparation
 from megatron_ext.transformer.model import build_chunks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -233,7 +232,7 @@ def test_cost_is_what_torch_counts(one_process, preset, rank):
     batch = mix_batch(
         "understanding: 16 image, 12 text, 5 answer; understanding: 7 text, 16 image, 4 text, 16 image, 6 answer; "
         "generation: 9 text, 25 image; text: 13 text"
-    )
+    ).tensors()
     batch.tokens[:] = torch.randint(VOCABULARY, batch.shape, generator=torch.Generator().manual_seed(0))
     counts, route = count(batch, plan), Route.of(batch, plan)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -248,15 +247,14 @@ def test_cost_is_what_torch_counts(one_process, preset, rank):
 
 
 @pytest.mark.parametrize("preset, ratio", [("dense", (1, 1)), ("himix_hmgen_share_all", (0.1, 0.9))])
-def test_the_loop_logs_training_flops_of_the_plan_and_of_dense(one_process, preset, ratio):
+def test_a_step_s_input_has_training_flops_of_the_plan_and_of_dense(one_process, preset, ratio):
     config = one_process(f"plan.preset={preset}")
     plan = Plan.of(config.plan, config.model.num_layers)
     batch = packed_batch(4, 64, seed=2)
-    run = SimpleNamespace(config=config, plan=plan, vocabulary=SimpleNamespace(size=VOCABULARY))
-    flops, dense_flops, tokens = _work(run, batch, None)
-    assert flops == 3 * forward_flops(config.model, VOCABULARY, plan, count(batch, plan))
-    assert ratio[0] <= flops / dense_flops <= ratio[1]
-    assert tokens == (batch.document != PADDING_DOCUMENT).sum()
+    step = Preparation.of(config, VOCABULARY).step_input(batch)
+    assert step.flops == 3 * forward_flops(config.model, VOCABULARY, plan, count(batch, plan))
+    assert ratio[0] <= step.flops / step.dense_flops <= ratio[1]
+    assert step.tokens == (batch.document != PADDING_DOCUMENT).sum()
 
 
 # ---- activation memory
@@ -310,7 +308,9 @@ def test_activation_memory_is_what_autograd_keeps(one_process, settings):
     config = one_process("model.num_layers=5", "model.num_query_groups=2", "plan.shallow_count=2", *settings)
     plan = Plan.of(config.plan, 5)
     (model,) = build_chunks(config, VOCABULARY)
-    batch = mix_batch("understanding: 48 image, 24 text, 9 answer; generation: 9 text, 64 image; text: 13 text")
+    batch = mix_batch(
+        "understanding: 48 image, 24 text, 9 answer; generation: 9 text, 64 image; text: 13 text"
+    ).tensors()
     route = Route.of(batch, plan)
     measured = kept_bytes(model, route, batch.labels.flatten()[route.targets])
     recompute = config.training.recompute

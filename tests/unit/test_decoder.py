@@ -43,7 +43,7 @@ def documents(seed: int) -> list[list[int]]:
 def full_logits(model, plan: Plan, tokens: list[list[int]], tasks: list[Task]) -> list[torch.Tensor]:
     """[tokens, vocabulary] of each document in one forward pass."""
     longest = max(map(len, tokens))
-    batch = Batch(**{name: torch.zeros(len(tokens), longest, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch = Batch.zeros(len(tokens), longest)
     batch.document[:] = PADDING_DOCUMENT
     for row, ids in enumerate(tokens):
         n = len(ids)

@@ -16,6 +16,7 @@ from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Task
 from megatron_ext.training.logging import Logger
 from megatron_ext.training.metrics import read_metrics
+from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
 
@@ -78,8 +79,8 @@ def test_figures_are_those_of_the_two_losses_gradients(one_process, overrides, p
     chunks = model_of(config)
     batch, _ = rows_of(*ROWS, length=48)
     # A step, though refused, leaves gradients behind; they are no part of what follows.
-    train_step(chunks, build_optimizer(config, chunks), batch, config, accept=lambda loss, norm: False)
-    found = gradients.alignment(chunks, batch, config)
+    train_step(chunks, build_optimizer(config, chunks), prepare(batch, config), config, accept=lambda loss, norm: False)
+    found = gradients.alignment(chunks, prepare(batch, config), config)
     u, g = (by_autograd(chunks, config, batch, task) for task in (Task.UNDERSTANDING, Task.GENERATION))
 
     def expected(chosen) -> dict:
@@ -129,21 +130,22 @@ def test_noise_is_told_from_disagreement_by_halves_of_the_rows(one_process):
     again = Batch(*(torch.cat([getattr(halves[0], name)] * 2) for name in Batch.names()))
     same = gradients.corrected(chunks, again, config)  # no noise: nothing to correct
     assert same["all"]["repeat_generation"] == pytest.approx(1)
-    assert same["all"]["corrected_cosine"] == pytest.approx(gradients.alignment(chunks, again, config)["all"]["cosine"])
-    assert "without noise" in gradients_report.table(gradients.alignment(chunks, both, config), found)
+    of_again, of_both = (gradients.alignment(chunks, prepare(batch, config), config) for batch in (again, both))
+    assert same["all"]["corrected_cosine"] == pytest.approx(of_again["all"]["cosine"])
+    assert "without noise" in gradients_report.table(of_both, found)
 
 
 def test_what_a_task_has_no_part_in_has_no_gradient_from_it(one_process):
     """Of image weights per task each is trained by its own task alone, and by neither from plain text."""
     config = one_process(*SMALL, "plan.projections={kind: separate, per_task: true, modules: [qkv]}")
     chunks = model_of(config)
-    layers = gradients.alignment(chunks, rows_of(*ROWS, length=48)[0], config)["layers"]
+    layers = gradients.alignment(chunks, prepare(rows_of(*ROWS, length=48)[0], config), config)["layers"]
     # What images ask for in the last layer reaches no answer: a third of its query, key and value has no gradient.
     assert layers["qkv understanding"]["only_understanding"] == pytest.approx([1, 1, 2 / 3])
     assert layers["qkv generation"]["only_generation"] == [1.0] * 3
     assert layers["qkv generation"]["cosine"] == [None] * 3
     assert all(shared is not None for shared in layers["qkv"]["cosine"])
-    of_text = gradients.alignment(chunks, rows_of([text(20)], [text(40)], length=48)[0], config)
+    of_text = gradients.alignment(chunks, prepare(rows_of([text(20)], [text(40)], length=48)[0], config), config)
     assert of_text["all"]["untrained"] == 1.0 and of_text["all"]["cosine"] is None
 
 
@@ -159,8 +161,8 @@ def test_measuring_changes_no_bit_of_training(one_process, settings):
         steps = []
         for _ in range(3):
             if measure:
-                gradients.alignment(chunks, batch, config)
-            result = train_step(chunks, optimizer, batch, config)
+                gradients.alignment(chunks, prepare(batch, config), config)
+            result = train_step(chunks, optimizer, prepare(batch, config), config)
             steps.append((result.loss, result.grad_norm))
         ends.append((steps, torch.cat([p.detach().flatten() for p in chunks[0].parameters()]), torch.get_rng_state()))
     (steps, weights, state), (measured_steps, measured_weights, measured_state) = ends
@@ -170,7 +172,7 @@ def test_measuring_changes_no_bit_of_training(one_process, settings):
 
 def test_findings_are_logged_and_shown(one_process, tmp_path):
     config = one_process(*SMALL, "logging.gradient_alignment_interval=5", f"output={tmp_path}")
-    found = gradients.alignment(model_of(config), rows_of(*ROWS, length=48)[0], config)
+    found = gradients.alignment(model_of(config), prepare(rows_of(*ROWS, length=48)[0], config), config)
     lines = []
     record = {"iteration": 5, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "step_seconds": 0.5}
     logger = Logger(config, say=lines.append)

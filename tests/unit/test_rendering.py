@@ -124,4 +124,4 @@ def test_what_is_left_of_a_row_is_padding(tmp_path, task):
     assert batch.loss_mask[0, 17:].tolist() == [0.0] * 4
     assert batch.modality[0, 18:].tolist() == [0] * 3
     assert batch.task[0, 18:].tolist() == [int(Task.TEXT)] * 3
-    assert {name: getattr(batch, name).dtype for name in batch.names()} == batch.DTYPES
+    assert {name: str(getattr(batch, name).dtype).removeprefix("torch.") for name in batch.names()} == batch.DTYPES

@@ -98,7 +98,7 @@ def random_rows(seed: int, modality: Modality | None = None, rows: int = 2) -> B
     With ``modality``, every token is of that modality.
     """
     rng = np.random.default_rng(seed)
-    batch = Batch(**{name: torch.zeros(rows, LENGTH, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+    batch = Batch.zeros(rows, LENGTH)
     batch.task[:], batch.document[:] = Task.TEXT, PADDING_DOCUMENT
     batch.tokens[:], batch.labels[:] = torch.from_numpy(rng.integers(VOCABULARY, size=(2, rows, LENGTH)))
     with_loss = {task: rng.random() < 0.85 for task in Task}
@@ -383,7 +383,7 @@ class TestReference:
 
     def rows(self) -> Batch:
         """Two documents of understanding, an image of 15 tokens before 10 of text."""
-        batch = Batch(**{name: torch.zeros(2, 25, dtype=Batch.DTYPES[name]) for name in Batch.names()})
+        batch = Batch.zeros(2, 25)
         batch.tokens = torch.randint(VOCABULARY, (2, 25), generator=torch.Generator().manual_seed(0))
         batch.positions[:] = torch.arange(25)
         batch.modality[:, :15] = Modality.IMAGE

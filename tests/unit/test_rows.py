@@ -37,6 +37,19 @@ def test_resuming_under_another_number_of_replicas_gives_the_same_rows(blend, re
         np.testing.assert_array_equal(together, whole[step * 12 : (step + 1) * 12])
 
 
+def test_rows_by_task_hold_the_same_documents_and_one_task_each(blend, monkeypatch):
+    monkeypatch.setattr(rows_module, "BLOCK", 64)
+    mixed, by_task = PackedRows(blend, 64), PackedRows(blend, 64, by_task=True)
+    tasks = [by_task[row].task[0][by_task[row].document[0] >= 0].unique().tolist() for row in range(120)]
+    assert all(len(of_row) == 1 for of_row in tasks)
+    # As evenly mixed as the draws: every task in every tenth of the rows.
+    assert all({t for of_row in tasks[i : i + 12] for t in of_row} == {0, 1, 2} for i in range(0, 120, 12))
+    assert any(len(mixed[row].task[0].unique()) > 1 for row in range(20))
+    seen = Counter(document for row in range(400) for document in by_task.documents(row))
+    expected = Counter(document for row in range(200) for document in mixed.documents(row))
+    assert expected - seen == Counter()
+
+
 def test_every_document_is_in_the_rows_once_per_epoch(tmp_path):
     rows = PackedRows(mixture((captions(tmp_path / "pairs", 90), "generation", 1.0)), 64)
     seen = Counter()

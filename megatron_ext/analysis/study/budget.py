@@ -108,10 +108,13 @@ class Lengths:
 
         key = _key(config)
         if key not in self._batches:
-            import torch
+            import numpy as np
 
-            rows = PackedRows(self._mixture(config, words), config.data.sequence_length).words(0, ROWS)
-            self._batches[key] = [decode(part, words.pad) for part in torch.from_numpy(rows).split(ROWS // PARTS)]
+            packed = PackedRows(
+                self._mixture(config, words), config.data.sequence_length, config.data.rows == "by_task"
+            )
+            rows = packed.words(0, ROWS)
+            self._batches[key] = [decode(part, words.pad) for part in np.split(rows, PARTS)]
         return self._batches[key]
 
     def _mixture(self, config: Config, words) -> Mixture:

@@ -46,7 +46,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of ``full``, ``kv_only`` and ``weight``; ``of_full`` and ``of_kv_only`` are added to theirs::
 
-        dx = s (g w) - x s^3 mean(g w x),   dw = sum over rows of g x s;     without w: dx = s (g - y mean(g y))
+    dx = s (g w) - x s^3 mean(g w x),   dw = sum over rows of g x s;     without w: dx = s (g - y mean(g y))
     """
     dtype, wide = full.dtype, scale.dtype
     g, x, w = (t.to(wide) for t in (of_normed, full, weight))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_ext.routing.row_map import RowMap
 from megatron_ext.transformer.kernels import triton_kernels as kernels
+from megatron_ext.transformer.kernels import triton_rotary
 from megatron_ext.transformer.kernels.backend import INTERPRETED
 from megatron_ext.transformer.rotary import Rotary
 
@@ -147,7 +148,8 @@ def _norm_backward(
     scale: Tensor,
     kv_only_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_full, of_kv_only = torch.empty_like(full), torch.empty_like(full[:0] if kv_only_scale is None else normed_kv_only)
+    of_full = torch.empty_like(full)
+    of_kv_only = torch.empty_like(full[:0] if normed_kv_only is None else normed_kv_only)
     rows, kv_only_rows = scale.numel(), 0 if kv_only_scale is None else kv_only_scale.numel()
     programs = max(1, min(max(rows, kv_only_rows), _PROGRAMS_PER_PROCESSOR * _processors(full.device)))
     parts = scale.new_empty(programs, weight.numel())
@@ -177,7 +179,7 @@ def _query_key_value(
     given = mixed, kv_only, query_index, key_index, table, query_positions, key_positions
     counts = query_rows, n, table.shape[1]
     grid = (query_rows + key_rows,)
-    _launch(kernels.query_key_value, grid, *given, query, key, value, *counts, **_heads(groups, width - 2, d))
+    _launch(triton_rotary.query_key_value, grid, *given, query, key, value, *counts, **_heads(groups, width - 2, d))
     return query, key, value
 
 
@@ -207,7 +209,7 @@ def _query_key_value_backward(
     given = of_query, of_key, of_value, query_inverse, key_inverse, key_starts, key_uses, table
     places = query_positions, key_positions, of_mixed, of_kv_only, full_rows, table.shape[1]
     grid = (full_rows + kv_only_rows,)
-    _launch(kernels.query_key_value_backward, grid, *given, *places, **_heads(groups, queries, d))
+    _launch(triton_rotary.query_key_value_backward, grid, *given, *places, **_heads(groups, queries, d))
     return of_mixed, of_kv_only
 
 

@@ -1,8 +1,9 @@
-"""The kernels. A program does a row (norms: rows one after the other), all of its columns at once.
+"""Triton kernels of norms, rows and the gated activation.
 
-Row numbers are int32; where they meet a stride they become int64. Rows are contiguous; ``H``, ``D`` and the like are the
-real widths, ``BLOCK`` the power of two above. Arithmetic is in ``WIDE``, float32 or float64, and rounded where a row is
-stored. Sums run in a fixed order: there are no atomics.
+A program does a row (norms: rows one after the other), or a block of its columns. Row numbers are int32; where they
+meet a stride they become int64. Rows are contiguous; ``H``, ``WIDTH`` and ``F`` are their real widths, ``BLOCK`` is a
+power of two. Arithmetic is in ``WIDE``, float32 or float64, and rounded where a row is stored. Sums run in a fixed
+order: there are no atomics.
 """
 
 import triton
@@ -10,8 +11,20 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["full_rows"])
-def norm(full, kv_only, weight, normed, normed_kv_only, scale, kv_only_scale, full_rows,
-         H: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def norm(
+    full,
+    kv_only,
+    weight,
+    normed,
+    normed_kv_only,
+    scale,
+    kv_only_scale,
+    full_rows,
+    H: tl.constexpr,
+    EPS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y = x s w of FULL rows, y = x s of KV_ONLY rows."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -31,8 +44,18 @@ def norm(full, kv_only, weight, normed, normed_kv_only, scale, kv_only_scale, fu
 
 
 @triton.jit
-def add_norm(residual, x, weight, total, normed, scale,
-             H: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def add_norm(
+    residual,
+    x,
+    weight,
+    total,
+    normed,
+    scale,
+    H: tl.constexpr,
+    EPS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The norm of the sum as it is stored."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -48,9 +71,25 @@ def add_norm(residual, x, weight, total, normed, scale,
 
 
 @triton.jit(do_not_specialize=["full_rows", "kv_only_rows"])
-def norm_backward(of_normed, of_normed_kv_only, residual, kv_only_residual, full, normed_kv_only, weight, scale,
-                  kv_only_scale, of_full, of_kv_only, of_weight, full_rows, kv_only_rows,
-                  H: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def norm_backward(
+    of_normed,
+    of_normed_kv_only,
+    residual,
+    kv_only_residual,
+    full,
+    normed_kv_only,
+    weight,
+    scale,
+    kv_only_scale,
+    of_full,
+    of_kv_only,
+    of_weight,
+    full_rows,
+    kv_only_rows,
+    H: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Every program has an equal share of the rows and writes its part of the weight's gradient, [programs, H]."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
@@ -87,132 +126,7 @@ def _store_gradient(out, residual, at, inside, g, y, s, H: tl.constexpr, WIDE: t
     tl.store(out + at, gradient, inside)
 
 
-@triton.jit(do_not_specialize=["query_rows", "full_rows", "positions"],
-            do_not_specialize_on_alignment=["query_index", "key_index", "query_positions", "key_positions"])  # fmt: skip
-def query_key_value(mixed, kv_only, query_index, key_index, table, query_positions, key_positions, query, key, value,
-                    query_rows, full_rows, positions, GROUPS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
-                    BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr):  # fmt: skip
-    """A program writes a row of queries or, after those, a row of keys and values."""
-    row = tl.program_id(0)
-    if row < query_rows:
-        source = _row_of(query_index, row)
-        heads = tl.where(source >= 0, GROUPS * QUERIES, 0)  # a filler reads nothing
-        cosine, sine, columns, inside = _angles(table, query_positions, row, positions, D, BLOCK)
-        for start in range(0, GROUPS * QUERIES, QUERY_BLOCK):
-            head = start + tl.arange(0, QUERY_BLOCK)[:, None]
-            mask = inside & (head < GROUPS * QUERIES)
-            # A group has its key and its value after its queries.
-            at = mixed + source * (GROUPS * (QUERIES + 2) * D) + (head + 2 * (head // QUERIES)) * D + columns
-            a, b = _halves(at, inside & (head < heads), D, cosine.dtype)
-            out = query + row.to(tl.int64) * (GROUPS * QUERIES * D) + head * D + columns
-            tl.store(out, a * cosine - b * sine, mask)
-            tl.store(out + D // 2, b * cosine + a * sine, mask)
-    else:
-        row -= query_rows
-        source = _row_of(key_index, row)
-        groups = tl.where((source >= 0) & (source < full_rows), GROUPS, 0)
-        kv_only_groups = tl.where(source >= full_rows, GROUPS, 0)
-        cosine, sine, columns, inside = _angles(table, key_positions, row, positions, D, BLOCK)
-        for start in range(0, GROUPS, KEY_BLOCK):
-            group = start + tl.arange(0, KEY_BLOCK)[:, None]
-            mask = inside & (group < GROUPS)
-            here, there = inside & (group < groups), inside & (group < kv_only_groups)
-            at = mixed + source * (GROUPS * (QUERIES + 2) * D) + (group * (QUERIES + 2) + QUERIES) * D + columns
-            a, b = _halves(at, here, D, cosine.dtype)
-            v, u = _halves(at + D, here, D, cosine.dtype)
-            if kv_only is not None:
-                at = kv_only + (source - full_rows) * (GROUPS * 2 * D) + group * (2 * D) + columns
-                c, d = _halves(at, there, D, cosine.dtype)
-                w, x = _halves(at + D, there, D, cosine.dtype)
-                a, b, v, u = a + c, b + d, v + w, u + x  # of either, one is zeros
-            out = row.to(tl.int64) * (GROUPS * D) + group * D + columns
-            tl.store(key + out, a * cosine - b * sine, mask)
-            tl.store(key + out + D // 2, b * cosine + a * sine, mask)
-            tl.store(value + out, v, mask)
-            tl.store(value + out + D // 2, u, mask)
-
-
-@triton.jit(do_not_specialize=["full_rows", "positions"],
-            do_not_specialize_on_alignment=["query_inverse", "key_inverse", "key_starts", "key_uses",
-                                            "query_positions", "key_positions"])  # fmt: skip
-def query_key_value_backward(of_query, of_key, of_value, query_inverse, key_inverse, key_starts, key_uses, table,
-                             query_positions, key_positions, of_mixed, of_kv_only, full_rows, positions,
-                             GROUPS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
-                             BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr):  # fmt: skip
-    """A program writes the gradient of one FULL or, after those, KV_ONLY row: turned back, and of a key that is used
-    several times the sum."""
-    row = tl.program_id(0)
-    mixed_row = of_mixed + row.to(tl.int64) * (GROUPS * (QUERIES + 2) * D)
-    if row < full_rows:
-        source = _row_of(query_inverse, row)
-        heads = tl.where(source >= 0, GROUPS * QUERIES, 0)  # of a row that nothing became: zeros
-        cosine, sine, columns, inside = _angles(table, query_positions, source, positions, D, BLOCK)
-        for start in range(0, GROUPS * QUERIES, QUERY_BLOCK):
-            head = start + tl.arange(0, QUERY_BLOCK)[:, None]
-            mask = inside & (head < GROUPS * QUERIES)
-            at = of_query + source * (GROUPS * QUERIES * D) + head * D + columns
-            a, b = _halves(at, inside & (head < heads), D, cosine.dtype)
-            out = mixed_row + (head + 2 * (head // QUERIES)) * D + columns
-            tl.store(out, a * cosine + b * sine, mask)
-            tl.store(out + D // 2, b * cosine - a * sine, mask)
-    if key_starts is None:
-        source = _row_of(key_inverse, row)
-    else:
-        source = tl.full([], -1, tl.int64)
-        first, end = tl.load(key_starts + row), tl.load(key_starts + row + 1)
-        if first < end:  # every use of a key has its position
-            source = tl.load(key_uses + first).to(tl.int64)
-    groups = tl.where(source >= 0, GROUPS, 0)
-    cosine, sine, columns, inside = _angles(table, key_positions, source, positions, D, BLOCK)
-    for start in range(0, GROUPS, KEY_BLOCK):
-        group = start + tl.arange(0, KEY_BLOCK)[:, None]
-        mask = inside & (group < GROUPS)
-        at = source * (GROUPS * D) + group * D + columns
-        a, b = _halves(of_key + at, inside & (group < groups), D, cosine.dtype)
-        v, u = _halves(of_value + at, inside & (group < groups), D, cosine.dtype)
-        if key_starts is not None:
-            for use in range(first + 1, end):
-                at = tl.load(key_uses + use).to(tl.int64) * (GROUPS * D) + group * D + columns
-                c, d = _halves(of_key + at, mask, D, cosine.dtype)
-                w, x = _halves(of_value + at, mask, D, cosine.dtype)
-                a, b, v, u = a + c, b + d, v + w, u + x
-        out = mixed_row + (group * (QUERIES + 2) + QUERIES) * D + columns
-        if row >= full_rows:
-            out = of_kv_only + (row - full_rows).to(tl.int64) * (GROUPS * 2 * D) + group * (2 * D) + columns
-        tl.store(out, a * cosine + b * sine, mask)
-        tl.store(out + D // 2, b * cosine - a * sine, mask)
-        tl.store(out + D, v, mask)
-        tl.store(out + D + D // 2, u, mask)
-
-
 @triton.jit
-def _row_of(index, row):
-    """``index[row]``; without an index the same row."""
-    if index is None:
-        source = row.to(tl.int64)
-    else:
-        source = tl.load(index + row).to(tl.int64)
-    return source
-
-
-@triton.jit
-def _angles(table, positions_of, row, positions, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Cosines and sines [1, BLOCK] of the row's position, and which columns [1, BLOCK] there are; of row -1 zeros."""
-    columns = tl.arange(0, BLOCK)[None, :]
-    inside = columns < D // 2
-    position = tl.load(positions_of + row, row >= 0, 0).to(tl.int64)
-    at = table + position * (D // 2) + columns
-    cosine = tl.load(at, inside, 0)
-    sine = tl.load(at + positions.to(tl.int64) * (D // 2), inside, 0)
-    return cosine, sine, columns, inside
-
-
-@triton.jit
-def _halves(at, mask, D: tl.constexpr, WIDE: tl.constexpr):
-    return tl.load(at, mask, 0).to(WIDE), tl.load(at + D // 2, mask, 0).to(WIDE)
-
-
-@triton.jit(do_not_specialize_on_alignment=["index"])
 def gather(rows, index, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A block of columns of a row in another order; -1: zeros."""
     row, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -221,7 +135,7 @@ def gather(rows, index, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + row.to(tl.int64) * WIDTH + columns, x, columns < WIDTH)
 
 
-@triton.jit(do_not_specialize_on_alignment=["starts", "uses"])
+@triton.jit
 def sum_rows(rows, starts, uses, out, WIDTH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """A block of columns of the sum of all uses of a row."""
     row, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

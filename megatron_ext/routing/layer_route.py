@@ -1,0 +1,249 @@
+"""What one layer does with a micro-batch: which rows take part, in which order attention wants them, and where
+documents begin and end.
+
+A run of FULL tokens without a KV_ONLY token between attends all keys of its document up to its own end, causally: a
+segment of q queries and k >= q keys whose last query sees all k (bottom-right aligned).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar
+
+import numpy as np
+
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.plan import Role
+from megatron_ext.routing.row_map import RowMap
+
+SEGMENTS_MULTIPLE = 16
+"""Attention kernels are told a multiple of this many segments, and the longest length rounded up to a power of two, so
+that what they plan for one micro-batch serves for the next."""
+
+
+@dataclass
+class Pieces:
+    """Some rows of a rank's share of the hidden states [T / R, 1, h].
+
+    Attributes:
+        sizes: rows of consecutive pieces; they add up to T / R.
+        full, kv_only: which of the pieces are FULL and KV_ONLY.
+        full_splits, kv_only_splits: (component, rows) of those rows in order; component 0 is W.
+    """
+
+    sizes: list[int]
+    full: list[int]
+    kv_only: list[int]
+    full_splits: list[tuple[int, int]]
+    kv_only_splits: list[tuple[int, int]]
+
+
+@dataclass
+class CachePlaces:
+    """Where queries and keys belong when keys of earlier tokens are kept: every row is a piece of one document. Always
+    on the host.
+
+    Attributes:
+        query_rows, key_rows: row of each query and key of this piece, in attention's order.
+        query_visible: keys of this piece that each query sees, its own included.
+        query_ranks, key_ranks: queries and keys of its row before each query and key of this piece.
+        query_counts, key_counts: of each row.
+    """
+
+    on_host: ClassVar[bool] = True
+
+    query_rows: np.ndarray
+    query_visible: np.ndarray
+    query_ranks: np.ndarray
+    query_counts: np.ndarray
+    key_rows: np.ndarray
+    key_ranks: np.ndarray
+    key_counts: np.ndarray
+
+
+@dataclass
+class LayerRoute:
+    """What one layer does with a micro-batch. Layers with the same roles share one.
+
+    Arrays on the host, tensors once the route is on a device. With ``fillers``, orders end in rows that belong to no
+    segment.
+
+    Attributes:
+        pieces: which rows take part.
+        queries: from gathered FULL rows to attention's order; None: the same.
+        keys: from gathered FULL and gathered KV_ONLY rows to the order of keys; None without KV_ONLY rows, when keys
+            are ordered like queries.
+        query_lengths, key_lengths: of each segment.
+        query_positions, key_positions: rotary positions in attention's order, int32; 0 for fillers.
+        cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments.
+        max_query_length, max_key_length: bounds of the lengths, powers of two.
+        rotary: angles of queries and keys; filled in by the model before its first layer.
+        places, cache: with a cache of keys, what goes where in it (``generation/cache.py``); None in training.
+    """
+
+    pieces: Pieces
+    queries: RowMap | None
+    keys: RowMap | None
+    query_lengths: list[int]
+    key_lengths: list[int]
+    query_positions: np.ndarray
+    key_positions: np.ndarray
+    cu_seqlens_q: np.ndarray
+    cu_seqlens_kv: np.ndarray
+    max_query_length: int
+    max_key_length: int
+    rotary: object = None
+    places: CachePlaces | None = None
+    cache: object = None
+
+
+@dataclass
+class StoredRows:
+    """A micro-batch [b, s] of t tokens as its rows are stored.
+
+    Attributes:
+        batch: of arrays.
+        group, stored: [t], group and stored row of each token; the group of padding comes after the last.
+        document: [t], number of the document over the whole micro-batch.
+        sizes: rows of each group on a rank.
+        ranks: over how many ranks the rows are cut.
+        components: which weights each group uses.
+        multiple: queries, keys and targets are filled up to a multiple of this.
+    """
+
+    batch: Batch
+    group: np.ndarray
+    stored: np.ndarray
+    document: np.ndarray
+    sizes: list[int]
+    ranks: int
+    components: Sequence[int]
+    multiple: int
+
+    def gathered(self, chosen: list[int], sizes: list[int]) -> np.ndarray:
+        """[t] row of each token when only the ``chosen`` of pieces of ``sizes`` rows are kept and gathered from all
+        ranks; -1 for tokens elsewhere."""
+        offsets, start, kept = np.full(sum(sizes), -1), 0, 0
+        for i, size in enumerate(sizes):
+            if i in chosen:
+                offsets[start : start + size] = np.arange(kept, kept + size)
+                kept += size
+            start += size
+        if not offsets.size:
+            return np.full_like(self.stored, -1)
+        rank, offset = self.stored // offsets.size, offsets[self.stored % offsets.size]
+        return np.where((self.stored >= 0) & (offset >= 0), rank * kept + offset, -1)
+
+    def fillers(self, rows: int) -> int:
+        """How many fillers follow ``rows`` rows."""
+        return -rows % self.multiple
+
+
+def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerRoute:
+    """The route of a layer in which the groups have ``roles``.
+
+    Args:
+        cached: keys are all the keys of a piece, in order (see :meth:`~megatron_ext.routing.route.Route.of`).
+    """
+    pieces = pieces_of(rows.sizes, roles, rows.components)
+    role = np.array([*roles, Role.SKIP])[rows.group]
+    key = np.flatnonzero(role != Role.SKIP)
+    full = role[key] == Role.FULL
+    first, end, begin = _segments(rows.document[key], full)
+    query_lengths, key_lengths = end - first, end - begin
+
+    query, gathered_rows = key[full], rows.ranks * row_count(pieces.full_splits)
+    gathered = rows.gathered(pieces.full, pieces.sizes)
+    query_fillers = rows.fillers(query.size)
+    queries, keys = RowMap.of(gathered[query], [gathered_rows], fillers=query_fillers), None
+    query_positions = key_positions = _positions(rows.batch, query, query_fillers)
+    if pieces.kv_only:
+        kv_rows = rows.ranks * row_count(pieces.kv_only_splits)
+        kv_gathered = rows.gathered(pieces.kv_only, pieces.sizes)
+        gathered = np.where(kv_gathered >= 0, gathered_rows + kv_gathered, gathered)
+        seen, repeated = key, False
+        if not cached:
+            skipped = begin - (key_lengths.cumsum() - key_lengths)
+            seen = key[np.arange(key_lengths.sum()) + skipped.repeat(key_lengths)]
+            repeated = first.size > np.unique(begin).size
+        fillers = rows.fillers(seen.size)
+        keys = RowMap.of(gathered[seen], [gathered_rows, kv_rows], repeated, fillers)
+        key_positions = _positions(rows.batch, seen, fillers)
+    return LayerRoute(
+        pieces=pieces,
+        queries=queries,
+        keys=keys,
+        query_lengths=query_lengths.tolist(),
+        key_lengths=key_lengths.tolist(),
+        query_positions=query_positions,
+        key_positions=key_positions,
+        cu_seqlens_q=_cumulative(query_lengths),
+        cu_seqlens_kv=_cumulative(key_lengths),
+        max_query_length=_power_of_two(query_lengths),
+        max_key_length=_power_of_two(key_lengths),
+        places=_cache_places(key, full, *rows.batch.shape) if cached else None,
+    )
+
+
+def pieces_of(sizes: list[int], roles: Sequence[Role], components: Sequence[int]) -> Pieces:
+    """Pieces of consecutive groups with one role; empty groups take no piece."""
+    groups = [(role, size, c) for role, size, c in zip(roles, sizes, [*components, 0]) if size]
+    runs = [(role, list(run)) for role, run in groupby(groups, key=lambda g: g[0])]
+
+    def of(wanted: Role) -> tuple[list[int], list[tuple[int, int]]]:
+        chosen = [(c, size) for role, size, c in groups if role == wanted]
+        splits = [(c, sum(n for _, n in run)) for c, run in groupby(chosen, key=lambda split: split[0])]
+        return [i for i, (role, _) in enumerate(runs) if role == wanted], splits
+
+    (full, full_splits), (kv_only, kv_only_splits) = of(Role.FULL), of(Role.KV_ONLY)
+    return Pieces([sum(n for _, n, _ in run) for _, run in runs], full, kv_only, full_splits, kv_only_splits)
+
+
+def row_count(splits: list[tuple[int, int]]) -> int:
+    """Rows of all ``splits`` together."""
+    return sum(n for _, n in splits)
+
+
+def _segments(document: np.ndarray, full: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of keys with their document and whether they are FULL: where each run of FULL ones begins and ends among them,
+    and where its document begins."""
+    new = np.ones_like(full)
+    new[1:] = document[1:] != document[:-1]
+    before, after = np.roll(full, 1) & ~new, np.roll(full, -1) & ~np.roll(new, -1)
+    first, end = np.flatnonzero(full & ~before), np.flatnonzero(full & ~after) + 1
+    documents = np.flatnonzero(new)
+    return first, end, documents[np.searchsorted(documents, first, side="right") - 1]
+
+
+def _positions(batch: Batch, tokens: np.ndarray, fillers: int) -> np.ndarray:
+    positions = np.zeros(tokens.size + fillers, dtype=np.int32)
+    positions[: tokens.size] = batch.positions.ravel()[tokens]
+    return positions
+
+
+def _cumulative(lengths: np.ndarray) -> np.ndarray:
+    segments = -(-max(lengths.size, 1) // SEGMENTS_MULTIPLE) * SEGMENTS_MULTIPLE
+    ends = np.full(segments + 1, lengths.sum(), dtype=np.int32)
+    ends[: lengths.size + 1] = np.concatenate([[0], lengths.cumsum()])
+    return ends
+
+
+def _power_of_two(lengths: np.ndarray) -> int:
+    """At least 64: some of cuDNN's kernels want a multiple of it."""
+    return 1 << (int(lengths.max(initial=64)) - 1).bit_length()
+
+
+def _cache_places(key: np.ndarray, full: np.ndarray, rows: int, s: int) -> CachePlaces:
+    """Of the flat indices of the keys in ``rows`` rows of s, and which of them are queries too."""
+    row = key // s
+    query_counts, key_counts = (np.bincount(x, minlength=rows) for x in (row[full], row))
+    ranks = np.arange(key.size) - (key_counts.cumsum() - key_counts)[row]
+    return CachePlaces(
+        query_rows=row[full],
+        query_visible=ranks[full] + 1,
+        query_ranks=np.arange(int(full.sum())) - (query_counts.cumsum() - query_counts)[row[full]],
+        query_counts=query_counts,
+        key_rows=row,
+        key_ranks=ranks,
+        key_counts=key_counts,
+    )

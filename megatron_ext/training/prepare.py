@@ -1,0 +1,152 @@
+"""What a training step needs of its rows, worked out ahead of it on the host: routes, labels, FLOPs.
+
+Nothing here waits for torch: it runs in the worker processes that pack rows, while the device is busy with earlier
+steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_ext.config import Config, ModelConfig
+from megatron_ext.data.batch import Batch
+from megatron_ext.data.decoding import decode
+from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
+from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import Task
+
+if TYPE_CHECKING:
+    import torch
+
+NO_TASK = len(Task)
+"""In place of the task of a target that only fills up: its cross-entropy counts nowhere."""
+
+
+@dataclass
+class MicroBatch:
+    """What a forward pass needs of its rows: the route, and label and task of each of its n targets, int64 [n]."""
+
+    route: Route
+    labels: np.ndarray
+    tasks: np.ndarray
+
+
+@dataclass
+class StepInput:
+    """What one step needs of a replica's rows; arrays on the host, tensors on a device.
+
+    Attributes:
+        loss_tokens: targets of each task, float64 [tasks].
+        flops, dense_flops: training FLOPs under the plan and under the dense plan; padding has none.
+        tokens: tokens without padding.
+    """
+
+    micro_batches: list[MicroBatch]
+    loss_tokens: np.ndarray
+    flops: int
+    dense_flops: int
+    tokens: int
+
+    def to(self, device: torch.device | str) -> StepInput:
+        """The same on ``device``, in one copy that the host does not wait for."""
+        from megatron_ext.data.transfer import to_device
+
+        return to_device(self, device)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Makes the :class:`StepInput` of rows; small, and the same for every step of a run.
+
+    Attributes:
+        alignment: see ``ranks``, ``multiple`` and ``fixed_length`` of
+            :meth:`~megatron_ext.routing.route.Route.arrays`.
+        fill: likewise.
+        by_task: rows hold one task each, and those of one task shall stand together.
+        pad: id of the padding token.
+        iterations: of the run, for shares that change in its course; None: as in evaluation.
+    """
+
+    plan: Plan
+    model: ModelConfig
+    vocab_size: int
+    micro_batch_size: int
+    alignment: tuple[int, int, bool]
+    fill: int
+    by_task: bool = False
+    pad: int = 0
+    iterations: int | None = None
+
+    @classmethod
+    def of(cls, config: Config, vocab_size: int = 0, pad: int = 0, training: bool = True) -> Preparation:
+        """That of a run.
+
+        Args:
+            vocab_size: for the FLOPs of the output head.
+            training: whether shares of data change as in training, or are those of evaluation.
+        """
+        from megatron_ext.transformer.specs import row_alignment  # asks the device what it can do
+
+        return cls(
+            plan=Plan.of(config.plan, config.model.num_layers),
+            model=config.model,
+            vocab_size=vocab_size,
+            micro_batch_size=config.training.micro_batch_size,
+            alignment=(*row_alignment(config), config.parallel.pipeline > 1),
+            fill=config.training.row_multiple,
+            by_task=config.data.rows == "by_task",
+            pad=pad,
+            iterations=config.training.iterations if training else None,
+        )
+
+    def __call__(self, words: np.ndarray, step: int) -> StepInput:
+        """Of rows of words (:mod:`megatron_ext.data.words`), int32 [rows, s], in a step counted from 0."""
+        draw = None if self.iterations is None else self.plan.draw(step, self.iterations)
+        return self.step_input(decode(words, self.pad), draw)
+
+    def step_input(self, batch: Batch, draw: Draw | None = None) -> StepInput:
+        """Of a batch on the host; ``draw`` None: as in evaluation."""
+        batch = batch.arrays()
+        if self.by_task:
+            order = np.argsort(batch.task[:, 0], kind="stable")
+            batch = Batch(*(getattr(batch, name)[order] for name in Batch.names()))
+        starts = range(0, batch.shape[0], self.micro_batch_size)
+        parts = [batch.rows(start, start + self.micro_batch_size) for start in starts]
+        counts = [count(batch, plan, draw) for plan in (self.plan, dense(self.plan))]
+        flops, dense_flops = (
+            TRAINING_PER_FORWARD * forward_flops(self.model, self.vocab_size, plan, counted)
+            for plan, counted in zip((self.plan, dense(self.plan)), counts)
+        )
+        return StepInput(
+            micro_batches=[self._micro_batch(part, draw) for part in parts],
+            loss_tokens=np.array([((batch.loss_mask > 0) & (batch.task == task)).sum() for task in Task], np.float64),
+            flops=flops,
+            dense_flops=dense_flops,
+            tokens=sum(counts[0].tokens),
+        )
+
+    def _micro_batch(self, part: Batch, draw: Draw | None) -> MicroBatch:
+        ranks, multiple, fixed_length = self.alignment
+        route = Route.arrays(part, self.plan, ranks, multiple, fixed_length, draw=draw, fill=self.fill)
+        targets, fillers = route.targets, -route.targets.size % self.fill
+        labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.task))
+        # Only the host asks for these.
+        route.targets = route.order = None
+        if not self.model.image_positions:
+            route.image_places = None
+        return MicroBatch(
+            route,
+            np.concatenate([labels, np.zeros(fillers, np.int64)]),
+            np.concatenate([tasks, np.full(fillers, NO_TASK)]),
+        )
+
+
+def prepare(batch: Batch, config: Config, device: torch.device | str = "cpu") -> StepInput:
+    """The input, on ``device``, of a step over a batch on the host, with shares of data as in evaluation. The output
+    head counts as none of the FLOPs."""
+    return Preparation.of(config, training=False).step_input(batch).to(device)

@@ -1,0 +1,153 @@
+"""Attention of queries to keys inside the documents of packed rows: by torch's kernels, or by Transformer Engine's.
+
+All of them take query [queries, 1, heads, d], key and value [keys, 1, groups, d] and a
+:class:`~megatron_ext.routing.route.LayerRoute`, and give [queries, 1, heads * d]. A segment of q queries and k keys is
+causal from its end: its last query sees all k keys (bottom-right aligned). Rows after the last segment are fillers;
+nobody reads their outputs.
+"""
+
+import inspect
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from megatron_ext.routing.layer_route import LayerRoute
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
+
+
+class DocumentAttention(torch.nn.Module):
+    """Causal attention by torch's kernels: on a GPU, in half precision, one variable-length call for all segments;
+    elsewhere a call for each segment, or for neighbours of one shape together."""
+
+    def __init__(self, **unused):
+        super().__init__()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: LayerRoute | None = None,
+    ) -> Tensor:
+        """[queries, 1, heads * d]"""
+        route = packed_seq_params
+        if not route.query_lengths:
+            return no_attention(query, key, value)
+        if varlen_supports(query):
+            return _varlen_attention(query, key, value, route)
+        return _segment_attention(query, key, value, route)
+
+
+def no_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[queries, 1, heads * d] of zeros where no query asks; every weight still has a gradient, of zero."""
+    return 0 * (query.flatten(2) + key.sum() + value.sum())
+
+
+def varlen_supports(query: Tensor) -> bool:
+    """Whether torch's variable-length attention can be had: it is flash attention, for GPUs and half precision."""
+    d = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return varlen_attn is not None and query.device.type != "cpu" and half and d % 8 == 0 and d <= 256
+
+
+def causal_options(call: Callable) -> dict:
+    """What makes a version of ``varlen_attn`` causal and lets query heads share keys. Flash attention aligns the mask
+    at the bottom right in all of them. Checked against torch 2.11, where groups of heads need no leave, and 2.13."""
+    known = inspect.signature(call).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return options | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+_CAUSAL = causal_options(varlen_attn) if varlen_attn else {}
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, route: LayerRoute) -> Tensor:
+    lengths = route.cu_seqlens_q, route.cu_seqlens_kv, route.max_query_length, route.max_key_length
+    output = varlen_attn(query.squeeze(1), key.squeeze(1), value.squeeze(1), *lengths, **_CAUSAL)
+    return output.flatten(1).unsqueeze(1)
+
+
+def _segment_attention(query: Tensor, key: Tensor, value: Tensor, route: LayerRoute) -> Tensor:
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and query.device.type == "cpu":
+        # Torch's kernel for CPUs takes longer in bf16 than in float32, there and back included.
+        query, key, value = query.float(), key.float(), value.float()
+    segments = zip(route.query_lengths, route.key_lengths)
+    shapes = [(q, k, len(list(same))) for (q, k), same in groupby(segments)]
+    *queries, fillers = _split(query, [q * n for q, _, n in shapes])
+    keys, values = (_split(x, [k * n for _, k, n in shapes]) for x in (key, value))
+    outputs = []
+    for (q, k, n), of_query, of_key, of_value in zip(shapes, queries, keys, values):
+        pieces = (of_query.view(n, q, *query.shape[2:]), *(x.view(n, k, *key.shape[2:]) for x in (of_key, of_value)))
+        output = _attend(*(x.transpose(1, 2) for x in pieces))
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat([*outputs, torch.zeros_like(fillers)]).flatten(1).unsqueeze(1).to(dtype)
+
+
+def _split(rows: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Consecutive ``sizes`` of ``rows`` [n, 1, heads, d], and what is left of them, each [size, heads, d]."""
+    return list(rows.squeeze(1).split([*sizes, rows.shape[0] - sum(sizes)]))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[n, heads, q, d] of query [n, heads, q, d], key and value [n, groups, k, d]."""
+    q, k = query.shape[2], key.shape[2]
+    if query.device.type != "cpu":  # these kernels want equal heads, or else write out all scores
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    mask = None if q == k else torch.ones(q, k, dtype=torch.bool, device=query.device).tril_(k - q)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=q == k, enable_gqa=grouped)
+
+
+def transformer_engine_attention() -> type:
+    """The same attention by Transformer Engine's kernels: all segments of a micro-batch in one call.
+
+    Without flash-attn that is cuDNN's fused attention (from cuDNN 9.6, on Hopper or newer), which plans anew for every
+    other number of segments and every other maximum: the route rounds both up. Segments of no rows are fine; maxima
+    must be multiples of 64 before cuDNN 9.7.
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    class TransformerEngineDocumentAttention(TEDotProductAttention):
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: None,
+            attn_mask_type: AttnMaskType | None = None,
+            attention_bias: None = None,
+            packed_seq_params: LayerRoute | None = None,
+        ) -> Tensor:
+            """[queries, 1, heads * d]; Transformer Engine's packed format is [t, heads, d]."""
+            route = packed_seq_params
+            if not route.query_lengths:
+                return no_attention(query, key, value)
+            # Megatron-Core's wrapper has no name for this mask.
+            output = super(TEDotProductAttention, self).forward(
+                query.squeeze(1),
+                key.squeeze(1),
+                value.squeeze(1),
+                qkv_format="thd",
+                attn_mask_type="padding_causal_bottom_right",
+                cu_seqlens_q=route.cu_seqlens_q,
+                cu_seqlens_kv=route.cu_seqlens_kv,
+                max_seqlen_q=route.max_query_length,
+                max_seqlen_kv=route.max_key_length,
+                # Segments follow one another; to be told saves a look at the device.
+                pad_between_seqs=False,
+            )
+            return output.reshape(query.shape[0], 1, -1)
+
+    return TransformerEngineDocumentAttention

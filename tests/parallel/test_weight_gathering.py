@@ -1,0 +1,85 @@
+"""Weights that are gathered while the next forward pass goes on are whole wherever they are read."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from checkpoint_ranks import world
+
+sys.path[:0] = [str(Path(__file__).parents[n] / folder) for n, folder in ((1, "unit"), (2, "benchmarks"))]
+
+SETTINGS = [
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.num_attention_heads=2",
+    "plan.preset=himix_hmgen_share_partial",
+    "data.sequence_length=32",
+    "training.micro_batch_size=1",
+    "training.global_batch_size=4",
+    "training.iterations=1000",
+    "optimizer.lr=0.1",
+    "parallel.distributed_optimizer=true",
+]
+BUCKET = 4000
+"""Parameters: a layer has more, so layers wait for buckets of their own."""
+
+
+@pytest.mark.parametrize(
+    "layout, size", [([], 2), (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 4)], ids=["dp2", "pp2-vp2-dp2"]
+)
+def test_overlap_changes_neither_losses_nor_weights(layout, size, tmp_path):
+    plain, overlapped = (
+        world(size, _train, [*SETTINGS, *layout, f"parallel.overlap={overlap}"], folder=tmp_path)
+        for overlap in ("false", "true")
+    )
+    assert max(buckets for *_, buckets in overlapped) > 4
+    for (losses, validation, weights, _), (theirs, their_validation, their_weights, _) in zip(plain, overlapped):
+        assert losses == pytest.approx(theirs, rel=1e-5) and len(set(losses)) == len(losses)
+        assert validation == pytest.approx(their_validation, rel=1e-5)
+        assert weights == pytest.approx(their_weights, rel=1e-5)
+
+
+def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, float], int]:
+    """Losses of three steps and of the validation after the second, a sum over each weight as a checkpoint stores it,
+    and the number of buckets."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from parity import VOCABULARY, packed_batch
+
+    from megatron_ext import config_file
+    from megatron_ext.config import Config
+    from megatron_ext.training import setup
+    from megatron_ext.training.checkpoint_state import model_state, parameters
+    from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
+
+    setup.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET)
+    config = config_file.load(Config, [], settings)
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        1, parallel.pipeline, parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    )
+    _seed(config.training.seed)
+    chunks = setup.build_model(config, VOCABULARY)
+    optimizer = setup.build_optimizer(config, chunks)
+    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    rows = config.training.global_batch_size // replicas
+    losses, validation = [], []
+    for step in range(3):
+        batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=step)
+        batch = batch.rows(replica * rows, (replica + 1) * rows)
+        losses.append(train_step(chunks, optimizer, batch, config).loss)
+        if step == 1:  # the first step's weights are gathered by the second
+            with evaluation_mode(chunks):
+                validation.append(float(evaluate_step(chunks, batch, config)[0].sum()))
+    setup.gather_weights(chunks)
+    weights = {t.key: float(t.data.double().square().sum()) for t in parameters(model_state(chunks))}
+    return losses, validation, weights, sum(len(chunk.bucket_groups) for chunk in chunks)
+
+
+def _seed(seed: int) -> None:
+    import torch
+    from megatron.core import tensor_parallel
+
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

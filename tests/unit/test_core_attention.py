@@ -1,0 +1,166 @@
+"""Attention of segments: against a dense masked reference, on the CPU's path and, traced, on the GPU's."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ext.transformer import core_attention
+from megatron_ext.transformer.core_attention import DocumentAttention, causal_options, varlen_attn
+
+HEADS, GROUPS, SIZE = 4, 2, 8
+SEGMENTS = {
+    "documents": [(3, 3), (3, 3), (5, 5)],
+    "queries fewer than keys": [(3, 7), (1, 4), (1, 4), (6, 6)],
+    "a segment of nothing": [(0, 0), (0, 0), (4, 6), (0, 0)],
+    "nobody asks": [],
+}
+
+
+def route_of(segments: list[tuple[int, int]]) -> SimpleNamespace:
+    queries, keys = ([pair[i] for pair in segments] for i in (0, 1))
+    cumulative = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (queries, keys)]
+    return SimpleNamespace(
+        query_lengths=queries,
+        key_lengths=keys,
+        cu_seqlens_q=cumulative[0],
+        cu_seqlens_kv=cumulative[1],
+        max_query_length=64,
+        max_key_length=64,
+    )
+
+
+def rows(segments: list[tuple[int, int]], fillers: int, size: int = SIZE, **options) -> list[Tensor]:
+    """Query, key and value of the segments, with filler rows behind them, that want gradients."""
+    torch.manual_seed(0)
+    queries, keys = (sum(pair[i] for pair in segments) + fillers for i in (0, 1))
+    shapes = (queries, HEADS), (keys, GROUPS), (keys, GROUPS)
+    made = [torch.randn(n, 1, heads, size, dtype=torch.float64).to(**options) for n, heads in shapes]
+    return [x.requires_grad_() for x in made]
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, segments: list[tuple[int, int]]) -> Tensor:
+    """Every query against every key, all masked but those of its segment that it may see; fillers see none."""
+    visible = torch.zeros(query.shape[0], key.shape[0], dtype=torch.bool)
+    first, begin = 0, 0
+    for q, k in segments:
+        for i in range(q):
+            visible[first + i, begin : begin + k - q + i + 1] = True
+        first, begin = first + q, begin + k
+    key, value = (x.squeeze(1).repeat_interleave(HEADS // GROUPS, 1) for x in (key, value))
+    scores = torch.einsum("qnd,knd->nqk", query.squeeze(1), key) / SIZE**0.5
+    share = scores.masked_fill(~visible, -1e9).softmax(-1) * visible
+    return torch.einsum("nqk,knd->qnd", share, value).flatten(1).unsqueeze(1)
+
+
+@pytest.mark.parametrize("fillers", [0, 3])
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
+def test_outputs_and_gradients_equal_dense_masked_attention(segments, fillers):
+    ours, theirs = rows(segments, fillers), rows(segments, fillers)
+    output = DocumentAttention()(*ours, None, packed_seq_params=route_of(segments))
+    expected = dense(*theirs, segments)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(expected)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-12)
+
+
+def test_bfloat16_on_the_cpu_comes_back_as_bfloat16():
+    segments = SEGMENTS["queries fewer than keys"]
+    output = DocumentAttention()(*rows(segments, 0, dtype=torch.bfloat16), None, packed_seq_params=route_of(segments))
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), dense(*rows(segments, 0), segments), rtol=0, atol=3e-2)
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(varlen_attn is None, reason="this torch has no variable-length attention")
+def test_half_precision_off_the_cpu_is_one_variable_length_call():
+    segments = SEGMENTS["queries fewer than keys"]
+    inputs = rows(segments, 3, device="meta", dtype=torch.bfloat16)
+    with Seen() as seen:
+        output = DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments))
+        output.sum().backward()
+    assert output.shape == (inputs[0].shape[0], 1, HEADS * SIZE)
+    assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
+    calls = [name for name in seen.names if "varlen" in name]
+    assert calls == ["torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"]
+    assert not any("scaled_dot_product" in name for name in seen.names)
+
+
+@pytest.mark.parametrize("size, dtype", [(SIZE, torch.float32), (6, torch.bfloat16), (264, torch.bfloat16)])
+def test_what_flash_attention_cannot_do_goes_segment_by_segment(size, dtype):
+    segments = SEGMENTS["queries fewer than keys"]
+    inputs = rows(segments, 3, size, device="meta", dtype=dtype)
+    with Seen() as seen:
+        output = DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments))
+        output.sum().backward()
+    assert output.shape == (inputs[0].shape[0], 1, HEADS * size)
+    assert not any("varlen" in name for name in seen.names)
+
+
+def test_an_old_torch_goes_segment_by_segment(monkeypatch):
+    monkeypatch.setattr(core_attention, "varlen_attn", None)
+    segments = SEGMENTS["documents"]
+    inputs = rows(segments, 0, device="meta", dtype=torch.bfloat16)
+    assert DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments)).shape == (11, 1, HEADS * SIZE)
+
+
+def varlen_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    """As of torch 2.11."""
+
+
+def varlen_2_13(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    """As of torch 2.13."""
+
+
+@pytest.mark.parametrize("version", [varlen_2_11, varlen_2_13])
+def test_the_call_fits_this_version_and_is_causal(version, monkeypatch):
+    calls = []
+
+    def record(*args, **kwargs):
+        calls.append(inspect.signature(version).bind(*args, **kwargs).arguments)
+        return args[0]
+
+    segments = SEGMENTS["documents"]
+    monkeypatch.setattr(core_attention, "varlen_attn", record)
+    monkeypatch.setattr(core_attention, "_CAUSAL", causal_options(version))
+    inputs = rows(segments, 0, device="meta", dtype=torch.bfloat16)
+    DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments))
+    (call,) = calls
+    assert call["window_size"] == (-1, 0)  # which varlen_attn takes for causal
+    assert call.get("enable_gqa", True)
+    assert (call["max_q"], call["max_k"]) == (64, 64)
+    assert call["cu_seq_q"].dtype == torch.int32 and call["query"].shape == (11, HEADS, SIZE)

@@ -1,0 +1,55 @@
+"""From the start of a step to the reduction of its losses the host waits for nothing, and layers start few kernels."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tracing import Trace, world_on_meta
+
+from megatron_ext.routing.plan import PRESETS
+from megatron_ext.training import step as step_module
+from megatron_ext.training.prepare import prepare
+from megatron_ext.training.setup import build_model, build_optimizer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from parity import VOCABULARY, packed_batch
+
+SHAPE = (
+    "model.hidden_size=64",
+    "model.num_attention_heads=8",
+    "model.num_query_groups=4",
+    "data.sequence_length=96",
+    "training.precision=bf16",
+    "training.global_batch_size=2",
+    "training.micro_batch_size=1",
+)
+LAYOUTS = {"tp1": [], "tp4-sp": ["parallel.tensor=4", "parallel.sequence=true"]}
+
+
+def traced(config) -> Trace:
+    """Forward, loss and backward of all micro-batches, and what finishes gradients."""
+    chunks = build_model(config, VOCABULARY)
+    optimizer = build_optimizer(config, chunks)
+    step = prepare(packed_batch(2, 96, seed=1), config, torch.device("meta"))
+    with Trace() as trace:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        step_module._run(chunks, step, config, forward_only=False)
+        optimizer.prepare_grads()
+    return trace
+
+
+def layers(count: int) -> list[str]:
+    return [f"model.num_layers={count}", f"plan.shallow_count={count // 4}"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_step_waits_for_the_device(monkeypatch, preset, layout):
+    totals = []
+    for count in (4, 8):
+        with world_on_meta(monkeypatch, *SHAPE, *layout, *layers(count), f"plan.preset={preset}") as config:
+            totals.append(traced(config).operators.total())
+    print(preset, (totals[1] - totals[0]) / 4 / 2)
