@@ -38,6 +38,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.11,<2.13", "nvidia-dali-cuda130>=2.0"],
         "gpu-cuda12": ["transformer-engine[pytorch]>=2.11,<2.13", "nvidia-dali-cuda120>=2.0"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "ruff", "scikit-learn", "torchmetrics"],
+        "dev": ["pytest", "ruff", "scikit-learn", "torchmetrics", "triton"],
     },
 )

@@ -24,7 +24,7 @@ from megatron_ext.transformer.attention import UnifiedSelfAttention
 from megatron_ext.transformer.core_attention import DocumentAttention, transformer_engine_attention
 from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.linear import ColumnLinear, QueryKeyValueLinear, RowLinear, transformer_engine_linears
-from megatron_ext.transformer.norm import RMSNorm
+from megatron_ext.transformer.norm import AddNorm, InputNorm, RMSNorm
 
 
 def implementation(config: Config) -> str:
@@ -142,14 +142,12 @@ def fuses_weight_gradient(config: Config, name: str) -> bool:
 
 
 def layer_spec(config: Config) -> ModuleSpec:
-    """One layer: :class:`UnifiedLayer` with norms, split projections and attention of the chosen implementation."""
+    """One layer: :class:`UnifiedLayer` with split projections and attention of the chosen implementation."""
     if implementation(config) == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm as norm
-
         query_key_value, column, row = transformer_engine_linears()
         attention = transformer_engine_attention()
     else:
-        norm, attention = RMSNorm, DocumentAttention
+        attention = DocumentAttention
         query_key_value, column, row = QueryKeyValueLinear, ColumnLinear, RowLinear
     projections = Plan.of(config.plan, config.model.num_layers).projections
 
@@ -162,7 +160,7 @@ def layer_spec(config: Config) -> ModuleSpec:
     return ModuleSpec(
         module=UnifiedLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=InputNorm,
             self_attention=ModuleSpec(
                 module=UnifiedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -172,7 +170,7 @@ def layer_spec(config: Config) -> ModuleSpec:
                     linear_proj=linear(row, "proj"),
                 ),
             ),
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=AddNorm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
@@ -193,8 +191,4 @@ def block_spec(config: Config, transformer: TransformerConfig, vp_stage: int | N
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     count = get_num_layers_to_build(transformer, vp_stage)
-    if implementation(config) == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm as norm
-    else:
-        norm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * count, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * count, layer_norm=RMSNorm)
