@@ -8,14 +8,12 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.row_map import RowMap
@@ -290,51 +288,3 @@ def test_gradients_of_a_key_with_many_uses_are_rounded_once():
     of_key, of_value = (torch.full_like(x, 1.0078125) for x in outputs[1:])
     (gradient,) = torch.autograd.grad(outputs, kv_only, [torch.zeros_like(outputs[0]), of_key, of_value])
     assert torch.equal(gradient, torch.full_like(gradient, uses * 1.0078125))
-
-
-# ---- on meta
-
-
-class Operators(TorchDispatchMode):
-    """The names of operators that are not views."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if not function.is_view:
-            self.names.append(function._overloadpacket.__name__)
-        return function(*arguments, **(keywords or {}))
-
-
-def traced(function, inputs: list[Tensor]) -> tuple[list[Tensor], list[str]]:
-    """Outputs and gradients, and the operators behind them."""
-    upstream = [torch.ones_like(output) for output in function(*inputs) if output is not None]
-    with Operators() as operators:
-        return results(function, inputs, upstream), operators.names
-
-
-@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_meta_every_step_is_one_operator_forward_and_one_backward(dtype):
-    pytest.importorskip("triton")
-    case = CASES["repeated, fillers"]
-    *_, rotary = rotary_of(case, dtype)
-    here = row_map(case.queries, [4]), row_map(case.keys, [4, 3]), rotary
-    there = [to_device(given, "meta") for given in here]
-    mixed, kv_only = draw(4, 1, 2, 5, 10, dtype=dtype), draw(3, 1, 2, 2, 10, dtype=dtype)
-    full, few, weight = (draw(*shape, dtype=dtype) for shape in ((4, 1, 8), (3, 1, 8), (8,)))
-    steps = {
-        "norm": (lambda given, x, y, w: functions.input_norm(x, y, w, 1e-5), [full, few, weight]),
-        "add_norm": (lambda given, x, y, w: functions.add_norm(x, y, w, 1e-5), [full, torch.ones_like(full), weight]),
-        "swiglu": (lambda given, x: [functions.swiglu(x)], [full]),
-        "gather": (lambda given, x: [functions.restore(given[0], x)], [full]),
-        "query_key_value": (lambda given, x, y: functions.query_key_value(x, y, *given), [mixed, kv_only]),
-    }
-    backward = {"add_norm": "norm_backward", "gather": "gather"}
-    for name, (function, inputs) in steps.items():
-        expected, _ = traced(partial(function, here), [x.detach().requires_grad_() for x in inputs])
-        result, operators = traced(partial(function, there), [x.detach().to("meta").requires_grad_() for x in inputs])
-        assert [(x.shape, x.dtype) for x in result] == [(x.shape, x.dtype) for x in expected]
-        assert operators == [name, backward.get(name, f"{name}_backward")]
