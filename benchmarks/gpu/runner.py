@@ -14,7 +14,7 @@ import torch
 
 from gpu.logs import last_error
 from gpu.records import DONE, FAILED, NOT_RUN, RUNNING, Context, NotRun, Record, of_step
-from gpu.steps import Step
+from gpu.steps import Step, missed
 
 PROGRAM = Path(__file__).parents[1] / "gpu_check.py"
 SHORTEST = 20
@@ -57,7 +57,8 @@ def measure(step: Step, context: Context) -> None:
         record.end(FAILED, f"{type(error).__name__}: {first_line}", time.monotonic() - started)
         raise
     else:
-        record.end(DONE, seconds=time.monotonic() - started)
+        wrong = missed(step.figures, record.figures, everywhere=True)
+        record.end(FAILED if wrong else DONE, "; ".join(wrong), time.monotonic() - started)
 
 
 def _why_not(step: Step, context: Context, deadline: float) -> str:

@@ -35,6 +35,15 @@ class Figure:
         return above and (self.at_most is None or value <= self.at_most)
 
 
+def missed(aims: dict[str, Figure], figures: dict[str, float], everywhere: bool = False) -> list[str]:
+    """The aims that ``figures`` miss, in words; with ``everywhere`` of those alone that hold on any machine."""
+    return [
+        f"{aim.label}: {figures[name]:.3g}, not {aim.aim}"
+        for name, aim in aims.items()
+        if name in figures and not aim.met(figures[name]) and (aim.everywhere or not everywhere)
+    ]
+
+
 @dataclass(frozen=True)
 class Step:
     """A part of the check.
