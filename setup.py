@@ -19,6 +19,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "torch>=2.6",
         "numpy",
+        "packaging",
         "psutil",
         "pyyaml",
         "sentencepiece>=0.2",
@@ -32,9 +33,11 @@ setup(
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0"],
-        "gpu": ["transformer-engine[pytorch]>=2.0", "nvidia-dali-cuda130>=2.0"],
-        "gpu-cuda12": ["transformer-engine[pytorch]>=2.0", "nvidia-dali-cuda120>=2.0"],
+        # Newer libraries of Transformer Engine do not load with the cuBLAS of torch's wheels for CUDA 13.0; older ones
+        # have no attention for packed documents (README, With GPUs).
+        "gpu": ["transformer-engine[pytorch]>=2.11,<2.13", "nvidia-dali-cuda130>=2.0"],
+        "gpu-cuda12": ["transformer-engine[pytorch]>=2.11,<2.13", "nvidia-dali-cuda120>=2.0"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "ruff", "scikit-learn", "torchmetrics"],
+        "dev": ["pytest", "ruff", "scikit-learn", "torchmetrics", "triton"],
     },
 )

@@ -174,7 +174,7 @@ class TrainingConfig:
     precision: Literal["float32", "bf16"] = "float32"
     fp8: Literal["none", "delayed", "current", "mxfp8"] = "none"
     """FP8 GEMMs by Transformer Engine: recipe for the scales. Where they cannot be had, one line says so and the run
-    goes on in ``precision``."""
+    goes on in ``precision``. ``delayed`` is for dense plans alone."""
     task_weights: TaskWeights = field(default_factory=TaskWeights)
     seed: int = 1234
     row_multiple: int = 1
@@ -351,7 +351,8 @@ class Config:
             )
         from megatron_ext.routing.plan import Plan  # which is made from this configuration
 
-        projections = Plan.of(self.plan, m.num_layers).projections
+        plan = Plan.of(self.plan, m.num_layers)
+        projections = plan.projections
         if projections.rank is not None:
             if projections.rank < 1:
                 raise UserError(f"config: 'plan.projections.rank' is {projections.rank}, must be at least 1")
@@ -368,6 +369,10 @@ class Config:
                 "config: 'logging.gradient_alignment_interval' would change the FP8 scales that training.fp8=delayed "
                 "learns from every pass; take current or mxfp8, or 0"
             )
+        if t.fp8 != "none":
+            from megatron_ext.transformer import fp8  # which reads this configuration
+
+            fp8.validate(self, plan)
         stages = p.pipeline * p.virtual_pipeline
         _divides("model.num_layers", m.num_layers, "parallel.pipeline x parallel.virtual_pipeline", stages)
         if p.virtual_pipeline > 1 and p.pipeline == 1:

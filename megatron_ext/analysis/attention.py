@@ -34,7 +34,7 @@ from megatron_ext.generation.load import load
 from megatron_ext.routing.layer_route import LayerRoute
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
-from megatron_ext.transformer.rows import gather, join
+from megatron_ext.transformer.rows import join
 
 BLOCK = 2**23
 """Attention weights computed at a time, of all heads of a rank together."""
@@ -206,8 +206,8 @@ def _flat_rows(route: Route, layer: LayerRoute) -> tuple[Tensor, Tensor]:
     """Flat indices into the micro-batch of a layer's queries and keys, in attention's order."""
     pieces = route.order.split(layer.pieces.sizes)
     full, kv_only = (join([pieces[i] for i in of], route.order) for of in (layer.pieces.full, layer.pieces.kv_only))
-    queries = full if layer.queries is None else gather(layer.queries, [full])
-    return queries, queries if layer.keys is None else gather(layer.keys, [full, kv_only])
+    queries = full if layer.queries is None else full[layer.queries.index]
+    return queries, queries if layer.keys is None else torch.cat([full, kv_only])[layer.keys.index]
 
 
 def _figures(sums: Tensor, names: dict[str, KeyClass]) -> dict:

@@ -96,6 +96,7 @@ class Decoder:
             if of_queries.numel() < of_keys.numel():
                 layer.query_positions = positions[of_queries].to(device)
             layer.rotary = None
+        route.longest_document = int(positions.max()) + 1
         route.tokens = torch.as_tensor(batch.tokens.ravel()).to(device)[route.order].unsqueeze(0)
         route.image_places = torch.as_tensor(places.ravel()).to(device)[route.order]
         route.longest_image = int(places.max())

@@ -77,7 +77,7 @@ class LayerRoute:
         query_positions, key_positions: rotary positions in attention's order, int32; 0 for fillers.
         cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments.
         max_query_length, max_key_length: bounds of the lengths, powers of two.
-        rotary: tables for queries and keys; filled in by the model before its first layer.
+        rotary: angles of queries and keys; filled in by the model before its first layer.
         places, cache: with a cache of keys, what goes where in it (``generation/cache.py``); None in training.
     """
 
@@ -92,7 +92,7 @@ class LayerRoute:
     cu_seqlens_kv: np.ndarray
     max_query_length: int
     max_key_length: int
-    rotary: tuple | None = None
+    rotary: object = None
     places: CachePlaces | None = None
     cache: object = None
 

@@ -51,6 +51,7 @@ class Route:
         order: [T] flat index into b * s of each stored row, -1 for a dummy; likewise None.
         image_places: [T] which token of its image each stored row is, from 1; 0: of none (see :func:`image_places`).
         longest_image: the largest of them.
+        longest_document: one more than the largest position of a token.
     """
 
     tokens: np.ndarray
@@ -61,6 +62,7 @@ class Route:
     order: np.ndarray | None
     image_places: np.ndarray | None
     longest_image: int = 0
+    longest_document: int = 0
 
     @classmethod
     def of(cls, batch: Batch, plan: Plan, *alignment: int, **options) -> Route:
@@ -131,6 +133,7 @@ class Route:
             order=order,
             image_places=places[order.clip(min=0)].astype(np.int32),
             longest_image=int(places.max(initial=0)),
+            longest_document=int(batch.positions.max(initial=-1)) + 1,
         )
 
 

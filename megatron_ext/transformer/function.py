@@ -13,8 +13,8 @@ class Function(torch.autograd.Function):
         """``apply``; without gradients the forward pass and nothing around it."""
         if torch.is_grad_enabled():
             return cls.apply(*arguments)
-        return cls.forward(SimpleNamespace(save_for_backward=_forget), *arguments)
+        return cls.forward(SimpleNamespace(save_for_backward=_forget, set_materialize_grads=_forget), *arguments)
 
 
-def _forget(*tensors) -> None:
+def _forget(*arguments) -> None:
     """Nothing is kept."""

@@ -7,7 +7,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ext.routing.route import Route
-from megatron_ext.transformer.norm import unit_norm
 from megatron_ext.transformer.rows import join
 
 
@@ -44,20 +43,27 @@ class UnifiedLayer(TransformerLayer):
         if not (of.full or of.kv_only or torch.is_grad_enabled()):
             return join(pieces, pieces[0]) if self.joins else InPieces(of.sizes, pieces), None
         full = join([pieces[i] for i in of.full], pieces[0])
-        kv_only = None
-        if of.kv_only:
-            kv_only = unit_norm(join([pieces[i] for i in of.kv_only], full), self.input_layernorm.eps)
+        kv_only = join([pieces[i] for i in of.kv_only], full) if of.kv_only else None
 
-        full = full + self.self_attention(self.input_layernorm(full), kv_only, self.input_layernorm.weight, route)
-        gate_up = self.mlp.linear_fc1(self.pre_mlp_layernorm(full), of.full_splits)
+        full, kv_only, normed, normed_kv_only = self.input_layernorm(full, kv_only)
+        attended = self.self_attention(normed, normed_kv_only, self.input_layernorm.weight, route)
+        full, normed = self.pre_mlp_layernorm(full, attended)
+        gate_up = self.mlp.linear_fc1(normed, of.full_splits)
         full = full + self.mlp.linear_fc2(self.mlp.activation_func(gate_up), of.full_splits)
 
-        for i, piece in zip(of.full, full.split([of.sizes[i] for i in of.full]) if len(of.full) > 1 else [full]):
-            pieces[i] = piece
+        _put(pieces, of.sizes, of.full, full)
+        _put(pieces, of.sizes, of.kv_only, kv_only)
         if of.full and not self.joins:
             return InPieces(of.sizes, pieces), None
         # Where nobody is FULL the empty result still goes along, so that every weight has a gradient of zero.
         return join(pieces if of.full else [*pieces, full], full), None
+
+
+def _put(pieces: list[Tensor], sizes: list[int], chosen: list[int], rows: Tensor | None) -> None:
+    """``rows`` in place of the ``chosen`` pieces."""
+    if chosen:
+        for i, piece in zip(chosen, rows.split([sizes[i] for i in chosen]) if len(chosen) > 1 else [rows]):
+            pieces[i] = piece
 
 
 def _cut(hidden_states: Tensor | InPieces, sizes: list[int]) -> list[Tensor]:

@@ -10,8 +10,9 @@ from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.routing.route import Route
 from megatron_ext.transformer.initialization import initialize
-from megatron_ext.transformer.rotary import rotary_table
-from megatron_ext.transformer.rows import arrange, join
+from megatron_ext.transformer.kernels.functions import arrange
+from megatron_ext.transformer.rotary import Rotary, rotary_table
+from megatron_ext.transformer.rows import join
 from megatron_ext.transformer.specs import block_spec, transformer_config
 
 
@@ -46,6 +47,7 @@ class UnifiedModel(GPTModel):
             rope_scaling_factor=config.model.rotary_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        self._rotary_table: Tensor | None = None
         self.image_positions = None
         if config.model.image_positions and self.pre_process:
             count, h = config.model.image_positions, config.model.hidden_size
@@ -66,13 +68,10 @@ class UnifiedModel(GPTModel):
             On the last stage the logits [n, 1, vocabulary / tensor-parallel size] of the route's n targets, else hidden
             states [T / R, 1, h] in the route's stored order.
         """
-        precision = torch.promote_types(torch.float32, next(self.parameters()).dtype)
-        frequencies = self.rotary_pos_emb.inv_freq.to(precision)
+        table = self._angles(route)
         for layer in route.layers:
             if layer.rotary is None:
-                queries, keys = layer.query_positions, layer.key_positions
-                of_keys = rotary_table(frequencies, keys)
-                layer.rotary = of_keys if queries is keys else rotary_table(frequencies, queries), of_keys
+                layer.rotary = Rotary(table, layer.query_positions, layer.key_positions)
         hidden_states = None
         if self.pre_process:
             hidden_states = self._embedded(route)
@@ -81,6 +80,21 @@ class UnifiedModel(GPTModel):
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(self._targets(hidden_states, route), weight=weight)[0]
+
+    def _angles(self, route: Route) -> Tensor:
+        """Cosines and sines [2, positions, d / 2] of the positions in ``route`` and more.
+
+        Made on the first use, and anew where generation goes beyond them. Not a buffer: with the weights it would be
+        rounded to bf16.
+        """
+        table, device = self._rotary_table, route.tokens.device
+        if table is None or table.shape[1] < route.longest_document or table.device != device:
+            positions = self.max_sequence_length
+            while positions < route.longest_document:
+                positions *= 2
+            precision = torch.promote_types(torch.float32, next(self.parameters()).dtype)
+            table = self._rotary_table = rotary_table(self.rotary_pos_emb.inv_freq.to(device, precision), positions)
+        return table
 
     def _embedded(self, route: Route) -> Tensor:
         """[T / R, 1, h]"""

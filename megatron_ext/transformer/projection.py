@@ -15,6 +15,7 @@ The rows that use one matrix stand together (see :mod:`megatron_ext.routing.rout
 rows alone. All rows are gathered at once before, and their outputs reduced at once after, whatever matrices they use.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,12 +28,12 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
     reduce_scatter_last_dim_to_tensor_parallel_region,
 )
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
@@ -57,8 +58,24 @@ class Split:
 
     cut: int
 
-    def __init__(self, input_size: int, output_size: int, *, projections: Projections, **options):
-        super().__init__(input_size, output_size, **options)
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        projections: Projections,
+        fuse_weight_gradient: bool = False,
+        **options,
+    ):
+        """
+        Args:
+            fuse_weight_gradient: whether the GEMM of W's gradient adds to the gradient buffer itself.
+        """
+        if config.gradient_accumulation_fusion != fuse_weight_gradient:
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = fuse_weight_gradient
+        super().__init__(input_size, output_size, config=config, **options)
         self.projections = projections
         self.stride = options.get("stride", 1)
         self._group = options["tp_group"]
@@ -119,7 +136,7 @@ class Split:
             weights = {c: scaled(self._matrix(c, part)) for c, _ in splits}
             made = fp8.grouped_linear(self, flat, totals, [weights[c] for c, _ in splits])
         else:
-            made = F.linear(flat, scaled(part(self.weight)))
+            made = fp8.grouped_linear(self, flat, [flat.shape[0]], [scaled(part(self.weight))])
             pieces = zip(splits, flat.split(totals), made.split(totals))
             made = torch.cat([y + self._low_rank(c, x, part, scaled) if c else y for (c, _), x, y in pieces])
         if apart:
@@ -253,31 +270,3 @@ class SplitRow(Split):
         if self._ranks > 1:
             return reduce_scatter_to_sequence_parallel_region(partial, group=self._group)
         return reduce_from_tensor_model_parallel_region(partial, group=self._group)
-
-
-class QueryKeyValueLinear(SplitQueryKeyValue, ColumnParallelLinear):
-    """With torch's GEMMs."""
-
-
-class ColumnLinear(SplitColumn, ColumnParallelLinear):
-    """With torch's GEMMs."""
-
-
-class RowLinear(SplitRow, RowParallelLinear):
-    """With torch's GEMMs."""
-
-
-def transformer_engine_linears() -> tuple[type, type, type]:
-    """The same three over Transformer Engine's linear layers."""
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
-
-    class TransformerEngineQueryKeyValueLinear(SplitQueryKeyValue, TEColumnParallelLinear):
-        pass
-
-    class TransformerEngineColumnLinear(SplitColumn, TEColumnParallelLinear):
-        pass
-
-    class TransformerEngineRowLinear(SplitRow, TERowParallelLinear):
-        pass
-
-    return TransformerEngineQueryKeyValueLinear, TransformerEngineColumnLinear, TransformerEngineRowLinear

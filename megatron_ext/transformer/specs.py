@@ -17,19 +17,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.routing.plan import Plan, Projections
-from megatron_ext.transformer import fp8
+from megatron_ext.routing.plan import Plan, Projections, Role
+from megatron_ext.transformer import fp8, transformer_engine
 from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.attention import UnifiedSelfAttention
 from megatron_ext.transformer.core_attention import DocumentAttention, transformer_engine_attention
 from megatron_ext.transformer.layer import UnifiedLayer
-from megatron_ext.transformer.norm import RMSNorm
-from megatron_ext.transformer.projection import (
-    ColumnLinear,
-    QueryKeyValueLinear,
-    RowLinear,
-    transformer_engine_linears,
-)
+from megatron_ext.transformer.linear import ColumnLinear, QueryKeyValueLinear, RowLinear, transformer_engine_linears
+from megatron_ext.transformer.norm import AddNorm, InputNorm, RMSNorm
 
 
 def implementation(config: Config) -> str:
@@ -40,11 +35,11 @@ def implementation(config: Config) -> str:
         UserError: Transformer Engine is asked for and cannot be had.
     """
     wanted = config.model.implementation
-    possible = not cpu.available() and importlib.util.find_spec("transformer_engine") is not None
+    possible = not cpu.available() and transformer_engine.installed()
     if wanted == "transformer_engine" and not possible:
         raise UserError(
             "config: 'model.implementation' is transformer_engine, which needs a GPU and "
-            "pip install 'transformer-engine[pytorch]'; 'local' works everywhere"
+            "Transformer Engine (README, With GPUs); 'local' works everywhere"
         )
     if wanted != "auto":
         return wanted
@@ -108,11 +103,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=bf16,
         # The weights are drawn afterwards, the same for every layout (see initialization.py).
         perform_initialization=False,
-        # An extension of Apex adds a GEMM's weight gradient to the gradient buffer itself. It does not go together with
-        # a weight that is also used in part, or as a term of another, whose gradients come the usual way.
-        gradient_accumulation_fusion=not on_cpu
-        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-        and Plan.of(config.plan, model.num_layers).is_dense,
+        # For the output layer, which is Megatron-Core's own and needs Apex for it; see fuses_weight_gradient.
+        gradient_accumulation_fusion=apex_fuses_weight_gradients(),
         # The fused kernels give gradients in bf16, whatever the logits are, and choose their order of summation by
         # timing. Transformer Engine's are no choice: 2.12 subtracts 1 from a bf16 probability and waits for the device
         # in every backward pass, 2.20 refuses a micro-batch without loss tokens.
@@ -128,27 +120,47 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def layer_spec(config: Config) -> ModuleSpec:
-    """One layer: :class:`UnifiedLayer` with norms, split projections and attention of the chosen implementation."""
-    if implementation(config) == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm as norm
+def apex_fuses_weight_gradients() -> bool:
+    """Whether Apex's GEMM that adds a weight's gradient to the gradient buffer itself is there."""
+    return not cpu.available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
+
+def fuses_weight_gradient(config: Config, name: str) -> bool:
+    """Whether the GEMM of a weight's gradient adds to the gradient buffer itself, in the projections ``name`` (qkv,
+    proj, fc1, fc2): by Transformer Engine, or by Apex.
+
+    It does where W is used whole in every micro-batch. A gradient that comes the usual way would be left out of the
+    buffer once another micro-batch has added to it: where W is a term of W + D, stands beside other matrices in a
+    product, or gives keys and values alone.
+    """
+    plan = Plan.of(config.plan, config.model.num_layers)
+    if plan.projections.components and name in plan.projections.modules:
+        return False
+    if name == "qkv" and any(Role.KV_ONLY in roles for roles in plan.roles):
+        return False
+    return implementation(config) == "transformer_engine" or apex_fuses_weight_gradients()
+
+
+def layer_spec(config: Config) -> ModuleSpec:
+    """One layer: :class:`UnifiedLayer` with split projections and attention of the chosen implementation."""
+    if implementation(config) == "transformer_engine":
         query_key_value, column, row = transformer_engine_linears()
         attention = transformer_engine_attention()
     else:
-        norm, attention = RMSNorm, DocumentAttention
+        attention = DocumentAttention
         query_key_value, column, row = QueryKeyValueLinear, ColumnLinear, RowLinear
     projections = Plan.of(config.plan, config.model.num_layers).projections
 
     def linear(kind: type, name: str) -> ModuleSpec:
         own = projections if name in projections.modules else Projections()
-        return ModuleSpec(module=kind, params={"projections": own})
+        fused = fuses_weight_gradient(config, name)
+        return ModuleSpec(module=kind, params={"projections": own, "fuse_weight_gradient": fused})
 
     qkv = linear(query_key_value, "qkv")
     return ModuleSpec(
         module=UnifiedLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=InputNorm,
             self_attention=ModuleSpec(
                 module=UnifiedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -158,7 +170,7 @@ def layer_spec(config: Config) -> ModuleSpec:
                     linear_proj=linear(row, "proj"),
                 ),
             ),
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=AddNorm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
@@ -179,8 +191,4 @@ def block_spec(config: Config, transformer: TransformerConfig, vp_stage: int | N
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     count = get_num_layers_to_build(transformer, vp_stage)
-    if implementation(config) == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm as norm
-    else:
-        norm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * count, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * count, layer_norm=RMSNorm)

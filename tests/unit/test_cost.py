@@ -263,7 +263,7 @@ def test_a_step_s_input_has_training_flops_of_the_plan_and_of_dense(one_process,
 def kept_bytes(model, route, labels) -> list[int]:
     """Bytes of the storages that each layer keeps for the backward pass, each storage once.
 
-    Parameters, and the rotary tables that the layers share, are not the layers' own.
+    Parameters are not the layers' own.
     """
     kept = [{} for _ in model.decoder.layers]  # tensors by address; holding them keeps addresses from being used twice
     current = None
@@ -287,8 +287,7 @@ def kept_bytes(model, route, labels) -> list[int]:
         layer.register_forward_hook(leave)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.token_losses(model(route), labels)
-    shared = [*model.parameters(), *(table for layer in route.layers for table in layer.rotary)]
-    others = {tensor.untyped_storage().data_ptr() for tensor in shared}
+    others = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     return [sum(t.untyped_storage().nbytes() for address, t in k.items() if address not in others) for k in kept]
 
 

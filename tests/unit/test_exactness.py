@@ -1,6 +1,5 @@
 """float32 is float32, and deterministic training is, on GPUs too: what is chosen and set, with a GPU pretended."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_ext.training.distributed import _local_device
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
+from megatron_ext.transformer import transformer_engine
 from megatron_ext.transformer.specs import implementation, transformer_config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -31,11 +31,8 @@ def load(*overrides: str) -> Config:
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU and Transformer Engine are there, as far as choices go."""
-    find_spec = importlib.util.find_spec
     monkeypatch.setattr(cpu, "available", lambda: False)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: object() if name == "transformer_engine" else find_spec(name)
-    )
+    monkeypatch.setattr(transformer_engine, "installed", lambda: True)
 
 
 def test_float32_takes_torchs_layers_and_bf16_transformer_engines(gpu):

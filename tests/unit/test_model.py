@@ -10,16 +10,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_ext.config import PlanConfig
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.transfer import to_device
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route, image_places
-from megatron_ext.routing.row_map import RowMap
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
-from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.norm import RMSNorm
-from megatron_ext.transformer.rotary import apply_rotary, keys_and_values, rotary_table
 from megatron_ext.transformer.specs import transformer_config
 
 VOCABULARY = 160
@@ -159,21 +155,6 @@ def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):
         document = Batch(*(getattr(alone, name)[number : number + 1, :length] for name in Batch.names()))
         expected = losses_of(model, document)
         torch.testing.assert_close(losses[number], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_hand_written_gradients_are_right():
-    gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(SwiGLU(None), gate_up)
-    queries = torch.randn(5, 1, 3, 4, dtype=torch.float64, requires_grad=True)
-    frequencies, positions = torch.tensor([1.0, 0.1], dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 1, 2])
-    table = rotary_table(frequencies, positions[:5])
-    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table), queries)
-    few, many = (torch.randn(n, 1, 2, 2, 4, dtype=torch.float64, requires_grad=True) for n in (3, 6))
-    table = rotary_table(frequencies, positions)
-    for index, repeated in (([0, 4, 5, 1, 2, 8, 6], False), ([3, 4, 3, 4, 5, 0, 1], True)):
-        by = to_device(RowMap.of(np.array(index), [3, 6], repeated), "cpu")
-        for by.runs in (None, [(i >= 3, i - 3 * (i >= 3), 1) for i in index]):
-            assert torch.autograd.gradcheck(lambda *pairs, by=by: keys_and_values(by, table, *pairs), (few, many))
 
 
 def test_the_norm_is_torch_s_with_its_gradients(one_process):

@@ -45,6 +45,8 @@ class Trace(TorchDispatchMode):
         on_device = any(x.device.type == "meta" for x in inputs)
         if on_device:
             assert name not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), f"{name} waits for the device"
+            from_host = name == "copy_" and arguments[0].device.type == "meta" and arguments[1].device.type == "cpu"
+            assert not from_host or arguments[1].dim() == 0, "copies from memory of the host that is not pinned"
             wanted = keywords.get("device")
             assert wanted is None or torch.device(wanted).type == "meta", f"{name} copies to the host"
             masks = [x for x in inputs if x.dtype == torch.bool]

@@ -1,0 +1,5 @@
+class FusibleOperation:
+    pass
+
+
+Sequential = FusibleOperation
