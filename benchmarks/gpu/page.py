@@ -7,11 +7,11 @@ COMMAND = "bash benchmarks/gpu_check.sh RESULTS"
 HEAD = """# The GPU path
 
 Made by `{command} --page docs/gpu.md` from what
-`{command}` measured on one GPU, in under nine minutes: a list of steps, most valuable
-first, each with its time box. Run again, it goes on with what is missing. `--rehearse` runs the same steps at tiny sizes
-on a CPU, which is a test, and makes the references that float32 is held against: carry `RESULTS/references` to the GPU
-and name it there with `--references FOLDER`. With `WAIT_FOR_TE=FILE` in the environment, the steps that need Transformer
-Engine wait until FILE is there, for a build that is still going on.
+`{command}` measured on one GPU, in under nine minutes: a list of steps, most
+valuable first, each with its time box. Run again, it goes on with what is missing. `--rehearse` runs the same steps at
+tiny sizes on a CPU, which is a test, and makes the references that float32 is held against: carry `RESULTS/references`
+to the GPU and name it there with `--references FOLDER`. With `WAIT_FOR_TE=FILE` in the environment, the steps that need
+Transformer Engine wait until FILE is there, for a build that is still going on.
 
 The 1B tables have the shape of Llama 3.2 1B, rows of 4096 tokens, 3 micro-batches of 2 rows and a vocabulary of 128256.
 "By masking" is the same method where every token is computed in every layer and `torch.where` keeps what it may not
