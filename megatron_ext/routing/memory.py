@@ -4,7 +4,9 @@ Elements that a layer keeps in one process, hidden size h, key/value width g, FF
 
     every token    h                          the layer's input, whole, where roles are not those of the layer before:
                                               those who take part are slices of it
-    KV_ONLY        h + 2*g + 1                normed input; key and value; norm
+    KV_ONLY        2*g                        key and value
+                   h + 1                      normed input; norm; where roles are not those of the layer before: rows
+                                              that do not change are normed once
     FULL           7*h + 2*g + 3*f + a + 2    input, normed inputs (2*h), query, attention's output as computed and as
                                               put together (2*h), residual; key and value; gate, up and their product;
                                               softmax sums; norms. The input once, where it is a slice
@@ -47,17 +49,13 @@ def activation_bytes(
         whole = roles != before or recompute == "full"
         kept = model.hidden_size * (sum(counts.tokens) if whole else of_role[Role.FULL])
         if recompute != "full":
-            kept += of_role[Role.KV_ONLY] * _kv_only(model)
+            kept += of_role[Role.KV_ONLY] * (2 * key_width(model) + (model.hidden_size + 1 if whole else 0))
             kept += of_role[Role.FULL] * _full(model, recompute == "selective")
             for index, (n, role) in enumerate(zip(counts.tokens, roles)):
                 kept += n * len(low_rank_modules(plan.projections, index, role)) * (plan.projections.rank or 0)
         matrices = 0 if recompute == "full" else _matrices(model, plan.projections, of_role[Role.KV_ONLY] > 0)
         elements.append(times * kept + matrices)
     return [round(element_size * n) for n in elements]
-
-
-def _kv_only(model: ModelConfig) -> int:
-    return model.hidden_size + 2 * key_width(model) + 1
 
 
 def _full(model: ModelConfig, without_core: bool) -> int:

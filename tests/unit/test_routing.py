@@ -424,3 +424,19 @@ class TestReference:
             cache.update(apply_rotary_pos_emb(key, key, cos, sin)[0], value, number)
         theirs = llama(batch.tokens[:, 15:], position_ids=batch.positions[:, 15:], past_key_values=cache).logits
         assert_near(self.logits(llama, batch, "kv_only")[:, 15:], theirs, 1e-5, "logits of text")
+
+
+def test_rows_that_do_not_change_are_normed_once(one_process, monkeypatch):
+    from megatron_ext.transformer.norm import InputNorm
+
+    config = one_process(*SHAPE, "plan.preset=himix")
+    model, forward, normed = build(config), InputNorm.forward, []
+
+    def counting(self, full, kv_only):
+        normed.append(0 if kv_only is None else kv_only.shape[0])
+        return forward(self, full, kv_only)
+
+    monkeypatch.setattr(InputNorm, "forward", counting)
+    route = Route.of(random_rows(1), plan_of(config))
+    model(route)
+    assert len(normed) == LAYERS and normed[0] > 0 and not any(normed[1:])
