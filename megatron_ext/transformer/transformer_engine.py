@@ -6,6 +6,7 @@ at first (:func:`check_before_megatron`), and only where there is one.
 """
 
 import importlib
+import os
 import sys
 from functools import cache
 from importlib import metadata
@@ -15,6 +16,9 @@ from importlib.util import find_spec
 from packaging.version import Version
 
 from megatron_ext.errors import UserError
+
+WITHOUT = "WITHOUT_TRANSFORMER_ENGINE"
+"""Environment variable; 1: an installation is left alone, as if there were none."""
 
 OLDEST = Version("2.11")
 """Below it no kernel but flash-attn's attends packed documents whose queries and keys differ in number."""
@@ -53,6 +57,8 @@ def require_usable() -> None:
 
 def check_before_megatron() -> None:
     """Have :func:`require_usable` called right before Megatron-Core is first imported."""
+    if os.environ.get(WITHOUT) == "1":
+        sys.modules["transformer_engine"] = None  # from here on it cannot be found
     if "megatron.core" not in sys.modules:
         sys.meta_path.insert(0, _BeforeMegatron())
 

@@ -63,3 +63,12 @@ def test_megatron_is_refused_again_by_a_second_import(tmp_path):
     attempt = "try:\n    import megatron.core\nexcept Exception as error:\n    print(type(error).__name__)\n"
     ended = python(tmp_path, "-c", "import megatron_ext\n" + 2 * attempt)
     assert ended.stdout.split() == ["UserError", "UserError"], ended.stderr
+
+
+def test_an_installation_is_left_alone_on_request(tmp_path, monkeypatch):
+    install(tmp_path, "2.13.0", "raise OSError('broken')")
+    monkeypatch.setenv("WITHOUT_TRANSFORMER_ENGINE", "1")
+    ended = python(
+        tmp_path, "-c", "import megatron_ext, megatron.core.transformer.transformer_layer; print('imported')"
+    )
+    assert ended.stdout.strip() == "imported", ended.stderr
