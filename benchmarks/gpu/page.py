@@ -13,9 +13,9 @@ tiny sizes on a CPU, which is a test, and makes the references that float32 is h
 to the GPU and name it there with `--references FOLDER`. With `WAIT_FOR_TE=FILE` in the environment, the steps that need
 Transformer Engine wait until FILE is there, for a build that is still going on.
 
-The 1B tables have the shape of Llama 3.2 1B, rows of 4096 tokens, 3 micro-batches of 2 rows and a vocabulary of 128256.
-"By masking" is the same method where every token is computed in every layer and `torch.where` keeps what it may not
-change.
+The 1B tables have the shape of Llama 3.2 1B, rows of 4096 tokens, 3 micro-batches of 2 rows (of understanding: one of
+6) and a vocabulary of 128256. "By masking" is the same method where every token is computed in every layer and
+`torch.where` keeps what it may not change.
 """
 
 

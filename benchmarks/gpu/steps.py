@@ -77,8 +77,9 @@ class Step:
 
 STEPS = (
     Step("float32", "float32 against the CPU", "float32", 60),
-    Step("bf16", "bf16 against float32", "precision", 60),
-    Step("table_bf16", "1B in bf16, torch's layers", "one_billion", 150),
+    # Kernels are compiled in these two, and take longer to be than to run.
+    Step("bf16", "bf16 against float32", "precision", 120),
+    Step("table_bf16", "1B in bf16, torch's layers", "one_billion", 180),
     Step("kernels", "Kernels of a step", "kernels", 60),
     Step("layouts", "Layouts over nccl on one GPU", "layouts", 80),
     Step("resume", "Resume from an asynchronous checkpoint", "resume", 60),

@@ -30,7 +30,7 @@ def time_cases(names: list[str], size: Size, repeats: int, record: Callable[[str
         batch = random_rows(CASES[base].rows, size.rows * size.micro_batches, size.sequence, size.vocab_size)
         against = [name for name in names if name != base and CASES[name].base == base]
         try:
-            _with_base(base, against, size, batch, repeats, record)
+            _with_base(base, against, size.of_rows(CASES[base].rows), batch, repeats, record)
         except Exception as error:
             record(base, _failed(error))
         _free()

@@ -5,14 +5,19 @@ makes it, and :func:`cache_bytes` says how large before it is taken.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ext.routing.layer_route import CachePlaces, LayerRoute
 from megatron_ext.routing.plan import Plan, Role
+
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which plans anew for every other number of keys: at every token."""
 
 
 def layer_capacities(plan: Plan, tokens: Sequence[int]) -> list[int]:
@@ -94,14 +99,15 @@ class Cache:
         else:
             beside = query.new_zeros(shape)
             beside[step.queries] = query.squeeze(1)
-        output = F.scaled_dot_product_attention(
-            beside.transpose(1, 2),
-            keys[:, :, : step.longest],
-            values[:, :, : step.longest],
-            attn_mask=step.mask,
-            is_causal=step.causal,
-            enable_gqa=query.shape[2] != keys.shape[1],
-        ).transpose(1, 2)
+        with nullcontext() if keys.device.type == "cpu" else sdpa_kernel(_KERNELS):
+            output = F.scaled_dot_product_attention(
+                beside.transpose(1, 2),
+                keys[:, :, : step.longest],
+                values[:, :, : step.longest],
+                attn_mask=step.mask,
+                is_causal=step.causal,
+                enable_gqa=query.shape[2] != keys.shape[1],
+            ).transpose(1, 2)
         output = output.flatten(0, 1) if step.queries is None else output[step.queries]
         return output.flatten(1).unsqueeze(1)
 

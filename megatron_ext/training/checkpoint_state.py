@@ -95,7 +95,7 @@ def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
     for group in body["param_groups"]:
         group["step"] = steps
     if "state" in body and any("step" in state for state in inner.state.values()):
-        body["state"]["common_step"] = torch.tensor(float(steps))
+        body["state"]["common_step"] = torch.tensor(float(steps), device=torch.cuda.current_device())
     moments = loaded.pop("param_state", None)
     optimizer.load_state_dict(loaded)
     if moments is not None:
@@ -104,7 +104,7 @@ def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
         counting = [state for state in inner.state.values() if state.pop("step", None) is not None]
         optimizer.load_parameter_state_from_fully_reshardable(moments)
         for state in counting:
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = torch.tensor(float(steps), device=torch.cuda.current_device())
 
 
 def steps_taken(optimizer) -> int:
@@ -157,4 +157,4 @@ def _initialize(optimizer) -> None:
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     if isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
         for state in optimizer.optimizer.state.values():
-            state.setdefault("step", torch.tensor(0.0))
+            state.setdefault("step", torch.tensor(0.0, device=torch.cuda.current_device()))

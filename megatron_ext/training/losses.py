@@ -28,8 +28,8 @@ def cross_entropy_weights(counts: Tensor, weights: TaskWeights) -> Tensor:
         counts: of :func:`global_counts`.
     """
     per_task = torch.zeros(len(Task) + 1, dtype=torch.float64, device=counts.device)
-    for task in Task:  # numbers, filled in on the device: a tensor of them would be copied there
-        per_task[task] = getattr(weights, task.name.lower())
+    for task in Task:  # filled in on the device: a tensor of numbers, or one that is assigned, would be copied there
+        per_task[task].fill_(getattr(weights, task.name.lower()))
     per_task[:-1] /= counts.clamp(min=1)
     return per_task.float()
 

@@ -5,7 +5,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
-from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.training.step import configure
 from megatron_ext.transformer.layer import UnifiedLayer
@@ -89,7 +88,8 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
         overlap_param_gather=_gathers_ahead(config),
     )
     optimizer = get_megatron_optimizer(made, chunks, config_overrides=get_standard_config_overrides(made))
-    if cpu.available():
+    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in optimizer.param_groups:
-            group["fused"] = True  # torch's one-pass kernel; Megatron-Core asks for it only on GPUs
+            group["fused"] = True  # torch's one-pass kernel, which Megatron-Core does not ask for
     return optimizer

@@ -79,7 +79,7 @@ def train_step(
     optimizer.prepare_grads()
     meanwhile()
     loss, task_losses, tally = _reduce(sums, counts, config, tally)
-    grad_norm = float(optimizer.get_grad_norm())
+    grad_norm = _gradient_norm(optimizer)
     applied = accept(loss, grad_norm)
     if applied:
         if 0 < config.optimizer.clip_grad < grad_norm:
@@ -180,6 +180,18 @@ def _reduce(sums: Tensor, counts: Tensor, config: Config, tally) -> tuple[float,
     task_losses = {task.name.lower(): total / count for task, total, count in zip(Task, totals, counts) if count}
     loss = sum(getattr(weights, name) * value for name, value in task_losses.items())
     return loss, task_losses, tally
+
+
+def _gradient_norm(optimizer) -> float:
+    """Norm of the gradients of the whole model. Megatron-Core's own looks at the device once for every parameter where
+    neither Transformer Engine nor Apex is there."""
+    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    gradients = single.get_main_grads_for_grad_norm()
+    square = torch.zeros((), device=torch.cuda.current_device())
+    if gradients:
+        square += torch.nn.utils.get_total_norm(gradients).square()
+    dist.all_reduce(square, group=single.get_grad_stats_parallel_group())
+    return float(square.sqrt())
 
 
 def _sum_over_world(sums: Tensor, *tally: float) -> Tensor:

@@ -76,9 +76,10 @@ def test_no_step_waits_for_the_device_and_a_layer_takes_few_operators(monkeypatc
         lambda x: x[x > 0],
         lambda x: x.to("cpu"),
         lambda x: x.copy_(torch.zeros(3)),
+        lambda x: x.__setitem__(0, 2.0),
         lambda x: torch.cuda.synchronize(),
     ],
-    ids=["item", "mask", "to the host", "from the host", "synchronize"],
+    ids=["item", "mask", "to the host", "from the host", "number", "synchronize"],
 )
 def test_the_trace_fails_at_what_waits(monkeypatch, operation):
     with (

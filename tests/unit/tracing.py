@@ -37,6 +37,7 @@ class Trace(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operators = Counter()
+        self._numbers = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -45,8 +46,10 @@ class Trace(TorchDispatchMode):
         on_device = any(x.device.type == "meta" for x in inputs)
         if on_device:
             assert name not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), f"{name} waits for the device"
-            from_host = name == "copy_" and arguments[0].device.type == "meta" and arguments[1].device.type == "cpu"
-            assert not from_host or arguments[1].dim() == 0, "copies from memory of the host that is not pinned"
+            if name == "copy_" and arguments[0].device.type == "meta":
+                # A number that is assigned to a slice is made on the host on a GPU, and on the device here.
+                from_host = arguments[1].device.type == "cpu" or arguments[1].untyped_storage()._cdata in self._numbers
+                assert not from_host, "copies from memory of the host that is not pinned"
             wanted = keywords.get("device")
             assert wanted is None or torch.device(wanted).type == "meta", f"{name} copies to the host"
             masks = [x for x in inputs if x.dtype == torch.bool]
@@ -54,6 +57,8 @@ class Trace(TorchDispatchMode):
                 fills = name.startswith("index_put") and arguments[2].dim() == 0
                 assert fills, f"{name} by a mask waits for the device"
         result = function(*arguments, **keywords)
+        if name == "scalar_tensor":
+            self._numbers[result.untyped_storage()._cdata] = result  # kept, so that its address is not used again
         made = any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in tree_leaves(result))
         if (on_device or made) and not name.removeprefix("_").startswith(VIEWS):
             self.operators[name] += 1
