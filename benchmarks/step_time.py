@@ -42,7 +42,7 @@ def size_of(arguments: argparse.Namespace) -> Size:
         vocab_size=arguments.vocabulary or (4096 if on_cpu else LLAMA_3_VOCABULARY),
         rows=arguments.rows,
         sequence=arguments.sequence,
-        micro_batches=arguments.micro_batches or (1 if on_cpu else 4),
+        micro_batches=arguments.micro_batches or (2 if on_cpu else 4),
     )
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, help="default: 4096 on a CPU, Llama 3's 128256 on a GPU")
     parser.add_argument("--sequence", type=int, default=280, help="tokens in a row (default: one document, 280)")
     parser.add_argument("--rows", type=int, default=16, help="rows per micro-batch")
-    parser.add_argument("--micro-batches", type=int, help="per step; default: 1 on a CPU, 4 on a GPU")
+    parser.add_argument("--micro-batches", type=int, help="per step; default: 2 on a CPU, 4 on a GPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")

@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../examples/_setup.sh"
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
 export OMP_NUM_THREADS=1
-exec timeout --foreground "${TEST_TIMEOUT:-1800}" "$PY" -m pytest "$@"
+exec timeout --foreground "${TEST_TIMEOUT:-3600}" "$PY" -m pytest "$@"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megatron_ext import config_file
+from megatron_ext import config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, forward_flops
@@ -104,8 +104,9 @@ class Size:
 
     def of_rows(self, kind: str) -> "Size":
         """The size for rows of this kind. Of understanding, whose steps are short under HiMix and whose logits are few,
-        all rows are one micro-batch: queueing three would take the host longer than the device needs for them."""
-        whole = kind == "understanding"
+        all rows are one micro-batch on a GPU: queueing several would take the host longer than the GPU needs for them.
+        """
+        whole = kind == "understanding" and not cpu.available()
         return replace(self, rows=self.rows * self.micro_batches, micro_batches=1) if whole else self
 
     def configuration(self, plan: tuple[str, ...] = ()) -> Config:

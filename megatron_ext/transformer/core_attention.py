@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_ext.routing.layer_route import LayerRoute
+from megatron_ext.transformer.rows import join
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -85,19 +86,23 @@ def _segment_attention(query: Tensor, key: Tensor, value: Tensor, route: LayerRo
         query, key, value = query.float(), key.float(), value.float()
     segments = zip(route.query_lengths, route.key_lengths)
     shapes = [(q, k, len(list(same))) for (q, k), same in groupby(segments)]
-    *queries, fillers = _split(query, [q * n for q, _, n in shapes])
+    queries = _split(query, [q * n for q, _, n in shapes])
     keys, values = (_split(x, [k * n for _, k, n in shapes]) for x in (key, value))
     outputs = []
     for (q, k, n), of_query, of_key, of_value in zip(shapes, queries, keys, values):
         pieces = (of_query.view(n, q, *query.shape[2:]), *(x.view(n, k, *key.shape[2:]) for x in (of_key, of_value)))
         output = _attend(*(x.transpose(1, 2) for x in pieces))
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat([*outputs, torch.zeros_like(fillers)]).flatten(1).unsqueeze(1).to(dtype)
+    outputs += [torch.zeros_like(fillers) for fillers in queries[len(shapes) :]]
+    return join(outputs, outputs[0]).flatten(1).unsqueeze(1).to(dtype)
 
 
 def _split(rows: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Consecutive ``sizes`` of ``rows`` [n, 1, heads, d], and what is left of them, each [size, heads, d]."""
-    return list(rows.squeeze(1).split([*sizes, rows.shape[0] - sum(sizes)]))
+    """Consecutive ``sizes`` of ``rows`` [n, 1, heads, d], and what is left of them, if anything, each [size, heads, d];
+    all rows as they are, whose gradients then need not be put together."""
+    rows, left = rows.squeeze(1), rows.shape[0] - sum(sizes)
+    sizes = [*sizes, left] if left else sizes
+    return [rows] if len(sizes) == 1 else list(rows.split(sizes))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
