@@ -46,8 +46,8 @@ class DaliLoader:
                 batch=False,
                 parallel=workers > 0,
                 prefetch_queue_depth=prefetch if workers else None,
-                # A guess, so that memory shared with the workers seldom has to grow: some 40 bytes a token.
-                bytes_per_sample_hint=steps.rows.shape[0] * steps.rows.shape[1] * 40 if workers else None,
+                # A guess, so that memory shared with the workers seldom has to grow: some 30 bytes a token.
+                bytes_per_sample_hint=steps.rows.shape[0] * steps.rows.shape[1] * 32 if workers else None,
                 dtype=types.UINT8,
                 ndim=1,
             )

@@ -75,21 +75,12 @@ def test_recomputation_changes_no_gradient(one_process, recompute):
         torch.testing.assert_close(gradients[name], expected[name], rtol=0, atol=0)
 
 
-def test_micro_batch_size_changes_no_gradient(one_process):
-    config = one_process(*SMALL)
-    expected, loss = gradients_and_loss(config)
-    config.training.micro_batch_size = 1
-    gradients, other_loss = gradients_and_loss(config)
-    assert other_loss == pytest.approx(loss, rel=1e-6)
-    for name in expected:
-        assert (gradients[name] - expected[name]).norm() <= 1e-5 * expected[name].norm()
-
-
 @pytest.mark.parametrize("preset", ["dense", "himix_hmgen_share_all", "himix_hmgen_share_partial"])
-def test_filling_rows_up_changes_no_gradient(one_process, preset):
+@pytest.mark.parametrize("key, value", [("micro_batch_size", 1), ("row_multiple", 16)])
+def test_how_rows_are_cut_and_filled_up_changes_no_gradient(one_process, preset, key, value):
     config = one_process(*SMALL, f"plan.preset={preset}")
     expected, loss = gradients_and_loss(config)
-    config.training.row_multiple = 16
+    setattr(config.training, key, value)
     gradients, other_loss = gradients_and_loss(config)
     assert other_loss == pytest.approx(loss, rel=1e-6)
     for name in expected:
