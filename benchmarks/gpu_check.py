@@ -78,9 +78,9 @@ def context_of(arguments: argparse.Namespace) -> Context:
 
 def describe(step: Step, record: Record) -> str:
     """How a step ended, and which aims it missed."""
-    told = f"{step.name}: {record.status}" + (f": {record.reason}" if record.reason else f", {record.seconds:.0f} s")
+    outcome = f"{step.name}: {record.status}" + (f": {record.reason}" if record.reason else f", {record.seconds:.0f} s")
     slow = [] if record.rehearsal or record.status == FAILED else missed(step.figures, record.figures)
-    return "; ".join([told, *(f"missed: {line}" for line in slow)])
+    return "; ".join([outcome, *(f"missed: {line}" for line in slow)])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> None:
     steps = training.validation_batches if options.validation else training.iterations
     print(mixture.tree(steps * training.global_batch_size, config.data.sequence_length))
 
-    rows = PackedRows(mixture, config.data.sequence_length, config.data.rows == "by_task")
+    rows = PackedRows.of(mixture, config.data)
     for row in range(options.first, options.first + options.rows):
         print(describe_row(rows, row, vocabulary))
     measured = statistics(decode(rows.words(0, options.sample), vocabulary.pad))

@@ -38,9 +38,9 @@ def _status(machine: dict, steps: dict) -> str:
 
 def _section(step: Step, record: dict | None) -> str:
     status, reason = (record["status"], record["reason"]) if record else (NOT_RUN, "")
-    told = f"{status}: {reason}" if reason else status
-    told += f", {record['seconds']:.0f} s" if record and status == DONE else ""
-    lines = [f"## {step.title}", "", f"`{COMMAND} --only {step.name}`: {told}.", ""]
+    outcome = f"{status}: {reason}" if reason else status
+    outcome += f", {record['seconds']:.0f} s" if record and status == DONE else ""
+    lines = [f"## {step.title}", "", f"`{COMMAND} --only {step.name}`: {outcome}.", ""]
     lines += ["| figure | measured | aim | |", "| --- | --- | --- | --- |"]
     measured = record["figures"] if record else {}
     rehearsal = bool(record and record["rehearsal"])

@@ -190,7 +190,7 @@ class StepBatches:
         self._fetched: list[tuple[object, float]] = []
         self._loader = None
         if self._place.reads:
-            rows = PackedRows(mixture, data_config.sequence_length, data_config.rows == "by_task")
+            rows = PackedRows.of(mixture, data_config)
             mine = StepRows(rows, rows_per_step, self._place.replica, self._place.replicas)
             use_dali = data_config.loader == "dali" or (data_config.loader == "auto" and dali.available())
             self._loader = (dali.DaliLoader if use_dali else PlainLoader)(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ext.config import DataConfig
 from megatron_ext.data import counter_random, words
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.decoding import decode
@@ -67,6 +68,11 @@ class PackedRows:
         self._reach = np.array(
             [1 << (int(min(draws / 4, BLOCK)) | 1).bit_length() - 1 for draws in mixture.epoch_draws]
         )
+
+    @classmethod
+    def of(cls, mixture: Mixture, config: DataConfig) -> "PackedRows":
+        """The rows of a run."""
+        return cls(mixture, config.sequence_length, config.rows == "by_task")
 
     def __getstate__(self):
         return {**self.__dict__, "_kept": {}}

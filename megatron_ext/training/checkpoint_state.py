@@ -24,6 +24,8 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.utils import unwrap_model
 from torch import nn
 
+from megatron_ext.training.step import single_optimizer
+
 _MASTER = "optimizer.state.param."
 _MASTER_UNDISTRIBUTED = "optimizer.state.fp32_param."
 
@@ -66,7 +68,7 @@ def optimizer_state(optimizer, model: dict, stored: Container[str] | None = None
         stored: to load, the keys that the checkpoint has; None to save. Where it has no master weights, its weights
             are float32 themselves, and the model's parameters stand in.
     """
-    optimizer = _single(optimizer)
+    optimizer = single_optimizer(optimizer)
     _initialize(optimizer)
     state = optimizer.sharded_state_dict(model, is_loading=stored is not None, metadata=_metadata())
     weights = {v.key: v.data for v in nested_values(model) if isinstance(v, ShardedBase)}
@@ -90,7 +92,7 @@ def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
         loaded: the state with its tensors filled.
         steps: steps taken when it was saved.
     """
-    optimizer = _single(optimizer)
+    optimizer = single_optimizer(optimizer)
     inner, body = optimizer.optimizer, loaded.get("optimizer", loaded)
     for group in body["param_groups"]:
         group["step"] = steps
@@ -109,7 +111,7 @@ def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
 
 def steps_taken(optimizer) -> int:
     """Updates that the optimizer has applied."""
-    inner = _single(optimizer).optimizer
+    inner = single_optimizer(optimizer).optimizer
     for holder in (*inner.state.values(), *inner.param_groups):
         if "step" in holder:
             return int(holder["step"])
@@ -144,11 +146,6 @@ def _metadata() -> dict:
         "non_homogeneous_layers": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-
-
-def _single(optimizer):
-    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return single
 
 
 def _initialize(optimizer) -> None:

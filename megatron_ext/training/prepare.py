@@ -117,10 +117,11 @@ class Preparation:
             batch = Batch(*(getattr(batch, name)[order] for name in Batch.names()))
         starts = range(0, batch.shape[0], self.micro_batch_size)
         parts = [batch.rows(start, start + self.micro_batch_size) for start in starts]
-        counts = [count(batch, plan, draw) for plan in (self.plan, dense(self.plan))]
+        plans = self.plan, dense(self.plan)
+        counts = [count(batch, plan, draw) for plan in plans]
         flops, dense_flops = (
             TRAINING_PER_FORWARD * forward_flops(self.model, self.vocab_size, plan, counted)
-            for plan, counted in zip((self.plan, dense(self.plan)), counts)
+            for plan, counted in zip(plans, counts)
         )
         return StepInput(
             micro_batches=[self._micro_batch(part, draw) for part in parts],

@@ -6,7 +6,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
 from megatron_ext.config import Config
-from megatron_ext.training.step import configure
+from megatron_ext.training.step import configure, single_optimizer
 from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.model import build_chunks
 
@@ -88,8 +88,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
         overlap_param_gather=_gathers_ahead(config),
     )
     optimizer = get_megatron_optimizer(made, chunks, config_overrides=get_standard_config_overrides(made))
-    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    if isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW):
+    if isinstance(single_optimizer(optimizer).optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in optimizer.param_groups:
             group["fused"] = True  # torch's one-pass kernel, which Megatron-Core does not ask for
     return optimizer

@@ -51,6 +51,12 @@ def configure(model_config) -> None:
     )
 
 
+def single_optimizer(optimizer):
+    """The one optimizer in what ``get_megatron_optimizer`` gives, which may be a chain of one."""
+    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return single
+
+
 def train_step(
     chunks: list,
     optimizer,
@@ -185,7 +191,7 @@ def _reduce(sums: Tensor, counts: Tensor, config: Config, tally) -> tuple[float,
 def _gradient_norm(optimizer) -> float:
     """Norm of the gradients of the whole model. Megatron-Core's own looks at the device once for every parameter where
     neither Transformer Engine nor Apex is there."""
-    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    single = single_optimizer(optimizer)
     gradients = single.get_main_grads_for_grad_norm()
     square = torch.zeros((), device=torch.cuda.current_device())
     if gradients:

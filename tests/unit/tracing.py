@@ -59,8 +59,8 @@ class Trace(TorchDispatchMode):
         result = function(*arguments, **keywords)
         if name == "scalar_tensor":
             self._numbers[result.untyped_storage()._cdata] = result  # kept, so that its address is not used again
-        made = any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in tree_leaves(result))
-        if (on_device or made) and not name.removeprefix("_").startswith(VIEWS):
+        makes = any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in tree_leaves(result))
+        if (on_device or makes) and not name.removeprefix("_").startswith(VIEWS):
             self.operators[name] += 1
         return result
 

@@ -110,10 +110,7 @@ class Lengths:
         if key not in self._batches:
             import numpy as np
 
-            packed = PackedRows(
-                self._mixture(config, words), config.data.sequence_length, config.data.rows == "by_task"
-            )
-            rows = packed.words(0, ROWS)
+            rows = PackedRows.of(self._mixture(config, words), config.data).words(0, ROWS)
             self._batches[key] = [decode(part, words.pad) for part in np.split(rows, PARTS)]
         return self._batches[key]
 
