@@ -20,11 +20,11 @@ from megatron_ext.data import dali
 from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
 from megatron_ext.data.loader import PlainLoader
 from megatron_ext.data.mixture import Mixture, Source
+from megatron_ext.data.packed_rows import PackedRows, StepRows
+from megatron_ext.data.packed_tokens import PADDING, TASK
 from megatron_ext.data.rendering import SpecialTokens
-from megatron_ext.data.rows import PackedRows, StepRows
 from megatron_ext.data.serialization import from_bytes, to_bytes
 from megatron_ext.data.transfer import to_device
-from megatron_ext.data.words import PADDING, TASK
 from megatron_ext.data.workers import WorkerSteps
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS

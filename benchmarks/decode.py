@@ -27,7 +27,7 @@ from megatron_ext import command_line, config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
-from megatron_ext.generation.generate import Generator, Request
+from megatron_ext.generation.generator import Generator, Request
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.routing.cost import count, forward_flops
 from megatron_ext.routing.plan import PRESETS, Plan
@@ -140,7 +140,7 @@ def build_hugging_face(config: Config):
 
 def build_ours(config: Config, theirs) -> Generator:
     """Our model under a plan, with the same weights."""
-    from megatron_ext.transformer.hugging_face import from_llama
+    from megatron_ext.conversion.hugging_face import from_llama
     from megatron_ext.transformer.model import build_chunks
 
     (model,) = build_chunks(config, Words.size)

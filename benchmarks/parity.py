@@ -53,7 +53,7 @@ BASE = [
 STEPS = 2
 LIMIT = 1e-5
 
-RANK = "plan.projections={kind: decomposed, rank: 4, per_task: true, modules: [qkv, proj, fc1, fc2]}"
+RANK = "plan.projections={kind: delta, rank: 4, per_task: true, modules: [qkv, proj, fc1, fc2]}"
 PLANS = {
     **{preset: [f"plan.preset={preset}"] for preset in PRESETS},
     "rank 4 per task": ["plan.preset=himix_hmgen_share_partial", "plan.himix_start=2", RANK],

@@ -15,13 +15,13 @@ from collections import defaultdict
 from pathlib import Path
 
 from megatron_ext import command_line
-from megatron_ext.data.scenes.benchmarks import CARD
-from megatron_ext.data.scenes.world import PLACES, World
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import scene_check
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.parsing import LETTERS
 from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES
+from megatron_ext.picture_world.benchmarks import MANIFEST
+from megatron_ext.picture_world.world import PLACES, World
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {"validation": "new arrangements", "test": "held-out combinations"}
@@ -45,7 +45,7 @@ def kinds(data: Path, out: Path) -> dict[str, dict]:
     """By kind of question: ``right``, ``questions``, ``chance``, and ``low`` and ``high``, all shares of 1."""
     found: dict[str, list[tuple[bool, float]]] = defaultdict(list)
     detailed = command_line.read_json(data / "gqa" / "testdev_balanced_questions.json")
-    world = World(**command_line.read_json(data / CARD)["settings"]["world"])
+    world = World(**command_line.read_json(data / MANIFEST)["settings"]["world"])
     answers = {"color": len(world.colors), "shape": len(world.shapes), "place": sum(map(len, PLACES))}
     for name, benchmark in BENCHMARKS.items():
         read = read_answers(out / f"{name}.jsonl")

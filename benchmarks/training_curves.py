@@ -54,8 +54,8 @@ def summary(records: list[dict]) -> dict:
 
 def image_grid(config: Config) -> tuple[int, int]:
     """Rows and columns of tokens in a picture of the training data."""
-    cards = [command_line.read_json(ROOT / f"{source.path}.json") for source in config.data.train]
-    return tuple(next(card["vq"]["grid"] for card in cards if card["vq"]))
+    metadata = [command_line.read_json(ROOT / f"{source.path}.json") for source in config.data.train]
+    return tuple(next(metadata["vq"]["grid"] for metadata in metadata if metadata["vq"]))
 
 
 def draw(runs: dict[str, list[dict]], file: Path) -> None:

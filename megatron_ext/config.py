@@ -29,7 +29,7 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rotary_scaling_factor: float | None = None
     """Llama 3's long-context scaling of the rotary frequencies; None: none."""
-    image_positions: int = 0
+    max_image_tokens: int = 0
     """Learned positions inside an image, as many as it has tokens, added to their embeddings: small models
     learn where things lie from fewer images than by rotary positions alone, which stay as they are. 0: none."""
     norm_epsilon: float = 1e-5
@@ -59,12 +59,12 @@ class RoleEntry:
 class ProjectionConfig:
     """The weights that image tokens use in a layer's projections."""
 
-    kind: Literal["preset", "shared", "separate", "decomposed"] = "preset"
-    """shared: those of text; separate: their own; decomposed: text's plus a difference; preset: as the preset says."""
+    kind: Literal["preset", "shared", "separate", "delta"] = "preset"
+    """shared: those of text; separate: their own; delta: text's plus a difference; preset: as the preset says."""
     modules: list[Literal["qkv", "proj", "fc1", "fc2"]] = field(default_factory=lambda: ["qkv", "proj"])
     """The projections that ``kind`` applies to; the others are shared."""
     rank: int | None = None
-    """Rank of the difference of decomposed projections; None: a whole matrix."""
+    """Rank of the difference of delta projections; None: a whole matrix."""
     per_task: bool = False
     """Understanding and generation have a matrix or difference each."""
 
@@ -242,7 +242,7 @@ class EvaluationConfig:
     """Of the pictures; every evaluation draws with the same."""
     batch_size: int = 16
     """Questions or pictures that a replica decodes together."""
-    longest: int = 16
+    max_new_tokens: int = 16
     """Most tokens of an answer."""
 
 
@@ -342,8 +342,8 @@ class Config:
         _divides("model.num_attention_heads", m.num_attention_heads, "parallel.tensor", p.tensor)
         _divides("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
         _divides("model.ffn_hidden_size", m.ffn_hidden_size, "parallel.tensor", p.tensor)
-        if m.image_positions < 0:
-            raise UserError(f"config: 'model.image_positions' is {m.image_positions}, must be at least 0")
+        if m.max_image_tokens < 0:
+            raise UserError(f"config: 'model.max_image_tokens' is {m.max_image_tokens}, must be at least 0")
         if (m.hidden_size // m.num_attention_heads) % 2:
             raise UserError(
                 f"config: head size {m.hidden_size // m.num_attention_heads} (model.hidden_size / "
@@ -452,7 +452,7 @@ def _at_least_one(config: Config) -> list[tuple[str, int]]:
         "parallel": ("tensor", "pipeline", "virtual_pipeline"),
         "training": ("iterations", "micro_batch_size", "global_batch_size", "row_multiple"),
         "data": ("sequence_length", "prefetch"),
-        "evaluation": ("batch_size", "longest"),
+        "evaluation": ("batch_size", "max_new_tokens"),
         "logging": ("interval",),
     }
     return [(f"{s}.{k}", getattr(getattr(config, s), k)) for s, names in keys.items() for k in names]

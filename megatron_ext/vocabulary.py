@@ -44,16 +44,16 @@ class Vocabulary:
             UserError: a file is missing, damaged, or not the one that ``vocabulary.json`` was made with.
         """
         self.folder = Path(folder)
-        card_file, model_file = self.folder / "vocabulary.json", self.folder / "tokenizer.model"
-        for file in (card_file, model_file):
+        metadata_file, model_file = self.folder / "vocabulary.json", self.folder / "tokenizer.model"
+        for file in (metadata_file, model_file):
             if not file.is_file():
                 raise UserError(f"{file}: not found (make a vocabulary with tools/train_tokenizer.py)")
         try:
-            card = json.loads(card_file.read_text())
-            self.codebook_size = int(card["codebook_size"])
-            expected = card["fingerprint"]
+            metadata = json.loads(metadata_file.read_text())
+            self.codebook_size = int(metadata["codebook_size"])
+            expected = metadata["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{card_file}: not a vocabulary card ({error!r})") from None
+            raise UserError(f"{metadata_file}: not a vocabulary metadata ({error!r})") from None
         try:
             self.text = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
         except (RuntimeError, OSError) as error:
@@ -67,8 +67,8 @@ class Vocabulary:
         self.size = self.image_offset + self.codebook_size
         if expected != self.fingerprint:
             raise UserError(
-                f"{card_file}: fingerprint {expected} is not that of the files beside it ({self.fingerprint}); "
-                "the tokenizer or the card was changed"
+                f"{metadata_file}: fingerprint {expected} is not that of the files beside it ({self.fingerprint}); "
+                "the tokenizer or the metadata was changed"
             )
 
     @classmethod
@@ -83,12 +83,12 @@ class Vocabulary:
         target = folder / "tokenizer.model"
         if tokenizer_model.resolve() != target.resolve():
             shutil.copyfile(tokenizer_model, target)
-        card = {
+        metadata = {
             "codebook_size": codebook_size,
             "special_tokens": list(SPECIAL_TOKENS),
             "fingerprint": _fingerprint(target, codebook_size),
         }
-        write_json(folder / "vocabulary.json", card)
+        write_json(folder / "vocabulary.json", metadata)
         return cls(folder)
 
     @cached_property

@@ -29,7 +29,7 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     # Imported late: --help should not wait for Megatron-Core.
-    from megatron_ext.training.convert import convert
+    from megatron_ext.conversion.projections import convert
 
     numbers = convert(arguments.checkpoint, arguments.out, arguments.overrides, arguments.tolerance)
     if arguments.json:

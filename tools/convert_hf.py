@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1234, help="of the rows that Llama has not (default: 1234)")
     arguments = parser.parse_args()
     # Imported late: --help should not wait for Megatron-Core.
-    from megatron_ext.training.convert_hf import convert_llama
+    from megatron_ext.conversion.llama import convert_llama
     from megatron_ext.vocabulary import Vocabulary
 
     numbers = convert_llama(arguments.llama, Vocabulary(arguments.vocabulary), arguments.out, arguments.seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_ext import command_line
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import table
+from megatron_ext.evaluation import score_table as table
 from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES, benchmark_named
 
 
@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     )
     add("--tensor", type=int, default=1, help="processes over which the model is cut; the others are replicas")
     add("--batch-size", type=int, default=16, help="questions that are answered, or pictures drawn, together")
-    add("--longest", type=int, default=16, help="most tokens of an answer")
+    add("--max-new-tokens", type=int, default=16, help="most tokens of an answer")
     add("--parts", action="append", metavar="A,B", help="only these splits, subtasks or categories, or 'all'")
     add("--label", action="append", metavar="NAME", help="whose answers they are (default: the file's folder)")
     add("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
@@ -103,11 +103,12 @@ def _generate(arguments: argparse.Namespace) -> bool:
     # Imported late: --help and scoring alone should not wait for Megatron-Core.
     import torch.distributed as dist
 
-    from megatron_ext.evaluation import answering, drawing, mjhq
-    from megatron_ext.generation.load import load
+    from megatron_ext.checkpoints import folder as checkpoint_folder
+    from megatron_ext.evaluation import answering, mjhq
+    from megatron_ext.evaluation import picture_generation as drawing
+    from megatron_ext.generation.checkpoint import load
     from megatron_ext.generation.sampling import Sampling
     from megatron_ext.generation.session import Session
-    from megatron_ext.training import checkpoint_folder
 
     # Found before hours of drawing rather than after.
     if lost := [path for path in (arguments.inception, arguments.clip) if path and not path.exists()]:
@@ -124,8 +125,8 @@ def _generate(arguments: argparse.Namespace) -> bool:
                 settings = drawing.settings_of(session, checkpoint, mjhq.fingerprint(data), sampling)
                 drawing.draw(session, items, out, sampling, settings, arguments.set_aside)
                 continue
-            answering.claim(session, checkpoint, items, out, arguments.longest, arguments.set_aside)
-            if unreadable := answering.answer(session, items, out, arguments.longest):
+            answering.claim(session, checkpoint, items, out, arguments.max_new_tokens, arguments.set_aside)
+            if unreadable := answering.answer(session, items, out, arguments.max_new_tokens):
                 print(f"{out}: {unreadable} images could not be read", flush=True)
         return dist.get_rank() == 0
     finally:

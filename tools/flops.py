@@ -11,7 +11,7 @@ from megatron_ext import config_file
 from megatron_ext.command_line import parser, run, write_json
 from megatron_ext.config import Config
 from megatron_ext.routing import published
-from megatron_ext.routing.mix import mix_batch
+from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.summary import describe, summarize
 from megatron_ext.vocabulary import Vocabulary

@@ -31,7 +31,7 @@ def main() -> None:
     add("--guidance", type=float, default=3.0, help="scale of classifier-free guidance for pictures; 1: none")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=16, help="documents that are decoded together")
-    add("--longest", type=int, default=32, help="most tokens of an answer")
+    add("--max-new-tokens", type=int, default=32, help="most tokens of an answer")
     add(
         "overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model is used with"
     )
@@ -43,26 +43,34 @@ def main() -> None:
         parser.error("--question needs --image")
 
     # Imported late: --help and bad usage should not wait for Megatron-Core.
-    from megatron_ext.generation.load import load
+    from megatron_ext.generation.checkpoint import load
     from megatron_ext.generation.session import Session
 
     trained = load(arguments.checkpoint, arguments.overrides, arguments.vocabulary)
     session = Session(trained, arguments.vq, arguments.batch_size)
     drawn = {"top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
-    heat = arguments.temperature
+    temperature = arguments.temperature
     results = []
     try:
         if prompts:
-            settings = {"temperature": 1.0 if heat is None else heat, "guidance": arguments.guidance, **drawn}
+            settings = {
+                "temperature": 1.0 if temperature is None else temperature,
+                "guidance": arguments.guidance,
+                **drawn,
+            }
             results += session.draw(prompts, arguments.out, settings)
-        settings = {"temperature": 0.0 if heat is None else heat, **drawn}
+        settings = {"temperature": 0.0 if temperature is None else temperature, **drawn}
         if arguments.question:
-            results += session.ask(arguments.image, arguments.question, arguments.longest, settings)
+            results += session.ask(arguments.image, arguments.question, arguments.max_new_tokens, settings)
         while arguments.interactive and (line := session.line("question" if arguments.image else "caption")):
             if arguments.image:
-                results += session.ask(arguments.image, [line], arguments.longest, settings)
+                results += session.ask(arguments.image, [line], arguments.max_new_tokens, settings)
             else:
-                pictures = {**settings, "temperature": 1.0 if heat is None else heat, "guidance": arguments.guidance}
+                pictures = {
+                    **settings,
+                    "temperature": 1.0 if temperature is None else temperature,
+                    "guidance": arguments.guidance,
+                }
                 results += session.draw([line], arguments.out, pictures, first=len(results))
         if arguments.json and session.first:
             command_line.write_json(arguments.json, results)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from megatron_ext import command_line
-from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
-from megatron_ext.data.scenes.questions import KINDS
-from megatron_ext.data.scenes.sheet import write_sheet
-from megatron_ext.data.scenes.world import SPLITS, World
-from megatron_ext.data.scenes.write import FORMS, SplitConfig, write_split
 from megatron_ext.errors import UserError
+from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.questions import KINDS
+from megatron_ext.picture_world.sheet import write_sheet
+from megatron_ext.picture_world.world import SPLITS, World
+from megatron_ext.picture_world.write import FORMS, SplitConfig, write_split
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     if arguments.sheet:
         write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, world)
         print(f"{arguments.sheet}: written")
-    cards = {}
+    manifests = {}
     for split in SPLITS if arguments.out else ():
         count = getattr(arguments, split)
         config = SplitConfig(
@@ -95,9 +95,9 @@ def main() -> None:
             seed=arguments.seed,
             forms=tuple(arguments.forms),
         )
-        cards[split] = card = write_split(arguments.out, config, arguments.workers)
-        state = "made" if card["made"] else "already complete"
-        print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({card['fingerprint']})")
+        manifests[split] = manifest = write_split(arguments.out, config, arguments.workers)
+        state = "made" if manifest["made"] else "already complete"
+        print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({manifest['fingerprint']})")
     if arguments.benchmarks:
         config = BenchmarkConfig(
             arguments.benchmark_pictures,
@@ -106,12 +106,12 @@ def main() -> None:
             arguments.benchmark_split,
             world,
         )
-        cards["benchmarks"] = card = write_benchmarks(arguments.benchmarks, config)
-        items = ", ".join(f"{count} of {name}" for name, count in card["items"].items())
-        state = "made" if card["made"] else "already complete"
-        print(f"{arguments.benchmarks}: {items}, {state} ({card['fingerprint']})")
+        manifests["benchmarks"] = manifest = write_benchmarks(arguments.benchmarks, config)
+        items = ", ".join(f"{count} of {name}" for name, count in manifest["items"].items())
+        state = "made" if manifest["made"] else "already complete"
+        print(f"{arguments.benchmarks}: {items}, {state} ({manifest['fingerprint']})")
     if arguments.json:
-        command_line.write_json(arguments.json, cards)
+        command_line.write_json(arguments.json, manifests)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def _prepare(arguments: argparse.Namespace) -> dict:
     summary = preprocess(options, vocabulary, vq)
     if summary.images:
         print(f"{summary.images:,} images encoded in {summary.seconds:.1f} s, {summary.speed:,.1f} images/s")
-    if summary.card is None:
+    if summary.metadata is None:
         which, of = arguments.shard
         print(
             f"{arguments.out}: shard {which} of {of} is done ({summary.units[0]} of {summary.units[1]} units of work, "
@@ -116,13 +116,13 @@ def _verify(arguments: argparse.Namespace) -> dict:
     from megatron_ext.preprocess import check
 
     vocabulary = Vocabulary(arguments.vocabulary) if arguments.vocabulary else None
-    card = check(arguments.verify, vocabulary, _load(arguments.vq).card if arguments.vq else None)
-    print(f"{arguments.verify}: whole; {_counts(card)}")
-    return card
+    metadata = check(arguments.verify, vocabulary, _load(arguments.vq).metadata if arguments.vq else None)
+    print(f"{arguments.verify}: whole; {_counts(metadata)}")
+    return metadata
 
 
 def _report(out: Path, summary) -> dict:
-    print(f"{out}: {'already there, ' if summary.already else ''}{_counts(summary.card)}")
+    print(f"{out}: {'already there, ' if summary.already else ''}{_counts(summary.metadata)}")
     if summary.skipped:
         from megatron_ext.preprocess import skipped_file
 
@@ -130,8 +130,8 @@ def _report(out: Path, summary) -> dict:
     return summary.numbers()
 
 
-def _counts(card: dict) -> str:
-    return f"{card['documents']:,} documents, {card['images']:,} images, {card['tokens']:,} tokens"
+def _counts(metadata: dict) -> str:
+    return f"{metadata['documents']:,} documents, {metadata['images']:,} images, {metadata['tokens']:,} tokens"
 
 
 def _load(folder: Path):

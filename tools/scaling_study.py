@@ -8,7 +8,7 @@ from megatron_ext.errors import UserError
 
 def main() -> None:
     parser = command_line.parser(
-        "Train and evaluate every run of a study file (megatron_ext/analysis/study/study_file.py has its keys), and\n"
+        "Train and evaluate every run of a study file (megatron_ext/study/study_file.py has its keys), and\n"
         "report gains, synergy losses and how they scale. Stopped in any way, the same command goes on: finished runs\n"
         "are kept, others go on from their checkpoints, failed ones are tried again.",
         "python tools/scaling_study.py examples/studies/picture_world.yaml --jobs 2\n"
@@ -30,7 +30,7 @@ def main() -> None:
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
     # Imported late: --help should not wait for numpy and the configuration.
-    from megatron_ext.analysis.study import execute, grid, slurm, status, steps, study_file
+    from megatron_ext.study import execute, grid, slurm, status, steps, study_file
 
     study = study_file.read(arguments.study)
     study.output = arguments.out or study.output
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _report(study, runs, arguments) -> None:
-    from megatron_ext.analysis.study import report
+    from megatron_ext.study import report
 
     numbers = report.write(study, runs)
     print(f"{study.output}/report.md: written")

@@ -28,7 +28,7 @@ def main() -> None:
     if options.verify:
         for path in dict.fromkeys(source.path for source in sources):
             verify(path)
-            print(f"{path}: all files are as the card says")
+            print(f"{path}: all files are as the metadata says")
     mixture = build_mixture(sources, config.data, vocabulary, train=not options.validation)
     training = config.training
     steps = training.validation_batches if options.validation else training.iterations
@@ -37,7 +37,7 @@ def main() -> None:
     rows = PackedRows.of(mixture, config.data)
     for row in range(options.first, options.first + options.rows):
         print(describe_row(rows, row, vocabulary))
-    measured = statistics(decode(rows.words(0, options.sample), vocabulary.pad))
+    measured = statistics(decode(rows.packed_tokens(0, options.sample), vocabulary.pad))
     print(f"first {options.sample} rows: " + ", ".join(f"{key} {value:.3g}" for key, value in measured.items()))
     if options.json:
         write_json(options.json, {"fingerprint": mixture.fingerprint, "rows": options.sample, **measured})

@@ -12,7 +12,7 @@ from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.data import dali
 from megatron_ext.data.loader import PlainLoader
-from megatron_ext.data.rows import PackedRows, StepRows
+from megatron_ext.data.packed_rows import PackedRows, StepRows
 from megatron_ext.data.serialization import from_bytes
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps

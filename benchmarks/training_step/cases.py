@@ -76,7 +76,7 @@ CASES = {
     "hmgen": _of_plan("generation", "plan.preset=hmgen", 1.05),
     "hmgen by masking": _of_plan("generation", "plan.preset=hmgen", None, _masked),
     "separate": _of_plan("generation", "plan.projections.kind=separate", 1.10),
-    "decomposed": _of_plan("generation", "plan.projections.kind=decomposed", 1.10),
+    "delta": _of_plan("generation", "plan.projections.kind=delta", 1.10),
     "dense on both": Case("both", "dense on both"),
     "himix_hmgen_share_all": _of_plan("both", "plan.preset=himix_hmgen_share_all", 1.10),
     "himix_hmgen_share_all_separate": _of_plan("both", "plan.preset=himix_hmgen_share_all_separate", 1.10),

@@ -25,12 +25,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext import command_line
-from megatron_ext.analysis.rows import run_batches
+from megatron_ext.analysis.batches import run_batches
 from megatron_ext.analysis.token_sets import KeyClass, QuerySet, TokenSets
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.errors import UserError
-from megatron_ext.generation.load import load
+from megatron_ext.generation.checkpoint import load
 from megatron_ext.routing.layer_route import LayerRoute
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
@@ -176,7 +176,7 @@ def of_checkpoint(
     """The "allocation" of a checkpoint over rows of its run's data, with what it was measured on and how.
 
     Args:
-        checkpoint, overrides, vocabulary, tensor: see :func:`~megatron_ext.generation.load.load`.
+        checkpoint, overrides, vocabulary, tensor: see :func:`~megatron_ext.generation.checkpoint.load`.
         data: ``validation`` or ``train``.
         count, rows: batches, and rows of each over all processes.
 

@@ -44,7 +44,7 @@ class Bootstrap:
         return np.concatenate([[row.metrics[metric]], drawn])
 
     def draw_seeds(self, rows: Iterable[Row]) -> None:
-        """Draw the seeds of every size that occurs in ``rows``; to be called before anything is averaged."""
+        """Selection the seeds of every size that occurs in ``rows``; to be called before anything is averaged."""
         rows = list(rows)
         for size in {row.size for row in rows}:
             seeds = sorted({row.seed for row in rows if row.size == size}, key=str)

@@ -27,14 +27,15 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_ext import config_file
-from megatron_ext.analysis.rows import run_batches
+from megatron_ext.analysis.batches import run_batches
+from megatron_ext.checkpoints import folder as checkpoint_folder
+from megatron_ext.checkpoints.checkpointer import load_weights, read_state
 from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.token_classes import Task
-from megatron_ext.training import checkpoint_folder, distributed
-from megatron_ext.training.checkpoint import load_weights, read_state
+from megatron_ext.training import distributed
 from megatron_ext.training.prepare import StepInput, prepare
 from megatron_ext.training.run import padded_vocabulary
 from megatron_ext.training.setup import build_model
@@ -164,7 +165,7 @@ def part_of(name: str) -> tuple[int | None, str]:
 
 def _parts(config: Config, columns: list[str]) -> list[tuple[int | None, str]]:
     absent = {"head"} if config.model.tie_embeddings else set()
-    absent |= set() if config.model.image_positions else {"image positions"}
+    absent |= set() if config.model.max_image_tokens else {"image positions"}
     outside = [name for name in OUTSIDE.values() if name not in absent]
     return [(n, name) for n in range(config.model.num_layers) for name in columns] + [(None, name) for name in outside]
 

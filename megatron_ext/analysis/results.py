@@ -5,12 +5,12 @@
     {"source": "where the figures come from",
      "metrics": {"GQA": {"task": "understanding"},
                  "MJHQ-FID": {"task": "generation", "higher_is_better": false}},
-     "rows": [{"method": "dense", "task": "unified", "accelerator": "dense", "seed": 1, "size": "small",
+     "rows": [{"method": "dense", "task": "unified", "partner_group": "dense", "seed": 1, "size": "small",
                "flops_ratio": 1.0, "metrics": {"GQA": 56.0, "MJHQ-FID": 15.78}}, ...]}
 
-A row is one trained model. ``task`` is what it was trained on. ``accelerator`` (a name, or several) says which rows
-belong together: the single-task partners of a unified row are the rows of the same accelerator that were trained on one
-task only. Rows are compared within the same ``size``, ``budget`` and ``evaluated_as``; ``seed`` is averaged over.
+A row is one trained model. ``task`` is what it was trained on. ``partner_group`` (a name, or several) says which rows
+belong together: the single-task partners of a unified row are the rows of the same group that were trained on one task
+only. Rows are compared within the same ``size``, ``budget`` and ``evaluated_as``; ``seed`` is averaged over.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class Row:
 
     method: str
     task: Literal["understanding", "generation", "unified"]
-    accelerator: str | list[str]
+    partner_group: str | list[str]
     metrics: dict[str, float | None]
     flops_ratio: float | None = None
     """Training FLOPs relative to the dense model on the same rows."""
@@ -62,8 +62,8 @@ class Row:
     """The run's folder, relative to the study's."""
 
     @property
-    def accelerators(self) -> list[str]:
-        return [self.accelerator] if isinstance(self.accelerator, str) else self.accelerator
+    def partner_groups(self) -> list[str]:
+        return [self.partner_group] if isinstance(self.partner_group, str) else self.partner_group
 
     @property
     def setting(self) -> tuple[str | None, str | None, str | None]:

@@ -4,7 +4,7 @@ For a metric where higher is better (arXiv 2606.01503; the sign is turned for FI
 
     gain(method) = (unified - single) / |single|
 
-where single is trained on the metric's task alone *with the same accelerator*, and::
+where single is trained on the metric's task alone *with the same partner_group*, and::
 
     synergy loss(method) = gain(dense) - gain(method)
 
@@ -152,11 +152,11 @@ class _Pairs:
         self.metrics, self._bootstrap = results.metrics, bootstrap
         mine = [row for row in rows if row.method == method and row.task == "unified"]
         self.unified = _by_seed(mine, f"{method}, unified")
-        groups = set(mine[0].accelerators)
+        groups = set(mine[0].partner_groups)
         self.single = {
             task: _by_seed(
-                [row for row in rows if row.task == task and groups & set(row.accelerators)],
-                f"{task} alone with the accelerator {', '.join(sorted(groups))}",
+                [row for row in rows if row.task == task and groups & set(row.partner_groups)],
+                f"{task} alone with the partner_group {', '.join(sorted(groups))}",
             )
             for task in TASKS
         }
@@ -208,7 +208,7 @@ def _by_seed(rows: list[Row], what: str) -> Mapping[int | None, Row]:
             where = ", ".join(str(x) for x in (*row.setting, row.seed) if x is not None) or "the results"
             raise UserError(
                 f"{where}: two rows are {what}: {found[row.seed].method!r} and {row.method!r}; "
-                "give them other accelerators or seeds"
+                "give them other partner_groups or seeds"
             )
         found[row.seed] = row
     return found

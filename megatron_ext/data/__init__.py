@@ -2,16 +2,16 @@
 
 ::
 
-    PREFIX.bin .idx .json       format.py       documents: sequences of text, image, answer; a card
+    PREFIX.bin .idx .json       format.py       documents: sequences of text, image, answer; metadata
             |
-            v   draw n -> (source, epoch, document, caption dropped?)
+            v   sample n -> (source, epoch, document, caption dropped?)
         mixture.py              a pure function of (seed, n); weights kept exactly; every document once per epoch
             |
-            v   draws -> rows
-        packing.py  rows.py     a pure function of the row number; whole documents, best fit, little padding
+            v   samples -> rows
+        packing.py packed_rows.py   a pure function of the row number; whole documents, best fit, little padding
             |
             v   documents -> tokens, by task
-        rendering.py  words.py  one int32 a token: id, loss, modality, task, first of its document
+        rendering.py packed_tokens.py   one int32 a token: id, loss, modality, task, first of its document
             |
             v   ahead of training, in worker processes: a Batch (decoding.py, batch.py), and what a step needs of it
         workers.py              as one buffer (serialization.py)
@@ -41,7 +41,7 @@ _HOMES = {
     "build_mixture": "distribute",
     "step_batches": "distribute",
     "Mixture": "mixture",
-    "PackedRows": "rows",
+    "PackedRows": "packed_rows",
     "Batch": "batch",
 }
 __all__ = list(_HOMES)

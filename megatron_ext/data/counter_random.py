@@ -1,6 +1,6 @@
 """Randomness as a pure function of counters, vectorised.
 
-Any draw can be computed without those before it, so that the order of training is known from (seed, position) alone.
+Any sample can be computed without those before it, so that the order of training is known from (seed, position) alone.
 The arithmetic is written out here because the streams of ``numpy.random`` may change between releases, and a run
 must resume exactly under a newer one.
 """

@@ -2,21 +2,21 @@
 
 import numpy as np
 
-from megatron_ext.data import words
+from megatron_ext.data import packed_tokens
 from megatron_ext.data.batch import Batch
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 
 def decode(packed: np.ndarray, pad: int) -> Batch:
-    """Decode rows of words into a batch of arrays.
+    """Decode rows of packed tokens into a batch of arrays.
 
     Args:
-        packed: int32 [b, s], see :mod:`megatron_ext.data.words`.
+        packed: int32 [b, s], see :mod:`megatron_ext.data.packed_tokens`.
         pad: id of the padding token, the label where there is none.
     """
-    tokens = (packed & words.TOKEN).astype(np.int64)
-    padding = (packed & words.TASK) == words.PADDING
-    start = (packed & words.START) != 0
+    tokens = (packed & packed_tokens.TOKEN).astype(np.int64)
+    padding = (packed & packed_tokens.TASK) == packed_tokens.PADDING
+    start = (packed & packed_tokens.START) != 0
     column = np.arange(packed.shape[1])
     first = np.maximum.accumulate(np.where(start, column, 0), axis=1)
     labels = np.full_like(tokens, pad)
@@ -24,10 +24,10 @@ def decode(packed: np.ndarray, pad: int) -> Batch:
     values = {
         "tokens": tokens,
         "labels": labels,
-        "loss_mask": (packed & words.LOSS) != 0,
+        "loss_mask": (packed & packed_tokens.LOSS) != 0,
         "positions": np.where(padding, 0, column - first),
-        "modality": np.where((packed & words.IMAGE) != 0, int(Modality.IMAGE), int(Modality.TEXT)),
-        "task": np.where(padding, int(Task.TEXT), (packed & words.TASK) >> words.TASK_SHIFT),
+        "modality": np.where((packed & packed_tokens.IMAGE) != 0, int(Modality.IMAGE), int(Modality.TEXT)),
+        "task": np.where(padding, int(Task.TEXT), (packed & packed_tokens.TASK) >> packed_tokens.TASK_SHIFT),
         "document": np.where(padding, PADDING_DOCUMENT, start.cumsum(axis=1) - 1),
     }
     return Batch(**{name: value.astype(Batch.DTYPES[name]) for name, value in values.items()})

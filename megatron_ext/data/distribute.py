@@ -20,11 +20,11 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.data.decoding import decode
 from megatron_ext.data.loader import PlainLoader
 from megatron_ext.data.mixture import Mixture, Source
+from megatron_ext.data.packed_rows import PackedRows, StepRows
+from megatron_ext.data.packed_tokens import MAX_VOCABULARY
 from megatron_ext.data.rendering import SpecialTokens
-from megatron_ext.data.rows import PackedRows, StepRows
 from megatron_ext.data.serialization import from_bytes
 from megatron_ext.data.transfer import to_device
-from megatron_ext.data.words import MAX_VOCABULARY
 from megatron_ext.data.workers import WorkerSteps
 from megatron_ext.errors import UserError
 
@@ -33,7 +33,7 @@ VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where this process stands among the replicas of the model.
 
     Attributes:
@@ -48,7 +48,7 @@ class Place:
     reader: int
 
     @classmethod
-    def here(cls) -> "Place":
+    def here(cls) -> "RankInfo":
         """That of this process, from Megatron-Core's parallel state; alone if there is no process group."""
         if not dist.is_initialized():
             return cls(0, 1, None, 0)
@@ -82,7 +82,7 @@ def build_mixture(sources: list[SourceConfig], data_config: DataConfig, vocabula
     special = SpecialTokens.of(vocabulary)
     seed, dropout = (data_config.seed, data_config.caption_dropout) if train else (VALIDATION_SEED, 0.0)
     opened, error = None, None
-    if Place.here().reads:
+    if RankInfo.here().reads:
         try:
             opened = _open("data.train" if train else "data.validation", sources, data_config, vocabulary)
         except UserError as refusal:
@@ -102,12 +102,12 @@ def _open(key: str, sources: list[SourceConfig], data_config: DataConfig, vocabu
         Source.open(f"{key}[{i}]", source, vocabulary.fingerprint, data_config.sequence_length)
         for i, source in enumerate(sources)
     ]
-    with_images = [source for source in opened if source.card["vq"]]
+    with_images = [source for source in opened if source.metadata["vq"]]
     for source in with_images[1:]:
-        if source.card["vq"] != with_images[0].card["vq"]:
+        if source.metadata["vq"] != with_images[0].metadata["vq"]:
             raise UserError(
-                f"{source.path}: images were encoded with VQ model {source.card['vq']['fingerprint']}, those of "
-                f"{with_images[0].path} with {with_images[0].card['vq']['fingerprint']}; encode one of them again"
+                f"{source.path}: images were encoded with VQ model {source.metadata['vq']['fingerprint']}, those of "
+                f"{with_images[0].path} with {with_images[0].metadata['vq']['fingerprint']}; encode one of them again"
             )
     return opened
 
@@ -118,7 +118,7 @@ def _share(opened: list[Source] | None, error: str | None) -> list[Source]:
         if error:
             raise UserError(error)
         return opened
-    files = [source.card["files"] for source in opened] if opened else None
+    files = [source.metadata["files"] for source in opened] if opened else None
     outcomes = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (error, files))
     for rank, (refusal, theirs) in enumerate(outcomes):
@@ -139,8 +139,8 @@ class Decoding:
 
     pad: int
 
-    def __call__(self, words: np.ndarray, step: int) -> Batch:
-        return decode(words, self.pad)
+    def __call__(self, packed_tokens: np.ndarray, step: int) -> Batch:
+        return decode(packed_tokens, self.pad)
 
 
 def step_batches(
@@ -165,8 +165,8 @@ class StepBatches:
     Args:
         rows_per_step: rows of a step over all replicas.
         start_step: first step wanted; all that is needed to resume.
-        prepare: runs in the worker processes and pickles; called with the replica's rows of a step as words
-            (:mod:`megatron_ext.data.words`), int32 [rows, length], and the step's number.
+        prepare: runs in the worker processes and pickles; called with the replica's rows of a step as packed tokens
+            (:mod:`megatron_ext.data.packed_tokens`), int32 [rows, length], and the step's number.
         num_steps: steps of the run, counted from step 0; None: without end.
 
     Attributes:
@@ -183,7 +183,7 @@ class StepBatches:
         num_steps: int | None = None,
     ):
         self.wait_seconds = 0.0
-        self._place = Place.here()
+        self._place = RankInfo.here()
         self._group = _host_group(self._place)
         self._step, self._end = start_step, sys.maxsize if num_steps is None else num_steps
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -240,7 +240,7 @@ class StepBatches:
 _host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
-def _host_group(place: Place) -> dist.ProcessGroup | None:
+def _host_group(place: RankInfo) -> dist.ProcessGroup | None:
     """A group over the ranks of a replica that moves host memory; None alone. Collective over the world."""
     if place.group is None or place.group.size() == 1:
         return None

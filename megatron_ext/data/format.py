@@ -1,17 +1,17 @@
-"""The on-disk data set: Megatron-Core's indexed data set with a card beside it.
+"""The on-disk data set: Megatron-Core's indexed data set with metadata beside it.
 
 ::
 
     PREFIX.bin    token ids, int32, one sequence after another          } Megatron-Core's own files
     PREFIX.idx    length and mode of each sequence, ends of documents   } (``multimodal=True``)
-    PREFIX.json   the card: counts, fingerprints of vocabulary and VQ model, size and sha256 of the two files
+    PREFIX.json   the metadata: counts, fingerprints of vocabulary and VQ model, size and sha256 of the two files
 
 A document is several sequences, each with a mode: ``TEXT`` is given (a question, plain text), ``IMAGE`` is the VQ codes
 of one image as unified token ids (row-major, without ``<boi>`` and ``<eoi>``), ``ANSWER`` is text to be learnt in
 understanding (an answer, a caption). Text holds no ``bos`` and no ``<eod>``; those are added by the task for which
 the document is used (:mod:`megatron_ext.data.rendering`).
 
-The card is written last, so a prefix without a card is a data set that was never finished. Megatron-Core writes the
+The metadata is written last, so a prefix without it is a data set that was never finished. Megatron-Core writes the
 files; they are read through ``numpy`` alone, because the processes that pack rows should start in a fraction of the
 seconds that importing Megatron-Core takes.
 """
@@ -32,7 +32,7 @@ TEXT, IMAGE, ANSWER = 0, 1, 2
 """Modes of a sequence."""
 
 FORMAT = 1
-"""Version of the card."""
+"""Version of the metadata."""
 
 FULL_CHECK_LIMIT = 256 << 20
 """Opening hashes a .bin of at most this many bytes; a larger one only has its size checked (``verify=True`` hashes)."""
@@ -61,7 +61,7 @@ class DatasetWriter:
 
     def __init__(self, prefix: str | Path, vocabulary_fingerprint: str, vq: dict | None, source: dict):
         self.prefix = Path(prefix)
-        self.card = {
+        self.metadata = {
             "format": FORMAT,
             **dict.fromkeys(_COUNTS, 0),
             "vocabulary": vocabulary_fingerprint,
@@ -95,7 +95,7 @@ class DatasetWriter:
         images = [ids for mode, ids in zip(modes, sequences) if mode == IMAGE]
         counts = (1, len(sequences), sum(map(len, sequences)), sum(map(len, images)), len(images))
         for key, count in zip(_COUNTS, counts):
-            self.card[key] += count
+            self.metadata[key] += count
 
     def _check(self, mode: int, ids: np.ndarray) -> None:
         if mode not in (TEXT, IMAGE, ANSWER):
@@ -105,21 +105,23 @@ class DatasetWriter:
         if ids.min() < 0:
             raise ValueError(f"token id {ids.min()} is negative")
         if mode == IMAGE:
-            if self.card["vq"] is None:
+            if self.metadata["vq"] is None:
                 raise ValueError("an image in a data set that was opened without a VQ model")
-            height, width = self.card["vq"]["grid"]
+            height, width = self.metadata["vq"]["grid"]
             if len(ids) != height * width:
                 raise ValueError(f"an image of {len(ids)} tokens, but the VQ grid is {height} x {width}")
 
     def add_dataset(self, prefix: str | Path) -> None:
         """Append every document of a finished data set with the same vocabulary and VQ model."""
-        card = _read_card(prefix)
+        metadata = _read_metadata(prefix)
         for key in ("vocabulary", "vq"):
-            if card[key] != self.card[key]:
-                raise UserError(f"{prefix}.json: '{key}' is {card[key]}, cannot be merged with {self.card[key]}")
+            if metadata[key] != self.metadata[key]:
+                raise UserError(
+                    f"{prefix}.json: '{key}' is {metadata[key]}, cannot be merged with {self.metadata[key]}"
+                )
         self._builder.add_index(str(prefix))
         for key in _COUNTS:
-            self.card[key] += card[key]
+            self.metadata[key] += metadata[key]
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         try:
@@ -131,16 +133,16 @@ class DatasetWriter:
                 file.unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        if not self.card["documents"]:
+        if not self.metadata["documents"]:
             raise UserError(f"{self.prefix}: no document was written; nothing to keep")
-        self.card["files"] = {kind: _describe(file) for kind, file in self._temporary.items()}
-        card_file = _file(self.prefix, "json")
-        card_file.unlink(missing_ok=True)  # from here until the new card, what is at this prefix is incomplete
+        self.metadata["files"] = {kind: _describe(file) for kind, file in self._temporary.items()}
+        metadata_file = _file(self.prefix, "json")
+        metadata_file.unlink(missing_ok=True)  # from here until the new metadata, what is at this prefix is incomplete
         for kind, file in self._temporary.items():
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(file, _file(self.prefix, kind))
-        write_json(card_file, self.card)
+        write_json(metadata_file, self.metadata)
 
 
 class Dataset:
@@ -148,7 +150,7 @@ class Dataset:
 
     Attributes:
         prefix: path without extension.
-        card: the card (see the module).
+        metadata: the metadata (see the module).
         tokens: every token of the data set, int32 [tokens], a memory map.
         sequence_lengths: int32 [sequences].
         sequence_modes: int8 [sequences].
@@ -158,7 +160,7 @@ class Dataset:
     """
 
     def __init__(self, prefix: str | Path, verify: bool = False):
-        """Open the data set at ``prefix`` and check its files against the card.
+        """Open the data set at ``prefix`` and check its files against the metadata.
 
         The sizes and the hash of the .idx are always checked; the hash of the .bin where that is cheap
         (``FULL_CHECK_LIMIT``) or asked for by ``verify``.
@@ -167,13 +169,13 @@ class Dataset:
             UserError: a file is missing, truncated, altered, or of another version.
         """
         self.prefix = Path(prefix)
-        self.card = _read_card(prefix)
-        hashed = verify or self.card["files"]["bin"]["bytes"] <= FULL_CHECK_LIMIT
+        self.metadata = _read_metadata(prefix)
+        hashed = verify or self.metadata["files"]["bin"]["bytes"] <= FULL_CHECK_LIMIT
         for kind in ("bin", "idx"):
-            _check_file(_file(prefix, kind), self.card["files"][kind], hashed or kind == "idx")
+            _check_file(_file(prefix, kind), self.metadata["files"][kind], hashed or kind == "idx")
         self._open()
-        if len(self) != self.card["documents"]:
-            raise UserError(f"{prefix}.json: 'documents' is {self.card['documents']}, the index holds {len(self)}")
+        if len(self) != self.metadata["documents"]:
+            raise UserError(f"{prefix}.json: 'documents' is {self.metadata['documents']}, the index holds {len(self)}")
 
     def _open(self) -> None:
         index = np.asarray(np.memmap(_file(self.prefix, "idx"), mode="r"))
@@ -194,7 +196,7 @@ class Dataset:
         self.tokens = np.asarray(np.memmap(_file(self.prefix, "bin"), dtype=np.int32, mode="r"))
 
     def __getstate__(self):
-        return {"prefix": self.prefix, "card": self.card}
+        return {"prefix": self.prefix, "metadata": self.metadata}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -220,10 +222,10 @@ class Dataset:
 
 
 def verify(prefix: str | Path) -> dict:
-    """Check the files of a data set whole against its card, and the card's counts against the index.
+    """Check the files of a data set whole against its metadata, and the metadata's counts against the index.
 
     Returns:
-        The card.
+        The metadata.
 
     Raises:
         UserError: names the file that is missing, truncated or altered.
@@ -238,46 +240,46 @@ def verify(prefix: str | Path) -> dict:
         int(image.sum()),
     )
     for key, count in zip(_COUNTS, counts):
-        if dataset.card[key] != count:
-            raise UserError(f"{_file(prefix, 'json')}: '{key}' is {dataset.card[key]}, the index holds {count}")
-    return dataset.card
+        if dataset.metadata[key] != count:
+            raise UserError(f"{_file(prefix, 'json')}: '{key}' is {dataset.metadata[key]}, the index holds {count}")
+    return dataset.metadata
 
 
 def merge(prefixes: Sequence[str | Path], out_prefix: str | Path) -> dict:
     """Join finished data sets (the shards of one preparation) into one, in the given order.
 
     Returns:
-        The card of the result.
+        The metadata of the result.
 
     Raises:
         UserError: a shard is damaged, or was made with another vocabulary or VQ model.
     """
     if not prefixes:
         raise UserError(f"{out_prefix}: no data set to merge")
-    cards = [verify(prefix) for prefix in prefixes]
-    source = {"merged": [{"prefix": str(prefix), "source": card["source"]} for prefix, card in zip(prefixes, cards)]}
-    with DatasetWriter(out_prefix, cards[0]["vocabulary"], cards[0]["vq"], source) as writer:
+    shards = [verify(prefix) for prefix in prefixes]
+    source = {"merged": [{"prefix": str(p), "source": shard["source"]} for p, shard in zip(prefixes, shards)]}
+    with DatasetWriter(out_prefix, shards[0]["vocabulary"], shards[0]["vq"], source) as writer:
         for prefix in prefixes:
             writer.add_dataset(prefix)
-    return writer.card
+    return writer.metadata
 
 
 def _file(prefix: str | Path, kind: str) -> Path:
     return Path(f"{prefix}.{kind}")
 
 
-def _read_card(prefix: str | Path) -> dict:
+def _read_metadata(prefix: str | Path) -> dict:
     file = _file(prefix, "json")
     try:
-        card = json.loads(file.read_text())
+        metadata = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{file}: not found; there is no finished data set at this prefix") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as a data-set card ({error})") from None
+        raise UserError(f"{file}: not readable as the metadata of a data set ({error})") from None
     wanted = {*_COUNTS, "vocabulary", "vq", "files", "source"}
-    if not isinstance(card, dict) or card.get("format") != FORMAT or wanted - card.keys():
-        raise UserError(f"{file}: not a data-set card of format {FORMAT}; prepare the data set again")
-    return card
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or wanted - metadata.keys():
+        raise UserError(f"{file}: not the metadata of a data set of format {FORMAT}; prepare the data set again")
+    return metadata
 
 
 def _describe(file: Path) -> dict:
@@ -286,12 +288,12 @@ def _describe(file: Path) -> dict:
 
 def _check_file(file: Path, expected: dict, hashed: bool) -> None:
     if not file.is_file():
-        raise UserError(f"{file}: not found, but its card is there; prepare the data set again")
+        raise UserError(f"{file}: not found, but its metadata is there; prepare the data set again")
     size = file.stat().st_size
     if size != expected["bytes"]:
-        raise UserError(f"{file}: {size} bytes, the card says {expected['bytes']}; truncated or replaced")
+        raise UserError(f"{file}: {size} bytes, the metadata says {expected['bytes']}; truncated or replaced")
     if hashed and _sha256(file) != expected["sha256"]:
-        raise UserError(f"{file}: sha256 differs from the card's; the file was altered")
+        raise UserError(f"{file}: sha256 differs from the metadata's; the file was altered")
 
 
 def _sha256(file: Path) -> str:

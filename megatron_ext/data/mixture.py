@@ -1,6 +1,6 @@
 """Which document comes next: a blend of data sets, each used for one task.
 
-Draw n is a pure function of (seed, n). Sources take turns in a fixed pattern that keeps their weights exactly; each
+Sample n is a pure function of (seed, n). Sources take turns in a fixed pattern that keeps their weights exactly; each
 source goes through all its documents in a new random order before it shows one again.
 """
 
@@ -19,8 +19,8 @@ from megatron_ext.data.rendering import SpecialTokens, lay_out
 from megatron_ext.errors import UserError
 from megatron_ext.token_classes import Task
 
-LONGEST_TURN = 1 << 20
-"""Draws in one round of turns; weights that need a longer one to be exact are rounded to it."""
+LONGEST_BLEND = 1 << 20
+"""Samples in one round of turns; weights that need a longer one to be exact are rounded to it."""
 
 _ORDER, _DROP = 1, 2  # what a random number is for
 _CHUNK = 1 << 17  # documents looked at together
@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
         path: prefix of the data set.
-        card: its card (:mod:`megatron_ext.data.format`).
+        metadata: its metadata (:mod:`megatron_ext.data.format`).
         tokens: tokens of one pass over the data set as this task renders it, captions included.
         dataset: the open data set; None on a rank that does not read.
     """
@@ -40,7 +40,7 @@ class Source:
     path: str
     task: Task
     weight: float
-    card: dict
+    metadata: dict
     tokens: int
     dataset: Dataset | None
 
@@ -56,7 +56,7 @@ class Source:
         if config.weight <= 0:
             raise UserError(f"{name}: weight {config.weight} must be positive")
         dataset = Dataset(config.path)
-        theirs = dataset.card["vocabulary"]
+        theirs = dataset.metadata["vocabulary"]
         if theirs != vocabulary_fingerprint:
             raise UserError(
                 f"{name}: was prepared with vocabulary {theirs}, this run has {vocabulary_fingerprint}; "
@@ -67,7 +67,7 @@ class Source:
         for start in range(0, len(dataset), _CHUNK):
             documents = np.arange(start, min(start + _CHUNK, len(dataset)))
             tokens += _check_documents(name, dataset, documents, task, row_length)
-        return cls(config.path, task, config.weight, dataset.card, tokens, dataset)
+        return cls(config.path, task, config.weight, dataset.metadata, tokens, dataset)
 
 
 def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, task: Task, row_length: int) -> int:
@@ -94,8 +94,8 @@ def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, task: T
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Consecutive draws; every field is [draws].
+class Samples:
+    """Consecutive samples; every field is [samples].
 
     Attributes:
         source: number of the source, int64.
@@ -118,7 +118,7 @@ class Mixture:
     Attributes:
         sources: list of :class:`Source`.
         special: ids of the special tokens.
-        turn: int64 [turn length], the source of each draw of one round of turns.
+        blend: int64 [blend length], the source of each sample of one round of turns.
     """
 
     def __init__(self, sources: list[Source], special: SpecialTokens, seed: int, caption_dropout: float):
@@ -126,23 +126,23 @@ class Mixture:
         self.special = special
         self.seed = seed
         self.caption_dropout = caption_dropout
-        self._counts = turn_counts([source.weight for source in sources])
-        self.turn = _take_turns(self._counts)
-        self._rank = np.zeros(len(self.turn), dtype=np.int64)  # how many of the same source came before in the turn
+        self._counts = blend_counts([source.weight for source in sources])
+        self.blend = _interleave(self._counts)
+        self._rank = np.zeros(len(self.blend), dtype=np.int64)  # how many of the same source came before in the blend
         for number, count in enumerate(self._counts):
-            self._rank[self.turn == number] = np.arange(count)
+            self._rank[self.blend == number] = np.arange(count)
 
-    def draws(self, start: int, stop: int) -> Draws:
-        """Draws ``start`` to ``stop``."""
+    def samples(self, start: int, stop: int) -> Samples:
+        """Samples ``start`` to ``stop``."""
         n = np.arange(start, stop)
-        turns, place = np.divmod(n, len(self.turn))
-        source = self.turn[place]
-        position = turns * np.array(self._counts)[source] + self._rank[place]  # among the draws of its source
+        turns, place = np.divmod(n, len(self.blend))
+        source = self.blend[place]
+        position = turns * np.array(self._counts)[source] + self._rank[place]  # among the samples of its source
         epoch, document, length = (np.zeros_like(n) for _ in range(3))
         dropped = np.zeros(len(n), dtype=bool)
         for number, this in enumerate(self.sources):
             mine = np.flatnonzero(source == number)
-            documents = this.card["documents"]
+            documents = this.metadata["documents"]
             epoch[mine], index = np.divmod(position[mine], documents)
             keys = counter_random.key(self.seed, _ORDER, number, epoch[mine])
             document[mine] = counter_random.permute(index, documents, keys)
@@ -150,28 +150,28 @@ class Mixture:
                 dropped[mine] = counter_random.uniform(self.seed, _DROP, n[mine]) < self.caption_dropout
             if len(mine):
                 length[mine] = lay_out(this.dataset, document[mine], dropped[mine], this.task).length
-        return Draws(source, epoch, document, dropped, length)
+        return Samples(source, epoch, document, dropped, length)
 
     @property
-    def epoch_draws(self) -> list[float]:
-        """Draws of the mixture in one epoch of each source."""
+    def epoch_samples(self) -> list[float]:
+        """Samples of the mixture in one epoch of each source."""
         counts = zip(self._counts, self.sources)
-        return [source.card["documents"] * len(self.turn) / count for count, source in counts]
+        return [source.metadata["documents"] * len(self.blend) / count for count, source in counts]
 
     @property
     def mean_length(self) -> float:
-        """Mean tokens of a draw, before caption dropout."""
-        totals = (count * s.tokens / s.card["documents"] for count, s in zip(self._counts, self.sources))
+        """Mean tokens of a sample, before caption dropout."""
+        totals = (count * s.tokens / s.metadata["documents"] for count, s in zip(self._counts, self.sources))
         return sum(totals) / sum(self._counts)
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with anything that decides the draws."""
+        """16 hexadecimal digits that change with anything that decides the samples."""
         told = {
             "seed": self.seed,
             "caption_dropout": self.caption_dropout,
             "counts": self._counts,
-            "sources": [[int(source.task), source.card["files"]] for source in self.sources],
+            "sources": [[int(source.task), source.metadata["files"]] for source in self.sources],
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -181,8 +181,8 @@ class Mixture:
         Args:
             rows, row_length: size of the run; adds the epochs that it takes of each source.
         """
-        draws = rows * row_length / self.mean_length if rows else None
-        documents = sum(source.card["documents"] for source in self.sources)
+        samples = rows * row_length / self.mean_length if rows else None
+        documents = sum(source.metadata["documents"] for source in self.sources)
         tokens = sum(source.tokens for source in self.sources)
         lines = [
             f"mixture {self.fingerprint}: {documents:,} documents, {tokens:,} tokens, "
@@ -191,21 +191,25 @@ class Mixture:
         for number, source in enumerate(self.sources):
             last = number == len(self.sources) - 1
             lines.append(f"{'└──' if last else '├──'} {source.task.name.lower()}: {source.path}")
-            lines += [f"{'   ' if last else '│  '}     {line}" for line in self._details(number, draws)]
+            lines += [f"{'   ' if last else '│  '}     {line}" for line in self._details(number, samples)]
         return "\n".join(lines)
 
-    def _details(self, number: int, draws: float | None) -> list[str]:
+    def _details(self, number: int, samples: float | None) -> list[str]:
         source = self.sources[number]
-        card, documents, share = source.card, source.card["documents"], self._counts[number] / sum(self._counts)
+        metadata, documents, share = (
+            source.metadata,
+            source.metadata["documents"],
+            self._counts[number] / sum(self._counts),
+        )
         token_share = share * source.tokens / documents / self.mean_length
-        fingerprints = {"vocabulary": card["vocabulary"], "data": card["files"]["bin"]["sha256"][:16]}
-        if card["vq"]:
-            fingerprints["VQ"] = card["vq"]["fingerprint"]
+        fingerprints = {"vocabulary": metadata["vocabulary"], "data": metadata["files"]["bin"]["sha256"][:16]}
+        if metadata["vq"]:
+            fingerprints["VQ"] = metadata["vq"]["fingerprint"]
         return [
             f"{documents:,} documents, {source.tokens:,} tokens ({source.tokens / documents:.0f} a document), "
-            f"{card['images']:,} images",
+            f"{metadata['images']:,} images",
             f"weight {source.weight:g}: {share:.1%} of documents, {token_share:.1%} of tokens"
-            + (f", {draws * share / documents:.2f} epochs in this run" if draws else ""),
+            + (f", {samples * share / documents:.2f} epochs in this run" if samples else ""),
             ", ".join(f"{what} {fingerprint}" for what, fingerprint in fingerprints.items()),
         ]
 
@@ -213,17 +217,17 @@ class Mixture:
         return self.tree()
 
 
-def turn_counts(weights: list[float]) -> list[int]:
+def blend_counts(weights: list[float]) -> list[int]:
     """How often each source is drawn in one round of turns: the smallest integers in the ratio of the weights."""
     exact = [Fraction(str(weight)) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     length = lcm(*(share.denominator for share in shares))
-    if length <= LONGEST_TURN:
+    if length <= LONGEST_BLEND:
         return [int(share * length) for share in shares]
-    return [max(1, round(share * LONGEST_TURN)) for share in shares]
+    return [max(1, round(share * LONGEST_BLEND)) for share in shares]
 
 
-def _take_turns(counts: list[int]) -> np.ndarray:
+def _interleave(counts: list[int]) -> np.ndarray:
     """The sources of one round, each spread evenly over it."""
     times = np.concatenate([(np.arange(count) + 0.5) / count for count in counts] or [np.zeros(0)])
     source = np.repeat(np.arange(len(counts)), counts)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ext.data import words
+from megatron_ext.data import packed_tokens
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset
 from megatron_ext.token_classes import Task
 
@@ -41,7 +41,7 @@ class SpecialTokens:
         return cls(vocabulary.bos, vocabulary.pad, vocabulary.eod, vocabulary.boi, vocabulary.eoi)
 
 
-class Sheet:
+class TokenBuffer:
     """Words while documents are being written on them.
 
     Attributes:
@@ -58,8 +58,8 @@ class Sheet:
         self._change[begin[some]] += bits
         self._change[end[some]] -= bits
 
-    def words(self) -> np.ndarray:
-        """The finished words, int32 [tokens]."""
+    def packed_tokens(self) -> np.ndarray:
+        """The finished packed tokens, int32 [tokens]."""
         return self.ids | np.cumsum(self._change[:-1], dtype=np.int32)
 
 
@@ -71,7 +71,7 @@ class Pieces:
         document: int64, number in the data set.
         dropped: bool, leave out the text (generation; classifier-free guidance).
         start, stop: int64, the tokens of the rendered document that are wanted.
-        place: int64, where on the sheet the first of them goes.
+        place: int64, where in the buffer the first of them goes.
     """
 
     document: np.ndarray
@@ -137,19 +137,19 @@ def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, task: 
     )
 
 
-def render(sheet: Sheet, dataset: Dataset, pieces: Pieces, task: Task, special: SpecialTokens) -> None:
-    """Write pieces of documents on a sheet; each becomes a document of its own there."""
+def render(buffer: TokenBuffer, dataset: Dataset, pieces: Pieces, task: Task, special: SpecialTokens) -> None:
+    """Write pieces of documents into a buffer; each becomes a document of its own there."""
     layout = lay_out(dataset, pieces.document, pieces.dropped, task)
     owner, image, begin, end = layout.owner, layout.image, layout.begin, layout.end
     documents = np.arange(len(pieces.document))
 
-    def on_sheet(owner, position):
-        """Positions in rendered documents as places on the sheet, moved to the edge of the piece if outside."""
+    def in_buffer(owner, position):
+        """Positions in rendered documents as places in the buffer, moved to the edge of the piece if outside."""
         return pieces.place[owner] + np.clip(position, pieces.start[owner], pieces.stop[owner]) - pieces.start[owner]
 
     def put(owner, position, token):
         inside = (position >= pieces.start[owner]) & (position < pieces.stop[owner])
-        sheet.ids[on_sheet(owner, position)[inside]] = token
+        buffer.ids[in_buffer(owner, position)[inside]] = token
 
     put(documents, np.zeros_like(documents), special.bos)
     put(owner[image], begin[image] - 1, special.boi)
@@ -164,13 +164,13 @@ def render(sheet: Sheet, dataset: Dataset, pieces: Pieces, task: Task, special: 
         else:
             learner, learnt, until = documents, np.ones_like(documents), layout.length
 
-    places, stops = on_sheet(owner, begin), on_sheet(owner, end)
+    places, stops = in_buffer(owner, begin), in_buffer(owner, end)
     pointers = layout.pointer + np.maximum(pieces.start[owner] - begin, 0)
     for place, stop, pointer in zip(places.tolist(), stops.tolist(), pointers.tolist()):
-        sheet.ids[place:stop] = dataset.tokens[pointer : pointer + stop - place]
+        buffer.ids[place:stop] = dataset.tokens[pointer : pointer + stop - place]
 
-    sheet.mark(pieces.place, pieces.place + pieces.stop - pieces.start, task << words.TASK_SHIFT)
-    sheet.mark(pieces.place, pieces.place + 1, words.START)
-    sheet.mark(places[image], stops[image], words.IMAGE)
-    predicting = np.maximum(on_sheet(learner, learnt) - 1, pieces.place[learner])
-    sheet.mark(predicting, on_sheet(learner, until) - 1, words.LOSS)
+    buffer.mark(pieces.place, pieces.place + pieces.stop - pieces.start, task << packed_tokens.TASK_SHIFT)
+    buffer.mark(pieces.place, pieces.place + 1, packed_tokens.START)
+    buffer.mark(places[image], stops[image], packed_tokens.IMAGE)
+    predicting = np.maximum(in_buffer(learner, learnt) - 1, pieces.place[learner])
+    buffer.mark(predicting, in_buffer(learner, until) - 1, packed_tokens.LOSS)

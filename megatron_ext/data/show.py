@@ -5,7 +5,7 @@ from itertools import groupby
 import torch
 
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.rows import PackedRows
+from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.token_classes import PADDING_DOCUMENT
 from megatron_ext.vocabulary import Vocabulary
 

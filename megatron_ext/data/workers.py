@@ -16,7 +16,7 @@ from multiprocessing import connection
 
 import numpy as np
 
-from megatron_ext.data.rows import StepRows
+from megatron_ext.data.packed_rows import StepRows
 from megatron_ext.data.serialization import to_bytes
 from megatron_ext.errors import UserError
 
@@ -98,7 +98,7 @@ class WorkerSteps:
     def __init__(self, rows: StepRows, start: int, end: int, prepare: Callable[[np.ndarray, int], object]):
         """
         Args:
-            prepare: called with the rows of a step as words, int32 [rows, length], and its number.
+            prepare: called with the rows of a step as packed tokens, int32 [rows, length], and its number.
         """
         self.rows = rows
         self.start = start

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_ext import command_line
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import card
+from megatron_ext.evaluation import manifest
 from megatron_ext.evaluation.answers import AnswersWriter, read_answers
 from megatron_ext.evaluation.items import Item
 from megatron_ext.generation import prompts
@@ -28,12 +28,12 @@ GREEDY = Sampling(temperature=0)
 
 
 def claim(
-    session: Session, checkpoint: Path, items: Sequence[Item], file: Path, longest: int, set_aside: bool = False
+    session: Session, checkpoint: Path, items: Sequence[Item], file: Path, max_new_tokens: int, set_aside: bool = False
 ) -> None:
     """Make ``file`` that of this model's answers to these questions, or go on with one that is. Collective.
 
-    Its card, ``<name>.card.json``, says what the answers depend on, and every line which question it answers; questions
-    that are new, of further splits for example, may be added.
+    Its manifest, ``<name>.manifest.json``, says what the answers depend on, and every line which question it answers;
+    questions that are new, of further splits for example, may be added.
 
     Args:
         checkpoint: ``.../iter_NNNNNNN``, which the session was loaded from.
@@ -42,7 +42,7 @@ def claim(
     Raises:
         UserError: the file holds other answers, or answers to other questions.
     """
-    settings = {**card.model_settings(session, checkpoint), "longest": longest}
+    settings = {**manifest.model_settings(session, checkpoint), "max_new_tokens": max_new_tokens}
 
     def made() -> None:
         _collect(file)
@@ -51,7 +51,7 @@ def claim(
             if item.id in before and before[item.id].get("asked") != asked(item):
                 other = f"question {item.id} was another one when it was answered"
                 break
-        card.claim(file, file.with_suffix(".card.json"), settings, other, set_aside)
+        manifest.claim(file, file.with_suffix(".manifest.json"), settings, other, set_aside)
 
     from_rank_zero(made)
 
@@ -63,13 +63,13 @@ def asked(item: Item) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
 
 
-def answer(session: Session, items: Sequence[Item], file: Path, longest: int) -> int:
+def answer(session: Session, items: Sequence[Item], file: Path, max_new_tokens: int) -> int:
     """Answer what ``file`` does not answer yet, the most likely token each time. Collective.
 
     Questions with choices also get the log-likelihood of each choice, as the whole answer to the bare question.
 
     Args:
-        longest: most tokens of an answer.
+        max_new_tokens: most tokens of an answer.
 
     Returns:
         Number of items whose image cannot be read; each is named in a line on standard error and left unanswered.
@@ -95,7 +95,7 @@ def answer(session: Session, items: Sequence[Item], file: Path, longest: int) ->
                     if writes:
                         print(f"{error}; {item.id} stays without an answer", file=sys.stderr)
             words = session.trained.vocabulary
-            requests = [prompts.answer(words, codes[item.image], item.question, longest) for item in readable]
+            requests = [prompts.answer(words, codes[item.image], item.question, max_new_tokens) for item in readable]
             made = session.generator(requests, GREEDY) if requests else []
             ranked = _likelihoods(session, readable, codes)
             for item, tokens in zip(readable, made):

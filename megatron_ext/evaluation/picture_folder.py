@@ -1,14 +1,14 @@
-"""A folder of generated pictures: where each lies, and a card that says how they were made."""
+"""A folder of generated pictures: where each lies, and a manifest that says how they were made."""
 
 import os
 from pathlib import Path
 
 from PIL import Image
 
-from megatron_ext.evaluation import card
+from megatron_ext.evaluation import manifest
 from megatron_ext.evaluation.mjhq import Prompt
 
-CARD = "settings.json"
+MANIFEST = "settings.json"
 
 
 def picture_file(folder: Path, prompt: Prompt) -> Path:
@@ -26,10 +26,10 @@ def save(picture: Image.Image, file: Path) -> None:
 
 
 def claim(folder: Path, settings: dict, set_aside: bool = False) -> None:
-    """:func:`megatron_ext.evaluation.card.claim` for a folder of pictures."""
-    card.claim(folder, folder / CARD, settings, set_aside=set_aside)
+    """:func:`megatron_ext.evaluation.manifest.claim` for a folder of pictures."""
+    manifest.claim(folder, folder / MANIFEST, settings, set_aside=set_aside)
 
 
-def read_card(folder: Path) -> dict | None:
-    """The settings of the pictures in a folder; None where there is no card."""
-    return card.read(folder / CARD)
+def read_manifest(folder: Path) -> dict | None:
+    """The settings of the pictures in a folder; None where there is no manifest."""
+    return manifest.read(folder / MANIFEST)

@@ -13,8 +13,8 @@ from megatron_ext.evaluation.clip import Clip
 from megatron_ext.evaluation.fid import BATCH, network, read_picture
 from megatron_ext.evaluation.items import Scores
 from megatron_ext.evaluation.mjhq import Prompt, Side
-from megatron_ext.evaluation.picture_folder import CARD, read_card
-from megatron_ext.evaluation.table import Scored
+from megatron_ext.evaluation.picture_folder import MANIFEST, read_manifest
+from megatron_ext.evaluation.score_table import Scored
 from megatron_ext.vq import model as vq_model
 
 OVERALL = "all"
@@ -114,9 +114,9 @@ def _by_category(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
 
 
 def _drawn(folder: Path) -> list[str]:
-    """How the pictures were made, where their card says so."""
-    card = read_card(folder)
-    if not card:
+    """How the pictures were made, where their manifest says so."""
+    manifest = read_manifest(folder)
+    if not manifest:
         return []
-    settings = ", ".join(f"{key} {card.get(key)}" for key in ("temperature", "top_k", "top_p", "guidance", "seed"))
-    return [f"{folder / CARD}: by {card.get('path')} with {settings}"]
+    settings = ", ".join(f"{key} {manifest.get(key)}" for key in ("temperature", "top_k", "top_p", "guidance", "seed"))
+    return [f"{folder / MANIFEST}: by {manifest.get('path')} with {settings}"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.generation.cache import Cache
-from megatron_ext.generation.rows import alignment, rows_of
+from megatron_ext.generation.prompt_batch import alignment, rows_of
 from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.plan import Plan, class_index
 from megatron_ext.routing.route import Route, image_places
@@ -16,7 +16,7 @@ from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.model import UnifiedModel
 from megatron_ext.vocabulary import Vocabulary
 
-PIECE = 512
+PREFILL_CHUNK = 512
 """Tokens of a row that go through the model at once: longer prompts are read piece by piece."""
 
 
@@ -49,12 +49,12 @@ class Decoder:
             Logits [documents, vocabulary / tensor-parallel size] after the last token of each; zeros where none came.
         """
         rows, longest = len(tokens), max(map(len, tokens))
-        if longest <= PIECE and all(tokens):
+        if longest <= PREFILL_CHUNK and all(tokens):
             return self._advance(tokens, torch.ones(rows, dtype=torch.bool))
         logits = None
-        for start in range(0, longest, PIECE):
-            piece = [row[start : start + PIECE] for row in tokens]
-            last = [len(row) <= start + PIECE and len(part) > 0 for row, part in zip(tokens, piece)]
+        for start in range(0, longest, PREFILL_CHUNK):
+            piece = [row[start : start + PREFILL_CHUNK] for row in tokens]
+            last = [len(row) <= start + PREFILL_CHUNK and len(part) > 0 for row, part in zip(tokens, piece)]
             made = self._advance(piece, torch.tensor(last))
             if logits is None:
                 logits = made.new_zeros(rows, made.shape[-1])

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_ext.generation.generate import Generator, Request
-from megatron_ext.generation.rows import alignment, rows_of
+from megatron_ext.generation.generator import Generator, Request
+from megatron_ext.generation.prompt_batch import alignment, rows_of
 from megatron_ext.routing.route import Route
 
 

@@ -19,8 +19,8 @@ class Sampling:
         top_k: only the k most likely tokens; 0: all.
         top_p: only the most likely tokens that together have this probability (nucleus; Holtzman et al.,
             arXiv 1904.09751).
-        guidance: scale s of classifier-free guidance for pictures, logits = null + s (conditional - null)
-            (Ho and Salimans, arXiv 2207.12598); 1: none.
+        guidance: scale s of classifier-free guidance for pictures (Ho and Salimans, arXiv 2207.12598), logits =
+            unconditional + s (conditional - unconditional); 1: none.
         seed: with a document's number it decides what is drawn, whatever else is in the batch.
 
     Raises:

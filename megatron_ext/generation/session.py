@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_ext import command_line
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
-from megatron_ext.generation.generate import Generator, Request
-from megatron_ext.generation.load import Trained
+from megatron_ext.generation.checkpoint import Trained
+from megatron_ext.generation.generator import Generator, Request
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.preprocess.images import CROP, PillowDecoder
 from megatron_ext.training import distributed
@@ -29,8 +29,8 @@ class Session:
     def __init__(self, trained: Trained, vq: Path, batch_size: int, say: Callable[[str], None] = distributed.report):
         """
         Args:
-            trained: a checkpoint's (:func:`~megatron_ext.generation.load.load`) or one that is being trained. It must
-                be in evaluation mode whenever something is asked of it.
+            trained: a checkpoint's (:func:`~megatron_ext.generation.checkpoint.load`) or one that is being trained.
+                It must be in evaluation mode whenever something is asked of it.
             vq: folder of the VQ tokenizer.
             batch_size: documents that are decoded together.
             say: is given every line for the person, on every rank.
@@ -98,10 +98,10 @@ class Session:
         """The pictures that VQ codes, h*w each, stand for."""
         return [_picture(image) for image in self.vq.decode(torch.tensor(codes)).cpu()]
 
-    def ask(self, image: Path, questions: Sequence[str], longest: int, settings: dict) -> list[dict]:
+    def ask(self, image: Path, questions: Sequence[str], max_new_tokens: int, settings: dict) -> list[dict]:
         """An answer to each question about a picture."""
         words, codes = self.trained.vocabulary, self.encode(image)
-        requests = [prompts.answer(words, codes, question, longest, i) for i, question in enumerate(questions)]
+        requests = [prompts.answer(words, codes, question, max_new_tokens, i) for i, question in enumerate(questions)]
         answers = [words.decode(tokens) for tokens in self._continue(requests, Sampling(**settings), "answers")]
         for question, answer in zip(questions, answers):
             self._say(f"{question} {answer}")

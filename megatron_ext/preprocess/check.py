@@ -13,28 +13,28 @@ BLOCK = 1 << 18
 """Sequences looked at together."""
 
 
-def check(prefix: str | Path, vocabulary: Vocabulary | None = None, vq_card: dict | None = None) -> dict:
+def check(prefix: str | Path, vocabulary: Vocabulary | None = None, vq_metadata: dict | None = None) -> dict:
     """Check hashes and sizes, fingerprints, that every image is one VQ grid, and that text sequences hold text and
     images hold codes.
 
     Args:
         vocabulary: also check that the data set is one of this vocabulary.
-        vq_card: also check that its images are of this VQ tokenizer (``VQModel.card``).
+        vq_metadata: also check that its images are of this VQ tokenizer (``VQModel.metadata``).
 
     Returns:
-        The card.
+        The metadata.
 
     Raises:
         UserError: names the file and what is wrong with it.
     """
-    card = data_format.verify(prefix)
+    metadata = data_format.verify(prefix)
     file = f"{prefix}.json"
-    if vocabulary is not None and card["vocabulary"] != vocabulary.fingerprint:
+    if vocabulary is not None and metadata["vocabulary"] != vocabulary.fingerprint:
         raise UserError(
-            f"{file}: of vocabulary {card['vocabulary']}, but {vocabulary.folder} is {vocabulary.fingerprint}"
+            f"{file}: of vocabulary {metadata['vocabulary']}, but {vocabulary.folder} is {vocabulary.fingerprint}"
         )
-    if vq_card is not None and card["vq"] is not None and card["vq"] != vq_card:
-        raise UserError(f"{file}: encoded by the VQ tokenizer {card['vq']}, not by {vq_card}")
+    if vq_metadata is not None and metadata["vq"] is not None and metadata["vq"] != vq_metadata:
+        raise UserError(f"{file}: encoded by the VQ tokenizer {metadata['vq']}, not by {vq_metadata}")
     dataset = Dataset(prefix)
     _check_grid(prefix, dataset)
     text, image = (
@@ -45,18 +45,18 @@ def check(prefix: str | Path, vocabulary: Vocabulary | None = None, vq_card: dic
         _check_range(prefix, "a text sequence", text, 0, vocabulary.text_size)
         _check_range(prefix, "an image", image, vocabulary.image_offset, vocabulary.size)
     elif image is not None:
-        _check_range(prefix, "an image", image, image[0], image[0] + card["vq"]["codebook_size"])
+        _check_range(prefix, "an image", image, image[0], image[0] + metadata["vq"]["codebook_size"])
         _check_range(prefix, "a text sequence", text, 0, image[0])
-    return card
+    return metadata
 
 
 def _check_grid(prefix: str | Path, dataset: Dataset) -> None:
     lengths = dataset.sequence_lengths[dataset.sequence_modes == IMAGE]
     if not len(lengths):
         return
-    if dataset.card["vq"] is None:
+    if dataset.metadata["vq"] is None:
         raise UserError(f"{prefix}.json: names no VQ tokenizer, but the data set holds images")
-    height, width = dataset.card["vq"]["grid"]
+    height, width = dataset.metadata["vq"]["grid"]
     if len(wrong := lengths[lengths != height * width]):
         raise UserError(f"{prefix}.idx: an image of {wrong[0]} codes, but the VQ grid is {height} x {width}")
 

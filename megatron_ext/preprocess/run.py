@@ -51,7 +51,7 @@ class Options:
 
 @dataclass
 class Summary:
-    """Numbers of one run. ``card`` is that of the data set, None where a shard leaves it to be joined.
+    """Numbers of one run. ``metadata`` is that of the data set, None where a shard leaves it to be joined.
 
     Attributes:
         already: the data set was there before.
@@ -66,7 +66,7 @@ class Summary:
     skipped: int = 0
     units: tuple[int, int] = (0, 0)
     already: bool = False
-    card: dict | None = None
+    metadata: dict | None = None
 
     @property
     def speed(self) -> float:
@@ -75,7 +75,7 @@ class Summary:
 
     def numbers(self) -> dict:
         """For ``--json``."""
-        counts = {key: self.card[key] for key in ("documents", "images", "tokens")} if self.card else None
+        counts = {key: self.metadata[key] for key in ("documents", "images", "tokens")} if self.metadata else None
         return {
             "images_encoded": self.images,
             "seconds": self.seconds,
@@ -103,9 +103,9 @@ def preprocess(options: Options, vocabulary: Vocabulary, vq: VQModel | None) -> 
     units = inputs.plan(options.inputs, options.part_samples)
     decoder = _decoder(options, vq) if vq is not None else None
     settings = _settings(options, vocabulary, vq, decoder, len(units))
-    if card := finished(options.out, settings):
+    if metadata := finished(options.out, settings):
         remove_parts(options.out)  # a join that was killed at the very end leaves some
-        return Summary(card=card, already=True, skipped=card["source"]["skipped"])
+        return Summary(metadata=metadata, already=True, skipped=metadata["source"]["skipped"])
     store = Store(options.out, settings)
     mine = _shard(len(units), options.shard)
     summary = Summary(units=(len(mine), len(units)))
@@ -115,7 +115,7 @@ def preprocess(options: Options, vocabulary: Vocabulary, vq: VQModel | None) -> 
         if decoder is not None:
             decoder.close()
     if options.shard is None:
-        summary.card = store.join()
+        summary.metadata = store.join()
     return summary
 
 
@@ -128,8 +128,8 @@ def merge_shards(out: Path) -> Summary:
     already = joined(out)
     if already:
         remove_parts(out)
-    card = already or Store(out).join()
-    return Summary(card=card, already=bool(already), skipped=card["source"].get("skipped", 0))
+    metadata = already or Store(out).join()
+    return Summary(metadata=metadata, already=bool(already), skipped=metadata["source"].get("skipped", 0))
 
 
 def _work(
@@ -144,12 +144,12 @@ def _work(
     todo, left = {}, 0
     for index, unit in units.items():
         cards = store.done(index)
-        for card in cards:
-            _strict(options, card["skipped"])
-            summary.skipped += len(card["skipped"])
+        for metadata in cards:
+            _strict(options, metadata["skipped"])
+            summary.skipped += len(metadata["skipped"])
         if not cards or not cards[-1]["last"]:
             todo[index] = (unit, len(cards))
-            left += unit.bytes - sum(card["bytes"] for card in cards)
+            left += unit.bytes - sum(metadata["bytes"] for metadata in cards)
     parts = _parts(todo, options, vocabulary, vq)
     started = time.perf_counter()
     bar = progress(total=left, bar_format="{desc} {percentage:3.0f}%|{bar}| ETA {remaining}", leave=False)
@@ -162,8 +162,8 @@ def _work(
             summary.images += event.images
             summary.seconds = time.perf_counter() - started
             if event.codes is not None:
-                card = store.write(event.part, event.codes, failures, vocabulary.image_offset)
-                summary.skipped += len(card["skipped"])
+                metadata = store.write(event.part, event.codes, failures, vocabulary.image_offset)
+                summary.skipped += len(metadata["skipped"])
                 failures = {}
             _show(bar, event, summary)
 
@@ -208,7 +208,7 @@ def _settings(options: Options, vocabulary: Vocabulary, vq: VQModel | None, deco
         "part_samples": options.part_samples,
         "units": units,
         "vocabulary": vocabulary.fingerprint,
-        "vq": vq.card if vq is not None else None,
+        "vq": vq.metadata if vq is not None else None,
         "decoder": decoder.name if decoder is not None else None,
         "device": parameter.device.type,
         "precision": str(parameter.dtype).removeprefix("torch."),

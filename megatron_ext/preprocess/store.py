@@ -50,11 +50,11 @@ class Store:
             )
 
     def done(self, unit: int) -> list[dict]:
-        """The cards of the complete parts of a unit, up to the first that is missing."""
-        cards = []
-        while (file := self._file(part_name(unit, len(cards)))).is_file():
-            cards.append(read_json(file))
-        return cards
+        """The manifests of the complete parts of a unit, up to the first that is missing."""
+        manifests = []
+        while (file := self._file(part_name(unit, len(manifests)))).is_file():
+            manifests.append(read_json(file))
+        return manifests
 
     def write(self, part: Part, codes: dict, failures: dict, offset: int) -> dict:
         """Write a part.
@@ -65,7 +65,7 @@ class Store:
             offset: token id of VQ code 0.
 
         Returns:
-            Its card.
+            Its manifest.
         """
         documents, skipped = [], list(part.skipped)
         for name, document in part.documents:
@@ -80,50 +80,50 @@ class Store:
             with DatasetWriter(prefix, self.settings["vocabulary"], self.settings["vq"], source) as writer:
                 for document in documents:
                     writer.add(document)
-        card = {
+        manifest = {
             "samples": part.samples,
             "documents": len(documents),
             "bytes": part.bytes,
             "last": part.last,
             "skipped": skipped,
         }
-        write_json(self._file(part.name), card)
-        return card
+        write_json(self._file(part.name), manifest)
+        return manifest
 
     def join(self) -> dict:
         """Join all parts to the data set, list what was skipped beside it, and remove the parts.
 
         Returns:
-            The card of the data set.
+            The metadata of the data set.
 
         Raises:
             UserError: a part is missing or damaged, or no sample was usable.
         """
         parts = self._all_parts()
-        skipped = [entry for _, card in parts for entry in card["skipped"]]
-        samples = sum(card["samples"] for _, card in parts)
+        skipped = [entry for _, manifest in parts for entry in manifest["skipped"]]
+        samples = sum(manifest["samples"] for _, manifest in parts)
         if len(skipped) == samples:
             raise UserError(f"{self.prefix}: none of {samples} samples was usable; see 'skipped' in {self.folder}")
         source = {"made_by": TOOL, "samples": samples, "skipped": len(skipped), "settings": self.settings}
         self._remove_temporaries()
         writer = DatasetWriter(self.prefix, self.settings["vocabulary"], self.settings["vq"], source)
         with writer, _nothing_to_collect():
-            for name, card in progress(parts, desc="joining", unit=" parts", leave=False):
-                if card["documents"]:
+            for name, manifest in progress(parts, desc="joining", unit=" parts", leave=False):
+                if manifest["documents"]:
                     data_format.verify(self.folder / name)
                     writer.add_dataset(self.folder / name)
             self._list_skipped(skipped)
         remove_parts(self.prefix)
-        return writer.card
+        return writer.metadata
 
     def _all_parts(self) -> list[tuple[str, dict]]:
         found = []
         for unit in range(self.settings["units"]):
-            cards = self.done(unit)
-            if not cards or not cards[-1]["last"]:
-                missing = self._file(part_name(unit, len(cards)))
+            manifests = self.done(unit)
+            if not manifests or not manifests[-1]["last"]:
+                missing = self._file(part_name(unit, len(manifests)))
                 raise UserError(f"{missing}: not found; the shard that makes it has not finished")
-            found += [(part_name(unit, part), card) for part, card in enumerate(cards)]
+            found += [(part_name(unit, part), manifest) for part, manifest in enumerate(manifests)]
         return found
 
     def _list_skipped(self, skipped: list[dict]) -> None:
@@ -160,7 +160,7 @@ def skipped_file(prefix: str | Path) -> Path:
 
 
 def finished(prefix: str | Path, settings: dict) -> dict | None:
-    """The card of a data set that is there already, made with these settings and not damaged since; or None.
+    """The metadata of a data set that is there already, made with these settings and not damaged since; or None.
 
     Raises:
         UserError: there is one that was made with other settings, or not by this tool.
@@ -168,27 +168,27 @@ def finished(prefix: str | Path, settings: dict) -> dict | None:
     file = Path(f"{prefix}.json")
     if not file.is_file():
         return None
-    card = read_json(file)
-    before = card.get("source", {}).get("settings") if isinstance(card, dict) else None
+    metadata = read_json(file)
+    before = metadata.get("source", {}).get("settings") if isinstance(metadata, dict) else None
     if before is None:
         raise UserError(f"{file}: not a data set of this tool's; choose another --out")
     if difference := differing(before, settings):
         raise UserError(f"{file}: made with {difference}; delete it, or choose another --out to keep it")
     try:
-        return data_format.Dataset(prefix).card
+        return data_format.Dataset(prefix).metadata
     except UserError as damage:
         print(f"{damage}; made anew")
         return None
 
 
 def joined(prefix: str | Path) -> dict | None:
-    """The card of the data set that the parts at ``prefix`` were joined to; None if that is yet to be done."""
+    """The metadata of the data set that the parts at ``prefix`` were joined to; None if that is yet to be done."""
     file = Path(f"{prefix}.json")
     if not file.is_file():
         return None
     settings_file = Path(f"{prefix}.parts", "settings.json")
     if not settings_file.is_file():
-        return data_format.Dataset(prefix).card
+        return data_format.Dataset(prefix).metadata
     return finished(prefix, read_json(settings_file))
 
 

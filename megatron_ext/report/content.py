@@ -3,6 +3,7 @@
 import math
 import statistics
 
+from megatron_ext.callbacks.logging import duration
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.report.blocks import (
     Commands,
@@ -23,7 +24,6 @@ from megatron_ext.report.gather import Facts
 from megatron_ext.report.roles import picture, used_roles
 from megatron_ext.routing.plan import Role
 from megatron_ext.token_classes import Task
-from megatron_ext.training.logging import duration
 
 COLOURS = ("ink", "understanding", "generation", "text", "accent")
 """Of a benchmark's figures."""
@@ -252,7 +252,7 @@ def _data(facts: Facts) -> list:
     roots = []
     for task in facts.tasks:
         mine = [(s, c) for s, c in zip(sources, facts.cards) if s.task == task]
-        children = [Node(s.path, _card_line(card), s.weight / total, colour=task) for s, card in mine]
+        children = [Node(s.path, _metadata_line(metadata), s.weight / total, colour=task) for s, metadata in mine]
         roots.append(Node(task, "", sum(s.weight for s, _ in mine) / total, children, task))
     blocks = [Text("Share of the documents drawn, by task and data set."), Tree(roots)]
     if facts.samples:
@@ -265,13 +265,13 @@ def _data(facts: Facts) -> list:
     return blocks
 
 
-def _card_line(card: dict | None) -> str:
-    if card is None:
+def _metadata_line(metadata: dict | None) -> str:
+    if metadata is None:
         return "no longer there"
-    parts = [f"{card['documents']:,} documents", f"{card['tokens']:,} tokens"]
-    if card["images"]:
-        height, width = card["vq"]["grid"]
-        parts.append(f"{card['images']:,} images of {height} × {width} tokens")
+    parts = [f"{metadata['documents']:,} documents", f"{metadata['tokens']:,} tokens"]
+    if metadata["images"]:
+        height, width = metadata["vq"]["grid"]
+        parts.append(f"{metadata['images']:,} images of {height} × {width} tokens")
     return ", ".join(parts)
 
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 from megatron_ext.config import Config, EvaluationBenchmark
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation import training_folder as evaluation_folder
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.report.samples import enlarged
-from megatron_ext.training import evaluation_folder
 
 QUESTIONS = 8
 _LARGEST = 384  # pixels; larger pictures are shown smaller
@@ -48,12 +48,12 @@ def evaluated(run: Path, config: Config, iteration: int) -> Evaluated | None:
     found = evaluation_folder.newest(run, iteration)
     if found is None:
         return None
-    folder, card = found
-    pictures = [(_png(folder / one["file"]), one["caption"]) for one in card["pictures"]]
+    folder, manifest = found
+    pictures = [(_png(folder / one["file"]), one["caption"]) for one in manifest["pictures"]]
     answered = [_answered(one, folder) for one in config.evaluation.benchmarks]
     # Benchmarks take turns, and with each of them what was right and what was wrong.
     turns = chain.from_iterable(zip_longest(*(kind for kinds in answered for kind in kinds)))
-    return Evaluated(card["iteration"], pictures, _shown(turns))
+    return Evaluated(manifest["iteration"], pictures, _shown(turns))
 
 
 def _answered(wanted: EvaluationBenchmark, folder: Path) -> list[list[tuple]]:

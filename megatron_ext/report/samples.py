@@ -48,7 +48,7 @@ def samples(data: DataConfig, vocabulary: Vocabulary, vq_folder: Path, per_sourc
 
 def _samples_of(source: SourceConfig, vocabulary: Vocabulary, vq: VQModel, count: int) -> list[Sample]:
     dataset = Dataset(source.path)
-    if not dataset.card["vq"] or dataset.card["vq"]["fingerprint"] != vq.fingerprint:
+    if not dataset.metadata["vq"] or dataset.metadata["vq"]["fingerprint"] != vq.fingerprint:
         return []
     found = []
     for number in range(len(dataset)):

@@ -7,7 +7,7 @@ Multiply-adds of a layer for one token, hidden size h, key/value width g, FFN wi
     SKIP      0
 
 plus h*V for the logits of a position. Two FLOPs each; the backward pass costs twice the forward pass. A difference of
-rank r (decomposed projections) costs r*(in + out) more for every token that uses it; a whole one is added to the
+rank r (delta projections) costs r*(in + out) more for every token that uses it; a whole one is added to the
 weights, not to the activations, and costs no product per token. Recomputation is not work of the model and is not
 counted, nor are norms, activations and the embedding.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.plan import Plan, Projections, Role, task_and_modality
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -56,15 +56,15 @@ def dense(plan: Plan) -> Plan:
     return Plan("dense", ((Role.FULL,) * NUM_CLASSES,) * plan.num_layers, Projections())
 
 
-def count(batch: Batch, plan: Plan, draw: Draw | None = None) -> Counts:
+def count(batch: Batch, plan: Plan, selection: Selection | None = None) -> Counts:
     """What rows [b, s] on the host hold, with logits for the positions whose loss counts.
 
     Args:
-        draw: a step's draw of the plan's dense share; None: as in evaluation.
+        selection: a step's selection of the plan's dense share; None: as in evaluation.
     """
     batch = batch.arrays()
     real = (batch.document != PADDING_DOCUMENT).ravel()
-    kind = token_classes(batch, plan, draw).ravel()[real]
+    kind = token_classes(batch, plan, selection).ravel()[real]
     first = np.ones(batch.shape, dtype=bool)
     first[:, 1:] = batch.document[:, 1:] != batch.document[:, :-1]
     first = first.ravel()[real]
@@ -129,7 +129,7 @@ def stage_layers(num_layers: int, pipeline: int, virtual: int = 1) -> list[list[
 def parameter_count(model: ModelConfig, vocab_size: int, projections: Projections) -> int:
     """Parameters of the whole model, over all ranks, with those that image tokens have for themselves."""
     h = model.hidden_size
-    embeddings = ((1 if model.tie_embeddings else 2) * vocab_size + model.image_positions) * h
+    embeddings = ((1 if model.tie_embeddings else 2) * vocab_size + model.max_image_tokens) * h
     per_layer = sum(i * o for i, o in projection_shapes(model).values()) + 2 * h
     return embeddings + model.num_layers * per_layer + h + image_parameter_count(model, projections)
 

@@ -20,7 +20,7 @@ _DOCUMENTS, _TOKENS = 1, 2  # what a random number is for
 
 
 @dataclass(frozen=True)
-class Draw:
+class Selection:
     """The share of one step; ``number`` tells the draws of one step from those of another."""
 
     share: float
@@ -38,24 +38,24 @@ class DenseShare:
     end_at: float
     evaluation: float
 
-    def draw(self, iteration: int, iterations: int) -> Draw:
+    def selection(self, iteration: int, iterations: int) -> Selection:
         """Of an iteration of training, counted from 0: the share goes from ``start`` to ``end`` in a straight line
         between the parts ``begin_at`` and ``end_at`` of training."""
         done = iteration / iterations
         span = self.end_at - self.begin_at
         way = min(max((done - self.begin_at) / span, 0.0), 1.0) if span else float(done >= self.end_at)
-        return Draw(self.start + way * (self.end - self.start), iteration + 1)
+        return Selection(self.start + way * (self.end - self.start), iteration + 1)
 
-    def taken(self, batch: Batch, draw: Draw | None) -> np.ndarray:
-        """Which tokens of rows on the host take the dense roles, bool [b, s]; ``draw`` None: as in evaluation."""
-        batch, draw = batch.arrays(), draw or Draw(self.evaluation)
+    def taken(self, batch: Batch, selection: Selection | None) -> np.ndarray:
+        """Which tokens of rows on the host take the dense roles, bool [b, s]; ``selection`` None: as in evaluation."""
+        batch, selection = batch.arrays(), selection or Selection(self.evaluation)
         of_tokens = self.of == "image_tokens"
-        if draw.share in (0.0, 1.0):
-            taken = np.full(batch.shape, bool(draw.share))
+        if selection.share in (0.0, 1.0):
+            taken = np.full(batch.shape, bool(selection.share))
         elif of_tokens:
-            taken = counter_random.uniform(_TOKENS, draw.number, batch.positions) < draw.share
+            taken = counter_random.uniform(_TOKENS, selection.number, batch.positions) < selection.share
         else:
-            taken = _document_lots(batch, draw.number) < draw.share
+            taken = _document_lots(batch, selection.number) < selection.share
         return taken & (batch.modality == Modality.IMAGE) if of_tokens else taken
 
     def describe(self) -> str:

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.plan import Plan, Role, class_index, task_and_modality
 from megatron_ext.token_classes import Modality, Task
 
@@ -17,15 +17,15 @@ def stored_length(tokens: int, plan: Plan, ranks: int = 1, multiple: int = 1) ->
     return (tokens + len(plan_groups(plan).members) * (step - 1)) // step * step
 
 
-def token_classes(batch: Batch, plan: Plan, draw: Draw | None) -> np.ndarray:
+def token_classes(batch: Batch, plan: Plan, selection: Selection | None) -> np.ndarray:
     """Class of each token of a batch of arrays, int64 [b, s]: its index in each of ``plan.roles``.
 
     Args:
-        draw: the step's draw of the plan's dense share; None: as in evaluation.
+        selection: the step's selection of the plan's dense share; None: as in evaluation.
     """
     classes = class_index(batch.task.astype(np.int64), batch.modality)
     if plan.dense_share:
-        classes += len(Task) * len(Modality) * plan.dense_share.taken(batch, draw)
+        classes += len(Task) * len(Modality) * plan.dense_share.taken(batch, selection)
     return classes
 
 

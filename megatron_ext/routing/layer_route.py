@@ -13,8 +13,8 @@ from typing import ClassVar
 import numpy as np
 
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.permutation import Permutation
 from megatron_ext.routing.plan import Role
-from megatron_ext.routing.row_map import RowMap
 
 SEGMENTS_MULTIPLE = 16
 """Attention kernels are told a multiple of this many segments, and the longest length rounded up to a power of two, so
@@ -82,8 +82,8 @@ class LayerRoute:
     """
 
     pieces: Pieces
-    queries: RowMap | None
-    keys: RowMap | None
+    queries: Permutation | None
+    keys: Permutation | None
     query_lengths: list[int]
     key_lengths: list[int]
     query_positions: np.ndarray
@@ -155,7 +155,7 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
     query, gathered_rows = key[full], rows.ranks * row_count(pieces.full_splits)
     gathered = rows.gathered(pieces.full, pieces.sizes)
     query_fillers = rows.fillers(query.size)
-    queries, keys = RowMap.of(gathered[query], [gathered_rows], fillers=query_fillers), None
+    queries, keys = Permutation.of(gathered[query], [gathered_rows], fillers=query_fillers), None
     query_positions = key_positions = _positions(rows.batch, query, query_fillers)
     if pieces.kv_only:
         kv_rows = rows.ranks * row_count(pieces.kv_only_splits)
@@ -167,7 +167,7 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
             seen = key[np.arange(key_lengths.sum()) + skipped.repeat(key_lengths)]
             repeated = first.size > np.unique(begin).size
         fillers = rows.fillers(seen.size)
-        keys = RowMap.of(gathered[seen], [gathered_rows, kv_rows], repeated, fillers)
+        keys = Permutation.of(gathered[seen], [gathered_rows, kv_rows], repeated, fillers)
         key_positions = _positions(rows.batch, seen, fillers)
     return LayerRoute(
         pieces=pieces,

@@ -74,7 +74,7 @@ def _matrices(model: ModelConfig, projections: Projections, kv_only: bool) -> in
     )
     shapes = projection_shapes(model)
     made = 0
-    if projections.kind == "decomposed" and rank is None:
+    if projections.kind == "delta" and rank is None:
         made += components * sum(i * o for i, o in (shapes[module] for module in projections.modules))
     if kv_only:
         own = components if "qkv" in projections.modules else 0

@@ -8,7 +8,7 @@ table in YAML, laid over a preset::
       table:
         - {layers: 4-, task: understanding, modality: image, role: kv_only}
         - {layers: "3,5-6", task: generation, modality: image, role: skip}
-      projections: {kind: decomposed, rank: 16}
+      projections: {kind: delta, rank: 16}
 
 A new preset is a row of ``PRESETS`` where it mixes what is there: HiMix, HMGen, a kind of weights. Roles by another
 rule need a field of :class:`Preset` and the lines of :meth:`Plan.of` that read it.
@@ -27,7 +27,7 @@ from enum import IntEnum
 from megatron_ext import config_file
 from megatron_ext.config import Config, DenseShareConfig, PlanConfig
 from megatron_ext.errors import UserError
-from megatron_ext.routing.dense_share import DenseShare, Draw
+from megatron_ext.routing.dense_share import DenseShare, Selection
 from megatron_ext.token_classes import Modality, Task
 
 
@@ -66,7 +66,7 @@ PRESETS = {
     # tokens of both tasks.
     "himix_hmgen_share_all": Preset(himix=True, hmgen=True),
     "himix_hmgen_share_all_separate": Preset(himix=True, hmgen=True, kind="separate"),
-    "himix_hmgen_share_partial": Preset(himix=True, hmgen=True, kind="decomposed"),
+    "himix_hmgen_share_partial": Preset(himix=True, hmgen=True, kind="delta"),
 }
 
 
@@ -75,7 +75,7 @@ class Projections:
     """Which weights tokens use in the projections named in ``modules`` (qkv, proj, fc1, fc2).
 
     Text tokens use W. Image tokens use, by ``kind``: W (shared); a matrix of their own (separate); W + D, with D
-    whole or of rank ``rank`` (decomposed). With ``per_task`` each of the two tasks has its own matrix or D.
+    whole or of rank ``rank`` (delta). With ``per_task`` each of the two tasks has its own matrix or D.
     """
 
     kind: str = "shared"
@@ -149,10 +149,10 @@ class Plan:
                     roles[layer][index] = Role[entry.role.upper()]
         chosen = config.projections
         kind = preset.kind if chosen.kind == "preset" else chosen.kind
-        if chosen.rank is not None and kind != "decomposed":
+        if chosen.rank is not None and kind != "delta":
             raise UserError(
                 f"config: 'plan.projections.rank' is {chosen.rank}, but plan.projections.kind is {kind}; "
-                "only decomposed projections have a rank"
+                "only delta projections have a rank"
             )
         projections = Projections(kind, tuple(chosen.modules), chosen.rank, chosen.per_task)
         name = config.preset + ("+table" if config.table else "")
@@ -176,9 +176,9 @@ class Plan:
         """What tokens of this task and modality do in ``layer`` (0-based), those of a dense share apart."""
         return self.roles[layer][class_index(task, modality)]
 
-    def draw(self, iteration: int, iterations: int) -> Draw | None:
-        """The draw of the dense share in an iteration of training, counted from 0; None where there is none."""
-        return self.dense_share and self.dense_share.draw(iteration, iterations)
+    def selection(self, iteration: int, iterations: int) -> Selection | None:
+        """The selection of the dense share in an iteration of training, counted from 0; None where there is none."""
+        return self.dense_share and self.dense_share.selection(iteration, iterations)
 
     def table(self) -> str:
         """The plan as text: a line per layer, a column per class of token."""

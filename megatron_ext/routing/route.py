@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.groups import Groups, plan_groups, stored_length, token_classes
 from megatron_ext.routing.layer_route import LayerRoute, Pieces, StoredRows, layer_route, pieces_of, row_count
+from megatron_ext.routing.permutation import Permutation
 from megatron_ext.routing.plan import Plan, Role
-from megatron_ext.routing.row_map import RowMap
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
 
 if TYPE_CHECKING:  # worker processes, which make routes of arrays, do not wait for torch
@@ -57,7 +57,7 @@ class Route:
     tokens: np.ndarray
     layers: list[LayerRoute]
     head: Pieces
-    head_rows: RowMap | None
+    head_rows: Permutation | None
     targets: np.ndarray | None
     order: np.ndarray | None
     image_places: np.ndarray | None
@@ -87,7 +87,7 @@ class Route:
         fixed_length: bool = False,
         wanted: np.ndarray | None = None,
         cached: bool = False,
-        draw: Draw | None = None,
+        selection: Selection | None = None,
         places: np.ndarray | None = None,
         fill: int = 1,
     ) -> Route:
@@ -100,13 +100,13 @@ class Route:
             wanted: where logits are wanted, bool [b, s]; None: where the loss counts. Padding has none.
             cached: each row is the next piece of a document whose earlier keys are kept. Keys are then all the keys of
                 a piece, in order.
-            draw: this step's draw of the plan's dense share; None: as in evaluation.
+            selection: this step's selection of the plan's dense share; None: as in evaluation.
             places: [b, s], of :func:`image_places`; None: of whole documents.
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
         real = (batch.document != PADDING_DOCUMENT).ravel()
-        group = np.array(groups.of_class)[token_classes(batch, plan, draw).ravel()]
+        group = np.array(groups.of_class)[token_classes(batch, plan, selection).ravel()]
         group[~real] = len(groups.members)
         order, sizes = _stored_order(group, groups, ranks, multiple)
         if fixed_length:
@@ -128,7 +128,9 @@ class Route:
             tokens=batch.tokens.ravel()[order.clip(min=0)].astype(np.int32)[None],
             layers=[by_roles[roles] for roles in groups.roles],
             head=head,
-            head_rows=RowMap.of(gathered, [ranks * row_count(head.full_splits)], fillers=rows.fillers(targets.size)),
+            head_rows=Permutation.of(
+                gathered, [ranks * row_count(head.full_splits)], fillers=rows.fillers(targets.size)
+            ),
             targets=targets,
             order=order,
             image_places=places[order.clip(min=0)].astype(np.int32),

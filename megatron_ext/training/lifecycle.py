@@ -54,7 +54,7 @@ class Lifecycle:
             self._deadlines.append((float(job_end) - 60 * config.slurm_margin_minutes, _JOB_END))
         self._previous_handlers = {s: signal.signal(s, self._handle) for s in SIGNALS}
 
-    def vote(self) -> float:
+    def stop_flag(self) -> float:
         """This rank's wish to stop, to be summed over all ranks: 0 for going on.
 
         Reason ``c`` votes 2^(20 c), so the sum over up to a million ranks still tells the weightiest reason. It rides
@@ -68,7 +68,7 @@ class Lifecycle:
         """Why the run should stop now, the same answer on every rank; None: go on.
 
         Args:
-            votes: sum over all ranks of what :meth:`vote` gave them for this iteration, in float64.
+            votes: sum over all ranks of what :meth:`stop_flag` gave them for this iteration, in float64.
         """
         return _REASONS[int(math.log2(votes)) // _BITS] if votes else None
 

@@ -7,6 +7,8 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ext.analysis.gradients import alignment
+from megatron_ext.callbacks.logging import Logger
+from megatron_ext.callbacks.profiling import ProfileWindow
 from megatron_ext.config import Config
 from megatron_ext.data import step_batches
 from megatron_ext.token_classes import Task
@@ -14,9 +16,7 @@ from megatron_ext.training import distributed
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.devices import model_flops_utilisation
 from megatron_ext.training.lifecycle import Lifecycle
-from megatron_ext.training.logging import Logger
 from megatron_ext.training.prepare import StepInput
-from megatron_ext.training.profiler import ProfileWindow
 from megatron_ext.training.run import Run
 from megatron_ext.training.schedule import build_scheduler
 from megatron_ext.training.step import StepResult, evaluate_step, evaluation_mode, train_step
@@ -66,10 +66,10 @@ def train(run: Run) -> bool:
                 step,
                 config,
                 accept=accept,
-                tally=(lifecycle.vote(), *_work(step)),
+                metrics=(lifecycle.stop_flag(), *_work(step)),
                 meanwhile=steps.prefetch,
             )
-            vote, flops, dense_flops, tokens = result.tally
+            vote, flops, dense_flops, tokens = result.metrics
             stop = lifecycle.stop_reason(vote)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             scheduler.step(1)
@@ -154,7 +154,7 @@ def _work(step: StepInput) -> tuple[float, float, float]:
 
 
 def _record(run: Run, result: StepResult, seconds: float, wait: float) -> dict:
-    _, flops, dense_flops, tokens = result.tally
+    _, flops, dense_flops, tokens = result.metrics
     devices = torch.distributed.get_world_size()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {

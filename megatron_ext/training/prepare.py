@@ -15,7 +15,7 @@ from megatron_ext.config import Config, ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.decoding import decode
 from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
-from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Task
@@ -104,13 +104,13 @@ class Preparation:
             iterations=config.training.iterations if training else None,
         )
 
-    def __call__(self, words: np.ndarray, step: int) -> StepInput:
-        """Of rows of words (:mod:`megatron_ext.data.words`), int32 [rows, s], in a step counted from 0."""
-        draw = None if self.iterations is None else self.plan.draw(step, self.iterations)
-        return self.step_input(decode(words, self.pad), draw)
+    def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
+        """Of packed tokens, int32 [rows, s], in a step counted from 0."""
+        selection = None if self.iterations is None else self.plan.selection(step, self.iterations)
+        return self.step_input(decode(packed_tokens, self.pad), selection)
 
-    def step_input(self, batch: Batch, draw: Draw | None = None) -> StepInput:
-        """Of a batch on the host; ``draw`` None: as in evaluation."""
+    def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
+        """Of a batch on the host; ``selection`` None: as in evaluation."""
         batch = batch.arrays()
         if self.by_task:
             order = np.argsort(batch.task[:, 0], kind="stable")
@@ -118,27 +118,27 @@ class Preparation:
         starts = range(0, batch.shape[0], self.micro_batch_size)
         parts = [batch.rows(start, start + self.micro_batch_size) for start in starts]
         plans = self.plan, dense(self.plan)
-        counts = [count(batch, plan, draw) for plan in plans]
+        counts = [count(batch, plan, selection) for plan in plans]
         flops, dense_flops = (
             TRAINING_PER_FORWARD * forward_flops(self.model, self.vocab_size, plan, counted)
             for plan, counted in zip(plans, counts)
         )
         return StepInput(
-            micro_batches=[self._micro_batch(part, draw) for part in parts],
+            micro_batches=[self._micro_batch(part, selection) for part in parts],
             loss_tokens=np.array([((batch.loss_mask > 0) & (batch.task == task)).sum() for task in Task], np.float64),
             flops=flops,
             dense_flops=dense_flops,
             tokens=sum(counts[0].tokens),
         )
 
-    def _micro_batch(self, part: Batch, draw: Draw | None) -> MicroBatch:
+    def _micro_batch(self, part: Batch, selection: Selection | None) -> MicroBatch:
         ranks, multiple, fixed_length = self.alignment
-        route = Route.arrays(part, self.plan, ranks, multiple, fixed_length, draw=draw, fill=self.fill)
+        route = Route.arrays(part, self.plan, ranks, multiple, fixed_length, selection=selection, fill=self.fill)
         targets, fillers = route.targets, -route.targets.size % self.fill
         labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.task))
         # Only the host asks for these.
         route.targets = route.order = None
-        if not self.model.image_positions:
+        if not self.model.max_image_tokens:
             route.image_places = None
         return MicroBatch(
             route,

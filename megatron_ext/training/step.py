@@ -32,14 +32,14 @@ class StepResult:
         loss: the objective.
         task_losses: mean cross-entropy per task, for the tasks that had loss tokens.
         grad_norm: global gradient norm before clipping; nan when there was no backward pass.
-        tally: sums over the ranks of what they gave as ``tally``.
+        metrics: sums over the ranks of what they gave as ``metrics``.
         applied: whether the optimizer took the step.
     """
 
     loss: float
     task_losses: dict[str, float]
     grad_norm: float
-    tally: list[float]
+    metrics: list[float]
     applied: bool
 
 
@@ -63,7 +63,7 @@ def train_step(
     step: StepInput,
     config: Config,
     accept: Callable[[float, float], bool] = lambda loss, grad_norm: math.isfinite(loss) and math.isfinite(grad_norm),
-    tally: Sequence[float] = (),
+    metrics: Sequence[float] = (),
     meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward, backward and optimizer step over the global batch.
@@ -75,7 +75,7 @@ def train_step(
         step: this replica's rows of the global batch, on the device, the same on all its ranks.
         accept: told the loss and the gradient norm, whether to apply the step. It must answer alike on every rank;
             all of them are given the same numbers.
-        tally: numbers of this rank to be summed over all ranks on the way (its wish to stop, its share of the work).
+        metrics: numbers of this rank to be summed over all ranks on the way (its wish to stop, its share of the work).
         meanwhile: work for the host while the device is busy with the step.
     """
     for chunk in chunks:
@@ -84,7 +84,7 @@ def train_step(
     counts, sums = _run(chunks, step, config, forward_only=False)
     optimizer.prepare_grads()
     meanwhile()
-    loss, task_losses, tally = _reduce(sums, counts, config, tally)
+    loss, task_losses, metrics = _reduce(sums, counts, config, metrics)
     grad_norm = _gradient_norm(optimizer)
     applied = accept(loss, grad_norm)
     if applied:
@@ -92,7 +92,7 @@ def train_step(
             limit = config.optimizer.clip_grad
             torch.nn.utils.clip_grads_with_norm_(optimizer.get_parameters(), limit, torch.tensor(grad_norm))
         optimizer.step_with_ready_grads()
-    return StepResult(loss, task_losses, grad_norm, tally, applied)
+    return StepResult(loss, task_losses, grad_norm, metrics, applied)
 
 
 @contextmanager
@@ -179,13 +179,13 @@ def _loss(
     return objective, torch.zeros((), dtype=torch.int, device=objective.device), task_sums(losses, micro_batch.tasks)
 
 
-def _reduce(sums: Tensor, counts: Tensor, config: Config, tally) -> tuple[float, dict[str, float], list[float]]:
-    message = torch.cat([counts, _sum_over_world(sums, *tally)]).tolist()
-    counts, totals, tally = message[: len(Task)], message[len(Task) : 2 * len(Task)], message[2 * len(Task) :]
+def _reduce(sums: Tensor, counts: Tensor, config: Config, metrics) -> tuple[float, dict[str, float], list[float]]:
+    message = torch.cat([counts, _sum_over_world(sums, *metrics)]).tolist()
+    counts, totals, metrics = message[: len(Task)], message[len(Task) : 2 * len(Task)], message[2 * len(Task) :]
     weights = config.training.task_weights
     task_losses = {task.name.lower(): total / count for task, total, count in zip(Task, totals, counts) if count}
     loss = sum(getattr(weights, name) * value for name, value in task_losses.items())
-    return loss, task_losses, tally
+    return loss, task_losses, metrics
 
 
 def _gradient_norm(optimizer) -> float:
@@ -200,9 +200,9 @@ def _gradient_norm(optimizer) -> float:
     return float(square.sqrt())
 
 
-def _sum_over_world(sums: Tensor, *tally: float) -> Tensor:
-    """Sums of the last stages added up over the replicas, and the tally over all ranks, in one all-reduce."""
-    speaks = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    message = torch.cat([sums * float(speaks), sums.new_tensor(tally)])
+def _sum_over_world(sums: Tensor, *metrics: float) -> Tensor:
+    """Sums of the last stages added up over the replicas, and the metrics over all ranks, in one all-reduce."""
+    is_reporting_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    message = torch.cat([sums * float(is_reporting_rank), sums.new_tensor(metrics)])
     dist.all_reduce(message)
     return message

@@ -4,7 +4,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_ext.routing.layer_route import LayerRoute
-from megatron_ext.transformer.kernels.functions import query_key_value, restore
+from megatron_ext.transformer.kernels.functions import query_key_value, unpermute
 
 
 class UnifiedSelfAttention(SelfAttention):
@@ -23,9 +23,9 @@ class UnifiedSelfAttention(SelfAttention):
         query, key, value = query_key_value(mixed, of_kv_only, route.queries, keys, route.rotary)
         if route.cache is not None:
             output = route.cache.attend(self.layer_number - 1, query, key, value)
-            return self.linear_proj(restore(route.queries, output), of.full_splits)
+            return self.linear_proj(unpermute(route.queries, output), of.full_splits)
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
             attend = self._checkpointed_attention_forward
         output = attend(query, key, value, None, packed_seq_params=route)
-        return self.linear_proj(restore(route.queries, output), of.full_splits)
+        return self.linear_proj(unpermute(route.queries, output), of.full_splits)

@@ -2,18 +2,18 @@
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megatron_ext.transformer.projection import SplitColumn, SplitQueryKeyValue, SplitRow
+from megatron_ext.transformer.projection import ColumnSplitProjection, QueryKeyValueSplitProjection, RowSplitProjection
 
 
-class QueryKeyValueLinear(SplitQueryKeyValue, ColumnParallelLinear):
+class QueryKeyValueLinear(QueryKeyValueSplitProjection, ColumnParallelLinear):
     """With torch's GEMMs."""
 
 
-class ColumnLinear(SplitColumn, ColumnParallelLinear):
+class ColumnLinear(ColumnSplitProjection, ColumnParallelLinear):
     """With torch's GEMMs."""
 
 
-class RowLinear(SplitRow, RowParallelLinear):
+class RowLinear(RowSplitProjection, RowParallelLinear):
     """With torch's GEMMs."""
 
 
@@ -21,13 +21,13 @@ def transformer_engine_linears() -> tuple[type, type, type]:
     """The same three over Transformer Engine's linear layers."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
-    class TransformerEngineQueryKeyValueLinear(FreshWeights, SplitQueryKeyValue, TEColumnParallelLinear):
+    class TransformerEngineQueryKeyValueLinear(FreshWeights, QueryKeyValueSplitProjection, TEColumnParallelLinear):
         pass
 
-    class TransformerEngineColumnLinear(FreshWeights, SplitColumn, TEColumnParallelLinear):
+    class TransformerEngineColumnLinear(FreshWeights, ColumnSplitProjection, TEColumnParallelLinear):
         pass
 
-    class TransformerEngineRowLinear(FreshWeights, SplitRow, TERowParallelLinear):
+    class TransformerEngineRowLinear(FreshWeights, RowSplitProjection, TERowParallelLinear):
         pass
 
     return TransformerEngineQueryKeyValueLinear, TransformerEngineColumnLinear, TransformerEngineRowLinear

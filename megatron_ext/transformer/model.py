@@ -10,7 +10,7 @@ from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.routing.route import Route
 from megatron_ext.transformer.initialization import initialize
-from megatron_ext.transformer.kernels.functions import arrange
+from megatron_ext.transformer.kernels.functions import permute
 from megatron_ext.transformer.rotary import Rotary, rotary_table
 from megatron_ext.transformer.rows import join
 from megatron_ext.transformer.specs import block_spec, transformer_config
@@ -49,8 +49,8 @@ class UnifiedModel(GPTModel):
         )
         self._rotary_table: Tensor | None = None
         self.image_positions = None
-        if config.model.image_positions and self.pre_process:
-            count, h = config.model.image_positions, config.model.hidden_size
+        if config.model.max_image_tokens and self.pre_process:
+            count, h = config.model.max_image_tokens, config.model.hidden_size
             self.image_positions = torch.nn.Embedding(count, h, dtype=transformer.params_dtype)
             # Every tensor-parallel rank adds to its own rows: Megatron-Core sums such parameters' gradients over them.
             self.image_positions.weight.sequence_parallel = transformer.sequence_parallel
@@ -103,7 +103,7 @@ class UnifiedModel(GPTModel):
             return embedded
         if route.longest_image > self.image_positions.num_embeddings:
             raise UserError(
-                f"an image has {route.longest_image} tokens, model.image_positions is "
+                f"an image has {route.longest_image} tokens, model.max_image_tokens is "
                 f"{self.image_positions.num_embeddings}"
             )
         places = route.image_places
@@ -118,7 +118,7 @@ class UnifiedModel(GPTModel):
         rows = join([pieces[i] for i in route.head.full], hidden_states)
         if self.config.sequence_parallel:
             rows = gather_from_sequence_parallel_region(rows)
-        return arrange(route.head_rows, rows)
+        return permute(route.head_rows, rows)
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token, [n], float32, from logits [n, 1, vocabulary / tensor-parallel size] and labels

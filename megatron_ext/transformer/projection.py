@@ -7,8 +7,8 @@ stand the components of :class:`~megatron_ext.routing.plan.Projections`, cut ove
 kind                   parameters of component c  matrix of the tokens that use c
 =====================  =========================  ==========================================
 separate               ``c_weight``               ``c_weight``
-decomposed             ``c_delta``                W + ``c_delta``
-decomposed, rank r     ``c_down``, ``c_up``       W + ``c_up`` ``c_down``, never formed
+delta                  ``c_delta``                W + ``c_delta``
+low-rank delta (LoRA)  ``c_down``, ``c_up``       W + ``c_up`` ``c_down``, never formed
 =====================  =========================  ==========================================
 
 The rows that use one matrix stand together (see :mod:`megatron_ext.routing.route`), so each matrix is one GEMM over its
@@ -47,16 +47,16 @@ Part = Callable[[Tensor], Tensor]
 """Some output rows of a matrix."""
 
 
-class Split:
+class SplitProjection:
     """Mixed into a parallel linear layer: the components and the products with them.
 
     Attributes:
         projections: what exists beside W.
-        cut: dimension over which W is cut: 0 (column parallel) or 1 (row parallel).
+        partition_dim: dimension over which W is cut: 0 (column parallel) or 1 (row parallel).
         stride: 2 where the rows of W are two matrices one after the other (gate and up of the FFN), else 1.
     """
 
-    cut: int
+    partition_dim: int
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Split:
         self._group = options["tp_group"]
         self._size = size = self._group.size()
         self._ranks = size if self.config.sequence_parallel else 1
-        self._formed: dict[int, Tensor] = {}
+        self._merged: dict[int, Tensor] = {}
         rank = projections.rank
         out_features, in_features = self.weight.shape
         for component in projections.components:
@@ -89,7 +89,7 @@ class Split:
                 shapes = {"weight": (out_features, in_features)}
             elif rank is None:
                 shapes = {"delta": (out_features, in_features)}
-            elif self.cut == 0:
+            elif self.partition_dim == 0:
                 shapes = {"down": (rank // size, in_features), "up": (out_features, rank)}
             else:
                 shapes = {"down": (rank, in_features), "up": (out_features, rank // size)}
@@ -107,14 +107,14 @@ class Split:
         messages, and for FP8; when neither is at work it only takes longer."""
         return not self.components and (torch.is_grad_enabled() or bool(self.config.fp8))
 
-    def multiply(
+    def grouped_gemm(
         self, rows: Tensor, splits: Splits, part: Part = lambda weight: weight, scale: Tensor | None = None
     ) -> Tensor:
-        """``rows`` [R * n, 1, in / cut] times the matrices that ``splits`` of n rows name: [R * n, 1, out / cut].
+        """``rows`` [R * n, 1, in / p] times the matrices that ``splits`` of n rows name: [R * n, 1, out / p].
 
         Args:
             part: which output rows of the matrices are wanted.
-            scale: [in / cut], factors of the matrices' columns.
+            scale: [in / p], factors of the matrices' columns.
         """
 
         def scaled(weight: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ class Split:
     def _matrix(self, component: int, part: Part) -> Tensor:
         if component == 0:
             return part(self.weight)
-        if component in self._formed:
-            return part(self._formed[component])
+        if component in self._merged:
+            return part(self._merged[component])
         name = self.components[component - 1]
         if self.projections.kind == "separate":
             return part(getattr(self, f"{name}_weight"))
@@ -162,7 +162,7 @@ class Split:
         if self._size > 1:
             meet = (
                 all_gather_last_dim_from_tensor_parallel_region
-                if self.cut == 0
+                if self.partition_dim == 0
                 else reduce_scatter_last_dim_to_tensor_parallel_region
             )
             inner = meet(inner, group=self._group)
@@ -173,7 +173,7 @@ class Split:
     ) -> ShardedStateDict:
         """W and its components, cut as they are."""
         state = self.state_dict(prefix="", keep_vars=True)
-        cuts = {name: self.cut for name in state if not name.startswith("_")}
+        cuts = {name: self.partition_dim for name in state if not name.startswith("_")}
         made = make_sharded_tensors_for_checkpoint(
             state, prefix, cuts, sharded_offsets, tp_group=self._group, dp_cp_group=metadata["dp_cp_group"]
         )
@@ -187,35 +187,37 @@ class Split:
 
 
 @contextmanager
-def formed(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, every W + D is formed once and not with every product; the weights must not change meanwhile."""
-    decomposed = [
+def merged_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, every W + D is merged_weights once and not with every product; the weights must not change meanwhile."""
+    delta = [
         module
         for module in model.modules()
-        if isinstance(module, Split) and module.projections.kind == "decomposed" and module.projections.rank is None
+        if isinstance(module, SplitProjection)
+        and module.projections.kind == "delta"
+        and module.projections.rank is None
     ]
-    for module in decomposed:
+    for module in delta:
         components = range(1, len(module.components) + 1)
-        module._formed = {c: module._matrix(c, lambda weight: weight) for c in components}
+        module._merged = {c: module._matrix(c, lambda weight: weight) for c in components}
     try:
         yield
     finally:
-        for module in decomposed:
-            module._formed = {}
+        for module in delta:
+            module._merged = {}
 
 
-class SplitColumn(Split):
+class ColumnSplitProjection(SplitProjection):
     """Mixed into a column-parallel linear layer."""
 
-    cut = 0
+    partition_dim = 0
 
     def forward(self, rows: Tensor, splits: Splits) -> Tensor:
         """[n, 1, in] on each rank to [R * n, 1, out / tensor-parallel size]."""
         if self.plain:
             return super().forward(rows)[0]
-        return self.multiply(self.enter(rows), splits)
+        return self.grouped_gemm(self.gather_input(rows), splits)
 
-    def enter(self, rows: Tensor) -> Tensor:
+    def gather_input(self, rows: Tensor) -> Tensor:
         """Rows of all ranks; their gradients are summed over the tensor-parallel group."""
         if self._size == 1:
             return rows
@@ -224,7 +226,7 @@ class SplitColumn(Split):
         return copy_to_tensor_model_parallel_region(rows, group=self._group)
 
 
-class SplitQueryKeyValue(SplitColumn):
+class QueryKeyValueSplitProjection(ColumnSplitProjection):
     """The query, key and value projection: W holds, key/value group after group, n query heads, a key and a value."""
 
     def forward(
@@ -241,12 +243,12 @@ class SplitQueryKeyValue(SplitColumn):
             return super().forward(full, splits), None
         if self._size > 1:  # one message for both
             sizes = full.shape[0], kv_only.shape[0]
-            gathered = self.enter(torch.cat([full, kv_only])).unflatten(0, (self._ranks, -1))
+            gathered = self.gather_input(torch.cat([full, kv_only])).unflatten(0, (self._ranks, -1))
             full, kv_only = (x.flatten(0, 1) for x in gathered.split(sizes, 1))
             if self._ranks == 1:  # each rank knows its outputs' share of the gradient alone
                 kv_only_scale = copy_to_tensor_model_parallel_region(kv_only_scale, group=self._group)
-        of_kv_only = self.multiply(kv_only, kv_only_splits, self._key_value, kv_only_scale)
-        return self.multiply(full, splits), of_kv_only
+        of_kv_only = self.grouped_gemm(kv_only, kv_only_splits, self._key_value, kv_only_scale)
+        return self.grouped_gemm(full, splits), of_kv_only
 
     def _key_value(self, weight: Tensor) -> Tensor:
         """The rows of keys and values, [g * 2 * d, in], of a matrix over queries, keys and values."""
@@ -255,16 +257,16 @@ class SplitQueryKeyValue(SplitColumn):
         return weight.view(groups, -1, d, weight.shape[-1])[:, -2:].flatten(0, 2)
 
 
-class SplitRow(Split):
+class RowSplitProjection(SplitProjection):
     """Mixed into a row-parallel linear layer."""
 
-    cut = 1
+    partition_dim = 1
 
     def forward(self, rows: Tensor, splits: Splits) -> Tensor:
         """[R * n, 1, in / tensor-parallel size] to [n, 1, out] on each rank, reduced once for all matrices."""
         if self.plain:
             return super().forward(rows)[0]
-        partial = self.multiply(rows, splits)
+        partial = self.grouped_gemm(rows, splits)
         if self._size == 1:
             return partial
         if self._ranks > 1:

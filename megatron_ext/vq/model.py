@@ -47,8 +47,8 @@ class VQModel(ABC):
         return self
 
     @property
-    def card(self) -> dict:
-        """What a data set's card says of the VQ model that made its codes."""
+    def metadata(self) -> dict:
+        """What a data set's metadata says of the VQ model that made its codes."""
         return {"fingerprint": self.fingerprint, "grid": list(self.grid), "codebook_size": self.codebook_size}
 
     @torch.no_grad()

@@ -11,9 +11,9 @@ from PIL import Image
 from programs import launcher, run_program
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
-from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pope import POPE
+from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from preprocess_material import CODES, GRID, encoded, make_vocabulary, make_vq
@@ -88,7 +88,7 @@ def evaluate(trained: Path, data: Path, out: Path, processes: int, *options, che
     command = [*launcher(processes), "tools/evaluate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
     for name in ("pope", "seed", "mjhq"):
         command += ["--benchmark", name, "--data", data / name]
-    return run_program([*command, "--out", out, "--longest", 3, *options], check=check).stdout
+    return run_program([*command, "--out", out, "--max-new-tokens", 3, *options], check=check).stdout
 
 
 def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stopped(trained, tmp_path):
@@ -104,7 +104,7 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     assert answers.keys() == {item.id for item in items} - lost
     pictures = {path: path.read_bytes() for path in (file.parent / "mjhq").rglob("*.png")}
     assert {path.stem for path in pictures} == {prompt.id for prompt in prompts}
-    names = ["mjhq", "pope.card.json", "pope.jsonl", "seed.card.json", "seed.jsonl"]
+    names = ["mjhq", "pope.manifest.json", "pope.jsonl", "seed.manifest.json", "seed.jsonl"]
     assert sorted(path.name for path in file.parent.iterdir()) == names
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + lines[5][:9])  # a run that was killed

@@ -13,9 +13,9 @@ import yaml
 from programs import ROOT
 
 from megatron_ext.analysis import results
-from megatron_ext.analysis.study import grid, state, steps, study_file
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
-from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.study import grid, state, steps, study_file
 from megatron_ext.training.metrics import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -47,8 +47,8 @@ def study(tmp_path) -> Path:
     }
     base["data"] |= {"sequence_length": 128, "workers": 0}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    first = {"name": "first", "trained_on": "unified", "accelerator": "same"}
-    second = {"name": "second", "trained_on": "understanding", "accelerator": "same"}
+    first = {"name": "first", "trained_on": "unified", "partner_group": "same"}
+    second = {"name": "second", "trained_on": "understanding", "partner_group": "same"}
     pope = {"name": "pope", "data": str(tmp_path / "benchmarks" / "pope"), "task": "generation"}
     tree = {
         "name": "test",
@@ -56,7 +56,7 @@ def study(tmp_path) -> Path:
         "base": [str(tmp_path / "base.yaml")],
         "sizes": [{"name": "tiny", "settings": {"model": {"num_layers": 2, "hidden_size": 32}}}],
         "methods": [first, second],
-        "evaluation": {"vq": str(tmp_path / "vq"), "benchmarks": [pope | {"options": ["--longest", "2"]}]},
+        "evaluation": {"vq": str(tmp_path / "vq"), "benchmarks": [pope | {"options": ["--max-new-tokens", "2"]}]},
         "replicates": 20,
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))

@@ -37,7 +37,9 @@ def world(size: int, function, *args, folder: Path, wait: bool = True):
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_ext.training.checkpoint", "megatron.core.models.gpt.gpt_layer_specs"])
+    context.set_forkserver_preload(
+        ["megatron_ext.checkpoints.checkpointer", "megatron.core.models.gpt.gpt_layer_specs"]
+    )
     store = folder / f"store_{random.randrange(1 << 60):x}"
     pipes, processes = [], []
     for rank in range(size):

@@ -20,7 +20,7 @@ SETTINGS = [
     "training.micro_batch_size=1",
     "training.global_batch_size=2",
 ]
-RANK_4 = "plan.projections={kind: decomposed, rank: 4, modules: [qkv, proj, fc1, fc2]}"
+RANK_4 = "plan.projections={kind: delta, rank: 4, modules: [qkv, proj, fc1, fc2]}"
 LAYOUTS = {
     "tp2": ["parallel.tensor=2"],
     "tp2-sp": ["parallel.tensor=2", "parallel.sequence=true"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoint_ranks import Layout, Run, world
 
-from megatron_ext.training.checkpoint_folder import MARKER, checkpoints, damage, iteration_of, read_marker
+from megatron_ext.checkpoints.folder import MARKER, checkpoints, damage, iteration_of, read_marker
 
 LAYOUT = Layout(tensor=2, dropout=0.1, layers=1)
 LAST = 40
@@ -93,7 +93,7 @@ def _train(iterations: int) -> list[float]:
 
 def _resume_each(folders: list[Path]) -> list[tuple[int, list[float]]]:
     """From the newest checkpoint of each folder: its iteration, and the losses of two more; then saves."""
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     results = []
     for folder in folders:
@@ -107,7 +107,7 @@ def _resume_each(folders: list[Path]) -> list[tuple[int, list[float]]]:
 def _save_and_die_at_change(folder: Path, count: int) -> None:
     import torch.distributed as dist
 
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder, keep=1)
     run = Run(LAYOUT)
@@ -138,7 +138,7 @@ def _die_before_change(count: int) -> None:
 
 
 def _train_and_save_always(folder: Path, asynchronous: bool) -> None:
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder, asynchronous=asynchronous)
     run = Run(LAYOUT)
@@ -152,9 +152,9 @@ def _train_and_save_always(folder: Path, asynchronous: bool) -> None:
 def _kill_writer_of_rank_one(folder: Path):
     import torch.distributed as dist
 
+    from megatron_ext.checkpoints import writer as checkpoint_writer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
     from megatron_ext.errors import UserError
-    from megatron_ext.training import checkpoint_writer
-    from megatron_ext.training.checkpoint import Checkpointer
 
     if dist.get_rank() == 1:
         checkpoint_writer.Report.put = lambda report, results: os.kill(os.getpid(), signal.SIGKILL)

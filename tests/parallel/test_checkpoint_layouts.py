@@ -28,7 +28,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, layou
 
 
 def _interrupt_and_resume(folder: Path, layout: Layout):
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints")
     state = {"rows": 8, "losses": [4.5, 0.1 + 0.2], "nothing": None, "nested": {"seed": 2**70}}
@@ -69,7 +69,7 @@ def test_every_iteration_under_another_layout_gives_the_losses_of_one_layout(tmp
 
 def _move_through(folder: Path, layouts: list[Layout]):
     """Losses of iterations 2 .. n + 2 under one layout; and of iterations 2 .. n + 1, each under the next layout."""
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints", keep=0)
     run = Run(Layout(tied=layouts[0].tied))
@@ -86,7 +86,7 @@ def _move_through(folder: Path, layouts: list[Layout]):
 
 
 def _continue_alone(folder: Path, layout: Layout, done: int) -> float:
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints")
     run = Run(layout, seed=99)
@@ -102,7 +102,7 @@ def test_master_weights_move_between_the_two_optimizers(tmp_path):
 
 
 def _switch_optimizer(folder: Path):
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     losses = []
     for before in (True, False):
@@ -124,8 +124,8 @@ def test_weights_alone_start_a_new_run_under_another_layout(tmp_path):
 
 
 def _start_from_weights(folder: Path):
-    from megatron_ext.training.checkpoint import Checkpointer, load_weights
-    from megatron_ext.training.checkpoint_state import steps_taken
+    from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights
+    from megatron_ext.checkpoints.state import steps_taken
 
     run = Run(Layout(tensor=2))
     run.train(1, 2)
@@ -145,7 +145,7 @@ def test_hyperparameters_are_the_resuming_runs_own(tmp_path, distributed):
 
 
 def _resume_with_another_learning_rate(folder: Path, layout: Layout) -> set[tuple[float, float]]:
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints")
     run = Run(layout)

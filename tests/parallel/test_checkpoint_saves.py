@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from checkpoint_ranks import Layout, Run, world
 
-from megatron_ext.training.checkpoint_folder import MARKER, checkpoints
+from megatron_ext.checkpoints.folder import MARKER, checkpoints
 
 LAYOUT = Layout(tensor=2, dropout=0.1, layers=2)
 STATE = {"model": {"hidden_size": 16, "layers": 2}, "fingerprints": {"vocabulary": "5f0c"}}
@@ -18,7 +18,7 @@ def test_an_asynchronous_save_holds_the_moment_it_was_asked_for(tmp_path):
 
 
 def _train_while_saving(folder: Path):
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints", asynchronous=True)
     run = Run(LAYOUT)
@@ -39,8 +39,8 @@ def test_an_asynchronous_save_is_complete_only_after_the_last_rank_has_written(t
 def _hold_up_rank_one(folder: Path):
     import torch.distributed as dist
 
-    from megatron_ext.training import checkpoint_writer
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints import writer as checkpoint_writer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     go_on, put = folder / "go_on", checkpoint_writer.Report.put
 
@@ -77,7 +77,7 @@ def test_the_newest_checkpoints_are_kept_and_nothing_else_is_left(tmp_path, asyn
 
 
 def _save_five(folder: Path, asynchronous: bool) -> None:
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder, keep=2, asynchronous=asynchronous)
     run = Run(LAYOUT)
@@ -93,7 +93,7 @@ def test_a_checkpoint_before_the_first_step_is_one_too(tmp_path):
 
 
 def _save_before_training(folder: Path, layout: Layout):
-    from megatron_ext.training.checkpoint import Checkpointer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder)
     run = Run(layout)
@@ -140,8 +140,8 @@ def _try_all(folder: Path) -> dict[str, str]:
 
     import torch.distributed as dist
 
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
     from megatron_ext.errors import UserError
-    from megatron_ext.training.checkpoint import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints")
     run = Run(LAYOUT)
@@ -196,8 +196,8 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_on_every_rank(tmp_path):
 
 
 def _save_into_a_file(folder: Path) -> str:
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
     from megatron_ext.errors import UserError
-    from megatron_ext.training.checkpoint import Checkpointer
 
     run = Run(LAYOUT)
     try:

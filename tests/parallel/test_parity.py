@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
         (
             "tp2-pp2-sp,pp2-vp2-dp2",
             "dense,himix_hmgen_share_all_separate",
-            ["model.tie_embeddings=true", "training.recompute=full", "model.image_positions=64"],
+            ["model.tie_embeddings=true", "training.recompute=full", "model.max_image_tokens=64"],
         ),
     ],
     ids=["untied", "tied-recomputed"],

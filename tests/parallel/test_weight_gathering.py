@@ -48,9 +48,9 @@ def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, flo
     from parity import VOCABULARY, packed_batch
 
     from megatron_ext import config_file
+    from megatron_ext.checkpoints.state import model_state, parameters
     from megatron_ext.config import Config
     from megatron_ext.training import setup
-    from megatron_ext.training.checkpoint_state import model_state, parameters
     from megatron_ext.training.prepare import prepare
     from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, silu
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
@@ -20,10 +20,10 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def logits(
-    weights: Mapping[str, Tensor], model: ModelConfig, plan: Plan, batch: Batch, draw: Draw | None = None
+    weights: Mapping[str, Tensor], model: ModelConfig, plan: Plan, batch: Batch, selection: Selection | None = None
 ) -> Tensor:
     """The logits of every position, [b, s, V], from the ``state_dict`` of one process."""
-    last = hidden_states(weights, model, plan, batch, draw)[-1]
+    last = hidden_states(weights, model, plan, batch, selection)[-1]
     head = weights[EMBEDDING if model.tie_embeddings else "output_layer.weight"]
     return rms_norm(last, weights["decoder.final_layernorm.weight"], model.norm_epsilon) @ head.T
 
@@ -39,7 +39,7 @@ def objective(logits: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
 
 
 def hidden_states(
-    weights: Mapping[str, Tensor], model: ModelConfig, plan: Plan, batch: Batch, draw: Draw | None = None
+    weights: Mapping[str, Tensor], model: ModelConfig, plan: Plan, batch: Batch, selection: Selection | None = None
 ) -> list[Tensor]:
     """The hidden states after each layer, before the final norm: as many tensors [b, s, h] as there are layers."""
     x = weights[EMBEDDING][batch.tokens]
@@ -48,7 +48,7 @@ def hidden_states(
     for number in range(model.num_layers):
         prefix = f"decoder.layers.{number}."
         layer = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
-        role = roles_of(plan, number, batch, draw)
+        role = roles_of(plan, number, batch, selection)
         x = torch.where((role == Role.FULL)[..., None], full_layer(layer, x, role, component, model, plan, batch), x)
         states.append(x)
     return states
@@ -123,14 +123,14 @@ def visible(role: Tensor, batch: Batch) -> Tensor:
     return (same_document & not_later & has_key) | torch.eye(batch.shape[1], dtype=torch.bool)
 
 
-def roles_of(plan: Plan, layer: int, batch: Batch, draw: Draw | None = None) -> Tensor:
+def roles_of(plan: Plan, layer: int, batch: Batch, selection: Selection | None = None) -> Tensor:
     """The role of every token in a layer, [b, s]. Padding takes part nowhere."""
     role = torch.full(batch.shape, int(Role.SKIP))
     for task in Task:
         for modality in Modality:
             role[tokens_of(task, modality, batch)] = int(plan.role(layer, task, modality))
     if plan.dense_share:
-        role[torch.from_numpy(plan.dense_share.taken(batch, draw)) & (batch.document != PADDING_DOCUMENT)] = int(
+        role[torch.from_numpy(plan.dense_share.taken(batch, selection)) & (batch.document != PADDING_DOCUMENT)] = int(
             Role.FULL
         )
     return role

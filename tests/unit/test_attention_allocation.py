@@ -145,7 +145,7 @@ def test_random_weights_against_a_model_that_masks(one_process, monkeypatch, pla
 def test_hugging_face_s_attention(one_process):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_ext.transformer.hugging_face import from_llama
+    from megatron_ext.conversion.hugging_face import from_llama
 
     one_process(*SHAPE)
     model, plan, shape = model_of([])

@@ -2,9 +2,9 @@
 
 import pytest
 
+from megatron_ext.checkpoints import folder as checkpoint_folder
+from megatron_ext.checkpoints.checkpointer import Checkpointer, check_compatible, read_state
 from megatron_ext.errors import UserError
-from megatron_ext.training import checkpoint_folder
-from megatron_ext.training.checkpoint import Checkpointer, check_compatible, read_state
 
 STATE = {"model": {"hidden_size": 128, "layers": [1, 2]}, "fingerprints": {"vocabulary": "5f0c", "vq": None}, "rows": 8}
 

@@ -5,8 +5,8 @@ import zlib
 
 import pytest
 
+from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.errors import UserError
-from megatron_ext.training import checkpoint_folder
 
 
 def save(folder, iteration, content=b"weights", **description):

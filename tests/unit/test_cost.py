@@ -28,8 +28,8 @@ from megatron_ext.routing.cost import (
     stage_layers,
     with_all_logits,
 )
+from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.memory import activation_bytes
-from megatron_ext.routing.mix import mix_batch
 from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_index
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -137,8 +137,8 @@ def test_low_rank_differences_cost_the_tokens_that_use_them_and_whole_ones_nobod
         return class_flops(TINY, plan, count(mix, plan))[0]
 
     shared = layer()
-    assert layer(kind="decomposed") == layer(kind="separate", per_task=True) == shared
-    low = layer(kind="decomposed", rank=2, modules=["qkv", "fc2"])
+    assert layer(kind="delta") == layer(kind="separate", per_task=True) == shared
+    low = layer(kind="delta", rank=2, modules=["qkv", "fc2"])
     extra = {i: (a - b) // 2 for i, (a, b) in enumerate(zip(low, shared)) if a != b}
     assert extra == {
         UNDERSTANDING_IMAGE: 3 * 2 * (8 + 2 * 4),  # key and value alone
@@ -205,8 +205,8 @@ def test_all_logits_are_those_of_tokens_that_are_full_in_the_last_layer():
         "kind: shared",
         "kind: separate",
         "kind: separate, per_task: true",
-        "kind: decomposed",
-        "kind: decomposed, rank: 2",
+        "kind: delta",
+        "kind: delta, rank: 2",
     ],
 )
 def test_parameters_are_counted(one_process, projections):
@@ -297,7 +297,7 @@ def kept_bytes(model, route, labels) -> list[int]:
         ["plan.preset=dense"],
         ["plan.preset=dense", "training.recompute=selective"],
         ["plan.preset=himix"],
-        ["plan.preset=himix", "plan.projections={kind: decomposed, rank: 8}"],
+        ["plan.preset=himix", "plan.projections={kind: delta, rank: 8}"],
         ["plan.preset=hmgen"],
         ["plan.preset=himix_hmgen_share_all_separate"],
         ["plan.preset=himix_hmgen_share_partial", "plan.projections.modules=[qkv, proj, fc1]"],

@@ -79,7 +79,7 @@ PLANS = {
         "plan.preset=himix_hmgen_share_all",
         "plan.dense_share={of: image_tokens, start: 0.5}",
     ],
-    "learned image positions": ["plan.preset=himix_hmgen_share_all", "model.image_positions=30"],
+    "learned image positions": ["plan.preset=himix_hmgen_share_all", "model.max_image_tokens=30"],
     "any table": [
         "plan.table=[{layers: '1', task: all, modality: text, role: skip},"
         "{layers: '2', task: all, modality: text, role: kv_only},"
@@ -104,7 +104,7 @@ def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan
         expected = full_logits(model, plan, tokens, tasks)
         decoder = Decoder(model, plan, Words, tasks, cache_for(plan, 4, max(map(len, tokens)), dtype))
         largest = max(float(logits.abs().max()) for logits in expected)
-        monkeypatch.setattr("megatron_ext.generation.decoder.PIECE", max(2, piece))
+        monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, piece))
         for start in range(0, max(map(len, tokens)), piece):
             given = [ids[start : start + piece] for ids in tokens]
             logits = decoder.advance(given)

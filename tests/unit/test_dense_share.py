@@ -9,8 +9,8 @@ from megatron_ext.config import DenseShareConfig, ModelConfig, PlanConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import count, dense, forward_flops
-from megatron_ext.routing.dense_share import Draw
-from megatron_ext.routing.mix import mix_batch
+from megatron_ext.routing.dense_share import Selection
+from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import Modality
 
@@ -26,8 +26,8 @@ def rows(count: int = 40) -> Batch:
 
 def test_documents_are_drawn_whole_and_image_tokens_one_by_one():
     batch = rows()
-    of_documents = plan(of="documents").dense_share.taken(batch, Draw(0.5, 3))
-    of_tokens = plan(of="image_tokens").dense_share.taken(batch, Draw(0.5, 3))
+    of_documents = plan(of="documents").dense_share.taken(batch, Selection(0.5, 3))
+    of_tokens = plan(of="image_tokens").dense_share.taken(batch, Selection(0.5, 3))
     mixed = {"documents": 0, "tokens": 0}
     for row in range(batch.shape[0]):
         for number in batch.document[row][filled(batch)[row]].unique():
@@ -41,25 +41,25 @@ def test_documents_are_drawn_whole_and_image_tokens_one_by_one():
 def test_as_many_are_drawn_as_the_share_says_and_others_in_each_step(of):
     batch, share = rows(400), plan(of=of).dense_share
     chosen = filled(batch) & (batch.positions == 0 if of == "documents" else batch.modality == Modality.IMAGE)
-    drawn = [np.mean([share.taken(batch, Draw(p, n))[chosen].mean() for n in range(20)]) for p in (0.2, 0.7)]
+    drawn = [np.mean([share.taken(batch, Selection(p, n))[chosen].mean() for n in range(20)]) for p in (0.2, 0.7)]
     assert drawn == pytest.approx([0.2, 0.7], abs=0.05)
-    assert not np.array_equal(share.taken(batch, Draw(0.5, 1)), share.taken(batch, Draw(0.5, 2)))
+    assert not np.array_equal(share.taken(batch, Selection(0.5, 1)), share.taken(batch, Selection(0.5, 2)))
 
 
 @pytest.mark.parametrize("of", ["documents", "image_tokens"])
 def test_how_a_batch_is_cut_does_not_change_who_is_drawn(of):
     batch, share = rows(), plan(of=of).dense_share
-    whole = share.taken(batch, Draw(0.5, 7))
+    whole = share.taken(batch, Selection(0.5, 7))
     assert 0 < whole.sum() < whole.size
-    parts = [share.taken(batch.rows(i, i + 5), Draw(0.5, 7)) for i in range(0, 40, 5)]
+    parts = [share.taken(batch.rows(i, i + 5), Selection(0.5, 7)) for i in range(0, 40, 5)]
     assert np.array_equal(np.concatenate(parts), whole)
 
 
 def test_the_share_moves_in_a_straight_line_and_evaluation_has_its_own():
     share = plan(of="documents", start=1, end=0, begin_at=0.25, end_at=0.75).dense_share
-    assert [share.draw(i, 8).share for i in range(8)] == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert [share.selection(i, 8).share for i in range(8)] == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
     step = plan(of="documents", start=0, end=1, begin_at=0.5, end_at=0.5).dense_share
-    assert [step.draw(i, 4).share for i in range(4)] == [0, 0, 1, 1]
+    assert [step.selection(i, 4).share for i in range(4)] == [0, 0, 1, 1]
     assert [s.evaluation for s in (share, step)] == [0, 1]
     assert plan(of="documents").dense_share.evaluation == 0
     assert plan(of="image_tokens", start=0.3).dense_share.evaluation == 0.3
@@ -71,12 +71,12 @@ def test_what_is_drawn_costs_what_dense_costs():
     model = ModelConfig(4, 8, 4, 2, 16)
     batch = mix_batch("understanding: 30 image, 5 text, 2 answer; generation: 5 text, 30 image")
 
-    def flops(of: Plan, draw=None) -> int:
-        return forward_flops(model, 100, of, count(batch, of, draw))
+    def flops(of: Plan, selection=None) -> int:
+        return forward_flops(model, 100, of, count(batch, of, selection))
 
     shared = plan(of="documents")
-    assert flops(shared, Draw(1.0)) == flops(dense(shared)) > flops(shared, Draw(0.0))
-    assert flops(shared, Draw(0.0)) == flops(shared) == flops(Plan.of(PlanConfig("himix_hmgen_share_all"), 4))
+    assert flops(shared, Selection(1.0)) == flops(dense(shared)) > flops(shared, Selection(0.0))
+    assert flops(shared, Selection(0.0)) == flops(shared) == flops(Plan.of(PlanConfig("himix_hmgen_share_all"), 4))
     some = plan(of="image_tokens", start=0.5)
     taken = some.dense_share.taken(batch, None)
     assert 0 < taken.sum() < 60 and (batch.modality[taken] == Modality.IMAGE).all()

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.answers import AnswersWriter
+from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.evaluation.seed import SEED
-from megatron_ext.evaluation.table import score_file
 
 TYPES = {"Scene Understanding": 1, "Instances Counting": 5, "Action Prediction": 11}
 

@@ -25,9 +25,9 @@ def test_documents_come_back_as_written(tmp_path):
     dataset = Dataset(write(tmp_path / "set", DOCUMENTS))
     assert [as_lists(dataset.document(i)) for i in range(len(dataset))] == DOCUMENTS
     assert dataset.document_lengths.tolist() == [11, 3, 10]
-    counts = {key: dataset.card[key] for key in ("documents", "sequences", "tokens", "images", "image_tokens")}
+    counts = {key: dataset.metadata[key] for key in ("documents", "sequences", "tokens", "images", "image_tokens")}
     assert counts == {"documents": 3, "sequences": 6, "tokens": 24, "images": 2, "image_tokens": 16}
-    assert verify(tmp_path / "set") == dataset.card
+    assert verify(tmp_path / "set") == dataset.metadata
 
 
 def test_megatron_core_reads_the_same(tmp_path):
@@ -59,7 +59,7 @@ def test_a_truncated_file_is_named(tmp_path, kind):
     write(tmp_path / "set", DOCUMENTS)
     file = tmp_path / f"set.{kind}"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(UserError, match=rf"set\.{kind}: .* bytes, the card says .*; truncated or replaced"):
+    with pytest.raises(UserError, match=rf"set\.{kind}: .* bytes, the metadata says .*; truncated or replaced"):
         Dataset(tmp_path / "set")
 
 
@@ -88,10 +88,10 @@ def test_a_large_bin_is_hashed_only_on_request(tmp_path, monkeypatch):
 
 def test_merging_joins_the_documents_in_order(tmp_path):
     parts = [write(tmp_path / "a", DOCUMENTS), write(tmp_path / "b", DOCUMENTS[::-1])]
-    card = merge(parts, tmp_path / "both")
+    metadata = merge(parts, tmp_path / "both")
     dataset = Dataset(tmp_path / "both")
     assert [as_lists(dataset.document(i)) for i in range(6)] == DOCUMENTS + DOCUMENTS[::-1]
-    assert card == verify(tmp_path / "both")
+    assert metadata == verify(tmp_path / "both")
 
 
 def test_merging_refuses_another_vocabulary(tmp_path):

@@ -71,7 +71,7 @@ def test_an_evaluation_begins_with_fresh_weights():
         (["plan.preset=himix"], {"proj", "fc1", "fc2"}),
         (["plan.preset=hmgen", "plan.projections.kind=shared"], {"qkv", "proj", "fc1", "fc2"}),
         (["plan.preset=hmgen"], {"fc1", "fc2"}),
-        (["plan.projections.kind=decomposed", "plan.projections.modules=[fc1]"], {"qkv", "proj", "fc2"}),
+        (["plan.projections.kind=delta", "plan.projections.modules=[fc1]"], {"qkv", "proj", "fc2"}),
     ],
 )
 def test_a_weight_gradient_is_fused_where_the_weight_is_used_whole(monkeypatch, overrides, fused):

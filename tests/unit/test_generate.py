@@ -5,7 +5,7 @@ import torch
 from test_decoder import PLANS, SHAPE, build, full_logits
 
 from megatron_ext.errors import UserError
-from megatron_ext.generation.generate import Generator, Request
+from megatron_ext.generation.generator import Generator, Request
 from megatron_ext.generation.likelihood import log_likelihoods
 from megatron_ext.generation.sampling import Sampling, next_tokens
 from megatron_ext.token_classes import Task
@@ -27,10 +27,10 @@ PICTURE = [Words.bos, 7, 9, Words.boi]
 NULL = [Words.bos, Words.boi]
 QUESTION = [Words.bos, Words.boi, 41, 52, 43, 44, 45, 46, Words.eoi, 12, 13]
 REQUESTS = [
-    Request(PICTURE, Task.GENERATION, images=1, null=NULL, number=0),
-    Request([Words.bos, 3, 4, 5, 6, Words.boi], Task.GENERATION, images=1, null=NULL, number=1),
-    Request(QUESTION, Task.UNDERSTANDING, text_tokens=7, null=QUESTION, number=2),
-    Request([Words.bos, 5], Task.GENERATION, text_tokens=3, images=2, null=NULL[:1], number=3),
+    Request(PICTURE, Task.GENERATION, images=1, unconditional=NULL, number=0),
+    Request([Words.bos, 3, 4, 5, 6, Words.boi], Task.GENERATION, images=1, unconditional=NULL, number=1),
+    Request(QUESTION, Task.UNDERSTANDING, text_tokens=7, unconditional=QUESTION, number=2),
+    Request([Words.bos, 5], Task.GENERATION, text_tokens=3, images=2, unconditional=NULL[:1], number=3),
 ]
 
 
@@ -109,11 +109,11 @@ def test_guidance_moves_the_logits_away_from_those_without_a_condition(one_proce
     of = generator(PLANS["dense"])
     (made,) = of([REQUESTS[0]], Sampling(temperature=0, guidance=3.0))
     for i in range(of.picture):
-        conditional, null = (
+        conditional, unconditional = (
             full_logits(of.model, of.plan, [[*prompt, *made[:i]]], [Task.GENERATION])[0][-1, 40:60]
             for prompt in (PICTURE, NULL)
         )
-        assert made[i] == 40 + int((null + 3 * (conditional - null)).argmax())
+        assert made[i] == 40 + int((unconditional + 3 * (conditional - unconditional)).argmax())
     with pytest.raises(UserError, match="guidance 3 needs a prompt without its condition"):
         of([Request(PICTURE, Task.GENERATION, images=1)], Sampling(guidance=3.0))
 

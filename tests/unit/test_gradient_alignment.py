@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 from megatron_ext.analysis import gradients, gradients_report
+from megatron_ext.callbacks.logging import Logger
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Task
-from megatron_ext.training.logging import Logger
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
@@ -67,7 +67,7 @@ def figures_of(u: list[torch.Tensor], g: list[torch.Tensor]) -> dict[str, float]
         (["model.tie_embeddings=true"], "fc1", ["mlp.linear_fc1.weight"]),
         (["plan.preset=himix_hmgen_share_all_separate"], "qkv image", ["self_attention.linear_qkv.image_weight"]),
         (
-            ["plan.projections={kind: decomposed, rank: 2, per_task: true, modules: [qkv, fc2]}"],
+            ["plan.projections={kind: delta, rank: 2, per_task: true, modules: [qkv, fc2]}"],
             "fc2 generation",
             ["mlp.linear_fc2.generation_down", "mlp.linear_fc2.generation_up"],
         ),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.data.transfer import to_device
-from megatron_ext.routing.row_map import RowMap
+from megatron_ext.routing.permutation import Permutation
 from megatron_ext.transformer.kernels import functions, torch_rotary
 from megatron_ext.transformer.kernels.backend import INTERPRETED, backend_of
 from megatron_ext.transformer.rotary import Rotary, rotary_table
@@ -137,11 +137,13 @@ def test_the_gated_activation(dtype, rows, f):
 # ---- orders of rows
 
 
-def row_map(index: list[int], inputs: list[int]) -> RowMap:
+def permutation(index: list[int], inputs: list[int]) -> Permutation:
     """The map of ``index``; -1 stands at its end."""
     real = [i for i in index if i >= 0]
     repeated = len(set(real)) < len(real)
-    return to_device(RowMap.of(np.array(real, dtype=int), inputs, repeated, fillers=len(index) - len(real)), DEVICE)
+    return to_device(
+        Permutation.of(np.array(real, dtype=int), inputs, repeated, fillers=len(index) - len(real)), DEVICE
+    )
 
 
 def plain_rows(rows: Tensor, index: list[int]) -> Tensor:
@@ -156,23 +158,23 @@ def plain_rows(rows: Tensor, index: list[int]) -> Tensor:
     ids=["permutation", "some", "fillers", "repeated", "one"],
 )
 def test_rows_go_into_another_order_and_back(dtype, index, inputs):
-    by, rows = row_map(index, [inputs]), draw(inputs, 1, 9, dtype=dtype)
-    assert_close_to_float64(lambda x: [functions.arrange(by, x)], lambda x: [plain_rows(x, index)], [rows])
+    by, rows = permutation(index, [inputs]), draw(inputs, 1, 9, dtype=dtype)
+    assert_close_to_float64(lambda x: [functions.permute(by, x)], lambda x: [plain_rows(x, index)], [rows])
     if by.inverse is not None:
         back = [index.index(i) if i in index else -1 for i in range(inputs)]
         ordered = draw(len(index), 1, 9, dtype=dtype)
-        assert_close_to_float64(lambda x: [functions.restore(by, x)], lambda x: [plain_rows(x, back)], [ordered])
+        assert_close_to_float64(lambda x: [functions.unpermute(by, x)], lambda x: [plain_rows(x, back)], [ordered])
 
 
 @pytest.mark.parametrize("start, stop", [(0, 64), (10, 40)], ids=["all", "some"])
 def test_rows_in_long_runs_go_into_another_order_and_back(start, stop):
     index = [*range(40, stop), *range(start, 40)]
-    by, rows = row_map(index, [64]), draw(64, 1, 3, dtype=torch.float64)
+    by, rows = permutation(index, [64]), draw(64, 1, 3, dtype=torch.float64)
     assert by.runs
-    assert_close_to_float64(lambda x: [functions.arrange(by, x)], lambda x: [plain_rows(x, index)], [rows])
+    assert_close_to_float64(lambda x: [functions.permute(by, x)], lambda x: [plain_rows(x, index)], [rows])
     back = [index.index(i) if i in index else -1 for i in range(64)]
     ordered = draw(len(index), 1, 3, dtype=torch.float64)
-    assert_close_to_float64(lambda x: [functions.restore(by, x)], lambda x: [plain_rows(x, back)], [ordered])
+    assert_close_to_float64(lambda x: [functions.unpermute(by, x)], lambda x: [plain_rows(x, back)], [ordered])
 
 
 # ---- queries, keys and values
@@ -217,7 +219,7 @@ CASES = {
 }
 
 
-def with_runs(by: RowMap | None, first: int) -> RowMap | None:
+def with_runs(by: Permutation | None, first: int) -> Permutation | None:
     """The map with each row as a run of its own, of a tensor of ``first`` rows and the next."""
     if by is None:
         return None
@@ -262,8 +264,8 @@ def test_queries_keys_and_values(monkeypatch, dtype, case):
     monkeypatch.setattr(torch_rotary, "FEW", case.few)
     query_positions, key_positions, rotary = rotary_of(case, dtype)
     inputs = [case.full] if case.kv_only is None else [case.full, case.kv_only]
-    queries = None if case.queries is None else row_map(case.queries, [case.full])
-    keys = None if case.keys is None else row_map(case.keys, inputs)
+    queries = None if case.queries is None else permutation(case.queries, [case.full])
+    keys = None if case.keys is None else permutation(case.keys, inputs)
     if case.runs:
         queries, keys = with_runs(queries, case.full), with_runs(keys, case.full)
     mixed = draw(case.full, 1, case.groups, case.q + 2, case.d, dtype=dtype)
@@ -279,7 +281,7 @@ def test_queries_keys_and_values(monkeypatch, dtype, case):
 
 def test_gradients_of_a_key_with_many_uses_are_rounded_once():
     uses = 64
-    keys, rotary = row_map([1] * uses + [0], [1, 1]), Rotary(torch.ones(2, 1, 1, device=DEVICE), None, None)
+    keys, rotary = permutation([1] * uses + [0], [1, 1]), Rotary(torch.ones(2, 1, 1, device=DEVICE), None, None)
     rotary.table[1] = 0
     rotary.query_positions = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     rotary.key_positions = torch.zeros(uses + 1, dtype=torch.int32, device=DEVICE)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from megatron_ext.data.transfer import to_device
-from megatron_ext.routing.row_map import RowMap
+from megatron_ext.routing.permutation import Permutation
 from megatron_ext.transformer.kernels import functions, triton_backend
 from megatron_ext.transformer.rotary import Rotary
 
@@ -27,12 +27,12 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
 
 
-def row_map(rows: int, inputs: list[int], repeated: bool = False, fillers: int = 0) -> RowMap:
+def permutation(rows: int, inputs: list[int], repeated: bool = False, fillers: int = 0) -> Permutation:
     """The first rows in reverse; where more are wanted than there are, some again."""
-    return RowMap.of(np.arange(rows)[::-1] % sum(inputs), inputs, repeated, fillers)
+    return Permutation.of(np.arange(rows)[::-1] % sum(inputs), inputs, repeated, fillers)
 
 
-def query_key_value(kv_only: int | None, queries: RowMap | None, keys: RowMap | None) -> tuple:
+def query_key_value(kv_only: int | None, queries: Permutation | None, keys: Permutation | None) -> tuple:
     """Arguments of the function of that name: 5 FULL rows, 8 groups of 4 queries, heads of 64."""
     positions = (np.zeros(5 if by is None else by.index.size, dtype=np.int32) for by in (queries, keys))
     pairs = None if kv_only is None else draw(kv_only, 1, 8, 2, 64)
@@ -55,16 +55,19 @@ STEPS = {
     "queries, keys, values": (*QUERY_KEY_VALUE, query_key_value(None, None, None)),
     "with fillers": (
         *QUERY_KEY_VALUE,
-        query_key_value(3, row_map(3, [5], fillers=2), row_map(6, [5, 3], fillers=2)),
+        query_key_value(3, permutation(3, [5], fillers=2), permutation(6, [5, 3], fillers=2)),
     ),
-    "with repeated keys": (*QUERY_KEY_VALUE, query_key_value(3, row_map(5, [5]), row_map(16, [5, 3], repeated=True))),
-    "arrange": (functions.arrange, ["gather", "gather"], (row_map(3, [5]), draw(5, 1, 2048))),
-    "arrange some twice": (
-        functions.arrange,
+    "with repeated keys": (
+        *QUERY_KEY_VALUE,
+        query_key_value(3, permutation(5, [5]), permutation(16, [5, 3], repeated=True)),
+    ),
+    "permute": (functions.permute, ["gather", "gather"], (permutation(3, [5]), draw(5, 1, 2048))),
+    "permute some twice": (
+        functions.permute,
         ["gather", "sum_rows"],
-        (row_map(9, [5], repeated=True), draw(5, 1, 2048)),
+        (permutation(9, [5], repeated=True), draw(5, 1, 2048)),
     ),
-    "restore": (functions.restore, ["gather", "gather"], (row_map(3, [5]), draw(3, 1, 2048))),
+    "unpermute": (functions.unpermute, ["gather", "gather"], (permutation(3, [5]), draw(3, 1, 2048))),
     "gated activation": (functions.swiglu, ["swiglu", "swiglu_backward"], (draw(5, 1, 16384),)),
 }
 """Of each step: function, operators forward and backward, arguments on the host."""

@@ -37,7 +37,7 @@ def make(clock):
 
 def test_a_quiet_run_goes_on(make):
     lifecycle = make()
-    assert lifecycle.vote() == 0
+    assert lifecycle.stop_flag() == 0
     assert lifecycle.stop_reason(0.0) is None
 
 
@@ -45,7 +45,7 @@ def test_a_quiet_run_goes_on(make):
 def test_a_signal_is_a_wish_to_stop(make, name):
     lifecycle = make()
     os.kill(os.getpid(), getattr(signal, name))
-    assert lifecycle.stop_reason(lifecycle.vote()) == f"received {name}"
+    assert lifecycle.stop_reason(lifecycle.stop_flag()) == f"received {name}"
 
 
 def test_the_first_interrupt_asks_and_a_later_second_one_insists(make, clock):
@@ -61,17 +61,17 @@ def test_the_first_interrupt_asks_and_a_later_second_one_insists(make, clock):
 def test_the_time_limit(make, clock):
     lifecycle = make(time_limit_minutes=2.0)
     clock.now += 119
-    assert lifecycle.vote() == 0
+    assert lifecycle.stop_flag() == 0
     clock.now += 1
-    assert "time_limit_minutes" in lifecycle.stop_reason(lifecycle.vote())
+    assert "time_limit_minutes" in lifecycle.stop_reason(lifecycle.stop_flag())
 
 
 def test_the_end_of_a_slurm_job_with_its_margin(make, clock):
     lifecycle = make({"SLURM_JOB_END_TIME": "1600"}, slurm_margin_minutes=5.0)
     clock.now = 1299
-    assert lifecycle.vote() == 0
+    assert lifecycle.stop_flag() == 0
     clock.now = 1300
-    assert lifecycle.stop_reason(lifecycle.vote()) == "the Slurm job ends soon"
+    assert lifecycle.stop_reason(lifecycle.stop_flag()) == "the Slurm job ends soon"
 
 
 def test_the_sum_of_votes_gives_one_reason_however_many_ranks_vote(make, clock):
@@ -80,9 +80,9 @@ def test_the_sum_of_votes_gives_one_reason_however_many_ranks_vote(make, clock):
     told = make()
     os.kill(os.getpid(), signal.SIGTERM)
     ranks = 100_000
-    for votes in (limited.vote(), ranks * limited.vote()):
+    for votes in (limited.stop_flag(), ranks * limited.stop_flag()):
         assert "time_limit" in Lifecycle.stop_reason(votes)
-    for votes in (told.vote(), ranks * told.vote(), told.vote() + ranks * limited.vote()):
+    for votes in (told.stop_flag(), ranks * told.stop_flag(), told.stop_flag() + ranks * limited.stop_flag()):
         assert Lifecycle.stop_reason(votes) == "received SIGTERM"
 
 

@@ -15,7 +15,7 @@ from data_sets import captions, mixture, texts
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data import build_mixture, step_batches
 from megatron_ext.data.decoding import decode
-from megatron_ext.data.rows import PackedRows
+from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 
@@ -44,7 +44,7 @@ def test_every_loader_gives_the_rows_of_the_step_it_is_at(blend, loader, workers
     for step in range(7, 11):
         batch = next(batches)
         assert batches.wait_seconds > 0
-        assert_equal(batch, decode(rows.words(step * 5, step * 5 + 5), blend.special.pad).tensors())
+        assert_equal(batch, decode(rows.packed_tokens(step * 5, step * 5 + 5), blend.special.pad).tensors())
     with pytest.raises(StopIteration):
         next(batches)
     batches.close()
@@ -170,8 +170,8 @@ def vocabulary(tmp_path_factory):
 def write_for(vocabulary, prefix, vq="vq"):
     from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
 
-    card = {"fingerprint": vq, "grid": [2, 4], "codebook_size": 64}
-    with DatasetWriter(prefix, vocabulary.fingerprint, card, {}) as writer:
+    metadata = {"fingerprint": vq, "grid": [2, 4], "codebook_size": 64}
+    with DatasetWriter(prefix, vocabulary.fingerprint, metadata, {}) as writer:
         for code in range(40):
             image = vocabulary.image_ids(torch.full((8,), code).numpy())
             writer.add([(IMAGE, image), (ANSWER, vocabulary.encode("a red square"))])
@@ -186,7 +186,7 @@ def test_a_mixture_from_the_configuration(tmp_path, vocabulary):
     batch = next(step_batches(train, config, 4, 0))
     assert batch.shape == (4, 128)
     torch.testing.assert_close(batch.modality == 1, vocabulary.is_image(batch.tokens))
-    assert train.draws(0, 1000).dropped.any()
+    assert train.samples(0, 1000).dropped.any()
 
 
 def test_validation_rows_do_not_depend_on_the_run(tmp_path, vocabulary):
@@ -196,7 +196,7 @@ def test_validation_rows_do_not_depend_on_the_run(tmp_path, vocabulary):
         for seed in (1, 2)
     ]
     assert mixtures[0].fingerprint == mixtures[1].fingerprint
-    assert not mixtures[0].draws(0, 1000).dropped.any()
+    assert not mixtures[0].samples(0, 1000).dropped.any()
 
 
 def test_another_vocabulary_is_refused(tmp_path, vocabulary):

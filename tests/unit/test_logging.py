@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_ext.callbacks.logging import Logger, console_line, duration
+from megatron_ext.callbacks.profiling import ProfileWindow
 from megatron_ext.config import Config, LoggingConfig, TrainingConfig
 from megatron_ext.training.devices import model_flops_utilisation, peak_flops
-from megatron_ext.training.logging import Logger, console_line, duration
 from megatron_ext.training.metrics import MetricsFile, read_metrics
-from megatron_ext.training.profiler import ProfileWindow
 
 
 def record(iteration, **more):

@@ -1,4 +1,4 @@
-"""The blend: draws are pure functions of (seed, number), weights exact, epochs whole; unusable sources are refused."""
+"""The mixture: samples are pure functions of (seed, number), weights exact, epochs whole; bad sources are refused."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from data_sets import FIRST_CODE, captions, mixture, texts, write
 
 from megatron_ext.data import counter_random
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
-from megatron_ext.data.mixture import turn_counts
+from megatron_ext.data.mixture import blend_counts
 from megatron_ext.errors import UserError
 
 PICTURE = (IMAGE, [FIRST_CODE] * 8)
@@ -23,23 +23,23 @@ def blend(tmp_path):
 
 
 def test_a_draw_depends_on_its_number_alone(blend):
-    whole = blend.draws(0, 3000)
+    whole = blend.samples(0, 3000)
     for start, stop in ((0, 1), (7, 2000), (2999, 3000)):
-        part = blend.draws(start, stop)
+        part = blend.samples(start, stop)
         for field in dataclasses.fields(part):
             np.testing.assert_array_equal(getattr(part, field.name), getattr(whole, field.name)[start:stop])
 
 
 def test_another_seed_gives_another_order(tmp_path):
     pairs = captions(tmp_path / "pairs", 30)
-    draws = [mixture((pairs, "generation", 1.0), seed=seed).draws(0, 60).document for seed in (1, 1, 2)]
-    np.testing.assert_array_equal(draws[0], draws[1])
-    assert not np.array_equal(draws[0], draws[2])
+    samples = [mixture((pairs, "generation", 1.0), seed=seed).samples(0, 60).document for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(samples[0], samples[1])
+    assert not np.array_equal(samples[0], samples[2])
 
 
 def test_weights_are_kept_exactly_in_every_round_and_nearly_at_any_time(blend):
-    source = blend.draws(0, 7000).source
-    assert len(blend.turn) == 7
+    source = blend.samples(0, 7000).source
+    assert len(blend.blend) == 7
     for start in range(0, 7000, 7):
         assert np.bincount(source[start : start + 7]).tolist() == [4, 2, 1]
     for number, share in enumerate((4 / 7, 2 / 7, 1 / 7)):
@@ -48,32 +48,32 @@ def test_weights_are_kept_exactly_in_every_round_and_nearly_at_any_time(blend):
 
 
 def test_weights_that_have_no_short_round_are_rounded_to_a_long_one():
-    counts = turn_counts([1.0, 0.123456789, 1e-9])
+    counts = blend_counts([1.0, 0.123456789, 1e-9])
     assert sum(counts) == pytest.approx(1 << 20, abs=2)
     assert counts[0] / counts[1] == pytest.approx(1 / 0.123456789, rel=1e-4)
     assert counts[2] == 1
 
 
 def test_every_document_is_drawn_once_per_epoch_in_a_new_order(blend):
-    draws = blend.draws(0, 4000)
+    samples = blend.samples(0, 4000)
     for number, documents in enumerate((30, 30, 17)):
-        drawn = draws.document[draws.source == number]
+        drawn = samples.document[samples.source == number]
         epochs = [drawn[start : start + documents] for start in range(0, len(drawn) - documents, documents)]
         assert all(sorted(epoch) == list(range(documents)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs) > 10
-        np.testing.assert_array_equal(draws.epoch[draws.source == number], np.arange(len(drawn)) // documents)
+        np.testing.assert_array_equal(samples.epoch[samples.source == number], np.arange(len(drawn)) // documents)
 
 
 def test_two_sources_over_one_data_set_go_their_own_ways(blend):
-    draws = blend.draws(0, 700)
-    generation, understanding = (draws.document[draws.source == number][:30] for number in (0, 1))
+    samples = blend.samples(0, 700)
+    generation, understanding = (samples.document[samples.source == number][:30] for number in (0, 1))
     assert not np.array_equal(generation, understanding)
 
 
 def test_captions_are_dropped_at_the_given_rate_from_generation_alone(blend):
-    draws = blend.draws(0, 70_000)
-    assert draws.dropped[draws.source == 0].mean() == pytest.approx(0.1, abs=0.005)
-    assert not draws.dropped[draws.source != 0].any()
+    samples = blend.samples(0, 70_000)
+    assert samples.dropped[samples.source == 0].mean() == pytest.approx(0.1, abs=0.005)
+    assert not samples.dropped[samples.source != 0].any()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 65, 1000])

@@ -57,7 +57,7 @@ def draw_everything(model) -> None:
 
 
 def test_learned_positions_are_added_to_image_tokens_alone(one_process):
-    config = one_process(*SHAPE, "data.sequence_length=12", "model.image_positions=4")
+    config = one_process(*SHAPE, "data.sequence_length=12", "model.max_image_tokens=4")
     (model,) = build_chunks(config, VOCABULARY)
     draw_everything(model)
     batch = one_document_rows(2, 12)
@@ -73,7 +73,7 @@ def test_learned_positions_are_added_to_image_tokens_alone(one_process):
     model.embedding.register_forward_hook(lambda module, inputs, output: output + added)
     assert torch.allclose(found, logits_of(model, batch), atol=1e-6)
     model.image_positions = torch.nn.Embedding(3, 64)
-    with pytest.raises(UserError, match="an image has 4 tokens, model.image_positions is 3"):
+    with pytest.raises(UserError, match="an image has 4 tokens, model.max_image_tokens is 3"):
         logits_of(model, batch)
 
 
@@ -100,7 +100,7 @@ def test_logits_equal_stock_megatron(one_process):
 def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_ext.transformer.hugging_face import from_llama
+    from megatron_ext.conversion.hugging_face import from_llama
 
     length = 40
     config = one_process(

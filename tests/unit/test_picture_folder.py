@@ -5,7 +5,7 @@ from PIL import Image
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.mjhq import Prompt
-from megatron_ext.evaluation.picture_folder import claim, picture_file, read_card, save
+from megatron_ext.evaluation.picture_folder import claim, picture_file, read_manifest, save
 
 SETTINGS = {"path": "runs/a", "checkpoint": "iter_0000010 (12ab)", "guidance": 3.0, "seed": 0}
 
@@ -13,7 +13,7 @@ SETTINGS = {"path": "runs/a", "checkpoint": "iter_0000010 (12ab)", "guidance": 3
 def test_the_same_settings_go_on_also_where_the_run_was_moved(tmp_path):
     claim(tmp_path / "mjhq", SETTINGS)
     claim(tmp_path / "mjhq", SETTINGS | {"path": "runs/b"})
-    assert read_card(tmp_path / "mjhq") == SETTINGS
+    assert read_manifest(tmp_path / "mjhq") == SETTINGS
 
 
 @pytest.mark.parametrize("key, value", [("checkpoint", "iter_0000020 (34cd)"), ("guidance", 1.0), ("seed", 7)])

@@ -37,7 +37,7 @@ def test_presets_touch_image_tokens_of_their_task_alone(preset):
     skipped = layers(made, Task.GENERATION, Modality.IMAGE, Role.SKIP)
     assert kept == (list(range(16)) if "himix" in preset else [])
     assert skipped == ([6, 7, 8] if "hmgen" in preset else [])
-    expected = {"share_partial": "decomposed", "separate": "separate", "share_all": "shared", "himix": "shared"}
+    expected = {"share_partial": "delta", "separate": "separate", "share_all": "shared", "himix": "shared"}
     kind = next((kind for end, kind in expected.items() if preset.endswith(end)), "separate")
     assert made.projections.kind == kind and made.projections.modules == ("qkv", "proj")
 
@@ -105,7 +105,7 @@ def test_components_of_image_tokens():
         (["table=[{layers: 4-2, task: all, modality: all, role: skip}]"], ["plan.table[0].layers", "backwards"]),
         (["table=[{layers: a, task: all, modality: all, role: skip}]"], ["plan.table[0].layers", "'a'"]),
         (["table=[{layers: 0, task: all, modality: all, role: none}]"], ["plan.table[0].role", "none", "kv_only"]),
-        (["preset=hmgen", "projections.rank=4"], ["plan.projections.rank", "separate", "decomposed"]),
+        (["preset=hmgen", "projections.rank=4"], ["plan.projections.rank", "separate", "delta"]),
         (["projections.modules=[qkv, fc3]"], ["plan.projections.modules[1]", "fc3", "fc1"]),
     ],
 )
@@ -119,9 +119,9 @@ def test_impossible_plans_are_refused_with_the_configuration():
     config = config_file.load(Config, [], ["plan.preset=himix", "plan.himix_start=9"])
     with pytest.raises(UserError, match="plan.himix_start"):
         config.validate(world_size=1)
-    decomposed = ["plan.projections={kind: decomposed, rank: 3}", "parallel.tensor=2"]
+    delta = ["plan.projections={kind: delta, rank: 3}", "parallel.tensor=2"]
     with pytest.raises(UserError, match=r"plan.projections.rank \(3\) is not divisible by parallel.tensor \(2\)"):
-        config_file.load(Config, [], decomposed).validate(world_size=2)
+        config_file.load(Config, [], delta).validate(world_size=2)
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "methods").glob("*.yaml")), ids=lambda file: file.stem)
@@ -149,7 +149,7 @@ def test_the_table_says_what_every_class_does():
         ["2", "kv", "full", "full", "full", "full"],
         ["3", "kv", "full", "full", "full", "full"],
     ]
-    assert lines[5] == "image tokens: decomposed projections in qkv, proj"
+    assert lines[5] == "image tokens: delta projections in qkv, proj"
 
 
 def test_a_plan_is_plain_data():

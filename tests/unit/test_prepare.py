@@ -13,7 +13,7 @@ from data_sets import captions, mixture, texts
 from megatron_ext import config_file
 from megatron_ext.config import Config, DataConfig
 from megatron_ext.data import step_batches
-from megatron_ext.data.rows import PackedRows
+from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.data.serialization import ALIGNMENT, from_bytes, to_bytes
 from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.plan import PRESETS
@@ -56,7 +56,7 @@ def test_the_input_of_a_step_from_a_worker_is_that_made_here(blend, loader, work
     rows = PackedRows(blend, LENGTH)
     for number in range(2, 5):
         steps.prefetch()
-        here = prepare(rows.words(number * ROWS, (number + 1) * ROWS), number)
+        here = prepare(rows.packed_tokens(number * ROWS, (number + 1) * ROWS), number)
         step = next(steps)
         assert isinstance(step.micro_batches[0].labels, torch.Tensor)
         assert leaves(step) == leaves(here)

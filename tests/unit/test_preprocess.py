@@ -131,7 +131,7 @@ def test_a_damaged_part_is_refused(tmp_path, tars, vocabulary, vq):
     preprocess(small(tars, tmp_path / "set", shard=(1, 1)), vocabulary, vq)
     file = tmp_path / "set.parts" / "000001-0000.bin"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"000001-0000\.bin: .* bytes, the card says"):
+    with pytest.raises(UserError, match=r"000001-0000\.bin: .* bytes, the metadata says"):
         merge_shards(tmp_path / "set")
     assert not (tmp_path / "set.json").exists()
 
@@ -140,7 +140,7 @@ def test_a_finished_data_set_is_left_alone(tmp_path, tars, vocabulary, vq, whole
     options = small(tars, tmp_path / "set")
     restore(whole, tmp_path)
     summary = preprocess(options, vocabulary, Failing(vq, 0))
-    assert summary.already and summary.images == 0 and summary.card["documents"] == 33
+    assert summary.already and summary.images == 0 and summary.metadata["documents"] == 33
     with pytest.raises(UserError, match=r"set\.json: made with resize crop, now squash; delete it, or choose"):
         preprocess(small(tars, tmp_path / "set", resize="squash"), vocabulary, vq)
     assert contents(tmp_path / "set") == whole
@@ -211,7 +211,7 @@ def test_damaged_images_are_skipped_and_listed_and_spare_their_batch(tmp_path, d
     assert [entry["sample"] for entry in skipped] == [f"{damaged}:{line}" for line in (2, 3, 4, 5)]
     assert skipped[1]["reason"] == "not an image of a known format"
     assert skipped[3]["reason"] == "No such file or directory"
-    assert dataset.card["source"]["skipped"] == 4
+    assert dataset.metadata["source"]["skipped"] == 4
 
 
 def test_images_beside_damaged_ones_get_the_codes_they_get_alone(tmp_path, damaged, vocabulary, vq):
@@ -254,7 +254,7 @@ def test_images_without_a_vq_tokenizer_are_refused(tmp_path, tars, vocabulary):
 def test_checking_passes_what_is_right(tmp_path, whole, vocabulary, vq):
     restore(whole, tmp_path)
     assert check(tmp_path / "set")["documents"] == 33
-    assert check(tmp_path / "set", vocabulary, vq.card)["images"] == 33
+    assert check(tmp_path / "set", vocabulary, vq.metadata)["images"] == 33
 
 
 @pytest.mark.parametrize("kind", ["bin", "idx"])
@@ -267,7 +267,7 @@ def test_checking_finds_truncation_and_alteration(tmp_path, whole, kind):
     with pytest.raises(UserError, match=rf"set\.{kind}: sha256 differs"):
         check(tmp_path / "set")
     file.write_bytes(content[:-4])
-    with pytest.raises(UserError, match=rf"set\.{kind}: .* bytes, the card says"):
+    with pytest.raises(UserError, match=rf"set\.{kind}: .* bytes, the metadata says"):
         check(tmp_path / "set")
 
 
@@ -277,15 +277,15 @@ def test_checking_finds_another_vocabulary_and_vq(tmp_path, whole, vocabulary, v
     with pytest.raises(UserError, match=r"set\.json: of vocabulary .*, but .*other is"):
         check(tmp_path / "set", other)
     with pytest.raises(UserError, match=r"set\.json: encoded by the VQ tokenizer"):
-        check(tmp_path / "set", vocabulary, {**vq.card, "fingerprint": "0" * 16})
+        check(tmp_path / "set", vocabulary, {**vq.metadata, "fingerprint": "0" * 16})
 
 
 def test_checking_finds_tokens_of_the_wrong_kind(tmp_path, vocabulary):
-    card = {"fingerprint": "x", "grid": [GRID, GRID], "codebook_size": CODES}
+    metadata = {"fingerprint": "x", "grid": [GRID, GRID], "codebook_size": CODES}
     image = [vocabulary.image_offset] * GRID * GRID
 
     def write(document):
-        with DatasetWriter(tmp_path / "set", vocabulary.fingerprint, card, {}) as writer:
+        with DatasetWriter(tmp_path / "set", vocabulary.fingerprint, metadata, {}) as writer:
             writer.add(document)
 
     write([(IMAGE, image), (ANSWER, [vocabulary.eod])])
@@ -307,11 +307,11 @@ def test_without_dali_pillow_decodes(tmp_path, tars, vocabulary, vq, whole, monk
     assert "DALI is missing (pip install nvidia-dali-cuda130)" in capsys.readouterr().out
     (tmp_path / "dali").mkdir()
     ours, theirs = Dataset(tmp_path / "pillow"), Dataset(restore(whole, tmp_path / "dali"))
-    assert ours.card["source"]["settings"]["decoder"] == "pillow"
+    assert ours.metadata["source"]["settings"]["decoder"] == "pillow"
     codes = [np.stack([dataset.document(i)[0][1] for i in range(33)]) for dataset in (ours, theirs)]
     # A picture's pixels differ by a level or two, which moves a latent to another code now and then.
     assert (codes[0] == codes[1]).mean() > 0.9
-    if theirs.card["source"]["settings"]["decoder"] != "pillow":
+    if theirs.metadata["source"]["settings"]["decoder"] != "pillow":
         monkeypatch.undo()
         with pytest.raises(UserError, match=r"pillow\.json: made with decoder pillow, now dali "):
             preprocess(small(tars, tmp_path / "pillow"), vocabulary, vq)

@@ -70,9 +70,9 @@ def test_images_of_llava_lie_in_the_folder_that_is_given(tmp_path):
             + [(TEXT, "And"), (IMAGE, "c"), (TEXT, "?"), (ANSWER, "yes")],
         ),
         (
-            ("Draw it", "Here: <image> done"),
+            ("Selection it", "Here: <image> done"),
             "a",
-            [(TEXT, "Draw it"), (ANSWER, "Here:"), (IMAGE, "a"), (ANSWER, "done")],
+            [(TEXT, "Selection it"), (ANSWER, "Here:"), (IMAGE, "a"), (ANSWER, "done")],
         ),
         (("What?", "red"), ["a", "b"], [(IMAGE, "a"), (IMAGE, "b"), (TEXT, "What?"), (ANSWER, "red")]),
         (("How are you?", "well"), None, [(TEXT, "How are you?"), (ANSWER, "well")]),

@@ -7,7 +7,7 @@ import pytest
 from data_sets import mixture, write
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
-from megatron_ext.data.rows import PackedRows
+from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.token_classes import Task
 
 

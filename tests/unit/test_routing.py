@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from megatron_ext import config_file
 from megatron_ext.config import Config, DenseShareConfig, ModelConfig, PlanConfig, ProjectionConfig, RoleEntry
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.dense_share import Draw
+from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.plan import PRESETS, Plan, Role
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -42,7 +42,7 @@ PLANS = {name: [f"plan.preset={name}"] for name in PRESETS} | {
     "hmgen_listed": ["plan.preset=himix_hmgen_share_all", "plan.shallow_layers=[0, 3]"],
     "text_without_ffn": [
         "plan.table=[{layers: '1-2', task: all, modality: text, role: kv_only}]",
-        "plan.projections={kind: decomposed, modules: [fc1, proj]}",
+        "plan.projections={kind: delta, modules: [fc1, proj]}",
     ],
     "some_image_tokens_dense": [
         "plan.preset=himix_hmgen_share_partial",
@@ -53,9 +53,9 @@ PLANS = {name: [f"plan.preset={name}"] for name in PRESETS} | {
 SPLITS = {
     "separate": ProjectionConfig("separate", ALL_MODULES),
     "separate_per_task": ProjectionConfig("separate", ALL_MODULES, per_task=True),
-    "decomposed": ProjectionConfig("decomposed", ALL_MODULES),
-    "decomposed_rank": ProjectionConfig("decomposed", ALL_MODULES, rank=4),
-    "decomposed_rank_per_task": ProjectionConfig("decomposed", ALL_MODULES, rank=4, per_task=True),
+    "delta": ProjectionConfig("delta", ALL_MODULES),
+    "delta_rank": ProjectionConfig("delta", ALL_MODULES, rank=4),
+    "delta_rank_per_task": ProjectionConfig("delta", ALL_MODULES, rank=4, per_task=True),
 }
 
 
@@ -133,9 +133,9 @@ def random_plan(seed: int) -> PlanConfig:
             for modality in Modality:
                 role = Role(rng.choice(3, p=odds / odds.sum()))
                 table.append(RoleEntry(layer, task.name.lower(), modality.name.lower(), role.name.lower()))
-    kind = str(rng.choice(["shared", "separate", "decomposed"]))
+    kind = str(rng.choice(["shared", "separate", "delta"]))
     modules = [module for module in ALL_MODULES if rng.random() < 0.6] or ["qkv"]
-    rank = int(rng.integers(1, 6)) if kind == "decomposed" and rng.random() < 0.5 else None
+    rank = int(rng.integers(1, 6)) if kind == "delta" and rng.random() < 0.5 else None
     return PlanConfig(table=table, projections=ProjectionConfig(kind, modules, rank, bool(rng.random() < 0.5)))
 
 
@@ -146,18 +146,18 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, 
 
 
 def assert_equals_reference(
-    model, config: Config, batch: Batch, tolerance: float, case: str = "", draw: Draw | None = None
+    model, config: Config, batch: Batch, tolerance: float, case: str = "", selection: Selection | None = None
 ) -> None:
     """Objective and the gradient of every parameter."""
     plan = plan_of(config)
     weights = weights_of(model)
     targets = (batch.loss_mask > 0).flatten().nonzero()[:, 0]
     labels, tasks = batch.labels.flatten()[targets], batch.task.flatten()[targets]
-    theirs = reference.logits(weights, config.model, plan, batch, draw).flatten(0, 1)[targets]
+    theirs = reference.logits(weights, config.model, plan, batch, selection).flatten(0, 1)[targets]
     expected = reference.objective(theirs, labels, tasks)
     gradients = torch.autograd.grad(expected, tuple(weights.values()), allow_unused=True, materialize_grads=True)
 
-    route = Route.of(batch, plan, draw=draw)
+    route = Route.of(batch, plan, selection=selection)
     assert torch.equal(route.targets, targets), case
     ours = model(route)
     assert ours.shape == (len(targets), 1, VOCABULARY), case
@@ -187,8 +187,8 @@ def test_any_role_table_with_a_dense_share_equals_the_reference(one_process, of)
     one_process(*SHAPE)
     for seed in range(8):
         plan = dataclasses.replace(random_plan(seed), dense_share=DenseShareConfig(of))
-        config, draw = dataclasses.replace(config_of(), plan=plan), Draw(0.5, seed)
-        assert_equals_reference(build(config, seed), config, random_rows(seed), 1e-9, f"table {seed}:", draw)
+        config, selection = dataclasses.replace(config_of(), plan=plan), Selection(0.5, seed)
+        assert_equals_reference(build(config, seed), config, random_rows(seed), 1e-9, f"table {seed}:", selection)
 
 
 @pytest.mark.parametrize("block", range(8))
@@ -390,7 +390,7 @@ class TestReference:
         return batch
 
     def logits(self, llama, batch: Batch, role: str) -> torch.Tensor:
-        from megatron_ext.transformer.hugging_face import from_llama
+        from megatron_ext.conversion.hugging_face import from_llama
 
         plan = Plan.of(PlanConfig(table=[RoleEntry("all", "understanding", "image", role)]), self.MODEL.num_layers)
         return reference.logits(from_llama(llama.state_dict(), self.MODEL), self.MODEL, plan, batch)

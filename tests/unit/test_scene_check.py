@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from megatron_ext.data.scenes.captions import caption
-from megatron_ext.data.scenes.check import check, compare, summary
-from megatron_ext.data.scenes.facts import read_caption
-from megatron_ext.data.scenes.look import Seen, look
-from megatron_ext.data.scenes.render import render
-from megatron_ext.data.scenes.world import COLORS, SHAPES, Background, Scene, SceneObject, World, make_scene
 from megatron_ext.errors import UserError
+from megatron_ext.picture_world.captions import caption
+from megatron_ext.picture_world.check import check, compare, summary
+from megatron_ext.picture_world.facts import read_caption
+from megatron_ext.picture_world.look import Seen, look
+from megatron_ext.picture_world.render import render
+from megatron_ext.picture_world.world import COLORS, SHAPES, Background, Scene, SceneObject, World, make_scene
 
 SCENES = [make_scene(3, split, index) for split in ("train", "test") for index in range(25)]
 PLAIN = [make_scene(3, split, index, World(variation=0.0)) for split in ("train", "test") for index in range(25)]

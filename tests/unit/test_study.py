@@ -14,15 +14,15 @@ from PIL import Image
 from preprocess_material import CODES, make_vocabulary
 
 from megatron_ext.analysis.bootstrap import interval
-from megatron_ext.analysis.study import collect, grid, questions, report, slurm, state, status, steps, study_file
 from megatron_ext.command_line import read_json, write_json
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
-from megatron_ext.data.scenes.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pictures import PictureScorer
 from megatron_ext.evaluation.registry import BENCHMARKS
-from megatron_ext.evaluation.table import score_file
+from megatron_ext.evaluation.score_table import score_file
+from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.study import collect, grid, questions, report, slurm, state, status, steps, study_file
 from megatron_ext.training.metrics import MetricsFile
 
 OTHER = {"yes": "no", "no": "yes"}
@@ -106,7 +106,7 @@ def test_a_size_may_have_seeds_budgets_and_methods_of_its_own_and_a_method_budge
     methods = {size: [r.method.name for r in runs if r.size.name == size] for size in ("a", "b")}
     assert methods["b"] == ["dense-u", "dense-g", "dense"]  # the study's order
     assert {*methods["b"]} < {*methods["a"]}
-    some = [{"name": "dense", "trained_on": "unified", "accelerator": "dense", "budgets": ["tokens"]}]
+    some = [{"name": "dense", "trained_on": "unified", "partner_group": "dense", "budgets": ["tokens"]}]
     runs = grid.runs(study(sizes=sizes[:1], seeds=[1, 2], budgets=["flops", "tokens"], methods=some))
     assert [run.budgets for run in runs] == [("tokens",), ("tokens",)]
     with pytest.raises(UserError, match=r"'sizes\[0\].methods' has 'none', which is not among the study's 'methods'"):
@@ -170,10 +170,10 @@ def test_a_configuration_that_cannot_run_is_refused_before_any_run(study):
 
 
 def test_who_is_compared_with_whom_is_settled_in_the_study_file(study):
-    single = {"trained_on": "understanding", "accelerator": "a"}
-    unified = {"name": "both", "trained_on": "unified", "accelerator": ["a", "b"]}
+    single = {"trained_on": "understanding", "partner_group": "a"}
+    unified = {"name": "both", "trained_on": "unified", "partner_group": ["a", "b"]}
     with pytest.raises(
-        UserError, match="one and two share an accelerator with both, which can have one partner for und"
+        UserError, match="one and two share a partner group with both, which can have one partner for und"
     ):
         study(methods=[unified, {"name": "one", **single}, {"name": "two", **single}])
     with pytest.raises(UserError, match="two methods trained on understanding are labelled 'x'; give each a label"):
@@ -247,19 +247,19 @@ def test_figures_of_another_configuration_data_or_evaluation_are_not_collected(s
     assert collected() == len(runs)
     assert collected(settings={"optimizer": {"lr": 0.5}}) == 0
     of_generation_alone = sum(run.tasks == ("generation",) for run in runs)
-    for changes in ({"vq": str(tmp_path / "made")}, {"benchmarks": [pope | {"options": ["--longest", "3"]}]}):
+    for changes in ({"vq": str(tmp_path / "made")}, {"benchmarks": [pope | {"options": ["--max-new-tokens", "3"]}]}):
         assert collected(evaluation=evaluation | changes) == of_generation_alone
     questions = tmp_path / "made" / "pope" / "coco_pope_random.json"
     questions.write_text(questions.read_text().replace("Is there", "Do you see"))
     steps._checksum.cache_clear()  # kept as long as the program runs
     assert collected() == of_generation_alone
-    card = Path(f"{data['train'][0]['path']}.json")
-    before = card.read_text()
-    card.write_text(before + " ")
+    metadata = Path(f"{data['train'][0]['path']}.json")
+    before = metadata.read_text()
+    metadata.write_text(before + " ")
     try:
         assert "another data set" in state.changed(runs[0]) and collected() == 0
     finally:
-        card.write_text(before)
+        metadata.write_text(before)
 
 
 def test_a_failure_is_told_by_the_line_that_says_what_was_wrong(tmp_path):
@@ -284,7 +284,7 @@ def test_a_program_that_was_started_keeps_the_lock_of_a_study_that_is_gone(study
 
 
 def test_the_report_names_what_is_missing_and_states_what_it_rests_on(study):
-    from megatron_ext.analysis.study import outcome
+    from megatron_ext.study import outcome
 
     made = study(seeds=[1, 2], replicates=50)
     runs = grid.runs(made)
@@ -442,8 +442,8 @@ def test_the_study_of_the_picture_world_has_a_partner_for_every_unified_method()
     for method in made.methods:
         if method.trained_on == "unified":
             for task in ("understanding", "generation"):
-                mine = set(method.accelerators)
-                assert any(m.trained_on == task and mine & set(m.accelerators) for m in made.methods), (
+                mine = set(method.partner_groups)
+                assert any(m.trained_on == task and mine & set(m.partner_groups) for m in made.methods), (
                     method.name,
                     task,
                 )

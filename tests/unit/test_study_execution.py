@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.analysis.study import execute, state, status, steps
-from megatron_ext.analysis.study.budget import Length
-from megatron_ext.analysis.study.grid import Run
-from megatron_ext.analysis.study.study_file import Evaluation, Method, Size, Study
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.study import execute, state, status, steps
+from megatron_ext.study.budget import Length
+from megatron_ext.study.grid import Run
+from megatron_ext.study.study_file import Evaluation, Method, Size, Study
 
 RECORD = {
     "consumed_tokens": 9,

@@ -70,8 +70,8 @@ def test_costs_are_over_the_seeds_and_sizes_that_dense_has_too():
     assert (cost.size, cost.effects[0].seeds) == ("a", (2,)) and cost.effects[0].gain[0] == 0.5
 
 
-def row(method, task, accelerator, value, seed=None, size=None, run=None, metric="GQA") -> Row:
-    return Row(method, task, accelerator, {metric: value}, seed=seed, size=size, run=run, parameters=None)
+def row(method, task, partner_group, value, seed=None, size=None, run=None, metric="GQA") -> Row:
+    return Row(method, task, partner_group, {metric: value}, seed=seed, size=size, run=run, parameters=None)
 
 
 def gqa(*rows: Row) -> Results:
@@ -108,7 +108,7 @@ def test_a_gain_over_nothing_is_no_number():
 
 def test_two_partners_of_one_seed_are_refused():
     rows = [row(name, "understanding", "fast", 1.0) for name in ("a", "b")] + [row("c", "unified", "fast", 1.0)]
-    with pytest.raises(UserError, match="two rows are understanding alone with the accelerator fast: 'a' and 'b'"):
+    with pytest.raises(UserError, match="two rows are understanding alone with the partner_group fast: 'a' and 'b'"):
         synergy.compare(gqa(*rows))
 
 
@@ -116,13 +116,13 @@ def test_two_partners_of_one_seed_are_refused():
     "change, message",
     [
         ({"metrics": {"GQA": {"task": "both"}}}, "'metrics.GQA.task' is 'both', must be one of"),
-        ({"rows": [{"method": "dense"}]}, r"'rows\[0\]' needs the keys task, accelerator, metrics"),
+        ({"rows": [{"method": "dense"}]}, r"'rows\[0\]' needs the keys task, partner_group, metrics"),
         (
-            {"rows": [{"method": "a", "task": "unified", "accelerator": "a", "metrics": {"POPE": 1}}]},
+            {"rows": [{"method": "a", "task": "unified", "partner_group": "a", "metrics": {"POPE": 1}}]},
             r"rows\[0\] has the metric 'POPE', which is not among 'metrics'",
         ),
         (
-            {"rows": [{"method": "a", "task": "unified", "accelerator": "a", "metrics": {"GQA": "1"}}]},
+            {"rows": [{"method": "a", "task": "unified", "partner_group": "a", "metrics": {"GQA": "1"}}]},
             r"rows\[0\].metrics.GQA is '1', must be a number or null",
         ),
     ],

@@ -7,7 +7,7 @@ the residual stream is added inside the norm's backward pass and not in one of i
 import torch
 from torch import Tensor
 
-from megatron_ext.routing.row_map import RowMap
+from megatron_ext.routing.permutation import Permutation
 from megatron_ext.transformer.function import Function
 from megatron_ext.transformer.kernels.backend import backend_of
 from megatron_ext.transformer.rotary import Rotary
@@ -32,7 +32,7 @@ def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 
 def query_key_value(
-    mixed: Tensor, kv_only: Tensor | None, queries: RowMap | None, keys: RowMap | None, rotary: Rotary
+    mixed: Tensor, kv_only: Tensor | None, queries: Permutation | None, keys: Permutation | None, rotary: Rotary
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys, turned by their positions, and values, in attention's order.
 
@@ -48,15 +48,15 @@ def query_key_value(
     return _QueryKeyValue.of(mixed, kv_only, queries, keys, rotary)
 
 
-def arrange(by: RowMap | None, rows: Tensor) -> Tensor:
+def permute(by: Permutation | None, rows: Tensor) -> Tensor:
     """``rows`` [inputs, ...] as [outputs, ...] in the order of ``by``; None: as they are."""
-    return rows if by is None else _Arrange.of(by, rows)
+    return rows if by is None else _Permute.of(by, rows)
 
 
-def restore(by: RowMap | None, rows: Tensor) -> Tensor:
-    """What :func:`arrange` by the same map brought into order, [outputs, ...], back in its place,
+def unpermute(by: Permutation | None, rows: Tensor) -> Tensor:
+    """What :func:`permute` by the same map brought into order, [outputs, ...], back in its place,
     [inputs, ...]; rows that went nowhere are zeros."""
-    return rows if by is None else _Restore.of(by, rows)
+    return rows if by is None else _Unpermute.of(by, rows)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -126,9 +126,9 @@ class _QueryKeyValue(Function):
         return of_mixed, of_kv_only, None, None, None
 
 
-class _Arrange(Function):
+class _Permute(Function):
     @staticmethod
-    def forward(ctx, by: RowMap, rows: Tensor) -> Tensor:
+    def forward(ctx, by: Permutation, rows: Tensor) -> Tensor:
         ctx.by, ctx.inputs = by, rows.shape[0]
         return backend_of(rows).gather(by, rows.contiguous())
 
@@ -137,9 +137,9 @@ class _Arrange(Function):
         return None, backend_of(gradient).gather_back(ctx.by, gradient.contiguous(), ctx.inputs)
 
 
-class _Restore(Function):
+class _Unpermute(Function):
     @staticmethod
-    def forward(ctx, by: RowMap, rows: Tensor) -> Tensor:
+    def forward(ctx, by: Permutation, rows: Tensor) -> Tensor:
         ctx.by = by
         return backend_of(rows).gather_back(by, rows.contiguous(), by.inverse.shape[0])
 

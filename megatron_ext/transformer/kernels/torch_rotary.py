@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ext.routing.row_map import RowMap
+from megatron_ext.routing.permutation import Permutation
 from megatron_ext.transformer.kernels.torch_rows import by_slices, covers, gather, select, sum_rows
 from megatron_ext.transformer.rotary import Rotary
 
@@ -18,7 +18,7 @@ FEW = 64
 
 
 def query_key_value_forward(
-    mixed: Tensor, kv_only: Tensor | None, queries: RowMap | None, keys: RowMap | None, rotary: Rotary
+    mixed: Tensor, kv_only: Tensor | None, queries: Permutation | None, keys: Permutation | None, rotary: Rotary
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`~megatron_ext.transformer.kernels.functions.query_key_value`."""
     if kv_only is None and mixed.shape[0] <= FEW:
@@ -41,8 +41,8 @@ def query_key_value_backward(
     of_query: Tensor,
     of_key: Tensor,
     of_value: Tensor,
-    queries: RowMap | None,
-    keys: RowMap | None,
+    queries: Permutation | None,
+    keys: Permutation | None,
     rotary: Rotary,
     full_rows: int,
     kv_only_rows: int | None,
@@ -69,7 +69,7 @@ def query_key_value_backward(
     return of_mixed, of_kv_only
 
 
-def _of_few(mixed: Tensor, by: RowMap | None, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+def _of_few(mixed: Tensor, by: Permutation | None, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys of the same rows, turned at once."""
     mixed = mixed if by is None else gather(by, mixed)
     heads = mixed[..., :-1, :]
@@ -78,7 +78,7 @@ def _of_few(mixed: Tensor, by: RowMap | None, rotary: Rotary) -> tuple[Tensor, T
     return turned[..., :-1, :].flatten(2, 3), turned[..., -1, :], mixed[..., -1, :]
 
 
-def _in_order(by: RowMap | None, sources: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+def _in_order(by: Permutation | None, sources: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
     """Where in the order of ``by`` which rows of the sources stand."""
     if by is None:
         yield slice(None), sources[0]
@@ -92,7 +92,7 @@ def _in_order(by: RowMap | None, sources: Sequence[Tensor]) -> Iterator[tuple[sl
 
 
 def _in_place(
-    by: RowMap | None, rows: Tensor, angles: Tensor | None, targets: Sequence[Tensor]
+    by: Permutation | None, rows: Tensor, angles: Tensor | None, targets: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """Rows in the order of ``by``, their angles, and where in the targets they belong."""
     if by is None:
@@ -110,7 +110,7 @@ def _in_place(
 
 
 def _repeated_keys_backward(
-    of_key: Tensor, of_value: Tensor, by: RowMap, angles: Tensor, targets: Sequence[Tensor]
+    of_key: Tensor, of_value: Tensor, by: Permutation, angles: Tensor, targets: Sequence[Tensor]
 ) -> None:
     """Some rows are keys of several segments: their gradients are sums, in float32 at least and rounded once."""
     wide = torch.promote_types(of_key.dtype, torch.float32)

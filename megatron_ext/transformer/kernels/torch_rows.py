@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from megatron_ext.routing.row_map import RowMap
+from megatron_ext.routing.permutation import Permutation
 
 
-def gather(by: RowMap, rows: Tensor) -> Tensor:
+def gather(by: Permutation, rows: Tensor) -> Tensor:
     """``rows`` [inputs, ...] in the order of ``by``, [outputs, ...]."""
     if by_slices(by, rows):
         return torch.cat([rows[first : first + n] for _, first, n in by.runs])
     return select(rows, by.index)
 
 
-def gather_back(by: RowMap, rows: Tensor, inputs: int) -> Tensor:
+def gather_back(by: Permutation, rows: Tensor, inputs: int) -> Tensor:
     """The sum of the output rows [outputs, ...] that each input row became, [inputs, ...]."""
     if by.inverse is None:
         return sum_rows(by, rows, inputs).to(rows.dtype)
@@ -25,12 +25,12 @@ def gather_back(by: RowMap, rows: Tensor, inputs: int) -> Tensor:
     return out
 
 
-def by_slices(by: RowMap, rows: Tensor) -> bool:
+def by_slices(by: Permutation, rows: Tensor) -> bool:
     """On CPUs, where a slice is one copy."""
     return by.runs is not None and rows.device.type == "cpu"
 
 
-def covers(by: RowMap) -> bool:
+def covers(by: Permutation) -> bool:
     """Whether every input row became an output row, in a map by slices."""
     return by.inverse is not None and by.inverse.shape == by.index.shape
 
@@ -46,7 +46,7 @@ def select(rows: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def sum_rows(by: RowMap, rows: Tensor, inputs: int) -> Tensor:
+def sum_rows(by: Permutation, rows: Tensor, inputs: int) -> Tensor:
     """Like :func:`gather_back`, in float32 at least: the sum is rounded once, by whoever stores it."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     total = rows.new_zeros(inputs + 1, *rows.shape[1:], dtype=wide)  # the last one takes fillers

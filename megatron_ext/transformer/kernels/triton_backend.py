@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ext.routing.row_map import RowMap
+from megatron_ext.routing.permutation import Permutation
 from megatron_ext.transformer.kernels import triton_kernels as kernels
 from megatron_ext.transformer.kernels import triton_rotary
 from megatron_ext.transformer.kernels.backend import INTERPRETED
@@ -72,7 +72,7 @@ def norm_backward(
 
 
 def query_key_value_forward(
-    mixed: Tensor, kv_only: Tensor | None, queries: RowMap | None, keys: RowMap | None, rotary: Rotary
+    mixed: Tensor, kv_only: Tensor | None, queries: Permutation | None, keys: Permutation | None, rotary: Rotary
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`~megatron_ext.transformer.kernels.functions.query_key_value`."""
     indices = (None if by is None else by.index for by in (queries, keys))
@@ -83,8 +83,8 @@ def query_key_value_backward(
     of_query: Tensor,
     of_key: Tensor,
     of_value: Tensor,
-    queries: RowMap | None,
-    keys: RowMap | None,
+    queries: Permutation | None,
+    keys: Permutation | None,
     rotary: Rotary,
     full_rows: int,
     kv_only_rows: int | None,
@@ -105,12 +105,12 @@ def query_key_value_backward(
     return of_mixed, None if kv_only_rows is None else of_kv_only
 
 
-def gather(by: RowMap, rows: Tensor) -> Tensor:
+def gather(by: Permutation, rows: Tensor) -> Tensor:
     """See :func:`~megatron_ext.transformer.kernels.torch_rows.gather`."""
     return _gather(rows, by.index)
 
 
-def gather_back(by: RowMap, rows: Tensor, inputs: int) -> Tensor:
+def gather_back(by: Permutation, rows: Tensor, inputs: int) -> Tensor:
     """See :func:`~megatron_ext.transformer.kernels.torch_rows.gather_back`."""
     return _sum_rows(rows, by.starts, by.uses) if by.inverse is None else _gather(rows, by.inverse)
 

@@ -1,0 +1,301 @@
+"""Saving and loading a run: complete or absent, under any layout, in the background if asked.
+
+Built on Megatron-Core's ``dist_checkpointing``. Three neighbours do the parts: ``checkpoint_folder`` the files and when
+they count as a checkpoint, ``checkpoint_state`` what of a run is stored, ``checkpoint_writer`` the writing. All ranks
+must see the same file system.
+"""
+
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_ext.checkpoints import folder as checkpoint_folder
+from megatron_ext.checkpoints import state as checkpoint_state
+from megatron_ext.checkpoints import writer as checkpoint_writer
+from megatron_ext.errors import UserError
+from megatron_ext.training.distributed import from_rank_zero
+from megatron_ext.training.setup import gather_weights
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves a run's checkpoints into one folder, and loads them.
+
+    Every method is collective: all ranks call it, in the same order.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, asynchronous: bool = False):
+        """
+        Args:
+            folder: holds one ``iter_NNNNNNN`` per checkpoint.
+            keep: newest checkpoints kept; 0: all.
+            asynchronous: write in a forked process while training goes on. Call :meth:`poll` each iteration and
+                :meth:`finish` at the end: only they make a written checkpoint a complete one.
+        """
+        self.folder = Path(folder)
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self._queue = AsyncCallsQueue()
+
+    def save(self, iteration: int, model: list[nn.Module], optimizer, state: dict) -> None:
+        """Save everything that a run needs to go on bit for bit after ``iteration``.
+
+        An earlier save that is still being written is waited for. Host memory needed: a copy of what this rank
+        stores; with the distributed optimizer also its replicas' share of the optimizer's state, since that is
+        gathered.
+
+        Args:
+            iteration: iterations done.
+            model: this rank's model chunks, wrapped for data parallelism or not.
+            optimizer: Megatron-Core's; None for weights alone, which a run can start from and not go on from.
+            state: whatever else belongs to the run, the same on every rank, as plain JSON data. It comes back from
+                :meth:`load`, and can be read without loading (:func:`read_state`).
+
+        Raises:
+            UserError: it cannot be written (now or, of an asynchronous save, at a later call).
+        """
+        _require_plain(state, "state")
+        self.finish()
+        partial = from_rank_zero(lambda: checkpoint_folder.begin(self.folder, iteration))
+        gather_weights(model)
+        sharded = {"model": checkpoint_state.model_state(model)}
+        sharded["random"] = checkpoint_state.random_state()
+        if optimizer is not None:
+            sharded["optimizer"] = checkpoint_state.optimizer_state(optimizer, sharded["model"])
+            sharded["optimizer_steps"] = checkpoint_state.steps_taken(optimizer)
+        description = {
+            "iteration": iteration,
+            "versions": {name: importlib.metadata.version(name) for name in ("megatron-core", "torch")},
+            "layout": checkpoint_state.layout(model),
+            "state": state,
+        }
+        request, report = checkpoint_writer.prepare(
+            sharded, partial, dist.get_rank(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        request.add_finalize_fn(lambda: self._complete(partial, description, report))
+        if self.asynchronous:
+            self._queue.schedule_async_request(request)
+        else:
+            self._reporting_failure(request.execute_sync)
+
+    def poll(self) -> None:
+        """Complete an asynchronous save that all ranks have finished writing; returns at once if there is none."""
+        self._reporting_failure(self._queue.maybe_finalize_async_calls)
+
+    def finish(self) -> None:
+        """Wait for an asynchronous save, and complete it."""
+        self._reporting_failure(lambda: self._queue.maybe_finalize_async_calls(blocking=True))
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint in the folder, the same on every rank; None: there is none.
+
+        A checkpoint that was complete once and is damaged now is still the newest: :meth:`load` refuses it.
+        """
+        found = from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
+        return found[-1] if found else None
+
+    def load(self, path: Path, model: list[nn.Module], optimizer, expected: dict | None = None) -> dict:
+        """Load what :meth:`save` saved, under the same layout or another one.
+
+        Every file is first read whole by one rank, for its checksum, and then by each rank that needs some of it. The
+        random generators are restored under the same layout; under another one they stay as seeded, which is logged.
+
+        Args:
+            path: the checkpoint's folder.
+            model: this rank's model chunks; any tensor, pipeline, virtual pipeline and data parallel size.
+            optimizer: Megatron-Core's, distributed or not, whichever it was when saved.
+            expected: what the checkpoint's state must agree with, see :func:`check_compatible`.
+
+        Returns:
+            The ``state`` that was saved.
+
+        Raises:
+            UserError: a file of the checkpoint is missing or damaged, or what is in it does not fit.
+        """
+        marker = _verified(path, expected)
+        stored = _stored_shapes(path)
+        if not any(key.startswith("optimizer.") for key in stored):
+            raise UserError(
+                f"{path}: has weights alone, nothing to go on from; move it out of the run's folder, and start from it "
+                "with checkpoint.load"
+            )
+        sharded = {"model": checkpoint_state.model_state(model)}
+        _check_parameters(path, sharded["model"], stored)
+        sharded["optimizer"] = checkpoint_state.optimizer_state(optimizer, sharded["model"], stored)
+        same_layout = marker["layout"] == checkpoint_state.layout(model)
+        if same_layout:
+            sharded["random"] = checkpoint_state.random_state()
+
+        loaded = _read(path, sharded, stored)
+        checkpoint_state.load_model_state(model, loaded["model"])
+        checkpoint_state.load_optimizer_state(optimizer, loaded["optimizer"], loaded["optimizer_steps"])
+        if same_layout:
+            checkpoint_state.load_random_state(loaded["random"])
+        elif dist.get_rank() == 0:
+            _log.warning(
+                "%s was saved under another layout (%s): the random generators start from the seed again",
+                path,
+                ", ".join(f"{k} {v}" for k, v in marker["layout"].items()),
+            )
+        return marker["state"]
+
+    def _complete(self, partial: Path, description: dict, report: checkpoint_writer.Report) -> None:
+        """Runs on every rank once all of them have written everything."""
+        reports: list = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, report.files)
+
+        def publish() -> Path:
+            files = {name: known for files in reports for name, known in files.items()}
+            final = checkpoint_folder.complete(partial, description, files)
+            checkpoint_folder.keep_newest(self.folder, self.keep)
+            return final
+
+        final = from_rank_zero(publish)
+        if dist.get_rank() == 0:
+            _log.info("%s is complete", final)
+
+    def _reporting_failure(self, write: Callable) -> None:
+        try:
+            write()
+        except CheckpointException as error:
+            # The cause is known on rank 0 alone.
+            causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+            raise UserError(f"{self.folder}: the checkpoint could not be written ({causes or 'see rank 0'})") from None
+
+
+def load_weights(path: Path, model: list[nn.Module], expected: dict | None = None) -> dict:
+    """Load the weights alone of a checkpoint, under any layout: to start a new run, or to evaluate. Collective.
+
+    An optimizer built before must be told by its ``reload_model_params()``.
+
+    Args, Returns, Raises:
+        As for :meth:`Checkpointer.load`.
+    """
+    marker = _verified(path, expected)
+    stored = _stored_shapes(path)
+    sharded = {"model": checkpoint_state.model_state(model)}
+    _check_parameters(path, sharded["model"], stored)
+    checkpoint_state.load_model_state(model, _read(path, sharded, stored)["model"])
+    return marker["state"]
+
+
+def read_state(path: Path) -> dict:
+    """The ``state`` given to :meth:`Checkpointer.save`, without loading or checking anything else. Not collective.
+
+    Raises:
+        UserError: no complete checkpoint is there.
+    """
+    return checkpoint_folder.read_marker(Path(path))["state"]
+
+
+def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint") -> None:
+    """Refuse a checkpoint made for something else.
+
+    Args:
+        state: a checkpoint's.
+        expected: sections of it as this run has them, such as
+            ``{"model": {"hidden_size": 128}, "fingerprints": {"vocabulary": "5f0c"}}``. Keys it does not name may
+            differ.
+        path: for the message.
+
+    Raises:
+        UserError: names the first key that differs, and both its values.
+    """
+    difference = _difference(state, json.loads(json.dumps(expected)), "")
+    if difference:
+        key, theirs, ours = difference
+        remedy = "; tools/convert_checkpoint.py can convert it" if key.startswith("plan.projections") else ""
+        raise UserError(f"{path}: its {key} is {theirs}, this run's is {ours}{remedy}")
+
+
+def _difference(theirs: Any, ours: Any, key: str) -> tuple[str, Any, Any] | None:
+    if not isinstance(ours, dict):
+        return None if theirs == ours else (key, theirs, ours)
+    for name, value in ours.items():
+        inner = theirs.get(name) if isinstance(theirs, dict) else None
+        found = _difference(inner, value, f"{key}.{name}" if key else name)
+        if found:
+            return found
+    return None
+
+
+def _verified(path: Path, expected: dict | None) -> dict:
+    """The marker of a checkpoint whose files are all whole; the ranks share the reading."""
+    path = Path(path)
+    marker = from_rank_zero(lambda: checkpoint_folder.read_marker(path))
+    check_compatible(marker["state"], expected or {}, path)
+    files = marker["files"]
+    names = sorted(files, key=lambda name: (-files[name]["bytes"], name))[dist.get_rank() :: dist.get_world_size()]
+    damaged = [line for lines in _gathered(checkpoint_folder.damage(path, files, names)) for line in lines]
+    if damaged:
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        way_out = from_rank_zero(lambda: checkpoint_folder.way_out(path))
+        raise UserError(f"{sorted(damaged)[0]}{more}{way_out}")
+    return marker
+
+
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Whole shape of everything in the checkpoint by its key."""
+    return {v.key: tuple(v.global_shape) for v in load_sharded_metadata(str(path)).values()}
+
+
+def _check_parameters(path: Path, model: dict, stored: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint whose parameters are not exactly the model's."""
+    # The vocabulary's rows may be padded otherwise under another tensor-parallel size, and say so.
+    local = {
+        t.key: None if t.allow_shape_mismatch else tuple(t.global_shape) for t in checkpoint_state.parameters(model)
+    }
+    wanted = {key: shape for shapes in _gathered(local) for key, shape in shapes.items()}
+    # Extra states are Transformer Engine's notes beside its parameters.
+    found = {k: s for k, s in stored.items() if not k.startswith("optimizer.") and "_extra_state" not in k}
+    found.pop("random")
+    for absent, fault in (
+        (wanted.keys() - found, "lacks the parameter {}, which the model has"),
+        (found.keys() - wanted, "has the parameter {}, which the model has not"),
+    ):
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise UserError(f"{path}: {fault.format(min(absent) + more)}")
+    for key, shape in wanted.items():
+        if shape not in (None, found[key]):
+            raise UserError(f"{path}: its parameter {key} has the shape {list(found[key])}, the model's {list(shape)}")
+
+
+def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict:
+    def if_stored(value):
+        return value if not isinstance(value, ShardedObject) or value.key in stored else LocalNonpersistentObject(None)
+
+    dict_list_map_inplace(if_stored, sharded["model"])
+    return dist_checkpointing.load(sharded, str(path))
+
+
+def _gathered(mine) -> list:
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _require_plain(value, where: str) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if type(key) is not str:
+                raise TypeError(f"{where}: key {key!r} is not a string")
+            _require_plain(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _require_plain(inner, f"{where}[{i}]")
+    elif value is not None and type(value) not in (str, bool, int, float):
+        raise TypeError(f"{where} is a {type(value).__name__}, a checkpoint's state is plain JSON data")

@@ -1,0 +1,93 @@
+"""A manifest beside answers or pictures that says how they were made, so that no others are added to them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from megatron_ext import command_line, config_file
+from megatron_ext.checkpoints import folder as checkpoint_folder
+from megatron_ext.errors import UserError
+from megatron_ext.generation.session import Session
+
+FREE = ("path",)
+"""Keys of a manifest that may change: a run that was moved is still the same run."""
+
+
+def model_settings(session: Session, checkpoint: Path) -> dict:
+    """Everything that answers and pictures depend on of a model and the way it is used, as plain data.
+
+    Args:
+        checkpoint: ``.../iter_NNNNNNN``, which the session was loaded from.
+    """
+    marker = checkpoint_folder.read_marker(checkpoint)
+    weights = hashlib.sha256(json.dumps(marker["files"], sort_keys=True).encode()).hexdigest()[:16]
+    config = config_file.to_tree(session.trained.config)
+    return {
+        "path": str(checkpoint),
+        "checkpoint": f"{checkpoint.name} ({weights})",
+        "plan": json.loads(json.dumps(config["plan"])),
+        "precision": config["training"]["precision"],
+        "vq": session.vq.fingerprint,
+        "vocabulary": session.trained.vocabulary.fingerprint,
+    }
+
+
+def claim(place: Path, manifest: Path, settings: dict, other: str | None = None, set_aside: bool = False) -> None:
+    """Make ``place`` that of what is made with ``settings`` (plain data), or go on with one that is.
+
+    Args:
+        place: a file or folder.
+        manifest: its manifest, beside it or in it.
+        other: a reason why what is there is of no use whatever its manifest says.
+        set_aside: where ``place`` holds something else, move that to ``<name>.before-<n>`` instead of refusing.
+
+    Raises:
+        UserError: what is there was made otherwise, or nobody knows how.
+    """
+    settings = {key: value for key, value in settings.items() if value is not None}
+    before = read(manifest)
+    if before is not None or _occupied(place):
+        if not (reason := _difference(place, manifest, before, settings) or other):
+            return
+        if not set_aside:
+            raise UserError(f"{place}: {reason}; name another folder, or remove this one")
+        _set_aside(place, manifest)
+    command_line.write_json(manifest, settings)
+
+
+def read(manifest: Path) -> dict | None:
+    """What a manifest says; None where there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not manifest.exists():
+        return None
+    found = command_line.read_json(manifest)
+    if not isinstance(found, dict):
+        raise UserError(f"{manifest}: must be a JSON object")
+    return found
+
+
+def _occupied(place: Path) -> bool:
+    return any(place.iterdir()) if place.is_dir() else place.exists() and place.stat().st_size > 0
+
+
+def _difference(place: Path, manifest: Path, before: dict | None, settings: dict) -> str | None:
+    if before is None:
+        contents = "files" if place.is_dir() else "answers"
+        return f"holds {contents} but there is no {manifest.name} that says how they were made"
+    for key in dict.fromkeys([*settings, *before]):
+        if key not in FREE and before.get(key) != settings.get(key):
+            return f"what it holds was made with {key} {before.get(key)}, not {settings.get(key)}"
+    return None
+
+
+def _set_aside(place: Path, manifest: Path) -> None:
+    number = 1
+    while (there := place.with_name(f"{place.stem}.before-{number}{place.suffix}")).exists():
+        number += 1
+    if place not in manifest.parents and manifest.exists():
+        os.replace(manifest, manifest.with_name(f"{place.stem}.before-{number}.manifest.json"))
+    os.replace(place, there)

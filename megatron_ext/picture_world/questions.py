@@ -1,0 +1,334 @@
+"""Questions about a scene that need looking: the answer is drawn first where it can be, so that it is balanced."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from megatron_ext.picture_world.captions import NUMBERS, article, pair_name, plural, relation_words, unique_objects
+from megatron_ext.picture_world.world import BACKGROUND_COLORS, PLACES, Scene, SceneObject
+
+YES_NO = ("yes", "no")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer, and the answers among which a system would have to choose (none: too many)."""
+
+    kind: str
+    text: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+def questions(scene: Scene, count: int, only: Collection[str] = ()) -> list[Question]:
+    """``count`` questions (fewer if the scene allows no more), kinds as frequent as :data:`SHARES` says.
+
+    Those of :data:`TELLING` come last: who has read their answers need not look for the others'.
+
+    Args:
+        only: these kinds; empty: all.
+    """
+    rng = scene.random("questions")
+    shares = {kind: max(1, SHARES[kind]) for kind in SHARES if kind in only} or SHARES
+    kinds = [kind for kind, share in shares.items() for _ in range(share)]
+    rng.shuffle(kinds)
+    made: list[Question] = []
+    for _ in range(4):
+        for kind in kinds:
+            if (
+                len(made) < count
+                and (question := ask(scene, kind, rng))
+                and question.text not in {q.text for q in made}
+            ):
+                made.append(question)
+    return sorted(made, key=lambda question: question.kind in TELLING)
+
+
+def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
+    """A question of one kind; None where the scene allows none."""
+    asked = KINDS[kind](scene, rng)
+    return Question(kind, *asked) if asked else None
+
+
+Asked = tuple[str, str, tuple[str, ...]] | None
+
+
+def _existence(scene: Scene, rng: random.Random) -> Asked:
+    answer = rng.choice(YES_NO)
+    pair = _present(scene, rng) if answer == "yes" else _absent(scene, rng)
+    return (f"Is there {_name(pair)}?", answer, YES_NO)
+
+
+def _counting(scene: Scene, rng: random.Random) -> Asked:
+    """How many of a color, of a shape, or in all; the number is drawn among those that some question has here."""
+    counts: dict[int, list[str]] = {}
+    by_color, by_shape = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
+    for color in scene.world.colors:
+        counts.setdefault(by_color[color], []).append(f"{color} objects")
+    for shape in scene.world.shapes:
+        counts.setdefault(by_shape[shape], []).append(plural(shape, 2))
+    counts.setdefault(len(scene.objects), []).append("objects")
+    number = rng.choice(sorted(counts))
+    return (f"How many {rng.choice(counts[number])} are there?", _number(number), tuple(map(_number, range(7))))
+
+
+def _color(scene: Scene, rng: random.Random) -> Asked:
+    item = _single(scene, rng, lambda o: o.shape)
+    return item and (f"What color is the {item.shape}?", item.color, scene.world.colors)
+
+
+def _shape(scene: Scene, rng: random.Random) -> Asked:
+    item = _single(scene, rng, lambda o: o.color)
+    return item and (f"What shape is the {item.color} object?", item.shape, scene.world.shapes)
+
+
+def _place(scene: Scene, rng: random.Random) -> Asked:
+    items = unique_objects(scene)
+    if not items:
+        return None
+    item = rng.choice(items)
+    return (f"Where is the {_called(scene, item, rng)}?", item.place, tuple(place for row in PLACES for place in row))
+
+
+def _background(scene: Scene, rng: random.Random) -> Asked:
+    return ("What color is the background?", scene.background.color, BACKGROUND_COLORS)
+
+
+def _layout(scene: Scene, rng: random.Random) -> Asked:
+    """All objects, in reading order: every word of the answer needs looking."""
+    items = sorted(scene.objects, key=lambda o: (o.row, o.column))
+    return ("What is where?", ", ".join(f"{o.place}: {pair_name(o)}" for o in items), ())
+
+
+def _comparison(scene: Scene, rng: random.Random) -> Asked:
+    """Numbers of two colors or shapes, or sizes of two objects; which comes first decides the answer."""
+    answer = rng.choice(YES_NO)
+    pairs = [(a, b) for a in unique_objects(scene) for b in unique_objects(scene) if a.size > b.size]  # small > large
+    if pairs and rng.random() < 0.5:
+        small, large = rng.choice(pairs)
+        first, second = (large, small) if answer == "yes" else (small, large)
+        names = [_called(scene, item, rng) for item in (first, second)]
+        return (f"Is the {names[0]} larger than the {names[1]}?", answer, YES_NO)
+    attribute, form = rng.choice([("color", "{} objects"), ("shape", "{}")])
+    counts = Counter(getattr(o, attribute) for o in scene.objects)
+    unequal = [(a, b) for a in sorted(counts) for b in sorted(counts) if counts[a] > counts[b]]
+    if not unequal:
+        return None
+    more, less = rng.choice(unequal)
+    first, second = (more, less) if answer == "yes" else (less, more)
+    named = [form.format(x) if attribute == "color" else plural(x, 2) for x in (first, second)]
+    return (f"Are there more {named[0]} than {named[1]}?", answer, YES_NO)
+
+
+def _relation(scene: Scene, rng: random.Random) -> Asked:
+    items = unique_objects(scene)
+    pairs = [(a, b) for a in items for b in items if a is not b and relation_words(a, b)]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    word, inverse = rng.choice(relation_words(a, b))
+    answer = rng.choice(YES_NO)
+    names = [_called(scene, item, rng) for item in (a, b)]
+    return (f"Is the {names[0]} {word if answer == 'yes' else inverse} the {names[1]}?", answer, YES_NO)
+
+
+def _side(scene: Scene, rng: random.Random) -> Asked:
+    """A relation in the words "left of" and "above" alone. With their inverses beside them as often, neither a word nor
+    a place says anything of the answer, only both together, and nothing shows a small model where to begin."""
+    items = unique_objects(scene)
+    pairs = [(a, b) for a in items for b in items if relation_words(a, b)]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    word, inverse = rng.choice(relation_words(a, b))
+    true = word in ("left of", "above")
+    names = [_called(scene, item, rng) for item in (a, b)]
+    return (f"Is the {names[0]} {word if true else inverse} the {names[1]}?", "yes" if true else "no", YES_NO)
+
+
+def _direction(scene: Scene, rng: random.Random) -> Asked:
+    """All that is true is said: both words of objects that share neither row nor column."""
+    items = unique_objects(scene)
+    pairs = [(a, b) for a in items for b in items if a is not b]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    words = [word for word, _ in relation_words(a, b)]
+    straight = [[word] for word in ("left of", "right of", "above", "below")]
+    diagonal = [[x, y] for x in ("left of", "right of") for y in ("above", "below")]
+    answer, *choices = (
+        " and ".join(f"{word} it" for word in one) for one in (words, *(straight if len(words) == 1 else diagonal))
+    )
+    names = [_called(scene, item, rng) for item in (a, b)]
+    return (f"Where is the {names[0]}, as seen from the {names[1]}?", answer, tuple(choices))
+
+
+def _around(scene: Scene, rng: random.Random) -> Asked:
+    """Directions to all objects that can be named: as many comparisons of two places as there are others."""
+    items = sorted(unique_objects(scene), key=lambda o: (o.row, o.column))
+    if len(items) < 2:
+        return None
+    center = rng.choice(items)
+    said = [
+        f"the {pair_name(o)} " + " and ".join(f"{word} it" for word, _ in relation_words(o, center))
+        for o in items
+        if o is not center
+    ]
+    return (f"Where is what, as seen from the {_called(scene, center, rng)}?", ", ".join(said), ())
+
+
+def _most(scene: Scene, rng: random.Random) -> Asked:
+    attribute, values = rng.choice([("color", scene.world.colors), ("shape", scene.world.shapes)])
+    ranks = Counter(getattr(o, attribute) for o in scene.objects).most_common()
+    if len(ranks) < 2 or ranks[0][1] == ranks[1][1]:
+        return None
+    return (f"Which {attribute} is there most of?", ranks[0][0], values)
+
+
+def _logic(scene: Scene, rng: random.Random) -> Asked:
+    answer = rng.choice(YES_NO)
+    form = rng.choice(["and", "or", "not"])
+    if form == "not":
+        return _other_color(scene, rng, answer)
+    # Both parts are drawn, so that neither alone gives the answer away more often than it must.
+    truth = {("and", "yes"): [True, True], ("or", "no"): [False, False]}.get((form, answer), [True, False])
+    rng.shuffle(truth)
+    parts = [_present(scene, rng) if there else _absent(scene, rng) for there in truth]
+    if parts[0] == parts[1]:
+        return None
+    return (f"Is there {_name(parts[0])} {form} {_name(parts[1])}?", answer, YES_NO)
+
+
+def _statement(scene: Scene, rng: random.Random) -> Asked:
+    """Is it so: an exact number, or the color of a shape."""
+    answer = rng.choice(YES_NO)
+    if rng.random() < 0.5:
+        item = _single(scene, rng, lambda o: o.shape)
+        if not item:
+            return None
+        others = [c for c in scene.world.colors if c != item.color and scene.speakable(item.shape, c)]
+        return (f"Is the {item.shape} {item.color if answer == 'yes' else rng.choice(others)}?", answer, YES_NO)
+    groups = number_of_groups(scene)
+    # Neighbouring numbers, either of which may be the right one.
+    pairs = [(right, wrong) for n in (1, 2, 3) for right, wrong in ((n, n + 1), (n + 1, n)) if right in groups]
+    if not pairs:
+        return None
+    right, wrong = rng.choice(pairs)
+    return (exactly(right if answer == "yes" else wrong, rng.choice(groups[right])), answer, YES_NO)
+
+
+def number_of_groups(scene: Scene) -> dict[int, list[str]]:
+    """What there is of each number: objects of a color, of a shape, or in all, in the singular."""
+    colors, shapes = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
+    named = [(f"{c} object", n) for c, n in sorted(colors.items())] + sorted(shapes.items())
+    groups: dict[int, list[str]] = {}
+    for name, number in [*named, ("object", len(scene.objects))]:
+        groups.setdefault(number, []).append(name)
+    return groups
+
+
+def exactly(number: int, name: str) -> str:
+    """``Is there exactly one circle?``"""
+    return f"{'Is' if number == 1 else 'Are'} there exactly {NUMBERS[number]} {plural(name, number)}?"
+
+
+def _other_color(scene: Scene, rng: random.Random, answer: str) -> Asked:
+    """Is there a circle that is not red? No is asked where all circles are red."""
+    colors = {shape: {o.color for o in scene.objects if o.shape == shape} for shape in {o.shape for o in scene.objects}}
+    if answer == "yes":
+        candidates = [(s, c) for s in sorted(colors) for c in sorted(colors[s]) if len(colors[s]) > 1]
+        candidates = candidates or [(s, c) for s in sorted(colors) for c in scene.world.colors if c not in colors[s]]
+    else:
+        candidates = [(s, c) for s in sorted(colors) for c in colors[s] if len(colors[s]) == 1]
+    candidates = [(s, c) for s, c in candidates if scene.speakable(s, c)]
+    if not candidates:
+        return None
+    shape, color = rng.choice(candidates)
+    return (f"Is there a {shape} that is not {color}?", answer, YES_NO)
+
+
+KINDS: dict[str, Callable[[Scene, random.Random], Asked]] = {
+    "existence": _existence,
+    "counting": _counting,
+    "color": _color,
+    "shape": _shape,
+    "place": _place,
+    "comparison": _comparison,
+    "relation": _relation,
+    "side": _side,
+    "direction": _direction,
+    "around": _around,
+    "logic": _logic,
+    "statement": _statement,
+    "background": _background,
+    "layout": _layout,
+    "most": _most,
+}
+
+SHARES = {
+    "existence": 2,
+    "counting": 2,
+    "color": 1,
+    "shape": 1,
+    "place": 2,
+    "comparison": 2,
+    "relation": 3,
+    "side": 0,
+    "direction": 2,
+    "around": 2,
+    "logic": 2,
+    "statement": 3,
+    "background": 1,
+    "layout": 2,
+    "most": 1,
+}
+"""How often a kind is asked in training, next to the others: more often what takes longer to learn. 0: only where it is
+asked for by name."""
+
+TELLING = ("layout", "around")
+"""Kinds whose answers tell of many objects where they are."""
+
+
+def _number(count: int) -> str:
+    return "zero" if count == 0 else NUMBERS[count]
+
+
+def _name(pair: tuple[str, str]) -> str:
+    return article(f"{pair[1]} {pair[0]}")
+
+
+def _called(scene: Scene, item: SceneObject, rng: random.Random) -> str:
+    """A name that singles out one of :func:`unique_objects`; the shape or the color alone where that is enough, as to
+    look for one of them is learnt sooner than to look for both."""
+    names = [pair_name(item)]
+    if sum(o.shape == item.shape for o in scene.objects) == 1:
+        names.append(item.shape)
+    if sum(o.color == item.color for o in scene.objects) == 1:
+        names.append(f"{item.color} object")
+    return rng.choice(names)
+
+
+def _present(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    item = rng.choice(scene.objects)
+    return item.shape, item.color
+
+
+def _absent(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A (shape, color) that no object has. Half the time both are in the picture, on different objects."""
+    there = {(o.shape, o.color) for o in scene.objects}
+    shapes, colors = sorted({s for s, _ in there}), sorted({c for _, c in there})
+    near = [(s, c) for s in shapes for c in colors if (s, c) not in there and scene.speakable(s, c)]
+    pairs = [(s, c) for s in scene.world.shapes for c in scene.world.colors]
+    anywhere = [pair for pair in pairs if pair not in there and scene.speakable(*pair)]
+    if scene.split == "test":
+        # Test pictures are full of held-out pairs, so that to hear one must not mean yes.
+        anywhere = sorted(set(scene.world.held_out) - there) or anywhere
+    return rng.choice(near if near and rng.random() < 0.5 else anywhere)
+
+
+def _single(scene: Scene, rng: random.Random, by: Callable[[SceneObject], str]) -> SceneObject | None:
+    """An object that is the only one with its value of an attribute."""
+    counts = Counter(by(o) for o in scene.objects)
+    items = [o for o in scene.objects if counts[by(o)] == 1]
+    return rng.choice(items) if items else None

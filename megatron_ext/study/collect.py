@@ -1,0 +1,68 @@
+"""All finished runs of a study as one file of results."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ext.analysis.results import Metric, Results, Row
+from megatron_ext.command_line import write_json
+from megatron_ext.study import state, steps
+from megatron_ext.study.grid import Run
+from megatron_ext.study.study_file import Study
+
+_BESIDE = ("POPE-A", "POPE-P", "POPE-R", "POPE-yes", "MJHQ-facts, others' prompts", "MJHQ-facts, difference")
+"""Further figures of what POPE-F1 and MJHQ-facts count already; they would weigh these more than other benchmarks."""
+
+
+def collect(study: Study, runs: Sequence[Run]) -> Results:
+    """The results of the finished runs; also written to ``OUT/results.json``, in the order of the runs."""
+    results = Results(f"study {study.name}")
+    for budget in study.budgets:
+        for run in runs:
+            found = state.result(run, steps.fingerprint(run, study.evaluation))
+            if found and budget in run.budgets:
+                results.rows += _rows(study, run, found, budget)
+    names = dict.fromkeys(name for row in results.rows for name in row.metrics)
+    results.metrics = {
+        name: Metric(**(dataclasses.asdict(_guess(name)) | study.metrics.get(name, {}))) for name in names
+    }
+    write_json(Path(study.output) / "results.json", dataclasses.asdict(results))
+    return results
+
+
+def _rows(study: Study, run: Run, found: dict, budget: str) -> list[Row]:
+    """A row for each of the roles that the run was evaluated with; validation losses are those of training's roles."""
+    several = len(study.evaluation.evaluate_as) > 1
+    rows = []
+    for name, overrides in study.evaluation.evaluate_as.items():
+        figures = found["evaluated"].get(name, {}) | ({} if overrides else found["losses"])
+        if not figures:
+            continue
+        rows.append(
+            Row(
+                method=run.method.label or run.method.name,
+                task=run.method.trained_on,
+                partner_group=run.method.partner_group,
+                metrics=figures,
+                flops_ratio=found["flops_ratio"],
+                seed=run.seed,
+                size=run.size.name,
+                parameters=run.length.parameters,
+                budget=budget,
+                evaluated_as=name if several else None,
+                iterations=found["iterations"],
+                tokens=found["tokens"],
+                flops=found["flops"],
+                run=run.name,
+            )
+        )
+    return rows
+
+
+def _guess(name: str) -> Metric:
+    """How to read a figure, from its name; losses stay out of the average over benchmarks."""
+    if name.endswith(" loss"):
+        return Metric(name.removesuffix(" loss"), higher_is_better=False, in_average=False)
+    if "FID" in name or name.startswith("MJHQ"):
+        return Metric("generation", higher_is_better="FID" not in name, in_average=name not in _BESIDE)
+    return Metric("understanding", in_average=name not in _BESIDE and "likelihood" not in name)

@@ -1,0 +1,68 @@
+"""A study as a Slurm array: a task per run."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ext.command_line import write_text
+from megatron_ext.errors import UserError
+from megatron_ext.study.grid import Run
+from megatron_ext.study.steps import ROOT
+from megatron_ext.study.study_file import Study
+
+SCRIPT = """#!/usr/bin/env bash
+#SBATCH --job-name={name}
+#SBATCH --array=1-{count}
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output={output}/slurm-%A-%a.log
+{options}
+# A task of the array does one run, the SLURM_ARRAY_TASK_ID-th of these. Training saves and leaves before the
+# job's time is over (lifecycle.slurm_margin_minutes); the task is then put back into the queue, and goes on.
+set -euo pipefail
+cd {directory}
+runs=(
+{runs}
+)
+run=${{runs[SLURM_ARRAY_TASK_ID - 1]}}
+export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}
+{command} --run "$run"
+if ! {command} --run "$run" --status | grep -q "^1 finished$"; then
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+fi
+"""
+
+
+def script(study: Study, study_file: Path, runs: Sequence[Run]) -> str:
+    """The batch script for these runs."""
+    command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), str(study_file), "--out", study.output]
+    return SCRIPT.format(
+        name=study.name,
+        count=len(runs),
+        output=shlex.quote(study.output),
+        options="".join(f"#SBATCH {option}\n" for option in study.slurm),
+        directory=shlex.quote(str(Path.cwd())),
+        runs="\n".join(shlex.quote(run.name) for run in runs),
+        command=shlex.join(command),
+    )
+
+
+def submit(study: Study, study_file: Path, runs: Sequence[Run]) -> str:
+    """Write the script, and give it to ``sbatch``. Returns the job's number.
+
+    Raises:
+        UserError: ``sbatch`` is not there or refuses.
+    """
+    file = Path(study.output) / "slurm.sh"
+    write_text(file, script(study, study_file, runs))
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(f"sbatch is not on this machine; {file} is written and can be submitted where it is") from None
+    if done.returncode:
+        raise UserError(f"sbatch refused {file}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip()

@@ -1,0 +1,190 @@
+"""Evaluations in the midst of training: what they leave behind, and that training does not notice them."""
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from preprocess_material import CODES, GRID, make_vocabulary, make_vq
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_ext import config_file
+from megatron_ext.config import Config
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation import training_folder as evaluation_folder
+from megatron_ext.evaluation.answering import answer
+from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.mme import MME
+from megatron_ext.evaluation.pope import POPE
+from megatron_ext.generation.checkpoint import load
+from megatron_ext.generation.session import Session
+from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.report.write import write_report
+from megatron_ext.training import distributed
+from megatron_ext.training.loop import train
+from megatron_ext.training.metrics import read_metrics
+from megatron_ext.training.run import build_run
+
+CAPTIONS = ["a red circle", "two blue squares"]
+ITERATIONS = 4
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """A folder with vq/, vocabulary/, pairs (a data set) and benchmarks/, in which one picture cannot be read."""
+    folder = tmp_path_factory.mktemp("benchmarking")
+    make_vq(folder / "vq")
+    vocabulary = make_vocabulary(folder / "vocabulary")
+    numbers = np.random.default_rng(0)
+    vq = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
+    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, vq, {"made": "by a test"}) as writer:
+        for _ in range(60):
+            image = vocabulary.image_ids(numbers.integers(0, CODES, GRID * GRID)).astype(np.int32)
+            words = [np.array(vocabulary.encode(text), np.int32) for text in CAPTIONS]
+            writer.add([(IMAGE, image), (TEXT, words[0]), (ANSWER, words[1])])
+    write_benchmarks(folder / "benchmarks", BenchmarkConfig(pictures=3, size=32))
+    broken = POPE.read(folder / "benchmarks" / "pope")[0].image
+    broken.write_bytes(broken.read_bytes()[:60])
+    return folder
+
+
+def configuration(material: Path, output: Path, *more: str) -> Config:
+    pairs = [{"path": str(material / "pairs"), "task": task} for task in ("understanding", "generation")]
+    pope = {"name": "pope", "data": str(material / "benchmarks" / "pope"), "parts": ["random", "popular"]}
+    mme = {"name": "mme", "data": str(material / "benchmarks" / "mme"), "limit": 6}
+    overrides = [
+        f"output={output}",
+        *("model.num_layers=3", "model.hidden_size=32", "model.num_attention_heads=2"),
+        *("plan.preset=himix_hmgen_share_partial", f"data.vocabulary={material / 'vocabulary'}", "data.workers=0"),
+        *(f"data.train={json.dumps(pairs)}", "data.sequence_length=128"),
+        *(f"training.iterations={ITERATIONS}", "training.global_batch_size=2", "optimizer.warmup_iterations=1"),
+        *(f"evaluation.vq={material / 'vq'}", f"evaluation.benchmarks={json.dumps([pope, mme])}"),
+        *(f"evaluation.prompts={json.dumps(CAPTIONS)}", "evaluation.max_new_tokens=4"),
+    ]
+    return config_file.load(Config, [], [*overrides, *more])
+
+
+@dataclass
+class Outcome:
+    """What training left in its folder and in the process."""
+
+    output: Path
+    losses: list[tuple]
+    weights: list[torch.Tensor]
+    generators: list
+
+    def records(self) -> list[dict]:
+        return read_metrics(self.output / "metrics.jsonl")
+
+
+def trained(config: Config) -> Outcome:
+    config.validate(world_size=1)
+    distributed.initialize(config)
+    try:
+        run = build_run(config)
+        config_file.write_yaml(Path(config.output, "config.yaml"), config) if train(run) else None
+        output = Path(config.output)
+        losses = [(r["loss"], r["grad_norm"]) for r in read_metrics(output / "metrics.jsonl")]
+        weights = [p.detach().clone() for p in run.chunks[0].parameters()]
+        states = [random.getstate(), torch.get_rng_state().tolist(), repr(np.random.get_state())]
+        return Outcome(output, losses, weights, states)
+    finally:
+        distributed.shut_down()
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, material) -> Outcome:
+    """A run with an evaluation after iterations 2 and 4."""
+    output = tmp_path_factory.mktemp("evaluated")
+    stale = evaluation_folder.place(output, 2) / "0007.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of a run that was killed")
+    return trained(configuration(material, output, "evaluation.interval=2"))
+
+
+def test_training_does_not_notice(evaluated, material, tmp_path):
+    plain = trained(configuration(material, tmp_path))
+    assert len(plain.losses) == ITERATIONS and plain.losses == evaluated.losses
+    assert all(map(torch.equal, plain.weights, evaluated.weights))
+    assert plain.generators == evaluated.generators
+
+
+def test_an_evaluation_leaves_answers_pictures_and_scores(evaluated, material):
+    with_figures = [r["iteration"] for r in evaluated.records() if "pope_accuracy" in r]
+    assert with_figures == [2, 4]
+    for iteration in with_figures:
+        folder = evaluation_folder.place(evaluated.output, iteration)
+        names = {"pope.jsonl", "mme.jsonl", "0000.png", "0001.png", "sheet.png", evaluation_folder.MANIFEST}
+        assert {file.name for file in folder.iterdir()} == names
+        manifest = json.loads((folder / evaluation_folder.MANIFEST).read_text())
+        assert [picture["caption"] for picture in manifest["pictures"]] == CAPTIONS
+        assert manifest["figures"].items() <= evaluated.records()[iteration - 1].items()
+        assert {"pope_f1", "mme_perception"} <= manifest["figures"].keys()
+        assert manifest["scores"]["mme"]["questions"] == 6
+    items = POPE.read(material / "benchmarks" / "pope", ["random", "popular"])
+    unreadable = [item for item in items if item.image == items[0].image]
+    assert (
+        manifest["scores"]["pope"]["missing"] == len(unreadable) < manifest["scores"]["pope"]["questions"] == len(items)
+    )
+
+
+def test_pictures_and_scores_are_in_tensorboard(evaluated):
+    events = EventAccumulator(str(evaluated.output / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("pope/accuracy")] == [2, 4]
+    assert [e.step for e in events.Images("pictures/1: two blue squares")] == [2, 4]
+
+
+def test_the_model_in_training_answers_as_its_checkpoint_does(evaluated, material, tmp_path):
+    try:
+        session = Session(load(evaluated.output, []), material / "vq", batch_size=5)
+        answer(session, POPE.read(material / "benchmarks" / "pope", ["random", "popular"]), tmp_path / "a.jsonl", 4)
+    finally:
+        distributed.shut_down()
+    answers = (evaluation_folder.place(evaluated.output, ITERATIONS) / "pope.jsonl").read_text()
+    assert answers == (tmp_path / "a.jsonl").read_text() and len(set(answers.splitlines())) > 10
+
+
+def test_the_report_shows_questions_pictures_and_scores(evaluated, material, tmp_path):
+    write_report(evaluated.output, None, tmp_path / "report.html")
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    for said in (*CAPTIONS, "right: yes", "POPE: ", "MME, perception", "after iteration 4"):
+        assert said in page and said in text
+    assert "figures of MME" in page and "Answer the question using" not in page
+    files = {file.name for file in (tmp_path / "report_files").iterdir()}
+    assert {"picture-0.png", "picture-1.png", "question-0.png", "scores-pope.svg"} <= files
+    assert page.count("data:image/png;base64") == len([name for name in files if name.endswith(".png")])
+
+
+def test_what_is_missing_is_said_before_training(one_process, material, tmp_path):
+    absent = tmp_path / "nowhere"
+    settings = configuration(material, tmp_path / "run", "evaluation.interval=2")
+    settings.evaluation.benchmarks[0].data = str(absent)
+    one_process()
+    with pytest.raises(UserError, match=f"{absent}/coco_pope_random.json: no such file"):
+        build_run(settings)
+    settings = configuration(material, tmp_path / "run", "evaluation.interval=2", f"evaluation.vq={absent}")
+    with pytest.raises(UserError, match=str(absent)):
+        build_run(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_part_of_a_benchmark_comes_from_all_over_it():
+    items = [
+        Item(str(n), Path(str(n // 6)), "?", ("yes", "no")[n % 2], (("a", "b", "c")[n // 300],)) for n in range(900)
+    ]
+    some = POPE.some(items, 60)
+    assert some == POPE.some(items, 60) and len(some) == len(set(some)) == 60
+    assert Counter(group for item in some for group in item.groups) == {"a": 20, "b": 20, "c": 20}
+    assert 20 < sum(item.answer == "yes" for item in some) < 40
+    assert [int(item.id) for item in some] == sorted(int(item.id) for item in some)
+
+
+def test_questions_that_are_scored_together_stay_together():
+    items = [Item(str(n), Path(str(n // 2)), "?", "yes", ("count",)) for n in range(100)]
+    assert Counter(Counter(item.image for item in MME.some(items, 11)).values()) == {2: 5}
