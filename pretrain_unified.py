@@ -10,7 +10,7 @@ many. Run again with the same output folder, it goes on from the newest complete
 import argparse
 from pathlib import Path
 
-from megatron_ext import command_line, config_file
+from megatron_ext import command_line, config_file, files
 from megatron_ext.config import Config
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     arguments = parse_arguments()
     config = config_file.load(Config, arguments.config, arguments.overrides)
     # Imported late: --help and mistakes in the configuration should not wait for Megatron-Core.
-    from megatron_ext.training import distributed
+    from megatron_ext import distributed
     from megatron_ext.training.environment import environment
     from megatron_ext.training.lifecycle import clear_finished, mark_finished
     from megatron_ext.training.loop import train
@@ -34,7 +34,7 @@ def main() -> None:
     if distributed.is_logging_rank():
         output.mkdir(parents=True, exist_ok=True)
         config_file.write_yaml(output / "config.yaml", config)
-        command_line.write_json(output / "environment.json", environment())
+        files.write_json(output / "environment.json", environment())
         if run.progress.iteration < config.training.iterations:
             clear_finished(output)
     if train(run) and distributed.is_logging_rank():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_ext import config_file
-from megatron_ext.command_line import parser, progress, run, write_json
+from megatron_ext.command_line import parser, progress, run
 from megatron_ext.config import Config, SourceConfig
 from megatron_ext.data import dali
 from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
@@ -27,6 +27,7 @@ from megatron_ext.data.serialization import from_bytes, to_bytes
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_json
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.training.prepare import Preparation
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext import command_line, config_file, cpu
+from megatron_ext import command_line, config_file, cpu, files
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
     arguments = parser.parse_args()
 
-    from megatron_ext.training import distributed
+    from megatron_ext import distributed
 
     torch.set_num_threads(1)
     presets = list(dict.fromkeys(["dense", *arguments.presets.split(",")]))
@@ -333,7 +333,7 @@ def main() -> None:
     print(table(results))
     if arguments.json:
         settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "markdown")}
-        command_line.write_json(arguments.json, {"arguments": settings} | results)
+        files.write_json(arguments.json, {"arguments": settings} | results)
     if arguments.markdown:
         arguments.markdown.write_text(table(results) + "\n")
     distributed.shut_down()

@@ -17,7 +17,7 @@ from gpu.page import page
 from gpu.records import FAILED, Context, Record, read, write_machine
 from gpu.steps import STEPS, Step, missed
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     arguments = parse_arguments()
     file = arguments.results / "gpu_check.json"
     if arguments.page:
-        return command_line.write_text(arguments.page, page(read(file)))
+        return files.write_text(arguments.page, page(read(file)))
     steps = [step for step in STEPS if step.name in arguments.only]
     if arguments.step:
         return runner.measure({step.name: step for step in STEPS}[arguments.step], context_of(arguments))
@@ -37,7 +37,7 @@ def main() -> None:
 
     def after(step: Step, record: Record) -> None:
         ended[step.name] = record
-        command_line.write_text(arguments.results / "gpu.md", page(read(file)))
+        files.write_text(arguments.results / "gpu.md", page(read(file)))
         print(describe(step, record), flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:

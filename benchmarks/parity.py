@@ -31,7 +31,7 @@ from parity_page import PAGE, table
 from parity_references import MAKE, Measured, References, errors, relative
 from training_step.rows import step_input
 
-from megatron_ext import command_line, config_file, cpu
+from megatron_ext import command_line, config_file, cpu, files
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
@@ -148,9 +148,9 @@ def against_references(
     are made.
 
     Args:
-        store: where the ranks meet, see :func:`megatron_ext.training.distributed.initialize`.
+        store: where the ranks meet, see :func:`megatron_ext.distributed.initialize`.
     """
-    from megatron_ext.training import distributed
+    from megatron_ext import distributed
 
     config = config_file.load(Config, [], BASE + settings + overrides(layout))
     config.validate(distributed.world_size())
@@ -184,9 +184,9 @@ def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Pa
         store = dist.PrefixStore(layout, meeting_point)
         results = against_references(layout, plans, settings, folder, store)
         if int(os.environ["RANK"]) == 0:
-            known = command_line.read_json(result_file) if result_file.exists() else {}
+            known = files.read_json(result_file) if result_file.exists() else {}
             known[layout] = known.get(layout, {}) | results
-            command_line.write_json(result_file, known)
+            files.write_json(result_file, known)
 
 
 def compare(
@@ -208,7 +208,7 @@ def compare(
     """
     with tempfile.TemporaryDirectory() as folder:
         result_file = file or Path(folder) / "results.json"
-        known = command_line.read_json(result_file) if result_file.exists() else {}
+        known = files.read_json(result_file) if result_file.exists() else {}
         todo = [name for name in layouts if set(plans) - known.get(name, {}).keys()]
         folder = references or Path(folder)
         missing = References(folder, numbers_drawn(config_file.load(Config, [], BASE + settings))).missing(plans)
@@ -225,7 +225,7 @@ def compare(
             command += ["--master_addr", "127.0.0.1", "--master_port", str(port), __file__, "--worker", str(folder)]
             command += ["--layouts", ",".join(group), "--plans", ",".join(plans), "--json", str(result_file), *settings]
             subprocess.run(command, check=True, timeout=60 * minutes, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        results = command_line.read_json(result_file)
+        results = files.read_json(result_file)
     return {name: results[name] for name in layouts}
 
 

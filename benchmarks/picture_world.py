@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import scene_check
 from megatron_ext.evaluation.answers import read_answers
@@ -38,14 +38,14 @@ def evaluate(run: Path, data: Path, out: Path, options: list[str]) -> dict:
     )
     if finished.returncode:
         raise UserError(f"{out}: tools/evaluate.py failed; its last line says why")
-    return command_line.read_json(out / "scores.json")
+    return files.read_json(out / "scores.json")
 
 
 def kinds(data: Path, out: Path) -> dict[str, dict]:
     """By kind of question: ``right``, ``questions``, ``chance``, and ``low`` and ``high``, all shares of 1."""
     found: dict[str, list[tuple[bool, float]]] = defaultdict(list)
-    detailed = command_line.read_json(data / "gqa" / "testdev_balanced_questions.json")
-    world = World(**command_line.read_json(data / MANIFEST)["settings"]["world"])
+    detailed = files.read_json(data / "gqa" / "testdev_balanced_questions.json")
+    world = World(**files.read_json(data / MANIFEST)["settings"]["world"])
     answers = {"color": len(world.colors), "shape": len(world.shapes), "place": sum(map(len, PLACES))}
     for name, benchmark in BENCHMARKS.items():
         read = read_answers(out / f"{name}.jsonl")
@@ -133,9 +133,9 @@ def main() -> None:
     text = markdown(found, arguments.budget)
     print(text)
     if arguments.markdown:
-        command_line.write_text(arguments.markdown, text)
+        files.write_text(arguments.markdown, text)
     if arguments.json:
-        command_line.write_json(arguments.json, {"budget": arguments.budget, **found})
+        files.write_json(arguments.json, {"budget": arguments.budget, **found})
 
 
 if __name__ == "__main__":

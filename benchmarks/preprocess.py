@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from megatron_ext import vq as vq_package
-from megatron_ext.command_line import parser, progress, run, write_json
+from megatron_ext.command_line import parser, progress, run
+from megatron_ext.files import write_json
 from megatron_ext.preprocess import Options, preprocess
 from megatron_ext.preprocess.images import CROP, PillowDecoder
 from megatron_ext.vocabulary import Vocabulary

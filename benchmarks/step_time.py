@@ -17,7 +17,7 @@ import argparse
 import torch
 from training_step.cases import CASES, Size, with_bases
 
-from megatron_ext import command_line, cpu
+from megatron_ext import command_line, cpu, files
 
 LLAMA_3_VOCABULARY = 128256
 
@@ -71,7 +71,7 @@ def main() -> None:
     from training_step.rows import random_rows
     from training_step.timing import table, time_cases
 
-    from megatron_ext.training import distributed
+    from megatron_ext import distributed
 
     torch.set_num_threads(arguments.threads)
     size = size_of(arguments)
@@ -89,7 +89,7 @@ def main() -> None:
     print("For other libraries the ratio is ours over theirs, memory theirs over ours.")
     if arguments.json:
         settings = {key: str(value) for key, value in vars(arguments).items()}
-        command_line.write_json(arguments.json, {"arguments": settings} | results)
+        files.write_json(arguments.json, {"arguments": settings} | results)
     distributed.shut_down()
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_ext import command_line, config_file
+from megatron_ext import command_line, config_file, files
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
@@ -54,7 +54,7 @@ def summary(records: list[dict]) -> dict:
 
 def image_grid(config: Config) -> tuple[int, int]:
     """Rows and columns of tokens in a picture of the training data."""
-    metadata = [command_line.read_json(ROOT / f"{source.path}.json") for source in config.data.train]
+    metadata = [files.read_json(ROOT / f"{source.path}.json") for source in config.data.train]
     return tuple(next(metadata["vq"]["grid"] for metadata in metadata if metadata["vq"]))
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     results = {preset: summary(records) for preset, records in runs.items()}
     print(table(results))
     if arguments.json:
-        command_line.write_json(arguments.json, results)
+        files.write_json(arguments.json, results)
     if arguments.markdown:
         figure = arguments.markdown.with_suffix(".svg")
         draw(runs, figure)

@@ -1,7 +1,6 @@
-"""What every command-line program shares: exit codes, one-line errors, progress bars, ``--json``."""
+"""What every command-line program shares: exit codes, one-line errors, progress bars, ``--json FILE``."""
 
 import argparse
-import json
 import os
 import sys
 import warnings
@@ -51,29 +50,3 @@ def _joined() -> bool:
 def progress(items: Iterable | None = None, **options) -> tqdm:
     """A ``tqdm`` bar on standard error; silent when that is not a terminal, so logs stay readable."""
     return tqdm(items, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
-
-
-def write_json(path: Path, value) -> None:
-    """Write ``value`` as JSON; whole or not at all, as :func:`write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees either the whole file or none: a temporary file, then a rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def read_json(path: Path):
-    """The value in a JSON file.
-
-    Raises:
-        UserError: the file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None

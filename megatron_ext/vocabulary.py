@@ -19,8 +19,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ext.command_line import write_json
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_json
 
 SPECIAL_TOKENS = ("<pad>", "<eod>", "<boi>", "<eoi>")
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 
 
 def main() -> None:
@@ -31,9 +31,9 @@ def main() -> None:
     # Imported late: --help and bad usage should not wait for Megatron-Core.
     import torch.distributed as dist
 
+    from megatron_ext import distributed
     from megatron_ext.analysis import attention_report
     from megatron_ext.analysis.attention import of_checkpoint
-    from megatron_ext.training import distributed
 
     numbers = of_checkpoint(
         arguments.checkpoint,
@@ -47,7 +47,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(attention_report.table(numbers["allocation"]))
         if arguments.json:
-            command_line.write_json(arguments.json, numbers)
+            files.write_json(arguments.json, numbers)
         if arguments.figure:
             title = f"attention allocation: {numbers['checkpoint']}, plan {numbers['plan']}"
             attention_report.draw(numbers["allocation"], arguments.figure, title)

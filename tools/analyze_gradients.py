@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 
 
 def main() -> None:
@@ -31,15 +31,15 @@ def main() -> None:
     # Imported late: --help and bad usage should not wait for Megatron-Core.
     import torch.distributed as dist
 
+    from megatron_ext import distributed
     from megatron_ext.analysis import gradients_report
     from megatron_ext.analysis.gradients import of_checkpoint
-    from megatron_ext.training import distributed
 
     numbers = of_checkpoint(arguments.checkpoint, arguments.overrides, arguments.data, arguments.batches)
     if dist.get_rank() == 0:
         print(gradients_report.table(numbers["alignment"], numbers["corrected"]))
         if arguments.json:
-            command_line.write_json(arguments.json, numbers)
+            files.write_json(arguments.json, numbers)
         if arguments.figure:
             title = f"gradient alignment: {numbers['checkpoint']}, plan {numbers['plan']}"
             gradients_report.draw(numbers["alignment"], arguments.figure, title)

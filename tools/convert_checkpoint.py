@@ -6,7 +6,7 @@ optimizer starts anew.
 
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
 
     numbers = convert(arguments.checkpoint, arguments.out, arguments.overrides, arguments.tolerance)
     if arguments.json:
-        command_line.write_json(arguments.json, numbers)
+        files.write_json(arguments.json, numbers)
     print(
         f"{numbers['parameters']:,} parameters, before {numbers['source']['parameters']:,}; train on with\n"
         f"  checkpoint.load={numbers['checkpoint']} {' '.join(arguments.overrides)} output=..."

@@ -8,7 +8,7 @@ downloaded.
 
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 
     numbers = convert_llama(arguments.llama, Vocabulary(arguments.vocabulary), arguments.out, arguments.seed)
     if arguments.json:
-        command_line.write_json(arguments.json, numbers)
+        files.write_json(arguments.json, numbers)
     rows = numbers["rows"]
     left_out = f", {rows['left_out']:,} of Llama's left out" if rows["left_out"] else ""
     print(

@@ -4,7 +4,7 @@ scored; or the score of what was saved."""
 import argparse
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import score_table as table
 from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES, benchmark_named
@@ -17,9 +17,9 @@ def main() -> None:
     scored = _scored(arguments)
     text = table.markdown(scored)
     if arguments.json:
-        command_line.write_json(arguments.json, table.as_json(scored))
+        files.write_json(arguments.json, table.as_json(scored))
     if arguments.markdown:
-        command_line.write_text(arguments.markdown, text)
+        files.write_text(arguments.markdown, text)
     print(text, end="")
 
 

@@ -8,8 +8,9 @@ tasks, runs of tokens in the order in which they stand, how many such documents.
 from pathlib import Path
 
 from megatron_ext import config_file
-from megatron_ext.command_line import parser, run, write_json
+from megatron_ext.command_line import parser, run
 from megatron_ext.config import Config
+from megatron_ext.files import write_json
 from megatron_ext.routing import published
 from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.plan import Plan

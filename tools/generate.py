@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 
 
@@ -73,7 +73,7 @@ def main() -> None:
                 }
                 results += session.draw([line], arguments.out, pictures, first=len(results))
         if arguments.json and session.first:
-            command_line.write_json(arguments.json, results)
+            files.write_json(arguments.json, results)
     finally:
         session.close()
 

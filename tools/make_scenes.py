@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.picture_world.questions import KINDS
@@ -111,7 +111,7 @@ def main() -> None:
         state = "made" if manifest["made"] else "already complete"
         print(f"{arguments.benchmarks}: {items}, {state} ({manifest['fingerprint']})")
     if arguments.json:
-        command_line.write_json(arguments.json, manifests)
+        files.write_json(arguments.json, manifests)
 
 
 if __name__ == "__main__":

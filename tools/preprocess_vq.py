@@ -14,7 +14,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.vocabulary import Vocabulary
 
 EXAMPLE = """\
@@ -40,7 +40,7 @@ def main() -> None:
     else:
         numbers = _prepare(arguments)
     if arguments.json:
-        command_line.write_json(arguments.json, numbers)
+        files.write_json(arguments.json, numbers)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.report.write import write_report
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     arguments = parser.parse_args()
     numbers = write_report(arguments.run, arguments.vq, arguments.out or arguments.run / "report.html")
     if arguments.json:
-        command_line.write_json(arguments.json, numbers)
+        files.write_json(arguments.json, numbers)
     print(f"{numbers['html']}\n{numbers['markdown']}")
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 
 
@@ -64,13 +64,13 @@ def _report(study, runs, arguments) -> None:
     numbers = report.write(study, runs)
     print(f"{study.output}/report.md: written")
     if arguments.json:
-        command_line.write_json(arguments.json, numbers)
+        files.write_json(arguments.json, numbers)
 
 
 def _show(arguments, table) -> None:
     print(f"{table.markdown()}\n{table.title}")
     if arguments.json:
-        command_line.write_json(arguments.json, [dict(zip(table.head, row)) for row in table.rows])
+        files.write_json(arguments.json, [dict(zip(table.head, row)) for row in table.rows])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Show what a run would train on: the mixture as a tree, some packed rows decoded, how much of them is padding."""
 
 from megatron_ext import config_file
-from megatron_ext.command_line import parser, run, write_json
+from megatron_ext.command_line import parser, run
 from megatron_ext.config import Config
 from megatron_ext.data import PackedRows, build_mixture
 from megatron_ext.data.decoding import decode
 from megatron_ext.data.format import verify
 from megatron_ext.data.show import describe_row, statistics
+from megatron_ext.files import write_json
 from megatron_ext.vocabulary import Vocabulary
 
 

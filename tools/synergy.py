@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.analysis import results, synergy, tables
 
 
@@ -27,13 +27,13 @@ def main() -> None:
     text = "\n\n".join([read.source, *(f"{t.title}:\n\n{t.markdown()}" for t in shown), *notes]) + "\n"
     print(text, end="")
     if arguments.json:
-        command_line.write_json(arguments.json, {"source": read.source, "methods": tables.as_json(comparisons)})
+        files.write_json(arguments.json, {"source": read.source, "methods": tables.as_json(comparisons)})
     if arguments.markdown:
-        command_line.write_text(arguments.markdown, text)
+        files.write_text(arguments.markdown, text)
     if arguments.latex:
-        command_line.write_text(arguments.latex, "\n\n".join(t.latex() for t in shown) + "\n")
+        files.write_text(arguments.latex, "\n\n".join(t.latex() for t in shown) + "\n")
     if arguments.csv:
-        command_line.write_text(arguments.csv, tables.as_csv(comparisons))
+        files.write_text(arguments.csv, tables.as_csv(comparisons))
     if arguments.plot:
         from megatron_ext.analysis import plots  # imported late: --help should not wait for matplotlib
 

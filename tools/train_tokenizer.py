@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ext import command_line, tokenizer
+from megatron_ext import command_line, files, tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 
@@ -37,7 +37,7 @@ def main() -> None:
         f"{codebook_size} image tokens; fingerprint {vocabulary.fingerprint}"
     )
     if arguments.json:
-        command_line.write_json(
+        files.write_json(
             arguments.json,
             {
                 "texts": count,

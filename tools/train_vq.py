@@ -3,7 +3,7 @@
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         f"(perplexity {numbers['codebook_perplexity']:.0f}); look at {arguments.out / 'reconstructions.png'}"
     )
     if arguments.json:
-        command_line.write_json(arguments.json, numbers)
+        files.write_json(arguments.json, numbers)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 from gpu.records import Context, NotRun, Record
 from gpu.steps import Figure
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
 from megatron_ext.data import dali
 from megatron_ext.data.loader import PlainLoader
@@ -16,7 +16,6 @@ from megatron_ext.data.packed_rows import PackedRows, StepRows
 from megatron_ext.data.serialization import from_bytes
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
-from megatron_ext.training import distributed
 
 STEPS = 8
 FIGURES = {

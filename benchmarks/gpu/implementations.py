@@ -12,9 +12,8 @@ from gpu.material import write_config
 from gpu.precision import BASE, LIMITS, LOCAL, TRANSFORMER_ENGINE, relative_error
 from gpu.records import Context, Record
 from gpu.steps import Figure
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
-from megatron_ext.training import distributed
 
 ITERATIONS = 40
 PLAN = "plan.preset=himix_hmgen_share_partial"

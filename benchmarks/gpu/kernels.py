@@ -18,7 +18,7 @@ def measure(context: Context, record: Record) -> None:
     from training_step.kernels import kernel_table, profile
     from training_step.rows import random_rows
 
-    from megatron_ext.training import distributed
+    from megatron_ext import distributed
 
     size = size_of(context, "table_bf16")
     distributed.initialize(size.configuration())

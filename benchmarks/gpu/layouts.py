@@ -11,7 +11,7 @@ from gpu.float32 import SETTINGS
 from gpu.logs import last_error
 from gpu.records import Context, Record
 from gpu.steps import Figure
-from megatron_ext import command_line
+from megatron_ext import files
 
 LAYOUTS = ["tp2", "tp1-pp2", "tp2-sp", "tp1-dp2"]
 PLANS = ["himix_hmgen_share_partial", "rank 4 per task", "dense"]
@@ -30,6 +30,6 @@ def measure(context: Context, record: Record) -> None:
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(last_error(record.file.with_suffix(".log")) or str(error)) from None
     finally:
-        for layout, of_plan in (command_line.read_json(file) if file.exists() else {}).items():
+        for layout, of_plan in (files.read_json(file) if file.exists() else {}).items():
             if layout in LAYOUTS:
                 record.figures[layout] = max(value for errors in of_plan.values() for value in errors.values())

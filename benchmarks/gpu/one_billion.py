@@ -59,7 +59,7 @@ def measure(context: Context, record: Record) -> None:
     """Time what is not known yet, case by case."""
     from training_step.timing import table, time_cases
 
-    from megatron_ext.training import distributed
+    from megatron_ext import distributed
 
     size, cases = size_of(context, record.step), record.data
     distributed.initialize(size.configuration())

@@ -47,7 +47,7 @@ def measure(context: Context, record: Record) -> None:
     """Take the figures of this step's kinds of precision."""
     import parity
 
-    from megatron_ext.training import distributed
+    from megatron_ext import distributed
 
     base = TINY if context.rehearsal else BASE
     kinds = KINDS[record.step]

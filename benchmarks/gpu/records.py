@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import files
 
 DONE, FAILED, NOT_RUN, RUNNING = "done", "failed", "not run", "running"
 
@@ -55,7 +55,7 @@ class Record:
         everything = read(self.file)
         own = {name: value for name, value in vars(self).items() if name not in ("file", "step")}
         everything["steps"][self.step] = own
-        command_line.write_json(self.file, everything)
+        files.write_json(self.file, everything)
 
     def end(self, status: str, reason: str = "", seconds: float = 0.0) -> None:
         """Say how the step ended."""
@@ -65,7 +65,7 @@ class Record:
 
 def read(file: Path) -> dict:
     """The file's ``machine`` and its ``steps`` by name; both empty where there is no file yet."""
-    return command_line.read_json(file) if file.exists() else {"machine": {}, "steps": {}}
+    return files.read_json(file) if file.exists() else {"machine": {}, "steps": {}}
 
 
 def of_step(file: Path, step: str, rehearsal: bool) -> Record:
@@ -80,4 +80,4 @@ def write_machine(file: Path, machine: dict) -> None:
     """Say in the file what machine this is, when, and by which command."""
     everything = read(file)
     everything["machine"] = machine | {"date": time.strftime("%Y-%m-%d")}
-    command_line.write_json(file, everything)
+    files.write_json(file, everything)

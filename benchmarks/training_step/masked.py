@@ -10,11 +10,11 @@ import dataclasses
 import torch
 from megatron.core.utils import unwrap_model
 
+from megatron_ext import distributed
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.token_classes import Modality, Task
-from megatron_ext.training import distributed
 from training_step.ours import OurStep
 from training_step.rows import stored_order
 

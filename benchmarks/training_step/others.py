@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_ext import distributed
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
-from megatron_ext.training import distributed
 from training_step.weights import draw_on_device
 
 

@@ -2,11 +2,11 @@
 
 import torch
 
+from megatron_ext import distributed
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-from megatron_ext.training import distributed
 from megatron_ext.training.prepare import Preparation, StepInput, prepare
 
 IMAGE, TEXT = 256, 24

@@ -26,7 +26,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.analysis.batches import run_batches
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import load_weights, read_state
@@ -35,7 +35,6 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.token_classes import Task
-from megatron_ext.training import distributed
 from megatron_ext.training.prepare import StepInput, prepare
 from megatron_ext.training.run import padded_vocabulary
 from megatron_ext.training.setup import build_model

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ext import config_file
-from megatron_ext.command_line import read_json
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json
 
 PUBLISHED = Path(__file__).with_name("published.json")
 """The tables of arXiv 2606.01503. HMGen with 3 shallow layers is the generation partner of its unified methods: they

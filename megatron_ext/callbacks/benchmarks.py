@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_ext.command_line import write_json
 from megatron_ext.config import Config, EvaluationBenchmark
+from megatron_ext.distributed import device, from_rank_zero, report
 from megatron_ext.evaluation import training_folder as evaluation_folder
 from megatron_ext.evaluation.answering import answer
 from megatron_ext.evaluation.items import Benchmark, Item
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.evaluation.score_table import score_file
+from megatron_ext.files import write_json
 from megatron_ext.generation.checkpoint import Trained
 from megatron_ext.generation.session import Session
 from megatron_ext.routing.plan import Plan
-from megatron_ext.training.distributed import device, from_rank_zero, report
 from megatron_ext.training.step import evaluation_mode
 from megatron_ext.vocabulary import Vocabulary
 

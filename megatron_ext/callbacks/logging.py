@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from megatron_ext.analysis import gradients_report
-from megatron_ext.command_line import write_json
 from megatron_ext.config import Config
 from megatron_ext.config_file import to_tree
 from megatron_ext.evaluation.registry import BENCHMARKS
+from megatron_ext.files import write_json
 from megatron_ext.training.environment import environment
 from megatron_ext.training.metrics import MetricsFile
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_ext import config_file
-from megatron_ext.command_line import read_json
 from megatron_ext.config import Config, ModelConfig
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 

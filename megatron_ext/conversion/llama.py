@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron_ext import command_line
+from megatron_ext import command_line, distributed, files
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer
 from megatron_ext.config import Config, DataConfig, TrainingConfig
@@ -29,7 +29,6 @@ from megatron_ext.conversion.projections import alone
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Plan
-from megatron_ext.training import distributed
 from megatron_ext.training.run import Progress, identity_of, padded_vocabulary
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.vocabulary import Vocabulary
@@ -76,7 +75,7 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
     finally:
         distributed.shut_down()
     section = identity["model"] | {"init_std": llama.model.init_std}
-    command_line.write_text(
+    files.write_text(
         out / "model.yaml",
         f"# The shape of {folder.name}, to be laid over a configuration that starts from its weights.\n"
         + yaml.safe_dump({"model": section}, sort_keys=False),

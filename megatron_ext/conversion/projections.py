@@ -21,14 +21,13 @@ import torch
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch import Tensor
 
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights
 from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Plan, Projections
-from megatron_ext.training import distributed
 from megatron_ext.training.run import Progress
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.model import build_chunks

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.command_line import write_json
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_json
 
 TEXT, IMAGE, ANSWER = 0, 1, 2
 """Modes of a sequence."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext import command_line
+from megatron_ext.distributed import from_rank_zero
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import manifest
 from megatron_ext.evaluation.answers import AnswersWriter, read_answers
@@ -22,7 +23,6 @@ from megatron_ext.generation import prompts
 from megatron_ext.generation.likelihood import log_likelihoods
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.generation.session import Session
-from megatron_ext.training.distributed import from_rank_zero
 
 GREEDY = Sampling(temperature=0)
 

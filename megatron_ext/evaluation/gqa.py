@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import files
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import counting
 from megatron_ext.evaluation.items import Answers, Benchmark, Item, Scores
@@ -21,7 +21,7 @@ def read(folder: Path, parts: Sequence[str] | None = None) -> list[Item]:
     for part in chosen(parts, PARTS, "gqa"):
         name = f"{part}_questions.json"
         file = first_file([folder / name, folder / "questions1.2" / name, folder / "questions" / name])
-        entries = command_line.read_json(file)
+        entries = files.read_json(file)
         if not isinstance(entries, dict):
             raise UserError(f"{file}: is not an object of question id -> question")
         items += checked(_items(entries, file, folder), file)

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from megatron_ext import command_line, config_file
+from megatron_ext import config_file, files
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.errors import UserError
 from megatron_ext.generation.session import Session
@@ -53,7 +53,7 @@ def claim(place: Path, manifest: Path, settings: dict, other: str | None = None,
         if not set_aside:
             raise UserError(f"{place}: {reason}; name another folder, or remove this one")
         _set_aside(place, manifest)
-    command_line.write_json(manifest, settings)
+    files.write_json(manifest, settings)
 
 
 def read(manifest: Path) -> dict | None:
@@ -64,7 +64,7 @@ def read(manifest: Path) -> dict | None:
     """
     if not manifest.exists():
         return None
-    found = command_line.read_json(manifest)
+    found = files.read_json(manifest)
     if not isinstance(found, dict):
         raise UserError(f"{manifest}: must be a JSON object")
     return found

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.command_line import read_json
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.fid import Features, Network, features, frechet_distance
+from megatron_ext.files import read_json
 
 TITLE = "MJHQ-30K"
 PROMPTS = "meta_data.json"

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext import command_line
+from megatron_ext import command_line, distributed
 from megatron_ext.evaluation.manifest import model_settings
 from megatron_ext.evaluation.mjhq import Prompt
 from megatron_ext.evaluation.picture_folder import claim, picture_file, save
 from megatron_ext.generation import prompts as requests
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.generation.session import Session
-from megatron_ext.training import distributed
 
 
 def settings_of(session: Session, checkpoint: Path, prompts: str, sampling: Sampling) -> dict:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_ext import command_line
+from megatron_ext import files
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import counting
 from megatron_ext.evaluation.items import Answers, Benchmark, Item, Scores
@@ -23,7 +23,7 @@ def read(folder: Path, parts: Sequence[str] | None = None) -> list[Item]:
     Images are ``SEED-Bench-image/<data_id>``."""
     chosen(parts, PARTS, "seed")
     file = first_file([folder / "SEED-Bench.json"])
-    content = command_line.read_json(file)
+    content = files.read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
         raise UserError(f"{file}: has no list 'questions'")
     types = content.get("question_type", {})

@@ -9,7 +9,7 @@
 
 from pathlib import Path
 
-from megatron_ext.command_line import read_json
+from megatron_ext.files import read_json
 
 MANIFEST = "evaluation.json"
 

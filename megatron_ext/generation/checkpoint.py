@@ -35,9 +35,9 @@ def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None,
     Raises:
         UserError: the checkpoint or the vocabulary is missing, damaged, or another one than it was trained with.
     """
+    from megatron_ext import distributed
     from megatron_ext.checkpoints import folder as checkpoint_folder
     from megatron_ext.checkpoints.checkpointer import load_weights, read_state
-    from megatron_ext.training import distributed
     from megatron_ext.training.run import padded_vocabulary
     from megatron_ext.transformer.model import build_chunks
 

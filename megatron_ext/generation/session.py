@@ -9,14 +9,13 @@ from megatron.core import parallel_state
 from PIL import Image
 from torch import Tensor
 
-from megatron_ext import command_line
+from megatron_ext import command_line, distributed
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.generation.checkpoint import Trained
 from megatron_ext.generation.generator import Generator, Request
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.preprocess.images import CROP, PillowDecoder
-from megatron_ext.training import distributed
 from megatron_ext.vq import model as vq_model
 
 SHEET = "sheet.png"

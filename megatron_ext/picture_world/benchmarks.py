@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_ext.command_line import progress, read_json, write_json
+from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world import multiple_choice
 from megatron_ext.picture_world.captions import (
     NUMBERS,

@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from megatron_ext.command_line import progress, read_json, write_json
+from megatron_ext.command_line import progress
+from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.captions import caption, text
 from megatron_ext.picture_world.conversations import conversation
 from megatron_ext.picture_world.render import render

@@ -14,10 +14,11 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_ext.command_line import progress, read_json, write_json
+from megatron_ext.command_line import progress
 from megatron_ext.data import format as data_format
 from megatron_ext.data.format import IMAGE, DatasetWriter
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json, write_json
 from megatron_ext.preprocess.parts import Part, part_name
 
 TOOL = "tools/preprocess_vq.py"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext import config_file
-from megatron_ext.command_line import read_json
 from megatron_ext.config import Config, SourceConfig
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json
 from megatron_ext.report.evaluated import Evaluated, evaluated
 from megatron_ext.report.samples import Sample, samples, vq_sheet
 from megatron_ext.routing.cost import parameter_count

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.analysis.results import Metric, Results, Row
-from megatron_ext.command_line import write_json
+from megatron_ext.files import write_json
 from megatron_ext.study import state, steps
 from megatron_ext.study.grid import Run
 from megatron_ext.study.study_file import Study

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 from megatron_ext.study import outcome, state, steps
 from megatron_ext.study.grid import Run
@@ -165,7 +165,7 @@ class _Active:
 
     def _fail(self, step: str, code: int, error: str) -> None:
         self.note = f"FAILED in {step}: {error}"
-        command_line.write_json(self.run.folder / "failed.json", {"step": step, "returncode": code, "error": error})
+        files.write_json(self.run.folder / "failed.json", {"step": step, "returncode": code, "error": error})
 
     def _close(self) -> bool:
         os.close(self._lock)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext import config_file
-from megatron_ext.command_line import progress, read_json, write_json
+from megatron_ext.command_line import progress
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json, write_json
 from megatron_ext.study.budget import Length, Lengths
 from megatron_ext.study.study_file import Method, Size, Study
 

@@ -1,7 +1,7 @@
 """The figures of one finished run, from what training and evaluation wrote."""
 
-from megatron_ext.command_line import write_json
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_json
 from megatron_ext.study import steps
 from megatron_ext.study.grid import Run
 from megatron_ext.study.study_file import Evaluation

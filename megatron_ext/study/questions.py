@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext import command_line
+from megatron_ext import command_line, files
 from megatron_ext.analysis.bootstrap import Bootstrap
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.items import Item
@@ -105,10 +105,10 @@ def _replicates(folder: Path, benchmark: Benchmark, drawn: _Drawings) -> dict[st
     for answered in sorted(made.rglob("*.png")) if pictures else [made]:
         told.update(answered.read_bytes())
     file = folder / f"{benchmark.name}.replicates.json"
-    if file.is_file() and (kept := command_line.read_json(file))["key"] == told.hexdigest():
+    if file.is_file() and (kept := files.read_json(file))["key"] == told.hexdigest():
         return kept["figures"]
     figures = (_of_pictures if pictures else _of_answers)(made, benchmark, drawn)
-    command_line.write_json(file, {"key": told.hexdigest(), "figures": figures})
+    files.write_json(file, {"key": told.hexdigest(), "figures": figures})
     return figures
 
 

@@ -7,7 +7,7 @@ from megatron_ext.analysis import fit, synergy, tables
 from megatron_ext.analysis.bootstrap import Bootstrap
 from megatron_ext.analysis.results import Results
 from megatron_ext.analysis.synergy import REFERENCE, Comparison
-from megatron_ext.command_line import write_json, write_text
+from megatron_ext.files import write_json, write_text
 from megatron_ext.study import collect, questions, report_tables, state, steps
 from megatron_ext.study.grid import Run
 from megatron_ext.study.study_file import Study

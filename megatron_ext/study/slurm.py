@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ext.command_line import write_text
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_text
 from megatron_ext.study.grid import Run
 from megatron_ext.study.steps import ROOT
 from megatron_ext.study.study_file import Study

@@ -20,8 +20,8 @@ from pathlib import Path
 import yaml
 
 from megatron_ext import config_file
-from megatron_ext.command_line import read_json, write_json, write_text
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json, write_json, write_text
 from megatron_ext.study.grid import Run, metadata_checksum
 from megatron_ext.training.metrics import read_metrics
 

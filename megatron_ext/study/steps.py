@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.command_line import read_json, write_json
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.registry import BENCHMARKS
+from megatron_ext.files import read_json, write_json
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.study import state
 from megatron_ext.study.grid import Run

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from megatron_ext.command_line import write_json
 from megatron_ext.config import LifecycleConfig
+from megatron_ext.files import write_json
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _REASONS = (

@@ -6,13 +6,13 @@ import time
 import torch
 from megatron.core import parallel_state
 
+from megatron_ext import distributed
 from megatron_ext.analysis.gradients import alignment
 from megatron_ext.callbacks.logging import Logger
 from megatron_ext.callbacks.profiling import ProfileWindow
 from megatron_ext.config import Config
 from megatron_ext.data import step_batches
 from megatron_ext.token_classes import Task
-from megatron_ext.training import distributed
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.devices import model_flops_utilisation
 from megatron_ext.training.lifecycle import Lifecycle

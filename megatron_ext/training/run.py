@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.callbacks.benchmarks import Benchmarking
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, read_state
@@ -16,7 +16,6 @@ from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Plan, task_and_modality
-from megatron_ext.training import distributed
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.specs import fp8_recipe, implementation, why_no_fp8

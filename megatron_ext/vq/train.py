@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.janus.modeling_janus import JanusVQVAEAttnBlock
 
-from megatron_ext.command_line import progress, write_json
+from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_json
 from megatron_ext.vq.model import VQModel, load, nearest
 
 

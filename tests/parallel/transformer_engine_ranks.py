@@ -14,10 +14,9 @@ import torch.distributed as dist
 from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 from parity import perturb
 
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import state as checkpoint_state
 from megatron_ext.config import Config
-from megatron_ext.training import distributed
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step

@@ -9,7 +9,7 @@ from megatron_ext.config import Config
 @pytest.fixture
 def one_process():
     """A function that starts a world of one process for a configuration; the world ends with the test."""
-    from megatron_ext.training import distributed
+    from megatron_ext import distributed
 
     def start(*overrides: str) -> Config:
         config = config_file.load(Config, [], overrides)

@@ -12,7 +12,7 @@ import torch
 from preprocess_material import CODES, GRID, make_vocabulary, make_vq
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
@@ -25,7 +25,6 @@ from megatron_ext.generation.checkpoint import load
 from megatron_ext.generation.session import Session
 from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.report.write import write_report
-from megatron_ext.training import distributed
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run

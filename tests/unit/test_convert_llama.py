@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints.checkpointer import Checkpointer
 from megatron_ext.config import Config
 from megatron_ext.conversion.hugging_face import EMBEDDING, HEAD
@@ -24,7 +24,6 @@ from megatron_ext.errors import UserError
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
-from megatron_ext.training import distributed
 from megatron_ext.training.run import build_run, identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.vocabulary import Vocabulary

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import torch
 
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, read_state
 from megatron_ext.checkpoints.state import steps_taken
@@ -19,7 +19,6 @@ from megatron_ext.conversion.projections import convert, converted
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan, Projections
 from megatron_ext.routing.route import Route
-from megatron_ext.training import distributed
 from megatron_ext.training.run import identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.vocabulary import Vocabulary

@@ -12,9 +12,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ext.command_line import read_json
+from megatron_ext import distributed
 from megatron_ext.config import ModelConfig, PlanConfig, ProjectionConfig
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json
 from megatron_ext.routing import published
 from megatron_ext.routing.cost import (
     class_flops,
@@ -33,7 +34,6 @@ from megatron_ext.routing.memory import activation_bytes
 from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_index
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-from megatron_ext.training import distributed
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.transformer.model import build_chunks
 

@@ -9,8 +9,8 @@ import torch
 
 from megatron_ext import config_file, cpu
 from megatron_ext.config import Config
+from megatron_ext.distributed import _local_device
 from megatron_ext.errors import UserError
-from megatron_ext.training.distributed import _local_device
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step

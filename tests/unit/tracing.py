@@ -11,9 +11,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ext import config_file, cpu
+from megatron_ext import config_file, cpu, distributed
 from megatron_ext.config import Config
-from megatron_ext.training import distributed
 
 VIEWS = (
     "view",
