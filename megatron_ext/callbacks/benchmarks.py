@@ -17,7 +17,7 @@ from megatron_ext.evaluation.items import Benchmark, Item
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.files import write_json
-from megatron_ext.generation.checkpoint import Trained
+from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.session import Session
 from megatron_ext.routing.plan import Plan
 from megatron_ext.training.step import evaluation_mode
@@ -60,10 +60,10 @@ class Benchmarking:
         # Building the tokenizer's network draws numbers for weights that are then read from its file.
         with torch.random.fork_rng([device()]):
             self._session = Session(
-                Trained(config, plan, vocabulary, model),
+                TrainedModel(config, plan, vocabulary, model),
                 Path(self._wanted.vq),
                 self._wanted.batch_size,
-                say=lambda line: None,
+                report=lambda line: None,
             )
 
     def __call__(self, iteration: int) -> Evaluation:
@@ -82,7 +82,7 @@ class Benchmarking:
                     report(f"{file}: {unreadable} images could not be read")
             if self._wanted.prompts:
                 drawn = {key: getattr(self._wanted, key) for key in ("guidance", "temperature", "seed")}
-                made = self._session.draw(self._wanted.prompts, folder, drawn)
+                made = self._session.generate_pictures(self._wanted.prompts, folder, drawn)
                 pictures = [(one["caption"], Path(one["file"])) for one in made]
         figures = from_rank_zero(lambda: self._score(folder, iteration, pictures))
         return Evaluation(figures, pictures, time.perf_counter() - started)

@@ -141,7 +141,7 @@ def fuses_weight_gradient(config: Config, name: str) -> bool:
     return implementation(config) == "transformer_engine" or apex_fuses_weight_gradients()
 
 
-def layer_spec(config: Config) -> ModuleSpec:
+def layer_spec(config: Config, passes_slices: bool = False) -> ModuleSpec:
     """One layer: :class:`UnifiedLayer` with split projections and attention of the chosen implementation."""
     if implementation(config) == "transformer_engine":
         query_key_value, column, row = transformer_engine_linears()
@@ -159,6 +159,7 @@ def layer_spec(config: Config) -> ModuleSpec:
     qkv = linear(query_key_value, "qkv")
     return ModuleSpec(
         module=UnifiedLayer,
+        params={"passes_slices": passes_slices},
         submodules=TransformerLayerSubmodules(
             input_layernorm=InputNorm,
             self_attention=ModuleSpec(
@@ -191,4 +192,5 @@ def block_spec(config: Config, transformer: TransformerConfig, vp_stage: int | N
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     count = get_num_layers_to_build(transformer, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * count, layer_norm=RMSNorm)
+    inner, last = layer_spec(config, passes_slices=config.training.recompute != "full"), layer_spec(config)
+    return TransformerBlockSubmodules(layer_specs=[inner] * (count - 1) + [last], layer_norm=RMSNorm)
