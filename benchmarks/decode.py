@@ -27,7 +27,8 @@ from megatron_ext import command_line, config_file, cpu, files
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
-from megatron_ext.generation.generator import Generator, Request
+from megatron_ext.generation.generator import Generator
+from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.routing.cost import count, forward_flops
 from megatron_ext.routing.plan import PRESETS, Plan

@@ -14,6 +14,7 @@ from gpu.records import Context, Record
 from gpu.steps import Figure
 from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
+from megatron_ext.transformer.hidden_states import joined
 
 ITERATIONS = 40
 PLAN = "plan.preset=himix_hmgen_share_partial"
@@ -76,11 +77,10 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 
     def keep(layer, arguments, output) -> None:
         if layer.layer_number not in states:
-            stored = output[0].detach().squeeze(1).float().cpu()[order >= 0]  # FP8 has dummies among them
+            stored = joined(output[0]).detach().squeeze(1).float().cpu()[order >= 0]  # FP8 has dummies among them
             states[layer.layer_number] = stored[order[order >= 0].argsort()]
 
     for layer in unwrap_model(chunks[0]).decoder.layers:
-        layer.joins = True
         layer.register_forward_hook(keep)
     train_step(chunks, build_optimizer(config, chunks), step_input(batch, config), config)
     distributed.shut_down()

@@ -15,6 +15,7 @@ from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.transformer.hidden_states import joined
 from training_step.ours import OurStep
 from training_step.rows import stored_order
 
@@ -30,7 +31,6 @@ class MaskedStep(OurStep):
         rows = batch.rows(0, config.training.micro_batch_size)  # the classes of tokens are those of every micro-batch
         order = stored_order(rows, self.config)
         for layer in unwrap_model(self.chunks[0]).decoder.layers:
-            layer.joins = True
             full = _full(plan, layer.layer_number - 1, rows)[order]
             layer.register_forward_hook(_Blend(full.to(distributed.device())), with_kwargs=True)
 
@@ -47,7 +47,7 @@ class _Blend:
 
     def __call__(self, layer, arguments, keywords, output):
         hidden_states, context = output
-        return torch.where(self._full, hidden_states, keywords["hidden_states"]), context
+        return torch.where(self._full, joined(hidden_states), joined(keywords["hidden_states"])), context
 
 
 def _full(plan: Plan, layer: int, batch: Batch) -> torch.Tensor:

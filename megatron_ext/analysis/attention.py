@@ -34,7 +34,7 @@ from megatron_ext.generation.checkpoint import load
 from megatron_ext.routing.layer_route import LayerRoute
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
-from megatron_ext.transformer.rows import join
+from megatron_ext.transformer.hidden_states import join
 
 BLOCK = 2**23
 """Attention weights computed at a time, of all heads of a rank together."""
@@ -204,8 +204,10 @@ def of_checkpoint(
 
 def _flat_rows(route: Route, layer: LayerRoute) -> tuple[Tensor, Tensor]:
     """Flat indices into the micro-batch of a layer's queries and keys, in attention's order."""
-    pieces = route.order.split(layer.pieces.sizes)
-    full, kv_only = (join([pieces[i] for i in of], route.order) for of in (layer.pieces.full, layer.pieces.kv_only))
+    slices = route.order.split(layer.slices.sizes)
+    full, kv_only = (
+        join([slices[i] for i in chosen], route.order) for chosen in (layer.slices.full, layer.slices.kv_only)
+    )
     queries = full if layer.queries is None else full[layer.queries.index]
     return queries, queries if layer.keys is None else torch.cat([full, kv_only])[layer.keys.index]
 

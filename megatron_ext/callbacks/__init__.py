@@ -38,7 +38,7 @@ def build_callbacks(run: Run) -> list[Callback]:
         callbacks.append(GradientAlignment(config.logging.gradient_alignment_interval))
     callbacks.append(Validation())
     if config.evaluation.interval:
-        callbacks.append(Benchmarking(config, run.plan, run.vocabulary, run.chunks))
+        callbacks.append(Benchmarking(run))
     callbacks += [callback() for callback in named_callbacks(config)]
     callbacks += [Logging(config), Profiling(config.logging, config.output, dist.get_rank())]
     callbacks += [BadStepLimits(), Checkpointing()]

@@ -18,6 +18,7 @@ from megatron_ext.picture_world.facts import Facts, read_caption
 from megatron_ext.picture_world.look import Seen, look
 from megatron_ext.preprocess.images import CROP, PillowDecoder
 from megatron_ext.vq.model import VQModel
+from megatron_ext.vq.pixels import from_bytes, to_bytes
 
 TITLE = f"{mjhq.TITLE}, scene check"
 COLUMN = "MJHQ-facts"
@@ -129,8 +130,8 @@ def _through(vq: VQModel, files: Sequence[tuple[str, Path]]) -> Iterator[tuple[s
     for start in range(0, len(files), BATCH):
         batch = files[start : start + BATCH]
         pixels = torch.stack(decoder([file.read_bytes() for _, file in batch])).permute(0, 3, 1, 2)
-        made = vq.decode(vq.encode(pixels / 127.5 - 1)).cpu()
-        pictures = ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        made = vq.decode(vq.encode(from_bytes(pixels))).cpu()
+        pictures = to_bytes(made).permute(0, 2, 3, 1).numpy()
         yield from zip((id for id, _ in batch), pictures)
     decoder.close()
 

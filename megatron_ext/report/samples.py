@@ -12,6 +12,7 @@ from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq.model import VQModel, load
+from megatron_ext.vq.pixels import to_picture
 
 SHEET = "reconstructions.png"
 """File in a VQ folder: pictures above what is left of them after encoding and decoding."""
@@ -71,8 +72,7 @@ def _samples_of(source: SourceConfig, vocabulary: Vocabulary, vq: VQModel, count
 
 def to_png(image: Tensor) -> bytes:
     """An image [3, H, W] in [-1, 1] as PNG."""
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    return enlarged(Image.fromarray(pixels))
+    return enlarged(to_picture(image))
 
 
 def enlarged(picture: Image.Image) -> bytes:

@@ -9,6 +9,7 @@ from megatron_ext.config import Config
 from megatron_ext.training.step import configure, single_optimizer
 from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import ResolvedConfig
 
 
 class DataParallel(DistributedDataParallel):
@@ -47,10 +48,11 @@ def _gathers_ahead(config: Config) -> bool:
     return config.parallel.overlap and config.parallel.distributed_optimizer
 
 
-def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel]:
+def build_model(resolved: ResolvedConfig) -> list[DistributedDataParallel]:
     """This rank's model chunks with initial weights, wrapped for data parallelism."""
+    config = resolved.config
     parallel = config.parallel
-    chunks = build_chunks(config, vocab_size)
+    chunks = build_chunks(resolved)
     configure(chunks[0].config)
     for chunk in chunks[1:]:
         chunk.config = chunks[0].config

@@ -24,6 +24,7 @@ from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 from megatron_ext.vq.model import VQModel, load, nearest
+from megatron_ext.vq.pixels import from_bytes, to_bytes
 
 
 @dataclass
@@ -115,9 +116,9 @@ def train(pictures: Tensor, out: Path, config: TrainConfig, save_every: int = 50
 
 def reconstruct(vq: VQModel, pictures: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
     """Codes [n, h*w] of pictures uint8 [n, 3, s, s], and the pictures decoded from them, uint8."""
-    codes = torch.cat([vq.encode(to_float(some)) for some in pictures.split(batch_size)])
+    codes = torch.cat([vq.encode(from_bytes(some)) for some in pictures.split(batch_size)])
     decoded = torch.cat([vq.decode(some) for some in codes.split(batch_size)])
-    return codes, ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    return codes, to_bytes(decoded).cpu()
 
 
 def quality(originals: Tensor, reconstructed: Tensor, codes: Tensor, codebook_size: int) -> dict:
@@ -140,11 +141,6 @@ def save_sheet(originals: Tensor, reconstructed: Tensor, file: Path) -> None:
     rows = [torch.cat(list(row), dim=2) for row in pairs.split(4) if len(row) == 4]
     sheet = torch.cat(rows, dim=1).permute(1, 2, 0).contiguous()
     Image.fromarray(sheet.numpy()).save(file)
-
-
-def to_float(pictures: Tensor) -> Tensor:
-    """uint8 pictures as floats in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
 
 
 class _Training:
@@ -187,7 +183,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * min(1, (self.step + 1) / 50) * self._cosine()
         chosen = torch.randint(len(pictures), (config.batch_size,), generator=self.generator)
-        images = F.pixel_unshuffle(to_float(pictures[chosen]), config.patch).contiguous(
+        images = F.pixel_unshuffle(from_bytes(pictures[chosen]), config.patch).contiguous(
             memory_format=torch.channels_last
         )
         if self.step == math.ceil(config.warmup * config.steps):
@@ -259,7 +255,7 @@ class _Training:
     def _start_codebook(self, pictures: Tensor) -> None:
         """k-means on the sphere over the latents of some pictures."""
         chosen = torch.randint(len(pictures), (min(len(pictures), 512),), generator=self.generator)
-        images = F.pixel_unshuffle(to_float(pictures[chosen]), self.config.patch)
+        images = F.pixel_unshuffle(from_bytes(pictures[chosen]), self.config.patch)
         flat = torch.cat(
             [F.normalize(self.network.quant_conv(self.network.encoder(some)), dim=1) for some in images.split(32)]
         )

@@ -5,8 +5,9 @@ import torch
 from test_decoder import PLANS, SHAPE, build, full_logits
 
 from megatron_ext.errors import UserError
-from megatron_ext.generation.generator import Generator, Request
+from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.likelihood import log_likelihoods
+from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling, next_tokens
 from megatron_ext.token_classes import Task
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.permutation import Permutation
-from megatron_ext.transformer.kernels import functions, torch_rotary
+from megatron_ext.transformer.kernels import cpu_rotary, functions
 from megatron_ext.transformer.kernels.backend import INTERPRETED, backend_of
 from megatron_ext.transformer.rotary import Rotary, rotary_table
 
@@ -64,7 +64,7 @@ def test_triton_takes_gpus_and_meta_and_torch_takes_cpus():
     names = {
         device: backend_of(torch.empty(0, device=device)).__name__.rpartition(".")[2] for device in ("cpu", "meta")
     }
-    assert names == {"cpu": "triton_backend" if INTERPRETED else "torch_backend", "meta": "triton_backend"}
+    assert names == {"cpu": "triton_backend" if INTERPRETED else "cpu_backend", "meta": "triton_backend"}
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="Triton is what runs here already")
@@ -197,7 +197,7 @@ class Case:
     q: int = 3
     d: int = 12
     runs: bool = False
-    few: int = torch_rotary.FEW
+    few: int = cpu_rotary.FEW
 
 
 CASES = {
@@ -261,7 +261,7 @@ def plain_query_key_value(case: Case, table: Tensor, query_positions: list[int],
 @precisions
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_queries_keys_and_values(monkeypatch, dtype, case):
-    monkeypatch.setattr(torch_rotary, "FEW", case.few)
+    monkeypatch.setattr(cpu_rotary, "FEW", case.few)
     query_positions, key_positions, rotary = rotary_of(case, dtype)
     inputs = [case.full] if case.kv_only is None else [case.full, case.kv_only]
     queries = None if case.queries is None else permutation(case.queries, [case.full])

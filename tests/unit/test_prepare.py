@@ -97,7 +97,7 @@ def test_rows_are_filled_up_so_that_shapes_repeat():
     for seed in range(4):
         for micro_batch in prepare.step_input(packed_batch(4, LENGTH, seed)).micro_batches:
             route = micro_batch.route
-            assert all(size % 16 == 0 for layer in route.layers for size in layer.pieces.sizes)
+            assert all(size % 16 == 0 for layer in route.layers for size in layer.slices.sizes)
             assert all(x.size % 16 == 0 for layer in route.layers for x in (layer.query_positions, layer.key_positions))
             assert micro_batch.labels.size == micro_batch.tasks.size == route.head_rows.index.size
             assert micro_batch.labels.size % 16 == 0

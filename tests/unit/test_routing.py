@@ -15,7 +15,7 @@ from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.plan import PRESETS, Plan, Role
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-from megatron_ext.transformer.layer import InPieces
+from megatron_ext.transformer.hidden_states import joined
 from megatron_ext.transformer.model import build_chunks
 
 VOCABULARY, LAYERS, LENGTH = 64, 4, 44
@@ -239,9 +239,7 @@ def states_around_layers(model) -> list[tuple[torch.Tensor, torch.Tensor]]:
     inputs, seen = [], []
 
     def whole(hidden_states) -> torch.Tensor:
-        if isinstance(hidden_states, InPieces):
-            hidden_states = torch.cat(hidden_states.pieces)
-        return hidden_states.detach().clone()[:, 0]
+        return joined(hidden_states).detach().clone()[:, 0]
 
     def enter(_, args, kwargs):
         inputs.append(whole(args[0] if args else kwargs["hidden_states"]))
