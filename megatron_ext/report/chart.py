@@ -24,8 +24,6 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.size": 12,
-    "axes.grid.axis": "y",
-    "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.left": False,
@@ -103,6 +101,7 @@ def line_chart(
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(x)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
+        axes.grid(axis="y", clip_on=False)
         axes.margins(x=0)
         y_ticks = axes.yaxis.get_major_locator().tick_values(*_y_range(series, from_zero))
         axes.set_ylim(y_ticks[0], y_ticks[-1])
