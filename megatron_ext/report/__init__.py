@@ -7,5 +7,5 @@
     templates/content.j2      the words and their order, in HTML and in Markdown
     templates/blocks.html.j2  headings, tables, figures ... in HTML (page.html.j2 around them, page.css)
     templates/blocks.md.j2    the same in Markdown
-    templates/*.svg.j2        charts and the roles of a plan (colours and lines: svg.css)
+    templates/*.svg.j2        charts and the roles of a plan (svg.css: colours, chart.mplstyle: the lines of charts)
 """

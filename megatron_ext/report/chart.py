@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -20,31 +21,11 @@ MAX_POINTS = 240
 
 _COLOURS = ("understanding", "generation", "text", "accent", "ink", "muted", "rule", "paper")  # variables of svg.css
 _PLACEHOLDERS = {name: f"#0000{i:02}" for i, name in enumerate(_COLOURS, start=1)}
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "font.size": 12,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _PLACEHOLDERS["muted"],
+_STYLE_FILE = Path(__file__).parent / "templates" / "chart.mplstyle"
+_STYLE_COLOURS = {
     "axes.labelcolor": _PLACEHOLDERS["ink"],
-    "axes.titlecolor": _PLACEHOLDERS["ink"],
-    "axes.titlesize": 12,
     "grid.color": _PLACEHOLDERS["rule"],
-    "grid.linewidth": 1,
-    "xtick.color": _PLACEHOLDERS["muted"],
-    "ytick.color": _PLACEHOLDERS["muted"],
-    "ytick.major.size": 0,
-    "ytick.major.pad": 8,
-    "legend.labelcolor": _PLACEHOLDERS["muted"],
-    "legend.frameon": False,
-    "legend.borderpad": 0,
-    "legend.borderaxespad": 0,
-    "legend.handlelength": 1.2,
-    "legend.handletextpad": 0.5,
-    "legend.columnspacing": 1.2,
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor"), _PLACEHOLDERS["muted"]),
 }
 
 
@@ -91,7 +72,7 @@ def line_chart(
 ) -> Chart:
     """A chart over iterations; the y axis starts at 0 (``from_zero``) or fits the values."""
     series = [replace(s, points=thin(s.points)) for s in series if len(s.points)]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE_COLOURS, _STYLE_FILE):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         size = ((WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT)
         axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, *size))
