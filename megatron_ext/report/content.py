@@ -5,7 +5,7 @@ import statistics
 
 import numpy as np
 
-from megatron_ext.callbacks.logging import duration
+from megatron_ext.command_line import duration
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.report.chart import Chart, Series, line_chart, number, smooth
 from megatron_ext.report.gather import RunData
