@@ -11,7 +11,7 @@ def main() -> None:
         "(generation) pay to images, text and special tokens, and how much that is against uniform attention.\n"
         "Under torchrun the model is cut over --tensor processes; the others share the rows.",
         "python tools/analyze_attention.py --checkpoint runs/quickstart/training --batches 8 \\\n"
-        "      --figure runs/attention.png --json runs/attention.json",
+        "      --figure runs/attention.svg --json runs/attention.json",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
@@ -19,7 +19,7 @@ def main() -> None:
     add("--data", choices=("validation", "train"), default="validation", help="which of the run's data are read")
     add("--batches", type=int, default=4, help="how many batches of rows are read")
     add("--batch-size", type=int, default=8, help="rows of a batch, over all processes")
-    add("--figure", type=Path, metavar="FILE", help="draw a PNG")
+    add("--figure", type=Path, metavar="FILE", help="plot to FILE (.svg, .pdf, .png)")
     add("--tensor", type=int, default=1, help="processes over which the model is cut; the others are replicas")
     add(
         "overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model is used with"
@@ -50,7 +50,7 @@ def main() -> None:
             files.write_json(arguments.json, numbers)
         if arguments.figure:
             title = f"attention allocation: {numbers['checkpoint']}, plan {numbers['plan']}"
-            attention_report.draw(numbers["allocation"], arguments.figure, title)
+            attention_report.plot(numbers["allocation"], arguments.figure, title)
             print(arguments.figure)
     distributed.shut_down()
 

@@ -11,7 +11,7 @@ def main() -> None:
         "the cosine of the two tasks' gradients, their norms, and the share of parameters that one task trains alone.\n"
         "Under torchrun give parallel.tensor and parallel.pipeline; other processes are replicas.",
         "python tools/analyze_gradients.py --checkpoint runs/quickstart/training --batches 4 \\\n"
-        "      --figure runs/gradients.png --json runs/gradients.json",
+        "      --figure runs/gradients.svg --json runs/gradients.json",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
@@ -22,7 +22,7 @@ def main() -> None:
         default=4,
         help="how many of the run's global batches are taken together; an even number tells noise from disagreement",
     )
-    add("--figure", type=Path, metavar="FILE", help="draw a PNG")
+    add("--figure", type=Path, metavar="FILE", help="plot to FILE (.svg, .pdf, .png)")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the run's configuration")
     arguments = parser.parse_args()
     if arguments.batches < 1:
@@ -42,7 +42,7 @@ def main() -> None:
             files.write_json(arguments.json, numbers)
         if arguments.figure:
             title = f"gradient alignment: {numbers['checkpoint']}, plan {numbers['plan']}"
-            gradients_report.draw(numbers["alignment"], arguments.figure, title)
+            gradients_report.plot(numbers["alignment"], arguments.figure, title)
             print(arguments.figure)
     distributed.shut_down()
 

@@ -37,7 +37,7 @@ def model_of(plan: list[str]):
     return model.eval(), Plan.of(config.plan, config.model.num_layers), config.model
 
 
-def draw(model) -> None:
+def randomize(model) -> None:
     random = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)
@@ -123,7 +123,7 @@ def test_random_weights_against_a_model_that_masks(one_process, monkeypatch, pla
     one_process(*SHAPE)
     monkeypatch.setattr("megatron_ext.analysis.attention.BLOCK", block)
     model, plan, shape = model_of(PLANS[plan])
-    draw(model)
+    randomize(model)
     batch, names = rows_of(*ROWS, length=48)
     allocation, weights = measured(model, plan, batch), model.state_dict()
     inputs = [weights[reference.EMBEDDING][batch.tokens], *reference.hidden_states(weights, shape, plan, batch)]
@@ -161,7 +161,7 @@ def test_hugging_face_s_attention(one_process):
             attn_implementation="eager",
         )
     )
-    draw(theirs)
+    randomize(theirs)
     model.load_state_dict(from_llama(theirs.state_dict(), shape), strict=False)
     batch, names = rows_of([understanding(6, (3, 2), (1, 3))], [generation(4, 12)], length=20)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_hugging_face_s_attention(one_process):
 def test_observing_changes_nothing_and_shows_everything(one_process, tmp_path):
     one_process(*SHAPE)
     model, plan, _ = model_of(PLANS["partial"])
-    draw(model)
+    randomize(model)
     batch, _ = rows_of(*ROWS, length=48)
     seen = []
     model.decoder.final_layernorm.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -190,5 +190,5 @@ def test_observing_changes_nothing_and_shows_everything(one_process, tmp_path):
     assert [layer["queries"] for layer in result["image"]["layers"]] == [12, 0, 0, 12]
     table = attention_report.table(result)
     assert "image (12 queries)" in table and table.count("%") > 20
-    attention_report.draw(result, tmp_path / "figure.png", "title")
+    attention_report.plot(result, tmp_path / "figure.png", "title")
     assert (tmp_path / "figure.png").stat().st_size > 10_000

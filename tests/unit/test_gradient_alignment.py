@@ -184,7 +184,7 @@ def test_findings_are_logged_and_shown(one_process, tmp_path):
     cosines = [found["layers"][part]["cosine"][2] for part in ("norms", "qkv", "proj", "fc1", "fc2")]
     assert gradients_report.scalars(found)["layer_02"] == pytest.approx(sum(cosines) / 5)
     assert f"{found['layers']['proj']['cosine'][1]:+.3f}" in gradients_report.table(found)
-    gradients_report.draw(json.loads(json.dumps(found)), tmp_path / "figure.png", "title")
+    gradients_report.plot(json.loads(json.dumps(found)), tmp_path / "figure.png", "title")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
