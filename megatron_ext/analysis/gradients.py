@@ -222,8 +222,8 @@ def _figures(sums: Tensor) -> dict[str, float | None]:
 
 
 def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validation", count: int = 1) -> dict:
-    """The "alignment" of a checkpoint over rows of its run's data, with the data's names; for an even ``count`` also the
-    "corrected" cosines.
+    """The "alignment" of a checkpoint over rows of its run's data, with the names of the data; for an even ``count``
+    also the "corrected" cosines.
 
     Args:
         checkpoint: ``.../checkpoints/iter_NNNNNNN``, or a run's folder for its newest checkpoint.
