@@ -15,7 +15,7 @@ from megatron_ext.study import state
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import PICTURES, StudyBenchmark, StudyEvaluation
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
