@@ -1,4 +1,4 @@
-"""Runs of a study at work: failures, refusals, several at once, signals, the figures that they end with."""
+"""Scheduling of runs: failures, refusals, several at once, signals, final figures."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Synergy: the paper's derived figures from its tables, what is compared with what, resampling, fits, tables."""
+"""Synergy: the paper's derived figures, reference runs, resampling, fits, tables."""
 
 import csv
 import io
