@@ -39,8 +39,8 @@ def main() -> None:
         "are FULL in the last layer",
     )
     shown = arguments.add_mutually_exclusive_group()
-    shown.add_argument("--plan", action="store_true", help="show only who takes part in which layer")
-    shown.add_argument("--paper", action="store_true", help="show only the published FLOPs (arXiv 2606.01503) and ours")
+    shown.add_argument("--plan", action="store_true", help="show only the table of roles")
+    shown.add_argument("--paper", action="store_true", help="compare only with the published FLOPs (arXiv 2606.01503)")
     options = arguments.parse_intermixed_args()
 
     settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
