@@ -19,6 +19,8 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "torch>=2.6",
         "numpy",
+        "pandas>=2.1",
+        "tabulate",
         "packaging",
         "psutil",
         "pyyaml",

@@ -58,14 +58,13 @@ def image_grid(config: Config) -> tuple[int, int]:
     return tuple(next(metadata["vq"]["grid"] for metadata in metadata if metadata["vq"]))
 
 
-def draw(runs: dict[str, list[dict]], file: Path) -> None:
-    """Validation losses over the iterations, a panel per task."""
-    import matplotlib
+def plot(runs: dict[str, list[dict]], file: Path) -> None:
+    """Plot validation losses over the iterations, a panel per task."""
+    import matplotlib.ticker
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from megatron_ext.analysis import plots
 
-    figure, panels = pyplot.subplots(1, len(TASKS), figsize=(11, 4), layout="constrained")
+    figure, panels = plots.subplots(1, len(TASKS), figsize=(11, 4))
     for task, panel in zip(TASKS, panels):
         for preset, records in runs.items():
             points = [(r["iteration"], r[f"validation_loss_{task}"]) for r in records if "validation_loss" in r]
@@ -74,7 +73,7 @@ def draw(runs: dict[str, list[dict]], file: Path) -> None:
         panel.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
         panel.grid(alpha=0.3, which="both")
     panels[0].legend(fontsize=8)
-    figure.savefig(file)
+    plots.save(figure, file)
 
 
 def table(results: dict[str, dict]) -> str:
@@ -109,7 +108,7 @@ def main() -> None:
         files.write_json(arguments.json, results)
     if arguments.markdown:
         figure = arguments.markdown.with_suffix(".svg")
-        draw(runs, figure)
+        plot(runs, figure)
         first = next(iter(results.values()))
         settings = " ".join(arguments.overrides)
         arguments.markdown.write_text(

@@ -24,17 +24,16 @@ from preprocess_material import CODES, GRID, make_vocabulary, make_vq
 
 @pytest.fixture
 def study(tmp_path) -> Path:
-    """A study of two runs on questions that are the same but for their names and the benchmark that only the first is
-    asked (as it counts as trained on both tasks)."""
+    """A study of two equal runs; only the first, which counts as trained on both tasks, answers the benchmark."""
     make_vq(tmp_path / "vq")
-    words = make_vocabulary(tmp_path / "vocabulary")
+    vocabulary = make_vocabulary(tmp_path / "vocabulary")
     write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=2, size=32))
     random = np.random.default_rng(0)
     images = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
-    question, answer = (np.array(words.encode(text), np.int32) for text in ("is it red", "yes"))
-    with DatasetWriter(tmp_path / "pairs", words.fingerprint, images, {"made": "by a test"}) as writer:
+    question, answer = (np.array(vocabulary.encode(text), np.int32) for text in ("is it red", "yes"))
+    with DatasetWriter(tmp_path / "pairs", vocabulary.fingerprint, images, {"made": "by a test"}) as writer:
         for _ in range(60):
-            codes = words.image_ids(random.integers(0, CODES, GRID * GRID)).astype(np.int32)
+            codes = vocabulary.image_ids(random.integers(0, CODES, GRID * GRID)).astype(np.int32)
             writer.add([(IMAGE, codes), (TEXT, question), (ANSWER, answer)])
     source = {"path": str(tmp_path / "pairs"), "task": "understanding"}
     base = {
@@ -81,11 +80,11 @@ def test_a_killed_study_ends_as_if_it_had_not_been(study):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in (first / "log.txt").read_text()
-    learnt = [
+    trained = [
         [{k: r[k] for k in r if k.startswith(("iteration", "loss", "grad_norm", "validation"))} for r in records]
         for records in (read_metrics(runs[name].folder / "metrics.jsonl") for name in ("first", "second"))
     ]
-    assert learnt[0] == learnt[1] and len(learnt[0]) == 30
+    assert trained[0] == trained[1] and len(trained[0]) == 30
 
     assert "- 2 of 2 runs are complete" in (output / "report.md").read_text()
     rows = {row.method: row for row in results.read(output / "results.json").rows}

@@ -80,36 +80,36 @@ def test_figures_are_those_of_the_two_losses_gradients(one_process, overrides, p
     batch, _ = rows_of(*ROWS, length=48)
     # A step, though refused, leaves gradients behind; they are no part of what follows.
     train_step(chunks, build_optimizer(config, chunks), prepare(batch, config), config, accept=lambda loss, norm: False)
-    found = gradients.alignment(chunks, prepare(batch, config), config)
+    result = gradients.alignment(chunks, prepare(batch, config), config)
     u, g = (by_autograd(chunks, config, batch, task) for task in (Task.UNDERSTANDING, Task.GENERATION))
 
     def expected(chosen) -> dict:
         return pytest.approx(figures_of([u[n] for n in chosen], [g[n] for n in chosen]), rel=1e-4, abs=1e-6)
 
-    assert set(found["layers"]) == set(gradients.part_names(config))
+    assert set(result["layers"]) == set(gradients.part_names(config))
     for layer in range(3):
         prefix = f"decoder.layers.{layer}."
         norms = [f"{prefix}{norm}.weight" for norm in ("input_layernorm", "pre_mlp_layernorm")]
         for name, members in ((part, [prefix + n for n in names]), ("norms", norms)):
-            measured = {figure: found["layers"][name][figure][layer] for figure in FIGURES}
+            measured = {figure: result["layers"][name][figure][layer] for figure in FIGURES}
             if measured["cosine"] is None:  # a part of one task alone
                 assert 0.0 in (measured["norm_understanding"], measured["norm_generation"])
                 measured["cosine"] = 0.0
             assert measured == expected(members)
-        whole = {figure: found["layer"][figure][layer] for figure in FIGURES}
+        whole = {figure: result["layer"][figure][layer] for figure in FIGURES}
         assert whole == expected([n for n in u if n.startswith(prefix)])
-    assert found["outside"]["embedding"] == expected(["embedding.word_embeddings.weight"])
+    assert result["outside"]["embedding"] == expected(["embedding.word_embeddings.weight"])
     head = set() if config.model.tie_embeddings else {"head"}
-    assert found["outside"].keys() == {"embedding", "final norm"} | head
-    assert found["all"] == expected(list(u))
+    assert result["outside"].keys() == {"embedding", "final norm"} | head
+    assert result["all"] == expected(list(u))
 
 
-def test_noise_is_told_from_disagreement_by_halves_of_the_rows(one_process):
+def test_halves_of_the_rows_separate_noise_from_disagreement(one_process):
     config = one_process(*SMALL)
     chunks = model_of(config)
     both, _ = rows_of(*ROWS, length=48)
     halves = [both.rows(0, 1), both.rows(1, 2)]
-    found = gradients.corrected(chunks, both, config)
+    result = gradients.corrected(chunks, both, config)
     u, g = (
         [by_autograd(chunks, config, half, task) for half in halves] for task in (Task.UNDERSTANDING, Task.GENERATION)
     )
@@ -121,7 +121,7 @@ def test_noise_is_told_from_disagreement_by_halves_of_the_rows(one_process):
     for layer, prefix in enumerate(f"decoder.layers.{n}." for n in range(3)):
         repeats = cosine(u[0], u[1], prefix), cosine(g[0], g[1], prefix)
         crossed = (cosine(u[0], g[1], prefix) + cosine(u[1], g[0], prefix)) / 2
-        of_layer = {name: values[layer] for name, values in found["layer"].items()}
+        of_layer = {name: values[layer] for name, values in result["layer"].items()}
         assert [of_layer[f"repeat_{task}"] for task in ("understanding", "generation")] == pytest.approx(
             repeats, abs=1e-5
         )
@@ -132,11 +132,11 @@ def test_noise_is_told_from_disagreement_by_halves_of_the_rows(one_process):
     assert same["all"]["repeat_generation"] == pytest.approx(1)
     of_again, of_both = (gradients.alignment(chunks, prepare(batch, config), config) for batch in (again, both))
     assert same["all"]["corrected_cosine"] == pytest.approx(of_again["all"]["cosine"])
-    assert "without noise" in gradients_report.table(of_both, found)
+    assert "without noise" in gradients_report.table(of_both, result)
 
 
-def test_what_a_task_has_no_part_in_has_no_gradient_from_it(one_process):
-    """Of image weights per task each is trained by its own task alone, and by neither from plain text."""
+def test_a_task_gives_no_gradient_to_weights_it_does_not_use(one_process):
+    """Each task alone trains its image weights, and plain text trains neither."""
     config = one_process(*SMALL, "plan.projections={kind: separate, per_task: true, modules: [qkv]}")
     chunks = model_of(config)
     layers = gradients.alignment(chunks, prepare(rows_of(*ROWS, length=48)[0], config), config)["layers"]
@@ -172,19 +172,19 @@ def test_measuring_changes_no_bit_of_training(one_process, settings):
 
 def test_findings_are_logged_and_shown(one_process, tmp_path):
     config = one_process(*SMALL, "logging.gradient_alignment_interval=5", f"output={tmp_path}")
-    found = gradients.alignment(model_of(config), prepare(rows_of(*ROWS, length=48)[0], config), config)
+    result = gradients.alignment(model_of(config), prepare(rows_of(*ROWS, length=48)[0], config), config)
     lines = []
     record = {"iteration": 5, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "step_seconds": 0.5}
     logger = Logger(config, say=lines.append)
     record |= {"tokens_per_second": 1.0, "data_wait_seconds": 0.0}
-    logger.log(record | {"gradient_alignment": found | {"seconds": 2.5}})
+    logger.log(record | {"gradient_alignment": result | {"seconds": 2.5}})
     logger.close()
     assert "every 5 iterations that is 50 % of time" in lines[-1]
-    assert read_metrics(tmp_path / "metrics.jsonl")[0]["gradient_alignment"]["layers"] == found["layers"]
-    cosines = [found["layers"][part]["cosine"][2] for part in ("norms", "qkv", "proj", "fc1", "fc2")]
-    assert gradients_report.scalars(found)["layer_02"] == pytest.approx(sum(cosines) / 5)
-    assert f"{found['layers']['proj']['cosine'][1]:+.3f}" in gradients_report.table(found)
-    gradients_report.draw(json.loads(json.dumps(found)), tmp_path / "figure.png", "title")
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["gradient_alignment"]["layers"] == result["layers"]
+    cosines = [result["layers"][part]["cosine"][2] for part in ("norms", "qkv", "proj", "fc1", "fc2")]
+    assert gradients_report.scalars(result)["layer_02"] == pytest.approx(sum(cosines) / 5)
+    assert f"{result['layers']['proj']['cosine'][1]:+.3f}" in gradients_report.table(result)
+    gradients_report.plot(json.loads(json.dumps(result)), tmp_path / "figure.png", "title")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 

@@ -1,4 +1,8 @@
-"""Runs of a study as processes of this machine, several at once."""
+"""Schedules the runs of a study as processes on this machine, several at once.
+
+Written by hand: the programs must inherit the lock of their run, and get signals and GPUs from here, which pools of
+Python workers do not offer.
+"""
 
 import os
 import signal
@@ -10,37 +14,37 @@ from collections.abc import Callable, Sequence
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 from megatron_ext.study import outcome, state, steps
-from megatron_ext.study.grid import Run
-from megatron_ext.study.study_file import Evaluation
+from megatron_ext.study.grid import StudyRun
+from megatron_ext.study.study_file import StudyEvaluation
 
 POLL_SECONDS = 0.2
 BAR_SECONDS = 2.0
 
 
-def execute(runs: Sequence[Run], evaluation: Evaluation, jobs: int = 1, gpus: Sequence[str] = ()) -> None:
-    """Do what is left of every run. A run that fails does not stop the others.
+def execute(runs: Sequence[StudyRun], evaluation: StudyEvaluation, jobs: int = 1, gpus: Sequence[str] = ()) -> None:
+    """Do the remaining steps of every run. A run that fails does not stop the others.
 
-    A run that another process works on is waited for. SIGTERM and SIGINT are handed on to the programs, which save and
-    leave; whatever way this ends, called again it goes on.
+    Waits for runs that another process works on. SIGTERM and SIGINT are passed on to the programs, which save and exit.
+    However this ends, calling it again resumes the runs.
 
     Args:
         jobs: runs at once.
-        gpus: each run gets as many of these as it has processes; none: it is left to the programs.
+        gpus: GPUs to share out, as many to each run as it has processes; empty: the programs choose.
 
     Raises:
-        UserError: a signal came, or a run needs more GPUs than there are.
+        UserError: a signal arrived, or a run needs more GPUs than there are.
     """
     for run in runs:
         if gpus and run.processes > len(gpus):
             raise UserError(f"run {run.name}: needs {run.processes} GPUs, --gpus names {len(gpus)}")
     queue, active, free = deque(runs), [], list(gpus)
-    total, shown = sum(run.iterations for run in runs), 0.0
+    total, shown_at = sum(run.iterations for run in runs), 0.0
     with _Signals() as signals, command_line.progress(total=total, desc="iterations", unit="it") as bar:
-        finished = _Counter(len(runs), bar.write if not bar.disable else _print)
+        messages = _Messages(len(runs), bar.write if not bar.disable else _print)
         while queue or active:
             if signals.received and queue:
                 queue.clear()
-            elsewhere = None
+            locked_run = None
             for _ in range(len(queue)):
                 run = queue.popleft()
                 if len(active) == jobs or (gpus and len(free) < run.processes):
@@ -48,34 +52,34 @@ def execute(runs: Sequence[Run], evaluation: Evaluation, jobs: int = 1, gpus: Se
                     continue
                 if (descriptor := state.lock(run)) is None:
                     queue.append(run)
-                    elsewhere = run
+                    locked_run = run
                     continue
-                mine, free = free[: run.processes], free[run.processes :]
+                assigned, free = free[: run.processes], free[run.processes :]
                 threads = max(1, (os.cpu_count() or 1) // (jobs * run.processes))
-                active.append(_Active(run, evaluation, descriptor, mine, threads))
-            for one in list(active):
+                active.append(_ActiveRun(run, evaluation, descriptor, assigned, threads))
+            for active_run in list(active):
                 if signals.received:
-                    one.terminate(signals.received)
-                if one.advance():
-                    active.remove(one)
-                    free += one.gpus
-                    finished.say(one)
-            if elsewhere and not active:
-                finished.wait_for(elsewhere)
+                    active_run.terminate()
+                if active_run.advance():
+                    active.remove(active_run)
+                    free += active_run.gpus
+                    messages.ended(active_run)
+            if locked_run and not active:
+                messages.waiting_for(locked_run)
             if queue or active:
                 time.sleep(POLL_SECONDS)
-            if not bar.disable and time.monotonic() > shown + BAR_SECONDS:
+            if not bar.disable and time.monotonic() > shown_at + BAR_SECONDS:
                 bar.update(sum(map(state.trained_iterations, runs)) - bar.n)
-                shown = time.monotonic()
+                shown_at = time.monotonic()
         if signals.received:
             name = signal.Signals(signals.received).name
-            raise UserError(f"stopped by {name}; the same command goes on")
+            raise UserError(f"stopped by {name}; the same command resumes the study")
 
 
-class _Active:
-    """A run that is worked on: one program after the other, under the run's lock."""
+class _ActiveRun:
+    """A run in progress: its programs, one after the other, under the run's lock."""
 
-    def __init__(self, run: Run, evaluation: Evaluation, descriptor: int, gpus: list[str], threads: int):
+    def __init__(self, run: StudyRun, evaluation: StudyEvaluation, descriptor: int, gpus: list[str], threads: int):
         self.run, self.gpus, self.note = run, gpus, ""
         self._evaluation, self._lock = evaluation, descriptor
         self._environment = {**os.environ}
@@ -85,13 +89,13 @@ class _Active:
         self._steps = steps.steps(run, evaluation)
         self._step: steps.Step | None = None
         self._process: subprocess.Popen | None = None
-        self._begun = self._terminated = False
+        self._has_begun = self._terminated = False
         self._started = time.monotonic()
 
     def advance(self) -> bool:
-        """Start the next program once the last one has ended. Returns whether nothing more can be done now."""
-        if not self._begun:
-            self._begun = True
+        """Start the next program once the last one has ended. Returns whether the run has ended or cannot proceed."""
+        if not self._has_begun:
+            self._has_begun = True
             try:
                 state.begin(self.run)
             except UserError as error:
@@ -101,11 +105,11 @@ class _Active:
         try:
             return self._advance()
         except UserError as error:
-            self._fail("collecting its figures", 1, str(error))
+            self._fail("collecting figures", 1, str(error))
             return self._close()
 
-    def terminate(self, number: int) -> None:
-        """Tell the program to save and leave; no other one follows."""
+    def terminate(self) -> None:
+        """Ask the program to save and exit; no further program is started."""
         if self._process and self._process.poll() is None and not self._terminated:
             self._process.send_signal(signal.SIGTERM)
         self._terminated = True
@@ -115,7 +119,7 @@ class _Active:
             code = self._process.poll()
             if code is None:
                 return False
-            if not self._ended(code):
+            if not self._finish_step(code):
                 return self._close()
             self._process = None
         if self._terminated:
@@ -136,7 +140,7 @@ class _Active:
         with (self.run.folder / "log.txt").open("a") as log:
             log.write(f"== {step.name}: {' '.join(step.command)}\n")
             log.flush()
-            # Its own session: Ctrl-C reaches it through this process alone, once.
+            # In a session of its own, Ctrl-C reaches the program only once, through this process.
             return subprocess.Popen(
                 step.command,
                 stdin=subprocess.DEVNULL,
@@ -147,8 +151,8 @@ class _Active:
                 start_new_session=True,
             )
 
-    def _ended(self, code: int) -> bool:
-        """Whether the step is done."""
+    def _finish_step(self, code: int) -> bool:
+        """Conclude the step whose program exited with ``code``. Returns whether the step is done."""
         if code == 0:
             try:
                 self._step.finish()
@@ -173,7 +177,7 @@ class _Active:
 
 
 class _Signals:
-    """Remembers a SIGTERM or SIGINT instead of dying of it; a second SIGINT interrupts at once."""
+    """Records a SIGTERM or SIGINT instead of exiting; a second SIGINT interrupts at once."""
 
     def __enter__(self) -> "_Signals":
         self.received = 0
@@ -190,21 +194,21 @@ class _Signals:
         self.received = number
 
 
-class _Counter:
-    """A line for each run that ends or is waited for."""
+class _Messages:
+    """Prints a line for each run that ends or is waited for."""
 
     def __init__(self, total: int, write: Callable[[str], None]):
-        self._total, self._write, self._number, self._waits = total, write, 0, None
+        self._total, self._write, self._number, self._waiting_for = total, write, 0, None
 
-    def say(self, one: _Active) -> None:
+    def ended(self, active_run: _ActiveRun) -> None:
         self._number += 1
-        self._write(f"[{self._number}/{self._total}] {one.run.name}: {one.note}")
+        self._write(f"[{self._number}/{self._total}] {active_run.run.name}: {active_run.note}")
 
-    def wait_for(self, run: Run) -> None:
-        """Say once that nothing can be done but wait for a run."""
-        if self._waits != run.name:
-            self._waits = run.name
-            self._write(f"waiting for {run.name}, which another process works on")
+    def waiting_for(self, run: StudyRun) -> None:
+        """Say once that another process works on the run."""
+        if self._waiting_for != run.name:
+            self._waiting_for = run.name
+            self._write(f"waiting for {run.name}: another process works on it")
 
 
 def _print(line: str) -> None:
