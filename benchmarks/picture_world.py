@@ -20,7 +20,7 @@ from megatron_ext.evaluation import scene_check
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.parsing import LETTERS
 from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES
-from megatron_ext.picture_world.benchmarks import MANIFEST
+from megatron_ext.picture_world.benchmark_files import MANIFEST
 from megatron_ext.picture_world.world import PLACES, World
 
 ROOT = Path(__file__).parents[1]

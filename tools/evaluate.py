@@ -141,7 +141,7 @@ def _scored(arguments: argparse.Namespace) -> list[table.Scored]:
         label = label or str(file.parent)
         if name == PICTURES:
             # Imported late: answers are scored without torch.
-            from megatron_ext.evaluation.pictures import PictureScorer
+            from megatron_ext.evaluation.picture_scorer import PictureScorer
 
             scorer = scorer or PictureScorer(arguments.inception, arguments.clip, arguments.vq)
             scored += scorer.score(data, parts, file, label)

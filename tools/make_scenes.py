@@ -4,11 +4,11 @@ from pathlib import Path
 
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.contact_sheet import write_sheet
 from megatron_ext.picture_world.questions import KINDS
-from megatron_ext.picture_world.sheet import write_sheet
+from megatron_ext.picture_world.split_files import FORMS, SplitConfig, write_split
 from megatron_ext.picture_world.world import SPLITS, World
-from megatron_ext.picture_world.write import FORMS, SplitConfig, write_split
 
 
 def main() -> None:

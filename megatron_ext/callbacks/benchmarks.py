@@ -12,8 +12,8 @@ from megatron.core.utils import unwrap_model
 from megatron_ext.config import Config, EvaluationBenchmark
 from megatron_ext.distributed import device, from_rank_zero, report
 from megatron_ext.evaluation import training_folder as evaluation_folder
-from megatron_ext.evaluation.answering import answer
-from megatron_ext.evaluation.items import Benchmark, Item
+from megatron_ext.evaluation.answer_generation import answer
+from megatron_ext.evaluation.benchmark import Benchmark, Item
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.files import write_json

@@ -1,10 +1,10 @@
 """An answers file: a JSON object a line, with an item's ``id`` and the ``answer`` as the model wrote it.
 
 More keys are welcome: ``likelihoods`` (a log-likelihood per choice) is scored where a benchmark can rank its choices,
-``asked`` tells which question it was (:func:`~megatron_ext.evaluation.answering.asked`), all others are left alone. A
-line is written whole and flushed at once, so a run that is killed leaves at most half a last line; going on drops that
-half and answers what is not answered yet. Where an id was answered twice the first counts, so that a file's score does
-not change by adding to it.
+``asked`` tells which question it was (:func:`~megatron_ext.evaluation.answer_generation.asked`), all others are left
+alone. A line is written whole and flushed at once, so a run that is killed leaves at most half a last line; going on
+drops that half and answers what is not answered yet. Where an id was answered twice the first counts, so that a file's
+score does not change by adding to it.
 """
 
 import json
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 
 _START = b'{"id": '  # of every line that is written
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.picture_world.check import KINDS, compare
+from megatron_ext.picture_world.detection import Seen
 from megatron_ext.picture_world.facts import Facts
-from megatron_ext.picture_world.look import Seen
 
 ALL, WHOLE, NAMED = "all facts", "whole pictures", "seen objects that are named"
 ROWS = (ALL, WHOLE, *KINDS, NAMED)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from megatron_ext import files
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import counting
-from megatron_ext.evaluation.items import Answers, Benchmark, Item, Scores
+from megatron_ext.evaluation import scoring
+from megatron_ext.evaluation.benchmark import Answers, Benchmark, Item, Scores
 from megatron_ext.evaluation.parsing import normalised
-from megatron_ext.evaluation.reading import checked, chosen, field, first_file, with_suffix
+from megatron_ext.evaluation.released_files import checked, chosen, field, first_file, with_suffix
 
 PARTS = ("testdev_balanced",)
 SUFFIX = "Answer the question using a single word or phrase."
@@ -56,7 +56,7 @@ def score(items: Sequence[Item], answers: Answers) -> Scores:
     ``details["plain string match"]`` has what the official script counts when given answers in lower case without the
     final full stop: the very string of the benchmark.
     """
-    parsed = counting.parse(items, answers, lambda item, answer: normalised(answer) or None)
+    parsed = scoring.parse(items, answers, lambda item, answer: normalised(answer) or None)
 
     def equal(item: Item) -> bool:
         return parsed.answer[item.id] == normalised(item.answer)
@@ -64,9 +64,9 @@ def score(items: Sequence[Item], answers: Answers) -> Scores:
     def plain(item: Item) -> bool:
         return answers.get(item.id, "").strip().rstrip(".").lower() == item.answer.lower()
 
-    details = {"plain string match": {"accuracy": counting.percent(map(plain, items)), "questions": len(items)}}
-    details |= counting.accuracies(items, equal)
-    return Scores({"GQA": counting.percent(map(equal, items))}, details, len(items), parsed.missing, parsed.invalid)
+    details = {"plain string match": {"accuracy": scoring.percent(map(plain, items)), "questions": len(items)}}
+    details |= scoring.accuracies(items, equal)
+    return Scores({"GQA": scoring.percent(map(equal, items))}, details, len(items), parsed.missing, parsed.invalid)
 
 
 def right(item: Item, answer: str) -> bool:

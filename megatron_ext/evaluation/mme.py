@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import counting, reading
-from megatron_ext.evaluation.items import Answers, Benchmark, Item, Scores
+from megatron_ext.evaluation import released_files, scoring
+from megatron_ext.evaluation.benchmark import Answers, Benchmark, Item, Scores
 from megatron_ext.evaluation.parsing import yes_or_no
-from megatron_ext.evaluation.reading import checked, chosen, first_image, one_of, with_suffix
+from megatron_ext.evaluation.released_files import checked, chosen, first_image, one_of, with_suffix
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters"),
@@ -72,7 +72,7 @@ def _from_list(subtask: str, roots: list[Path]) -> list[Item]:
 
 def _rows(file: Path, columns: int) -> Iterable[tuple[int, list[str]]]:
     """The lines of a file, numbered, as their tab-separated columns; empty lines are passed over."""
-    for number, line in enumerate(reading.text(file).split("\n"), start=1):
+    for number, line in enumerate(released_files.text(file).split("\n"), start=1):
         row = [cell.strip() for cell in line.strip().split("\t")]
         if row == [""]:
             continue
@@ -99,8 +99,8 @@ def score(items: Sequence[Item], answers: Answers) -> Scores:
     the subtasks of perception (at most 2000) and of cognition (at most 800). A missing subtask adds nothing and
     is noted.
     """
-    parsed = counting.parse(items, answers, lambda item, answer: yes_or_no(answer))
-    details = {subtask: _figures(members, parsed) for subtask, members in counting.by_group(items).items()}
+    parsed = scoring.parse(items, answers, lambda item, answer: yes_or_no(answer))
+    details = {subtask: _figures(members, parsed) for subtask, members in scoring.by_group(items).items()}
     headline, notes = {}, []
     for column, name, subtasks in (("MME-P", "perception", PERCEPTION), ("MME-C", "cognition", COGNITION)):
         present = [subtask for subtask in subtasks if subtask in details]
@@ -112,12 +112,12 @@ def score(items: Sequence[Item], answers: Answers) -> Scores:
     return Scores(headline, details, len(items), parsed.missing, parsed.invalid, tuple(notes))
 
 
-def _figures(items: list[Item], parsed: counting.Parsed) -> dict[str, float]:
+def _figures(items: list[Item], parsed: scoring.Parsed) -> dict[str, float]:
     of_image: dict[Path, list[bool]] = {}
     for item in items:
         of_image.setdefault(item.image, []).append(parsed.right(item))
-    accuracy = counting.percent(map(parsed.right, items))
-    accuracy_plus = counting.percent(map(all, of_image.values()))
+    accuracy = scoring.percent(map(parsed.right, items))
+    accuracy_plus = scoring.percent(map(all, of_image.values()))
     return {
         "accuracy": accuracy,
         "accuracy_plus": accuracy_plus,

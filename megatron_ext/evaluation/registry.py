@@ -1,8 +1,8 @@
 """The benchmarks by name."""
 
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.benchmark import Benchmark
 from megatron_ext.evaluation.gqa import GQA
-from megatron_ext.evaluation.items import Benchmark
 from megatron_ext.evaluation.mme import MME
 from megatron_ext.evaluation.pope import POPE
 from megatron_ext.evaluation.seed import SEED

@@ -10,13 +10,13 @@ from PIL import Image
 from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
+from megatron_ext.evaluation.benchmark import Scores
 from megatron_ext.evaluation.faithfulness import ALL, ROWS, Aligned, align, counted, shares
 from megatron_ext.evaluation.fid import BATCH, read_picture
-from megatron_ext.evaluation.items import Scores
 from megatron_ext.evaluation.mjhq import Prompt, Side
+from megatron_ext.picture_world.detection import Seen, look
 from megatron_ext.picture_world.facts import Facts, read_caption
-from megatron_ext.picture_world.look import Seen, look
-from megatron_ext.preprocess.images import CROP, PillowDecoder
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 from megatron_ext.vq.model import VQModel
 
 TITLE = f"{mjhq.TITLE}, scene check"

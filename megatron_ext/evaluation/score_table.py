@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.answers import read_answers
-from megatron_ext.evaluation.items import Benchmark, Item, Scores
+from megatron_ext.evaluation.benchmark import Benchmark, Item, Scores
 
 
 @dataclass(frozen=True)

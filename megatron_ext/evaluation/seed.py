@@ -6,10 +6,10 @@ from pathlib import Path
 
 from megatron_ext import files
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import counting
-from megatron_ext.evaluation.items import Answers, Benchmark, Item, Scores
+from megatron_ext.evaluation import scoring
+from megatron_ext.evaluation.benchmark import Answers, Benchmark, Item, Scores
 from megatron_ext.evaluation.parsing import LETTERS, letter
-from megatron_ext.evaluation.reading import checked, chosen, field, first_file, first_image, one_of
+from megatron_ext.evaluation.released_files import checked, chosen, field, first_file, first_image, one_of
 
 PARTS = ("image",)
 SUFFIX = "Answer with the option's letter from the given choices directly."
@@ -56,7 +56,7 @@ def _items(questions: list, types: dict[str, str], file: Path, folder: Path) -> 
 
 def score(items: Sequence[Item], answers: Answers) -> Scores:
     """Accuracy in percent overall and per question type, of the letters that the answers name."""
-    return _scores("SEED", items, counting.parse(items, answers, lambda item, answer: letter(answer, item.choices)))
+    return _scores("SEED", items, scoring.parse(items, answers, lambda item, answer: letter(answer, item.choices)))
 
 
 def score_likelihoods(items: Sequence[Item], likelihoods: Mapping[str, Sequence[float]]) -> Scores:
@@ -66,7 +66,7 @@ def score_likelihoods(items: Sequence[Item], likelihoods: Mapping[str, Sequence[
     (``evaluation/answering.py`` sums). Anything but
     four numbers, or four that are -inf, is invalid.
     """
-    return _scores("SEED-likelihood", items, counting.parse(items, likelihoods, lambda item, four: _likeliest(four)))
+    return _scores("SEED-likelihood", items, scoring.parse(items, likelihoods, lambda item, four: _likeliest(four)))
 
 
 def _likeliest(values) -> str | None:
@@ -76,10 +76,10 @@ def _likeliest(values) -> str | None:
     return LETTERS[values.index(max(values))]
 
 
-def _scores(column: str, items: Sequence[Item], parsed: counting.Parsed) -> Scores:
-    overall = counting.percent(map(parsed.right, items))
+def _scores(column: str, items: Sequence[Item], parsed: scoring.Parsed) -> Scores:
+    overall = scoring.percent(map(parsed.right, items))
     return Scores(
-        {column: overall}, counting.accuracies(items, parsed.right), len(items), parsed.missing, parsed.invalid
+        {column: overall}, scoring.accuracies(items, parsed.right), len(items), parsed.missing, parsed.invalid
     )
 
 

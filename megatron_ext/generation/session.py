@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_ext import command_line, distributed
+from megatron_ext import vq as vq_package
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.generation.checkpoint import Trained
 from megatron_ext.generation.generator import Generator, Request
 from megatron_ext.generation.sampling import Sampling
-from megatron_ext.preprocess.images import CROP, PillowDecoder
-from megatron_ext.vq import model as vq_model
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 
 SHEET = "sheet.png"
 SHEET_COLUMNS = 4
@@ -39,7 +39,7 @@ class Session:
         """
         self.trained, self._say = trained, say
         device = next(trained.model.parameters()).device
-        self.vq = vq_model.load(vq, device)
+        self.vq = vq_package.load(vq, device)
         words = self.trained.vocabulary
         if self.vq.codebook_size != words.codebook_size:
             raise UserError(

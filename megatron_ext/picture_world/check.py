@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_ext.picture_world.detection import Seen, SeenObject, look
 from megatron_ext.picture_world.facts import Facts, Pair, read_caption
-from megatron_ext.picture_world.look import Seen, SeenObject, look
 
 KINDS = ("object", "color", "count", "place", "size", "relation", "background")
 

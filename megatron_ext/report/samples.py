@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset
 from megatron_ext.vocabulary import Vocabulary
-from megatron_ext.vq.model import VQModel, load
+from megatron_ext.vq import VQModel, load
 
 SHEET = "reconstructions.png"
 """File in a VQ folder: pictures above what is left of them after encoding and decoding."""

@@ -105,15 +105,15 @@ class Lengths:
         return float(samples.length[mine].sum() / samples.length.sum())
 
     def _batches_of(self, config: Config, words) -> list:
-        from megatron_ext.data.decoding import decode
         from megatron_ext.data.packed_rows import PackedRows
+        from megatron_ext.data.packed_tokens import unpack
 
         key = _key(config)
         if key not in self._batches:
             import numpy as np
 
             rows = PackedRows.of(self._mixture(config, words), config.data).packed_tokens(0, ROWS)
-            self._batches[key] = [decode(part, words.pad) for part in np.split(rows, PARTS)]
+            self._batches[key] = [unpack(part, words.pad) for part in np.split(rows, PARTS)]
         return self._batches[key]
 
     def _mixture(self, config: Config, words) -> Mixture:

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_ext import command_line, files
 from megatron_ext.analysis.bootstrap import Bootstrap
 from megatron_ext.evaluation.answers import read_answers
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.evaluation.registry import BENCHMARKS
 from megatron_ext.study import state, steps
 from megatron_ext.study.grid import Run

@@ -13,7 +13,7 @@ from programs import launcher, run_program
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pope import POPE
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from preprocess_material import CODES, GRID, encoded, make_vocabulary, make_vq

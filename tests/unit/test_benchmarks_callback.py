@@ -17,13 +17,13 @@ from megatron_ext.config import Config
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import training_folder as evaluation_folder
-from megatron_ext.evaluation.answering import answer
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.answer_generation import answer
+from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.evaluation.mme import MME
 from megatron_ext.evaluation.pope import POPE
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.generation.session import Session
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.report.write import write_report
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics

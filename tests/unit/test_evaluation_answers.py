@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.answers import AnswersWriter, read_answers
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 
 
 def test_what_is_written_is_read_with_further_keys_and_any_characters(tmp_path):

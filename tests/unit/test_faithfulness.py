@@ -6,8 +6,8 @@ import pytest
 from megatron_ext.evaluation.faithfulness import ALL, NAMED, SHUFFLES, WHOLE, align, others
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.check import KINDS, compare, summary
+from megatron_ext.picture_world.detection import Seen, SeenObject
 from megatron_ext.picture_world.facts import read_caption
-from megatron_ext.picture_world.look import Seen, SeenObject
 from megatron_ext.picture_world.world import make_scene
 
 SCENES = [make_scene(5, "test", index) for index in range(40)]

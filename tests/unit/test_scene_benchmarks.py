@@ -16,7 +16,7 @@ from test_scenes import judge, matching
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.registry import BENCHMARKS
-from megatron_ext.picture_world.benchmarks import MME, SEED_TYPES, BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import MME, SEED_TYPES, BenchmarkConfig, write_benchmarks
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.conversations import conversation
 from megatron_ext.picture_world.render import render
@@ -197,7 +197,7 @@ def test_the_same_settings_give_the_same_bytes_and_leave_what_is_complete_alone(
 
 
 def test_a_write_that_fails_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
-    from megatron_ext.picture_world import benchmarks
+    from megatron_ext.picture_world import benchmark_files as benchmarks
 
     def fail(folder, config):
         raise OSError("disk full")

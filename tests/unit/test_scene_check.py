@@ -12,8 +12,8 @@ from PIL import Image, ImageFilter
 from megatron_ext.errors import UserError
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.check import check, compare, summary
+from megatron_ext.picture_world.detection import Seen, look
 from megatron_ext.picture_world.facts import read_caption
-from megatron_ext.picture_world.look import Seen, look
 from megatron_ext.picture_world.render import render
 from megatron_ext.picture_world.world import COLORS, SHAPES, Background, Scene, SceneObject, World, make_scene
 

@@ -17,8 +17,8 @@ from megatron_ext.picture_world.captions import caption, text
 from megatron_ext.picture_world.conversations import LETTER, SHORT, YES_OR_NO, conversation
 from megatron_ext.picture_world.questions import KINDS, TELLING, ask, questions
 from megatron_ext.picture_world.render import RGB, render
+from megatron_ext.picture_world.split_files import SplitConfig, write_split
 from megatron_ext.picture_world.world import COLORS, HELD_OUT, SHAPES, SPLITS, Scene, World, make_scene
-from megatron_ext.picture_world.write import SplitConfig, write_split
 
 NUMBER = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six"])}
 SCENES = {split: [make_scene(7, split, index) for index in range(300)] for split in SPLITS}

@@ -39,6 +39,7 @@ from megatron_ext.picture_world.conversations import YES_OR_NO
 from megatron_ext.picture_world.multiple_choice import absent_like
 from megatron_ext.picture_world.questions import ask, exactly, number_of_groups
 from megatron_ext.picture_world.render import render
+from megatron_ext.picture_world.split_files import fingerprint
 from megatron_ext.picture_world.world import (
     HELD_OUT,
     OBJECT_COUNTS,
@@ -48,7 +49,6 @@ from megatron_ext.picture_world.world import (
     World,
     make_scene,
 )
-from megatron_ext.picture_world.write import fingerprint
 
 POPE_EACH = 3
 """Questions with yes, and as many with no, per picture (fewer where there are fewer kinds of objects)."""

@@ -18,7 +18,7 @@ from megatron_ext.distributed import from_rank_zero
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import manifest
 from megatron_ext.evaluation.answers import AnswersWriter, read_answers
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.generation import prompts
 from megatron_ext.generation.likelihood import log_likelihoods
 from megatron_ext.generation.sampling import Sampling

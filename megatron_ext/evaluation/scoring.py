@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 
 
 @dataclass(frozen=True)

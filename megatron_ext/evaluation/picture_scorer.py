@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_ext import vq as vq_package
 from megatron_ext.command_line import progress
 from megatron_ext.evaluation import mjhq, scene_check
+from megatron_ext.evaluation.benchmark import Scores
 from megatron_ext.evaluation.clip import Clip
 from megatron_ext.evaluation.fid import BATCH, network, read_picture
-from megatron_ext.evaluation.items import Scores
 from megatron_ext.evaluation.mjhq import Prompt, Side
 from megatron_ext.evaluation.picture_folder import MANIFEST, read_manifest
 from megatron_ext.evaluation.score_table import Scored
-from megatron_ext.vq import model as vq_model
 
 OVERALL = "all"
 
@@ -38,7 +38,7 @@ class PictureScorer:
         # A distance that nobody else has must not stand in the column of one that everybody has.
         self._fid = "MJHQ-FID" if inception else "MJHQ-FID (built-in)"
         self._clip = Clip(clip, device) if clip else None
-        self._vq = vq_model.load(vq, device) if vq else None
+        self._vq = vq_package.load(vq, device) if vq else None
         self._reference = functools.cache(self._collect_reference)
 
     def score(self, data: Path, parts: Sequence[str] | None, folder: Path, label: str) -> list[Scored]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 
 
 def first_file(candidates: Sequence[Path]) -> Path:
