@@ -104,8 +104,7 @@ def _generate(arguments: argparse.Namespace) -> bool:
     import torch.distributed as dist
 
     from megatron_ext.checkpoints import folder as checkpoint_folder
-    from megatron_ext.evaluation import answering, mjhq
-    from megatron_ext.evaluation import picture_generation as drawing
+    from megatron_ext.evaluation import answer_generation, mjhq, picture_generation
     from megatron_ext.generation.checkpoint import load
     from megatron_ext.generation.sampling import Sampling
     from megatron_ext.generation.session import Session
@@ -122,11 +121,11 @@ def _generate(arguments: argparse.Namespace) -> bool:
     try:
         for name, data, items, out in zip(arguments.benchmark, arguments.data, given, arguments.score):
             if name == PICTURES:
-                settings = drawing.settings_of(session, checkpoint, mjhq.fingerprint(data), sampling)
-                drawing.draw(session, items, out, sampling, settings, arguments.set_aside)
+                settings = picture_generation.picture_settings(session, checkpoint, mjhq.fingerprint(data), sampling)
+                picture_generation.generate(session, items, out, sampling, settings, arguments.set_aside)
                 continue
-            answering.claim(session, checkpoint, items, out, arguments.max_new_tokens, arguments.set_aside)
-            if unreadable := answering.answer(session, items, out, arguments.max_new_tokens):
+            answer_generation.claim(session, checkpoint, items, out, arguments.max_new_tokens, arguments.set_aside)
+            if unreadable := answer_generation.answer(session, items, out, arguments.max_new_tokens):
                 print(f"{out}: {unreadable} images could not be read", flush=True)
         return dist.get_rank() == 0
     finally:

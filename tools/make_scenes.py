@@ -96,7 +96,7 @@ def main() -> None:
             forms=tuple(arguments.forms),
         )
         manifests[split] = manifest = write_split(arguments.out, config, arguments.workers)
-        state = "made" if manifest["made"] else "already complete"
+        state = "made" if manifest["created"] else "already complete"
         print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({manifest['fingerprint']})")
     if arguments.benchmarks:
         config = BenchmarkConfig(
@@ -108,7 +108,7 @@ def main() -> None:
         )
         manifests["benchmarks"] = manifest = write_benchmarks(arguments.benchmarks, config)
         items = ", ".join(f"{count} of {name}" for name, count in manifest["items"].items())
-        state = "made" if manifest["made"] else "already complete"
+        state = "made" if manifest["created"] else "already complete"
         print(f"{arguments.benchmarks}: {items}, {state} ({manifest['fingerprint']})")
     if arguments.json:
         files.write_json(arguments.json, manifests)

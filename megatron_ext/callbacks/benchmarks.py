@@ -103,4 +103,4 @@ class Benchmarking:
 def _questions(wanted: EvaluationBenchmark) -> tuple[Benchmark, list[Item]]:
     benchmark = benchmark_named(wanted.name)
     items = benchmark.read(Path(wanted.data), wanted.parts or None)
-    return benchmark, benchmark.some(items, wanted.limit) if 0 < wanted.limit < len(items) else items
+    return benchmark, benchmark.subset(items, wanted.limit) if 0 < wanted.limit < len(items) else items

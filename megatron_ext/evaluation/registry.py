@@ -9,11 +9,11 @@ from megatron_ext.evaluation.seed import SEED
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (GQA, MME, POPE, SEED)}
 PICTURES = "mjhq"
-"""The benchmark of pictures: :mod:`.mjhq` reads it, :mod:`.pictures` scores it."""
+"""The benchmark of generated pictures: :mod:`.mjhq` reads it, :mod:`.picture_scorer` scores it."""
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """The benchmark of that name.
+    """The benchmark with this name.
 
     Raises:
         UserError: there is none.

@@ -104,7 +104,7 @@ def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and was not made by this program; name another folder")
     if (folder / MANIFEST).is_file() and (manifest := read_json(folder / MANIFEST))["settings"] == settings:
-        return {**manifest, "made": False}
+        return {**manifest, "created": False}
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     counts = {}
@@ -115,7 +115,7 @@ def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
     write_json(partial / MANIFEST, manifest)
     shutil.rmtree(folder, ignore_errors=True)  # its own manifest says that it was generated, so it can be again
     os.replace(partial, folder)
-    return {**manifest, "made": True}
+    return {**manifest, "created": True}
 
 
 def _scenes(config: BenchmarkConfig) -> Iterator[Scene]:

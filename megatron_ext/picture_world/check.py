@@ -1,4 +1,5 @@
-"""Pictures against captions, by what :mod:`look` sees in them: which of a caption's facts are true of the picture.
+"""Pictures against captions, by what :mod:`.detection` sees in them: which of a caption's facts are true of the
+picture.
 
 The idea is GenEval's: not how a picture looks, but whether the objects, colors, numbers and places that were asked for
 are there.
@@ -8,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_ext.picture_world.detection import Seen, SeenObject, look
-from megatron_ext.picture_world.facts import Facts, Pair, read_caption
+from megatron_ext.picture_world.detection import DetectedObject, DetectedScene, detect
+from megatron_ext.picture_world.facts import CaptionFacts, Pair, read_caption
 
 KINDS = ("object", "color", "count", "place", "size", "relation", "background")
 
@@ -30,15 +31,15 @@ class Verdict:
 
 
 def check(picture, caption: str) -> Verdict:
-    """A picture, in any of :func:`look`'s forms, against a caption of the picture world.
+    """A picture, in any of :func:`detect`'s forms, against a caption of the picture world.
 
     Raises:
         UserError: the caption is not one of the picture world's.
     """
-    return compare(look(picture), read_caption(caption))
+    return compare(detect(picture), read_caption(caption))
 
 
-def compare(seen: Seen, facts: Facts) -> Verdict:
+def compare(seen: DetectedScene, facts: CaptionFacts) -> Verdict:
     """What was seen against what was said. By kind, a fact is:
 
     object: one object said, right if an object of its shape is seen, in whatever color (none stands for two);
@@ -92,20 +93,20 @@ def _right(checks: Iterable[bool]) -> tuple[int, int]:
     return sum(checks), len(checks)
 
 
-def _matching(seen: Seen, pair: Pair | None) -> list[SeenObject]:
+def _matching(seen: DetectedScene, pair: Pair | None) -> list[DetectedObject]:
     return [o for o in seen.objects if pair is None or (o.color, o.shape) == pair]
 
 
-def _all(seen: Seen, pair: Pair | None, attribute: str, value: str) -> bool:
+def _all(seen: DetectedScene, pair: Pair | None, attribute: str, value: str) -> bool:
     items = _matching(seen, pair)
     return bool(items) and all(getattr(o, attribute) == value for o in items)
 
 
-def _related(seen: Seen, pair: Pair, word: str, other: Pair) -> bool:
+def _related(seen: DetectedScene, pair: Pair, word: str, other: Pair) -> bool:
     return any(_lies(a, word, b) for a in _matching(seen, pair) for b in _matching(seen, other))
 
 
-def _lies(a: SeenObject, word: str, b: SeenObject) -> bool:
+def _lies(a: DetectedObject, word: str, b: DetectedObject) -> bool:
     match word:
         case "left of":
             return a.column < b.column

@@ -37,21 +37,21 @@ PALETTE = np.array([RGB[color] for color in COLORS], dtype=np.float64)
 
 
 @dataclass(frozen=True)
-class SeenObject(PlacedObject):
+class DetectedObject(PlacedObject):
     """One object as it is seen; ``explained`` (0 .. 1) is how well the best template fits."""
 
     explained: float
 
 
 @dataclass(frozen=True)
-class Seen:
+class DetectedScene:
     """All that was seen: the background's color and the objects, row by row."""
 
     background: str
-    objects: tuple[SeenObject, ...]
+    objects: tuple[DetectedObject, ...]
 
 
-def look(picture) -> Seen:
+def detect(picture) -> DetectedScene:
     """What is in a picture.
 
     Args:
@@ -70,10 +70,10 @@ def look(picture) -> Seen:
     rest = np.where((labels < BACKGROUND_LABEL) & ~claimed, 0, -1)
     objects += _objects(pixels, base, _patches(rest, SMALLEST_REST), claimed)
     objects.sort(key=lambda o: (o.row, o.column, o.y, o.x))
-    return Seen(_background_name(base), tuple(objects))
+    return DetectedScene(_background_name(base), tuple(objects))
 
 
-def _objects(pixels, base, patches: list[np.ndarray], claimed: np.ndarray) -> list[SeenObject]:
+def _objects(pixels, base, patches: list[np.ndarray], claimed: np.ndarray) -> list[DetectedObject]:
     """The objects that patches [side, side] belong to, large patches first; ``claimed`` is marked with their pixels."""
     objects = []
     remaining = sorted(patches, key=np.sum)
@@ -90,7 +90,7 @@ def _objects(pixels, base, patches: list[np.ndarray], claimed: np.ndarray) -> li
 
 
 def as_pixels(picture) -> np.ndarray:
-    """A picture in any of :func:`look`'s forms, as float64 [side, side, 3] in 0 .. 255."""
+    """A picture in any of :func:`detect`'s forms, as float64 [side, side, 3] in 0 .. 255."""
     if isinstance(picture, torch.Tensor):
         if not picture.is_floating_point() or picture.dim() != 3 or picture.shape[0] != 3:
             raise ValueError(f"a tensor must be float [3, side, side] in [-1, 1], not {tuple(picture.shape)}")
@@ -250,7 +250,7 @@ def _window(channels: np.ndarray, x: float, y: float, half: int) -> np.ndarray:
     return (1 - a) * rows[:, :, :-1] + a * rows[:, :, 1:]
 
 
-def _match(pixels, base, patch, claimed, others) -> tuple[SeenObject, np.ndarray] | None:
+def _match(pixels, base, patch, claimed, others) -> tuple[DetectedObject, np.ndarray] | None:
     """The object that a patch belongs to, and the pixels that it covers; None if no template fits.
 
     ``claimed`` are pixels of objects found before, ``others`` those and the pixels of other patches.
@@ -278,7 +278,7 @@ def _match(pixels, base, patch, claimed, others) -> tuple[SeenObject, np.ndarray
     return _believed(templates, template, moves[move], COLORS[color], gain.max(), difference, others)
 
 
-def _believed(templates, template, place, color, gain, difference, others) -> tuple[SeenObject, np.ndarray] | None:
+def _believed(templates, template, place, color, gain, difference, others) -> tuple[DetectedObject, np.ndarray] | None:
     """The object that a template shows, unless it explains too little of what is there."""
     side, half = difference.shape[1], templates.window // 2
     shape, size, radius = templates.names[template]
@@ -297,7 +297,7 @@ def _believed(templates, template, place, color, gain, difference, others) -> tu
         return None
     x, y = (np.array(place) + templates.shifts[template]) / side
     row, column = (min(max(int(c * GRID), 0), GRID - 1) for c in (y, x))
-    item = SeenObject(
+    item = DetectedObject(
         shape, color, size, row, column, float(x), float(y), float(radius), float(min(max(explained, 0), 1))
     )
     return item, support

@@ -24,7 +24,7 @@ _BACKGROUND = re.compile(rf"the background is (?:(?:{'|'.join(BACKGROUND_PATTERN
 
 
 @dataclass(frozen=True)
-class Facts:
+class CaptionFacts:
     """What a caption says.
 
     Attributes:
@@ -42,7 +42,7 @@ class Facts:
     background: str | None
 
 
-def read_caption(caption: str) -> Facts:
+def read_caption(caption: str) -> CaptionFacts:
     """The facts in a caption.
 
     Raises:
@@ -62,7 +62,7 @@ def read_caption(caption: str) -> Facts:
             background = match[1]
         else:
             raise UserError(f"caption '{caption}': cannot read '{sentence}'; it must be one of the picture world's")
-    return Facts(counts, tuple(places), tuple(sizes), tuple(relations), background)
+    return CaptionFacts(counts, tuple(places), tuple(sizes), tuple(relations), background)
 
 
 def _census(sentence: str, caption: str) -> tuple[dict[Pair, int], list[tuple[Pair, str]]]:

@@ -91,7 +91,7 @@ def write_split(out: Path, config: SplitConfig, workers: int) -> dict:
     if (folder / "scenes.json").is_file():
         manifest = read_json(folder / "scenes.json")
         if manifest["settings"] == settings:
-            return {**manifest, "made": False}
+            return {**manifest, "created": False}
         shutil.rmtree(folder)  # its own manifest says that it was generated, so it can be generated again
     partial = out / f".{config.split}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -110,7 +110,7 @@ def write_split(out: Path, config: SplitConfig, workers: int) -> dict:
     write_json(partial / "scenes.json", manifest)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    return {**manifest, "made": True}
+    return {**manifest, "created": True}
 
 
 class _Tars:

@@ -139,4 +139,4 @@ def _of_pictures(folder: Path, benchmark: Benchmark, drawn: _Drawings) -> dict[s
         )
         return np.array([np.bincount(one, minlength=pictures) for one in chosen])
 
-    return scene_check.resampled(prompts, files, drawings)
+    return scene_check.resample(prompts, files, drawings)

@@ -310,8 +310,8 @@ def test_the_same_settings_give_the_same_bytes_with_any_number_of_workers(tmp_pa
 
 
 def test_the_files_are_what_they_should_be_and_a_complete_split_is_left_alone(tmp_path):
-    assert write_split(tmp_path, CONFIG, 1)["made"]
-    assert not write_split(tmp_path, CONFIG, 1)["made"]
+    assert write_split(tmp_path, CONFIG, 1)["created"]
+    assert not write_split(tmp_path, CONFIG, 1)["created"]
     folder = tmp_path / "train"
     assert [p.name for p in sorted(folder.glob("*.tar"))] == [f"train-{n:06}.tar" for n in range(3)]
     with tarfile.open(folder / "train-000001.tar") as archive:
@@ -332,4 +332,4 @@ def test_the_files_are_what_they_should_be_and_a_complete_split_is_left_alone(tm
 def test_other_settings_make_the_split_anew(tmp_path):
     first = write_split(tmp_path, CONFIG, 1)
     second = write_split(tmp_path, replace(CONFIG, seed=CONFIG.seed + 1), 1)
-    assert second["made"] and second["fingerprint"] != first["fingerprint"]
+    assert second["created"] and second["fingerprint"] != first["fingerprint"]
