@@ -16,11 +16,13 @@ from test_scenes import judge, matching
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.registry import BENCHMARKS
+from megatron_ext.picture_world.attributes import COLORS, SHAPES
 from megatron_ext.picture_world.benchmark_files import MME, SEED_TYPES, BenchmarkConfig, write_benchmarks
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.conversations import conversation
 from megatron_ext.picture_world.render import render
-from megatron_ext.picture_world.world import COLORS, HELD_OUT, SHAPES, Scene, make_scene
+from megatron_ext.picture_world.splits import HELD_OUT
+from megatron_ext.picture_world.world import Scene, make_scene
 
 CONFIG = BenchmarkConfig(pictures=60, size=48, seed=5)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")

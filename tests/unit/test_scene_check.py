@@ -10,12 +10,13 @@ import torch
 from PIL import Image, ImageFilter
 
 from megatron_ext.errors import UserError
+from megatron_ext.picture_world.attributes import COLORS, SHAPES
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.check import check, compare, summary
 from megatron_ext.picture_world.detection import DetectedScene, detect
 from megatron_ext.picture_world.facts import read_caption
 from megatron_ext.picture_world.render import render
-from megatron_ext.picture_world.world import COLORS, SHAPES, Background, Scene, SceneObject, World, make_scene
+from megatron_ext.picture_world.world import Background, Scene, SceneObject, World, make_scene
 
 SCENES = [make_scene(3, split, index) for split in ("train", "test") for index in range(25)]
 PLAIN = [make_scene(3, split, index, World(variation=0.0)) for split in ("train", "test") for index in range(25)]

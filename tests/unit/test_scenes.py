@@ -13,12 +13,14 @@ import pytest
 from PIL import Image
 
 from megatron_ext.errors import UserError
+from megatron_ext.picture_world.attributes import COLORS, SHAPES
 from megatron_ext.picture_world.captions import caption, text
 from megatron_ext.picture_world.conversations import LETTER, SHORT, YES_OR_NO, conversation
-from megatron_ext.picture_world.questions import KINDS, TELLING, ask, questions
+from megatron_ext.picture_world.questions import DESCRIPTIVE, KINDS, ask, questions
 from megatron_ext.picture_world.render import RGB, render
 from megatron_ext.picture_world.split_files import SplitConfig, write_split
-from megatron_ext.picture_world.world import COLORS, HELD_OUT, SHAPES, SPLITS, Scene, World, make_scene
+from megatron_ext.picture_world.splits import HELD_OUT, SPLITS
+from megatron_ext.picture_world.world import Scene, World, make_scene
 
 NUMBER = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six"])}
 SCENES = {split: [make_scene(7, split, index) for index in range(300)] for split in SPLITS}
@@ -122,7 +124,7 @@ def test_answers_are_true(kind):
     for scene in ALL:
         for question in asked(scene, kind):
             assert question.answer == judge(scene, question.text), (scene, question)
-            assert kind in TELLING or question.answer in question.choices
+            assert kind in DESCRIPTIVE or question.answer in question.choices
             asked_at_all += 1
     assert asked_at_all > 500
 
@@ -153,7 +155,7 @@ def test_conversations_can_be_of_some_kinds_only():
 
 
 def test_what_tells_of_many_objects_is_asked_last():
-    orders = [[question.kind in TELLING for question in questions(scene, 12)] for scene in SCENES["train"][:100]]
+    orders = [[question.kind in DESCRIPTIVE for question in questions(scene, 12)] for scene in SCENES["train"][:100]]
     assert all(order == sorted(order) for order in orders) and sum(map(sum, orders)) > 100
 
 
