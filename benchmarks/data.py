@@ -16,14 +16,15 @@ import torch
 from megatron_ext import config_file
 from megatron_ext.command_line import parser, progress, run
 from megatron_ext.config import Config, SourceConfig
-from megatron_ext.data import dali
+from megatron_ext.data import dali_loader
 from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
-from megatron_ext.data.loader import PlainLoader
-from megatron_ext.data.mixture import Mixture, Source
+from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.packed_rows import PackedRows, StepRows
 from megatron_ext.data.packed_tokens import PADDING, TASK
+from megatron_ext.data.plain_loader import PlainLoader
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.serialization import from_bytes, to_bytes
+from megatron_ext.data.source import Source
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
 from megatron_ext.errors import UserError
@@ -47,7 +48,7 @@ def main() -> None:
     arguments.add_argument("--image-tokens", type=int, default=256, help="VQ codes in an image (default 256)")
     arguments.add_argument("--text-tokens", type=int, default=24, help="mean tokens of a caption (default 24)")
     options = arguments.parse_args()
-    if not dali.available():
+    if not dali_loader.available():
         raise UserError("DALI is not installed; pip install nvidia-dali-cuda130")
     with tempfile.TemporaryDirectory() as folder:
         numbers = measure(mixture(Path(folder) / "pairs", options), options)
@@ -66,7 +67,7 @@ def measure(mixture: Mixture, options) -> dict:
     tokens = options.steps * options.rows * options.length
     speeds = {"dali": [], "torch": []}
     for _ in progress(range(options.rounds), desc="rounds"):
-        for name, loader in (("dali", dali.DaliLoader), ("torch", PlainLoader)):
+        for name, loader in (("dali", dali_loader.DaliLoader), ("torch", PlainLoader)):
             speeds[name].append(tokens / _one_round(loader, rows, prepare, options))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     return {

@@ -20,8 +20,9 @@ from megatron_ext.evaluation import scene_check
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.parsing import LETTERS
 from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES
-from megatron_ext.picture_world.benchmarks import MANIFEST
-from megatron_ext.picture_world.world import PLACES, World
+from megatron_ext.picture_world.attributes import PLACES
+from megatron_ext.picture_world.benchmark_files import MANIFEST
+from megatron_ext.picture_world.world import World
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {"validation": "new arrangements", "test": "held-out combinations"}
@@ -80,12 +81,12 @@ def _share(results: list[tuple[bool, float]]) -> dict:
 def markdown(found: dict, budget: str) -> str:
     """The page."""
     lines = ["# What a model learns on the picture world", "", budget, ""]
-    lines += ["Accuracy in percent, in brackets its 95 % interval; **bold**: the interval is above chance.", ""]
+    lines += ["Accuracy in percent with its 95 % interval in brackets; **bold**: the interval is above chance.", ""]
     lines += ["| question | chance | " + " | ".join(SPLITS.values()) + " |", "| --- | --- | --- | --- |"]
     for kind, of in found["validation"]["kinds"].items():
         cells = [_cell(found[split]["kinds"].get(kind)) for split in SPLITS]
         lines.append(f"| {kind} | {100 * of['chance']:.1f} | " + " | ".join(cells) + " |")
-    lines += ["", "Facts of their captions that are right in generated pictures, in percent; the control is the same"]
+    lines += ["", "Share of the captions' facts that generated pictures show, in percent; the control is the same"]
     lines += ["pictures with other pictures' captions. At best: the reference pictures through the VQ tokenizer.", ""]
     lines += [
         "| pictures for | facts | right | control | difference | at best |",

@@ -23,11 +23,11 @@ from PIL import Image
 from megatron_ext import vq as vq_package
 from megatron_ext.command_line import parser, progress, run
 from megatron_ext.files import write_json
-from megatron_ext.preprocess import Options, preprocess
-from megatron_ext.preprocess.images import CROP, PillowDecoder
+from megatron_ext.preprocess import PreprocessOptions, preprocess
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel
-from megatron_ext.vq.train import TrainConfig
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder
+from megatron_ext.vq.training import VQTrainingConfig
 
 WORDS = ("red", "green", "blue", "white", "circle", "square", "triangle", "left", "right", "above", "below", "two")
 
@@ -64,7 +64,7 @@ def measure(folder: Path, options) -> dict:
     seconds = {"alone": [], "whole": []}
     for i in progress(range(options.rounds + 1), desc="rounds"):
         alone = _timed(lambda: _alone(tokenizer, batches))
-        prepared = Options([tar], folder / f"set{i}", batch_size=options.batch_size, workers=options.workers)
+        prepared = PreprocessOptions([tar], folder / f"set{i}", batch_size=options.batch_size, workers=options.workers)
         whole = _timed(lambda prepared=prepared: preprocess(prepared, vocabulary, tokenizer))
         if i:  # the first round imports libraries and warms caches
             seconds["alone"].append(alone)
@@ -98,7 +98,7 @@ def _tokenizer(folder: Path) -> VQModel:
     """A random tokenizer of the size that tools/train_vq.py trains unless told otherwise."""
     import transformers
 
-    size = TrainConfig()
+    size = VQTrainingConfig()
     channels = 3 * size.patch**2
     torch.manual_seed(0)
     transformers.JanusVQVAE(
@@ -126,7 +126,7 @@ def _vocabulary(folder: Path) -> Vocabulary:
         minloglevel=2,
         hard_vocab_limit=False,
     )
-    return Vocabulary.create(folder, folder / "made.model", TrainConfig().codebook_size)
+    return Vocabulary.create(folder, folder / "made.model", VQTrainingConfig().codebook_size)
 
 
 def _pictures(count: int, pixels: int) -> list[bytes]:

@@ -4,7 +4,7 @@ import dataclasses
 
 from megatron_ext.config import Config
 from megatron_ext.data import build_mixture, step_batches
-from megatron_ext.data.distribute import StepBatches
+from megatron_ext.data.step_loader import StepBatches
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 

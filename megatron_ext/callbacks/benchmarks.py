@@ -12,8 +12,8 @@ from megatron.core.utils import unwrap_model
 from megatron_ext.config import EvaluationBenchmark
 from megatron_ext.distributed import device, from_rank_zero, report
 from megatron_ext.evaluation import training_folder
-from megatron_ext.evaluation.answering import answer
-from megatron_ext.evaluation.items import Benchmark, Item
+from megatron_ext.evaluation.answer_generation import answer
+from megatron_ext.evaluation.benchmark import Benchmark, Item
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.files import write_json
@@ -89,10 +89,10 @@ class Benchmarking(Callback):
                 file = folder / f"{benchmark.name}.jsonl"
                 if unreadable := answer(self._session, items, file, self._settings.max_new_tokens):
                     report(f"{file}: {unreadable} images could not be read")
-                TrainedModel(run.resolved, run.vocabulary, model),
-                Path(self._settings.vq),
-                self._settings.batch_size,
-                report=lambda line: None,
+                (TrainedModel(run.resolved, run.vocabulary, model),)
+                (Path(self._settings.vq),)
+                (self._settings.batch_size,)
+                report = (lambda line: None,)
         figures = from_rank_zero(lambda: self._score(folder, iteration, pictures))
         return EvaluationResult(figures, pictures, time.perf_counter() - started)
 
@@ -112,4 +112,4 @@ class Benchmarking(Callback):
 def _questions(settings: EvaluationBenchmark) -> tuple[Benchmark, list[Item]]:
     benchmark = benchmark_named(settings.name)
     items = benchmark.read(Path(settings.data), settings.parts or None)
-    return benchmark, benchmark.some(items, settings.limit) if 0 < settings.limit < len(items) else items
+    return benchmark, benchmark.subset(items, settings.limit) if 0 < settings.limit < len(items) else items

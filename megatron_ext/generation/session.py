@@ -9,14 +9,14 @@ from megatron.core import parallel_state
 from PIL import Image
 
 from megatron_ext import command_line, distributed
+from megatron_ext import vq as vq_package
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
-from megatron_ext.preprocess.images import CROP, PillowDecoder
-from megatron_ext.vq import model as vq_model
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 from megatron_ext.vq.pixels import from_bytes, to_picture
 
 SHEET = "sheet.png"
@@ -46,7 +46,7 @@ class Session:
         """
         self.trained, self._report = trained, report
         device = next(trained.model.parameters()).device
-        self.vq = vq_model.load(vq, device)
+        self.vq = vq_package.load(vq, device)
         vocabulary = trained.vocabulary
         if self.vq.codebook_size != vocabulary.codebook_size:
             raise UserError(

@@ -107,15 +107,15 @@ class Lengths:
         return float(samples.length[kept].sum() / samples.length.sum())
 
     def _batches_of(self, config: Config, vocabulary) -> list:
-        from megatron_ext.data.decoding import decode
         from megatron_ext.data.packed_rows import PackedRows
+        from megatron_ext.data.packed_tokens import unpack
 
         key = _key(config)
         if key not in self._batches:
             import numpy as np
 
             rows = PackedRows.of(self._mixture(config, vocabulary), config.data).packed_tokens(0, FLOPS_ROWS)
-            self._batches[key] = [decode(part, vocabulary.pad) for part in np.split(rows, PARTS)]
+            self._batches[key] = [unpack(part, vocabulary.pad) for part in np.split(rows, PARTS)]
         return self._batches[key]
 
     def _mixture(self, config: Config, vocabulary) -> Mixture:

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_ext import command_line, files
 from megatron_ext.analysis.bootstrap import Bootstrap
 from megatron_ext.evaluation.answers import read_answers
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.evaluation.registry import BENCHMARKS
 from megatron_ext.study import state, steps
 from megatron_ext.study.grid import StudyRun
@@ -145,4 +145,4 @@ def _of_pictures(folder: Path, benchmark: StudyBenchmark, samples: _Resamples) -
         )
         return np.array([np.bincount(sample, minlength=pictures) for sample in indices])
 
-    return scene_check.resampled(prompts, files, counts)
+    return scene_check.resample(prompts, files, counts)

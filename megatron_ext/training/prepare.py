@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.decoding import decode
+from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.groups import stored_length
@@ -104,7 +104,7 @@ class Preparation:
     def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
         """Of packed tokens, int32 [rows, s], in a step counted from 0."""
         selection = None if self.iterations is None else self.plan.selection(step, self.iterations)
-        return self.step_input(decode(packed_tokens, self.pad), selection)
+        return self.step_input(unpack(packed_tokens, self.pad), selection)
 
     def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
         """Of a batch on the host; ``selection`` None: as in evaluation."""

@@ -12,8 +12,8 @@ from megatron_ext.transformer.forward_context import Attend, ForwardContext
 from megatron_ext.transformer.hidden_states import join
 from megatron_ext.transformer.initialization import initialize
 from megatron_ext.transformer.kernels.functions import permute
-from megatron_ext.transformer.rotary import rotary_table
 from megatron_ext.transformer.resolved import ResolvedConfig
+from megatron_ext.transformer.rotary import rotary_table
 from megatron_ext.transformer.specs import block_spec, transformer_config
 
 

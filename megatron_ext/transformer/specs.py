@@ -147,7 +147,9 @@ def layer_spec(resolved: ResolvedConfig, passes_slices: bool = False) -> ModuleS
     )
 
 
-def block_spec(resolved: ResolvedConfig, transformer: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    resolved: ResolvedConfig, transformer: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage (and virtual stage) and the final norm."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 

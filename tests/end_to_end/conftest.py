@@ -11,7 +11,7 @@ import yaml
 from programs import launcher, run_program
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.vocabulary import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))

@@ -13,7 +13,7 @@ from programs import launcher, run_program
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pope import POPE
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from preprocess_material import CODES, GRID, encoded, make_vocabulary, make_vq
@@ -119,7 +119,7 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
 
     # What is there was made with other roles: refused by name, or moved away.
     shown = evaluate(trained, data, file.parent, 1, "plan.preset=dense", check=False)
-    assert f"{file}: what it holds was made with plan " in shown.splitlines()[-1]
+    assert f"{file}: its contents were made with plan " in shown.splitlines()[-1]
     evaluate(trained, data, file.parent, 1, "--set-aside", "plan.preset=dense")
     before = file.with_name("pope.before-1.jsonl")
     assert [json.loads(line) for line in before.read_text().splitlines()] == again
@@ -129,7 +129,7 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     question = data / "pope" / "coco_pope_random.json"
     question.write_text(question.read_text().replace("Is there", "Do you see"))
     shown = evaluate(trained, data, file.parent, 1, "plan.preset=dense", check=False)
-    assert "was another one when it was answered" in shown.splitlines()[-1]
+    assert "has changed since it was answered" in shown.splitlines()[-1]
 
 
 def test_what_does_not_fit_is_one_line(trained, tmp_path):

@@ -14,7 +14,7 @@ from programs import ROOT
 
 from megatron_ext.analysis import results
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import grid, state, steps, study_file
 from megatron_ext.training.metrics import read_metrics
 

@@ -4,8 +4,9 @@ import numpy as np
 
 from megatron_ext.config import SourceConfig
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
-from megatron_ext.data.mixture import Mixture, Source
+from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.rendering import SpecialTokens
+from megatron_ext.data.source import Source
 
 SPECIAL = SpecialTokens(bos=1, pad=100, eod=101, boi=102, eoi=103)
 FIRST_CODE, CODES = 104, 64

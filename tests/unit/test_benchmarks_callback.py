@@ -18,13 +18,13 @@ from megatron_ext.config import Config
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import training_folder
-from megatron_ext.evaluation.answering import answer
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.answer_generation import answer
+from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.evaluation.mme import MME
 from megatron_ext.evaluation.pope import POPE
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.generation.session import Session
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.report.write import write_report
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
@@ -179,8 +179,8 @@ def test_a_part_of_a_benchmark_comes_from_all_over_it():
     items = [
         Item(str(n), Path(str(n // 6)), "?", ("yes", "no")[n % 2], (("a", "b", "c")[n // 300],)) for n in range(900)
     ]
-    some = POPE.some(items, 60)
-    assert some == POPE.some(items, 60) and len(some) == len(set(some)) == 60
+    some = POPE.subset(items, 60)
+    assert some == POPE.subset(items, 60) and len(some) == len(set(some)) == 60
     assert Counter(group for item in some for group in item.groups) == {"a": 20, "b": 20, "c": 20}
     assert 20 < sum(item.answer == "yes" for item in some) < 40
     assert [int(item.id) for item in some] == sorted(int(item.id) for item in some)
@@ -188,4 +188,4 @@ def test_a_part_of_a_benchmark_comes_from_all_over_it():
 
 def test_questions_that_are_scored_together_stay_together():
     items = [Item(str(n), Path(str(n // 2)), "?", "yes", ("count",)) for n in range(100)]
-    assert Counter(Counter(item.image for item in MME.some(items, 11)).values()) == {2: 5}
+    assert Counter(Counter(item.image for item in MME.subset(items, 11)).values()) == {2: 5}

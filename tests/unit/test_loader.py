@@ -14,8 +14,8 @@ from data_sets import captions, mixture, texts
 
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data import build_mixture, step_batches
-from megatron_ext.data.decoding import decode
 from megatron_ext.data.packed_rows import PackedRows
+from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 
@@ -44,7 +44,7 @@ def test_every_loader_gives_the_rows_of_the_step_it_is_at(blend, loader, workers
     for step in range(7, 11):
         batch = next(batches)
         assert batches.wait_seconds > 0
-        assert_equal(batch, decode(rows.packed_tokens(step * 5, step * 5 + 5), blend.special.pad).tensors())
+        assert_equal(batch, unpack(rows.packed_tokens(step * 5, step * 5 + 5), blend.special.pad).tensors())
     with pytest.raises(StopIteration):
         next(batches)
     batches.close()

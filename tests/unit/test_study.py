@@ -17,11 +17,11 @@ from megatron_ext.analysis.bootstrap import interval
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
-from megatron_ext.evaluation.pictures import PictureScorer
+from megatron_ext.evaluation.picture_scorer import PictureScorer
 from megatron_ext.evaluation.registry import BENCHMARKS
 from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.files import read_json, write_json
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import collect, grid, questions, report, slurm, state, status, steps, study_file
 from megatron_ext.training.metrics import MetricsFile
 

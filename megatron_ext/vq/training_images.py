@@ -1,4 +1,4 @@
-"""Pictures to train a VQ tokenizer on, all of them in memory."""
+"""Images to train a VQ tokenizer on, all of them in memory."""
 
 import tarfile
 from collections.abc import Iterator
@@ -10,37 +10,31 @@ from torch import Tensor
 
 from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
-from megatron_ext.preprocess.images import CROP, PillowDecoder
-from megatron_ext.preprocess.inputs import IMAGE_SUFFIXES
+from megatron_ext.vq.image_decoder import CROP, IMAGE_SUFFIXES, PillowDecoder
 
 DECODE_AT_ONCE = 256
 
 
-def load_pictures(sources: list[Path], image_size: int, limit: int, workers: int = 2) -> Tensor:
-    """Up to ``limit`` pictures of WebDataset tars and folders, in order; those that cannot be decoded are left out.
+def load_images(sources: list[Path], image_size: int, limit: int, workers: int = 2) -> Tensor:
+    """Load up to ``limit`` images from WebDataset tars and folders, in order; damaged ones are left out.
 
     Returns:
         uint8 [n, 3, image_size, image_size].
 
     Raises:
-        UserError: a source cannot be read, or there is no picture in any.
+        UserError: a source cannot be read, or holds no image that can be decoded.
     """
     decoder = PillowDecoder((image_size, image_size), CROP, workers)
     decoded: list[Tensor] = []
-    with progress(desc="pictures", unit="") as bar:
+    with progress(desc="images", unit="") as bar:
         files = islice((file for source in sources for file in _files(source)), limit)
-        for some in _batches(files, DECODE_AT_ONCE):
-            decoded += [picture for picture in decoder(some) if isinstance(picture, Tensor)]
-            bar.update(len(some))
+        while batch := list(islice(files, DECODE_AT_ONCE)):
+            decoded += [image for image in decoder(batch) if isinstance(image, Tensor)]
+            bar.update(len(batch))
     decoder.close()
     if not decoded:
-        raise UserError(f"{', '.join(map(str, sources))}: no picture that can be decoded")
+        raise UserError(f"{', '.join(map(str, sources))}: no image that can be decoded")
     return torch.stack(decoded).permute(0, 3, 1, 2).contiguous()
-
-
-def _batches(items: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
-    while some := list(islice(items, size)):
-        yield some
 
 
 def _files(source: Path) -> Iterator[bytes]:
@@ -57,4 +51,4 @@ def _files(source: Path) -> Iterator[bytes]:
     except OSError as error:
         raise UserError(f"{source}: {error.strerror or error}") from None
     except tarfile.TarError as error:
-        raise UserError(f"{source}: neither a folder of pictures nor a tar ({error})") from None
+        raise UserError(f"{source}: neither a folder of images nor a tar ({error})") from None

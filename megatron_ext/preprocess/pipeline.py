@@ -1,4 +1,4 @@
-"""A whole preparation, or one shard of it, from options to files."""
+"""The whole preprocessing, or one shard of it, from options to files."""
 
 import time
 from collections.abc import Iterator
@@ -10,31 +10,31 @@ import torch
 
 from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
-from megatron_ext.preprocess import dali_images, inputs
+from megatron_ext.preprocess import dali_decoder, units
 from megatron_ext.preprocess.encoding import Encoded, encode
-from megatron_ext.preprocess.images import CROP, PillowDecoder
-from megatron_ext.preprocess.inputs import Reading, Unit
 from megatron_ext.preprocess.parts import Part, unit_parts
+from megatron_ext.preprocess.samples import ReadOptions, Unit
 from megatron_ext.preprocess.store import Store, finished, joined, remove_parts
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 
 
 @dataclass
-class Options:
-    """What is prepared and how.
+class PreprocessOptions:
+    """Inputs, output and settings of a preprocessing.
 
     Attributes:
         inputs: WebDataset tars, LLaVA JSON files, JSONL files.
         out: prefix of the data set.
         images: folder of the images that JSON and JSONL files name; None for the folder of the file itself.
-        prefer: "conversation" or "caption", what a sample with both becomes.
+        prefer: "conversation" or "caption", for a sample with both.
         resize: "crop" or "squash".
         batch_size: images that the VQ model encodes at once.
-        part_samples: samples in a part, what a restart may have to do again.
+        part_samples: samples per part; a restart repeats at most one part.
         workers: threads that read and decode.
         strict: stop at the first sample that would be skipped.
-        shard: (which, of how many), counted from 1; None prepares everything.
+        shard: (number of the shard, counted from 1, number of shards); None processes everything.
     """
 
     inputs: list[Path]
@@ -51,14 +51,15 @@ class Options:
 
 @dataclass
 class Summary:
-    """Numbers of one run. ``metadata`` is that of the data set, None where a shard leaves it to be joined.
+    """Numbers of one run.
 
     Attributes:
-        already: the data set was there before.
         images: images encoded by this run.
-        seconds: time in which they were.
-        skipped: samples left out by all runs so far, of this shard.
-        units: (units of this shard, units of all).
+        seconds: time that encoding took.
+        skipped: samples of this shard skipped by all runs so far.
+        units: (units of this shard, units of all shards).
+        already: the data set was complete before this run.
+        metadata: of the data set; None for a shard that is not joined yet.
     """
 
     images: int = 0
@@ -86,31 +87,31 @@ class Summary:
         }
 
 
-def preprocess(options: Options, vocabulary: Vocabulary, vq: VQModel | None) -> Summary:
-    """Prepare the data set at ``options.out``, going on from what an earlier run has done.
+def preprocess(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None) -> Summary:
+    """Make the data set at ``options.out``; resumes an earlier run.
 
     Args:
         vq: the tokenizer of the images, on the device and in the precision to use; None for plain text.
 
     Raises:
-        UserError: an input cannot be read, the settings are not those of the earlier run, or ``strict`` and a
+        UserError: an input cannot be read, the settings differ from those of the earlier run, or with ``strict`` a
             sample cannot be used.
     """
     if vq is not None and vq.codebook_size != vocabulary.codebook_size:
         raise UserError(
             f"{vocabulary.folder}: made for {vocabulary.codebook_size} VQ codes, but {vq.folder} has {vq.codebook_size}"
         )
-    units = inputs.plan(options.inputs, options.part_samples)
+    all_units = units.plan(options.inputs, options.part_samples)
     decoder = _decoder(options, vq) if vq is not None else None
-    settings = _settings(options, vocabulary, vq, decoder, len(units))
+    settings = _settings(options, vocabulary, vq, decoder, len(all_units))
     if metadata := finished(options.out, settings):
         remove_parts(options.out)  # a join that was killed at the very end leaves some
         return Summary(metadata=metadata, already=True, skipped=metadata["source"]["skipped"])
     store = Store(options.out, settings)
-    mine = _shard(len(units), options.shard)
-    summary = Summary(units=(len(mine), len(units)))
+    shard = _shard(len(all_units), options.shard)
+    summary = Summary(units=(len(shard), len(all_units)))
     try:
-        _work(options, store, {index: units[index] for index in mine}, vocabulary, vq, decoder, summary)
+        _make_parts(options, store, {index: all_units[index] for index in shard}, vocabulary, vq, decoder, summary)
     finally:
         if decoder is not None:
             decoder.close()
@@ -120,7 +121,7 @@ def preprocess(options: Options, vocabulary: Vocabulary, vq: VQModel | None) -> 
 
 
 def merge_shards(out: Path) -> Summary:
-    """Join the parts that all shards have made to the data set at ``out``.
+    """Join the parts of all shards to the data set at ``out``.
 
     Raises:
         UserError: a part is missing or damaged.
@@ -132,72 +133,73 @@ def merge_shards(out: Path) -> Summary:
     return Summary(metadata=metadata, already=bool(already), skipped=metadata["source"].get("skipped", 0))
 
 
-def _work(
-    options: Options,
+def _make_parts(
+    options: PreprocessOptions,
     store: Store,
-    units: dict[int, Unit],
+    shard: dict[int, Unit],
     vocabulary: Vocabulary,
     vq: VQModel | None,
     decoder,
     summary: Summary,
 ) -> None:
-    todo, left = {}, 0
-    for index, unit in units.items():
-        cards = store.done(index)
-        for metadata in cards:
-            _strict(options, metadata["skipped"])
-            summary.skipped += len(metadata["skipped"])
-        if not cards or not cards[-1]["last"]:
-            todo[index] = (unit, len(cards))
-            left += unit.bytes - sum(metadata["bytes"] for metadata in cards)
+    todo, bytes_left = {}, 0
+    for index, unit in shard.items():
+        manifests = store.done(index)
+        for manifest in manifests:
+            _refuse_skipped(options, manifest["skipped"])
+            summary.skipped += len(manifest["skipped"])
+        if not manifests or not manifests[-1]["last"]:
+            todo[index] = (unit, len(manifests))
+            bytes_left += unit.bytes - sum(manifest["bytes"] for manifest in manifests)
     parts = _parts(todo, options, vocabulary, vq)
     started = time.perf_counter()
-    bar = progress(total=left, bar_format="{desc} {percentage:3.0f}%|{bar}| ETA {remaining}", leave=False)
-    with bar, closing(encode(parts, decoder, vq, options.batch_size, options.workers)) as events:
+    bar = progress(total=bytes_left, bar_format="{desc} {percentage:3.0f}%|{bar}| ETA {remaining}", leave=False)
+    with bar, closing(encode(parts, decoder, vq, options.batch_size, options.workers)) as batches:
         failures = {}
-        for event in events:
-            _strict(options, event.part.skipped)
-            _strict(options, [{"sample": i.name, "reason": why} for i, why in event.failures.items()])
-            failures |= event.failures
-            summary.images += event.images
+        for batch in batches:
+            _refuse_skipped(options, batch.part.skipped)
+            _refuse_skipped(options, [{"sample": i.name, "reason": why} for i, why in batch.failures.items()])
+            failures |= batch.failures
+            summary.images += batch.images
             summary.seconds = time.perf_counter() - started
-            if event.codes is not None:
-                metadata = store.write(event.part, event.codes, failures, vocabulary.image_offset)
-                summary.skipped += len(metadata["skipped"])
+            if batch.codes is not None:
+                manifest = store.write(batch.part, batch.codes, failures, vocabulary.image_offset)
+                summary.skipped += len(manifest["skipped"])
                 failures = {}
-            _show(bar, event, summary)
+            _show(bar, batch, summary)
 
 
-def _show(bar, event: Encoded, summary: Summary) -> None:
+def _show(bar, batch: Encoded, summary: Summary) -> None:
     bar.set_description(f"{summary.images:,} images, {summary.speed:,.0f} images/s", refresh=False)
-    bar.update(event.part.bytes * event.share)
+    bar.update(batch.part.bytes * batch.share)
 
 
-def _parts(todo: dict, options: Options, vocabulary: Vocabulary, vq: VQModel | None) -> Iterator[Part]:
-    reading = Reading(options.images, options.prefer)
+def _parts(todo: dict, options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None) -> Iterator[Part]:
+    read_options = ReadOptions(options.images, options.prefer)
     for index, (unit, done) in todo.items():
-        for part in unit_parts(index, unit, done, options.part_samples, reading, vocabulary):
+        for part in unit_parts(index, unit, done, options.part_samples, read_options, vocabulary):
             if vq is None and part.images:
                 raise UserError(f"{part.images[0].name}: the input has images; give the VQ tokenizer with --vq")
             yield part
 
 
-def _strict(options: Options, skipped: list[dict]) -> None:
+def _refuse_skipped(options: PreprocessOptions, skipped: list[dict]) -> None:
+    """With ``strict``, raise for the first skipped sample."""
     if options.strict and skipped:
         entry = skipped[0]
         raise UserError(f"{entry.get('image', entry['sample'])}: {entry['reason']}; without --strict it is skipped")
 
 
-def _decoder(options: Options, vq: VQModel):
+def _decoder(options: PreprocessOptions, vq: VQModel):
     device = next(vq.network.parameters()).device
-    if dali_images.available():
-        return dali_images.DaliDecoder(vq.image_size, options.resize, options.workers, options.batch_size, device)
-    print("DALI is missing (pip install nvidia-dali-cuda130): images are decoded by Pillow, more slowly")
+    if dali_decoder.available():
+        return dali_decoder.DaliDecoder(vq.image_size, options.resize, options.workers, options.batch_size, device)
+    print("DALI is missing (pip install nvidia-dali-cuda130): Pillow decodes the images, more slowly")
     return PillowDecoder(vq.image_size, options.resize, options.workers)
 
 
-def _settings(options: Options, vocabulary: Vocabulary, vq: VQModel | None, decoder, units: int) -> dict:
-    """Everything on which the bytes of the data set depend; runs with other values never share parts."""
+def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None, decoder, units: int) -> dict:
+    """Everything that the bytes of the data set depend on; runs with other values never share parts."""
     parameter = next(vq.network.parameters()) if vq is not None else torch.empty(0)
     return {
         "inputs": [{"file": str(file), "bytes": file.stat().st_size} for file in options.inputs],
@@ -216,6 +218,6 @@ def _settings(options: Options, vocabulary: Vocabulary, vq: VQModel | None, deco
 
 
 def _shard(units: int, shard: tuple[int, int] | None) -> range:
-    """The units of a shard: a contiguous stretch, as long as the others to within one unit."""
-    which, of = shard or (1, 1)
-    return range(units * (which - 1) // of, units * which // of)
+    """The units of a shard: a contiguous stretch; the lengths of shards differ by at most one unit."""
+    number, count = shard or (1, 1)
+    return range(units * (number - 1) // count, units * number // count)

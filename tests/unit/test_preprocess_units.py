@@ -8,8 +8,8 @@ from preprocess_material import encoded, write_tar
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
 from megatron_ext.errors import UserError
-from megatron_ext.preprocess.inputs import Reading, plan, read
-from megatron_ext.preprocess.samples import Image
+from megatron_ext.preprocess.samples import ImageFile, ReadOptions
+from megatron_ext.preprocess.units import plan, read
 
 TURNS = [
     {"from": "human", "value": "<image>\nWhat colour?"},
@@ -21,7 +21,7 @@ ASKED = [(TEXT, "What colour?"), (ANSWER, "red"), (TEXT, "And left?"), (ANSWER, 
 
 
 def read_all(file: Path, images: Path | None = None, prefer: str = "conversation", part_samples: int = 100):
-    return [sample for unit in plan([file], part_samples) for sample in read(unit, Reading(images, prefer))]
+    return [sample for unit in plan([file], part_samples) for sample in read(unit, ReadOptions(images, prefer))]
 
 
 def segments(sample) -> list:
@@ -101,7 +101,7 @@ def test_jsonl_of_captions_texts_and_conversations(tmp_path):
         ASKED[2:],
     ]
     assert [sample.name for sample in samples] == [f"{file}:{line}" for line in (1, 3, 4)]
-    assert [sample.wanted for sample in samples] == [ANSWER, TEXT, ANSWER]
+    assert [sample.required_mode for sample in samples] == [ANSWER, TEXT, ANSWER]
 
 
 @pytest.mark.parametrize("part_samples", [1, 3, 7])
@@ -152,13 +152,13 @@ def test_webdataset_tar(tar, prefer):
 
 
 def test_images_in_a_tar_are_found_by_their_bytes(tar):
-    image: Image = read_all(tar)[1].segments[0][1]
+    image: ImageFile = read_all(tar)[1].segments[0][1]
     assert tar.read_bytes()[image.offset : image.offset + image.size] == encoded(1)
 
 
 def test_a_tar_is_read_from_any_sample_on(tar):
     [unit] = plan([tar], 2)
-    assert list(read(unit, Reading(None, "caption"), skip=4)) == read_all(tar, prefer="caption")[4:]
+    assert list(read(unit, ReadOptions(None, "caption"), skip=4)) == read_all(tar, prefer="caption")[4:]
 
 
 @pytest.mark.parametrize(

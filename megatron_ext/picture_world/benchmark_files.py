@@ -1,13 +1,13 @@
-"""Pictures of a split as benchmarks, in the files of the real ones, so that whoever reads those reads these.
+"""Benchmarks from the pictures of a split, in the formats of real benchmarks, so that the same evaluators read them.
 
 ::
 
     OUT/pope/coco_pope_{random,popular,adversarial}.json   an object a line; pictures in OUT/pope/val2014/
     OUT/mme/SUBTASK/KEY.txt, KEY.jpg                        two lines ``question TAB answer`` beside each picture
     OUT/gqa/testdev_balanced_questions.json, images/ID.jpg
-    OUT/seed/SEED-Bench.json, SEED-Bench-image/ID           pictures without an ending, as there
-    OUT/mjhq/meta_data.json, CATEGORY/ID.jpg                captions as prompts; by number of objects
-    OUT/benchmarks.json                                     the manifest, written last: what was made, and how
+    OUT/seed/SEED-Bench.json, SEED-Bench-image/ID           pictures without a file ending, as in the release
+    OUT/mjhq/meta_data.json, CATEGORY/ID.jpg                captions as prompts; categories by number of objects
+    OUT/benchmarks.json                                     the manifest, written last: settings and fingerprint
 
 The questions are worded as in training, and their answers are balanced. The same settings give the same bytes.
 """
@@ -39,19 +39,12 @@ from megatron_ext.picture_world.conversations import YES_OR_NO
 from megatron_ext.picture_world.multiple_choice import absent_like
 from megatron_ext.picture_world.questions import ask, exactly, number_of_groups
 from megatron_ext.picture_world.render import render
-from megatron_ext.picture_world.world import (
-    HELD_OUT,
-    OBJECT_COUNTS,
-    RICHEST,
-    Scene,
-    SceneObject,
-    World,
-    make_scene,
-)
-from megatron_ext.picture_world.write import fingerprint
+from megatron_ext.picture_world.split_files import fingerprint
+from megatron_ext.picture_world.splits import HELD_OUT
+from megatron_ext.picture_world.world import OBJECT_COUNTS, RICHEST, Scene, SceneObject, World, make_scene
 
 POPE_EACH = 3
-"""Questions with yes, and as many with no, per picture (fewer where there are fewer kinds of objects)."""
+"""Questions answered yes, and as many answered no, per picture (fewer if there are fewer kinds of objects)."""
 GQA_TYPES = {
     "existence": ("verify", "obj"),
     "color": ("query", "attr"),
@@ -75,8 +68,8 @@ SEED_TYPES = {
 }
 COUNTS = (1, 2, 1, 3, 2)
 """The smaller number in MME's questions about numbers, picture by picture; more than four equal objects are rare."""
-GQA_DRAWS = 8
-"""Questions drawn of a kind, at most, for one with the answer that was given less often so far."""
+GQA_CANDIDATES = 8
+"""Candidate questions per kind, of which the one with the least frequent answer so far is selected."""
 MANIFEST = "benchmarks.json"
 
 
@@ -92,19 +85,20 @@ class BenchmarkConfig:
 
 
 def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
-    """Write all benchmarks into ``folder``, or leave it as it is if these settings already made it.
+    """Write all benchmarks into ``folder``, unless they are there with these settings.
 
     Returns:
-        The manifest: the settings, the number of questions of each benchmark, and a fingerprint of every byte written.
+        The manifest (the settings, the number of questions of each benchmark, and a fingerprint of every byte written),
+        with ``created``, whether this call wrote them.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds other files.
     """
     settings = asdict(config)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already and was not made by this program; name another folder")
+        raise UserError(f"{folder}: exists and was not made by this program; name another folder")
     if (folder / MANIFEST).is_file() and (manifest := read_json(folder / MANIFEST))["settings"] == settings:
-        return {**manifest, "made": False}
+        return {**manifest, "created": False}
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     counts = {}
@@ -113,9 +107,9 @@ def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
         counts[name] = write(partial / name, config)
     manifest = {"settings": settings, "items": counts, "fingerprint": fingerprint(partial)}
     write_json(partial / MANIFEST, manifest)
-    shutil.rmtree(folder, ignore_errors=True)  # its own manifest says that it was generated, so it can be again
+    shutil.rmtree(folder, ignore_errors=True)  # its manifest shows that it was generated
     os.replace(partial, folder)
-    return {**manifest, "made": True}
+    return {**manifest, "created": True}
 
 
 def _scenes(config: BenchmarkConfig) -> Iterator[Scene]:
@@ -148,9 +142,9 @@ def _pope(folder: Path, config: BenchmarkConfig) -> int:
             present = sorted({(o.shape, o.color) for o in scene.objects})
             positives = rng.sample(present, min(POPE_EACH, len(present)))
             for pair, negative in zip(positives, _negatives(name, scene, positives, frequency, rng)):
-                for asked, label in ((pair, "yes"), (negative, "no")):
+                for named, label in ((pair, "yes"), (negative, "no")):
                     record = {"question_id": len(lines) + 1, "image": f"{scene.key}.jpg"}
-                    lines.append({**record, "text": _is_there(asked), "label": label})
+                    lines.append({**record, "text": _is_there(named), "label": label})
         (folder / f"coco_pope_{name}.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
         total += len(lines)
     return total
@@ -159,54 +153,54 @@ def _pope(folder: Path, config: BenchmarkConfig) -> int:
 def _negatives(
     name: str, scene: Scene, positives: list[Pair], frequency: Counter[Pair], rng: random.Random
 ) -> list[Pair]:
-    """As many absent pairs as there are positives, all different."""
+    """As many absent pairs as positives, all different."""
     shapes, colors = {o.shape for o in scene.objects}, {o.color for o in scene.objects}
-    there = {(o.shape, o.color) for o in scene.objects}
+    present = {(o.shape, o.color) for o in scene.objects}
     pairs = [(s, c) for s in scene.world.shapes for c in scene.world.colors]
-    absent = [pair for pair in pairs if pair not in there and scene.speakable(*pair)]
+    absent = [pair for pair in pairs if pair not in present and scene.speakable(*pair)]
     rng.shuffle(absent)
     match name:
         case "random":
-            chosen: list[Pair] = []
+            negatives: list[Pair] = []
             for pair in positives:
-                alike = [p for p in absent_like(scene, pair) if p not in chosen]
-                chosen.append(rng.choice(alike or [p for p in absent if p not in chosen]))
-            return chosen
+                alike = [p for p in absent_like(scene, pair) if p not in negatives]
+                negatives.append(rng.choice(alike or [p for p in absent if p not in negatives]))
+            return negatives
         case "popular":
             return sorted(absent, key=lambda p: -frequency[p])[: len(positives)]
         case "adversarial":
-            # What goes together in this world: the color and the shape of objects that are there.
+            # Objects that co-occur in this world have the colors and shapes of objects in the picture.
             return sorted(absent, key=lambda p: -(p[0] in shapes) - (p[1] in colors))[: len(positives)]
     raise ValueError(name)
 
 
 def _mme(folder: Path, config: BenchmarkConfig) -> int:
     for subtask, make in MME.items():
-        scenes, made = _scenes(config), 0
-        while made < config.pictures:
+        scenes, count = _scenes(config), 0
+        while count < config.pictures:
             scene = next(scenes)
-            pair = make(scene, scene.random(f"mme {subtask}"), made)
+            pair = make(scene, scene.random(f"mme {subtask}"), count)
             if not pair:
                 continue
             _save(scene, config, folder / subtask / f"{scene.key}.jpg")
             lines = [f"{q} {YES_OR_NO}\t{a}\n" for q, a in zip(pair, ("Yes", "No"))]
             (folder / subtask / f"{scene.key}.txt").write_text("".join(lines))
-            made += 1
+            count += 1
     return 2 * len(MME) * config.pictures
 
 
-Both = tuple[str, str] | None
-"""A question to which the answer is yes, and one to which it is no."""
+YesNoPair = tuple[str, str] | None
+"""A question with the answer yes and one with the answer no; None if the scene allows none."""
 
 
-def _existence(scene: Scene, rng: random.Random, number: int) -> Both:
+def _existence(scene: Scene, rng: random.Random, number: int) -> YesNoPair:
     item = rng.choice(scene.objects)
     absent = absent_like(scene, (item.shape, item.color))
     return (_is_there((item.shape, item.color)), _is_there(rng.choice(absent))) if absent else None
 
 
-def _count(scene: Scene, rng: random.Random, number: int) -> Both:
-    """Two neighboring numbers; of every two pictures one has the smaller number of something, the other the larger."""
+def _count(scene: Scene, rng: random.Random, number: int) -> YesNoPair:
+    """Two neighboring numbers; the correct one is the smaller in every other picture, the larger in the others."""
     smaller = COUNTS[number // 2 % len(COUNTS)]
     right, wrong = (smaller, smaller + 1) if number % 2 == 0 else (smaller + 1, smaller)
     names = number_of_groups(scene).get(right)
@@ -216,7 +210,7 @@ def _count(scene: Scene, rng: random.Random, number: int) -> Both:
     return exactly(right, name), exactly(wrong, name)
 
 
-def _position(scene: Scene, rng: random.Random, number: int) -> Both:
+def _position(scene: Scene, rng: random.Random, number: int) -> YesNoPair:
     items = unique_objects(scene)
     pairs = [(a, b) for a in items for b in items if a is not b and relation_words(a, b)]
     if not pairs:
@@ -225,9 +219,9 @@ def _position(scene: Scene, rng: random.Random, number: int) -> Both:
     return tuple(f"Is the {pair_name(a)} {word} the {pair_name(b)}?" for word in rng.choice(relation_words(a, b)))
 
 
-def _color(scene: Scene, rng: random.Random, number: int) -> Both:
-    """In the test split, of every two pictures one shows a held-out color of a shape, and in the other it is the wrong
-    one."""
+def _color(scene: Scene, rng: random.Random, number: int) -> YesNoPair:
+    """The color of a shape. In the test split a held-out color is the correct one in every other picture, and the wrong
+    one in the others."""
     shapes = Counter(o.shape for o in scene.objects)
     held_out = scene.split == "test" and number % 2 == 0
     items: list[SceneObject] = [o for o in scene.objects if shapes[o.shape] == 1 and o.held_out == held_out]
@@ -242,7 +236,7 @@ def _color(scene: Scene, rng: random.Random, number: int) -> Both:
     return tuple(f"Is the {item.shape} {color}?" for color in (item.color, rng.choice(wrong)))
 
 
-MME: dict[str, Callable[[Scene, random.Random, int], Both]] = {
+MME: dict[str, Callable[[Scene, random.Random, int], YesNoPair]] = {
     "existence": _existence,
     "count": _count,
     "position": _position,
@@ -252,15 +246,15 @@ MME: dict[str, Callable[[Scene, random.Random, int], Both]] = {
 
 def _gqa(folder: Path, config: BenchmarkConfig) -> int:
     entries: dict[str, dict] = {}
-    given: dict[str, Counter[str]] = {kind: Counter() for kind in GQA_TYPES}
+    answers: dict[str, Counter[str]] = {kind: Counter() for kind in GQA_TYPES}
     for scene in itertools.islice(_scenes(config), config.pictures):
         rng = scene.random("gqa")
         _save(scene, config, folder / "images" / f"{scene.key}.jpg")
         for kind, (structural, semantic) in GQA_TYPES.items():
-            drawn = [question for question in (ask(scene, kind, rng) for _ in range(GQA_DRAWS)) if question]
-            if drawn:
-                question = min(drawn, key=lambda q: given[kind][q.answer])
-                given[kind][question.answer] += 1
+            candidates = [question for question in (ask(scene, kind, rng) for _ in range(GQA_CANDIDATES)) if question]
+            if candidates:
+                question = min(candidates, key=lambda q: answers[kind][q.answer])
+                answers[kind][question.answer] += 1
                 entries[f"{len(entries) + 1:08d}"] = {
                     "question": question.text,
                     "imageId": scene.key,
@@ -295,7 +289,7 @@ def _seed(folder: Path, config: BenchmarkConfig) -> int:
 
 
 def _mjhq(folder: Path, config: BenchmarkConfig) -> int:
-    """As many pictures of each number of objects, so that every category has enough for a distance."""
+    """Equally many pictures of each number of objects, so that every category has enough for a distance."""
     counts = [count for count in OBJECT_COUNTS if count <= config.world.objects]
     missing = dict.fromkeys(counts, -(-config.pictures // len(counts)))
     entries = {}

@@ -1,4 +1,4 @@
-"""A contact sheet of scenes with what is said of them, for a person to look at."""
+"""A contact sheet: some scenes with their captions and questions."""
 
 import textwrap
 from pathlib import Path

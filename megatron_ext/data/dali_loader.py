@@ -1,6 +1,7 @@
 """Steps through NVIDIA DALI: worker processes, shared memory and a prefetch queue.
 
-The only module that imports DALI. The steps are those of :mod:`megatron_ext.data.loader`, bit for bit.
+The only module of this package that imports DALI. The steps equal those of :mod:`megatron_ext.data.plain_loader`, bit
+for bit.
 """
 
 import importlib.util
@@ -17,11 +18,11 @@ def available() -> bool:
 
 
 class DaliLoader:
-    """Iterates over ``steps``, each uint8 [bytes] on the host: a part of it stays there, where kernels are launched
-    from, and the rest goes to the device in one copy (:mod:`megatron_ext.data.transfer`).
+    """Iterates over ``steps``, each uint8 [bytes] on the host. Part of a step stays on the host, which launches the
+    kernels; the rest is copied to the device (:mod:`megatron_ext.data.transfer`).
 
     Args:
-        workers: processes that pack ahead; 0 packs in this process.
+        workers: processes that pack rows ahead of training; 0 packs in this process.
         prefetch: steps prepared ahead.
 
     Attributes:
@@ -46,13 +47,13 @@ class DaliLoader:
                 batch=False,
                 parallel=workers > 0,
                 prefetch_queue_depth=prefetch if workers else None,
-                # A guess, so that memory shared with the workers seldom has to grow: some 30 bytes a token.
+                # An estimate, about 30 bytes a token, so that memory shared with the workers rarely has to grow.
                 bytes_per_sample_hint=steps.rows.shape[0] * steps.rows.shape[1] * 32 if workers else None,
                 dtype=types.UINT8,
                 ndim=1,
             )
 
-        made = pipeline(
+        built = pipeline(
             batch_size=1,
             num_threads=1,
             device_id=None,
@@ -61,8 +62,8 @@ class DaliLoader:
         )
         self.workers = Workers()
         with self.workers.starting():
-            made.build()
-        self._steps = DALIGenericIterator(made, ["step"], prepare_first_batch=False)
+            built.build()
+        self._steps = DALIGenericIterator(built, ["step"], prepare_first_batch=False)
 
     def __iter__(self):
         return self

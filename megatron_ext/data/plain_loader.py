@@ -1,4 +1,4 @@
-"""Steps through torch's DataLoader: the loader without DALI."""
+"""Steps through torch's DataLoader, without DALI."""
 
 import atexit
 
@@ -12,7 +12,7 @@ class PlainLoader:
     """Iterates over ``steps``, each uint8 [bytes] on the host.
 
     Args:
-        workers: processes that pack ahead; 0 packs when a step is asked for.
+        workers: processes that pack rows ahead of training; 0 packs each step on demand.
         prefetch: steps prepared ahead.
 
     Attributes:
@@ -32,7 +32,7 @@ class PlainLoader:
         with self.workers.starting():
             self._steps = iter(loader)
         if workers:
-            atexit.register(self.close)  # before torch's own exit handlers, which would wait for the workers for ever
+            atexit.register(self.close)  # runs before torch's exit handlers, which would wait for the workers forever
 
     def __iter__(self):
         return self

@@ -1,15 +1,15 @@
-"""Counting right answers, with the missing and the unreadable ones among the wrong."""
+"""Counting correct answers; missing and unreadable answers count as wrong."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What was said to each question: ``answer[id]`` is it, None where it is missing or unreadable."""
+    """The parsed answers by item id: None where an answer is missing or unreadable."""
 
     answer: dict[str, str | None]
     missing: int
@@ -19,21 +19,21 @@ class Parsed:
         return self.answer[item.id] == item.answer
 
 
-def parse(items: Sequence[Item], answers: Mapping[str, Any], how: Callable[[Item, Any], str | None]) -> Parsed:
-    """Parse the answer to every item with ``how``, which returns None for one that it cannot read."""
-    parsed = {item.id: how(item, answers[item.id]) if item.id in answers else None for item in items}
+def parse(items: Sequence[Item], answers: Mapping[str, Any], parser: Callable[[Item, Any], str | None]) -> Parsed:
+    """Parse the answer to every item with ``parser``, which returns None for an unreadable answer."""
+    parsed = {item.id: parser(item, answers[item.id]) if item.id in answers else None for item in items}
     missing = sum(item.id not in answers for item in items)
     return Parsed(parsed, missing, sum(answer is None for answer in parsed.values()) - missing)
 
 
 def percent(flags: Iterable[bool]) -> float:
-    """The share of true ones; 0 of none, as precision is without a single yes."""
+    """Percentage of true flags; 0 without flags, like the precision without a yes."""
     flags = list(flags)
     return 100 * sum(flags) / len(flags) if flags else 0.0
 
 
 def by_group(items: Sequence[Item]) -> dict[str, list[Item]]:
-    """The items under each of their groups, groups in the order in which they first occur."""
+    """The items of each group, groups in order of first occurrence."""
     groups: dict[str, list[Item]] = {}
     for item in items:
         for group in item.groups:

@@ -1,4 +1,4 @@
-"""Image bytes to pixels of the VQ model's size with NVIDIA DALI. The only module of this package that imports DALI."""
+"""Image files to pixels of the VQ tokenizer's size, with NVIDIA DALI; no other module of the package imports DALI."""
 
 import importlib.util
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.preprocess.images import CROP, PillowDecoder, evidently_whole
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder, evidently_whole
 
 
 def available() -> bool:
@@ -17,15 +17,15 @@ def available() -> bool:
 class DaliDecoder:
     """Decodes and resizes batches with DALI: on the CPU, or with the GPU's JPEG decoder.
 
-    DALI gives up a whole batch for one bad file. So files that are not evidently whole go to Pillow, which judges them
-    one by one, and a batch that fails all the same is halved until the culprit is found, which then goes to Pillow.
+    One bad file makes DALI fail on a whole batch. Files that are not evidently whole therefore go to Pillow, which
+    decodes them one by one. A batch that still fails is halved until the bad file is found, which then goes to Pillow.
 
     Args:
         image_size: (H, W), pixels.
         resize: CROP or SQUASH.
         workers: threads.
-        batch_size: largest number of files in a call.
-        device: whose JPEG decoder is used; the pixels come to the host.
+        batch_size: largest number of files per call.
+        device: decodes JPEG files; the pixels are returned on the host.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class DaliDecoder:
         self._pipeline = None
 
     def __call__(self, files: list[bytes]) -> list[Tensor | str]:
-        """For each file its pixels, uint8 [H, W, 3], or one line that says why there are none."""
+        """The pixels of each file, uint8 [H, W, 3], or one line that says why it cannot be decoded."""
         results: list = [None] * len(files)
         whole = [i for i, file in enumerate(files) if evidently_whole(file)]
         for i, result in zip(whole, self._halving([files[i] for i in whole])):
@@ -61,7 +61,7 @@ class DaliDecoder:
         try:
             return list(self._run(files))
         except RuntimeError:
-            self._pipeline = None  # of no use after an error
+            self._pipeline = None  # unusable after an error
         if len(files) == 1:
             return [None]
         middle = len(files) // 2
@@ -72,7 +72,7 @@ class DaliDecoder:
         if self._pipeline is None:
             self._pipeline = self._build()
         [pixels] = self._pipeline.run(encoded=[np.frombuffer(file, np.uint8) for file in files])
-        # By way of the host even from the GPU: the pixels are few, and DALI's and torch's streams stay independent.
+        # Through the host even from the GPU: the pixels are few, and DALI's and torch's streams stay independent.
         return torch.from_numpy(np.array(pixels.as_cpu().as_array()))
 
     def _build(self):
@@ -87,9 +87,9 @@ class DaliDecoder:
             region = {}
             if self.resize == CROP:
                 size = fn.cast(fn.peek_image_shape(encoded)[:2], dtype=types.FLOAT)
-                wanted = np.array(self.image_size, np.float32)
-                ratio = size / wanted
-                half = math.min(ratio[0], ratio[1]) * wanted / 2
+                target = np.array(self.image_size, np.float32)
+                ratio = size / target
+                half = math.min(ratio[0], ratio[1]) * target / 2
                 region = {"roi_start": size / 2 - half, "roi_end": size / 2 + half}
             return fn.resize(
                 image,
@@ -100,14 +100,14 @@ class DaliDecoder:
                 **region,
             )
 
-        made = pipeline(
+        built = pipeline(
             batch_size=self.batch_size,
             num_threads=self.workers,
             device_id=torch.empty(0, device=self.device).device.index if gpu else None,
-            # One batch at a time, so that a failure is of the batch just given; the caller works ahead in a thread.
+            # One batch at a time, so that a failure belongs to the batch just given; the caller decodes ahead anyway.
             prefetch_queue_depth=1,
             exec_async=False,
             exec_pipelined=False,
         )
-        made.build()
-        return made
+        built.build()
+        return built

@@ -1,4 +1,4 @@
-"""All scores of a folder of generated pictures: Frechet distance, CLIP score, and what the pictures show."""
+"""All scores of a folder of generated pictures: Frechet distance, CLIP score, and agreement with the captions."""
 
 import functools
 from collections.abc import Sequence
@@ -7,54 +7,55 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_ext import vq as vq_package
 from megatron_ext.command_line import progress
 from megatron_ext.evaluation import mjhq, scene_check
+from megatron_ext.evaluation.benchmark import Scores
 from megatron_ext.evaluation.clip import Clip
-from megatron_ext.evaluation.fid import BATCH, network, read_picture
-from megatron_ext.evaluation.items import Scores
-from megatron_ext.evaluation.mjhq import Prompt, Side
+from megatron_ext.evaluation.fid import BATCH, feature_extractor, read_picture
+from megatron_ext.evaluation.mjhq import ImageSet, Prompt
 from megatron_ext.evaluation.picture_folder import MANIFEST, read_manifest
 from megatron_ext.evaluation.score_table import Scored
-from megatron_ext.vq import model as vq_model
 
 OVERALL = "all"
 
 
 class PictureScorer:
-    """Scores folders of pictures; what they have in common, networks and reference images, is read once.
+    """Scores folders of pictures; networks and reference images are loaded once.
 
     Args:
         inception: TorchScript file for the Frechet distance; None: the built-in features.
         clip: folder of a CLIP model; None: no CLIP score.
-        vq: folder of a VQ tokenizer; None: nothing is said of what pictures could show at best.
+        vq: folder of a VQ tokenizer, for the best agreement with captions that its pictures can reach; None: not
+            measured.
 
     Raises:
-        UserError: one of them is absent or something else.
+        UserError: one of them is missing or of another kind.
     """
 
     def __init__(self, inception: Path | None, clip: Path | None, vq: Path | None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._network = network(inception, device)
-        # A distance that nobody else has must not stand in the column of one that everybody has.
+        self._extract = feature_extractor(inception, device)
+        # The distance of the built-in features has a column of its own: it is not comparable with Inception's.
         self._fid = "MJHQ-FID" if inception else "MJHQ-FID (built-in)"
         self._clip = Clip(clip, device) if clip else None
-        self._vq = vq_model.load(vq, device) if vq else None
+        self._vq = vq_package.load(vq, device) if vq else None
         self._reference = functools.cache(self._collect_reference)
 
     def score(self, data: Path, parts: Sequence[str] | None, folder: Path, label: str) -> list[Scored]:
-        """The scores of the pictures in ``folder`` for the prompts in ``data``, or those of some categories: first the
-        benchmark's; then, where prompts are captions of the picture world, what the pictures show.
+        """Score the pictures in ``folder`` for the prompts in ``data``, or for some categories: first the benchmark's
+        scores; then, if prompts are captions of the picture world, the agreement with the captions.
 
-        A picture that is missing or unreadable has a CLIP score of 0 and shows nothing that was asked for. It has no
-        features: the distance is that of the others, and says of how many.
+        A missing or unreadable picture has a CLIP score of 0 and no correct facts. It has no features: the distance is
+        that of the other pictures, with their number.
 
         Raises:
-            UserError: a folder is absent, or the prompts are not of MJHQ's layout.
+            UserError: a folder is missing, or the prompts are not in MJHQ's layout.
         """
         reference = self._reference(data, None if parts is None else tuple(parts))
-        generated = mjhq.collect(reference.prompts, folder, self._network)
-        unknown, duplicates = mjhq.strays(mjhq.read(data), folder)
-        wrong = {
+        generated = mjhq.collect(reference.prompts, folder, self._extract)
+        unknown, duplicates = mjhq.unexpected_images(mjhq.read(data), folder)
+        unusable = {
             "no picture of": generated.missing,
             "unreadable pictures of": generated.unreadable,
             "pictures without a prompt": unknown,
@@ -70,31 +71,31 @@ class PictureScorer:
             headline["MJHQ-CLIP"] = details[OVERALL]["CLIP"]
         if parts is not None:
             notes.append(f"{mjhq.TITLE}: only {', '.join(parts)}")
-        notes += _drawn(folder)
+        notes += _manifest_note(folder)
         counts = (len(generated.prompts), len(generated.missing), len(generated.unreadable))
         scores = Scores(headline, details, *counts, tuple(notes))
-        made = [Scored(label, mjhq.TITLE, str(folder), scores, duplicates, len(unknown), [], False, wrong)]
-        if shown := scene_check.scores(reference, generated, self._vq):
-            made.append(Scored(label, scene_check.TITLE, str(folder), shown, 0, 0, [], False))
-        return made
+        scored = [Scored(label, mjhq.TITLE, str(folder), scores, duplicates, len(unknown), [], False, unusable)]
+        if agreement := scene_check.scores(reference, generated, self._vq):
+            scored.append(Scored(label, scene_check.TITLE, str(folder), agreement, 0, 0, [], False))
+        return scored
 
-    def _collect_reference(self, data: Path, parts: tuple[str, ...] | None) -> Side:
-        return mjhq.collect(mjhq.read(data, parts), data, self._network)
+    def _collect_reference(self, data: Path, parts: tuple[str, ...] | None) -> ImageSet:
+        return mjhq.collect(mjhq.read(data, parts), data, self._extract)
 
-    def _distances(self, reference: Side, generated: Side) -> tuple[dict, dict[str, dict], list[str]]:
+    def _distances(self, reference: ImageSet, generated: ImageSet) -> tuple[dict, dict[str, dict], list[str]]:
         details = {}
-        for category, found in mjhq.distances(reference, generated).items():
-            figures = {"FID": found["fid"], "pictures": found["images"]["generated"]}
-            details[category or OVERALL] = {**figures, "references": found["images"]["reference"]}
+        for category, distance in mjhq.distances(reference, generated).items():
+            figures = {"FID": distance["fid"], "pictures": distance["images"]["generated"]}
+            details[category or OVERALL] = {**figures, "references": distance["images"]["reference"]}
         fid, dimensions = details[OVERALL]["FID"], generated.features.rows.shape[1]
-        notes = [f"{self._fid}: {self._network.name}"]
+        notes = [f"{self._fid}: {self._extract.name}"]
         if fid is None:
             notes.append(f"{self._fid}: needs two pictures on both sides")
-        elif min(of[side] for of in details.values() for side in ("pictures", "references")) <= dimensions:
-            notes.append(f"{self._fid}: too large where there are no more pictures than the {dimensions} features")
+        elif min(row[side] for row in details.values() for side in ("pictures", "references")) <= dimensions:
+            notes.append(f"{self._fid}: too large where there are not more pictures than the {dimensions} features")
         return {} if fid is None else {self._fid: fid}, details, notes
 
-    def _clip_scores(self, generated: Side) -> dict[str, float]:
+    def _clip_scores(self, generated: ImageSet) -> dict[str, float]:
         """CLIP score of each picture by the id of its prompt."""
         scores = {}
         prompts = [prompt for prompt in generated.prompts if prompt.id in generated.files]
@@ -113,8 +114,8 @@ def _by_category(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     return groups
 
 
-def _drawn(folder: Path) -> list[str]:
-    """How the pictures were made, where their manifest says so."""
+def _manifest_note(folder: Path) -> list[str]:
+    """How the pictures were made, if they have a manifest."""
     manifest = read_manifest(folder)
     if not manifest:
         return []

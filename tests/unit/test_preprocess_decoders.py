@@ -8,17 +8,17 @@ import torch
 from PIL import Image, ImageOps
 from preprocess_material import encoded, picture
 
-from megatron_ext.preprocess import dali_images
+from megatron_ext.preprocess import dali_decoder
 from megatron_ext.preprocess.encoding import ahead
-from megatron_ext.preprocess.images import PillowDecoder, centred, evidently_whole
+from megatron_ext.vq.image_decoder import PillowDecoder, centred, evidently_whole
 
 SIZE = (32, 48)
 
 
 def decoders(resize):
     made = [PillowDecoder(SIZE, resize, workers=2)]
-    if dali_images.available():
-        made.append(dali_images.DaliDecoder(SIZE, resize, 2, 64, "cpu"))
+    if dali_decoder.available():
+        made.append(dali_decoder.DaliDecoder(SIZE, resize, 2, 64, "cpu"))
     return made
 
 

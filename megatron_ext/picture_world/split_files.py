@@ -1,4 +1,4 @@
-"""Writing splits of the picture world in the forms that real data comes in.
+"""Writing splits of the picture world in the formats of real data.
 
 ::
 
@@ -7,9 +7,9 @@
               llava.json             LLaVA's conversations, and
               captions.jsonl         {"image", "caption"}
     OUT/train/text.jsonl             {"text"}: plain texts about further scenes of the split
-    OUT/train/scenes.json            the manifest, written last: what was made, and how
+    OUT/train/scenes.json            the manifest, written last: settings and fingerprint
 
-A split appears only when it is whole. The same settings give the same bytes, whatever the number of workers.
+A split appears only when it is complete. The same settings give the same bytes with any number of workers.
 """
 
 import hashlib
@@ -29,16 +29,24 @@ from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.captions import caption, text
 from megatron_ext.picture_world.conversations import conversation
 from megatron_ext.picture_world.render import render
-from megatron_ext.picture_world.world import RICHEST, SPLIT_RULE, World, make_scene
+from megatron_ext.picture_world.splits import SPLIT_RULE
+from megatron_ext.picture_world.world import RICHEST, World, make_scene
 
 FORMS = ("tar", "folder", "text")
 TEXT_SEED_OFFSET = 1_000_003
-"""Texts speak of other scenes than the pictures: those of a seed so much higher."""
+"""Texts describe other scenes than the pictures: those of the seed plus this number."""
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """One split: scenes 0 .. count-1 of it. ``kinds`` and what follows it are those of conversations.conversation."""
+    """One split: its scenes 0 .. count-1.
+
+    Attributes:
+        texts: number of plain texts.
+        size: pixels along a side.
+        questions, kinds, with_choices, with_instruction: see :func:`.conversations.conversation`.
+        forms: formats to write, of :data:`FORMS`.
+    """
 
     split: str
     count: int
@@ -55,8 +63,8 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One picture with all that is said of it."""
+class SceneSample:
+    """One picture with its caption and its conversations."""
 
     key: str
     png: bytes
@@ -65,34 +73,35 @@ class Sample:
     scene: dict
 
 
-def make_sample(config: SplitConfig, index: int) -> Sample:
+def make_sample(config: SplitConfig, index: int) -> SceneSample:
     """Scene ``index`` of a split as a sample; a pure function of its arguments."""
     scene = make_scene(config.seed, config.split, index, config.world)
     buffer = io.BytesIO()
     render(scene, config.size).save(buffer, format="PNG")
     turns = []
-    asked = conversation(scene, config.questions, config.kinds, config.with_choices, config.with_instruction)
-    for question, answer in asked:
+    pairs = conversation(scene, config.questions, config.kinds, config.with_choices, config.with_instruction)
+    for question, answer in pairs:
         prompt = question if turns else f"<image>\n{question}"
         turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
-    return Sample(scene.key, buffer.getvalue(), caption(scene), turns, scene.to_dict())
+    return SceneSample(scene.key, buffer.getvalue(), caption(scene), turns, scene.to_dict())
 
 
 def write_split(out: Path, config: SplitConfig, workers: int) -> dict:
-    """Write OUT/SPLIT, or leave it as it is if these settings already made it.
+    """Write OUT/SPLIT, unless it is there with these settings; a split of other settings is replaced.
 
     Returns:
-        The manifest: the settings, and a fingerprint of every byte written.
+        The manifest (the settings, and a fingerprint of every byte written), with ``created``, whether this call wrote
+        the split.
 
     Raises:
-        UserError: the folder holds a split made with other settings.
+        UserError: the manifest of an existing split cannot be read.
     """
     folder, settings = out / config.split, json.loads(json.dumps(asdict(config)))
     if (folder / "scenes.json").is_file():
         manifest = read_json(folder / "scenes.json")
         if manifest["settings"] == settings:
-            return {**manifest, "made": False}
-        shutil.rmtree(folder)  # its own manifest says that it was generated, so it can be generated again
+            return {**manifest, "created": False}
+        shutil.rmtree(folder)  # its manifest shows that it was generated, so it can be generated again
     partial = out / f".{config.split}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -110,11 +119,11 @@ def write_split(out: Path, config: SplitConfig, workers: int) -> dict:
     write_json(partial / "scenes.json", manifest)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    return {**manifest, "made": True}
+    return {**manifest, "created": True}
 
 
 class _Tars:
-    """WebDataset shards; tarfile rather than the webdataset writer, whose members carry the time and the user."""
+    """WebDataset shards, written by tarfile: the webdataset writer stores the time and the user in its members."""
 
     def __init__(self, folder: Path, config: SplitConfig):
         self._folder, self._config = folder, config
@@ -127,7 +136,7 @@ class _Tars:
         if self._archive:
             self._archive.close()
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: SceneSample) -> None:
         if self._count % self._config.per_tar == 0:
             self.__exit__()
             name = f"{self._config.split}-{self._count // self._config.per_tar:06d}.tar"
@@ -159,7 +168,7 @@ class _Folder:
         self._captions.close()
         write_json(self._folder / "llava.json", self._records)
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: SceneSample) -> None:
         image = f"images/{sample.key}.png"
         (self._folder / image).write_bytes(sample.png)
         self._captions.write(json.dumps({"image": image, "caption": sample.caption}) + "\n")
@@ -169,7 +178,7 @@ class _Folder:
 WRITERS = {"tar": _Tars, "folder": _Folder}
 
 
-def _samples(config: SplitConfig, workers: int) -> Iterator[Sample]:
+def _samples(config: SplitConfig, workers: int) -> Iterator[SceneSample]:
     """All samples in order."""
     if not WRITERS.keys() & set(config.forms):
         return
@@ -181,7 +190,7 @@ def _samples(config: SplitConfig, workers: int) -> Iterator[Sample]:
         yield from pool.imap(_make, jobs, chunksize=64)
 
 
-def _make(job: tuple[SplitConfig, int]) -> Sample:
+def _make(job: tuple[SplitConfig, int]) -> SceneSample:
     return make_sample(*job)
 
 

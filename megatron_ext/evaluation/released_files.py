@@ -1,35 +1,35 @@
-"""Small steps of reading a benchmark's files, each failing with the file and the entry at fault."""
+"""Reading the released files of benchmarks; errors name the file and the entry."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 
 
 def first_file(candidates: Sequence[Path]) -> Path:
-    """The first of several places that holds a file.
+    """The first of several candidates that exists.
 
     Raises:
-        UserError: none does.
+        UserError: none exists.
     """
-    found = next((file for file in candidates if file.is_file()), None)
-    if found is None:
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
         others = f" (nor {', '.join(map(str, candidates[1:]))})" if candidates[1:] else ""
         raise UserError(f"{candidates[0]}: no such file{others}: give the folder that the benchmark was unpacked in")
-    return found
+    return file
 
 
 def first_image(candidates: Sequence[Path]) -> Path:
-    """The first of several places that holds an image; the first place where none does."""
+    """The first of several candidates that exists; the first candidate if none does."""
     return next((file for file in candidates if file.is_file()), candidates[0])
 
 
 def text(path: Path) -> str:
-    """A file's text, without the byte order mark that some editors leave.
+    """The text of a file, without a byte order mark.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -38,10 +38,10 @@ def text(path: Path) -> str:
 
 
 def field(entry, key: str, where: str) -> str:
-    """``entry[key]``, a string or number that is not empty, as stripped text.
+    """``entry[key]``, a non-empty string or a number, as stripped text.
 
     Raises:
-        UserError: it is not there, with ``where`` in front.
+        UserError: there is no such value; the message starts with ``where``.
     """
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, (str, int, float)) or not str(value).strip():
@@ -50,38 +50,38 @@ def field(entry, key: str, where: str) -> str:
 
 
 def one_of(value: str, allowed: Sequence[str], what: str, where: str) -> str:
-    """``value`` where it is one of those allowed.
+    """``value``, if it is allowed.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not; the message starts with ``where``.
     """
     if value not in allowed:
         raise UserError(f"{where}: the {what} is {value!r}, not {' or '.join(map(repr, allowed))}")
     return value
 
 
-def chosen(parts: Sequence[str] | None, of: tuple[str, ...], benchmark: str) -> tuple[str, ...]:
-    """The parts of a benchmark to be read, in its own order; all where ``parts`` is None.
+def selected_parts(parts: Sequence[str] | None, all_parts: tuple[str, ...], benchmark: str) -> tuple[str, ...]:
+    """The parts of a benchmark to read, in its own order; all parts if ``parts`` is None.
 
     Raises:
         UserError: the benchmark has no such part.
     """
     for part in parts or ():
-        if part not in of:
-            raise UserError(f"{benchmark} has no part {part!r}; it has {', '.join(of)}")
-    return of if parts is None else tuple(part for part in of if part in parts)
+        if part not in all_parts:
+            raise UserError(f"{benchmark} has no part {part!r}; it has {', '.join(all_parts)}")
+    return all_parts if parts is None else tuple(part for part in all_parts if part in parts)
 
 
 def with_suffix(question: str, suffix: str) -> str:
-    """The prompt: the question, and on a new line the suffix, unless the question as released ends in it."""
+    """The question with the suffix on a new line, unless the released question already ends in it."""
     return question if question.endswith(suffix) else f"{question}\n{suffix}"
 
 
 def checked(items: Iterable[Item], source: Path) -> list[Item]:
-    """The items, of which there is at least one and no two have the same id.
+    """The items as a list.
 
     Raises:
-        UserError: there is none, or an id occurs twice.
+        UserError: there is no item, or an id occurs twice.
     """
     by_id: dict[str, Item] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""Checking a finished data set whole."""
+"""Verifying a finished data set: its files, its fingerprints and every token."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 
 BLOCK = 1 << 18
-"""Sequences looked at together."""
+"""Sequences checked at once."""
 
 
-def check(prefix: str | Path, vocabulary: Vocabulary | None = None, vq_metadata: dict | None = None) -> dict:
-    """Check hashes and sizes, fingerprints, that every image is one VQ grid, and that text sequences hold text and
-    images hold codes.
+def verify_data_set(prefix: str | Path, vocabulary: Vocabulary | None = None, vq_metadata: dict | None = None) -> dict:
+    """Check hashes, sizes and fingerprints, that every image is one VQ grid, that text sequences hold only text tokens
+    and that images hold only codes.
 
     Args:
-        vocabulary: also check that the data set is one of this vocabulary.
-        vq_metadata: also check that its images are of this VQ tokenizer (``VQModel.metadata``).
+        vocabulary: also check that the data set was made with this vocabulary.
+        vq_metadata: also check that its images were encoded by this VQ tokenizer (``VQModel.metadata``).
 
     Returns:
         The metadata.
@@ -61,20 +61,20 @@ def _check_grid(prefix: str | Path, dataset: Dataset) -> None:
         raise UserError(f"{prefix}.idx: an image of {wrong[0]} codes, but the VQ grid is {height} x {width}")
 
 
-def _extremes(dataset: Dataset, chosen: np.ndarray) -> tuple[int, int] | None:
-    """Smallest and largest token id of the chosen sequences."""
+def _extremes(dataset: Dataset, selected: np.ndarray) -> tuple[int, int] | None:
+    """Smallest and largest token id of the selected sequences (bool [sequences]); None if there are none."""
     smallest, largest = [], []
     starts = dataset.sequence_pointers // dataset.tokens.itemsize
     for first in range(0, len(starts), BLOCK):
         block = slice(first, first + BLOCK)
         stop = starts[block][-1] + dataset.sequence_lengths[block][-1]
         tokens, borders = dataset.tokens[starts[first] : stop], starts[block] - starts[first]
-        smallest += np.minimum.reduceat(tokens, borders)[chosen[block]].tolist()
-        largest += np.maximum.reduceat(tokens, borders)[chosen[block]].tolist()
+        smallest += np.minimum.reduceat(tokens, borders)[selected[block]].tolist()
+        largest += np.maximum.reduceat(tokens, borders)[selected[block]].tolist()
     return (min(smallest), max(largest)) if smallest else None
 
 
-def _check_range(prefix: str | Path, what: str, found: tuple[int, int] | None, first: int, stop: int) -> None:
-    for token in found or ():
+def _check_range(prefix: str | Path, kind: str, extremes: tuple[int, int] | None, first: int, stop: int) -> None:
+    for token in extremes or ():
         if not first <= token < stop:
-            raise UserError(f"{prefix}.bin: token {token} in {what}, whose tokens are {first} to {stop - 1}")
+            raise UserError(f"{prefix}.bin: token {token} in {kind}, whose tokens are {first} to {stop - 1}")

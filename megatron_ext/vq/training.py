@@ -1,10 +1,7 @@
 """Training a small VQ tokenizer of LlamaGen's kind (transformers' ``JanusVQVAE``) from scratch.
 
-Latents and codes are unit vectors (LlamaGen, arXiv 2406.06525, section 3.1). The codebook is not trained by gradients:
-each code follows the mean of the latents that chose it (exponential moving average; van den Oord et al., arXiv
-1711.00937, appendix A), it starts from k-means over real latents once the autoencoder has learnt to draw without it,
-and a code that nothing chooses is moved to a latent that is far from every code: most of a picture may be background,
-and codes that start at random latents would all tell apart shades of it (k-means++, Arthur and Vassilvitskii 2007).
+Latents and codes are unit vectors (LlamaGen, arXiv 2406.06525, section 3.1). The autoencoder first learns to
+reconstruct without a codebook; then the codebook starts from its latents (:mod:`megatron_ext.vq.codebook`).
 """
 
 import math
@@ -23,23 +20,25 @@ from transformers.models.janus.modeling_janus import JanusVQVAEAttnBlock
 from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
-from megatron_ext.vq.model import VQModel, load, nearest
+from megatron_ext.vq.codebook import MovingAverageCodebook, nearest
+from megatron_ext.vq.loading import load
+from megatron_ext.vq.model import VQModel
 from megatron_ext.vq.pixels import from_bytes, to_bytes
 
 
 @dataclass
-class TrainConfig:
-    """What a small tokenizer is like and how it is trained.
+class VQTrainingConfig:
+    """The shape of a small tokenizer and its training.
 
     Attributes:
         image_size, grid: pixels and codes along a side.
-        patch: pixels along a side that the network takes in at once; larger is faster and coarser.
-        local: the encoder sees nothing of a picture but the patch that a code stands for, and the norms' statistics:
-            codes are spent on what there is in a patch, not on what lies around. For pictures of many different
-            patches without halvings: of few flat colors the norms leave too little.
-        channels: of the convolutions at the finest level; doubled once, at the first halving. The norms have 32 groups,
-            and with one channel a group they would take the picture's colors away: 64 or more.
-        warmup: share of the steps before there is a codebook.
+        patch: pixels along a side of the network's input patches; larger is faster and coarser.
+        local: the encoder sees only the patch of a code (and the norms' statistics of the image), so codes describe
+            what is in a patch, not what surrounds it. Needs a network without halvings. For images of many different
+            patches: on images of a few flat colors the norms remove too much.
+        channels: of the convolutions at the finest level; doubled once, at the first halving. At least 64: the norms
+            have 32 groups, and with one channel per group they would remove the colors.
+        warmup: fraction of the steps before the codebook starts.
         commitment: weight of the distance between a latent and its code.
     """
 
@@ -73,56 +72,57 @@ class TrainConfig:
         self.multipliers = [1] + [2] * int(halvings)
 
 
-def train(pictures: Tensor, out: Path, config: TrainConfig, save_every: int = 500) -> dict:
-    """Train on ``pictures`` uint8 [n, 3, s, s] and save a tokenizer that :func:`megatron_ext.vq.load` reads.
+def train(images: Tensor, out: Path, config: VQTrainingConfig, save_every: int = 500) -> dict:
+    """Train on ``images`` uint8 [n, 3, s, s] and save a tokenizer that :func:`megatron_ext.vq.load` reads.
 
-    An interrupted training goes on from its last state in ``OUT/.training``, to the same weights on the same machine.
+    An interrupted training resumes from its last state in ``OUT/.training`` and ends with the same weights on the same
+    machine.
 
     Returns:
-        The numbers of ``OUT/training.json``: held-out PSNR (dB), codebook use and perplexity, and the settings.
+        The contents of ``OUT/training.json``: held-out PSNR (dB), codebook use and perplexity, and the settings.
 
     Raises:
-        UserError: too few pictures, or ``out`` holds a training with other settings.
+        UserError: there are too few images, or ``out`` holds a training with other settings.
     """
-    if len(pictures) <= config.held_out:
-        raise UserError(f"{len(pictures)} pictures are too few: {config.held_out} are held out to measure with")
-    held_out, pictures = pictures[: config.held_out], pictures[config.held_out :]
-    run = _Training(config)
+    if len(images) <= config.held_out:
+        raise UserError(f"{len(images)} images are too few: {config.held_out} are held out for evaluation")
+    held_out, images = images[: config.held_out], images[config.held_out :]
+    trainer = _Trainer(config)
     state_file = out / ".training" / "state.pt"
-    run.resume(state_file)
+    trainer.resume(state_file)
     losses = []
-    with progress(total=config.steps, initial=run.step, desc="VQ", unit="step") as bar:
-        while run.step < config.steps:
-            losses.append(run.train_step(pictures))
+    with progress(total=config.steps, initial=trainer.step, desc="VQ", unit="step") as bar:
+        while trainer.step < config.steps:
+            losses.append(trainer.train_step(images))
             bar.update()
-            if run.step % 50 == 0:
+            if trainer.step % 50 == 0:
                 bar.set_postfix(loss=f"{sum(losses[-50:]) / 50:.4f}")
-            if run.step % save_every == 0 and run.step < config.steps:
-                run.save(state_file)
-    _publish(run.network, out)
+            if trainer.step % save_every == 0 and trainer.step < config.steps:
+                trainer.save(state_file)
+    _publish(trainer.network, out)
     vq = load(out)
     codes, reconstructed = reconstruct(vq, held_out)
     numbers = {
         **quality(held_out, reconstructed, codes, config.codebook_size),
-        "pictures": len(pictures),
+        "pictures": len(images),
         "fingerprint": vq.fingerprint,
         "settings": asdict(config),
     }
-    save_sheet(held_out[:16], reconstructed[:16], out / "reconstructions.png")
+    save_reconstructions(held_out[:16], reconstructed[:16], out / "reconstructions.png")
     write_json(out / "training.json", numbers)
     shutil.rmtree(state_file.parent, ignore_errors=True)
     return numbers
 
 
-def reconstruct(vq: VQModel, pictures: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Codes [n, h*w] of pictures uint8 [n, 3, s, s], and the pictures decoded from them, uint8."""
-    codes = torch.cat([vq.encode(from_bytes(some)) for some in pictures.split(batch_size)])
-    decoded = torch.cat([vq.decode(some) for some in codes.split(batch_size)])
+def reconstruct(vq: VQModel, images: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    """Codes [n, h*w] of images uint8 [n, 3, s, s], and the images decoded from them, uint8."""
+    codes = torch.cat([vq.encode(from_bytes(batch)) for batch in images.split(batch_size)])
+    decoded = torch.cat([vq.decode(batch) for batch in codes.split(batch_size)])
     return codes, to_bytes(decoded).cpu()
 
 
 def quality(originals: Tensor, reconstructed: Tensor, codes: Tensor, codebook_size: int) -> dict:
-    """Peak signal-to-noise ratio (dB, mean over pictures), share of codes in use, and their perplexity."""
+    """Peak signal-to-noise ratio (dB, mean over images), share of codes in use, and their perplexity."""
     error = (originals.float() - reconstructed.float()).square().mean((1, 2, 3)).clamp(min=1e-3)
     share = torch.bincount(codes.flatten().cpu(), minlength=codebook_size).double() / codes.numel()
     entropy = -(share * share.clamp(min=1e-12).log()).sum()
@@ -133,8 +133,8 @@ def quality(originals: Tensor, reconstructed: Tensor, codes: Tensor, codebook_si
     }
 
 
-def save_sheet(originals: Tensor, reconstructed: Tensor, file: Path) -> None:
-    """A PNG of pictures uint8 [n, 3, s, s] side by side with their reconstructions, four pairs a row."""
+def save_reconstructions(originals: Tensor, reconstructed: Tensor, file: Path) -> None:
+    """Save a PNG of images uint8 [n, 3, s, s] beside their reconstructions, four pairs per row."""
     from PIL import Image
 
     pairs = torch.cat([originals, reconstructed], dim=3)
@@ -143,10 +143,10 @@ def save_sheet(originals: Tensor, reconstructed: Tensor, file: Path) -> None:
     Image.fromarray(sheet.numpy()).save(file)
 
 
-class _Training:
+class _Trainer:
     """The state of a training: network, codebook averages, optimizer, generator, step."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: VQTrainingConfig):
         self.config, self.step = config, 0
         torch.manual_seed(config.seed)
         channels = 3 * config.patch**2
@@ -164,30 +164,26 @@ class _Training:
                 dropout=0.0,
             )
         ).to(memory_format=torch.channels_last)
-        self.codebook = self.network.quantize.embedding.weight
-        self.codebook.requires_grad_(False)
+        vectors = self.network.quantize.embedding.weight
+        vectors.requires_grad_(False)
         trained = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
         self._keep_local()
-        self.counts = torch.ones(config.codebook_size)
-        self.sums = torch.zeros_like(self.codebook)
+        self.codebook = MovingAverageCodebook(vectors, config.codebook_decay, self.generator)
 
     @property
     def quantizing(self) -> bool:
         return self.step >= self.config.warmup * self.config.steps
 
-    def train_step(self, pictures: Tensor) -> float:
-        """One step on a random batch; returns the reconstruction loss."""
+    def train_step(self, all_images: Tensor) -> float:
+        """Train on a random batch; returns the reconstruction loss."""
         config, network = self.config, self.network
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * min(1, (self.step + 1) / 50) * self._cosine()
-        chosen = torch.randint(len(pictures), (config.batch_size,), generator=self.generator)
-        images = F.pixel_unshuffle(from_bytes(pictures[chosen]), config.patch).contiguous(
-            memory_format=torch.channels_last
-        )
+        images = self._sample(all_images, config.batch_size).contiguous(memory_format=torch.channels_last)
         if self.step == math.ceil(config.warmup * config.steps):
-            self._start_codebook(pictures)
+            self._start_codebook(all_images)
         latents = F.normalize(network.quant_conv(network.encoder(images)), dim=1)
         quantized, commitment = self._quantize(latents) if self.quantizing else (latents, 0.0)
         decoded = network.decoder(network.post_quant_conv(quantized))
@@ -201,9 +197,14 @@ class _Training:
         self.step += 1
         return float(reconstruction.detach())
 
+    def _sample(self, all_images: Tensor, count: int) -> Tensor:
+        """``count`` random images, with replacement, as the network's input."""
+        selected = torch.randint(len(all_images), (count,), generator=self.generator)
+        return F.pixel_unshuffle(from_bytes(all_images[selected]), self.config.patch)
+
     @torch.no_grad()
     def _keep_local(self) -> None:
-        """What keeps a local encoder from looking beyond a patch: no weights there."""
+        """Zero the weights with which a local encoder would see beyond a patch."""
         if not self.config.local:
             return
         for module in self.network.encoder.modules():
@@ -217,60 +218,24 @@ class _Training:
         return 0.05 + 0.95 * (1 + math.cos(math.pi * self.step / self.config.steps)) / 2
 
     def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [n, d, h, w] replaced by their codes (gradients pass straight through), and the commitment loss."""
+        """Latents [n, d, h, w] replaced by their codes (with straight-through gradients), and the commitment loss."""
         flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
-        codes = nearest(flat.detach(), self.codebook)
-        self._follow(flat.detach(), codes)
-        picked = F.embedding(codes, self.codebook).view(latents.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-        return latents + (picked - latents).detach(), (latents - picked).square().sum(1).mean()
+        codes = nearest(flat.detach(), self.codebook.vectors)
+        self.codebook.follow(flat.detach(), codes)
+        vectors = F.embedding(codes, self.codebook.vectors)
+        vectors = vectors.view(latents.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        return latents + (vectors - latents).detach(), (latents - vectors).square().sum(1).mean()
 
     @torch.no_grad()
-    def _follow(self, flat: Tensor, codes: Tensor) -> None:
-        decay = self.config.codebook_decay
-        self.counts.mul_(decay).add_(torch.bincount(codes, minlength=len(self.counts)), alpha=1 - decay)
-        self.sums.mul_(decay).index_add_(0, codes, flat, alpha=1 - decay)
-        self.codebook.copy_(F.normalize(self.sums, dim=1))
-        # A code that wins less than a tenth of its fair share is dead: it starts again at a random latent.
-        dead = self.counts < 0.1 * len(flat) / len(self.counts)
-        self._place(dead, flat)
-
-    def _place(self, which: Tensor, flat: Tensor) -> None:
-        """Move codes to latents [m, d] drawn by their squared distance from the other codes; where there are no others,
-        one code after the other."""
-        dead = which.nonzero().flatten()
-        if not len(dead):
-            return
-        if len(dead) < min(len(which), len(flat)):
-            square = (2 - 2 * (flat @ self.codebook[~which].T).max(1).values).clamp(min=0) + 1e-9
-            self.codebook[dead] = flat[torch.multinomial(square, len(dead), generator=self.generator)]
-        else:
-            square = torch.full((len(flat),), 4.0)  # the largest between unit vectors
-            for code in dead.tolist():
-                self.codebook[code] = flat[torch.multinomial(square + 1e-9, 1, generator=self.generator)]
-                square = torch.minimum(square, (2 - 2 * (flat @ self.codebook[code])).clamp(min=0))
-        self.counts[which] = fair = len(flat) / len(self.counts)
-        self.sums[which] = self.codebook[which] * fair
-
-    @torch.no_grad()
-    def _start_codebook(self, pictures: Tensor) -> None:
-        """k-means on the sphere over the latents of some pictures."""
-        chosen = torch.randint(len(pictures), (min(len(pictures), 512),), generator=self.generator)
-        images = F.pixel_unshuffle(from_bytes(pictures[chosen]), self.config.patch)
-        flat = torch.cat(
-            [F.normalize(self.network.quant_conv(self.network.encoder(some)), dim=1) for some in images.split(32)]
+    def _start_codebook(self, all_images: Tensor) -> None:
+        images = self._sample(all_images, min(len(all_images), 512))
+        latents = torch.cat(
+            [F.normalize(self.network.quant_conv(self.network.encoder(batch)), dim=1) for batch in images.split(32)]
         )
-        flat = flat.permute(0, 2, 3, 1).flatten(0, 2)
-        everything = torch.ones_like(self.counts, dtype=torch.bool)
-        self._place(everything, flat)
-        for _ in range(10):
-            codes = nearest(flat, self.codebook)
-            self.counts = torch.bincount(codes, minlength=len(self.counts)).float()
-            self.sums = torch.zeros_like(self.sums).index_add_(0, codes, flat)
-            self.codebook.copy_(F.normalize(self.sums, dim=1))
-            self._place(self.counts == 0, flat)
+        self.codebook.start(latents.permute(0, 2, 3, 1).flatten(0, 2))
 
     def save(self, file: Path) -> None:
-        """Save everything that a resumed training needs; the file appears only when it is whole."""
+        """Save everything that a resumed training needs; the file appears only when it is complete."""
         file.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "config": asdict(self.config),
@@ -278,14 +243,18 @@ class _Training:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "counts": self.counts,
-            "sums": self.sums,
+            "counts": self.codebook.counts,
+            "sums": self.codebook.sums,
         }
         torch.save(state, file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
 
     def resume(self, file: Path) -> None:
-        """Go on from a saved state, if there is one."""
+        """Resume from a saved state, if there is one.
+
+        Raises:
+            UserError: the state was saved with other settings.
+        """
         if not file.is_file():
             return
         state = torch.load(file)
@@ -295,11 +264,11 @@ class _Training:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.counts, self.sums = state["counts"], state["sums"]
+        self.codebook.counts, self.codebook.sums = state["counts"], state["sums"]
 
 
 def _publish(network, out: Path) -> None:
-    """Put the tokenizer into ``out``; its config.json, without which it does not load, comes last."""
+    """Write the tokenizer to ``out``; config.json, without which it does not load, comes last."""
     fresh = out / ".new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Image bytes to pixels of the VQ model's size, one image at a time, with Pillow."""
+"""Image files to pixels of the VQ tokenizer's size, one image at a time, with Pillow."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +9,14 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 from torch import Tensor
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
 CROP, SQUASH = "crop", "squash"
-"""Resizing: the largest centred rectangle of the right shape, or the whole image whatever its shape."""
+"""How an image is resized: from its largest centred rectangle of the right aspect ratio, or whole, with both sides
+scaled."""
 
 JPEG_TAIL = 1 << 10
-"""Bytes at the end of a JPEG file among which its end marker is looked for; cameras append things to it."""
+"""Bytes at the end of a JPEG file that are searched for its end marker, since cameras append data to it."""
 
 
 class PillowDecoder:
@@ -32,7 +35,7 @@ class PillowDecoder:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def __call__(self, files: list[bytes]) -> list[Tensor | str]:
-        """For each file its pixels, uint8 [H, W, 3], or one line that says why there are none."""
+        """The pixels of each file, uint8 [H, W, 3], or one line that says why it cannot be decoded."""
         return list(self._pool.map(self._decode, files))
 
     def close(self) -> None:
@@ -44,7 +47,7 @@ class PillowDecoder:
                 return torch.from_numpy(np.array(self._fit(ImageOps.exif_transpose(image).convert("RGB"))))
         except PillowImage.UnidentifiedImageError:
             return "not an image of a known format"
-        except Exception as error:  # Pillow's format plugins raise all kinds on damaged files
+        except Exception as error:  # Pillow's format plugins raise exceptions of many types on damaged files
             return " ".join(str(error).split()) or type(error).__name__
 
     def _fit(self, image: PillowImage.Image) -> PillowImage.Image:
@@ -54,7 +57,7 @@ class PillowDecoder:
 
 
 def centred(height: int, width: int, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centred rectangle with the shape of ``image_size``: left, top, right, bottom."""
+    """The largest centred rectangle with the aspect ratio of ``image_size``: left, top, right, bottom."""
     scale = min(height / image_size[0], width / image_size[1])
     h, w = image_size[0] * scale, image_size[1] * scale
     left, top = (width - w) / 2, (height - h) / 2
@@ -62,8 +65,8 @@ def centred(height: int, width: int, image_size: tuple[int, int]) -> tuple[float
 
 
 def evidently_whole(file: bytes) -> bool:
-    """Whether these bytes start and end like a JPEG, PNG or WebP file: a cheap check that finds nearly all that is
-    truncated or something else."""
+    """Whether these bytes start and end like a JPEG, PNG or WebP file: a cheap check that catches nearly all files that
+    are truncated or of another format."""
     if file.startswith(b"\xff\xd8\xff"):
         return b"\xff\xd9" in file[-JPEG_TAIL:]
     if file.startswith(b"\x89PNG\r\n\x1a\n"):

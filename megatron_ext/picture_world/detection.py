@@ -1,9 +1,8 @@
-"""What is in a picture of the picture world, by its pixels alone: classical, no weights, no scene description.
+"""Detecting the objects of a picture of the picture world from its pixels alone: classical, without trained weights.
 
-The background's color comes from the border. Patches of one color of the palette say where an object may be; there,
-templates of every shape, size, rotation and sharpness are laid over the picture in every color, and the one that
-leaves the least of the picture unexplained names the object. The templates are :func:`render`'s own pictures, so that
-the outline and the anti-aliasing belong to them.
+The border gives the background color. Patches of one palette color propose places of objects. At each place, templates
+of every shape, size, rotation and sharpness are matched in every color, and the template that explains the picture best
+names the object. :func:`~.render.render` draws the templates, so they include the outline and the anti-aliasing.
 """
 
 import functools
@@ -13,68 +12,69 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_ext.picture_world.attributes import COLORS, SHAPES
 from megatron_ext.picture_world.render import BACKGROUND_RGB, RGB, TONE, render
-from megatron_ext.picture_world.world import COLORS, GRID, RADIUS, SHAPES, Background, PlacedObject, Scene, SceneObject
+from megatron_ext.picture_world.world import GRID, RADIUS, Background, PlacedObject, Scene, SceneObject
 
 EDGE = 0.45
-"""An outline's color, as a fraction of the fill's."""
+"""Color of an outline, as a fraction of the fill's color."""
 RADII = (0.955, 0.99)
 ROTATIONS = (-8, -4, 0, 4, 8)
 BLURS = (0.0, 0.012, 0.022)
-"""Standard deviations of the templates' blurs, as fractions of the side."""
+"""Standard deviations of the templates' blur, as fractions of the side."""
 REACH = 0.18
-"""Half the side of the window that an object is matched in, as a fraction of the picture's side."""
+"""Half the side of an object's matching window, as a fraction of the picture's side."""
 OFFSETS = (-0.7, 0.0, 0.7)
-"""Pixels by which a template is moved about, both ways."""
+"""Pixels by which a template is shifted along each axis."""
 SMALLEST_PATCH = 0.0012
-"""Area of the smallest patch of one color that is looked at, as a fraction of the picture's."""
+"""Area of the smallest patch of one color that is considered, as a fraction of the picture's area."""
 SMALLEST_REST = 0.004
-"""The same of patches that merely differ from the background."""
+"""The same for patches that only differ from the background."""
 LEAST_EXPLAINED = 0.6
-"""Share of the difference from the background that a template must explain to be believed."""
+"""Share of the difference from the background that a template must explain to be accepted."""
 BACKGROUND_LABEL = 2 * len(COLORS)
 PALETTE = np.array([RGB[color] for color in COLORS], dtype=np.float64)
 
 
 @dataclass(frozen=True)
-class SeenObject(PlacedObject):
-    """One object as it is seen; ``explained`` (0 .. 1) is how well the best template fits."""
+class DetectedObject(PlacedObject):
+    """One detected object; ``explained`` (0 .. 1) is how well the best template fits."""
 
     explained: float
 
 
 @dataclass(frozen=True)
-class Seen:
-    """All that was seen: the background's color and the objects, row by row."""
+class DetectedScene:
+    """The detected background color and objects, row by row."""
 
     background: str
-    objects: tuple[SeenObject, ...]
+    objects: tuple[DetectedObject, ...]
 
 
-def look(picture) -> Seen:
-    """What is in a picture.
+def detect(picture) -> DetectedScene:
+    """Detect the background and the objects of a picture.
 
     Args:
-        picture: a PIL image, a uint8 array [side, side, 3], or a float tensor [3, side, side] in [-1, 1]; 32 pixels
-            along a side or more.
+        picture: a PIL image, a uint8 array [side, side, 3], or a float tensor [3, side, side] in [-1, 1]; at least 32
+            pixels along a side.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the picture has another form.
     """
     pixels = as_pixels(picture)
     base = _border_color(pixels)
     claimed = np.zeros(pixels.shape[:2], dtype=bool)
     labels = _labels(pixels, base)
     objects = _objects(pixels, base, _patches(np.where(labels < len(COLORS), labels, -1), SMALLEST_PATCH), claimed)
-    # What small objects lose to strong compression is their color's patch, not their difference from the background.
+    # Strong compression removes the color patch of a small object, but not its difference from the background.
     rest = np.where((labels < BACKGROUND_LABEL) & ~claimed, 0, -1)
     objects += _objects(pixels, base, _patches(rest, SMALLEST_REST), claimed)
     objects.sort(key=lambda o: (o.row, o.column, o.y, o.x))
-    return Seen(_background_name(base), tuple(objects))
+    return DetectedScene(_background_name(base), tuple(objects))
 
 
-def _objects(pixels, base, patches: list[np.ndarray], claimed: np.ndarray) -> list[SeenObject]:
-    """The objects that patches [side, side] belong to, large patches first; ``claimed`` is marked with their pixels."""
+def _objects(pixels, base, patches: list[np.ndarray], claimed: np.ndarray) -> list[DetectedObject]:
+    """The objects at patches [side, side], large patches first; marks their pixels in ``claimed``."""
     objects = []
     remaining = sorted(patches, key=np.sum)
     while remaining:
@@ -82,15 +82,15 @@ def _objects(pixels, base, patches: list[np.ndarray], claimed: np.ndarray) -> li
         if (patch & claimed).sum() > 0.4 * patch.sum():
             continue
         others = functools.reduce(np.logical_or, remaining, claimed)
-        if found := _match(pixels, base, patch, claimed, others):
-            item, support = found
+        if match := _match(pixels, base, patch, claimed, others):
+            item, support = match
             objects.append(item)
             claimed |= support
     return objects
 
 
 def as_pixels(picture) -> np.ndarray:
-    """A picture in any of :func:`look`'s forms, as float64 [side, side, 3] in 0 .. 255."""
+    """A picture in any of :func:`detect`'s forms, as float64 [side, side, 3] in 0 .. 255."""
     if isinstance(picture, torch.Tensor):
         if not picture.is_floating_point() or picture.dim() != 3 or picture.shape[0] != 3:
             raise ValueError(f"a tensor must be float [3, side, side] in [-1, 1], not {tuple(picture.shape)}")
@@ -106,19 +106,19 @@ def as_pixels(picture) -> np.ndarray:
 
 
 def _border_color(pixels: np.ndarray) -> np.ndarray:
-    """Median of the outermost pixels: objects keep off the border, and patterns vary about their color."""
+    """Median of the outermost pixels: objects do not touch the border, and patterns vary around their color."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     return np.median(border, axis=0)
 
 
 def _split_gray(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Colors [..., 3] as their gray part [...] and the rest [..., 3]; patterns change the gray part alone."""
+    """Colors [..., 3] as their gray part [...] and the rest [..., 3]; patterns only change the gray part."""
     gray = colors.mean(-1)
     return gray, colors - gray[..., None]
 
 
 def _background_name(base: np.ndarray) -> str:
-    """The background of the palette that needs the least change, where a pattern's change costs little."""
+    """The nearest background of the palette; the variation of a pattern counts little."""
 
     def distance(name: str) -> float:
         gray, rest = _split_gray(base - np.array(BACKGROUND_RGB[name], dtype=np.float64))
@@ -128,28 +128,28 @@ def _background_name(base: np.ndarray) -> str:
 
 
 def _difference(pixels: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Distances [..., n] of pixels [..., 3] from colors [n, 3]; brightness counts half as much as hue."""
+    """Distances [..., n] of pixels [..., 3] from colors [n, 3]; brightness counts less than hue."""
     gray, rest = _split_gray(pixels[..., None, :] - colors)
     return np.sqrt((rest**2).sum(-1) + 0.75 * gray**2)
 
 
 def _labels(pixels: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """What each pixel is nearest to: a color of the palette (its index), an outline's, or, from
-    :data:`BACKGROUND_LABEL` on, the background."""
+    """The label nearest to each pixel: the index of a palette color, then of an outline, and from
+    :data:`BACKGROUND_LABEL` on the background."""
     backgrounds = base + np.array([-2, -1, 0, 1, 2])[:, None] * TONE
     return _difference(pixels, np.concatenate([PALETTE, EDGE * PALETTE, backgrounds])).argmin(-1)
 
 
 def _patches(labels: np.ndarray, smallest: float) -> list[np.ndarray]:
-    """Connected sets of pixels with the same label (0 or more), as masks [side, side], unless they are smaller than a
-    fraction of the picture."""
+    """Connected sets of pixels with the same label (0 or more), as masks [side, side]; sets smaller than the fraction
+    ``smallest`` of the picture are left out."""
     components = _components(labels)
     ids, sizes = np.unique(components[labels >= 0], return_counts=True)
     return [components == i for i, size in zip(ids, sizes) if size >= max(4, smallest * labels.size)]
 
 
 def _components(labels: np.ndarray) -> np.ndarray:
-    """Number of the 4-connected component of equal labels that each pixel is in."""
+    """Number of each pixel's 4-connected component of equal labels."""
     component = np.arange(labels.size).reshape(labels.shape)
     down, right = labels[1:] == labels[:-1], labels[:, 1:] == labels[:, :-1]
     while True:
@@ -166,10 +166,11 @@ def _components(labels: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Templates:
-    """Coverage of every pixel of a window by fill and by outline, each [n, window * window], and what they show.
+    """Coverage of every pixel of a window by fill and by outline, each [n, window * window], and the (shape, size,
+    radius) that each template shows.
 
-    A template's fill has its center of mass in the window's middle; ``shifts`` [n, 2] (x, y in pixels) lead from there
-    to the object's center.
+    The center of mass of a template's fill is in the middle of the window; ``shifts`` [n, 2] (x, y in pixels) lead from
+    there to the object's center.
     """
 
     fill: np.ndarray
@@ -207,7 +208,7 @@ def _templates(side: int) -> _Templates:
 
 
 def _coverage(shape: str, size: str, radius: float, rotation: float, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """How much of each pixel fill and outline cover, of an object in the picture's middle; each [side, side]."""
+    """Coverage of each pixel by the fill and the outline of an object in the middle, each [side, side]."""
     item = SceneObject(shape, "red", size, 1, 1, 0.5, 0.5, radius, rotation)
     picture = render(Scene(0, "test", 0, Background("gray", "plain", 0, 0.0), (item,)), side)
     base = np.array(BACKGROUND_RGB["gray"], dtype=np.float64)
@@ -231,7 +232,7 @@ def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _center(mass: np.ndarray) -> tuple[float, float]:
-    """Center of mass in pixels, where pixel 0 reaches from 0 to 1."""
+    """Center of mass (x, y) in pixels, where pixel 0 extends from 0 to 1."""
     mass = mass.clip(0)
     v, u = np.mgrid[0 : len(mass), 0 : len(mass)] + 0.5
     return float((u * mass).sum() / mass.sum()), float((v * mass).sum() / mass.sum())
@@ -250,10 +251,10 @@ def _window(channels: np.ndarray, x: float, y: float, half: int) -> np.ndarray:
     return (1 - a) * rows[:, :, :-1] + a * rows[:, :, 1:]
 
 
-def _match(pixels, base, patch, claimed, others) -> tuple[SeenObject, np.ndarray] | None:
-    """The object that a patch belongs to, and the pixels that it covers; None if no template fits.
+def _match(pixels, base, patch, claimed, others) -> tuple[DetectedObject, np.ndarray] | None:
+    """The object at a patch, and the pixels that it covers; None if no template fits.
 
-    ``claimed`` are pixels of objects found before, ``others`` those and the pixels of other patches.
+    ``claimed`` are the pixels of earlier objects, ``others`` these and the pixels of other patches.
     """
     side = len(pixels)
     templates = _templates(side)
@@ -275,16 +276,16 @@ def _match(pixels, base, patch, claimed, others) -> tuple[SeenObject, np.ndarray
     fit = 2 * (templates.fill @ toward_f + templates.edge @ toward_e)
     gain = fit.reshape(len(own), len(moves), len(COLORS)) - own[:, None]
     template, move, color = np.unravel_index(gain.argmax(), gain.shape)
-    return _believed(templates, template, moves[move], COLORS[color], gain.max(), difference, others)
+    return _accept(templates, template, moves[move], COLORS[color], gain.max(), difference, others)
 
 
-def _believed(templates, template, place, color, gain, difference, others) -> tuple[SeenObject, np.ndarray] | None:
-    """The object that a template shows, unless it explains too little of what is there."""
+def _accept(templates, template, place, color, gain, difference, others) -> tuple[DetectedObject, np.ndarray] | None:
+    """The object that a template shows and its pixels; None if the template explains too little of the picture."""
     side, half = difference.shape[1], templates.window // 2
     shape, size, radius = templates.names[template]
     window = (templates.fill[template] + templates.edge[template]).reshape(templates.window, -1)
     v, u = np.mgrid[0:side, 0:side] + 0.5
-    # Back onto the picture's pixels.
+    # Map the window back onto the picture's pixels.
     columns = np.rint(u - place[0]).astype(int) + half
     rows = np.rint(v - place[1]).astype(int) + half
     inside = (columns >= 0) & (columns < templates.window) & (rows >= 0) & (rows < templates.window)
@@ -297,14 +298,14 @@ def _believed(templates, template, place, color, gain, difference, others) -> tu
         return None
     x, y = (np.array(place) + templates.shifts[template]) / side
     row, column = (min(max(int(c * GRID), 0), GRID - 1) for c in (y, x))
-    item = SeenObject(
+    item = DetectedObject(
         shape, color, size, row, column, float(x), float(y), float(radius), float(min(max(explained, 0), 1))
     )
     return item, support
 
 
 def _local_background(pixels: np.ndarray, base: np.ndarray, x: float, y: float) -> np.ndarray:
-    """The background's color around a place: the mean of nearby pixels that differ from it by a pattern at most."""
+    """The background color around a place: the mean of nearby pixels that differ from it at most by a pattern."""
     v, u = np.mgrid[0 : len(pixels), 0 : len(pixels)] + 0.5
     near = np.hypot(u - x, v - y) < REACH * len(pixels)
     gray, rest = _split_gray(pixels - base)
