@@ -31,6 +31,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.training.prepare import Preparation
+from megatron_ext.transformer.resolved import resolve
 
 SPECIAL = SpecialTokens(bos=1, pad=32000, eod=32001, boi=32002, eoi=32003)
 CODES = 8192
@@ -83,7 +84,7 @@ def measure(mixture: Mixture, options) -> dict:
 def preparation(options) -> Preparation:
     """What the steps are made by."""
     settings = [f"plan.preset={options.plan}", f"data.sequence_length={options.length}", "model.num_layers=32"]
-    return Preparation.of(config_file.load(Config, [], settings), pad=SPECIAL.pad)
+    return Preparation.of(resolve(config_file.load(Config, [], settings)), pad=SPECIAL.pad)
 
 
 def _one_round(loader, rows: StepRows, prepare: Preparation, options) -> float:

@@ -34,6 +34,7 @@ from megatron_ext.routing.cost import count, forward_flops
 from megatron_ext.routing.plan import PRESETS, Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.transformer.resolved import resolve
 
 GRID = (16, 16)
 IMAGE, TEXT, ANSWER = GRID[0] * GRID[1], 24, 64
@@ -144,7 +145,7 @@ def build_ours(config: Config, theirs) -> Generator:
     from megatron_ext.conversion.hugging_face import from_llama
     from megatron_ext.transformer.model import build_chunks
 
-    (model,) = build_chunks(config, Words.size)
+    (model,) = build_chunks(resolve(config, Words.size))
     model.load_state_dict(from_llama(theirs.state_dict(), config.model), strict=False)
     return Generator(model.eval(), Plan.of(config.plan, config.model.num_layers), Words, GRID)
 

@@ -37,6 +37,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.transformer.resolved import resolve
 
 VOCABULARY = 256
 BASE = [
@@ -93,7 +94,7 @@ def measure(config: Config) -> Measured:
     from megatron_ext.training.step import train_step
     from megatron_ext.transformer.initialization import global_parameters
 
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     perturb(chunks)
     optimizer = build_optimizer(config, chunks)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()

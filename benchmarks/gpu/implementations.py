@@ -15,6 +15,7 @@ from gpu.steps import Figure
 from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
 from megatron_ext.transformer.hidden_states import joined
+from megatron_ext.transformer.resolved import resolve
 
 ITERATIONS = 40
 PLAN = "plan.preset=himix_hmgen_share_partial"
@@ -69,7 +70,7 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 
     config = config_file.load(Config, [], settings)
     distributed.initialize(config)
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     states = {}
 
     batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=0)

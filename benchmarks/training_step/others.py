@@ -8,6 +8,7 @@ import torch
 from megatron_ext import distributed
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
+from megatron_ext.transformer.resolved import resolve
 from training_step.weights import draw_on_device
 
 
@@ -19,11 +20,11 @@ def stock_megatron(config: Config, vocab_size: int, batch: Batch) -> Callable[[]
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_ext.training.setup import build_optimizer
-    from megatron_ext.transformer.specs import implementation, transformer_config
+    from megatron_ext.transformer.specs import transformer_config
 
-    settings = dataclasses.replace(transformer_config(config), use_te_activation_func=False)
+    settings = dataclasses.replace(transformer_config(resolve(config)), use_te_activation_func=False)
     settings.finalize_model_grads_func = finalize_model_grads
-    if implementation(config) == "transformer_engine":
+    if resolve(config).implementation == "transformer_engine":
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")

@@ -7,6 +7,7 @@ from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
+from megatron_ext.transformer.resolved import resolve
 from training_step.rows import step_input
 from training_step.weights import drawn_on_device
 
@@ -16,7 +17,7 @@ class OurStep:
 
     def __init__(self, config: Config, vocab_size: int, batch: Batch):
         with drawn_on_device():
-            self.chunks = build_model(config, vocab_size)
+            self.chunks = build_model(resolve(config, vocab_size))
         self.optimizer = build_optimizer(config, self.chunks)
         self.config = config
         self.input = step_input(batch, config)

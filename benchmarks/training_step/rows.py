@@ -8,6 +8,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training.prepare import Preparation, StepInput, prepare
+from megatron_ext.transformer.resolved import resolve
 
 IMAGE, TEXT = 256, 24
 DOCUMENT = IMAGE + TEXT
@@ -15,12 +16,12 @@ DOCUMENT = IMAGE + TEXT
 
 def step_input(batch: Batch, config: Config) -> StepInput:
     """What ``train_step`` takes, on the device, for a replica's rows of a global batch. A run has it made ahead."""
-    return prepare(batch, config, distributed.device())
+    return prepare(batch, resolve(config), distributed.device())
 
 
 def stored_order(batch: Batch, config: Config) -> torch.Tensor:
     """[T] flat index into the rows [b, s] of a micro-batch of each row of its hidden states, -1 for a dummy."""
-    preparation = Preparation.of(config, training=False)
+    preparation = Preparation.of(resolve(config), training=False)
     route = Route.arrays(batch, preparation.plan, *preparation.alignment, fill=preparation.fill)
     return torch.as_tensor(route.order)
 

@@ -89,10 +89,10 @@ class Benchmarking(Callback):
                 file = folder / f"{benchmark.name}.jsonl"
                 if unreadable := answer(self._session, items, file, self._settings.max_new_tokens):
                     report(f"{file}: {unreadable} images could not be read")
-                (TrainedModel(run.resolved, run.vocabulary, model),)
-                (Path(self._settings.vq),)
-                (self._settings.batch_size,)
-                report = (lambda line: None,)
+            if self._settings.prompts:
+                options = {key: getattr(self._settings, key) for key in ("guidance", "temperature", "seed")}
+                generated = self._session.generate_pictures(self._settings.prompts, folder, options)
+                pictures = [(picture["caption"], Path(picture["file"])) for picture in generated]
         figures = from_rank_zero(lambda: self._score(folder, iteration, pictures))
         return EvaluationResult(figures, pictures, time.perf_counter() - started)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from checkpoint_ranks import world
 
+from megatron_ext.transformer.resolved import resolve
+
 sys.path[:0] = [str(Path(__file__).parents[n] / folder) for n, folder in ((1, "unit"), (2, "benchmarks"))]
 
 SETTINGS = [
@@ -48,7 +50,7 @@ def _measure(layouts: dict[str, list[str]]):
     figures, losses = {}, {}
     for layout, overrides in layouts.items():
         config, chunks, batch = _model([*SETTINGS, RANK_4, *overrides])
-        found = alignment(chunks, prepare(batch, config), config)
+        found = alignment(chunks, prepare(batch, resolve(config)), config)
         del found["seconds"]
         figures[layout] = dict(_flat(found))
         if config.parallel.pipeline == 1 and not config.parallel.sequence:
@@ -72,7 +74,7 @@ def _model(settings: list[str]):
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     perturb(chunks)
     rows = (
         [understanding(6, (3, 2), (1, 3)), generation(4, 5), text(3)],
@@ -101,7 +103,7 @@ def _two_steps(settings: list[str], measured: bool) -> list[float]:
     from megatron_ext.training.step import train_step
 
     config, chunks, batch = _model(settings)
-    optimizer, losses, step = build_optimizer(config, chunks), [], prepare(batch, config)
+    optimizer, losses, step = build_optimizer(config, chunks), [], prepare(batch, resolve(config))
     for _ in range(2):
         if measured:
             alignment(chunks, step, config)

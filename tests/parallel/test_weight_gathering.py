@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from checkpoint_ranks import world
 
+from megatron_ext.transformer.resolved import resolve
+
 sys.path[:0] = [str(Path(__file__).parents[n] / folder) for n, folder in ((1, "unit"), (2, "benchmarks"))]
 
 SETTINGS = [
@@ -61,14 +63,14 @@ def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, flo
         1, parallel.pipeline, parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     )
     _seed(config.training.seed)
-    chunks = setup.build_model(config, VOCABULARY)
+    chunks = setup.build_model(resolve(config, VOCABULARY))
     optimizer = setup.build_optimizer(config, chunks)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rows = config.training.global_batch_size // replicas
     losses, validation = [], []
     for step in range(3):
         batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=step)
-        inputs = prepare(batch.rows(replica * rows, (replica + 1) * rows), config)
+        inputs = prepare(batch.rows(replica * rows, (replica + 1) * rows), resolve(config))
         losses.append(train_step(chunks, optimizer, inputs, config).loss)
         if step == 1:  # the first step's weights are gathered by the second
             with evaluation_mode(chunks):

@@ -21,6 +21,7 @@ from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
 from megatron_ext.transformer import fp8, specs
+from megatron_ext.transformer.resolved import resolve
 
 SETTINGS = [
     "model.num_layers=2",
@@ -48,7 +49,7 @@ ROWS = [
 def model_and_rows(overrides: list[str]):
     config = config_file.load(Config, [], [*SETTINGS, *overrides])
     config.validate(dist.get_world_size())
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     with torch.no_grad():
         perturb(chunks)
     optimizer = build_optimizer(config, chunks)
@@ -65,7 +66,7 @@ def over(implementation: str) -> None:
 def gradients(overrides: list[str]) -> dict[str, torch.Tensor]:
     """Of every parameter, after two micro-batches."""
     config, chunks, optimizer, batch = model_and_rows(overrides)
-    train_step(chunks, optimizer, prepare(batch, config), config, accept=lambda *_: False)
+    train_step(chunks, optimizer, prepare(batch, resolve(config)), config, accept=lambda *_: False)
     return {name: parameter.main_grad.clone() for name, parameter in chunks[0].named_parameters()}
 
 
@@ -97,7 +98,7 @@ def delayed() -> dict:
 
     config, chunks, optimizer, batch = model_and_rows(["training.precision=bf16", "training.fp8=delayed"])
     for _ in range(2):
-        train_step(chunks, optimizer, prepare(batch, config), config)
+        train_step(chunks, optimizer, prepare(batch, resolve(config)), config)
     histories = FP8GlobalStateManager.global_amax_history_buffer
     stored = chunks[0].state_dict()
     _, others, *_ = model_and_rows(["training.precision=bf16", "training.fp8=delayed"])
@@ -122,15 +123,15 @@ def staleness() -> dict[str, float]:
     overrides = ["training.precision=bf16", "training.fp8=current", "optimizer.lr=0.05"]
     config, chunks, optimizer, batch = model_and_rows(overrides)
     before = _logits(chunks, config, batch)
-    train_step(chunks, optimizer, prepare(batch, config), config)
+    train_step(chunks, optimizer, prepare(batch, resolve(config)), config)
     after = _logits(chunks, config, batch)
-    loss = evaluate_step(chunks, prepare(batch, config), config)[0]
+    loss = evaluate_step(chunks, prepare(batch, resolve(config)), config)[0]
     _, others, *_ = model_and_rows(overrides)
     others[0].load_state_dict(chunks[0].state_dict())
     return {
         "moved": float((after - before).abs().max()),
         "stale": float((after - _logits(others, config, batch)).abs().max()),
-        "stale loss": float((loss - evaluate_step(others, prepare(batch, config), config)[0]).abs().max()),
+        "stale loss": float((loss - evaluate_step(others, prepare(batch, resolve(config)), config)[0]).abs().max()),
     }
 
 

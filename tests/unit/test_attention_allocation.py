@@ -13,6 +13,7 @@ from megatron_ext.analysis.attention import Allocation
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 
 SHAPE = ["model.num_layers=4", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"]
 ROWS = (
@@ -33,7 +34,7 @@ PLANS = {
 
 def model_of(plan: list[str]):
     config = config_file.load(Config, [], SHAPE + plan)
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     return model.eval(), Plan.of(config.plan, config.model.num_layers), config.model
 
 

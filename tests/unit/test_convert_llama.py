@@ -26,6 +26,7 @@ from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.training.run import build_run, identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.transformer.resolved import resolve
 from megatron_ext.vocabulary import Vocabulary
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
@@ -123,7 +124,7 @@ def test_new_rows_are_initial_weights_with_the_spread_of_llama_s(one_process, vo
     tables = {EMBEDDING: model.embedding.word_embeddings.weight, HEAD: model.output_layer.weight}
     theirs = {EMBEDDING: llama.model.embed_tokens.weight.detach(), HEAD: llama.lm_head.weight.detach()}
     seeded = config_file.load(Config, [start.parent / "model.yaml"], ["training.seed=5"])
-    initial = dict(build_model(seeded, len(tables[HEAD]))[0].module.named_parameters())
+    initial = dict(build_model(resolve(seeded, len(tables[HEAD])))[0].module.named_parameters())
     numbers = json.loads(numbers.read_text())
     for name, table in tables.items():
         assert torch.equal(table[:TEXT_SIZE], theirs[name])
@@ -178,10 +179,12 @@ def test_a_run_cannot_go_on_from_weights_alone(one_process, vocabulary, tmp_path
     convert_llama(tmp_path / "llama", vocabulary, tmp_path / "start", seed=5)
     config = config_file.load(Config, [tmp_path / "start" / "model.yaml"])
     distributed.initialize(config)
-    chunks = build_model(config, 384)
+    chunks = build_model(resolve(config, 384))
     path = tmp_path / "start" / "iter_0000000"
     with pytest.raises(UserError, match="iter_0000000: has weights alone, .* checkpoint.load"):
-        Checkpointer(path.parent).load(path, chunks, build_optimizer(config, chunks), identity_of(config, vocabulary))
+        Checkpointer(path.parent).load(
+            path, chunks, build_optimizer(config, chunks), identity_of(resolve(config), vocabulary)
+        )
 
 
 @pytest.fixture(scope="module")

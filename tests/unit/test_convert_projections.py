@@ -21,6 +21,7 @@ from megatron_ext.routing.plan import Plan, Projections
 from megatron_ext.routing.route import Route
 from megatron_ext.training.run import identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.transformer.resolved import resolve
 from megatron_ext.vocabulary import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -60,7 +61,7 @@ def override(projections: Projections) -> str:
 def build(projections: Projections, trained: bool = False) -> torch.nn.Module:
     """A model with these projections under HiMix and HMGen, in float64: as it starts, or with every matrix its own."""
     config = config_file.load(Config, [], [*SMALL, override(projections)])
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     if trained:
         perturb(chunks)
     return chunks[0].module.double()
@@ -219,14 +220,14 @@ def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_f
 ):
     settings = (*SMALL, f"training.precision={precision}")
     config = one_process(*settings)
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     perturb(chunks)
     batch = packed_batch(4, 48, seed=3)
     with torch.no_grad():
         expected = chunks[0].module(Route.of(batch, Plan.of(config.plan, LAYERS)))
     recorded = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=2))
     state = {"progress": {"iteration": 7}, "config": dataclasses.asdict(recorded), "data": "5f0c"}
-    state |= identity_of(config, vocabulary)
+    state |= identity_of(resolve(config), vocabulary)
     Checkpointer(tmp_path / "dense").save(7, chunks, build_optimizer(config, chunks), state)
     distributed.shut_down()
 
@@ -242,8 +243,8 @@ def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_f
     assert config_file.from_tree(Config, written["config"]) == config_file.override(recorded, changes)
 
     config = one_process(*settings, *changes)
-    chunks = build_model(config, VOCABULARY)
-    identity = identity_of(config, vocabulary)
+    chunks = build_model(resolve(config, VOCABULARY))
+    identity = identity_of(resolve(config), vocabulary)
     with pytest.raises(UserError, match="its plan.projections.kind is shared, this run's is delta; tools/convert"):
         load_weights(dense, chunks, identity)
     load_weights(split, chunks, identity)

@@ -35,6 +35,7 @@ from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import VOCABULARY, packed_batch
@@ -192,7 +193,7 @@ def test_parameters_are_counted(one_process, projections):
             "model.num_query_groups=2",
             f"plan.projections={{{projections}, modules: {modules}}}",
         )
-        (chunk,) = build_chunks(config, VOCABULARY)
+        (chunk,) = build_chunks(resolve(config, VOCABULARY))
         plan = Plan.of(config.plan, config.model.num_layers)
         expected = parameter_count(config.model, VOCABULARY, plan.projections)
         assert sum(p.numel() for p in chunk.parameters()) == expected
@@ -204,7 +205,7 @@ def test_cost_is_what_torch_counts(one_process, preset, rank):
     """The plain attention kernel computes masked pairs too, as matrix products over all keys of a segment."""
     config = one_process(f"plan.preset={preset}", "plan.shallow_count=2", f"plan.projections.rank={rank or 'null'}")
     plan = Plan.of(config.plan, config.model.num_layers)
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     batch = mix_batch(
         "understanding: 16 image, 12 text, 5 answer; understanding: 7 text, 16 image, 4 text, 16 image, 6 answer; "
         "generation: 9 text, 25 image; text: 13 text"
@@ -227,7 +228,7 @@ def test_a_step_s_input_has_training_flops_of_the_plan_and_of_dense(one_process,
     config = one_process(f"plan.preset={preset}")
     plan = Plan.of(config.plan, config.model.num_layers)
     batch = packed_batch(4, 64, seed=2)
-    step = Preparation.of(config, VOCABULARY).step_input(batch)
+    step = Preparation.of(resolve(config), VOCABULARY).step_input(batch)
     assert step.flops == 3 * forward_flops(config.model, VOCABULARY, plan, count(batch, plan))
     assert ratio[0] <= step.flops / step.dense_flops <= ratio[1]
     assert step.tokens == (batch.document != PADDING_DOCUMENT).sum()
@@ -283,7 +284,7 @@ def kept_bytes(model, route, labels) -> list[int]:
 def test_activation_memory_is_what_autograd_keeps(one_process, settings):
     config = one_process("model.num_layers=5", "model.num_query_groups=2", "plan.shallow_count=2", *settings)
     plan = Plan.of(config.plan, 5)
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     batch = mix_batch(
         "understanding: 48 image, 24 text, 9 answer; generation: 9 text, 64 image; text: 13 text"
     ).tensors()

@@ -12,6 +12,7 @@ from megatron_ext.routing.plan import PRESETS, Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 
 VOCABULARY = 64
 SHAPE = ["model.num_layers=5", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"]
@@ -59,7 +60,7 @@ def full_logits(model, plan: Plan, tokens: list[list[int]], tasks: list[Task]) -
 
 def build(overrides: list[str]):
     config = config_file.load(Config, [], SHAPE + overrides)
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)

@@ -15,7 +15,8 @@ from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
 from megatron_ext.transformer import transformer_engine
-from megatron_ext.transformer.specs import implementation, transformer_config
+from megatron_ext.transformer.resolved import resolve
+from megatron_ext.transformer.specs import transformer_config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import VOCABULARY, packed_batch
@@ -36,9 +37,9 @@ def gpu(monkeypatch):
 
 
 def test_float32_takes_torchs_layers_and_bf16_transformer_engines(gpu):
-    assert implementation(load()) == "local"
-    assert implementation(load(BF16)) == "transformer_engine"
-    assert implementation(load(BF16, "model.implementation=local")) == "local"
+    assert resolve(load()).implementation == "local"
+    assert resolve(load(BF16)).implementation == "transformer_engine"
+    assert resolve(load(BF16, "model.implementation=local")).implementation == "local"
 
 
 def test_transformer_engine_in_float32_is_refused():
@@ -47,14 +48,14 @@ def test_transformer_engine_in_float32_is_refused():
 
 
 def test_the_loss_is_fused_under_bf16_alone_and_not_where_order_matters(gpu):
-    assert not transformer_config(load()).cross_entropy_loss_fusion
-    fused = transformer_config(load(BF16))
+    assert not transformer_config(resolve(load())).cross_entropy_loss_fusion
+    fused = transformer_config(resolve(load(BF16)))
     assert fused.cross_entropy_loss_fusion and fused.cross_entropy_fusion_impl == "native"
-    assert not transformer_config(load(BF16, "training.deterministic=true")).cross_entropy_loss_fusion
+    assert not transformer_config(resolve(load(BF16, "training.deterministic=true"))).cross_entropy_loss_fusion
 
 
 def test_a_batch_of_messages_is_not_waited_for_and_outputs_stay(gpu):
-    made = transformer_config(load("parallel.pipeline=2"))
+    made = transformer_config(resolve(load("parallel.pipeline=2")))
     assert made.batch_p2p_comm and not made.batch_p2p_sync and not made.deallocate_pipeline_outputs
 
 
@@ -75,16 +76,16 @@ def test_deterministic_is_told_to_all_who_ask(one_process, monkeypatch):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
         assert os.environ["NCCL_ALGO"] == "Ring"  # the user's choice, which is as good
-        assert transformer_config(config).deterministic_mode
+        assert transformer_config(resolve(config)).deterministic_mode
         assert _losses(config) == _losses(config)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def _losses(config: Config) -> list[float]:
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     optimizer = build_optimizer(config, chunks)
-    steps = [prepare(packed_batch(8, 48, seed), config) for seed in range(2)]
+    steps = [prepare(packed_batch(8, 48, seed), resolve(config)) for seed in range(2)]
     return [train_step(chunks, optimizer, step, config).loss for step in steps]
 
 

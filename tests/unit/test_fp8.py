@@ -8,6 +8,7 @@ from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.transformer import specs
 from megatron_ext.transformer.linear import FreshWeights
+from megatron_ext.transformer.resolved import resolve
 
 BF16 = ["training.precision=bf16", "model.hidden_size=128", "model.ffn_hidden_size=256", "model.num_attention_heads=4"]
 
@@ -76,6 +77,8 @@ def test_an_evaluation_begins_with_fresh_weights():
 )
 def test_a_weight_gradient_is_fused_where_the_weight_is_used_whole(monkeypatch, overrides, fused):
     config = config_file.load(Config, [], overrides)
-    assert not any(specs.fuses_weight_gradient(config, name) for name in ("qkv", "proj", "fc1", "fc2"))
+    assert not any(specs.fuses_weight_gradient(resolve(config), name) for name in ("qkv", "proj", "fc1", "fc2"))
     monkeypatch.setattr(specs, "implementation", lambda config: "transformer_engine")
-    assert {name for name in ("qkv", "proj", "fc1", "fc2") if specs.fuses_weight_gradient(config, name)} == fused
+    assert {
+        name for name in ("qkv", "proj", "fc1", "fc2") if specs.fuses_weight_gradient(resolve(config), name)
+    } == fused

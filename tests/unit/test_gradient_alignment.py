@@ -19,6 +19,7 @@ from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
+from megatron_ext.transformer.resolved import resolve
 
 SMALL = (
     "model.num_layers=3",
@@ -37,7 +38,7 @@ FIGURES = ("cosine", "norm_understanding", "norm_generation", "only_understandin
 
 def model_of(config):
     """Weights without the zeros that differences begin with."""
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     random = torch.Generator().manual_seed(1)
     for parameter in chunks[0].parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
@@ -79,8 +80,14 @@ def test_figures_are_those_of_the_two_losses_gradients(one_process, overrides, p
     chunks = model_of(config)
     batch, _ = rows_of(*ROWS, length=48)
     # A step, though refused, leaves gradients behind; they are no part of what follows.
-    train_step(chunks, build_optimizer(config, chunks), prepare(batch, config), config, accept=lambda loss, norm: False)
-    result = gradients.alignment(chunks, prepare(batch, config), config)
+    train_step(
+        chunks,
+        build_optimizer(config, chunks),
+        prepare(batch, resolve(config)),
+        config,
+        accept=lambda loss, norm: False,
+    )
+    result = gradients.alignment(chunks, prepare(batch, resolve(config)), config)
     u, g = (by_autograd(chunks, config, batch, task) for task in (Task.UNDERSTANDING, Task.GENERATION))
 
     def expected(chosen) -> dict:
@@ -130,7 +137,9 @@ def test_halves_of_the_rows_separate_noise_from_disagreement(one_process):
     again = Batch(*(torch.cat([getattr(halves[0], name)] * 2) for name in Batch.names()))
     same = gradients.corrected(chunks, again, config)  # no noise: nothing to correct
     assert same["all"]["repeat_generation"] == pytest.approx(1)
-    of_again, of_both = (gradients.alignment(chunks, prepare(batch, config), config) for batch in (again, both))
+    of_again, of_both = (
+        gradients.alignment(chunks, prepare(batch, resolve(config)), config) for batch in (again, both)
+    )
     assert same["all"]["corrected_cosine"] == pytest.approx(of_again["all"]["cosine"])
     assert "without noise" in gradients_report.table(of_both, result)
 
@@ -139,13 +148,15 @@ def test_a_task_gives_no_gradient_to_weights_it_does_not_use(one_process):
     """Each task alone trains its image weights, and plain text trains neither."""
     config = one_process(*SMALL, "plan.projections={kind: separate, per_task: true, modules: [qkv]}")
     chunks = model_of(config)
-    layers = gradients.alignment(chunks, prepare(rows_of(*ROWS, length=48)[0], config), config)["layers"]
+    layers = gradients.alignment(chunks, prepare(rows_of(*ROWS, length=48)[0], resolve(config)), config)["layers"]
     # What images ask for in the last layer reaches no answer: a third of its query, key and value has no gradient.
     assert layers["qkv understanding"]["only_understanding"] == pytest.approx([1, 1, 2 / 3])
     assert layers["qkv generation"]["only_generation"] == [1.0] * 3
     assert layers["qkv generation"]["cosine"] == [None] * 3
     assert all(shared is not None for shared in layers["qkv"]["cosine"])
-    of_text = gradients.alignment(chunks, prepare(rows_of([text(20)], [text(40)], length=48)[0], config), config)
+    of_text = gradients.alignment(
+        chunks, prepare(rows_of([text(20)], [text(40)], length=48)[0], resolve(config)), config
+    )
     assert of_text["all"]["untrained"] == 1.0 and of_text["all"]["cosine"] is None
 
 
@@ -161,8 +172,8 @@ def test_measuring_changes_no_bit_of_training(one_process, settings):
         steps = []
         for _ in range(3):
             if measure:
-                gradients.alignment(chunks, prepare(batch, config), config)
-            result = train_step(chunks, optimizer, prepare(batch, config), config)
+                gradients.alignment(chunks, prepare(batch, resolve(config)), config)
+            result = train_step(chunks, optimizer, prepare(batch, resolve(config)), config)
             steps.append((result.loss, result.grad_norm))
         ends.append((steps, torch.cat([p.detach().flatten() for p in chunks[0].parameters()]), torch.get_rng_state()))
     (steps, weights, state), (measured_steps, measured_weights, measured_state) = ends
@@ -172,7 +183,7 @@ def test_measuring_changes_no_bit_of_training(one_process, settings):
 
 def test_findings_are_logged_and_shown(one_process, tmp_path):
     config = one_process(*SMALL, "logging.gradient_alignment_interval=5", f"output={tmp_path}")
-    result = gradients.alignment(model_of(config), prepare(rows_of(*ROWS, length=48)[0], config), config)
+    result = gradients.alignment(model_of(config), prepare(rows_of(*ROWS, length=48)[0], resolve(config)), config)
     lines = []
     record = {"iteration": 5, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "step_seconds": 0.5}
     logger = Logger(config, say=lines.append)

@@ -16,6 +16,7 @@ from megatron_ext.routing.route import Route, image_places
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.norm import RMSNorm
+from megatron_ext.transformer.resolved import resolve
 from megatron_ext.transformer.specs import transformer_config
 
 VOCABULARY = 160
@@ -58,7 +59,7 @@ def draw_everything(model) -> None:
 
 def test_learned_positions_are_added_to_image_tokens_alone(one_process):
     config = one_process(*SHAPE, "data.sequence_length=12", "model.max_image_tokens=4")
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     draw_everything(model)
     batch = one_document_rows(2, 12)
     batch.modality[0, 2:5] = batch.modality[0, 7:11] = batch.modality[1, :2] = Modality.IMAGE
@@ -79,7 +80,7 @@ def test_learned_positions_are_added_to_image_tokens_alone(one_process):
 
 def test_logits_equal_stock_megatron(one_process):
     config = one_process(*SHAPE, "data.sequence_length=40")
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     draw_everything(model)
     stock = GPTModel(
         config=dataclasses.replace(model.config, use_te_activation_func=False),
@@ -128,7 +129,7 @@ def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
         )
     )
     draw_everything(theirs)
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     model.load_state_dict(from_llama(theirs.state_dict(), config.model), strict=False)
     batch = one_document_rows(2, length)
     with torch.no_grad():
@@ -137,7 +138,7 @@ def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
 
 def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):
     config = one_process(*SHAPE, "data.sequence_length=48")
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     draw_everything(model)
     lengths = [11, 1, 24, 7]  # and 5 of padding
     alone = one_document_rows(len(lengths), max(lengths))
@@ -159,7 +160,7 @@ def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):
 
 def test_the_norm_is_torch_s_with_its_gradients(one_process):
     config = one_process("model.hidden_size=64")
-    norm = RMSNorm(transformer_config(config), 64, eps=1e-5)
+    norm = RMSNorm(transformer_config(resolve(config)), 64, eps=1e-5)
     torch.nn.init.normal_(norm.weight)
     rows = torch.randn(6, 1, 64, requires_grad=True)
     expected = torch.nn.functional.rms_norm(rows, (64,), norm.weight, 1e-5)

@@ -19,6 +19,7 @@ from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import NO_TASK, Preparation
+from megatron_ext.transformer.resolved import resolve
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import packed_batch
@@ -28,7 +29,7 @@ ROWS, LENGTH = 6, 64
 
 def preparation(*overrides: str) -> Preparation:
     settings = [f"data.sequence_length={LENGTH}", "training.micro_batch_size=2", *overrides]
-    return Preparation.of(config_file.load(Config, [], settings), vocab_size=200, pad=100)
+    return Preparation.of(resolve(config_file.load(Config, [], settings)), vocab_size=200, pad=100)
 
 
 def leaves(value, path: str = "") -> dict:

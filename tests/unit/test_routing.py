@@ -17,6 +17,7 @@ from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.hidden_states import joined
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 
 VOCABULARY, LAYERS, LENGTH = 64, 4, 44
 SHAPE = (
@@ -70,7 +71,7 @@ def plan_of(config: Config) -> Plan:
 
 def build(config: Config, seed: int = 0, dtype: torch.dtype = torch.float64):
     """The model with every parameter drawn anew, so that no term of it is invisible."""
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     rng = np.random.default_rng(seed)
     for parameter in model.parameters():
         noise = torch.from_numpy(0.2 * rng.standard_normal(parameter.shape))
