@@ -38,10 +38,10 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import StepInput, prepare
-from megatron_ext.training.run import padded_vocabulary
 from megatron_ext.training.setup import build_model
 from megatron_ext.training.step import task_gradients
 from megatron_ext.transformer.initialization import cut, global_parameters
+from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary
 
 MODULES = ("qkv", "proj", "fc1", "fc2")
@@ -56,7 +56,7 @@ CHUNK = 2**22
 """Elements converted to float64 at a time."""
 
 
-def alignment(chunks: list, step: StepInput, config: Config) -> dict:
+def alignment(chunks: list, step: StepInput, resolved: ResolvedConfig) -> dict:
     """Gradient alignment on one global batch; collective, the same on every rank.
 
     Costs a forward and a backward pass per task, and memory for one copy of this rank's gradients. Overwrites the
@@ -72,11 +72,11 @@ def alignment(chunks: list, step: StepInput, config: Config) -> dict:
         figure, such as the cosine with a zero gradient, is None.
     """
     started = time.perf_counter()
-    (result,) = _compare(chunks, config, [(step, Task.UNDERSTANDING), (step, Task.GENERATION)])
+    (result,) = _compare(chunks, resolved, [(step, Task.UNDERSTANDING), (step, Task.GENERATION)])
     return result | {"seconds": time.perf_counter() - started}
 
 
-def corrected(chunks: list, batch: Batch, config: Config) -> dict:
+def corrected(chunks: list, batch: Batch, resolved: ResolvedConfig) -> dict:
     """The two tasks' cosines corrected for the sampling noise of the batch; collective, the same on every rank.
 
     A batch's gradient is the expected gradient plus noise, and noise makes every cosine smaller. With a and b the
@@ -97,16 +97,16 @@ def corrected(chunks: list, batch: Batch, config: Config) -> dict:
     Raises:
         UserError: the rows do not split into halves of whole micro-batches.
     """
-    middle = batch.shape[0] // 2
-    if middle % config.training.micro_batch_size or not middle:
+    middle, micro_batch_size = batch.shape[0] // 2, resolved.config.training.micro_batch_size
+    if middle % micro_batch_size or not middle:
         raise UserError(
             f"a replica has {batch.shape[0]} rows, which is not an even number of micro-batches of "
-            f"{config.training.micro_batch_size}; use more --batches or fewer processes"
+            f"{micro_batch_size}; use more --batches or fewer processes"
         )
     halves = batch.rows(0, middle), batch.rows(middle, 2 * middle)
-    a, b = (prepare(half, config).to(distributed.device()) for half in halves)
+    a, b = (prepare(half, resolved).to(distributed.device()) for half in halves)
     u, g = Task.UNDERSTANDING, Task.GENERATION
-    agree_u, cross, agree_g, cross_back = _compare(chunks, config, [(a, u), (b, u), (a, g), (b, g), (a, u)])
+    agree_u, cross, agree_g, cross_back = _compare(chunks, resolved, [(a, u), (b, u), (a, g), (b, g), (a, u)])
     measured = [agree_u, agree_g, cross, cross_back]
 
     def correct(cosines: list) -> dict:
@@ -127,9 +127,9 @@ def corrected(chunks: list, batch: Batch, config: Config) -> dict:
     }
 
 
-def _compare(chunks: list, config: Config, passes: list[tuple[StepInput, Task]]) -> list[dict]:
+def _compare(chunks: list, resolved: ResolvedConfig, passes: list[tuple[StepInput, Task]]) -> list[dict]:
     """The figures of every two consecutive gradients, each of a task over some rows; u is the earlier of the two."""
-    columns = part_names(config)
+    config, columns = resolved.config, part_names(resolved.plan)
     places = {(layer, name): i for i, (layer, name) in enumerate(_parts(config, columns))}
     counted = [(places[part_of(name)], p) for chunk in chunks for name, p in _counted_parameters(chunk)]
     figures, before = [], []
@@ -146,9 +146,9 @@ def _compare(chunks: list, config: Config, passes: list[tuple[StepInput, Task]])
     return figures
 
 
-def part_names(config: Config) -> list[str]:
+def part_names(plan: Plan) -> list[str]:
     """The names of a layer's parts: ``norms``, ``qkv``, ``qkv image``, ..."""
-    projections = Plan.of(config.plan, config.model.num_layers).projections
+    projections = plan.projections
     names = ["norms"]
     for module in MODULES:
         names.append(module)
@@ -242,16 +242,17 @@ def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validatio
     config.validate(distributed.world_size())
     vocabulary = Vocabulary(config.data.vocabulary)
     distributed.initialize(config)
-    chunks = build_model(config, padded_vocabulary(config, vocabulary))
+    resolved = resolve(config, padded_vocab_size(config, vocabulary))
+    chunks = build_model(resolved)
     load_weights(path, chunks, {"fingerprints": {"vocabulary": vocabulary.fingerprint}})
     batch = next(run_batches(config, vocabulary, data, config.training.global_batch_size, 1)).to("cpu")
-    step = prepare(batch, config).to(distributed.device())
+    step = prepare(batch, resolved).to(distributed.device())
     return {
         "checkpoint": str(checkpoint),
-        "plan": Plan.of(config.plan, config.model.num_layers).name,
+        "plan": resolved.plan.name,
         "data": [f"{source.task}: {source.path}" for source in getattr(config.data, data)],
         "rows": config.training.global_batch_size,
         "parallel": dataclasses.asdict(config.parallel),
-        "alignment": alignment(chunks, step, config),
-        "corrected": corrected(chunks, batch, config) if count % 2 == 0 else None,
+        "alignment": alignment(chunks, step, resolved),
+        "corrected": corrected(chunks, batch, resolved) if count % 2 == 0 else None,
     }

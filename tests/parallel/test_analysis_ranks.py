@@ -50,7 +50,7 @@ def _measure(layouts: dict[str, list[str]]):
     figures, losses = {}, {}
     for layout, overrides in layouts.items():
         config, chunks, batch = _model([*SETTINGS, RANK_4, *overrides])
-        found = alignment(chunks, prepare(batch, resolve(config)), config)
+        found = alignment(chunks, prepare(batch, resolve(config)), resolve(config))
         del found["seconds"]
         figures[layout] = dict(_flat(found))
         if config.parallel.pipeline == 1 and not config.parallel.sequence:

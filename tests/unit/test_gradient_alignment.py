@@ -87,13 +87,13 @@ def test_figures_are_those_of_the_two_losses_gradients(one_process, overrides, p
         config,
         accept=lambda loss, norm: False,
     )
-    result = gradients.alignment(chunks, prepare(batch, resolve(config)), config)
+    result = gradients.alignment(chunks, prepare(batch, resolve(config)), resolve(config))
     u, g = (by_autograd(chunks, config, batch, task) for task in (Task.UNDERSTANDING, Task.GENERATION))
 
     def expected(chosen) -> dict:
         return pytest.approx(figures_of([u[n] for n in chosen], [g[n] for n in chosen]), rel=1e-4, abs=1e-6)
 
-    assert set(result["layers"]) == set(gradients.part_names(config))
+    assert set(result["layers"]) == set(gradients.part_names(resolve(config).plan))
     for layer in range(3):
         prefix = f"decoder.layers.{layer}."
         norms = [f"{prefix}{norm}.weight" for norm in ("input_layernorm", "pre_mlp_layernorm")]
@@ -116,7 +116,7 @@ def test_halves_of_the_rows_separate_noise_from_disagreement(one_process):
     chunks = model_of(config)
     both, _ = rows_of(*ROWS, length=48)
     halves = [both.rows(0, 1), both.rows(1, 2)]
-    result = gradients.corrected(chunks, both, config)
+    result = gradients.corrected(chunks, both, resolve(config))
     u, g = (
         [by_autograd(chunks, config, half, task) for half in halves] for task in (Task.UNDERSTANDING, Task.GENERATION)
     )
@@ -135,10 +135,10 @@ def test_halves_of_the_rows_separate_noise_from_disagreement(one_process):
         expected = crossed / (repeats[0] * repeats[1]) ** 0.5 if min(repeats) > 0 else None
         assert of_layer["corrected_cosine"] == (None if expected is None else pytest.approx(expected, abs=1e-4))
     again = Batch(*(torch.cat([getattr(halves[0], name)] * 2) for name in Batch.names()))
-    same = gradients.corrected(chunks, again, config)  # no noise: nothing to correct
+    same = gradients.corrected(chunks, again, resolve(config))  # no noise: nothing to correct
     assert same["all"]["repeat_generation"] == pytest.approx(1)
     of_again, of_both = (
-        gradients.alignment(chunks, prepare(batch, resolve(config)), config) for batch in (again, both)
+        gradients.alignment(chunks, prepare(batch, resolve(config)), resolve(config)) for batch in (again, both)
     )
     assert same["all"]["corrected_cosine"] == pytest.approx(of_again["all"]["cosine"])
     assert "without noise" in gradients_report.table(of_both, result)
@@ -148,14 +148,16 @@ def test_a_task_gives_no_gradient_to_weights_it_does_not_use(one_process):
     """Each task alone trains its image weights, and plain text trains neither."""
     config = one_process(*SMALL, "plan.projections={kind: separate, per_task: true, modules: [qkv]}")
     chunks = model_of(config)
-    layers = gradients.alignment(chunks, prepare(rows_of(*ROWS, length=48)[0], resolve(config)), config)["layers"]
+    layers = gradients.alignment(chunks, prepare(rows_of(*ROWS, length=48)[0], resolve(config)), resolve(config))[
+        "layers"
+    ]
     # What images ask for in the last layer reaches no answer: a third of its query, key and value has no gradient.
     assert layers["qkv understanding"]["only_understanding"] == pytest.approx([1, 1, 2 / 3])
     assert layers["qkv generation"]["only_generation"] == [1.0] * 3
     assert layers["qkv generation"]["cosine"] == [None] * 3
     assert all(shared is not None for shared in layers["qkv"]["cosine"])
     of_text = gradients.alignment(
-        chunks, prepare(rows_of([text(20)], [text(40)], length=48)[0], resolve(config)), config
+        chunks, prepare(rows_of([text(20)], [text(40)], length=48)[0], resolve(config)), resolve(config)
     )
     assert of_text["all"]["untrained"] == 1.0 and of_text["all"]["cosine"] is None
 
@@ -172,7 +174,7 @@ def test_measuring_changes_no_bit_of_training(one_process, settings):
         steps = []
         for _ in range(3):
             if measure:
-                gradients.alignment(chunks, prepare(batch, resolve(config)), config)
+                gradients.alignment(chunks, prepare(batch, resolve(config)), resolve(config))
             result = train_step(chunks, optimizer, prepare(batch, resolve(config)), config)
             steps.append((result.loss, result.grad_norm))
         ends.append((steps, torch.cat([p.detach().flatten() for p in chunks[0].parameters()]), torch.get_rng_state()))
@@ -183,7 +185,9 @@ def test_measuring_changes_no_bit_of_training(one_process, settings):
 
 def test_findings_are_logged_and_shown(one_process, tmp_path):
     config = one_process(*SMALL, "logging.gradient_alignment_interval=5", f"output={tmp_path}")
-    result = gradients.alignment(model_of(config), prepare(rows_of(*ROWS, length=48)[0], resolve(config)), config)
+    result = gradients.alignment(
+        model_of(config), prepare(rows_of(*ROWS, length=48)[0], resolve(config)), resolve(config)
+    )
     lines = []
     record = {"iteration": 5, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "step_seconds": 0.5}
     logger = Logger(config, say=lines.append)
