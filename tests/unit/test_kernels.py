@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.permutation import Permutation
 from megatron_ext.transformer.activation import swiglu
-from megatron_ext.transformer.kernels import cpu_rotary, functions
-from megatron_ext.transformer.kernels.backend import INTERPRETED, backend_of
+from megatron_ext.transformer.kernels import INTERPRETED, cpu_rotary, functions
+from megatron_ext.transformer.kernels.backend import backend_of
 from megatron_ext.transformer.norm import rms_norm
 from megatron_ext.transformer.permute import permute, unpermute
 from megatron_ext.transformer.rotary import RotaryAngles, apply_rotary, rotary_table

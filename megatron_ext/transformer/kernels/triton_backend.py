@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_ext.routing.permutation import Permutation
+from megatron_ext.transformer.kernels import INTERPRETED, triton_rotary
 from megatron_ext.transformer.kernels import triton_kernels as kernels
-from megatron_ext.transformer.kernels import triton_rotary
-from megatron_ext.transformer.kernels.backend import INTERPRETED
 from megatron_ext.transformer.rotary import RotaryAngles
 
 _library = torch.library.Library("megatron_ext", "DEF")
