@@ -3,14 +3,14 @@
     python benchmarks/decode.py
     python benchmarks/decode.py --rows 16 --only picture --rounds 3
 
-Two kinds of documents are continued greedily, some at once: ``picture``, a caption of 24 tokens and 256 image tokens
-to be drawn; ``answer``, a picture of 256 tokens with a question of 24 and 64 text tokens to be written. Hugging Face's
+Batches of two kinds of documents are continued greedily: ``picture``, a caption of 24 tokens, with 256 image tokens;
+``answer``, a picture of 256 tokens and a question of 24, with 64 text tokens. Hugging Face's
 ``generate`` has the same weights, prompts and allowed tokens, and must choose the same tokens, or there is no result.
-So must decoding without a cache, a forward pass over the whole row for each token, of which some tokens are measured.
+So must decoding without a cache, a forward pass over the whole row for each token, which is measured for some tokens.
 
 The sides take turns; a ratio is the median of the rounds' ratios. ``first token`` is the time to read the prompts,
-``tokens/s`` counts what follows. On CPUs every side has one thread, and its CPU time counts: what others do on the
-machine disturbs that less. On GPUs it is the time of day.
+``tokens/s`` counts what follows. On CPUs every side has one thread and CPU time is measured, which other processes
+disturb less. On GPUs it is wall time.
 """
 
 import statistics
@@ -43,8 +43,8 @@ UNCACHED_TOKENS = 8
 GREEDY = Sampling(temperature=0)
 
 
-class Words:
-    """The token ids of a vocabulary as large as that of ``benchmarks/step_time.py``, without any words."""
+class TokenIds:
+    """The token ids of a vocabulary as large as that of ``benchmarks/step_time.py``."""
 
     text_size, image_offset, size = 2044, 2048, 4096
     bos, pad, eod, boi, eoi = 1, 2044, 2045, 2046, 2047
@@ -62,10 +62,10 @@ def clock() -> float:
 
 @dataclass
 class Continued:
-    """What one side made of the prompts.
+    """Continuations by one side.
 
     Attributes:
-        tokens: of each row.
+        tokens: new tokens of each row.
         first: seconds to the first token of all rows.
         rate: tokens per second of all rows together, after the first.
     """
@@ -76,7 +76,7 @@ class Continued:
 
     @classmethod
     def timed(cls, run: Callable[[Callable[[], None]], list[list[int]]]) -> "Continued":
-        """``run`` calls what it is given whenever each row has one more token."""
+        """Time ``run``, which calls its argument whenever each row has one more token."""
         started, ticks = clock(), []
 
         tokens = run(lambda *unused: ticks.append(clock()))
@@ -91,32 +91,32 @@ def configuration(layers: int, hidden_size: int, preset: str) -> Config:
 
 
 def requests(kind: str, rows: int) -> list[Request]:
-    """Documents of random tokens to go on with."""
+    """Documents of random tokens to continue."""
     random = torch.Generator().manual_seed(rows)
-    text = torch.randint(3, Words.text_size, (rows, TEXT - 2), generator=random).tolist()
-    image = torch.randint(Words.image_offset, Words.size, (rows, IMAGE), generator=random).tolist()
+    text = torch.randint(3, TokenIds.text_size, (rows, TEXT - 2), generator=random).tolist()
+    image = torch.randint(TokenIds.image_offset, TokenIds.size, (rows, IMAGE), generator=random).tolist()
     if kind == "picture":
-        return [Request([Words.bos, *t, Words.boi], Task.GENERATION, images=1) for t in text]
-    prompts = ([Words.bos, Words.boi, *i, Words.eoi, *t[1:]] for t, i in zip(text, image))
+        return [Request([TokenIds.bos, *t, TokenIds.boi], Task.GENERATION, images=1) for t in text]
+    prompts = ([TokenIds.bos, TokenIds.boi, *i, TokenIds.eoi, *t[1:]] for t, i in zip(text, image))
     return [Request(prompt, Task.UNDERSTANDING, text_tokens=ANSWER) for prompt in prompts]
 
 
 def allowed(kind: str) -> Tensor:
     """Tokens that may be chosen, bool [vocabulary]."""
-    ids = torch.arange(Words.size)
+    ids = torch.arange(TokenIds.size)
     if kind == "picture":
-        return Words.is_image(ids)
-    return (ids < Words.text_size) & (ids != Words.bos) | (ids == Words.eod)
+        return TokenIds.is_image(ids)
+    return (ids < TokenIds.text_size) & (ids != TokenIds.bos) | (ids == TokenIds.eod)
 
 
 def build_hugging_face(config: Config):
-    """Hugging Face's Llama with random weights, under which nothing ends early."""
+    """Hugging Face's Llama with random weights that never choose ``<eod>``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = config.model
-    theirs = LlamaForCausalLM(
+    llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=Words.size,
+            vocab_size=TokenIds.size,
             hidden_size=model.hidden_size,
             intermediate_size=model.ffn_hidden_size,
             num_hidden_layers=model.num_layers,
@@ -126,34 +126,34 @@ def build_hugging_face(config: Config):
             rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
             tie_word_embeddings=False,
             attn_implementation="sdpa",
-            bos_token_id=Words.bos,
-            eos_token_id=Words.eod,
-            pad_token_id=Words.pad,
+            bos_token_id=TokenIds.bos,
+            eos_token_id=TokenIds.eod,
+            pad_token_id=TokenIds.pad,
         )
     )
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in theirs.parameters():
-            if weight.dim() == 2:  # larger than at the start of a training, so that the tokens are not always the same
+        for weight in llama.parameters():
+            if weight.dim() == 2:  # larger than initial weights, so that tokens vary
                 weight.normal_(std=0.05, generator=random)
-        theirs.lm_head.weight[Words.eod] = 0
-    return theirs.cuda().eval()
+        llama.lm_head.weight[TokenIds.eod] = 0
+    return llama.cuda().eval()
 
 
-def build_ours(config: Config, theirs) -> Generator:
+def build_ours(config: Config, llama) -> Generator:
     """Our model under a plan, with the same weights."""
     from megatron_ext.conversion.hugging_face import from_llama
     from megatron_ext.transformer.model import build_chunks
 
-    (model,) = build_chunks(resolve(config, Words.size))
-    model.load_state_dict(from_llama(theirs.state_dict(), config.model), strict=False)
-    return Generator(model.eval(), Plan.of(config.plan, config.model.num_layers), Words, GRID)
+    (model,) = build_chunks(resolve(config, TokenIds.size))
+    model.load_state_dict(from_llama(llama.state_dict(), config.model), strict=False)
+    return Generator(model.eval(), Plan.of(config.plan, config.model.num_layers), TokenIds, GRID)
 
 
 def ours(generator: Generator, kind: str, rows: int) -> Continued:
-    """Cached decoding."""
+    """Cached decoding with this project."""
     new = IMAGE if kind == "picture" else ANSWER  # a picture's <eoi> is not chosen
-    return Continued.timed(lambda tick: [made[:new] for made in generator(requests(kind, rows), GREEDY, tick)])
+    return Continued.timed(lambda tick: [tokens[:new] for tokens in generator(requests(kind, rows), GREEDY, tick)])
 
 
 def hugging_face(model, kind: str, rows: int) -> Continued:
@@ -172,7 +172,7 @@ def hugging_face(model, kind: str, rows: int) -> Continued:
             return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
     def run(tick: Callable[[], None]) -> list[list[int]]:
-        made = model.generate(
+        ids = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=False,
@@ -180,77 +180,77 @@ def hugging_face(model, kind: str, rows: int) -> Continued:
             logits_processor=LogitsProcessorList([lambda ids, scores: scores.masked_fill(refused, -torch.inf)]),
             stopping_criteria=StoppingCriteriaList([Tick(tick)]),
         )
-        return made[:, prompts.shape[1] :].tolist()
+        return ids[:, prompts.shape[1] :].tolist()
 
     return Continued.timed(run)
 
 
-def document_rows(kind: str, tokens: Sequence[Sequence[int]], asked: int) -> Batch:
-    """Rows of equally long documents in which the logits of the last ``asked`` tokens are wanted."""
+def document_rows(kind: str, tokens: Sequence[Sequence[int]], targets: int) -> Batch:
+    """Rows of equally long documents, with targets at their last ``targets`` tokens."""
     ids = torch.tensor(tokens)
     batch = Batch.zeros(*ids.shape)
     batch.tokens[:], batch.positions[:] = ids, torch.arange(ids.shape[1])
-    batch.modality[:] = Words.is_image(ids) * Modality.IMAGE
+    batch.modality[:] = TokenIds.is_image(ids) * Modality.IMAGE
     batch.task[:] = KINDS[kind]
-    batch.loss_mask[:, ids.shape[1] - asked :] = 1
+    batch.loss_mask[:, ids.shape[1] - targets :] = 1
     return batch
 
 
-def uncached(generator: Generator, kind: str, made: Sequence[Sequence[int]], tokens: int) -> tuple[float, int]:
-    """Tokens per second of a full forward pass for each token, over ``tokens`` tokens of the continuations ``made``,
-    evenly spread, and how many of the tokens it chooses otherwise."""
-    prompts = [list(request.tokens) for request in requests(kind, len(made))]
+def uncached(generator: Generator, kind: str, continuations: Sequence[Sequence[int]], tokens: int) -> tuple[float, int]:
+    """Tokens per second of a full forward pass per token, over ``tokens`` evenly spaced tokens of the continuations,
+    and how many of those it chooses differently."""
+    prompts = [list(request.tokens) for request in requests(kind, len(continuations))]
     refused, device = ~allowed(kind), next(generator.model.parameters()).device
-    step, seconds, wrong = len(made[0]) // tokens, 0.0, 0
-    for i in range(step - 1, len(made[0]), step):
-        batch = document_rows(kind, [prompt + row[:i] for prompt, row in zip(prompts, made)], asked=1)
+    step, seconds, wrong = len(continuations[0]) // tokens, 0.0, 0
+    for i in range(step - 1, len(continuations[0]), step):
+        batch = document_rows(kind, [prompt + row[:i] for prompt, row in zip(prompts, continuations)], targets=1)
         started = clock()
         with torch.no_grad():
             logits = generator.model(Route.of(batch, generator.plan).to(device)).squeeze(1)
         chosen = logits.masked_fill(refused.to(device), -torch.inf).argmax(-1).tolist()
         seconds += clock() - started
-        wrong += sum(a != row[i] for a, row in zip(chosen, made))
-    return tokens * len(made) / seconds, wrong
+        wrong += sum(a != row[i] for a, row in zip(chosen, continuations))
+    return tokens * len(continuations) / seconds, wrong
 
 
 def flops(config: Config, kind: str, new: int) -> tuple[int, int]:
-    """FLOPs per row: of the prompt up to the first token, and of what follows for ``new - 1`` more."""
+    """FLOPs per row: up to the first token, and for ``new - 1`` more."""
     (request,) = requests(kind, 1)
-    follows = [Words.image_offset if kind == "picture" else Words.eod] * (new - 1)
+    follows = [TokenIds.image_offset if kind == "picture" else TokenIds.eod] * (new - 1)
     plan = Plan.of(config.plan, config.model.num_layers)
 
-    def of(tokens: Sequence[int], asked: int) -> int:
-        return forward_flops(config.model, Words.size, plan, count(document_rows(kind, [tokens], asked), plan))
+    def flops_of(tokens: Sequence[int], targets: int) -> int:
+        return forward_flops(config.model, TokenIds.size, plan, count(document_rows(kind, [tokens], targets), plan))
 
-    prompt = of(request.tokens, 1)
-    return prompt, of([*request.tokens, *follows], new) - prompt
+    prompt = flops_of(request.tokens, 1)
+    return prompt, flops_of([*request.tokens, *follows], new) - prompt
 
 
 def measure(sides: dict[str, Callable[[], Continued]], rounds: int) -> dict[str, list[Continued]]:
-    """What each side did in each round; they take turns, after a round that does not count."""
-    made = {name: [] for name in sides}
+    """The continuations of each side in each round; sides take turns, after a warm-up round."""
+    measured = {name: [] for name in sides}
     for number in command_line.progress(range(rounds + 1), desc="rounds"):
         for name, side in sides.items():
             continued = side()
             if number:
-                made[name].append(continued)
-    return made
+                measured[name].append(continued)
+    return measured
 
 
-def ratio(of: Sequence[Continued], over: Sequence[Continued], figure: str) -> float:
-    """Median of the rounds' ratios."""
-    return statistics.median(getattr(a, figure) / getattr(b, figure) for a, b in zip(of, over))
+def ratio(side: Sequence[Continued], reference: Sequence[Continued], figure: str) -> float:
+    """Median over rounds of a figure of ``side`` divided by that of ``reference``."""
+    return statistics.median(getattr(a, figure) / getattr(b, figure) for a, b in zip(side, reference))
 
 
-def against_others(kind: str, made: dict[str, list[Continued]], generator: Generator, tokens: int) -> dict:
+def against_others(kind: str, measured: dict[str, list[Continued]], generator: Generator, tokens: int) -> dict:
     """The dense plan against Hugging Face and against no cache.
 
     Raises:
         UserError: they do not choose the same tokens.
     """
-    dense, theirs = made["dense"], made["Hugging Face"]
+    dense, hugging_face_rounds = measured["dense"], measured["Hugging Face"]
     rows = len(dense[0].tokens)
-    if any(a.tokens != b.tokens for a, b in zip(dense, theirs)):
+    if any(a.tokens != b.tokens for a, b in zip(dense, hugging_face_rounds)):
         raise UserError(f"{kind}, {rows} rows: Hugging Face chooses other tokens")
     rate, wrong = uncached(generator, kind, dense[0].tokens, tokens)
     if wrong:
@@ -258,25 +258,25 @@ def against_others(kind: str, made: dict[str, list[Continued]], generator: Gener
     return {
         "tokens_per_second": statistics.median(c.rate for c in dense),
         "first_token_seconds": statistics.median(c.first for c in dense),
-        "hugging_face_tokens_per_second": statistics.median(c.rate for c in theirs),
-        "over_hugging_face": ratio(dense, theirs, "rate"),
-        "first_token_over_hugging_face": ratio(dense, theirs, "first"),
+        "hugging_face_tokens_per_second": statistics.median(c.rate for c in hugging_face_rounds),
+        "over_hugging_face": ratio(dense, hugging_face_rounds, "rate"),
+        "first_token_over_hugging_face": ratio(dense, hugging_face_rounds, "first"),
         "over_uncached": statistics.median(c.rate for c in dense) / rate,
         "distinct_tokens": len({token for row in dense[0].tokens for token in row}),
     }
 
 
-def plans(kind: str, made: dict[str, list[Continued]], configs: dict[str, Config]) -> dict:
+def plans(kind: str, measured: dict[str, list[Continued]], configs: dict[str, Config]) -> dict:
     """Every plan against the dense one: seconds to the first token and per token, and FLOPs."""
-    new = len(made["dense"][0].tokens[0])
+    new = len(measured["dense"][0].tokens[0])
     dense = flops(configs["dense"], kind, new)
     results = {}
     for preset, config in configs.items():
         first, following = flops(config, kind, new)
         results[preset] = {
-            "first_token": ratio(made[preset], made["dense"], "first"),
+            "first_token": ratio(measured[preset], measured["dense"], "first"),
             "first_token_flops": first / dense[0],
-            "per_token": ratio(made["dense"], made[preset], "rate"),
+            "per_token": ratio(measured["dense"], measured[preset], "rate"),
             "per_token_flops": following / dense[1],
         }
     return results
@@ -321,17 +321,17 @@ def main() -> None:
     for config in configs.values():
         config.validate(world_size=1)
     distributed.initialize(configs["dense"])
-    theirs = build_hugging_face(configs["dense"])
-    generators = {preset: build_ours(config, theirs) for preset, config in configs.items()}
+    llama = build_hugging_face(configs["dense"])
+    generators = {preset: build_ours(config, llama) for preset, config in configs.items()}
     results = {}
     for kind in arguments.only.split(","):
         for rows in map(int, arguments.rows.split(",")):
             sides = {preset: partial(ours, generator, kind, rows) for preset, generator in generators.items()}
-            # Next to the dense plan, so that they meet the same machine.
-            sides = {"Hugging Face": partial(hugging_face, theirs, kind, rows), **sides}
-            made = measure(sides, arguments.rounds)
-            result = against_others(kind, made, generators["dense"], UNCACHED_TOKENS)
-            results[f"{kind}, {rows} at once"] = result | {"plans": plans(kind, made, configs)}
+            # Next to the dense plan, so that both run under the same load.
+            sides = {"Hugging Face": partial(hugging_face, llama, kind, rows), **sides}
+            measured = measure(sides, arguments.rounds)
+            result = against_others(kind, measured, generators["dense"], UNCACHED_TOKENS)
+            results[f"{kind}, {rows} at once"] = result | {"plans": plans(kind, measured, configs)}
     print(table(results))
     if arguments.json:
         settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "markdown")}

@@ -21,8 +21,8 @@ _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 
 def layer_capacities(plan: Plan, tokens: Sequence[int]) -> list[int]:
-    """The largest number of keys per row in each layer, for ``tokens`` tokens of each class (by ``class_index``). A dense
-    share may select any token, so then there is room for all."""
+    """The largest number of keys per row in each layer, for ``tokens`` tokens of each class (by ``class_index``). A
+    dense share may select any token, so then there is room for all."""
     all_tokens = plan.dense_share is not None and plan.dense_share.evaluation > 0
     return [sum(n for n, role in zip(tokens, roles) if all_tokens or role != Role.SKIP) for roles in plan.roles]
 
@@ -109,8 +109,8 @@ class Cache:
             lengths += places.key_counts
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store the keys and values of a chunk, [k, 1, groups, d], and attend from its queries, [q, 1, heads, d], to all
-        keys of their documents so far: [q, 1, heads * d]."""
+        """Store the keys and values of a chunk, [k, 1, groups, d], and attend from its queries, [q, 1, heads, d], to
+        all keys of their documents so far: [q, 1, heads * d]."""
         layout, keys, values = self._layouts[layer], self._keys[layer], self._values[layer]
         keys[layout.rows, :, layout.slots] = key.squeeze(1)
         values[layout.rows, :, layout.slots] = value.squeeze(1)

@@ -30,7 +30,7 @@ class Continuation:
         self._images, self._texts = 0, 0
         self._image_tokens_left = picture_tokens if request.tokens[-1] == vocabulary.boi else 0
         if self._image_tokens_left and not request.images:
-            raise UserError("a prompt ends in <boi>, but no picture is wanted after it")
+            raise UserError("a prompt ends in <boi>, but the request has no picture")
         if not self._image_tokens_left and (forced := self._after_text()) is not None:
             self.append(forced)
 

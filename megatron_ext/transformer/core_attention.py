@@ -1,9 +1,9 @@
 """Attention inside the documents of packed rows, by torch's kernels or by Transformer Engine's.
 
 All take query [queries, 1, heads, d], key and value [keys, 1, groups, d] and a
-:class:`~megatron_ext.routing.layer_route.LayerRoute`, and return [queries, 1, heads * d]. A segment of q queries and k keys is
-causal from its end: its last query sees all k keys (bottom-right aligned). Rows after the last segment are fillers,
-whose outputs are not used.
+:class:`~megatron_ext.routing.layer_route.LayerRoute`, and return [queries, 1, heads * d]. A segment of q queries and k
+keys is causal from its end: its last query sees all k keys (bottom-right aligned). Rows after the last segment are
+fillers, whose outputs are not used.
 """
 
 import inspect
@@ -102,8 +102,8 @@ def _segment_attention(query: Tensor, key: Tensor, value: Tensor, route: LayerRo
 
 
 def _split(rows: Tensor, sizes: list[int]) -> list[Tensor]:
-    """``rows`` [n, 1, heads, d] as consecutive slices [size, heads, d], the last of them fillers, if any. A single slice
-    is not split, which saves concatenating gradients."""
+    """``rows`` [n, 1, heads, d] as consecutive slices [size, heads, d], the last of them fillers, if any. A single
+    slice is not split, which saves concatenating gradients."""
     rows, fillers = rows.squeeze(1), rows.shape[0] - sum(sizes)
     sizes = [*sizes, fillers] if fillers else sizes
     return [rows] if len(sizes) == 1 else list(rows.split(sizes))
@@ -122,9 +122,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def transformer_engine_attention() -> type:
     """The same attention by Transformer Engine's kernels: all segments of a micro-batch in one call.
 
-    Without flash-attn that is cuDNN's fused attention (from cuDNN 9.6, on Hopper or newer). It makes a new plan for every
-    number of segments and every maximum length, so the route rounds both up. Segments may be empty; before cuDNN 9.7
-    maxima must be multiples of 64.
+    Without flash-attn that is cuDNN's fused attention (from cuDNN 9.6, on Hopper or newer). It makes a new plan for
+    every number of segments and every maximum length, so the route rounds both up. Segments may be empty; before cuDNN
+    9.7 maxima must be multiples of 64.
     """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 

@@ -62,8 +62,8 @@ def global_parameters(chunk: torch.nn.Module):
 def cut(name: str) -> tuple[int | None, int]:
     """The dimension over which a parameter is cut (None: it is not), and the number of matrices stacked in it.
 
-    2 matrices: gate and up of the FFN, of which every rank holds its share of both. The low-rank ``down`` of a projection
-    is cut over the same dimension as the projection.
+    2 matrices: gate and up of the FFN, of which every rank holds its share of both. The low-rank ``down`` of a
+    projection is cut over the same dimension as the projection.
     """
     module, kind = (["", *name.split(".")])[-2:]
     return _CUTS.get(module), 2 if module == "linear_fc1" and not kind.endswith("_down") else 1

@@ -36,8 +36,8 @@ def transformer_engine_linears() -> tuple[type, type, type]:
 class FreshWeights:
     """Mixed into Transformer Engine's linear layers, which cache their weights in FP8 across micro-batches.
 
-    Megatron-Core's schedules refresh the cache at the first micro-batch of every step. Generation calls the model without
-    a schedule and would use weights from before the optimizer's last step, so the first call in evaluation mode
+    Megatron-Core's schedules refresh the cache at the first micro-batch of every step. Generation calls the model
+    without a schedule and would use weights from before the optimizer's last step, so the first call in evaluation mode
     refreshes the cache too.
     """
 

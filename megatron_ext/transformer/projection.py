@@ -1,7 +1,7 @@
 """The projections of a layer, with separate weights for image tokens where the plan has them.
 
-A projection is Megatron-Core's (or Transformer Engine's) column- or row-parallel linear layer. Beside its ``weight``, W, it
-has the components of :class:`~megatron_ext.routing.plan.Projections`, cut over the tensor-parallel group as W is:
+A projection is Megatron-Core's (or Transformer Engine's) column- or row-parallel linear layer. Beside its ``weight``,
+W, it has the components of :class:`~megatron_ext.routing.plan.Projections`, cut over the tensor-parallel group as W is:
 
 =====================  =========================  ==========================================
 kind                   parameters of component c  matrix of the tokens that use c
@@ -11,8 +11,8 @@ delta                  ``c_delta``                W + ``c_delta``
 low-rank delta (LoRA)  ``c_down``, ``c_up``       W + ``c_up`` ``c_down``, not computed
 =====================  =========================  ==========================================
 
-Rows that use the same matrix are contiguous (see :mod:`megatron_ext.routing.route`), so each matrix takes one GEMM over its
-own rows. One message gathers the rows of all matrices before, and one reduces their outputs after.
+Rows that use the same matrix are contiguous (see :mod:`megatron_ext.routing.route`), so each matrix takes one GEMM over
+its own rows. One message gathers the rows of all matrices before, and one reduces their outputs after.
 """
 
 import copy
@@ -165,8 +165,8 @@ class SplitProjection:
     def _low_rank(
         self, component: int, rows: Tensor, select: SelectOutputs, scaled: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The product with a low-rank delta. Both factors are cut over the tensor-parallel group, so that no rank repeats
-        another's work; the message between the two products has [rows, r]."""
+        """The product with a low-rank delta. Both factors are cut over the tensor-parallel group, so that no rank
+        repeats another's work; the message between the two products has [rows, r]."""
         name = self.components[component - 1]
         inner = F.linear(rows, scaled(getattr(self, f"{name}_down")))
         if self._size > 1:
@@ -237,7 +237,8 @@ class ColumnSplitProjection(SplitProjection):
 
 
 class QueryKeyValueSplitProjection(ColumnSplitProjection):
-    """The query, key and value projection. Its output rows are, for each key/value group, n query heads, a key and a value."""
+    """The query, key and value projection. Its output rows are, for each key/value group, n query heads, a key and a
+    value."""
 
     def forward(
         self, full: Tensor, splits: Splits, kv_only: Tensor | None, kv_only_splits: Splits, kv_only_scale: Tensor

@@ -1,8 +1,8 @@
 """Transformer Engine, which is optional: whether it is installed and usable, and what this package calls directly.
 
-Its layers come through Megatron-Core's wrappers. Megatron-Core imports Transformer Engine during its own import, where a
-broken installation would raise an error about a library's symbol; so :func:`check_before_megatron` checks an installation
-first.
+Its layers come through Megatron-Core's wrappers. Megatron-Core imports Transformer Engine during its own import, where
+a broken installation would raise an error about a library's symbol; so :func:`check_before_megatron` checks an
+installation first.
 """
 
 import importlib
@@ -24,7 +24,8 @@ OLDEST = Version("2.11")
 """Older versions attend packed documents with unequal numbers of queries and keys with flash-attn only."""
 
 _CUBLAS_OF_NEWER = Version("13.2")
-"""Transformer Engine from 2.13 on calls a function that cuBLAS has from 13.2 on; torch's wheels for CUDA 13.0 have 13.1."""
+"""Transformer Engine from 2.13 on calls a function that cuBLAS has from 13.2 on; torch's wheels for CUDA 13.0 have
+13.1."""
 
 _REMEDY = (
     "pip install --no-build-isolation 'transformer-engine[pytorch]==2.12.*' (README, With GPUs), or "

@@ -13,3 +13,8 @@ The plain mathematics stands one folder up: ``norm.py``, ``permute.py``, ``rotar
 
 Both backends have the same functions, most of them pairs ``NAME_forward`` and ``NAME_backward``, on contiguous tensors.
 """
+
+import os
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton interprets its kernels on CPUs, one operation at a time: for tests."""

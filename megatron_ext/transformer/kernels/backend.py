@@ -2,13 +2,11 @@
 
 import functools
 import importlib.util
-import os
 from types import ModuleType
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton interprets its kernels on CPUs, one operation at a time: for tests."""
+from megatron_ext.transformer.kernels import INTERPRETED
 
 
 def backend_of(tensor: torch.Tensor) -> ModuleType:

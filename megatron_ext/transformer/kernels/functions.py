@@ -21,8 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def input_norm(
     full: Tensor, kv_only: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """``full`` [n, 1, h] and ``kv_only`` [m, 1, h], unchanged, then normed. The norm of ``kv_only`` leaves the weight to
-    the next matrix."""
+    """``full`` [n, 1, h] and ``kv_only`` [m, 1, h], unchanged, then normed. The norm of ``kv_only`` leaves the weight
+    to the next matrix."""
     return _Norm.call(full, kv_only, weight, eps)
 
 
@@ -54,7 +54,8 @@ def permute(permutation: Permutation | None, rows: Tensor) -> Tensor:
 
 
 def unpermute(permutation: Permutation | None, rows: Tensor) -> Tensor:
-    """The inverse of :func:`permute`: [outputs, ...] back to [inputs, ...]. Input rows without an output row are zeros."""
+    """The inverse of :func:`permute`: [outputs, ...] back to [inputs, ...]. Input rows without an output row are
+    zeros."""
     return rows if permutation is None else _Unpermute.call(permutation, rows)
 
 

@@ -1,7 +1,7 @@
 """The steps as torch operators, ``torch.ops.megatron_ext``, that launch one Triton kernel each.
 
-An operator allocates its outputs and launches the kernel; on ``meta`` it only allocates, so a trace there counts a GPU's
-launches. No operator reads from the device.
+An operator allocates its outputs and launches the kernel; on ``meta`` it only allocates, so a trace there counts a
+GPU's launches. No operator reads from the device.
 """
 
 import functools
@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_ext.routing.permutation import Permutation
+from megatron_ext.transformer.kernels import INTERPRETED, triton_rotary
 from megatron_ext.transformer.kernels import triton_kernels as kernels
-from megatron_ext.transformer.kernels import triton_rotary
-from megatron_ext.transformer.kernels.backend import INTERPRETED
 from megatron_ext.transformer.rotary import RotaryAngles
 
 _library = torch.library.Library("megatron_ext", "DEF")
@@ -136,8 +135,9 @@ def _add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[
 
 
 @_operator(
-    "norm_backward(Tensor grad_normed, Tensor? grad_normed_kv_only, Tensor? grad_full, Tensor? grad_kv_only, Tensor full, "
-    "Tensor? normed_kv_only, Tensor weight, Tensor scale, Tensor? kv_only_scale) -> (Tensor, Tensor, Tensor)"
+    "norm_backward(Tensor grad_normed, Tensor? grad_normed_kv_only, Tensor? grad_full, Tensor? grad_kv_only, "
+    "Tensor full, Tensor? normed_kv_only, Tensor weight, Tensor scale, Tensor? kv_only_scale) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 def _norm_backward(
     grad_normed: Tensor,
@@ -286,8 +286,8 @@ def _row(rows: Tensor) -> dict:
 
 
 def _heads(groups: int, queries: int, d: int) -> dict:
-    """Options of the kernels of queries, keys and values: registers hold two halves of 2048 numbers, or four of 1024, at
-    once."""
+    """Options of the kernels of queries, keys and values: registers hold two halves of 2048 numbers, or four of 1024,
+    at once."""
     half = triton.next_power_of_2(d // 2)
     query_block = min(triton.next_power_of_2(groups * queries), max(1, 2048 // half))
     key_block = min(triton.next_power_of_2(groups), max(1, 1024 // half))

@@ -1,9 +1,9 @@
 """Triton kernels of norms, permutations of rows and SwiGLU.
 
-A program does one row, or a block of its columns (the norms' backward pass: several rows in turn). Row numbers are int32,
-and int64 where they are multiplied by a stride. Rows are contiguous; ``H``, ``WIDTH`` and ``F`` are the widths of rows, ``BLOCK`` is a
-power of two. Arithmetic is in ``WIDE``, float32 or float64, and rounded where a row is stored. Sums run in a fixed
-order: there are no atomics.
+A program does one row, or a block of its columns (the norms' backward pass: several rows in turn). Row numbers are
+int32, and int64 where they are multiplied by a stride. Rows are contiguous; ``H``, ``WIDTH`` and ``F`` are the widths
+of rows, ``BLOCK`` is a power of two. Arithmetic is in ``WIDE``, float32 or float64, and rounded where a row is stored.
+Sums run in a fixed order: there are no atomics.
 """
 
 import triton

@@ -2,8 +2,8 @@
 
 A program does one row. Row numbers are int32, and int64 where they are multiplied by a stride. Rows are contiguous. The
 halves of ``QUERY_BLOCK`` or ``KEY_BLOCK`` heads are done at once, ``BLOCK`` columns each, of which the first ``D // 2``
-count. Arithmetic is in the table's precision and rounded where a row is stored; gradients of repeated keys are summed in
-the order of their uses, without atomics.
+count. Arithmetic is in the table's precision and rounded where a row is stored; gradients of repeated keys are summed
+in the order of their uses, without atomics.
 """
 
 import triton
@@ -95,8 +95,8 @@ def query_key_value_backward(
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):
-    """A program writes the gradient of a FULL row or, after those, of a KV_ONLY row: rotated back, and summed over the uses
-    of a repeated key."""
+    """A program writes the gradient of a FULL row or, after those, of a KV_ONLY row: rotated back, and summed over the
+    uses of a repeated key."""
     row = tl.program_id(0)
     mixed_row = grad_mixed + row.to(tl.int64) * (GROUPS * (QUERIES + 2) * D)
     if row < full_rows:
