@@ -27,8 +27,8 @@ def _arguments() -> argparse.Namespace:
     """The parsed arguments, with one of ``data``, ``score``, ``parts`` and ``label`` per benchmark."""
     parser = command_line.parser(
         "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, and generate pictures for MJHQ-30K; or only\n"
-        "score existing answers (files with a JSON object {id, answer} per line) and folders of pictures. --benchmark,\n"
-        "--data and --score are given once per benchmark, in the same order. A stopped run resumes; all processes of\n"
+        "score existing answers (files with a JSON object {id, answer} per line) and folders of pictures.\n"
+        "--benchmark, --data and --score are given once per benchmark, in the same order. A stopped run resumes; all processes of\n"
         "torchrun share the work. docs/evaluation.md explains the scores.",
         "python tools/evaluate.py --checkpoint runs/my --vq checkpoints/janus --benchmark pope --data data/pope \\\n"
         "      --benchmark mjhq --data data/mjhq --inception inception-2015-12-05.pt --out runs/my/answers\n"
@@ -40,7 +40,9 @@ def _arguments() -> argparse.Namespace:
     add("--benchmark", action="append", required=True, choices=[*BENCHMARKS, PICTURES], help="name")
     add("--data", action="append", required=True, type=Path, metavar="FOLDER", help="the benchmark as released")
     add("--score", action="append", type=Path, metavar="PATH", help="the answers file, or folder of pictures, to score")
-    add("--checkpoint", type=Path, metavar="FOLDER", help="first generate with this checkpoint (or the newest of a run)")
+    add(
+        "--checkpoint", type=Path, metavar="FOLDER", help="first generate with this checkpoint (or the newest of a run)"
+    )
     add("--vq", type=Path, metavar="FOLDER", help="the VQ tokenizer that the checkpoint was trained with")
     add("--vocabulary", type=Path, metavar="FOLDER", help="the run's vocabulary, if it was moved")
     add(
@@ -60,9 +62,7 @@ def _arguments() -> argparse.Namespace:
     add("--parts", action="append", metavar="A,B", help="only these splits, subtasks or categories, or 'all'")
     add("--label", action="append", metavar="NAME", help="label of the answers (default: the file's folder)")
     add("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
-    add(
-        "overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model uses"
-    )
+    add("overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model uses")
     pictures = parser.add_argument_group("pictures (mjhq)")
     add = pictures.add_argument
     add("--temperature", type=float, default=1.0, help="0: the most likely token (default: %(default)s)")

@@ -31,13 +31,24 @@ def main() -> None:
     parser.add_argument(
         "--kinds-of-things", type=int, default=8, metavar="N", help="number of shapes and of colors: 8 (default) or 4"
     )
-    parser.add_argument("--most-objects", type=int, default=6, metavar="N", help="most objects in a scene, 2 .. 6 (default: 6)")
+    parser.add_argument(
+        "--most-objects", type=int, default=6, metavar="N", help="most objects in a scene, 2 .. 6 (default: 6)"
+    )
     parser.add_argument("--questions", type=int, default=3, help="per picture (default: 3)")
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=[], metavar="KIND", help=f"only these kinds of questions: {', '.join(KINDS)}"
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=[],
+        metavar="KIND",
+        help=f"only these kinds of questions: {', '.join(KINDS)}",
     )
     parser.add_argument(
-        "--with-choices", type=float, default=0.1, metavar="SHARE", help="share of questions with four choices (default: 0.1)"
+        "--with-choices",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of questions with four choices (default: 0.1)",
     )
     parser.add_argument(
         "--with-instruction",

@@ -15,7 +15,9 @@ def main() -> None:
     arguments = parser(__doc__, "python tools/show_data.py --config examples/configs/tiny.yaml --rows 2")
     arguments.add_argument("--config", nargs="+", default=[], metavar="FILE", help="as for pretrain_unified.py")
     arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for pretrain_unified.py")
-    arguments.add_argument("--validation", action="store_true", help="show the validation mixture instead of the training one")
+    arguments.add_argument(
+        "--validation", action="store_true", help="show the validation mixture instead of the training one"
+    )
     arguments.add_argument("--first", type=int, default=0, metavar="N", help="first row to print (default 0)")
     arguments.add_argument("--rows", type=int, default=1, metavar="N", help="rows to print (default 1)")
     arguments.add_argument("--sample", type=int, default=256, metavar="N", help="rows to measure (default 256)")
