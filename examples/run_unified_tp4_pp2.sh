@@ -24,7 +24,7 @@
 #   TP PP         tensor and pipeline parallel sizes; they always        4 2; the rest is data parallelism
 #                 replace those of the configuration
 #   VPP           virtual pipeline parallel size                         that of the configuration
-#   MICRO_BATCH GLOBAL_BATCH ITERATIONS TIME_LIMIT                       those of the configuration (minutes)
+#   MICRO_BATCH GLOBAL_BATCH ITERATIONS TIME_LIMIT (minutes)             those of the configuration
 #   EXTRA         more overrides, space-separated
 #   PYTHON        interpreter                                            .venv/bin/python if there is one, or python3
 #   NPROC         without Slurm: processes on this machine               its GPUs; without any, TP x PP

@@ -27,9 +27,9 @@ def _arguments() -> argparse.Namespace:
     """The parsed arguments, with one of ``data``, ``score``, ``parts`` and ``label`` per benchmark."""
     parser = command_line.parser(
         "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, and generate pictures for MJHQ-30K; or only\n"
-        "score existing answers (files with a JSON object {id, answer} per line) and folders of pictures. --benchmark,\n"
-        "--data and --score are given once per benchmark, in the same order. A stopped run resumes; all processes of\n"
-        "torchrun share the work. docs/evaluation.md explains the scores.",
+        "score existing answers (files with a JSON object {id, answer} per line) and folders of pictures.\n"
+        "--benchmark, --data and --score are given once per benchmark, in the same order. A stopped run resumes; all\n"
+        "processes of torchrun share the work. docs/evaluation.md explains the scores.",
         "python tools/evaluate.py --checkpoint runs/my --vq checkpoints/janus --benchmark pope --data data/pope \\\n"
         "      --benchmark mjhq --data data/mjhq --inception inception-2015-12-05.pt --out runs/my/answers\n"
         "  "

@@ -141,8 +141,9 @@ def _relation(scene: Scene, rng: random.Random) -> Draft:
 
 
 def _side(scene: Scene, rng: random.Random) -> Draft:
-    """A relation that only uses the words "left of" and "above". If the inverse words were as frequent, neither word nor
-    place alone would carry information about the answer, and a small model would get no signal to start from."""
+    """A relation that only uses the words "left of" and "above". If the inverse words were equally frequent, neither
+    word nor place alone would carry information about the answer, and a small model would get no signal to start from.
+    """
     items = unique_objects(scene)
     pairs = [(a, b) for a in items for b in items if relation_words(a, b)]
     if not pairs:

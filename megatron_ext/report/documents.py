@@ -10,8 +10,7 @@ from PIL import Image
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset
 from megatron_ext.vocabulary import Vocabulary
-from megatron_ext.vq.loading import load
-from megatron_ext.vq.model import VQModel
+from megatron_ext.vq import VQModel, load
 from megatron_ext.vq.pixels import to_picture
 
 _MIN_SIZE = 192  # pixels; smaller pictures are enlarged by whole factors, unsmoothed

@@ -190,11 +190,11 @@ def test_a_split_without_held_out_pairs_can_be_asked_about_too(tmp_path):
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_what_is_complete_alone(tmp_path):
-    cards = [write_benchmarks(tmp_path / name, SMALL) for name in ("a", "b", "a")]
-    assert [manifest["created"] for manifest in cards] == [True, True, False]
-    assert len({manifest["fingerprint"] for manifest in cards}) == 1
+    manifests = [write_benchmarks(tmp_path / name, SMALL) for name in ("a", "b", "a")]
+    assert [manifest["created"] for manifest in manifests] == [True, True, False]
+    assert len({manifest["fingerprint"] for manifest in manifests}) == 1
     other = write_benchmarks(tmp_path / "a", BenchmarkConfig(pictures=2, size=32, seed=6))
-    assert other["created"] and other["fingerprint"] != cards[0]["fingerprint"]
+    assert other["created"] and other["fingerprint"] != manifests[0]["fingerprint"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 

@@ -302,8 +302,8 @@ CONFIG = SplitConfig(split="train", count=12, texts=5, size=32, forms=("tar", "f
 
 
 def test_the_same_settings_give_the_same_bytes_with_any_number_of_workers(tmp_path):
-    cards = [write_split(tmp_path / str(workers), CONFIG, workers) for workers in (1, 2)]
-    assert cards[0] == cards[1]
+    manifests = [write_split(tmp_path / str(workers), CONFIG, workers) for workers in (1, 2)]
+    assert manifests[0] == manifests[1]
     files = [sorted(p.relative_to(tmp_path / w) for p in (tmp_path / w).rglob("*")) for w in ("1", "2")]
     assert files[0] == files[1]
     for file in files[0]:
