@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 from gpu import runner
 from gpu.machine import machine
 from gpu.page import page
 from gpu.records import FAILED, Context, Record, read, write_machine
 from gpu.steps import STEPS, Step, missed
-
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 

@@ -25,11 +25,6 @@ import zlib
 from pathlib import Path
 
 import torch
-from one_gpu import share_one_gpu
-from parity_layouts import all_layouts, overrides, processes
-from parity_page import PAGE, table
-from parity_references import MAKE, Measured, References, errors, relative
-from training_step.rows import step_input
 
 from megatron_ext import command_line, config_file, cpu, files
 from megatron_ext.config import Config
@@ -37,6 +32,11 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from one_gpu import share_one_gpu
+from parity_layouts import all_layouts, overrides, processes
+from parity_page import PAGE, table
+from parity_references import MAKE, Measured, References, errors, relative
+from training_step.rows import step_input
 
 VOCABULARY = 256
 BASE = [

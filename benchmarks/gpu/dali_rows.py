@@ -3,9 +3,9 @@
 import pickle
 from types import SimpleNamespace
 
-import data
 import torch
 
+import data
 from gpu.records import Context, NotRun, Record
 from gpu.steps import Figure
 from megatron_ext import config_file, distributed

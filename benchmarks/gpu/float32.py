@@ -1,9 +1,8 @@
 """Outputs, loss and gradients of every plan in float32, against references that a CPU made."""
 
-from parity import LIMIT, PLANS, against_references
-
 from gpu.records import Context, Record
 from gpu.steps import Figure
+from parity import LIMIT, PLANS, against_references
 
 SETTINGS = ["model.num_layers=4"]
 """Small, as the references are carried from machine to machine."""

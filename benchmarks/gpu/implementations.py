@@ -60,11 +60,11 @@ def measure(context: Context, record: Record) -> None:
 def hidden_states(settings: list[str]) -> list[torch.Tensor]:
     """Hidden states [tokens, h] after each layer in the first micro-batch of a step, in the order of the batch."""
     from megatron.core.utils import unwrap_model
-    from parity import VOCABULARY, packed_batch
-    from training_step.rows import step_input, stored_order
 
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import train_step
+    from parity import VOCABULARY, packed_batch
+    from training_step.rows import step_input, stored_order
 
     config = config_file.load(Config, [], settings)
     distributed.initialize(config)

@@ -2,11 +2,10 @@
 
 import gc
 
-from training_step.cases import CASES
-
 from gpu.one_billion import size_of
 from gpu.records import Context, Record
 from gpu.steps import Figure
+from training_step.cases import CASES
 
 WANTED = ("dense", "himix", "hmgen")
 FIGURES = {"kernels": {f"{name} kernels": Figure(f"{name}: kernels in a step") for name in WANTED}}
@@ -15,10 +14,10 @@ FIGURES = {"kernels": {f"{name} kernels": Figure(f"{name}: kernels in a step") f
 def measure(context: Context, record: Record) -> None:
     """Profile a step of each case."""
     import torch
-    from training_step.kernels import kernel_table, profile
-    from training_step.rows import random_rows
 
     from megatron_ext import distributed
+    from training_step.kernels import kernel_table, profile
+    from training_step.rows import random_rows
 
     size = size_of(context, "table_bf16")
     distributed.initialize(size.configuration())

@@ -5,13 +5,12 @@ On one GPU both ranks share it (see one_gpu.py).
 
 import subprocess
 
-from parity import LIMIT, compare
-
 from gpu.float32 import SETTINGS
 from gpu.logs import last_error
 from gpu.records import Context, Record
 from gpu.steps import Figure
 from megatron_ext import files
+from parity import LIMIT, compare
 
 LAYOUTS = ["tp2", "tp1-pp2", "tp2-sp", "tp1-dp2"]
 PLANS = ["himix_hmgen_share_partial", "rank 4 per task", "dense"]

@@ -1,9 +1,8 @@
 """The shape of Llama 3.2 1B, rows of 4096: what a step takes under every preset, by masking, and in other libraries."""
 
-from training_step.cases import CASES, Size, with_bases
-
 from gpu.records import Context, NotRun, Record, read
 from gpu.steps import Figure
+from training_step.cases import CASES, Size, with_bases
 
 PRESETS = ["himix", "hmgen", "himix_hmgen_share_all", "himix_hmgen_share_all_separate", "himix_hmgen_share_partial"]
 MASKED = ["himix by masking", "hmgen by masking"]
@@ -57,9 +56,8 @@ def size_of(context: Context, step: str) -> Size:
 
 def measure(context: Context, record: Record) -> None:
     """Time what is not known yet, case by case."""
-    from training_step.timing import table, time_cases
-
     from megatron_ext import distributed
+    from training_step.timing import table, time_cases
 
     size, cases = size_of(context, record.step), record.data
     distributed.initialize(size.configuration())

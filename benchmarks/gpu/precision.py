@@ -46,7 +46,6 @@ FIGURES = {
 def measure(context: Context, record: Record) -> None:
     """Take the figures of this step's kinds of precision."""
     import parity
-
     from megatron_ext import distributed
 
     base = TINY if context.rehearsal else BASE

@@ -1,21 +1,18 @@
 """A vocabulary, small data sets, and a configuration to train with on them."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import yaml
-from programs import launcher, run_program
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.vocabulary import Vocabulary
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from preprocess_material import make_vq
+from support.programs import launcher, run_program
+from support.tiny_vq import make_vq
 
 SENTENCE = "is there a red green blue circle square left right of above below how many yes no one two"
 CODES = 32

@@ -1,22 +1,21 @@
 """tools/generate.py and tools/evaluate.py as a user runs them: pictures, answers, many ranks, and what is refused."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from programs import launcher, run_program
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pope import POPE
 from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from preprocess_material import CODES, GRID, encoded, make_vocabulary, make_vq
+from support.images import encoded
+from support.programs import launcher, run_program
+from support.tiny_vq import CODES, GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 CAPTIONS = ["a red circle", "two blue squares and a circle"]
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from programs import ROOT
+
+from support.programs import ROOT
 
 NEED_A_GPU = {"fp8", "table_te_bf16", "table_te_fp8", "implementations"}
 

@@ -3,11 +3,10 @@
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
 
 
 @pytest.mark.parametrize("chosen", ["", "max_split_size_mb:64"])

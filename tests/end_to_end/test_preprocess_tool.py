@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import ROOT, run_program
 
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
-
-from preprocess_material import caption_tar, encoded, make_vocabulary, make_vq
+from support.images import caption_tar, encoded
+from support.programs import ROOT, run_program
+from support.tiny_vq import make_vq
+from support.vocabularies import make_vocabulary
 
 TOOL = [sys.executable, "tools/preprocess_vq.py"]
 

@@ -10,16 +10,15 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from programs import ROOT
 
 from megatron_ext.analysis import results
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import grid, state, steps, study_file
 from megatron_ext.training.metrics import read_metrics
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from preprocess_material import CODES, GRID, make_vocabulary, make_vq
+from support.programs import ROOT
+from support.tiny_vq import CODES, GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 
 @pytest.fixture

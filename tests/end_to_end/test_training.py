@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from programs import ROOT, launcher
+
+from support.programs import ROOT, launcher
 
 FIRST, LAST = 10, 20
 SHARDED = ["parallel.tensor=2", "parallel.sequence=true"]

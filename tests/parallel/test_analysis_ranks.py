@@ -1,12 +1,8 @@
 """Attention allocation and gradient alignment do not depend on how the model and the rows are cut over ranks."""
 
-import sys
-from pathlib import Path
-
 import pytest
-from checkpoint_ranks import world
 
-sys.path[:0] = [str(Path(__file__).parents[n] / folder) for n, folder in ((1, "unit"), (2, "benchmarks"))]
+from support.ranks import world
 
 SETTINGS = [
     "model.num_layers=2",
@@ -60,13 +56,13 @@ def _measure(layouts: dict[str, list[str]]):
 
 def _model(settings: list[str]):
     """A model with weights that make no difference zero, and this replica's rows."""
-    from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
     from megatron.core import parallel_state, tensor_parallel
-    from parity import perturb
 
     from megatron_ext import config_file
     from megatron_ext.config import Config
     from megatron_ext.training.setup import build_model
+    from parity import perturb
+    from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
     config = config_file.load(Config, [], settings)
     parallel_state.destroy_model_parallel()
@@ -84,10 +80,9 @@ def _model(settings: list[str]):
 
 
 def _allocation(model, config, batch) -> dict:
-    from labelled_rows import SPECIAL
-
     from megatron_ext.analysis.attention import Allocation
     from megatron_ext.routing.plan import Plan
+    from support.labelled_rows import SPECIAL
 
     allocation = Allocation(model, Plan.of(config.plan, config.model.num_layers), SPECIAL)
     allocation.read(batch)

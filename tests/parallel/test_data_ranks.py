@@ -5,7 +5,6 @@ import pytest
 import sentencepiece
 import torch
 import torch.distributed as dist
-from checkpoint_ranks import world
 from megatron.core import parallel_state
 
 from megatron_ext.config import DataConfig, SourceConfig
@@ -13,6 +12,7 @@ from megatron_ext.data import build_mixture, step_batches
 from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter, merge
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
+from support.ranks import world
 
 ROWS, LENGTH, FIRST_STEP = 8, 64, 3
 

@@ -1,13 +1,10 @@
 """Weights that are gathered while the next forward pass goes on are whole wherever they are read."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
-from checkpoint_ranks import world
 
-sys.path[:0] = [str(Path(__file__).parents[n] / folder) for n, folder in ((1, "unit"), (2, "benchmarks"))]
+from support.ranks import world
 
 SETTINGS = [
     "model.num_layers=4",
@@ -45,7 +42,6 @@ def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, flo
     and the number of buckets."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
-    from parity import VOCABULARY, packed_batch
 
     from megatron_ext import config_file
     from megatron_ext.checkpoints.state import model_state, parameters
@@ -53,6 +49,7 @@ def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, flo
     from megatron_ext.training import setup
     from megatron_ext.training.prepare import prepare
     from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
+    from parity import VOCABULARY, packed_batch
 
     setup.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET)
     config = config_file.load(Config, [], settings)

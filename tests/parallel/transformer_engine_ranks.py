@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
-from parity import perturb
 
 from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import state as checkpoint_state
@@ -21,6 +19,8 @@ from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
 from megatron_ext.transformer import fp8, specs
+from parity import perturb
+from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 SETTINGS = [
     "model.num_layers=2",

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from preprocess_material import CODES, GRID, make_vocabulary, make_vq
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ext import config_file, distributed
@@ -28,6 +27,8 @@ from megatron_ext.report.write import write_report
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run
+from support.tiny_vq import CODES, GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 CAPTIONS = ["a red circle", "two blue squares"]
 ITERATIONS = 4

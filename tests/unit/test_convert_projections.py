@@ -22,8 +22,6 @@ from megatron_ext.routing.route import Route
 from megatron_ext.training.run import identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.vocabulary import Vocabulary
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import VOCABULARY, packed_batch, perturb
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"

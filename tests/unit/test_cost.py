@@ -36,8 +36,6 @@ from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.transformer.model import build_chunks
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import VOCABULARY, packed_batch
 
 REPOSITORY = Path(__file__).parents[2]

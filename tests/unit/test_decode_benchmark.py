@@ -1,13 +1,8 @@
 """The sides of benchmarks/decode.py choose the same tokens, and a side that does not is noticed."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import decode
-
 from megatron_ext.errors import UserError
 
 

@@ -1,7 +1,6 @@
 """float32 is float32, and deterministic training is, on GPUs too: what is chosen and set, with a GPU pretended."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,6 @@ from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
 from megatron_ext.transformer import transformer_engine
 from megatron_ext.transformer.specs import implementation, transformer_config
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import VOCABULARY, packed_batch
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from data_sets import FIRST_CODE, captions, write
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.data import format as data_format
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, Dataset, DatasetWriter, merge, verify
 from megatron_ext.errors import UserError
+from support.data_sets import FIRST_CODE, captions, write
 
 IMAGE_IDS = list(range(FIRST_CODE, FIRST_CODE + 8))
 DOCUMENTS = [

@@ -3,14 +3,12 @@ what was measured and what was not."""
 
 import math
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gpu import implementations, runner
 from gpu.logs import last_error
 from gpu.material import write_config
@@ -18,8 +16,7 @@ from gpu.page import page
 from gpu.precision import LOCAL, TINY, relative_error
 from gpu.records import DONE, FAILED, NOT_RUN, Context, of_step, read, write_machine
 from gpu.steps import STEPS, Figure, Step, missed
-
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
 
 STEP_PROGRAM = f"""
 import os, sys, time

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_sets import captions, mixture, texts
 
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data import build_mixture, step_batches
@@ -18,6 +17,7 @@ from megatron_ext.data.decoding import decode
 from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
+from support.data_sets import captions, mixture, texts
 
 LOADERS = [("plain", 0), ("plain", 2), ("dali", 0), ("dali", 1), ("dali", 2)]
 
@@ -86,7 +86,7 @@ def test_a_lost_worker_ends_the_run_instead_of_hanging_it(blend):
 TRAINER = """
 import multiprocessing, sys, time
 sys.path.insert(0, {here!r})
-from data_sets import mixture
+from support.data_sets import mixture
 from megatron_ext.config import DataConfig
 from megatron_ext.data import step_batches
 batches = step_batches(mixture(({path!r}, "generation", 1.0)), DataConfig(sequence_length=64, loader={loader!r}), 5, 0)

@@ -5,12 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from data_sets import SPECIAL, captions, mixture, texts, write
 
 from megatron_ext.data import packed_rows as rows_module
 from megatron_ext.data.format import TEXT
 from megatron_ext.data.packed_rows import PackedRows, StepRows
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from support.data_sets import SPECIAL, captions, mixture, texts, write
 
 
 @pytest.fixture

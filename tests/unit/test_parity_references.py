@@ -1,19 +1,15 @@
 """The references of benchmarks/parity.py: made on a CPU alone, refused where they do not fit."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import parity
-from one_gpu import share_one_gpu
-from parity_references import Measured, References, errors
-
 from megatron_ext import cpu
 from megatron_ext.errors import UserError
+from one_gpu import share_one_gpu
+from parity_references import Measured, References, errors
 
 NUMBERS = torch.arange(4.0)
 

@@ -3,12 +3,10 @@
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_sets import captions, mixture, texts
 
 from megatron_ext import config_file
 from megatron_ext.config import Config, DataConfig
@@ -19,9 +17,8 @@ from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import NO_TASK, Preparation
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import packed_batch
+from support.data_sets import captions, mixture, texts
 
 ROWS, LENGTH = 6, 64
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preprocess_material import CODES, GRID, caption_tar, encoded, make_vocabulary, make_vq, write_tar
 
 from megatron_ext import vq as vq_package
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import Options, check, dali_images, merge_shards, preprocess
+from support.images import caption_tar, encoded, write_tar
+from support.tiny_vq import CODES, GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 
 @pytest.fixture(scope="module")

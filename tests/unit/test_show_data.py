@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import sentencepiece
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.vocabulary import Vocabulary
-
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
 
 
 def test_the_tool_shows_the_documents_of_a_row_and_what_is_learnt(tmp_path):

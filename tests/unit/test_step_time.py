@@ -2,14 +2,12 @@
 
 import dataclasses
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from megatron_ext.routing.plan import PRESETS
 from training_step.cases import CASES, Case, Size, with_bases
 from training_step.kernels import kernel_table, profile
 from training_step.masked import MaskedStep
@@ -18,8 +16,6 @@ from training_step.others import stock_megatron
 from training_step.ours import OurStep
 from training_step.rows import random_rows
 from training_step.timing import table, time_cases
-
-from megatron_ext.routing.plan import PRESETS
 
 SHAPE = ("model.num_layers=4", "model.hidden_size=32", "model.num_attention_heads=2", "optimizer.lr=0.01")
 SIZE = Size(SHAPE, vocab_size=64, rows=2, sequence=600, micro_batches=2)

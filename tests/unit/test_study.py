@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from preprocess_material import CODES, make_vocabulary
 
 from megatron_ext.analysis.bootstrap import interval
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
@@ -24,6 +23,8 @@ from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import collect, grid, questions, report, slurm, state, status, steps, study_file
 from megatron_ext.training.metrics import MetricsFile
+from support.tiny_vq import CODES
+from support.vocabularies import make_vocabulary
 
 OTHER = {"yes": "no", "no": "yes"}
 NOTHING = {"benchmarks": [], "evaluate_as": {}}

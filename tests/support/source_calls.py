@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
-from source_signatures import PACKAGE, Definition, Sources, dotted
+from support.source_signatures import PACKAGE, Definition, Sources, dotted
 
 
 @dataclass(frozen=True)
