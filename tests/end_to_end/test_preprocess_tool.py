@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from support.images import caption_tar, encoded
-from support.programs import ROOT, run_program
+from support.programs import ROOT, run_program, start_program, wait_until
 from support.tiny_vq import make_vq
 from support.vocabularies import make_vocabulary
 
@@ -47,13 +46,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(pictures, whole, tmp_path):
     command = [str(part) for part in [*TOOL, *arguments(pictures, tmp_path / "set")]]
-    started = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 200
-    while len(list(tmp_path.glob("set.parts/*.part.json"))) < 5 and time.monotonic() < deadline:
-        assert started.poll() is None, "the run ended by itself"
-        time.sleep(0.002)
-    started.kill()
-    started.wait()
+    killed = start_program(command)
+    wait_until(lambda: len(list(tmp_path.glob("set.parts/*.part.json"))) >= 5, killed, seconds=200)
+    killed.kill()
+    killed.wait()
     assert not (tmp_path / "set.json").exists(), "the run was over before it could be killed"
     numbers = tmp_path / "out" / "numbers.json"
     done = run_program([*command, "--json", numbers])

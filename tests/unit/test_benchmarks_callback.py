@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import training_folder as evaluation_folder
 from megatron_ext.evaluation.answering import answer
@@ -27,7 +26,8 @@ from megatron_ext.report.write import write_report
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run
-from support.tiny_vq import CODES, GRID, make_vq
+from support.data_sets import write_pairs
+from support.tiny_vq import GRID, make_vq
 from support.vocabularies import make_vocabulary
 
 CAPTIONS = ["a red circle", "two blue squares"]
@@ -40,13 +40,7 @@ def material(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarking")
     make_vq(folder / "vq")
     vocabulary = make_vocabulary(folder / "vocabulary")
-    numbers = np.random.default_rng(0)
-    vq = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
-    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, vq, {"made": "by a test"}) as writer:
-        for _ in range(60):
-            image = vocabulary.image_ids(numbers.integers(0, CODES, GRID * GRID)).astype(np.int32)
-            words = [np.array(vocabulary.encode(text), np.int32) for text in CAPTIONS]
-            writer.add([(IMAGE, image), (TEXT, words[0]), (ANSWER, words[1])])
+    write_pairs(folder / "pairs", vocabulary, [CAPTIONS] * 60, grid=(GRID, GRID))
     write_benchmarks(folder / "benchmarks", BenchmarkConfig(pictures=3, size=32))
     broken = POPE.read(folder / "benchmarks" / "pope")[0].image
     broken.write_bytes(broken.read_bytes()[:60])
@@ -87,7 +81,8 @@ def trained(config: Config) -> Outcome:
     distributed.initialize(config)
     try:
         run = build_run(config)
-        config_file.write_yaml(Path(config.output, "config.yaml"), config) if train(run) else None
+        if train(run):
+            config_file.write_yaml(Path(config.output, "config.yaml"), config)
         output = Path(config.output)
         losses = [(r["loss"], r["grad_norm"]) for r in read_metrics(output / "metrics.jsonl")]
         weights = [p.detach().clone() for p in run.chunks[0].parameters()]

@@ -6,9 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +17,6 @@ from megatron_ext.conversion.hugging_face import EMBEDDING, HEAD
 from megatron_ext.conversion.llama import convert_llama
 from megatron_ext.conversion.projections import convert
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.format import TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.routing.plan import Plan
@@ -27,6 +24,8 @@ from megatron_ext.routing.route import Route
 from megatron_ext.training.run import build_run, identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.vocabulary import Vocabulary
+from support.data_sets import write_texts
+from support.vocabularies import make_vocabulary
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
 TEXT_SIZE, CODES = 40, 300
@@ -36,15 +35,12 @@ LLAMA3["original_max_position_embeddings"] = 8192
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory) -> Vocabulary:
-    return make_vocabulary(tmp_path_factory.mktemp("words"), "red rings left of", "blue bars")
+    return small_vocabulary(tmp_path_factory.mktemp("vocabulary"), "red rings left of", "blue bars")
 
 
-def make_vocabulary(folder: Path, *words: str) -> Vocabulary:
-    (folder / "text.txt").write_text("\n".join(f"{n} {words[0]} {n + 1} {words[1]}" for n in range(99)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "text"), vocab_size=TEXT_SIZE, minloglevel=2
-    )
-    return Vocabulary.create(folder / "vocabulary", folder / "text.model", CODES)
+def small_vocabulary(folder: Path, things: str, others: str) -> Vocabulary:
+    sentences = [f"{n} {things} {n + 1} {others}" for n in range(99)]
+    return make_vocabulary(folder / "vocabulary", CODES, sentences, pieces=TEXT_SIZE)
 
 
 def make_llama(folder: Path, rows: int = TEXT_SIZE, dtype: torch.dtype = torch.float32, **settings):
@@ -82,9 +78,7 @@ def test_logits_of_text_are_llama_s_in_a_run_that_starts_from_it(one_process, vo
     convert_llama(tmp_path / "llama", vocabulary, tmp_path / "start", seed=5)
     assert not torch.distributed.is_initialized()
 
-    with DatasetWriter(tmp_path / "texts", vocabulary.fingerprint, None, {"made": "by a test"}) as writer:
-        for n in range(20):
-            writer.add([(TEXT, np.array(vocabulary.encode(f"{n} red rings"), np.int32))])
+    write_texts(tmp_path / "texts", vocabulary, [f"{n} red rings" for n in range(20)])
     # Of another shape and size of image tokens' positions: what the conversion wrote is laid over it.
     (tmp_path / "my.yaml").write_text("model: {num_layers: 6, num_query_groups: 1, max_image_tokens: 4}")
     config = config_file.load(
@@ -275,7 +269,7 @@ def test_a_vocabulary_of_other_text_is_refused(saved, vocabulary, tmp_path):
         convert_llama(tmp_path / "smaller", vocabulary, tmp_path / "out", seed=5)
 
     llama = shutil.copytree(saved, tmp_path / "llama")
-    other = make_vocabulary(tmp_path, "green boxes above", "black dots")
+    other = small_vocabulary(tmp_path, "green boxes above", "black dots")
     shutil.copy(other.folder / "tokenizer.model", llama)
     with pytest.raises(
         UserError, match=r"its text piece \d+ is '.+', that of .*tokenizer.model '.+'; a vocabulary must"

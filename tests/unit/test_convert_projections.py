@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 
 from megatron_ext import config_file, distributed
@@ -21,7 +20,6 @@ from megatron_ext.routing.plan import Plan, Projections
 from megatron_ext.routing.route import Route
 from megatron_ext.training.run import identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
-from megatron_ext.vocabulary import Vocabulary
 from parity import VOCABULARY, packed_batch, perturb
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -195,15 +193,6 @@ def test_two_tasks_become_one_where_they_agree(one_process, source):
     split[name] *= 1.01
     with pytest.raises(UserError, match=rf"^{FC1}.understanding_\w+: .* from that of generation .*per_task=true.*fc1"):
         converted(split, per_task(source), source, weights_of(build(source)))
-
-
-@pytest.fixture
-def vocabulary(tmp_path) -> Vocabulary:
-    (tmp_path / "text.txt").write_text("\n".join(f"{n} red rings left of {n + 1} blue bars" for n in range(99)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "text"), vocab_size=40, minloglevel=2
-    )
-    return Vocabulary.create(tmp_path / "vocabulary", tmp_path / "text.model", 32)
 
 
 def run_tool(monkeypatch, *arguments) -> None:

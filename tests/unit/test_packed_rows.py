@@ -10,13 +10,7 @@ from megatron_ext.data import packed_rows as rows_module
 from megatron_ext.data.format import TEXT
 from megatron_ext.data.packed_rows import PackedRows, StepRows
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-from support.data_sets import SPECIAL, captions, mixture, texts, write
-
-
-@pytest.fixture
-def blend(tmp_path):
-    pairs, plain = captions(tmp_path / "pairs", 80), texts(tmp_path / "plain", 30, longest=200)
-    return mixture((pairs, "generation", 1.0), (pairs, "understanding", 1.0), (plain, "text", 0.5), caption_dropout=0.1)
+from support.data_sets import SPECIAL, captions, mixture, write
 
 
 def test_a_row_depends_on_its_number_alone(blend, monkeypatch):

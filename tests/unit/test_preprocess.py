@@ -21,11 +21,6 @@ def vq(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    return make_vocabulary(tmp_path_factory.mktemp("vocabulary"))
-
-
-@pytest.fixture(scope="module")
 def tars(tmp_path_factory) -> list[Path]:
     """Three tars of 11 captioned pictures."""
     folder = tmp_path_factory.mktemp("tars")

@@ -13,7 +13,6 @@ import yaml
 from PIL import Image
 
 from megatron_ext.analysis.bootstrap import interval
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pictures import PictureScorer
@@ -23,7 +22,7 @@ from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import collect, grid, questions, report, slurm, state, status, steps, study_file
 from megatron_ext.training.metrics import MetricsFile
-from support.tiny_vq import CODES
+from support.data_sets import write_pairs, write_texts
 from support.vocabularies import make_vocabulary
 
 OTHER = {"yes": "no", "no": "yes"}
@@ -34,17 +33,9 @@ NOTHING = {"benchmarks": [], "evaluate_as": {}}
 def data(tmp_path_factory) -> dict:
     """A configuration's data: pairs for both tasks, some texts; generation is 60 % of the documents with images."""
     folder = tmp_path_factory.mktemp("data")
-    words = make_vocabulary(folder / "vocabulary")
-    random = np.random.default_rng(0)
-    images = {"fingerprint": "none", "grid": [4, 4], "codebook_size": CODES}
-    text = np.array(words.encode("a red circle"), np.int32)
-    with DatasetWriter(folder / "pairs", words.fingerprint, images, {"made": "by a test"}) as writer:
-        for _ in range(50):
-            codes = words.image_ids(random.integers(0, CODES, 16)).astype(np.int32)
-            writer.add([(IMAGE, codes), (TEXT, text), (ANSWER, text)])
-    with DatasetWriter(folder / "texts", words.fingerprint, None, {"made": "by a test"}) as writer:
-        for _ in range(50):
-            writer.add([(TEXT, text)])
+    vocabulary = make_vocabulary(folder / "vocabulary")
+    write_pairs(folder / "pairs", vocabulary, [["a red circle", "a red circle"]] * 50, grid=(4, 4))
+    write_texts(folder / "texts", vocabulary, ["a red circle"] * 50)
     sources = [
         {"path": str(folder / "pairs"), "task": "understanding", "weight": 2},
         {"path": str(folder / "pairs"), "task": "generation", "weight": 3},
