@@ -1,4 +1,4 @@
-"""The sides of benchmarks/decode.py choose the same tokens, and a side that does not is noticed."""
+"""Both sides of benchmarks/decode.py choose the same tokens, and a side that does not is refused."""
 
 import pytest
 
@@ -13,14 +13,14 @@ def test_hugging_face_and_decoding_without_a_cache_choose_the_same_tokens(one_pr
     monkeypatch.setattr(decode, "ANSWER", 4)
     one_process()
     config = decode.configuration(layers=2, hidden_size=32, preset="dense")
-    theirs = decode.build_hugging_face(config)
-    generator = decode.build_ours(config, theirs)
-    made = {"dense": [decode.ours(generator, kind, 2)], "Hugging Face": [decode.hugging_face(theirs, kind, 2)]}
-    result = decode.against_others(kind, made, generator, tokens=2)
+    llama = decode.build_hugging_face(config)
+    generator = decode.build_ours(config, llama)
+    continued = {"dense": [decode.ours(generator, kind, 2)], "Hugging Face": [decode.hugging_face(llama, kind, 2)]}
+    result = decode.against_others(kind, continued, generator, tokens=2)
     assert result["tokens_per_second"] > 0 and result["distinct_tokens"] > 1
-    made["dense"][0].tokens[1][1] ^= 1
+    continued["dense"][0].tokens[1][1] ^= 1
     with pytest.raises(UserError, match="chooses other tokens"):
-        decode.against_others(kind, made, generator, tokens=2)
-    made["Hugging Face"] = made["dense"]
+        decode.against_others(kind, continued, generator, tokens=2)
+    continued["Hugging Face"] = continued["dense"]
     with pytest.raises(UserError, match="without a cache chooses [1-6] other tokens"):
-        decode.against_others(kind, made, generator, tokens=4)
+        decode.against_others(kind, continued, generator, tokens=4)
