@@ -69,7 +69,7 @@ def main() -> None:
 
     from megatron_ext import distributed
     from training_step.kernels import kernel_table, profile
-    from training_step.rows import random_rows
+    from training_step.random_rows import random_rows
     from training_step.timing import table, time_cases
 
     torch.set_num_threads(arguments.threads)

@@ -11,11 +11,11 @@ import pytest
 
 from gpu import implementations, runner
 from gpu.logs import last_error
-from gpu.material import write_config
 from gpu.page import page
 from gpu.precision import LOCAL, TINY, relative_error
 from gpu.records import DONE, FAILED, NOT_RUN, Context, of_step, read, write_machine
 from gpu.steps import STEPS, Figure, Step, missed
+from gpu.tiny_run import write_config
 from support.programs import PYTHON_PATH, ROOT
 
 STEP_PROGRAM = """

@@ -42,15 +42,15 @@ def test_errors_are_relative(one_process):
 @pytest.mark.parametrize("numbers", [NUMBERS[:3], NUMBERS + 0.01], ids=["another shape", "other numbers"])
 def test_references_of_other_weights_or_rows_are_refused(tmp_path, numbers):
     References(tmp_path, NUMBERS).save("dense", measured())
-    with pytest.raises(UserError, match="dense.pt: made with other settings"):
+    with pytest.raises(UserError, match="dense.pt: computed with other settings"):
         References(tmp_path, numbers).load("dense")
 
 
-def test_a_gpu_makes_no_references(tmp_path, monkeypatch):
+def test_a_gpu_computes_no_references(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "available", lambda: False)
-    with pytest.raises(UserError, match="no reference, and a GPU makes none; on a CPU: python benchmarks/parity.py"):
+    with pytest.raises(UserError, match="no reference, and a GPU computes none; on a CPU: python benchmarks/parity.py"):
         References(tmp_path, NUMBERS).save("dense", measured())
-    with pytest.raises(UserError, match="no reference for himix, and a GPU makes none"):
+    with pytest.raises(UserError, match="no reference for himix, and a GPU computes none"):
         parity.compare(["tp1"], ["himix"], [], minutes=1, references=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ from training_step.masked import MaskedStep
 from training_step.memory import peak_bytes
 from training_step.others import stock_megatron
 from training_step.ours import OurStep
-from training_step.rows import random_rows
+from training_step.random_rows import random_rows
 from training_step.timing import table, time_cases
 
 SHAPE = ("model.num_layers=4", "model.hidden_size=32", "model.num_attention_heads=2", "optimizer.lr=0.01")
