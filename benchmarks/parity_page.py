@@ -14,9 +14,9 @@ are the worst of all plans. The last column repeats the steps with optimizer sta
 "rank 4 per task" starts HiMix in layer 2 and gives all four projections a low-rank delta of rank 4 for each task. An
 empty cell was not measured.
 
-The references are one process on a CPU. `--references FOLDER` keeps them (a file of 2 to 2.5 MB per plan). On a GPU they
-must exist already, computed on a CPU by `python benchmarks/parity.py --layouts tp1 --references FOLDER`: a GPU is never
-compared with itself. If there are more ranks than GPUs, all ranks share the first GPU, over nccl's sockets.
+The references are one process on a CPU. `--references FOLDER` keeps them (a file of 2 to 2.5 MB per plan). On a GPU
+they must exist already, computed on a CPU by `python benchmarks/parity.py --layouts tp1 --references FOLDER`: a GPU is
+never compared with itself. If there are more ranks than GPUs, all ranks share the first GPU, over nccl's sockets.
 
 {table}
 """

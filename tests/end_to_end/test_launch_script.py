@@ -18,8 +18,10 @@ def test_the_allocators_segments_grow_unless_told_otherwise(chosen, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in (*names, "SLURM_JOB_ID")}
     environment |= {"PYTHON": str(interpreter), names[0]: chosen}
     script = ["bash", str(ROOT / "examples" / "run_unified_tp4_pp2.sh")]
-    told = subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout.split()
-    assert told == [chosen or "expandable_segments:True"] * 2
+    settings_of_torch = subprocess.run(
+        script, env=environment, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert settings_of_torch == [chosen or "expandable_segments:True"] * 2
 
 
 def test_the_script_trains_and_goes_on(material, tmp_path):

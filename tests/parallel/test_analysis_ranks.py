@@ -27,12 +27,15 @@ LAYOUTS = {
 
 def test_alignment_and_allocation_are_those_of_one_process(tmp_path):
     ((expected, _),) = world(1, _measure, {"tp1": []}, folder=tmp_path)
-    for found, losses in world(2, _measure, LAYOUTS, folder=tmp_path):
+    for measured_figures, losses in world(2, _measure, LAYOUTS, folder=tmp_path):
         for layout in LAYOUTS:
             names = {n for n in expected["tp1"] if " allocation " not in n or layout in ("tp2", "dp2")}
-            assert found[layout].keys() == names
+            assert measured_figures[layout].keys() == names
             for name in names:
-                assert found[layout][name] == pytest.approx(expected["tp1"][name], rel=1e-4, abs=1e-6), (layout, name)
+                assert measured_figures[layout][name] == pytest.approx(expected["tp1"][name], rel=1e-4, abs=1e-6), (
+                    layout,
+                    name,
+                )
         assert losses["dp2", True] == losses["dp2", False] and len(set(losses["dp2", True])) == 2
 
 
@@ -44,9 +47,9 @@ def _measure(layouts: dict[str, list[str]]):
     figures, losses = {}, {}
     for layout, overrides in layouts.items():
         config, chunks, batch = _model([*SETTINGS, RANK_4, *overrides])
-        found = alignment(chunks, prepare(batch, config), config)
-        del found["seconds"]
-        figures[layout] = dict(_flat(found))
+        alignment_figures = alignment(chunks, prepare(batch, config), config)
+        del alignment_figures["seconds"]
+        figures[layout] = dict(_flat(alignment_figures))
         if config.parallel.pipeline == 1 and not config.parallel.sequence:
             figures[layout] |= dict(_flat(_allocation(chunks[0].module, config, batch)))
         if layout == "dp2":

@@ -59,9 +59,9 @@ def test_killed_at_random_moments(tmp_path, uninterrupted, asynchronous):
 
 
 def test_a_killed_writer_fails_the_save_on_every_rank_and_leaves_nothing(tmp_path):
-    for failure, found in world(2, _kill_writer_of_rank_one, tmp_path, folder=tmp_path):
+    for failure, newest in world(2, _kill_writer_of_rank_one, tmp_path, folder=tmp_path):
         assert "the checkpoint could not be written" in failure
-        assert found is None
+        assert newest is None
 
 
 def _wait_for(processes) -> list[int]:
@@ -74,12 +74,12 @@ def _wait_for(processes) -> list[int]:
 
 def _intact(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, after a look that each of them really is complete."""
-    found = checkpoints(folder)
-    for path in found:
+    complete = checkpoints(folder)
+    for path in complete:
         files = read_marker(path)["files"]
         assert damage(path, files, files) == []
         assert {p.name for p in path.iterdir()} == {*files, MARKER}
-    return found
+    return complete
 
 
 def _assert_resumable(folders: list[Path], tmp_path: Path, uninterrupted: dict[int, float]) -> None:

@@ -31,10 +31,12 @@ def test_overlap_changes_neither_losses_nor_weights(layout, size, tmp_path):
         for overlap in ("false", "true")
     )
     assert max(buckets for *_, buckets in overlapped) > 4
-    for (losses, validation, weights, _), (theirs, their_validation, their_weights, _) in zip(plain, overlapped):
-        assert losses == pytest.approx(theirs, rel=1e-5) and len(set(losses)) == len(losses)
-        assert validation == pytest.approx(their_validation, rel=1e-5)
-        assert weights == pytest.approx(their_weights, rel=1e-5)
+    for (losses, validation, weights, _), (overlapped_losses, overlapped_validation, overlapped_weights, _) in zip(
+        plain, overlapped
+    ):
+        assert losses == pytest.approx(overlapped_losses, rel=1e-5) and len(set(losses)) == len(losses)
+        assert validation == pytest.approx(overlapped_validation, rel=1e-5)
+        assert weights == pytest.approx(overlapped_weights, rel=1e-5)
 
 
 def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, float], int]:

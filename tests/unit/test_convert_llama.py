@@ -96,9 +96,9 @@ def test_logits_of_text_are_llama_s_in_a_run_that_starts_from_it(one_process, vo
     config.validate(world_size=1)
     distributed.initialize(config)
     run = build_run(config)
-    found, expected = logits_of_both(run.chunks[0].module, llama)
+    logits, expected = logits_of_both(run.chunks[0].module, llama)
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def run_tool(monkeypatch, *arguments) -> None:
@@ -115,14 +115,14 @@ def test_new_rows_are_initial_weights_with_the_spread_of_llama_s(one_process, vo
 
     model = load(start, []).model
     tables = {EMBEDDING: model.embedding.word_embeddings.weight, HEAD: model.output_layer.weight}
-    theirs = {EMBEDDING: llama.model.embed_tokens.weight.detach(), HEAD: llama.lm_head.weight.detach()}
+    llama_tables = {EMBEDDING: llama.model.embed_tokens.weight.detach(), HEAD: llama.lm_head.weight.detach()}
     seeded = config_file.load(Config, [start.parent / "model.yaml"], ["training.seed=5"])
     initial = dict(build_model(seeded, len(tables[HEAD]))[0].module.named_parameters())
     numbers = json.loads(numbers.read_text())
     for name, table in tables.items():
-        assert torch.equal(table[:TEXT_SIZE], theirs[name])
-        assert torch.equal(table[vocabulary.eod], theirs[name][vocabulary.text.eos_id()])
-        std = float(theirs[name].std())
+        assert torch.equal(table[:TEXT_SIZE], llama_tables[name])
+        assert torch.equal(table[vocabulary.eod], llama_tables[name][vocabulary.text.eos_id()])
+        std = float(llama_tables[name].std())
         assert numbers["new_rows_std"][name] == pytest.approx(std)
         new = [vocabulary.pad, vocabulary.boi, vocabulary.eoi, *range(vocabulary.image_offset, len(table))]
         torch.testing.assert_close(table[new], initial[name][new] * (std / 0.02))

@@ -106,9 +106,9 @@ def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan
         largest = max(float(logits.abs().max()) for logits in expected)
         monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, piece))
         for start in range(0, max(map(len, tokens)), piece):
-            given = [ids[start : start + piece] for ids in tokens]
-            logits = decoder.advance(given)
-            for row, ids in enumerate(given):
+            pieces = [ids[start : start + piece] for ids in tokens]
+            logits = decoder.advance(pieces)
+            for row, ids in enumerate(pieces):
                 if ids:
                     error = logits[row] - expected[row][start + len(ids) - 1]
                     assert error.abs().max() < tolerance * largest

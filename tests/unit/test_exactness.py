@@ -51,8 +51,8 @@ def test_the_loss_is_fused_under_bf16_alone_and_not_where_order_matters(gpu):
 
 
 def test_a_batch_of_messages_is_not_waited_for_and_outputs_stay(gpu):
-    made = transformer_config(load("parallel.pipeline=2"))
-    assert made.batch_p2p_comm and not made.batch_p2p_sync and not made.deallocate_pipeline_outputs
+    core_config = transformer_config(load("parallel.pipeline=2"))
+    assert core_config.batch_p2p_comm and not core_config.batch_p2p_sync and not core_config.deallocate_pipeline_outputs
 
 
 def test_no_process_starts_with_tf32(one_process):

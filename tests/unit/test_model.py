@@ -66,12 +66,12 @@ def test_learned_positions_are_added_to_image_tokens_alone(one_process):
     batch.modality[1, 2:4] = Modality.IMAGE  # of the next document
     expected = torch.tensor([[0, 0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 0], [1, 2, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0]])
     assert np.array_equal(image_places(batch.arrays()), expected)
-    found = logits_of(model, batch)
+    logits = logits_of(model, batch)
     table = torch.cat([torch.zeros(1, 64), model.image_positions.weight.detach()])
     added = table[expected].view(-1, 1, 64)
     model.image_positions = None
     model.embedding.register_forward_hook(lambda module, inputs, output: output + added)
-    assert torch.allclose(found, logits_of(model, batch), atol=1e-6)
+    assert torch.allclose(logits, logits_of(model, batch), atol=1e-6)
     model.image_positions = torch.nn.Embedding(3, 64)
     with pytest.raises(UserError, match="an image has 4 tokens, model.max_image_tokens is 3"):
         logits_of(model, batch)
@@ -114,7 +114,7 @@ def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
     if scaling:
         rotary |= {"rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rotary |= {"original_max_position_embeddings": 8192}
-    theirs = LlamaForCausalLM(
+    llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=64,
@@ -127,12 +127,12 @@ def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
             rope_parameters=rotary,
         )
     )
-    draw_everything(theirs)
+    draw_everything(llama)
     (model,) = build_chunks(config, VOCABULARY)
-    model.load_state_dict(from_llama(theirs.state_dict(), config.model), strict=False)
+    model.load_state_dict(from_llama(llama.state_dict(), config.model), strict=False)
     batch = one_document_rows(2, length)
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(model, batch), theirs(batch.tokens).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits_of(model, batch), llama(batch.tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):

@@ -91,8 +91,8 @@ def test_a_long_text_is_cut_into_pieces_that_predict_every_token_once(tmp_path):
         batch = rows[row]
         for number, (_, document, epoch) in enumerate(rows.documents(row)):
             if epoch == 0:
-                mine = (batch.document[0] == number) & (batch.loss_mask[0] > 0)
-                predicted.update((document, label) for label in batch.labels[0][mine].tolist())
+                learnt = (batch.document[0] == number) & (batch.loss_mask[0] > 0)
+                predicted.update((document, label) for label in batch.labels[0][learnt].tolist())
                 pieces[document] += 1
     assert predicted == Counter((i, token) for i, ids in enumerate(stored) for token in [*ids, SPECIAL.eod])
     assert [pieces[document] for document in range(6)] == [1, 1, 2, 2, 4, 7]
