@@ -15,7 +15,7 @@ from megatron_ext.study import state
 from megatron_ext.study.grid import Run
 from megatron_ext.study.study_file import PICTURES, Evaluation
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

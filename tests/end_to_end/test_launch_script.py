@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_the_allocators_segments_grow_unless_told_otherwise(chosen, tmp_path):
 def test_the_script_trains_and_goes_on(material, tmp_path):
     settings = {"TP": "2", "PP": "2", "NPROC": "4", "OMP_NUM_THREADS": "1", "OUTPUT": str(tmp_path)}
     settings |= {"CONFIG": f"{ROOT}/examples/configs/tiny.yaml {material}/config.yaml", "MICRO_BATCH": "1"}
-    settings |= {"EXTRA": "checkpoint.interval=0 training.validation_interval=0"}
+    settings |= {"PYTHON": sys.executable, "EXTRA": "checkpoint.interval=0 training.validation_interval=0"}
 
     def run(iterations: int) -> list[dict]:
         subprocess.run(
