@@ -318,6 +318,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
+    callbacks: list[str] = field(default_factory=list)
+    """Callbacks of your own, as module:Class (docs/training.md)."""
 
     def data_parallel(self, world_size: int) -> int:
         """Replicas of the model in a world of ``world_size`` processes."""

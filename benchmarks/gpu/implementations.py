@@ -89,14 +89,16 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 
 def losses(config_yaml: Path, output: Path, settings: list[str]) -> list[float]:
     """The losses of a run."""
+    from megatron_ext.callbacks import build_callbacks
     from megatron_ext.training.loop import train
     from megatron_ext.training.metrics import read_metrics
     from megatron_ext.training.run import build_run
 
-    run = [f"output={output}", f"training.iterations={ITERATIONS}", "logging.tensorboard=false"]
-    config = config_file.load(Config, [str(config_yaml)], [*run, "checkpoint.resume=false", *settings])
+    overrides = [f"output={output}", f"training.iterations={ITERATIONS}", "logging.tensorboard=false"]
+    config = config_file.load(Config, [str(config_yaml)], [*overrides, "checkpoint.resume=false", *settings])
     config.validate(world_size=1)
     distributed.initialize(config)
-    train(build_run(config))
+    run = build_run(config)
+    train(run, build_callbacks(run))
     distributed.shut_down()
     return [line["loss"] for line in read_metrics(output / "metrics.jsonl")]

@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from megatron_ext.callbacks.logging import duration
+from megatron_ext.command_line import duration
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.report.blocks import (
     Commands,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_ext.config import Config, EvaluationBenchmark
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import training_folder as evaluation_folder
+from megatron_ext.evaluation import training_folder
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.report.samples import enlarged
@@ -45,7 +45,7 @@ def evaluated(run: Path, config: Config, iteration: int) -> Evaluated | None:
 
     There are no questions of benchmarks that are not where the run had them any more.
     """
-    found = evaluation_folder.newest(run, iteration)
+    found = training_folder.newest(run, iteration)
     if found is None:
         return None
     folder, manifest = found

@@ -13,7 +13,7 @@ from megatron_ext.report.evaluated import Evaluated, evaluated
 from megatron_ext.report.samples import Sample, samples, vq_sheet
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Plan
-from megatron_ext.training.lifecycle import finished_file
+from megatron_ext.training.finished import finished_file
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.vocabulary import Vocabulary
 

@@ -17,27 +17,33 @@ class BadSteps:
     Attributes:
         total: bad steps of the whole run, resumptions included.
         consecutive: bad steps in a row up to the last one judged.
+        reason: why the last step judged was bad; None: it was good.
     """
 
     def __init__(self, config: BadStepConfig):
         self.config = config
         self.total = 0
         self.consecutive = 0
+        self.reason: str | None = None
         self._good_losses: deque[float] = deque(maxlen=config.spike_window)
+
+    def accept(self, loss: float, grad_norm: float) -> bool:
+        """Whether the optimizer may apply this step, as :meth:`judge` says."""
+        return self.judge(loss, grad_norm) is None
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """Why this step is bad, or None for a good one; either is counted.
 
         The loss of a good step enters the window that later losses are held against; that of a bad one never does.
         """
-        reason = self._reason(loss, grad_norm)
-        if reason is None:
+        self.reason = self._judgement(loss, grad_norm)
+        if self.reason is None:
             self.consecutive = 0
             self._good_losses.append(loss)
         else:
             self.total += 1
             self.consecutive += 1
-        return reason
+        return self.reason
 
     def enforce_limits(self, iteration: int) -> None:
         """Stop a run that has seen too many bad steps. Call it after the last one is logged.
@@ -56,7 +62,7 @@ class BadSteps:
                     f"{allowed} (see skip_reason in metrics.jsonl; try a lower optimizer.lr or a longer warm-up)"
                 )
 
-    def _reason(self, loss: float, grad_norm: float) -> str | None:
+    def _judgement(self, loss: float, grad_norm: float) -> str | None:
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(grad_norm):

@@ -1,4 +1,4 @@
-"""Evaluations in the midst of training: what they leave behind, and that training does not notice them."""
+"""Evaluations during training: the files they leave, and that training does not notice them."""
 
 import json
 import random
@@ -12,9 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ext import config_file, distributed
+from megatron_ext.callbacks import build_callbacks
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import training_folder as evaluation_folder
+from megatron_ext.evaluation import training_folder
 from megatron_ext.evaluation.answering import answer
 from megatron_ext.evaluation.items import Item
 from megatron_ext.evaluation.mme import MME
@@ -81,8 +82,8 @@ def trained(config: Config) -> Outcome:
     distributed.initialize(config)
     try:
         run = build_run(config)
-        if train(run):
-            config_file.write_yaml(Path(config.output, "config.yaml"), config)
+        assert train(run, build_callbacks(run))
+        config_file.write_yaml(Path(config.output, "config.yaml"), config)
         output = Path(config.output)
         losses = [(r["loss"], r["grad_norm"]) for r in read_metrics(output / "metrics.jsonl")]
         weights = [p.detach().clone() for p in run.chunks[0].parameters()]
@@ -96,7 +97,7 @@ def trained(config: Config) -> Outcome:
 def evaluated(tmp_path_factory, material) -> Outcome:
     """A run with an evaluation after iterations 2 and 4."""
     output = tmp_path_factory.mktemp("evaluated")
-    stale = evaluation_folder.place(output, 2) / "0007.png"
+    stale = training_folder.iteration_folder(output, 2) / "0007.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of a run that was killed")
     return trained(configuration(material, output, "evaluation.interval=2"))
@@ -113,10 +114,10 @@ def test_an_evaluation_leaves_answers_pictures_and_scores(evaluated, material):
     with_figures = [r["iteration"] for r in evaluated.records() if "pope_accuracy" in r]
     assert with_figures == [2, 4]
     for iteration in with_figures:
-        folder = evaluation_folder.place(evaluated.output, iteration)
-        names = {"pope.jsonl", "mme.jsonl", "0000.png", "0001.png", "sheet.png", evaluation_folder.MANIFEST}
+        folder = training_folder.iteration_folder(evaluated.output, iteration)
+        names = {"pope.jsonl", "mme.jsonl", "0000.png", "0001.png", "sheet.png", training_folder.MANIFEST}
         assert {file.name for file in folder.iterdir()} == names
-        manifest = json.loads((folder / evaluation_folder.MANIFEST).read_text())
+        manifest = json.loads((folder / training_folder.MANIFEST).read_text())
         assert [picture["caption"] for picture in manifest["pictures"]] == CAPTIONS
         assert manifest["figures"].items() <= evaluated.records()[iteration - 1].items()
         assert {"pope_f1", "mme_perception"} <= manifest["figures"].keys()
@@ -141,7 +142,7 @@ def test_the_model_in_training_answers_as_its_checkpoint_does(evaluated, materia
         answer(session, POPE.read(material / "benchmarks" / "pope", ["random", "popular"]), tmp_path / "a.jsonl", 4)
     finally:
         distributed.shut_down()
-    answers = (evaluation_folder.place(evaluated.output, ITERATIONS) / "pope.jsonl").read_text()
+    answers = (training_folder.iteration_folder(evaluated.output, ITERATIONS) / "pope.jsonl").read_text()
     assert answers == (tmp_path / "a.jsonl").read_text() and len(set(answers.splitlines())) > 10
 
 
@@ -156,16 +157,16 @@ def test_the_report_shows_questions_pictures_and_scores(evaluated, material, tmp
     assert page.count("data:image/png;base64") == len([name for name in files if name.endswith(".png")])
 
 
-def test_what_is_missing_is_said_before_training(one_process, material, tmp_path):
+def test_missing_files_are_named_before_training(one_process, material, tmp_path):
     absent = tmp_path / "nowhere"
     settings = configuration(material, tmp_path / "run", "evaluation.interval=2")
     settings.evaluation.benchmarks[0].data = str(absent)
     one_process()
     with pytest.raises(UserError, match=f"{absent}/coco_pope_random.json: no such file"):
-        build_run(settings)
+        build_callbacks(build_run(settings))
     settings = configuration(material, tmp_path / "run", "evaluation.interval=2", f"evaluation.vq={absent}")
     with pytest.raises(UserError, match=str(absent)):
-        build_run(settings)
+        build_callbacks(build_run(settings))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,18 +1,21 @@
-"""What a run writes about itself can be read back, also after it was killed and resumed."""
+"""What a run logs can be read back, also after it was killed and resumed."""
 
 import gzip
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext.callbacks.logging import Logger, console_line, duration
-from megatron_ext.callbacks.profiling import ProfileWindow
+from megatron_ext.callbacks.logging import Logger, console_line
+from megatron_ext.callbacks.profiling import Profiling
+from megatron_ext.command_line import duration
 from megatron_ext.config import Config, LoggingConfig, TrainingConfig
+from megatron_ext.training.callback import StepRecord
 from megatron_ext.training.devices import model_flops_utilisation, peak_flops
 from megatron_ext.training.metrics import MetricsFile, read_metrics
 
@@ -181,13 +184,16 @@ def test_an_unknown_device_has_no_mfu():
 
 
 def test_the_profiler_traces_its_window_only(tmp_path):
-    window = ProfileWindow(LoggingConfig(profile_start=2, profile_iterations=2), tmp_path, rank=0)
+    profiling = Profiling(LoggingConfig(profile_start=2, profile_iterations=2), tmp_path, rank=0)
+    run = SimpleNamespace(progress=SimpleNamespace(iteration=0))
     written = []
     for iteration in range(1, 6):
-        window.begin(iteration)
+        profiling.before_batch(run)
         torch.ones(iteration, 7).sum()
-        written.append(window.end(iteration))
-    assert [w is not None for w in written] == [False, False, True, False, False]
-    trace = json.loads(gzip.decompress(written[2].read_bytes()))
+        run.progress.iteration = iteration
+        profiling.after_step(run, StepRecord({"iteration": iteration}))
+        written.append(profiling.file.exists())
+    assert written == [False, False, True, True, True]
+    trace = json.loads(gzip.decompress(profiling.file.read_bytes()))
     shapes = {tuple(e["args"]["Input Dims"][0]) for e in trace["traceEvents"] if e.get("name") == "aten::sum"}
     assert shapes == {(2, 7), (3, 7)}
