@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
-from parity import perturb
 
 from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import state as checkpoint_state
@@ -21,7 +19,8 @@ from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
 from megatron_ext.transformer import fp8, specs
-from megatron_ext.transformer.resolved import resolve
+from parity import perturb
+from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 SETTINGS = [
     "model.num_layers=2",
@@ -70,10 +69,10 @@ def gradients(overrides: list[str]) -> dict[str, torch.Tensor]:
     return {name: parameter.main_grad.clone() for name, parameter in chunks[0].named_parameters()}
 
 
-def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The largest between gradients, relative to the largest gradient."""
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / scale
+    return max(float((actual[name] - expected[name]).abs().max()) for name in expected) / scale
 
 
 def agreement(plan: list[str]) -> dict:
@@ -148,9 +147,9 @@ def _logits(chunks, config, batch) -> torch.Tensor:
 def main(out: Path) -> None:
     distributed.initialize(config_file.load(Config, [], SETTINGS))
     fp8.why_not = lambda recipe: None
-    found = {"plans": {name: agreement(plan) for name, plan in PLANS.items()}}
-    found |= {"delayed": delayed(), "staleness": staleness()}
-    out.write_text(json.dumps(found))
+    results = {"plans": {name: agreement(plan) for name, plan in PLANS.items()}}
+    results |= {"delayed": delayed(), "staleness": staleness()}
+    out.write_text(json.dumps(results))
     distributed.shut_down()
 
 

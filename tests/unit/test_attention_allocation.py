@@ -3,9 +3,7 @@
 import math
 
 import pytest
-import reference
 import torch
-from labelled_rows import SPECIAL, VOCABULARY, allocate, generation, rows_of, text, understanding
 
 from megatron_ext import config_file
 from megatron_ext.analysis import attention_report
@@ -13,7 +11,8 @@ from megatron_ext.analysis.attention import Allocation
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.transformer.model import build_chunks
-from megatron_ext.transformer.resolved import resolve
+from support import reference
+from support.labelled_rows import SPECIAL, VOCABULARY, allocate, generation, rows_of, text, understanding
 
 SHAPE = ["model.num_layers=4", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"]
 ROWS = (

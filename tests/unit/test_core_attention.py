@@ -37,7 +37,8 @@ def rows(segments: list[tuple[int, int]], fillers: int, size: int = SIZE, **opti
     torch.manual_seed(0)
     queries, keys = (sum(pair[i] for pair in segments) + fillers for i in (0, 1))
     shapes = (queries, HEADS), (keys, GROUPS), (keys, GROUPS)
-    return [torch.randn(n, 1, heads, size, dtype=torch.float64).to(**options).requires_grad_() for n, heads in shapes]
+    tensors = [torch.randn(n, 1, heads, size, dtype=torch.float64).to(**options) for n, heads in shapes]
+    return [x.requires_grad_() for x in tensors]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, segments: list[tuple[int, int]]) -> Tensor:
@@ -57,15 +58,15 @@ def dense(query: Tensor, key: Tensor, value: Tensor, segments: list[tuple[int, i
 @pytest.mark.parametrize("fillers", [0, 3])
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
 def test_outputs_and_gradients_equal_dense_masked_attention(segments, fillers):
-    ours, expected_inputs = rows(segments, fillers), rows(segments, fillers)
-    output = DocumentAttention()(*ours, None, packed_seq_params=route_of(segments))
-    expected = dense(*expected_inputs, segments)
+    inputs, reference_inputs = rows(segments, fillers), rows(segments, fillers)
+    output = DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments))
+    expected = dense(*reference_inputs, segments)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
     (output * weights).sum().backward()
     (expected * weights).sum().backward()
-    for actual, reference in zip(ours, expected_inputs):
-        torch.testing.assert_close(actual.grad, reference.grad, rtol=0, atol=1e-12)
+    for tensor, reference in zip(inputs, reference_inputs):
+        torch.testing.assert_close(tensor.grad, reference.grad, rtol=0, atol=1e-12)
 
 
 def test_bfloat16_on_the_cpu_comes_back_as_bfloat16():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -35,9 +36,6 @@ from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.transformer.model import build_chunks
-from megatron_ext.transformer.resolved import resolve
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import VOCABULARY, packed_batch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -330,10 +328,12 @@ def flops_tool(*arguments) -> subprocess.CompletedProcess:
 def test_the_tool_writes_what_it_prints(tmp_path):
     model = ["--config", "examples/configs/llama-3.2-1b.yaml", "data.vocabulary=''", "parallel.pipeline=4"]
     mix = "understanding: 256 image, 72 text"
-    made = flops_tool(*model, "plan.preset=himix", "--mix", mix, "--logits", "all", "--json", tmp_path / "cost.json")
-    assert made.returncode == 0, made.stderr
+    completed = flops_tool(
+        *model, "plan.preset=himix", "--mix", mix, "--logits", "all", "--json", tmp_path / "cost.json"
+    )
+    assert completed.returncode == 0, completed.stderr
     numbers = read_json(tmp_path / "cost.json")
-    assert "0.242 of dense" in made.stdout
+    assert "0.242 of dense" in completed.stdout
     assert round(numbers["ratio"], 3) == 0.242
     assert numbers["vocabulary"] == 128256
     layers = sum(sum(layer["flops"].values()) for layer in numbers["layers"])
@@ -346,9 +346,32 @@ def test_the_tool_names_what_it_cannot_read():
     assert wrong.stderr.count("\n") == 1 and "'many image'" in wrong.stderr
 
 
-def test_the_tool_shows_roles_and_the_papers_figures(monkeypatch, capsys):
-    tool = runpy.run_path(str(REPOSITORY / "tools" / "flops.py"))
-    for arguments, shown in (["plan.preset=himix", "--plan"], "kv"), (["--paper"], "HMGen, 5 shallow layers"):
-        monkeypatch.setattr(sys, "argv", ["flops.py", *arguments])
-        tool["main"]()
-        assert shown in capsys.readouterr().out
+def shown_by_the_tool(monkeypatch, capsys, *arguments: str) -> dict[str, list[str]]:
+    """The lines that tools/flops.py prints, by their first cell. Cells are two or more spaces apart."""
+    monkeypatch.setattr(sys, "argv", ["flops.py", *arguments])
+    runpy.run_path(str(REPOSITORY / "tools" / "flops.py"))["main"]()
+    lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def test_the_tool_shows_the_role_of_every_class_in_every_layer(monkeypatch, capsys):
+    shown = shown_by_the_tool(monkeypatch, capsys, "plan.preset=himix", "plan.himix_start=1", "--plan")
+    assert shown["layer"] == [
+        "understanding image",
+        "understanding text",
+        "generation text",
+        "generation image",
+        "text text",
+    ]
+    assert shown["0"] == ["full"] * 5
+    assert all(shown[layer] == ["kv", "full", "full", "full", "full"] for layer in ("1", "2", "3"))
+
+
+def test_the_tool_shows_the_papers_figures_beside_ours(monkeypatch, capsys):
+    shown = shown_by_the_tool(monkeypatch, capsys, "--paper")
+    assert shown["FLOPs relative to dense"] == ["paper", "ours", "ours with captions"]
+    assert shown["HiMix"] == ["0.24", "0.242", "0.242"]
+    assert shown["HMGen, 3 shallow layers"] == ["0.85", "0.852", "0.867"]
+    assert shown["HMGen, 5 shallow layers"] == ["0.75", "0.753", "0.779"]
+    assert shown["HiMix-HMGen (Share All)"] == ["0.56", "0.547", "0.555"]
+    assert shown["HiMix-HMGen (Share Partial)"] == ["0.55", "0.547", "0.555"]

@@ -1,7 +1,6 @@
 """float32 is float32, and deterministic training is, on GPUs too: what is chosen and set, with a GPU pretended."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,6 @@ from megatron_ext.training.step import train_step
 from megatron_ext.transformer import transformer_engine
 from megatron_ext.transformer.resolved import resolve
 from megatron_ext.transformer.specs import transformer_config
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import VOCABULARY, packed_batch
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
@@ -55,8 +52,8 @@ def test_the_loss_is_fused_under_bf16_alone_and_not_where_order_matters(gpu):
 
 
 def test_a_batch_of_messages_is_not_waited_for_and_outputs_stay(gpu):
-    made = transformer_config(resolve(load("parallel.pipeline=2")))
-    assert made.batch_p2p_comm and not made.batch_p2p_sync and not made.deallocate_pipeline_outputs
+    core_config = transformer_config(resolve(load("parallel.pipeline=2")))
+    assert core_config.batch_p2p_comm and not core_config.batch_p2p_sync and not core_config.deallocate_pipeline_outputs
 
 
 def test_no_process_starts_with_tf32(one_process):

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 from megatron_ext.analysis import gradients, gradients_report
 from megatron_ext.callbacks.logging import Logger
@@ -19,7 +18,7 @@ from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
-from megatron_ext.transformer.resolved import resolve
+from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 SMALL = (
     "model.num_layers=3",

@@ -1,20 +1,14 @@
 """From the start of a step to the reduction of its losses the host waits for nothing, and layers start few kernels."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from tracing import Trace, world_on_meta
 
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.training import step as step_module
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
-from megatron_ext.transformer.resolved import resolve
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import VOCABULARY, packed_batch
+from support.tracing import Trace, world_on_meta
 
 SHAPE = (
     "model.hidden_size=64",

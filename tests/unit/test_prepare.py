@@ -3,12 +3,10 @@
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_sets import captions, mixture, texts
 
 from megatron_ext import config_file
 from megatron_ext.config import Config, DataConfig
@@ -19,9 +17,6 @@ from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import NO_TASK, Preparation
-from megatron_ext.transformer.resolved import resolve
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity import packed_batch
 
 ROWS, LENGTH = 6, 64
@@ -40,12 +35,6 @@ def leaves(value, path: str = "") -> dict:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {place: leaf for key, v in items for place, leaf in leaves(v, f"{path}.{key}").items()}
     return {path: value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value}
-
-
-@pytest.fixture
-def blend(tmp_path):
-    pairs, plain = captions(tmp_path / "pairs", 80), texts(tmp_path / "plain", 30, longest=200)
-    return mixture((pairs, "generation", 1.0), (pairs, "understanding", 1.0), (plain, "text", 0.5), caption_dropout=0.1)
 
 
 @pytest.mark.parametrize("loader, workers", [("plain", 0), ("plain", 1), ("dali", 1)])

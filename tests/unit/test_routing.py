@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import reference
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -17,7 +16,7 @@ from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.hidden_states import joined
 from megatron_ext.transformer.model import build_chunks
-from megatron_ext.transformer.resolved import resolve
+from support import reference
 
 VOCABULARY, LAYERS, LENGTH = 64, 4, 44
 SHAPE = (

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from preprocess_material import CODES, make_vocabulary
 
 from megatron_ext.analysis.bootstrap import interval
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.picture_scorer import PictureScorer
@@ -24,6 +22,8 @@ from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import collect, grid, questions, report, slurm, state, status, steps, study_file
 from megatron_ext.training.metrics import MetricsFile
+from support.data_sets import write_pairs, write_texts
+from support.vocabularies import make_vocabulary
 
 OTHER = {"yes": "no", "no": "yes"}
 NOTHING = {"benchmarks": [], "evaluate_as": {}}
@@ -34,16 +34,8 @@ def data(tmp_path_factory) -> dict:
     """A configuration's data: pairs for both tasks, some texts; generation is 60 % of the documents with images."""
     folder = tmp_path_factory.mktemp("data")
     vocabulary = make_vocabulary(folder / "vocabulary")
-    random = np.random.default_rng(0)
-    images = {"fingerprint": "none", "grid": [4, 4], "codebook_size": CODES}
-    text = np.array(vocabulary.encode("a red circle"), np.int32)
-    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, images, {"made": "by a test"}) as writer:
-        for _ in range(50):
-            codes = vocabulary.image_ids(random.integers(0, CODES, 16)).astype(np.int32)
-            writer.add([(IMAGE, codes), (TEXT, text), (ANSWER, text)])
-    with DatasetWriter(folder / "texts", vocabulary.fingerprint, None, {"made": "by a test"}) as writer:
-        for _ in range(50):
-            writer.add([(TEXT, text)])
+    write_pairs(folder / "pairs", vocabulary, [["a red circle", "a red circle"]] * 50, grid=(4, 4))
+    write_texts(folder / "texts", vocabulary, ["a red circle"] * 50)
     sources = [
         {"path": str(folder / "pairs"), "task": "understanding", "weight": 2},
         {"path": str(folder / "pairs"), "task": "generation", "weight": 3},

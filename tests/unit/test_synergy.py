@@ -5,7 +5,6 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from megatron_ext.analysis import fit, results, synergy, tables
 from megatron_ext.analysis.bootstrap import Bootstrap, interval
 from megatron_ext.analysis.results import Metric, Results, Row
 from megatron_ext.errors import UserError
-
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
 
 # (unified - single) / |single| in percent, worked out by hand from the printed tables.
 PAPER = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
+
 UNDEFINED = "libtransformer_engine.so: undefined symbol: cublasLtGroupedMatrixLayoutInit_internal"
 
 

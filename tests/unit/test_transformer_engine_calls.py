@@ -14,10 +14,11 @@ from pathlib import Path
 
 import megatron.core
 import pytest
-from source_calls import Caller
-from source_signatures import Sources
 
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
+from support.source_calls import Caller
+from support.source_signatures import Sources
+
 SITE = Path(megatron.core.__file__).parents[2]
 
 WHEELS = {

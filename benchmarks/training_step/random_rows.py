@@ -1,4 +1,4 @@
-"""Random rows that a step is timed on, and a batch as the training step wants it."""
+"""Random rows for timed steps, and the input that a training step takes for them."""
 
 import torch
 
@@ -15,12 +15,12 @@ DOCUMENT = IMAGE + TEXT
 
 
 def step_input(batch: Batch, config: Config) -> StepInput:
-    """What ``train_step`` takes, on the device, for a replica's rows of a global batch. A run has it made ahead."""
+    """The input of ``train_step`` for a replica's rows of a global batch, on the device. A run prepares it ahead."""
     return prepare(batch, resolve(config), distributed.device())
 
 
 def stored_order(batch: Batch, config: Config) -> torch.Tensor:
-    """[T] flat index into the rows [b, s] of a micro-batch of each row of its hidden states, -1 for a dummy."""
+    """For each stored token of a micro-batch its flat index into the rows [b, s], [T]; -1 for a dummy."""
     preparation = Preparation.of(resolve(config), training=False)
     route = Route.arrays(batch, preparation.plan, *preparation.alignment, fill=preparation.fill)
     return torch.as_tensor(route.order)
@@ -32,7 +32,7 @@ def random_rows(kind: str, rows: int, length: int, vocab_size: int) -> Batch:
     Args:
         kind: ``whole``: a document fills the row and every token has loss, as other libraries see any row.
             ``understanding``, ``generation``: as many documents of 256 image and 24 text tokens as fit, and padding,
-            with their task's loss. ``both``: a row of one and a row of the other by turns.
+            with their task's loss. ``both``: rows of understanding and of generation by turns.
     """
     if kind == "both":
         understanding, generation = (

@@ -120,20 +120,24 @@ class Sources:
         node = (scope or {}).get(first, module.names.get(first))
         if isinstance(node, ast.Import):
             alias = next(a for a in node.names if (a.asname or a.name.partition(".")[0]) == first)
-            found = self._definition_of_module(alias.name if alias.asname else first)
+            definition = self._definition_of_module(alias.name if alias.asname else first)
         elif isinstance(node, ast.ImportFrom):
             alias = next(a for a in node.names if (a.asname or a.name) == first)
-            found = self._imported(module, node, alias.name)
+            definition = self._imported(module, node, alias.name)
         elif node is not None:
-            found = Definition(module, node)
+            definition = Definition(module, node)
         else:
-            found = self._definition_of_module(f"{module.name}.{first}") if module.path.name == "__init__.py" else None
-            found = found or self._starred(module, first)
-        if not rest or found is None:
-            return found
-        if found.node is None:
-            return self.resolve(found.module, rest) or self._definition_of_module(f"{found.module.name}.{rest}")
-        return self.attribute(found, rest) if isinstance(found.node, ast.ClassDef) else found
+            definition = (
+                self._definition_of_module(f"{module.name}.{first}") if module.path.name == "__init__.py" else None
+            )
+            definition = definition or self._starred(module, first)
+        if not rest or definition is None:
+            return definition
+        if definition.node is None:
+            return self.resolve(definition.module, rest) or self._definition_of_module(
+                f"{definition.module.name}.{rest}"
+            )
+        return self.attribute(definition, rest) if isinstance(definition.node, ast.ClassDef) else definition
 
     def _imported(self, module: Module, node: ast.ImportFrom, name: str) -> Definition | None:
         base = node.module or ""
@@ -150,22 +154,24 @@ class Sources:
 
     def _starred(self, module: Module, name: str) -> Definition | None:
         """A name that comes with an import of ``*``; one of a compiled package may have any name."""
-        found = [
+        definitions = [
             self._imported(module, node, name)
             for node in module.tree.body
             if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
         ]
-        return min(filter(None, found), key=lambda one: isinstance(one.node, ast.ImportFrom), default=None)
+        return min(
+            filter(None, definitions), key=lambda definition: isinstance(definition.node, ast.ImportFrom), default=None
+        )
 
     def _definition_of_module(self, name: str) -> Definition | None:
         module = self.module(name)
         return module and Definition(module, None)
 
-    def bases(self, found: Definition, scope: dict[str, ast.AST] | None = None) -> Iterator[Definition]:
+    def bases(self, definition: Definition, scope: dict[str, ast.AST] | None = None) -> Iterator[Definition]:
         """A class and what it derives from, in about the order in which methods are looked up."""
-        yield found
-        for base in found.node.bases:
-            resolved = self.resolve(found.module, dotted(base) or "", scope)
+        yield definition
+        for base in definition.node.bases:
+            resolved = self.resolve(definition.module, dotted(base) or "", scope)
             if resolved and isinstance(resolved.node, ast.ClassDef):
                 yield from self.bases(resolved)
 
@@ -179,27 +185,27 @@ class Sources:
                 return owner
         return None
 
-    def attribute(self, found: Definition, name: str) -> Definition | None:
+    def attribute(self, definition: Definition, name: str) -> Definition | None:
         """A method or an attribute that a class's body names; what an instance has is not looked for."""
-        owners = list(self.bases(found))
+        owners = list(self.bases(definition))
         assigned = [n for owner in owners for n in owner.node.body if isinstance(n, ast.Assign | ast.AnnAssign)]
         targets = [t.id for n in assigned for t in getattr(n, "targets", [n.target] if hasattr(n, "target") else [])]
-        return found if name in targets else self.method(owners, name)
+        return definition if name in targets else self.method(owners, name)
 
-    def signature(self, found: Definition) -> inspect.Signature | None:
+    def signature(self, definition: Definition) -> inspect.Signature | None:
         """Of a function or a class; None where the source does not say."""
-        if isinstance(found.node, ast.ClassDef):
-            made = self.method(list(self.bases(found)), "__init__")
-            if made is None:
+        if isinstance(definition.node, ast.ClassDef):
+            constructor = self.method(list(self.bases(definition)), "__init__")
+            if constructor is None:
                 return None
-            if isinstance(made.node, ast.ClassDef):
-                owners = list(self.bases(made))
-                return _of_fields([owner.node for owner in owners], self._is_of_pydantic(made.module))
-            return _of_arguments(made.node, bound=True)
-        if isinstance(found.node, ast.FunctionDef):
-            static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in found.node.decorator_list)
-            first = found.node.args.args[0].arg if found.node.args.args else ""
-            return _of_arguments(found.node, bound=first in ("self", "cls") and not static)
+            if isinstance(constructor.node, ast.ClassDef):
+                owners = list(self.bases(constructor))
+                return _of_fields([owner.node for owner in owners], self._is_of_pydantic(constructor.module))
+            return _of_arguments(constructor.node, bound=True)
+        if isinstance(definition.node, ast.FunctionDef):
+            static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in definition.node.decorator_list)
+            first = definition.node.args.args[0].arg if definition.node.args.args else ""
+            return _of_arguments(definition.node, bound=first in ("self", "cls") and not static)
         return None
 
     @staticmethod
@@ -222,19 +228,19 @@ def _of_arguments(node: ast.FunctionDef, bound: bool) -> inspect.Signature:
     a, kinds = node.args, inspect.Parameter
     plain = [*a.posonlyargs, *a.args]
     required = len(plain) - len(a.defaults)
-    made = [
+    parameters = [
         kinds(x.arg, kinds.POSITIONAL_OR_KEYWORD, default=kinds.empty if i < required else None)
         for i, x in enumerate(plain)
     ][bound:]
     if a.vararg:
-        made.append(kinds(a.vararg.arg, kinds.VAR_POSITIONAL))
-    made += [
+        parameters.append(kinds(a.vararg.arg, kinds.VAR_POSITIONAL))
+    parameters += [
         kinds(x.arg, kinds.KEYWORD_ONLY, default=kinds.empty if default is None else None)
         for x, default in zip(a.kwonlyargs, a.kw_defaults)
     ]
     if a.kwarg:
-        made.append(kinds(a.kwarg.arg, kinds.VAR_KEYWORD))
-    return inspect.Signature(made)
+        parameters.append(kinds(a.kwarg.arg, kinds.VAR_KEYWORD))
+    return inspect.Signature(parameters)
 
 
 def _of_fields(owners: list[ast.ClassDef], ignores_others: bool) -> inspect.Signature:
@@ -247,7 +253,7 @@ def _of_fields(owners: list[ast.ClassDef], ignores_others: bool) -> inspect.Sign
     kinds = inspect.Parameter
     required = [name for name, value in fields.items() if value is None]
     ordered = [*required, *(name for name in fields if name not in required)]
-    made = [
+    parameters = [
         kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=kinds.empty if name in required else None) for name in ordered
     ]
-    return inspect.Signature([*made, kinds("ignored", kinds.VAR_KEYWORD)] if ignores_others else made)
+    return inspect.Signature([*parameters, kinds("ignored", kinds.VAR_KEYWORD)] if ignores_others else parameters)

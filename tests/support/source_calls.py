@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
-from source_signatures import PACKAGE, Definition, Sources, dotted
+from support.source_signatures import PACKAGE, Definition, Sources, dotted
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Caller:
         """What the module names of Transformer Engine that is not there, but for what it can do without."""
         return [
             f"{self._module.name}:{node.lineno}: {name} is not there"
-            for node, name, found in self._names()
-            if found is None and name not in dispensable
+            for node, name, definition in self._names()
+            if definition is None and name not in dispensable
         ]
 
     def _names(self) -> Iterator[tuple[ast.AST, str, Definition | None]]:
@@ -82,17 +82,17 @@ class Caller:
         for node, scope, enclosing in _walk(self._module.tree):
             if not isinstance(node, ast.Call) or node in self._left_out:
                 continue
-            found = self._target(node.func, scope, enclosing)
-            if found is None or not _is_package(found.module.name):
+            definition = self._target(node.func, scope, enclosing)
+            if definition is None or not _is_package(definition.module.name):
                 continue
-            signature = self._sources.signature(found)
+            signature = self._sources.signature(definition)
             if signature is None:
                 continue
             keywords, unread = self._keywords(node, enclosing)
             positional = [x for x in node.args if not isinstance(x, ast.Starred)]
             yield Call(
                 where=f"{self._module.name}:{node.lineno}",
-                target=f"{found.module.name}.{found.node.name}",
+                target=f"{definition.module.name}.{definition.node.name}",
                 signature=signature,
                 positional=len(positional),
                 keywords=tuple(keywords),
@@ -125,18 +125,20 @@ class Caller:
         match value:
             case ast.Dict(keys) if all(isinstance(key, ast.Constant) for key in keys):
                 return [key.value for key in keys]
-            case ast.Call(ast.Name(name)) if isinstance(made := self._module.names.get(name), ast.FunctionDef):
-                returned = next(x.value for x in ast.walk(made) if isinstance(x, ast.Return))
-                return self._keys(returned, [made])
+            case ast.Call(ast.Name(name)) if isinstance(function := self._module.names.get(name), ast.FunctionDef):
+                returned = next(x.value for x in ast.walk(function) if isinstance(x, ast.Return))
+                return self._keys(returned, [function])
             case ast.Name(name) if functions:
-                made, keys = None, []
+                keys_of, keys = None, []
                 for node in ast.walk(functions[-1]):
                     match node:
-                        case ast.Assign([ast.Name(target)], given) | ast.AnnAssign(ast.Name(target), _, given):
-                            made = self._keys(given, functions) if target == name and given is not value else made
+                        case ast.Assign([ast.Name(target)], assigned) | ast.AnnAssign(ast.Name(target), _, assigned):
+                            keys_of = (
+                                self._keys(assigned, functions) if target == name and assigned is not value else keys_of
+                            )
                         case ast.Assign([ast.Subscript(ast.Name(target), ast.Constant(key))]) if target == name:
                             keys.append(key)
-                return None if made is None else made + keys
+                return None if keys_of is None else keys_of + keys
         return None
 
 

@@ -1,4 +1,4 @@
-"""A vocabulary and a data set that are made in a second, and a run over them."""
+"""A vocabulary and a data set that take a second to write, and the configuration of a run over them."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ CODES, IMAGE_TOKENS = 32, 16
 
 
 def write_config(folder: Path, rehearsal: bool) -> Path:
-    """Write the data into ``folder`` and a run's configuration beside it."""
+    """Write the data and the configuration into ``folder`` and return the path of the configuration."""
     random = np.random.default_rng(0)
     sentences = [" ".join(random.choice(WORDS.split(), random.integers(4, 12))) for _ in range(400)]
     (folder / "text.txt").write_text("\n".join(sentences))
@@ -25,7 +25,7 @@ def write_config(folder: Path, rehearsal: bool) -> Path:
     images = {"fingerprint": "none", "grid": [1, IMAGE_TOKENS], "codebook_size": CODES}
     with DatasetWriter(folder / "pairs", vocabulary.fingerprint, images, {"made_by": "gpu_check"}) as writer:
         for sentence in sentences:
-            # Half of the codes follow from the sentence's length, so that there is something to learn at once.
+            # Half of the codes follow from the length of the sentence: something to learn within a few steps.
             codes = random.integers(0, CODES, IMAGE_TOKENS)
             codes[::2] = len(sentence) % CODES
             answer = np.array(vocabulary.encode(sentence), np.int32)

@@ -49,8 +49,8 @@ class Trace(TorchDispatchMode):
                 # A number that is assigned to a slice is made on the host on a GPU, and on the device here.
                 from_host = arguments[1].device.type == "cpu" or arguments[1].untyped_storage()._cdata in self._numbers
                 assert not from_host, "copies from memory of the host that is not pinned"
-            wanted = keywords.get("device")
-            assert wanted is None or torch.device(wanted).type == "meta", f"{name} copies to the host"
+            device = keywords.get("device")
+            assert device is None or torch.device(device).type == "meta", f"{name} copies to the host"
             masks = [x for x in inputs if x.dtype == torch.bool]
             if name.startswith("index") and masks:  # a nonzero, except where a number is put, which fills
                 fills = name.startswith("index_put") and arguments[2].dim() == 0

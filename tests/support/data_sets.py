@@ -1,4 +1,4 @@
-"""Tiny data sets for the tests of the data path."""
+"""Tiny data sets."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from megatron_ext.config import SourceConfig
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.rendering import SpecialTokens
-from megatron_ext.data.source import Source
+from megatron_ext.vocabulary import Vocabulary
 
 SPECIAL = SpecialTokens(bos=1, pad=100, eod=101, boi=102, eoi=103)
 FIRST_CODE, CODES = 104, 64
@@ -20,6 +20,31 @@ def write(prefix, documents, vocabulary="tiny", grid=GRID) -> str:
     with DatasetWriter(prefix, vocabulary, vq, {"made": "by a test"}) as writer:
         for document in documents:
             writer.add(document)
+    return str(prefix)
+
+
+def write_pairs(prefix, vocabulary: Vocabulary, texts: list[list[str]], grid=GRID, vq="vq") -> str:
+    """A data set of random images, each with the texts of its document: questions, and the answer that is learnt."""
+    random = np.random.default_rng(0)
+    images = {"fingerprint": vq, "grid": list(grid), "codebook_size": vocabulary.codebook_size}
+    with DatasetWriter(prefix, vocabulary.fingerprint, images, {"made": "by a test"}) as writer:
+        for *questions, answer in texts:
+            codes = random.integers(0, vocabulary.codebook_size, grid[0] * grid[1])
+            writer.add(
+                [
+                    (IMAGE, vocabulary.image_ids(codes).astype(np.int32)),
+                    *((TEXT, np.array(vocabulary.encode(question), np.int32)) for question in questions),
+                    (ANSWER, np.array(vocabulary.encode(answer), np.int32)),
+                ]
+            )
+    return str(prefix)
+
+
+def write_texts(prefix, vocabulary: Vocabulary, texts: list[str]) -> str:
+    """A data set of plain texts."""
+    with DatasetWriter(prefix, vocabulary.fingerprint, None, {"made": "by a test"}) as writer:
+        for text in texts:
+            writer.add([(TEXT, np.array(vocabulary.encode(text), np.int32))])
     return str(prefix)
 
 

@@ -1,22 +1,15 @@
-"""Small worlds of gloo ranks that train Megatron-Core's own GPTModel, for the checkpoint tests.
+"""Megatron-Core's own GPTModel with its optimizer, small enough for tests that train and save it many times."""
 
-A fork server imports Megatron-Core once, so a world starts in about a second, which is what lets the tests kill many.
-"""
-
-import gc
-import multiprocessing
-import os
 import random
-import traceback
-import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
 VOCABULARY, SEQUENCE, ROWS = 64, 16, 4
 
 
 @dataclass(frozen=True)
 class Layout:
+    """How the model is cut over ranks, and its shape."""
+
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
@@ -24,71 +17,14 @@ class Layout:
     bf16: bool = False
     tied: bool = True
     dropout: float = 0.0
-    """With dropout, equal losses need equal generators."""
+    """With dropout, losses are equal only if random generators are."""
     layers: int = 4
     hidden_size: int = 16
 
 
-def world(size: int, function, *args, folder: Path, wait: bool = True):
-    """Call ``function(*args)`` on ``size`` ranks of a new world.
-
-    Returns:
-        What it returned on each rank; with ``wait=False`` the processes and the pipes that they answer into.
-    """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["megatron_ext.checkpoints.checkpointer", "megatron.core.models.gpt.gpt_layer_specs"]
-    )
-    store = folder / f"store_{random.randrange(1 << 60):x}"
-    pipes, processes = [], []
-    for rank in range(size):
-        mine, theirs = context.Pipe(duplex=False)
-        processes.append(context.Process(target=_rank, args=(theirs, store, rank, size, function, args)))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(mine)
-    if not wait:
-        return processes, pipes
-    try:
-        return [_answer(pipe) for pipe in pipes]
-    finally:
-        for process in processes:
-            process.join(20)
-            process.kill()
-
-
-def _answer(pipe):
-    if not pipe.poll(120):
-        raise TimeoutError("a rank did not answer")
-    result, failure = pipe.recv()
-    if failure:
-        raise AssertionError(failure)
-    return result
-
-
-def _rank(pipe, store: Path, rank: int, size: int, function, args) -> None:
-    warnings.simplefilter("ignore")
-    gc.freeze()  # the distributed optimizer collects garbage at every save
-    import torch
-    import torch.distributed as dist
-
-    from megatron_ext import cpu
-
-    torch.set_num_threads(1)
-    cpu.enter()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    try:
-        pipe.send((function(*args), None))
-    except Exception:
-        pipe.send((None, traceback.format_exc()))
-        os._exit(1)
-    dist.destroy_process_group()
-
-
 @dataclass
-class Run:
-    """A model with its optimizer under a layout, and the data: rows that depend on the iteration alone."""
+class TrainedGPT:
+    """A model with its optimizer under a layout. Its rows depend on the iteration alone."""
 
     layout: Layout
     seed: int = 1
@@ -102,20 +38,20 @@ class Run:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.module import Float16Module
 
-        cut, dtype = self.layout, torch.bfloat16 if self.layout.bf16 else torch.float32
+        layout, dtype = self.layout, torch.bfloat16 if self.layout.bf16 else torch.float32
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
-            cut.tensor, cut.pipeline, cut.virtual_pipeline if cut.virtual_pipeline > 1 else None
+            layout.tensor, layout.pipeline, layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
         )
         for seed in (random.seed, np.random.seed, torch.manual_seed, tensor_parallel.model_parallel_cuda_manual_seed):
             seed(self.seed)
         sharded = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=cut.distributed_optimizer
+            grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
         )
         self.config = self._config(dtype)
-        stages = range(cut.virtual_pipeline) if cut.virtual_pipeline > 1 else [None]
+        stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else [None]
         models = [self._model(stage) for stage in stages]
-        if cut.bf16:
+        if layout.bf16:
             models = [Float16Module(self.config, m) for m in models]
         self.chunks = [
             DistributedDataParallel(self.config, sharded, m, disable_bucketing=i > 0) for i, m in enumerate(models)
@@ -125,9 +61,9 @@ class Run:
             lr=1e-2,
             weight_decay=0.1,
             clip_grad=1.0,
-            bf16=cut.bf16,
+            bf16=layout.bf16,
             params_dtype=dtype,
-            use_distributed_optimizer=cut.distributed_optimizer,
+            use_distributed_optimizer=layout.distributed_optimizer,
         )
         self.optimizer = get_megatron_optimizer(optimizer, self.chunks)
 
@@ -135,26 +71,26 @@ class Run:
         import torch
         from megatron.core.transformer.transformer_config import TransformerConfig
 
-        cut = self.layout
+        layout = self.layout
         return TransformerConfig(
-            num_layers=cut.layers,
-            hidden_size=cut.hidden_size,
+            num_layers=layout.layers,
+            hidden_size=layout.hidden_size,
             num_attention_heads=4,
             ffn_hidden_size=32,
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             add_bias_linear=False,
-            hidden_dropout=cut.dropout,
-            attention_dropout=cut.dropout,
-            tensor_model_parallel_size=cut.tensor,
-            pipeline_model_parallel_size=cut.pipeline,
-            virtual_pipeline_model_parallel_size=cut.virtual_pipeline if cut.virtual_pipeline > 1 else None,
-            # Batched, the two messages between two stages that are each other's neighbours on both sides get mixed up.
-            overlap_p2p_comm=cut.virtual_pipeline > 1,
-            batch_p2p_comm=cut.virtual_pipeline == 1,
+            hidden_dropout=layout.dropout,
+            attention_dropout=layout.dropout,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            # Two stages are neighbours on both sides; batched, the messages of the two sides would be confused.
+            overlap_p2p_comm=layout.virtual_pipeline > 1,
+            batch_p2p_comm=layout.virtual_pipeline == 1,
             pipeline_dtype=dtype,
             params_dtype=dtype,
-            bf16=cut.bf16,
+            bf16=layout.bf16,
             use_cpu_initialization=True,
             masked_softmax_fusion=False,
             gradient_accumulation_fusion=False,
@@ -181,7 +117,7 @@ class Run:
         )
 
     def train(self, first: int, last: int) -> list[float]:
-        """Do iterations ``first`` to ``last``; their losses over the global batch, the same on every rank."""
+        """Run iterations ``first`` to ``last``. The losses, over the global batch, are the same on every rank."""
         return [self._step(iteration) for iteration in range(first, last + 1)]
 
     def _step(self, iteration: int) -> float:
@@ -225,7 +161,7 @@ class Run:
         return float(loss)
 
     def weights(self) -> dict:
-        """This rank's parameters by name, as bytes that can be compared."""
+        """This rank's parameters by name, as bytes, which can be compared."""
         import torch
 
         return {
