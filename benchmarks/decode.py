@@ -33,6 +33,7 @@ from megatron_ext.routing.cost import count, forward_flops
 from megatron_ext.routing.plan import PRESETS, Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training.validation import validate
 
 GRID = (16, 16)
 IMAGE, TEXT, ANSWER = GRID[0] * GRID[1], 24, 64
@@ -317,7 +318,7 @@ def main() -> None:
     presets = list(dict.fromkeys(["dense", *arguments.presets.split(",")]))
     configs = {preset: configuration(arguments.layers, arguments.hidden_size, preset) for preset in presets}
     for config in configs.values():
-        config.validate(world_size=1)
+        validate(config, world_size=1)
     distributed.initialize(configs["dense"])
     theirs = build_hugging_face(configs["dense"])
     generators = {preset: build_ours(config, theirs) for preset, config in configs.items()}

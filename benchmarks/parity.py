@@ -151,9 +151,10 @@ def against_references(
         store: where the ranks meet, see :func:`megatron_ext.distributed.initialize`.
     """
     from megatron_ext import distributed
+    from megatron_ext.training.validation import validate
 
     config = config_file.load(Config, [], BASE + settings + overrides(layout))
-    config.validate(distributed.world_size())
+    validate(config, distributed.world_size())
     distributed.initialize(config, store)
     references = References(folder, numbers_drawn(config))
     results = {}

@@ -72,11 +72,12 @@ def main() -> None:
     from training_step.timing import table, time_cases
 
     from megatron_ext import distributed
+    from megatron_ext.training.validation import validate
 
     torch.set_num_threads(arguments.threads)
     size = size_of(arguments)
     config = size.configuration()
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     if arguments.profile:
         case = CASES[arguments.profile]

@@ -39,6 +39,7 @@ from megatron_ext.training.prepare import StepInput, prepare
 from megatron_ext.training.run import padded_vocabulary
 from megatron_ext.training.setup import build_model
 from megatron_ext.training.step import task_gradients
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer.initialization import cut, global_parameters
 from megatron_ext.vocabulary import Vocabulary
 
@@ -234,7 +235,7 @@ def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validatio
     config.parallel = ParallelConfig()
     config = with_roles(config, overrides)
     config.training.global_batch_size *= count
-    config.validate(distributed.world_size())
+    validate(config, distributed.world_size())
     vocabulary = Vocabulary(config.data.vocabulary)
     distributed.initialize(config)
     chunks = build_model(config, padded_vocabulary(config, vocabulary))

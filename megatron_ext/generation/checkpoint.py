@@ -39,6 +39,7 @@ def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None,
     from megatron_ext.checkpoints import folder as checkpoint_folder
     from megatron_ext.checkpoints.checkpointer import load_weights, read_state
     from megatron_ext.training.run import padded_vocabulary
+    from megatron_ext.training.validation import validate
     from megatron_ext.transformer.model import build_chunks
 
     path = checkpoint_folder.of_run(checkpoint)
@@ -47,7 +48,7 @@ def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None,
     config.parallel = type(config.parallel)(tensor=tensor or distributed.world_size())
     config.training.micro_batch_size, config.training.global_batch_size = 1, distributed.world_size()
     config.training.recompute = "none"
-    config.validate(distributed.world_size())
+    validate(config, distributed.world_size())
     words = Vocabulary(vocabulary or config.data.vocabulary)
     if not dist.is_initialized():
         distributed.initialize(config)

@@ -10,10 +10,11 @@ from megatron_ext.config import Config
 def one_process():
     """A function that starts a world of one process for a configuration; the world ends with the test."""
     from megatron_ext import distributed
+    from megatron_ext.training.validation import validate
 
     def start(*overrides: str) -> Config:
         config = config_file.load(Config, [], overrides)
-        config.validate(world_size=1)
+        validate(config, world_size=1)
         distributed.initialize(config)
         return config
 

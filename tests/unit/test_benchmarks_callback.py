@@ -29,6 +29,7 @@ from megatron_ext.report.write import write_report
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run
+from megatron_ext.training.validation import validate
 
 CAPTIONS = ["a red circle", "two blue squares"]
 ITERATIONS = 4
@@ -83,7 +84,7 @@ class Outcome:
 
 
 def trained(config: Config) -> Outcome:
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     try:
         run = build_run(config)
