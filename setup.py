@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
-    package_data={"megatron_ext.analysis": ["published.json"]},
+    package_data={"megatron_ext.analysis": ["published.json"], "megatron_ext.report": ["templates/*"]},
     py_modules=["pretrain_unified"],
     install_requires=[
         "megatron-core>=0.16.1,<0.17",
@@ -26,6 +26,7 @@ setup(
         "safetensors",
         "transformers>=5.0",
         "pillow",
+        "jinja2",
         "matplotlib",
         "tensorboard",
         "tqdm",
