@@ -35,6 +35,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.generation.generator import Generator
 from megatron_ext.routing.cost import count, forward_flops
 from megatron_ext.routing.plan import PRESETS, Plan
+from megatron_ext.training.validation import validate
 
 UNCACHED_TOKENS = 8
 
@@ -151,7 +152,7 @@ def main() -> None:
     presets = list(dict.fromkeys(["dense", *arguments.presets.split(",")]))
     configs = {preset: configuration(arguments.layers, arguments.hidden_size, preset) for preset in presets}
     for config in configs.values():
-        config.validate(world_size=1)
+        validate(config, world_size=1)
     distributed.initialize(configs["dense"])
     llama = build_hugging_face(configs["dense"])
     generators = {preset: build_generator(config, llama) for preset, config in configs.items()}

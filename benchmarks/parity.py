@@ -32,6 +32,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.transformer.resolved import resolve
 from one_gpu import share_one_gpu
 from parity_layouts import all_layouts, overrides, processes
 from parity_page import PAGE, table
@@ -150,9 +151,10 @@ def against_references(
         store: the store through which ranks meet, see :func:`megatron_ext.distributed.initialize`.
     """
     from megatron_ext import distributed
+    from megatron_ext.training.validation import validate
 
     config = config_file.load(Config, [], BASE + settings + overrides(layout))
-    config.validate(distributed.world_size())
+    validate(config, distributed.world_size())
     distributed.initialize(config, store)
     references = References(folder, sampled_numbers(config))
     results = {}

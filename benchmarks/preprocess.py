@@ -140,7 +140,7 @@ def _vocabulary(folder: Path) -> Vocabulary:
         minloglevel=2,
         hard_vocab_limit=False,
     )
-    return Vocabulary.create(folder, folder / "text.model", TrainConfig().codebook_size)
+    return Vocabulary.create(folder, folder / "text.model", VQTrainingConfig().codebook_size)
 
 
 def _pictures(count: int, pixels: int) -> list[bytes]:

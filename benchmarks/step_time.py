@@ -17,6 +17,7 @@ import argparse
 import torch
 
 from megatron_ext import command_line, cpu, files
+from megatron_ext.training.validation import validate
 from training_step.cases import CASES, Size, with_bases
 
 LLAMA_3_VOCABULARY = 128256
@@ -75,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     size = size_of(arguments)
     config = size.configuration()
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     if arguments.profile:
         case = CASES[arguments.profile]

@@ -93,10 +93,11 @@ def losses(config_yaml: Path, output: Path, settings: list[str]) -> list[float]:
     from megatron_ext.training.loop import train
     from megatron_ext.training.metrics import read_metrics
     from megatron_ext.training.run import build_run
+    from megatron_ext.training.validation import validate
 
     overrides = [f"output={output}", f"training.iterations={ITERATIONS}", "logging.tensorboard=false"]
     config = config_file.load(Config, [str(config_yaml)], [*overrides, "checkpoint.resume=false", *settings])
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     run = build_run(config)
     train(run, build_callbacks(run))

@@ -40,6 +40,7 @@ from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import StepInput, prepare
 from megatron_ext.training.setup import build_model
 from megatron_ext.training.step import task_gradients
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer.initialization import cut, global_parameters
 from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary
@@ -239,7 +240,7 @@ def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validatio
     config.parallel = ParallelConfig()
     config = with_roles(config, overrides)
     config.training.global_batch_size *= count
-    config.validate(distributed.world_size())
+    validate(config, distributed.world_size())
     vocabulary = Vocabulary(config.data.vocabulary)
     distributed.initialize(config)
     resolved = resolve(config, padded_vocab_size(config, vocabulary))

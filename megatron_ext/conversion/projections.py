@@ -30,6 +30,7 @@ from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Projections
 from megatron_ext.training.run import Progress
 from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
 
@@ -254,7 +255,7 @@ def _with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         if not f"{override.partition('=')[0]}.".startswith(f"{_KEY}."):
             raise UserError(f"override '{override}': only {_KEY}.* can be converted; set others when training")
     changed = config_file.override(config, overrides)
-    changed.validate(changed.parallel.tensor * changed.parallel.pipeline)
+    validate(changed, changed.parallel.tensor * changed.parallel.pipeline)
     return changed
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import Plan, with_roles
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary
 
@@ -57,7 +58,7 @@ def load(
     config.parallel = type(config.parallel)(tensor=tensor or distributed.world_size())
     config.training.micro_batch_size, config.training.global_batch_size = 1, distributed.world_size()
     config.training.recompute = "none"
-    config.validate(distributed.world_size())
+    validate(config, distributed.world_size())
     trained_vocabulary = Vocabulary(vocabulary or config.data.vocabulary)
     if not dist.is_initialized():
         distributed.initialize(config)

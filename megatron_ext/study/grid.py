@@ -12,9 +12,11 @@ from megatron_ext import config_file
 from megatron_ext.command_line import progress
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.validation import validate_evaluation
 from megatron_ext.files import read_json, write_json
 from megatron_ext.study.budget import Length, Lengths
 from megatron_ext.study.study_file import Method, Size, Study
+from megatron_ext.training.validation import validate
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def _run(
     config.training.validation_interval = config.training.validation_interval or iterations
     processes = _processes(size, config)
     try:
-        config.validate(processes)
+        validate(config, processes)
+        validate_evaluation(config)
     except UserError as error:
         raise UserError(f"run {name}: {str(error).removeprefix('config: ')}") from None
     return StudyRun(name, folder, size, method, budgets, seed, processes, length, config)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 
+from megatron_ext.transformer.resolved import resolve
 from support.ranks import world
 
 SETTINGS = [

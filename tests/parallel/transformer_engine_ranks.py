@@ -18,7 +18,9 @@ from megatron_ext.config import Config
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer import fp8, specs
+from megatron_ext.transformer.resolved import resolve
 from parity import perturb
 from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
@@ -47,7 +49,7 @@ ROWS = [
 
 def model_and_rows(overrides: list[str]):
     config = config_file.load(Config, [], [*SETTINGS, *overrides])
-    config.validate(dist.get_world_size())
+    validate(config, dist.get_world_size())
     chunks = build_model(resolve(config, VOCABULARY))
     with torch.no_grad():
         perturb(chunks)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ext import config_file, cpu, distributed
 from megatron_ext.config import Config
+from megatron_ext.training.validation import validate
 
 VIEWS = (
     "view",
@@ -70,7 +71,7 @@ def world_on_meta(monkeypatch, *overrides: str):
     configuration."""
     config = config_file.load(Config, [], overrides)
     size, init, new_group = config.parallel.tensor, dist.init_process_group, dist.new_group
-    config.validate(size)
+    validate(config, size)
     cpu.enter()
     monkeypatch.setattr(cpu, "DEVICE", torch.device("meta"))
     monkeypatch.setattr(torch.cuda, "synchronize", _waits)

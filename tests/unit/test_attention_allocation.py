@@ -11,6 +11,7 @@ from megatron_ext.analysis.attention import Allocation
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 from support import reference
 from support.labelled_rows import SPECIAL, VOCABULARY, allocate, generation, rows_of, text, understanding
 

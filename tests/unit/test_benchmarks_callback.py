@@ -27,6 +27,7 @@ from megatron_ext.report.write import write_report
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run
+from megatron_ext.training.validation import validate
 from support.data_sets import write_pairs
 from support.tiny_vq import GRID, make_vq
 from support.vocabularies import make_vocabulary
@@ -78,7 +79,7 @@ class Outcome:
 
 
 def trained(config: Config) -> Outcome:
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     try:
         run = build_run(config)

@@ -23,6 +23,7 @@ from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.training.run import build_run, identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer.resolved import resolve
 from megatron_ext.vocabulary import Vocabulary
 from support.data_sets import write_texts
@@ -94,7 +95,7 @@ def test_logits_of_text_are_llama_s_in_a_run_that_starts_from_it(one_process, vo
             "training.seed=6",
         ],
     )
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     run = build_run(config)
     logits, expected = logits_of_both(run.chunks[0].module, llama)

@@ -20,6 +20,7 @@ from megatron_ext.routing.plan import Plan, Projections
 from megatron_ext.routing.route import Route
 from megatron_ext.training.run import identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.transformer.resolved import resolve
 from parity import VOCABULARY, packed_batch, perturb
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"

@@ -36,6 +36,7 @@ from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 from parity import VOCABULARY, packed_batch
 
 REPOSITORY = Path(__file__).parents[2]

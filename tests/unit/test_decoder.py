@@ -105,11 +105,11 @@ def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan
         expected = full_logits(model, plan, tokens, tasks)
         decoder = Decoder(model, plan, TokenIds, tasks, cache_for(plan, 4, max(map(len, tokens)), dtype))
         largest = max(float(logits.abs().max()) for logits in expected)
-        monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, piece))
-        for start in range(0, max(map(len, tokens)), piece):
-            pieces = [ids[start : start + piece] for ids in tokens]
-            logits = decoder.advance(pieces)
-            for row, ids in enumerate(pieces):
+        monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, chunk_size))
+        for start in range(0, max(map(len, tokens)), chunk_size):
+            chunk = [ids[start : start + chunk_size] for ids in tokens]
+            logits = decoder.advance(chunk)
+            for row, ids in enumerate(chunk):
                 if ids:
                     error = logits[row] - expected[row][start + len(ids) - 1]
                     assert error.abs().max() < tolerance * largest

@@ -13,6 +13,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer import transformer_engine
 from megatron_ext.transformer.resolved import resolve
 from megatron_ext.transformer.specs import transformer_config
@@ -41,7 +42,7 @@ def test_float32_takes_torchs_layers_and_bf16_transformer_engines(gpu):
 
 def test_transformer_engine_in_float32_is_refused():
     with pytest.raises(UserError, match="model.implementation.*TF32.*training.precision=bf16"):
-        load("model.implementation=transformer_engine").validate(world_size=1)
+        validate(load("model.implementation=transformer_engine"), world_size=1)
 
 
 def test_the_loss_is_fused_under_bf16_alone_and_not_where_order_matters(gpu):

@@ -8,6 +8,7 @@ import torch
 from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer import specs
 from megatron_ext.transformer.linear import FreshWeights
 from megatron_ext.transformer.resolved import resolve
@@ -15,8 +16,8 @@ from megatron_ext.transformer.resolved import resolve
 BF16 = ["training.precision=bf16", "model.hidden_size=128", "model.ffn_hidden_size=256", "model.num_attention_heads=4"]
 
 
-def validate(*overrides: str, processes: int = 1) -> None:
-    config_file.load(Config, [], [*BF16, *overrides]).validate(processes)
+def check(*overrides: str, processes: int = 1) -> None:
+    validate(config_file.load(Config, [], [*BF16, *overrides]), processes)
 
 
 @pytest.mark.parametrize(
@@ -44,16 +45,16 @@ def validate(*overrides: str, processes: int = 1) -> None:
 )
 def test_what_fp8_cannot_compute_is_refused(overrides, processes, parts):
     with pytest.raises(UserError) as error:
-        validate(*overrides, processes=processes)
+        check(*overrides, processes=processes)
     assert all(part in str(error.value) for part in parts), error.value
     assert "\n" not in str(error.value)
 
 
 def test_what_fp8_can_compute_is_not():
-    validate("training.fp8=delayed")
-    validate("training.fp8=current", "plan.preset=himix_hmgen_share_partial")
-    validate("training.fp8=mxfp8", "parallel.tensor=4", processes=4)
-    validate("model.hidden_size=136")
+    check("training.fp8=delayed")
+    check("training.fp8=current", "plan.preset=himix_hmgen_share_partial")
+    check("training.fp8=mxfp8", "parallel.tensor=4", processes=4)
+    check("model.hidden_size=136")
 
 
 def test_an_evaluation_begins_with_fresh_weights():

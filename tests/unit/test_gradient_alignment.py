@@ -18,6 +18,8 @@ from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
+from megatron_ext.training.validation import validate
+from megatron_ext.transformer.resolved import resolve
 from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 SMALL = (
@@ -207,4 +209,4 @@ def test_scales_learnt_from_every_pass_are_not_disturbed():
     config.training.precision, config.training.fp8 = "bf16", "delayed"
     config.logging.gradient_alignment_interval = 10
     with pytest.raises(UserError, match="gradient_alignment_interval"):
-        config.validate(1)
+        validate(config, 1)

@@ -128,7 +128,7 @@ def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
             rope_parameters=rotary,
         )
     )
-    draw_everything(llama)
+    randomize(llama)
     (model,) = build_chunks(resolve(config, VOCABULARY))
     model.load_state_dict(from_llama(llama.state_dict(), config.model), strict=False)
     batch = one_document_rows(2, length)

@@ -7,6 +7,7 @@ from megatron_ext.routing.plan import PRESETS
 from megatron_ext.training import step as step_module
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.transformer.resolved import resolve
 from parity import VOCABULARY, packed_batch
 from support.tracing import Trace, world_on_meta
 

@@ -9,6 +9,7 @@ from megatron_ext.config import Config, PlanConfig
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS, Plan, Role, with_roles
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training.validation import validate
 
 EXAMPLES = Path(__file__).parents[2] / "examples/configs"
 
@@ -118,16 +119,16 @@ def test_what_does_not_fit_is_named(settings, words):
 def test_impossible_plans_are_refused_with_the_configuration():
     config = config_file.load(Config, [], ["plan.preset=himix", "plan.himix_start=9"])
     with pytest.raises(UserError, match="plan.himix_start"):
-        config.validate(world_size=1)
+        validate(config, world_size=1)
     delta = ["plan.projections={kind: delta, rank: 3}", "parallel.tensor=2"]
     with pytest.raises(UserError, match=r"plan.projections.rank \(3\) is not divisible by parallel.tensor \(2\)"):
-        config_file.load(Config, [], delta).validate(world_size=2)
+        validate(config_file.load(Config, [], delta), world_size=2)
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "methods").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_example_of_a_method_lies_over_a_model(file):
     config = config_file.load(Config, [EXAMPLES / "tiny.yaml", file])
-    config.validate(world_size=1)
+    validate(config, 1)
     resolved = Plan.of(config.plan, config.model.num_layers)
     share = "himix_hmgen_share_all+dense_share" if resolved.dense_share else file.stem
     assert resolved.name == {"own_table": "dense+table"}.get(file.stem, share)

@@ -17,6 +17,7 @@ from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import NO_TASK, Preparation
+from megatron_ext.transformer.resolved import resolve
 from parity import packed_batch
 
 ROWS, LENGTH = 6, 64

@@ -9,7 +9,7 @@ import pytest
 from megatron_ext import vq as vq_package
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset, DatasetWriter
 from megatron_ext.errors import UserError
-from megatron_ext.preprocess import merge_shards, preprocess
+from megatron_ext.preprocess import PreprocessOptions, dali_decoder, merge_shards, preprocess, verify_data_set
 from support.images import caption_tar, encoded, write_tar
 from support.tiny_vq import CODES, GRID, make_vq
 from support.vocabularies import make_vocabulary

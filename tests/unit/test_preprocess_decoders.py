@@ -5,11 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
-from megatron_ext.preprocess.images import PillowDecoder, centred, evidently_whole
 from PIL import Image, ImageOps
 
 from megatron_ext.preprocess import dali_decoder
 from megatron_ext.preprocess.encoding import ahead
+from megatron_ext.vq.image_decoder import PillowDecoder, centred, evidently_whole
 from support.images import encoded, picture
 
 SIZE = (32, 48)

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from megatron_ext.preprocess.inputs import plan, read
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
 from megatron_ext.errors import UserError
+from megatron_ext.preprocess.samples import ImageFile, ReadOptions
+from megatron_ext.preprocess.units import plan, read
 from support.images import encoded, write_tar
 
 TURNS = [

@@ -16,6 +16,7 @@ from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.hidden_states import joined
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 from support import reference
 
 VOCABULARY, LAYERS, LENGTH = 64, 4, 44

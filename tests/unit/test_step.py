@@ -10,6 +10,7 @@ from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, train_step
+from megatron_ext.transformer.resolved import resolve
 from parity import VOCABULARY, packed_batch
 
 SMALL = ("data.sequence_length=48", "training.global_batch_size=4", "training.micro_batch_size=2")
