@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from megatron_ext import compat
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.token_classes import Task
 from megatron_ext.training.losses import cross_entropy_weights, global_counts, task_sums
@@ -184,7 +185,7 @@ def _gradient_norm(optimizer) -> float:
     """Norm of the gradients of the whole model. Megatron-Core's own looks at the device once for every parameter where
     neither Transformer Engine nor Apex is there."""
     single = single_optimizer(optimizer)
-    gradients = single.get_main_grads_for_grad_norm()
+    gradients = compat.gradients_for_norm(single)
     square = torch.zeros((), device=torch.cuda.current_device())
     if gradients:
         square += torch.nn.utils.get_total_norm(gradients).square()

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_ext import cpu
+from megatron_ext import compat, cpu
 from megatron_ext.routing.plan import Projections, Role
 from megatron_ext.transformer import fp8
 from megatron_ext.transformer.activation import SwiGLU
@@ -132,11 +132,8 @@ def layer_spec(resolved: ResolvedConfig, passes_slices: bool = False) -> ModuleS
                 ),
             ),
             pre_mlp_layernorm=AddNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=linear(column, "fc1"), linear_fc2=linear(row, "fc2"), activation_func=SwiGLU
-                ),
+            mlp=compat.mlp(
+                MLPSubmodules(linear_fc1=linear(column, "fc1"), linear_fc2=linear(row, "fc2"), activation_func=SwiGLU)
             ),
             # The names that Megatron-Core stores norms under, whatever its layers are made of.
             sharded_state_dict_keys_map={

@@ -120,7 +120,7 @@ def test_what_is_damaged_or_does_not_fit_is_refused_on_every_rank_with_one_line(
         "marker altered": f"{newest / MARKER}: damaged, its checksum is wrong{older}",
         "marker truncated": f"{newest / MARKER}: damaged, cannot be read{older}",
         "marker missing": f"{newest / MARKER}: missing, so this is not a complete checkpoint{older}",
-        "no older one": f"{newest / 'common.pt'}: missing; there is no older complete checkpoint beside it",
+        "no older one": f"{newest / 'metadata.json'}: missing; there is no older complete checkpoint beside it",
         "absent": f"{tmp_path / 'nowhere'}: no such checkpoint folder",
         "other vocabulary": f"{newest}: its fingerprints.vocabulary is 5f0c, this run's is abcd",
         "fewer layers": f"{newest}: has the parameter decoder.layers.1.",
@@ -151,7 +151,7 @@ def _try_all(folder: Path) -> dict[str, str]:
         checkpointer.save(iteration, run.chunks, run.optimizer, STATE)
     shutil.copytree(folder / "checkpoints", folder / f"whole_{dist.get_rank()}")
     newest = checkpointer.newest()
-    data, marker, common = newest / "__1_0.distcp", newest / MARKER, newest / "common.pt"
+    data, marker, metadata = newest / "__1_0.distcp", newest / MARKER, newest / "metadata.json"
     refusals = {}
 
     def attempt(name: str, change=lambda: None, path: Path = newest, expected: dict = STATE, layout: Layout = LAYOUT):
@@ -176,11 +176,11 @@ def _try_all(folder: Path) -> dict[str, str]:
     attempt("truncated", lambda: data.write_bytes(data.read_bytes()[:100]))
     attempt("altered", lambda: data.write_bytes(data.read_bytes()[:-1] + b"?"))
     attempt("missing", data.unlink)
-    attempt("two at once", lambda: (data.unlink(), common.unlink()))
+    attempt("two at once", lambda: (data.unlink(), metadata.unlink()))
     attempt("marker altered", lambda: overwrite(marker, b'"hidden_size": 16', b'"hidden_size": 17'))
     attempt("marker truncated", lambda: marker.write_bytes(marker.read_bytes()[:-9]))
     attempt("marker missing", marker.unlink)
-    attempt("no older one", lambda: (common.unlink(), shutil.rmtree(checkpoints(newest.parent)[0])))
+    attempt("no older one", lambda: (metadata.unlink(), shutil.rmtree(checkpoints(newest.parent)[0])))
     attempt("absent", path=folder / "nowhere")
     attempt("other vocabulary", expected={"fingerprints": {"vocabulary": "abcd"}})
     attempt("fewer layers", layout=replace(LAYOUT, layers=1))

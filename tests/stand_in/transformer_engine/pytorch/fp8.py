@@ -35,6 +35,11 @@ class FP8GlobalStateManager:
             history[0] = 0
 
 
+def fp8_model_init(**unused):
+    """Imported by Megatron-Core 0.19, which calls it for parameters in FP8 alone."""
+    raise NotImplementedError
+
+
 @contextmanager
 def fp8_autocast(enabled: bool = True, fp8_recipe=None, fp8_group=None):
     state = FP8GlobalStateManager
