@@ -5,8 +5,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
+from megatron_ext.checkpoints.state import single_optimizer
 from megatron_ext.config import Config
-from megatron_ext.training.step import configure, single_optimizer
+from megatron_ext.distributed import gather_weights
+from megatron_ext.training.step import configure
 from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import ResolvedConfig
@@ -35,13 +37,6 @@ class DataParallel(DistributedDataParallel):
         if not mode:
             gather_weights([self])
         return super().train(mode)
-
-
-def gather_weights(chunks: list[torch.nn.Module]) -> None:
-    """Make the weights of ``chunks`` whole on every replica. Collective; nothing to do unless gathering overlaps."""
-    for chunk in chunks:
-        if getattr(chunk, "use_forward_hook", False):
-            chunk.start_param_sync(force_sync=True)
 
 
 def _gathers_ahead(config: Config) -> bool:

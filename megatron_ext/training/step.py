@@ -16,6 +16,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_ext import compat
+from megatron_ext.checkpoints.state import single_optimizer
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.token_classes import Task
 from megatron_ext.training.losses import cross_entropy_weights, global_counts, task_sums
@@ -47,12 +48,6 @@ def configure(model_config) -> None:
     model_config.finalize_model_grads_func = lambda model, num_tokens, **groups: finalize_model_grads(
         model, None, **groups
     )
-
-
-def single_optimizer(optimizer):
-    """The one optimizer in what ``get_megatron_optimizer`` gives, which may be a chain of one."""
-    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return single
 
 
 def train_step(
