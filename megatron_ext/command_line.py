@@ -14,13 +14,13 @@ from megatron_ext.errors import UserError
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
     """An argument parser whose ``--help`` ends in a worked example, with the ``--json FILE`` that every tool has."""
-    made = argparse.ArgumentParser(
+    result = argparse.ArgumentParser(
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of this run to FILE")
-    return made
+    result.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of this run to FILE")
+    return result
 
 
 def run(main: Callable[[], dict | None]) -> None:

@@ -123,7 +123,7 @@ class Size:
     def flops(self, case: Case, batch: Batch) -> int:
         """FLOPs of a training step of the model under the case's plan."""
         config = self.configuration(case.plan)
-        plan = Plan.of(config.plan, config.model.num_layers)
+        plan = Plan.from_config(config)
         return TRAINING_PER_FORWARD * forward_flops(config.model, self.vocab_size, plan, count(batch, plan))
 
 

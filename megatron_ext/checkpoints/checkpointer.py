@@ -1,9 +1,4 @@
-"""Saving and loading a run: complete or absent, under any layout, in the background if asked.
-
-Built on Megatron-Core's ``dist_checkpointing``. Three neighbours do the parts: ``checkpoint_folder`` the files and when
-they count as a checkpoint, ``checkpoint_state`` what of a run is stored, ``checkpoint_writer`` the writing. All ranks
-must see the same file system.
-"""
+"""Save and load a run over Megatron-Core's ``dist_checkpointing``. All ranks must see the same file system."""
 
 import importlib.metadata
 import json
@@ -42,8 +37,8 @@ class Checkpointer:
         Args:
             folder: holds one ``iter_NNNNNNN`` per checkpoint.
             keep: newest checkpoints kept; 0: all.
-            asynchronous: write in a forked process while training goes on. Call :meth:`poll` each iteration and
-                :meth:`finish` at the end: only they make a written checkpoint a complete one.
+            asynchronous: write in a forked process during training. Call :meth:`poll` each iteration and
+                :meth:`finish` at the end: they complete a checkpoint once it is written.
         """
         self.folder = Path(folder)
         self.keep = keep
@@ -51,21 +46,20 @@ class Checkpointer:
         self._queue = AsyncCallsQueue()
 
     def save(self, iteration: int, model: list[nn.Module], optimizer, state: dict) -> None:
-        """Save everything that a run needs to go on bit for bit after ``iteration``.
+        """Save everything that a run needs to resume bit for bit after ``iteration``.
 
-        An earlier save that is still being written is waited for. Host memory needed: a copy of what this rank
-        stores; with the distributed optimizer also its replicas' share of the optimizer's state, since that is
-        gathered.
+        Waits for an earlier save that is still being written. Needs host memory for a copy of what this rank stores;
+        with the distributed optimizer also for its replicas' share of the optimizer's state, which is gathered.
 
         Args:
             iteration: iterations done.
             model: this rank's model chunks, wrapped for data parallelism or not.
-            optimizer: Megatron-Core's; None for weights alone, which a run can start from and not go on from.
-            state: whatever else belongs to the run, the same on every rank, as plain JSON data. It comes back from
-                :meth:`load`, and can be read without loading (:func:`read_state`).
+            optimizer: Megatron-Core's; None to save only weights, from which a run can start but not resume.
+            state: further state of the run, the same on every rank, as plain JSON data. :meth:`load` returns it, and
+                :func:`read_state` reads it without loading.
 
         Raises:
-            UserError: it cannot be written (now or, of an asynchronous save, at a later call).
+            UserError: it cannot be written; an asynchronous save raises at a later call.
         """
         _require_plain(state, "state")
         self.finish()
@@ -92,7 +86,7 @@ class Checkpointer:
             self._reporting_failure(request.execute_sync)
 
     def poll(self) -> None:
-        """Complete an asynchronous save that all ranks have finished writing; returns at once if there is none."""
+        """Complete an asynchronous save that all ranks have written; returns at once if there is none."""
         self._reporting_failure(self._queue.maybe_finalize_async_calls)
 
     def finish(self) -> None:
@@ -100,37 +94,37 @@ class Checkpointer:
         self._reporting_failure(lambda: self._queue.maybe_finalize_async_calls(blocking=True))
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint in the folder, the same on every rank; None: there is none.
+        """The newest complete checkpoint in the folder, the same on every rank; None if there is none.
 
-        A checkpoint that was complete once and is damaged now is still the newest: :meth:`load` refuses it.
+        This may be a checkpoint that has been damaged since, which :meth:`load` refuses.
         """
-        found = from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
-        return found[-1] if found else None
+        paths = from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
+        return paths[-1] if paths else None
 
     def load(self, path: Path, model: list[nn.Module], optimizer, expected: dict | None = None) -> dict:
-        """Load what :meth:`save` saved, under the same layout or another one.
+        """Load a checkpoint of :meth:`save`, under the same or another layout.
 
-        Every file is first read whole by one rank, for its checksum, and then by each rank that needs some of it. The
-        random generators are restored under the same layout; under another one they stay as seeded, which is logged.
+        One rank reads each file whole for its checksum, before the ranks read the parts that they need. The random
+        generators are restored under the same layout; under another one they stay as seeded, which is logged.
 
         Args:
             path: the checkpoint's folder.
             model: this rank's model chunks; any tensor, pipeline, virtual pipeline and data parallel size.
-            optimizer: Megatron-Core's, distributed or not, whichever it was when saved.
-            expected: what the checkpoint's state must agree with, see :func:`check_compatible`.
+            optimizer: Megatron-Core's, distributed or not, independent of the saved one.
+            expected: see :func:`check_compatible`.
 
         Returns:
             The ``state`` that was saved.
 
         Raises:
-            UserError: a file of the checkpoint is missing or damaged, or what is in it does not fit.
+            UserError: a file of the checkpoint is missing or damaged, or its contents do not fit.
         """
         marker = _verified(path, expected)
         stored = _stored_shapes(path)
         if not any(key.startswith("optimizer.") for key in stored):
             raise UserError(
-                f"{path}: has weights alone, nothing to go on from; move it out of the run's folder, and start from it "
-                "with checkpoint.load"
+                f"{path}: has only weights, so no run can resume from it; move it out of the run's folder, and start "
+                "from it with checkpoint.load"
             )
         sharded = {"model": checkpoint_state.model_state(model)}
         _check_parameters(path, sharded["model"], stored)
@@ -153,7 +147,7 @@ class Checkpointer:
         return marker["state"]
 
     def _complete(self, partial: Path, description: dict, report: checkpoint_writer.Report) -> None:
-        """Runs on every rank once all of them have written everything."""
+        """Publish a checkpoint that all ranks have written; called on every rank."""
         reports: list = [None] * dist.get_world_size()
         dist.all_gather_object(reports, report.files)
 
@@ -171,15 +165,15 @@ class Checkpointer:
         try:
             write()
         except CheckpointException as error:
-            # The cause is known on rank 0 alone.
+            # Only rank 0 knows the cause.
             causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
             raise UserError(f"{self.folder}: the checkpoint could not be written ({causes or 'see rank 0'})") from None
 
 
 def load_weights(path: Path, model: list[nn.Module], expected: dict | None = None) -> dict:
-    """Load the weights alone of a checkpoint, under any layout: to start a new run, or to evaluate. Collective.
+    """Load only the weights of a checkpoint, under any layout: to start a new run, or to evaluate. Collective.
 
-    An optimizer built before must be told by its ``reload_model_params()``.
+    Call ``reload_model_params()`` of an optimizer that exists already.
 
     Args, Returns, Raises:
         As for :meth:`Checkpointer.load`.
@@ -193,16 +187,16 @@ def load_weights(path: Path, model: list[nn.Module], expected: dict | None = Non
 
 
 def read_state(path: Path) -> dict:
-    """The ``state`` given to :meth:`Checkpointer.save`, without loading or checking anything else. Not collective.
+    """Read the ``state`` of a checkpoint, without loading or checking anything else. Not collective.
 
     Raises:
-        UserError: no complete checkpoint is there.
+        UserError: there is no complete checkpoint.
     """
     return checkpoint_folder.read_marker(Path(path))["state"]
 
 
 def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint") -> None:
-    """Refuse a checkpoint made for something else.
+    """Refuse a checkpoint of another model or data.
 
     Args:
         state: a checkpoint's.
@@ -216,24 +210,24 @@ def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint
     """
     difference = _difference(state, json.loads(json.dumps(expected)), "")
     if difference:
-        key, theirs, ours = difference
+        key, stored, own = difference
         remedy = "; tools/convert_checkpoint.py can convert it" if key.startswith("plan.projections") else ""
-        raise UserError(f"{path}: its {key} is {theirs}, this run's is {ours}{remedy}")
+        raise UserError(f"{path}: its {key} is {stored}, this run's is {own}{remedy}")
 
 
-def _difference(theirs: Any, ours: Any, key: str) -> tuple[str, Any, Any] | None:
-    if not isinstance(ours, dict):
-        return None if theirs == ours else (key, theirs, ours)
-    for name, value in ours.items():
-        inner = theirs.get(name) if isinstance(theirs, dict) else None
-        found = _difference(inner, value, f"{key}.{name}" if key else name)
-        if found:
-            return found
+def _difference(stored: Any, expected: Any, key: str) -> tuple[str, Any, Any] | None:
+    """The first key below ``key`` whose stored value is not the expected one, and both values."""
+    if not isinstance(expected, dict):
+        return None if stored == expected else (key, stored, expected)
+    for name, value in expected.items():
+        inner = stored.get(name) if isinstance(stored, dict) else None
+        if difference := _difference(inner, value, f"{key}.{name}" if key else name):
+            return difference
     return None
 
 
 def _verified(path: Path, expected: dict | None) -> dict:
-    """The marker of a checkpoint whose files are all whole; the ranks share the reading."""
+    """The marker of a checkpoint, after the ranks together have checked all of its files."""
     path = Path(path)
     marker = from_rank_zero(lambda: checkpoint_folder.read_marker(path))
     if reason := compat.why_unreadable(marker["versions"]):
@@ -250,7 +244,7 @@ def _verified(path: Path, expected: dict | None) -> dict:
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Whole shape of everything in the checkpoint by its key, but for what Megatron-Core keeps there for itself."""
+    """Global shape of everything in the checkpoint by its key, without Megatron-Core's own entries."""
     stored = {v.key: tuple(v.global_shape) for v in load_sharded_metadata(str(path)).values()}
     stored.pop(compat.COMMON_STATE, None)
     return stored
@@ -258,24 +252,26 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _check_parameters(path: Path, model: dict, stored: dict[str, tuple[int, ...]]) -> None:
     """Refuse a checkpoint whose parameters are not exactly the model's."""
-    # The vocabulary's rows may be padded otherwise under another tensor-parallel size, and say so.
+    # Rows of the vocabulary may be padded differently under another tensor-parallel size.
     local = {
         t.key: None if t.allow_shape_mismatch else tuple(t.global_shape) for t in checkpoint_state.parameters(model)
     }
-    wanted = {key: shape for shapes in _gathered(local) for key, shape in shapes.items()}
-    # Extra states are Transformer Engine's notes beside its parameters.
-    found = {k: s for k, s in stored.items() if not k.startswith("optimizer.") and "_extra_state" not in k}
-    found.pop("random")
+    expected = {key: shape for shapes in _gathered(local) for key, shape in shapes.items()}
+    # Extra states are Transformer Engine's own, beside its parameters.
+    present = {k: s for k, s in stored.items() if not k.startswith("optimizer.") and "_extra_state" not in k}
+    present.pop("random")
     for absent, fault in (
-        (wanted.keys() - found, "lacks the parameter {}, which the model has"),
-        (found.keys() - wanted, "has the parameter {}, which the model has not"),
+        (expected.keys() - present, "lacks the parameter {}, which the model has"),
+        (present.keys() - expected, "has the parameter {}, which the model lacks"),
     ):
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise UserError(f"{path}: {fault.format(min(absent) + more)}")
-    for key, shape in wanted.items():
-        if shape not in (None, found[key]):
-            raise UserError(f"{path}: its parameter {key} has the shape {list(found[key])}, the model's {list(shape)}")
+    for key, shape in expected.items():
+        if shape not in (None, present[key]):
+            raise UserError(
+                f"{path}: its parameter {key} has the shape {list(present[key])}, the model's {list(shape)}"
+            )
 
 
 def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict:
@@ -286,10 +282,11 @@ def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict
     return dist_checkpointing.load(sharded, str(path))
 
 
-def _gathered(mine) -> list:
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+def _gathered(value) -> list:
+    """The values of all ranks, in order."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _require_plain(value, where: str) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk, and when it counts as complete. Plain files: nothing here knows of models or ranks.
+"""The files of a checkpoint, and when it counts as complete. This module does not know of models or ranks.
 
 ::
 
@@ -9,8 +9,8 @@
         COMPLETE.json                   written last: iteration, layout, state, size and checksum of every file
       .iter_0000020.5f0c9a1e.partial/   being written, or left over from a killed save
 
-A checkpoint gets its name by one rename, after every byte of it is on the disk, and loses it by one rename before
-anything in it is deleted. So whatever is called ``iter_N`` was complete once; its checksums tell whether it still is.
+A checkpoint gets its name by one rename, after all of its bytes are on the disk, and loses it by one rename before
+any of its files is deleted. So every ``iter_N`` was complete once; its checksums tell whether it still is.
 """
 
 import json
@@ -32,23 +32,23 @@ _CHUNK = 1 << 22
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder`` by rising iteration; those being written, or left by a killed save, are not."""
-    found = [p for p in folder.iterdir() if _COMPLETE.fullmatch(p.name) and p.is_dir()] if folder.is_dir() else []
-    return sorted(found, key=iteration_of)
+    """The complete checkpoints in ``folder`` by rising iteration."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in paths if _COMPLETE.fullmatch(p.name) and p.is_dir()), key=iteration_of)
 
 
 def of_run(folder: Path) -> Path:
-    """``folder`` if it is a checkpoint, by its name or by what is in it, else the newest complete one of the run in it.
+    """``folder`` itself if its name or its files make it a checkpoint, else the newest checkpoint of the run in it.
 
     Raises:
         UserError: the run has none.
     """
     if _COMPLETE.fullmatch(folder.name) or (folder / MARKER).is_file():
         return folder
-    found = checkpoints(folder / "checkpoints")
-    if not found:
+    complete_checkpoints = checkpoints(folder / "checkpoints")
+    if not complete_checkpoints:
         raise UserError(f"{folder}: no complete checkpoint in {folder / 'checkpoints'}")
-    return found[-1]
+    return complete_checkpoints[-1]
 
 
 def iteration_of(path: Path) -> int:
@@ -57,7 +57,7 @@ def iteration_of(path: Path) -> int:
 
 
 def begin(folder: Path, iteration: int) -> Path:
-    """A new, empty folder to write the checkpoint of ``iteration`` into; left-overs of killed saves are removed.
+    """Make an empty folder to write the checkpoint of ``iteration`` into, and remove left-overs of killed saves.
 
     Its name is never used twice: a writer that outlived its killed run cannot write into the next run's files.
     """
@@ -71,12 +71,12 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def complete(partial: Path, description: dict, files: dict[str, dict]) -> Path:
-    """Turn what was written into ``partial`` into a complete checkpoint.
+    """Turn the files in ``partial`` into a complete checkpoint.
 
     Args:
-        partial: the folder that :func:`begin` gave.
-        description: goes into the marker; plain data, with the "iteration".
-        files: :func:`fingerprint` of files that are known already; the others are read for theirs.
+        partial: a folder of :func:`begin`.
+        description: plain data for the marker, with the "iteration".
+        files: known :func:`fingerprint` of files by name; the other files are read.
 
     Returns:
         The checkpoint's folder.
@@ -99,7 +99,7 @@ def complete(partial: Path, description: dict, files: dict[str, dict]) -> Path:
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint; killed half-way, what is left of it is no longer called a checkpoint."""
+    """Delete a checkpoint, first its name: a deletion killed half-way leaves no damaged checkpoint."""
     hidden = _rename_away(path)
     _sync(path.parent)
     shutil.rmtree(hidden, ignore_errors=True)
@@ -112,10 +112,10 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def read_marker(path: Path) -> dict:
-    """What :func:`complete` wrote about the checkpoint ``path``: "iteration", "state", "layout", "files" ...
+    """The marker of the checkpoint ``path``: "iteration", "state", "layout", "files" ...
 
     Raises:
-        UserError: no checkpoint is there, or its marker is missing, damaged or of another format.
+        UserError: there is no checkpoint, or its marker is missing, damaged or of another format.
     """
     marker = path / MARKER
     if not path.is_dir():
@@ -137,7 +137,7 @@ def read_marker(path: Path) -> dict:
 
 
 def damage(path: Path, files: dict[str, dict], names: Iterable[str]) -> list[str]:
-    """One line for each of ``names`` in the checkpoint ``path`` that is not as ``files`` says."""
+    """One line for each of ``names`` in the checkpoint ``path`` that differs from its fingerprint in ``files``."""
     lines = []
     for name in names:
         file, expected = path / name, files[name]
@@ -155,15 +155,15 @@ def damage(path: Path, files: dict[str, dict], names: Iterable[str]) -> list[str
 
 
 def way_out(path: Path) -> str:
-    """The end of a sentence that refuses the checkpoint ``path``: which older one could be resumed, and how."""
+    """The end of an error about the checkpoint ``path``: which older one could be resumed, and how."""
     for older in reversed(checkpoints(path.parent)):
         if _COMPLETE.fullmatch(path.name) and iteration_of(older) < iteration_of(path) and _looks_whole(older):
-            return f"; to go on from the older {older.name}, move {path.name} away"
+            return f"; to resume from the older {older.name}, move {path.name} away"
     return "; there is no older complete checkpoint beside it"
 
 
 def fingerprint(file: Path) -> dict:
-    """Size and CRC-32 of a file. CRC-32 finds accidents, which is all that is asked of it, at several GB/s."""
+    """Size and CRC-32 of a file. CRC-32 detects accidents, though no manipulation, at several GB/s."""
     crc, size = 0, 0
     with open(file, "rb") as stream:
         while chunk := stream.read(_CHUNK):

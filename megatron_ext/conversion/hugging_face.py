@@ -1,4 +1,4 @@
-"""Hugging Face's Llama: a folder of it, and its weights in this model's layout."""
+"""Read a Hugging Face Llama, and rename its weights to this model's."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,32 +14,32 @@ from megatron_ext.training.validation import validate
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
-# What config.json may say of things that this model has in one form alone; absent means that form.
+# Settings of config.json that this model supports with one value only, which is also the default.
 _ONE_FORM = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "quantization_config": None,
 }
-# Llama 3's scaling of rotary frequencies as Megatron-Core has it: its factor alone can be chosen.
+# Megatron-Core's Llama 3 scaling of rotary frequencies, of which only the factor can be chosen.
 _LLAMA3_ROTARY = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 class LlamaFolder(Mapping[str, Tensor]):
     """``LlamaForCausalLM`` as ``save_pretrained`` writes it: config.json and safetensors, in one file or in shards.
 
-    A mapping from its parameters' names to their values, each of which is read when it is asked for.
+    A mapping from parameter names to values, which are read on access.
 
     Attributes:
-        model: its shape as this project says it.
+        model: its shape as this project's configuration.
         vocab_size: rows of its embedding.
-        precision: ``bf16`` where all weights are, else ``float32``, which holds them exactly.
+        precision: ``bf16`` if all weights are, else ``float32``, which holds them exactly.
     """
 
     def __init__(self, folder: Path):
         """
         Raises:
-            UserError: a file is missing or damaged, or says something that this project's model cannot express, named.
+            UserError: names a file that is missing or damaged, or a setting that this project's model cannot express.
         """
         self.folder = Path(folder)
         file = self.folder / "config.json"
@@ -60,7 +60,7 @@ class LlamaFolder(Mapping[str, Tensor]):
         return len(self._files)
 
     def pieces(self) -> tuple[Path, dict[int, str]] | None:
-        """The file of the folder's tokenizer and its pieces by token id; None: it has no tokenizer."""
+        """The tokenizer file and its pieces by token id; None if the folder has no tokenizer."""
         file = self.folder / "tokenizer.model"
         if file.is_file():
             import sentencepiece
@@ -102,24 +102,24 @@ class LlamaFolder(Mapping[str, Tensor]):
         return where
 
     def _require_expected(self) -> set[str]:
-        """Refuse a folder whose tensors are not those that its config.json asks for; the types of their elements."""
+        """Refuse a folder whose tensors do not fit its config.json; returns the dtypes of its tensors."""
         expected, types = _shapes(self.model, self.vocab_size), set()
         for name, shape in expected.items():
             if name not in self._files:
                 raise UserError(f"{self.folder}: lacks the parameter {name}")
             with _opened(self._files[name]) as file:
-                found = file.get_slice(name)
-                types.add(found.get_dtype())
-                if tuple(found.get_shape()) != shape:
+                stored = file.get_slice(name)
+                types.add(stored.get_dtype())
+                if tuple(stored.get_shape()) != shape:
                     raise UserError(
-                        f"{self._files[name]}: {name} has the shape {list(found.get_shape())}, by config.json it is "
+                        f"{self._files[name]}: {name} has the shape {list(stored.get_shape())}, by config.json it is "
                         f"{list(shape)}"
                     )
         if other := types - {"BF16", "F16", "F32"}:
             raise UserError(f"{self.folder}: has parameters of the type {min(other)}, must be BF16, F16 or F32")
         unknown = [n for n in self._files if n not in expected and not n.endswith("rotary_emb.inv_freq")]
         for name in unknown:
-            # A tied head is the embedding, whether or not it was stored.
+            # A tied head may be stored; it is the embedding.
             if not (name == "lm_head.weight" and torch.equal(self[name], self["model.embed_tokens.weight"])):
                 raise UserError(
                     f"{self._files[name]}: has the parameter {name}, which a Llama of this config.json has not"
@@ -162,16 +162,16 @@ def model_config(config: dict, file: Path) -> ModelConfig:
         "tie_embeddings": config.get("tie_word_embeddings", False),
     }
     try:
-        made = config_file.from_tree(ModelConfig, section, "model")
-        validate(Config(model=made), world_size=1)
+        model = config_file.from_tree(ModelConfig, section, "model")
+        validate(Config(model=model), world_size=1)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return made
+    return model
 
 
 def _rotary(config: dict, file: Path) -> tuple[float, float | None]:
     """Base of the rotary frequencies, and the factor of Llama 3's scaling."""
-    # Since transformers 5 the base stands among the parameters, before it stood beside them.
+    # transformers 5 puts the base among the parameters, older versions beside them.
     rotary = {"rope_theta": config.get("rope_theta")}
     rotary |= (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     base = rotary["rope_theta"] or 10000.0
@@ -191,30 +191,30 @@ def _rotary(config: dict, file: Path) -> tuple[float, float | None]:
 
 
 def from_llama(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """The state of ``LlamaForCausalLM`` under this model's parameter names (local implementation, one process)."""
+    """Rename the state of ``LlamaForCausalLM`` to this model's parameters (local implementation, one process)."""
     return dict(named_weights(weights, model))
 
 
 def named_weights(weights: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """:func:`from_llama` one parameter after the other; ``weights`` are asked for theirs when it is its turn.
+    """Yield the parameters of :func:`from_llama` one by one, reading ``weights`` as needed.
 
-    Megatron-Core keeps query, key and value of one key/value group together, group after group, and gate and up
+    Megatron-Core stores query, key and value of one key/value group together, group after group, and gate and up
     of the FFN in one matrix.
     """
     yield EMBEDDING, weights["model.embed_tokens.weight"]
     for layer in range(model.num_layers):
-        theirs, ours = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
         groups = [
-            weights[f"{theirs}self_attn.{name}_proj.weight"].view(model.num_query_groups, -1, model.hidden_size)
+            weights[f"{source}self_attn.{name}_proj.weight"].view(model.num_query_groups, -1, model.hidden_size)
             for name in "qkv"
         ]
-        yield f"{ours}self_attention.linear_qkv.weight", torch.cat(groups, dim=1).flatten(0, 1)
-        yield f"{ours}self_attention.linear_proj.weight", weights[f"{theirs}self_attn.o_proj.weight"]
-        gate_up = [weights[f"{theirs}mlp.{name}_proj.weight"] for name in ("gate", "up")]
-        yield f"{ours}mlp.linear_fc1.weight", torch.cat(gate_up)
-        yield f"{ours}mlp.linear_fc2.weight", weights[f"{theirs}mlp.down_proj.weight"]
-        yield f"{ours}input_layernorm.weight", weights[f"{theirs}input_layernorm.weight"]
-        yield f"{ours}pre_mlp_layernorm.weight", weights[f"{theirs}post_attention_layernorm.weight"]
+        yield f"{target}self_attention.linear_qkv.weight", torch.cat(groups, dim=1).flatten(0, 1)
+        yield f"{target}self_attention.linear_proj.weight", weights[f"{source}self_attn.o_proj.weight"]
+        gate_up = [weights[f"{source}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        yield f"{target}mlp.linear_fc1.weight", torch.cat(gate_up)
+        yield f"{target}mlp.linear_fc2.weight", weights[f"{source}mlp.down_proj.weight"]
+        yield f"{target}input_layernorm.weight", weights[f"{source}input_layernorm.weight"]
+        yield f"{target}pre_mlp_layernorm.weight", weights[f"{source}post_attention_layernorm.weight"]
     yield "decoder.final_layernorm.weight", weights["model.norm.weight"]
     if not model.tie_embeddings:
         yield HEAD, weights["lm_head.weight"]
@@ -236,7 +236,7 @@ def _shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
 
 
 def _opened(path: Path):
-    """A safetensors file, whose tensors are read one by one."""
+    """Open a safetensors file, whose tensors are then read one by one."""
     from safetensors import SafetensorError, safe_open
 
     try:

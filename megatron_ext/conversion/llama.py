@@ -1,16 +1,16 @@
-"""A checkpoint to start from with the weights of a Hugging Face Llama.
+"""Convert a Hugging Face Llama to a checkpoint to start from.
 
 ::
 
     row of embedding and head       starts as
-    text 0 .. text_size-1           Llama's row of the same id: a vocabulary takes its pieces' ids as they are
+    text 0 .. text_size-1           Llama's row of the same id: a vocabulary keeps the ids of its pieces
     <eod>                           Llama's row of </s>, which ended documents in its training
     <pad> <boi> <eoi>, VQ codes,    this project's initial weights (of the seed and the parameter's name), scaled to the
     rows of padding                 standard deviation of Llama's text rows, in embedding and head each
 
-Initial weights have the spread that a model started at random wants (``init_std``), which need not be that of trained
-rows. Of another size they would enter the stack fainter or louder than text does, and their logits would spread
-less or more than those of text.
+Initial weights have the standard deviation of a random model (``init_std``), which may differ from that of trained
+rows. Without scaling, the new rows would enter the stack at another magnitude than text, and their logits would have
+another spread.
 """
 
 import dataclasses
@@ -37,22 +37,22 @@ from megatron_ext.vocabulary import Vocabulary
 def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) -> dict:
     """Write a Llama's weights as ``out``/iter_0000000 and its shape as ``out``/model.yaml.
 
-    The checkpoint has weights alone, in bf16 where all of Llama's are, else in float32. Llama's weights are read one by
-    one; the model is held in memory once, and its matrices of gate and up twice while they are written, half the model
-    again. Joins a process group of its own, of this process alone, and leaves it.
+    The checkpoint has only weights, in bf16 if all of Llama's are, else in float32. Llama's weights are read one by
+    one; memory holds the model once, and the gate and up matrices twice while they are written, which is half the
+    model again. The conversion runs in a process group of this process alone.
 
     Args:
         folder: config.json and safetensors of ``LlamaForCausalLM``.
         vocabulary: has Llama's text pieces.
         out: a folder without checkpoints.
-        seed: of the rows that Llama has not.
+        seed: of the rows that Llama lacks.
 
     Returns:
         "checkpoint" and "config" that were written, "parameters", "precision", the number of "rows" of each kind, and
         the standard deviation of new rows in each table, "new_rows_std".
 
     Raises:
-        UserError: what cannot be converted, named.
+        UserError: names what cannot be converted.
     """
     if present := checkpoint_folder.checkpoints(out):
         raise UserError(f"{out}: holds checkpoints already, such as {present[-1].name}; name another folder")
@@ -81,15 +81,15 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
         f"# The shape of {folder.name}, to be laid over a configuration that starts from its weights.\n"
         + yaml.safe_dump({"model": section}, sort_keys=False),
     )
-    of_llama = vocabulary.text_size + (_end(vocabulary) is not None)
+    llama_rows = vocabulary.text_size + (_end(vocabulary) is not None)
     return {
         "checkpoint": str(out / "iter_0000000"),
         "config": str(out / "model.yaml"),
         "parameters": parameter_count(llama.model, vocab_size, resolved.plan.projections),
         "precision": llama.precision,
         "rows": {
-            "llama": of_llama,
-            "new": vocabulary.size - of_llama,
+            "llama": llama_rows,
+            "new": vocabulary.size - llama_rows,
             "padding": vocab_size - vocabulary.size,
             "left_out": llama.vocab_size - vocabulary.text_size,
         },
@@ -98,7 +98,7 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
 
 
 def _require_same_text(vocabulary: Vocabulary, llama: LlamaFolder) -> None:
-    """Refuse a vocabulary whose text ids mean something else to Llama."""
+    """Refuse a vocabulary whose text ids are other pieces in Llama."""
     size, rows = vocabulary.text_size, llama.vocab_size
     differ = f"{vocabulary.folder}: has {size} text pieces, the embedding of {llama.folder} {rows} rows"
     if size > rows:
@@ -112,18 +112,18 @@ def _require_same_text(vocabulary: Vocabulary, llama: LlamaFolder) -> None:
         return
     file, pieces = tokenizer
     for i in range(size):
-        ours, theirs = vocabulary.text.id_to_piece(i), pieces.get(i)
-        if ours != theirs:
+        piece, llama_piece = vocabulary.text.id_to_piece(i), pieces.get(i)
+        if piece != llama_piece:
             raise UserError(
-                f"{vocabulary.folder}: its text piece {i} is {ours!r}, that of {file} "
-                f"{'missing' if theirs is None else repr(theirs)}; a vocabulary must have Llama's own pieces "
+                f"{vocabulary.folder}: its text piece {i} is {piece!r}, that of {file} "
+                f"{'missing' if llama_piece is None else repr(llama_piece)}; a vocabulary must have Llama's own pieces "
                 "(tools/train_tokenizer.py --from-model, of a SentencePiece model)"
             )
 
 
 @torch.no_grad()
 def _fill(model: torch.nn.Module, llama: LlamaFolder, vocabulary: Vocabulary) -> dict[str, float]:
-    """Give ``model`` Llama's weights; the standard deviation of new rows in each table."""
+    """Copy Llama's weights into ``model``; returns the standard deviation of new rows in each table."""
     parameters, spread = dict(model.named_parameters()), {}
     weights = named_weights(llama, llama.model)
     for name, weight in command_line.progress(weights, total=len(parameters), desc="weights", unit="parameter"):
@@ -134,9 +134,9 @@ def _fill(model: torch.nn.Module, llama: LlamaFolder, vocabulary: Vocabulary) ->
     return spread
 
 
-def _fill_rows(table: Tensor, theirs: Tensor, vocabulary: Vocabulary, init_std: float) -> float:
-    """Give ``table``, which holds initial weights, Llama's rows; the standard deviation that the others get."""
-    text = theirs[: vocabulary.text_size]
+def _fill_rows(table: Tensor, llama_rows: Tensor, vocabulary: Vocabulary, init_std: float) -> float:
+    """Copy Llama's rows into ``table``, which holds initial weights; returns the standard deviation of the others."""
+    text = llama_rows[: vocabulary.text_size]
     std = float(text.float().std())
     table.mul_(std / init_std)
     table[: vocabulary.text_size] = text
@@ -147,6 +147,6 @@ def _fill_rows(table: Tensor, theirs: Tensor, vocabulary: Vocabulary, init_std: 
 
 
 def _end(vocabulary: Vocabulary) -> int | None:
-    """Llama's end of a document, None where its pieces have none."""
+    """Llama's end of a document; None if its pieces have none."""
     end = vocabulary.text.eos_id()
     return end if end >= 0 else None

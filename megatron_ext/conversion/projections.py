@@ -1,13 +1,12 @@
-"""A checkpoint of the same model with other projections.
+"""Convert a checkpoint to other projections of the same function.
 
-Training that began with one matrix for all tokens goes on with more, or the other way round, and the model computes
-what it computed before::
+Training that began with one matrix for all tokens continues with more, or the other way round::
 
-    shared      -> any kind        image tokens get copies of W, or differences that are zero
-    separate   <-> delta      W + D = W_image
-    any kind    -> rank r          where every difference has at most rank r
-    one         -> one per task    both tasks get what both used
-    any kind    -> shared,         where the matrices that become one are the same
+    shared      -> any kind        image tokens get copies of W, or differences of zero
+    separate   <-> delta           W + D = W_image
+    any kind    -> rank r          if every difference has at most rank r
+    one         -> one per task    both tasks get the matrix that they shared
+    any kind    -> shared,         if the matrices to be merged are equal
     one per task -> one
 """
 
@@ -42,8 +41,8 @@ _KEY = "plan.projections"
 def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: float = TOLERANCE) -> dict:
     """Write the model of ``checkpoint`` with other projections as iteration 0 of a run, into ``out``/iter_0000000.
 
-    Its optimizer has taken no step, and its configuration is the source's with the overrides. Joins a process group
-    of its own, of this process alone, and leaves it.
+    Its optimizer has taken no step, and its configuration is the source's with the overrides. The conversion runs in a
+    process group of this process alone.
 
     Args:
         checkpoint: a complete checkpoint, saved under any layout.
@@ -52,10 +51,10 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         tolerance: see :func:`converted`.
 
     Returns:
-        The new "checkpoint", its "projections" and its number of "parameters"; the same of the "source".
+        The new "checkpoint", its "projections" and its number of "parameters"; the same for the "source".
 
     Raises:
-        UserError: the checkpoint, the folder, an override, or a weight that cannot be converted, named.
+        UserError: names the checkpoint, folder, override or weight that cannot be converted.
     """
     marker = checkpoint_folder.read_marker(checkpoint)
     if present := checkpoint_folder.checkpoints(out):
@@ -96,17 +95,17 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
 def _fill(
     model: torch.nn.Module,
     checkpoint: Path,
-    theirs: list[torch.nn.Module],
+    trained: list[torch.nn.Module],
     source: Projections,
     target: Projections,
     tolerance: float,
 ) -> None:
-    """Give ``model`` the weights of a checkpoint, which are loaded into ``theirs``."""
-    load_weights(checkpoint, theirs)
+    """Load a checkpoint into ``trained``, and copy its converted weights into ``model``."""
+    load_weights(checkpoint, trained)
     parameters = dict(model.named_parameters())
-    made = converted(dict(theirs[0].named_parameters()), source, target, parameters, tolerance)
+    weights = converted(dict(trained[0].named_parameters()), source, target, parameters, tolerance)
     for name, parameter in parameters.items():
-        parameter.copy_(made[name])
+        parameter.copy_(weights[name])
 
 
 @torch.no_grad()
@@ -117,38 +116,38 @@ def converted(
     fresh: Mapping[str, Tensor],
     tolerance: float = TOLERANCE,
 ) -> dict[str, Tensor]:
-    """Weights of the same function with other projections.
+    """Convert a model's weights to other projections of the same function.
 
     Args:
-        weights: a model's parameters by name, in one process.
-        source: its projections.
-        target: those wanted.
-        fresh: initial parameters of the model wanted: where a difference of rank r has a smaller rank, the rest of
-            its ``down`` is theirs, and of its ``up`` zero.
-        tolerance: matrices count as the same when they differ by at most this share of W, in Frobenius norm.
+        weights: the model's parameters by name, in one process.
+        source: the model's projections.
+        target: the projections to convert to.
+        fresh: initial parameters of the target model. Where a difference needs less than rank r, the rest of its
+            ``down`` comes from here, and the rest of its ``up`` is zero.
+        tolerance: matrices count as equal if they differ by at most this share of W, in Frobenius norm.
 
     Returns:
-        The parameters of the model wanted, of the types that they had.
+        The parameters of the target model, with the dtypes of the source.
 
     Raises:
-        UserError: a matrix that the projections wanted cannot express, named with its relative difference.
+        UserError: names a matrix that the target projections cannot express, and its relative difference.
     """
-    made = {}
+    parameters = {}
     for name, weight in weights.items():
         match = _PROJECTION.fullmatch(name)
         if match and match[3] != "weight":
             continue
-        made[name] = weight
+        parameters[name] = weight
         if match:
             prefix, module, _ = match.groups()
-            own, wanted = (p if module in p.modules else Projections() for p in (source, target))
-            made |= _Projection(prefix, weights, own, tolerance).converted(wanted, fresh)
-    return made
+            old, new = (p if module in p.modules else Projections() for p in (source, target))
+            parameters |= _Projection(prefix, weights, old, tolerance).converted(new, fresh)
+    return parameters
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """One projection of one layer as the source has it; computes in float64."""
+    """One projection of one layer of the source; computes in float64."""
 
     prefix: str
     weights: Mapping[str, Tensor]
@@ -163,17 +162,17 @@ class _Projection:
                 self._require_same(component, None)
         elif len(components) > len(target.components):
             self._require_same(*components)
-        made = {}
+        parameters = {}
         for component in target.components:
             origin = component if component in components else components[0] if components else None
             for kind, value in self._as(target, component, origin, fresh).items():
-                made[f"{self.prefix}.{component}_{kind}"] = value
-        return made
+                parameters[f"{self.prefix}.{component}_{kind}"] = value
+        return parameters
 
     def _as(
         self, target: Projections, component: str, origin: str | None, fresh: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The parameters of a component of the target, which takes the place of the source's ``origin``, or of W."""
+        """The parameters of a component of the target, made from the source's ``origin``, or from W."""
         dtype = self._weight.dtype
         if origin and (self.own.kind, self.own.rank) == (target.kind, target.rank):
             return {kind: self._parameter(origin, kind).clone() for kind in _parameters(target)}
@@ -192,7 +191,7 @@ class _Projection:
         if self._relative(difference) <= self.tolerance:
             return down, up
         left, values, right = torch.linalg.svd(difference, full_matrices=False)
-        # Element k is the norm of what the k largest leave out.
+        # Element k is the norm of the difference without its k largest singular values.
         left_out = values.square().flip(0).cumsum(0).flip(0).sqrt() / self._norm
         needed = int((left_out > self.tolerance).sum())
         if needed > rank:
@@ -205,13 +204,13 @@ class _Projection:
         down[:needed], up[:, :needed] = root[:, None] * right[:needed], left[:, :needed] * root
         return down, up
 
-    def _require_same(self, one: str, other: str | None) -> None:
-        difference = self._relative(self._difference(one) - self._difference(other))
-        if not difference <= self.tolerance:  # NaN is no reason to go on
+    def _require_same(self, component: str, other: str | None) -> None:
+        difference = self._relative(self._difference(component) - self._difference(other))
+        if not difference <= self.tolerance:  # so that NaN is refused, too
             remedy = f"set {_KEY}.per_task=true" if other else f"take {_KEY}.kind=separate or delta"
             raise UserError(
-                f"{self._name(one)}: its matrix differs from {f'that of {other}' if other else 'W'} by "
-                f"{difference:.1e} of W (tolerance {self.tolerance:.0e}), so that they cannot become one; {remedy}, "
+                f"{self._name(component)}: its matrix differs from {f'that of {other}' if other else 'W'} by "
+                f"{difference:.1e} of W (tolerance {self.tolerance:.0e}); they cannot be merged: {remedy}, "
                 f"with {self.prefix.rsplit('_', 1)[1]} in {_KEY}.modules"
             )
 
@@ -243,14 +242,14 @@ class _Projection:
 
 
 def _parameters(projections: Projections) -> tuple[str, ...]:
-    """What a component's parameters are called."""
+    """Names of a component's parameters."""
     if projections.kind == "separate":
         return ("weight",)
     return ("delta",) if projections.rank is None else ("down", "up")
 
 
 def _with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """The configuration with other projections, checked."""
+    """The validated configuration with other projections."""
     for override in overrides:
         if not f"{override.partition('=')[0]}.".startswith(f"{_KEY}."):
             raise UserError(f"override '{override}': only {_KEY}.* can be converted; set others when training")
@@ -260,7 +259,7 @@ def _with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def alone(config: Config) -> Config:
-    """The same model in one process, in a form that every machine can build."""
+    """The same model in one process, over layers that every machine can build."""
     model = dataclasses.replace(config.model, implementation="local")
     training = dataclasses.replace(config.training, fp8="none")
     return dataclasses.replace(config, model=model, training=training, parallel=ParallelConfig())
@@ -268,7 +267,7 @@ def alone(config: Config) -> Config:
 
 def _vocab_size(checkpoint: Path, marker: dict) -> int:
     """Rows of the embedding table as saved, which depend on the layout."""
-    # The files beside the tensors' are unpickled, so they must be the ones that were written.
+    # Files other than the tensors' are unpickled, so they must be intact.
     unpickled = sorted(name for name in marker["files"] if not name.endswith(".distcp"))
     if damage := checkpoint_folder.damage(checkpoint, marker["files"], unpickled):
         raise UserError(damage[0] + checkpoint_folder.way_out(checkpoint))

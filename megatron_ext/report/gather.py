@@ -78,7 +78,7 @@ def gather(run: str | Path, vq: str | Path | None = None) -> RunData:
     return RunData(
         folder=run,
         config=config,
-        plan=Plan.of(config.plan, config.model.num_layers),
+        plan=Plan.from_config(config),
         records=records,
         finished=finished_file(run).is_file(),
         environment=_read_if_there(run / "environment.json") or {},

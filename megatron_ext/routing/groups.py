@@ -1,4 +1,4 @@
-"""Classes of tokens that a plan treats alike: what the stored order of a micro-batch is made of."""
+"""Groups of token classes that a plan treats alike, which form the stored order of a micro-batch."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,7 @@ from megatron_ext.token_classes import Modality, Task
 
 
 def stored_length(tokens: int, plan: Plan, ranks: int = 1, multiple: int = 1) -> int:
-    """T for a micro-batch of ``tokens`` tokens when it must not depend on what they are."""
+    """T for a micro-batch of ``tokens`` tokens where it must not depend on their classes."""
     step = ranks * multiple
     return (tokens + len(plan_groups(plan).members) * (step - 1)) // step * step
 
@@ -48,7 +48,7 @@ class Groups:
 
 @lru_cache
 def plan_groups(plan: Plan) -> Groups:
-    """The groups of a plan, those that take part most often first, so that few slices hold what a layer needs."""
+    """The groups of a plan, those that take part in most layers first, so that a layer needs few slices."""
     alike = {}
     for index, roles in enumerate(zip(*plan.roles)):
         alike.setdefault((roles, plan.projections.component(*task_and_modality(index))), []).append(index)

@@ -65,7 +65,7 @@ def _full(model: ModelConfig, without_core: bool) -> int:
 
 
 def _matrices(model: ModelConfig, projections: Projections, kv_only: bool) -> int:
-    """Elements of the matrices that are no parameters but sums or rows of them."""
+    """Elements of the matrices that are computed from parameters, as sums or rows of them."""
     h, kv_rows, rank, components = (
         model.hidden_size,
         2 * key_width(model),
@@ -73,10 +73,10 @@ def _matrices(model: ModelConfig, projections: Projections, kv_only: bool) -> in
         len(projections.components),
     )
     shapes = projection_shapes(model)
-    made = 0
+    elements = 0
     if projections.kind == "delta" and rank is None:
-        made += components * sum(i * o for i, o in (shapes[module] for module in projections.modules))
+        elements += components * sum(i * o for i, o in (shapes[module] for module in projections.modules))
     if kv_only:
         own = components if "qkv" in projections.modules else 0
-        made += 2 * kv_rows * h + own * (2 * kv_rows * h if rank is None else rank * (kv_rows + h))
-    return made
+        elements += 2 * kv_rows * h + own * (2 * kv_rows * h if rank is None else rank * (kv_rows + h))
+    return elements

@@ -32,7 +32,7 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         all_logits: compute the output head for all tokens that are FULL in the last layer instead of those with loss.
     """
     model, parallel, training = config.model, config.parallel, config.training
-    plan = Plan.of(config.plan, model.num_layers)
+    plan = Plan.from_config(config)
     reference = dense(plan)
     counts, dense_counts = count(batch, plan), count(batch, reference)
     if all_logits:

@@ -78,7 +78,7 @@ class Lengths:
         from megatron_ext.vocabulary import Vocabulary
 
         vocabulary = Vocabulary(config.data.vocabulary)
-        plan = Plan.of(config.plan, config.model.num_layers)
+        plan = Plan.from_config(config)
         batches = self._batches_of(config, vocabulary)
         flops = dense_flops = 0
         for number, batch in enumerate(batches):

@@ -130,7 +130,7 @@ def identity_of(resolved: ResolvedConfig, vocabulary: Vocabulary) -> dict:
 def _require_same_roles(run: Run, path: Path) -> None:
     """Refuse to resume another method's run: both would look like one."""
     config = config_file.from_tree(Config, distributed.from_rank_zero(lambda: read_state(path))["config"])
-    trained = Plan.of(config.plan, config.model.num_layers)
+    trained = Plan.from_config(config)
     for layer, (old_roles, new_roles) in enumerate(zip(trained.roles, run.plan.roles)):
         for index, (old, new) in enumerate(zip(old_roles, new_roles)):
             if old != new:

@@ -15,10 +15,10 @@ from megatron_ext.transformer.resolved import ResolvedConfig
 
 
 class DataParallel(DistributedDataParallel):
-    """Megatron-Core's, so that no weight is read before it is whole.
+    """Megatron-Core's wrapper, which also waits for gathered weights before each layer and each evaluation.
 
-    Where new weights are gathered while the next forward pass goes on (the distributed optimizer with overlap), a
-    replica has only its own share of them after a step.
+    Where new weights are gathered during the next forward pass (the distributed optimizer with overlap), a replica
+    has only its own share of them after a step.
     """
 
     def __init__(self, *args, **options):
@@ -33,7 +33,7 @@ class DataParallel(DistributedDataParallel):
             group.finish_param_sync()
 
     def train(self, mode: bool = True) -> "DataParallel":
-        """In evaluation replicas need not call the same layers, nor as often: the weights are gathered before it."""
+        """Gather the weights before an evaluation, in which replicas may call different layers."""
         if not mode:
             gather_weights([self])
         return super().train(mode)
@@ -61,30 +61,32 @@ def build_model(resolved: ResolvedConfig) -> list[DistributedDataParallel]:
         DataParallel(chunk.config, data_parallel, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
     if parallel.overlap:
-        # Gradients are reduced as they become ready, but only those of a step's last micro-batch.
+        # Only the gradients of a step's last micro-batch are reduced as they become ready.
         no_sync = [chunk.no_sync for chunk in wrapped]
         chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
-    """AdamW, fused when Transformer Engine or Apex is there, with float32 master weights under bf16."""
-    wanted, bf16 = config.optimizer, config.training.precision == "bf16"
-    made = MegatronOptimizerConfig(
+    """AdamW, fused where Transformer Engine or Apex is installed, with float32 master weights under bf16."""
+    settings, bf16 = config.optimizer, config.training.precision == "bf16"
+    megatron_settings = MegatronOptimizerConfig(
         optimizer="adam",
-        lr=wanted.lr,
-        min_lr=wanted.min_lr,
-        weight_decay=wanted.weight_decay,
-        adam_beta1=wanted.beta1,
-        adam_beta2=wanted.beta2,
-        adam_eps=wanted.eps,
-        clip_grad=wanted.clip_grad,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=_gathers_ahead(config),
     )
-    optimizer = get_megatron_optimizer(made, chunks, config_overrides=get_standard_config_overrides(made))
+    optimizer = get_megatron_optimizer(
+        megatron_settings, chunks, config_overrides=get_standard_config_overrides(megatron_settings)
+    )
     if isinstance(single_optimizer(optimizer).optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in optimizer.param_groups:
             group["fused"] = True  # torch's one-pass kernel, which Megatron-Core does not ask for
