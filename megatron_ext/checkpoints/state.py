@@ -1,7 +1,7 @@
 """A run's tensors as Megatron-Core's sharded state, in a form that does not depend on the layout.
 
-Every layer's weights have their own key, numbered over the whole model, so that pipeline and virtual pipeline stages can
-be split differently; tensors know their offset in the global tensor, so that tensor parallelism can change. The
+Every layer's weights have their own key, numbered over the whole model, so that pipeline and virtual pipeline stages
+can be split differently; tensors know their offset in the global tensor, so that tensor parallelism can change. The
 optimizer is stored as its moments and float32 master weights in the shape of the weights, under the same keys with and
 without the distributed optimizer, and as the number of steps it has taken. Its hyperparameters belong to the
 configuration and are not stored.

@@ -76,11 +76,8 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
     finally:
         distributed.shut_down()
     section = identity["model"] | {"init_std": llama.model.init_std}
-    files.write_text(
-        out / "model.yaml",
-        f"# The shape of {folder.name}, to be laid over a configuration that starts from its weights.\n"
-        + yaml.safe_dump({"model": section}, sort_keys=False),
-    )
+    comment = f"# The shape of {folder.name}, to be laid over a configuration that starts from its weights.\n"
+    files.write_text(out / "model.yaml", comment + yaml.safe_dump({"model": section}, sort_keys=False))
     llama_rows = vocabulary.text_size + (_end(vocabulary) is not None)
     return {
         "checkpoint": str(out / "iter_0000000"),

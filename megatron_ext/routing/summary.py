@@ -58,8 +58,8 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
     flops = forward_flops(model, vocab_size, plan, counts)
     dense_flops = forward_flops(model, vocab_size, reference, dense_counts)
     head, dense_head = head_flops(model, vocab_size, counts), head_flops(model, vocab_size, dense_counts)
-    cut = (parallel.pipeline, parallel.virtual_pipeline)
-    stages = stage_flops(model, vocab_size, plan, counts, *cut)
+    split = (parallel.pipeline, parallel.virtual_pipeline)
+    stages = stage_flops(model, vocab_size, plan, counts, *split)
     image_parameters = image_parameter_count(model, plan.projections)
     return {
         "plan": plan.name,
@@ -71,15 +71,7 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         "ratio": flops / dense_flops,
         "layers": layers,
         "head": {"flops": TRAINING_PER_FORWARD * head, "ratio": head / dense_head if dense_head else 1.0},
-        "stages": [
-            {
-                "layers": chosen,
-                "flops": TRAINING_PER_FORWARD * n,
-                "of_mean": n * len(stages) / flops,
-                "activation_bytes": sum(kept[layer] for layer in chosen),
-            }
-            for chosen, n in zip(stage_layers(model.num_layers, *cut), stages)
-        ],
+        "stages": _stages(stage_layers(model.num_layers, *split), stages, kept),
         "parameters": {
             "text": parameter_count(model, vocab_size, plan.projections) - image_parameters,
             "image": image_parameters,
@@ -88,6 +80,20 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         "activation_bytes": sum(kept),
         "dense_activation_bytes": sum(dense_kept),
     }
+
+
+def _stages(layers: list[list[int]], flops: list[int], kept: list[int]) -> list[dict]:
+    """The figures of each pipeline stage, from its layers, its forward FLOPs and the bytes that each layer keeps."""
+    total = sum(flops)
+    return [
+        {
+            "layers": numbers,
+            "flops": TRAINING_PER_FORWARD * stage,
+            "of_mean": stage * len(flops) / total,
+            "activation_bytes": sum(kept[layer] for layer in numbers),
+        }
+        for numbers, stage in zip(layers, flops)
+    ]
 
 
 def describe(summary: dict) -> str:
