@@ -104,7 +104,7 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     assert answers.keys() == {item.id for item in items} - lost
     pictures = {path: path.read_bytes() for path in (file.parent / "mjhq").rglob("*.png")}
     assert {path.stem for path in pictures} == {prompt.id for prompt in prompts}
-    names = ["mjhq", "pope.manifest.json", "pope.jsonl", "seed.manifest.json", "seed.jsonl"]
+    names = ["mjhq", "pope.jsonl", "pope.manifest.json", "seed.jsonl", "seed.manifest.json"]
     assert sorted(path.name for path in file.parent.iterdir()) == names
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + lines[5][:9])  # a run that was killed
