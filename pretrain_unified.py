@@ -19,13 +19,14 @@ def main() -> None:
     config = config_file.load(Config, arguments.config, arguments.overrides)
     # Imported late: --help and mistakes in the configuration should not wait for Megatron-Core.
     from megatron_ext import distributed
-    from megatron_ext.callbacks import build_callbacks, named_callbacks
+    from megatron_ext.callbacks import build_callbacks, validate_callbacks
     from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
     from megatron_ext.training.run import build_run, describe
+    from megatron_ext.training.validation import validate
 
-    config.validate(distributed.world_size())
-    named_callbacks(config)  # a wrong name is refused before anything is built
+    validate(config, distributed.world_size())
+    validate_callbacks(config)
     distributed.initialize(config)
     run = build_run(config)
     callbacks = build_callbacks(run)

@@ -1,7 +1,7 @@
 """Speed of the data path: tokens per second through DALI and through torch's DataLoader, in one run.
 
-Both make the same steps ahead from a synthetic data set in a temporary folder: rows, routes, labels, in one buffer,
-which goes to the device. The rounds alternate, so that a busy machine slows both alike; the ratio is the median of the
+Both prepare the same steps from a synthetic data set in a temporary folder (rows, routes and labels in one buffer) and
+copy them to the device. The rounds alternate, so that a busy machine slows both alike; the ratio is the median of the
 rounds' ratios.
 """
 
@@ -31,6 +31,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.training.prepare import Preparation
+from megatron_ext.transformer.resolved import resolve
 
 SPECIAL = SpecialTokens(bos=1, pad=32000, eod=32001, boi=32002, eoi=32003)
 CODES = 8192
@@ -62,8 +63,8 @@ def measure(mixture: Mixture, options) -> dict:
     rows = StepRows(PackedRows(mixture, options.length), options.rows)
     step, packing = _timed(lambda: [rows[i] for i in range(options.steps)][-1])
     prepare = preparation(options)
-    few = max(1, options.steps // 20)
-    _, preparing = _timed(lambda: [to_bytes(prepare(step, i)) for i in range(few)])
+    prepared = max(1, options.steps // 20)
+    _, preparing = _timed(lambda: [to_bytes(prepare(step, i)) for i in range(prepared)])
     tokens = options.steps * options.rows * options.length
     speeds = {"dali": [], "torch": []}
     for _ in progress(range(options.rounds), desc="rounds"):
@@ -72,22 +73,22 @@ def measure(mixture: Mixture, options) -> dict:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     return {
         "packing_tokens_per_second": tokens / packing,
-        "preparing_tokens_per_second": tokens * few / options.steps / preparing,
+        "preparing_tokens_per_second": tokens * prepared / options.steps / preparing,
         "dali_tokens_per_second": medians["dali"],
         "torch_tokens_per_second": medians["torch"],
-        "ratio": statistics.median(ours / theirs for ours, theirs in zip(speeds["dali"], speeds["torch"])),
+        "ratio": statistics.median(a / b for a, b in zip(speeds["dali"], speeds["torch"])),
         "padding": float(((step & TASK) == PADDING).mean()),
     }
 
 
 def preparation(options) -> Preparation:
-    """What the steps are made by."""
+    """The preparation of the steps, for a model of 32 layers."""
     settings = [f"plan.preset={options.plan}", f"data.sequence_length={options.length}", "model.num_layers=32"]
-    return Preparation.of(config_file.load(Config, [], settings), pad=SPECIAL.pad)
+    return Preparation.of(resolve(config_file.load(Config, [], settings)), pad=SPECIAL.pad)
 
 
 def _one_round(loader, rows: StepRows, prepare: Preparation, options) -> float:
-    """Seconds for the steps after the first few, which are prepared while the processes start."""
+    """Seconds for all steps but the first few, which are prepared while the processes start."""
     prefetch = 4
     warm = 2 * prefetch
     device = "cuda" if torch.cuda.is_available() else "cpu"

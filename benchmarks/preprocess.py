@@ -1,9 +1,10 @@
-"""Speed of preprocessing: images per second of the whole way from image files to a data set, and of the encoder alone.
+"""Speed of preprocessing: images per second from image files to a data set, and of the encoder alone.
 
 Whole: reading a tar, decoding, resizing, encoding, tokenising, writing, joining. Alone: the same VQ model in a loop
 over the same pictures, decoded beforehand. The rounds alternate, so that a busy machine slows both alike; the ratio is
-the median of the rounds' ratios. The VQ model is a random one of the quickstart's size, the pictures are made here.
-Without a GPU both want the same cores, so the ratio says how much of them decoding takes beside so small an encoder.
+the median of the rounds' ratios. The VQ model has random weights and the size of the quickstart's; the pictures are
+random. Without a GPU both need the same cores, so the ratio shows how much of them decoding takes beside a small
+encoder.
 """
 
 import io
@@ -29,7 +30,20 @@ from megatron_ext.vq import VQModel
 from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 from megatron_ext.vq.training import VQTrainingConfig
 
-WORDS = ("red", "green", "blue", "white", "circle", "square", "triangle", "left", "right", "above", "below", "two")
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "white",
+    "circle",
+    "square",
+    "triangle",
+    "left",
+    "right",
+    "above",
+    "below",
+    "two",
+)
 
 
 def main() -> None:
@@ -95,7 +109,7 @@ def _device() -> str:
 
 
 def _tokenizer(folder: Path) -> VQModel:
-    """A random tokenizer of the size that tools/train_vq.py trains unless told otherwise."""
+    """A random tokenizer of the size that tools/train_vq.py trains by default."""
     import transformers
 
     size = VQTrainingConfig()
@@ -121,12 +135,12 @@ def _vocabulary(folder: Path) -> Vocabulary:
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(WORDS)] * 50),
-        model_prefix=str(folder / "made"),
+        model_prefix=str(folder / "text"),
         vocab_size=80,
         minloglevel=2,
         hard_vocab_limit=False,
     )
-    return Vocabulary.create(folder, folder / "made.model", VQTrainingConfig().codebook_size)
+    return Vocabulary.create(folder, folder / "text.model", VQTrainingConfig().codebook_size)
 
 
 def _pictures(count: int, pixels: int) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 Megatron-Core trains correctly on CPUs; it only names the CUDA device outright. :func:`enter` gives those names a CPU
 meaning, once per process and before any model is built; it must never be entered on a machine with a GPU. Nothing of
-Megatron-Core's arithmetic, schedules or communication is replaced. Checked against megatron-core 0.16.1.
+Megatron-Core's arithmetic, schedules or communication is replaced. Checked against megatron-core 0.16.1 and 0.19.2.
 """
 
 import functools
@@ -42,8 +42,20 @@ def enter() -> None:
     _redirect_random_state()
 
 
+class _Stream:
+    """What ``cuda.current_stream`` gives: on the CPU there is nothing to wait for. Every reduction of gradients asks
+    for it from 0.19 on."""
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+
 def _redirect_device_calls() -> None:
     torch.cuda.current_device = lambda: DEVICE
+    torch.cuda.current_stream = lambda *args, **kwargs: _Stream()
     for name in ("synchronize", "set_device", "empty_cache"):
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self.to(DEVICE)

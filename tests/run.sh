@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Set-up, ruff, pytest. Arguments go to pytest:  bash tests/run.sh tests/unit -k vocabulary
+#
+# The other end of the supported range, Python 3.13 with the newest Megatron-Core, in an environment of its own:
+#   PYTHON=python3.13 VENV=.venv-newest CONSTRAINTS=requirements/constraints-newest.txt bash tests/run.sh
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../examples/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/_setup.sh"

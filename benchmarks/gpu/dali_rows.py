@@ -1,11 +1,11 @@
-"""Steps through DALI are the plain loader's, bit for bit, on the GPU too, and how fast they come."""
+"""Steps through DALI equal those of the plain loader bit for bit, on the GPU too; and their speed."""
 
 import pickle
 from types import SimpleNamespace
 
-import data
 import torch
 
+import data
 from gpu.records import Context, NotRun, Record
 from gpu.steps import Figure
 from megatron_ext import config_file, distributed
@@ -45,7 +45,7 @@ def measure(context: Context, record: Record) -> None:
 
 
 def differing(mixture, options) -> int:
-    """Of the first steps those that are not the plain loader's, or whose labels are not when they are on the device."""
+    """How many of the first steps differ from those of the plain loader, as bytes or in their labels on the device."""
     rows, prepare = StepRows(PackedRows(mixture, options.length), options.rows), data.preparation(options)
     ours, plain = (
         loader(WorkerSteps(rows, 0, STEPS, prepare), 0, 2) for loader in (dali_loader.DaliLoader, PlainLoader)
@@ -53,9 +53,9 @@ def differing(mixture, options) -> int:
     count = 0
     for _ in range(STEPS):
         step, expected = (from_bytes(next(steps).numpy()) for steps in (ours, plain))
-        there = [micro_batch.labels.cpu() for micro_batch in to_device(step, distributed.device()).micro_batches]
-        here = [torch.as_tensor(micro_batch.labels) for micro_batch in expected.micro_batches]
-        same = all(map(torch.equal, there, here)) and pickle.dumps(step) == pickle.dumps(expected)
+        on_device = [micro_batch.labels.cpu() for micro_batch in to_device(step, distributed.device()).micro_batches]
+        on_host = [torch.as_tensor(micro_batch.labels) for micro_batch in expected.micro_batches]
+        same = all(map(torch.equal, on_device, on_host)) and pickle.dumps(step) == pickle.dumps(expected)
         count += not same
     ours.close()
     plain.close()

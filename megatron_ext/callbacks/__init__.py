@@ -13,6 +13,7 @@ from megatron_ext.callbacks.profiling import Profiling
 from megatron_ext.callbacks.validation import Validation
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.validation import validate_evaluation
 from megatron_ext.training.callback import Callback
 from megatron_ext.training.run import Run
 
@@ -38,11 +39,21 @@ def build_callbacks(run: Run) -> list[Callback]:
         callbacks.append(GradientAlignment(config.logging.gradient_alignment_interval))
     callbacks.append(Validation())
     if config.evaluation.interval:
-        callbacks.append(Benchmarking(config, run.plan, run.vocabulary, run.chunks))
+        callbacks.append(Benchmarking(run))
     callbacks += [callback() for callback in named_callbacks(config)]
     callbacks += [Logging(config), Profiling(config.logging, config.output, dist.get_rank())]
     callbacks += [BadStepLimits(), Checkpointing()]
     return callbacks
+
+
+def validate_callbacks(config: Config) -> None:
+    """Refuse callbacks that cannot be built, before the process group starts.
+
+    Raises:
+        UserError: names the key, its value and what would do.
+    """
+    validate_evaluation(config)
+    named_callbacks(config)
 
 
 def named_callbacks(config: Config) -> list[type[Callback]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_ext.config import Config, EvaluationBenchmark
+from megatron_ext.config import EvaluationBenchmark
 from megatron_ext.distributed import device, from_rank_zero, report
 from megatron_ext.evaluation import training_folder
 from megatron_ext.evaluation.answer_generation import answer
@@ -17,13 +17,11 @@ from megatron_ext.evaluation.benchmark import Benchmark, Item
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.files import write_json
-from megatron_ext.generation.checkpoint import Trained
+from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.session import Session
-from megatron_ext.routing.plan import Plan
 from megatron_ext.training.callback import Callback, StepRecord, is_due
 from megatron_ext.training.run import Run
 from megatron_ext.training.step import evaluation_mode
-from megatron_ext.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -48,25 +46,25 @@ class Benchmarking(Callback):
     skips the evaluation: its time may be short.
     """
 
-    def __init__(self, config: Config, plan: Plan, vocabulary: Vocabulary, chunks: list):
+    def __init__(self, run: Run):
         """
         Args:
-            chunks: this rank's part of the model, wrapped for data parallelism; a single chunk.
+            run: its model is a single chunk on every rank.
 
         Raises:
             UserError: a benchmark's file or the VQ tokenizer is missing, malformed, or has another vocabulary.
         """
-        self._settings, self._chunks = config.evaluation, chunks
-        self._output = Path(config.output)
+        self._settings, self._chunks = run.config.evaluation, run.chunks
+        self._output = Path(run.config.output)
         self._benchmarks = [_questions(benchmark) for benchmark in self._settings.benchmarks]
-        (model,) = unwrap_model(chunks)
+        (model,) = unwrap_model(run.chunks)
         # Building the tokenizer's network takes random numbers for weights that its file then replaces.
         with torch.random.fork_rng([device()]):
             self._session = Session(
-                Trained(config, plan, vocabulary, model),
+                TrainedModel(run.resolved, run.vocabulary, model),
                 Path(self._settings.vq),
                 self._settings.batch_size,
-                say=lambda line: None,
+                report=lambda line: None,
             )
 
     def after_step(self, run: Run, record: StepRecord) -> None:
@@ -93,7 +91,7 @@ class Benchmarking(Callback):
                     report(f"{file}: {unreadable} images could not be read")
             if self._settings.prompts:
                 options = {key: getattr(self._settings, key) for key in ("guidance", "temperature", "seed")}
-                generated = self._session.draw(self._settings.prompts, folder, options)
+                generated = self._session.generate_pictures(self._settings.prompts, folder, options)
                 pictures = [(picture["caption"], Path(picture["file"])) for picture in generated]
         figures = from_rank_zero(lambda: self._score(folder, iteration, pictures))
         return EvaluationResult(figures, pictures, time.perf_counter() - started)

@@ -16,7 +16,7 @@ class GradientAlignment(Callback):
 
     def before_step(self, run: Run, step: StepInput) -> None:
         if is_due(run.progress.iteration + 1, self._interval, run.config):
-            self._measured = alignment(run.chunks, step, run.config)
+            self._measured = alignment(run.chunks, step, run.resolved)
 
     def after_step(self, run: Run, record: StepRecord) -> None:
         if self._measured:

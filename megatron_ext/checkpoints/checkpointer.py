@@ -21,12 +21,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_ext import compat
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints import state as checkpoint_state
 from megatron_ext.checkpoints import writer as checkpoint_writer
-from megatron_ext.distributed import from_rank_zero
+from megatron_ext.distributed import from_rank_zero, gather_weights
 from megatron_ext.errors import UserError
-from megatron_ext.training.setup import gather_weights
 
 _log = logging.getLogger(__name__)
 
@@ -236,6 +236,8 @@ def _verified(path: Path, expected: dict | None) -> dict:
     """The marker of a checkpoint whose files are all whole; the ranks share the reading."""
     path = Path(path)
     marker = from_rank_zero(lambda: checkpoint_folder.read_marker(path))
+    if reason := compat.why_unreadable(marker["versions"]):
+        raise UserError(f"{path}: {reason}")
     check_compatible(marker["state"], expected or {}, path)
     files = marker["files"]
     names = sorted(files, key=lambda name: (-files[name]["bytes"], name))[dist.get_rank() :: dist.get_world_size()]
@@ -248,8 +250,10 @@ def _verified(path: Path, expected: dict | None) -> dict:
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Whole shape of everything in the checkpoint by its key."""
-    return {v.key: tuple(v.global_shape) for v in load_sharded_metadata(str(path)).values()}
+    """Whole shape of everything in the checkpoint by its key, but for what Megatron-Core keeps there for itself."""
+    stored = {v.key: tuple(v.global_shape) for v in load_sharded_metadata(str(path)).values()}
+    stored.pop(compat.COMMON_STATE, None)
+    return stored
 
 
 def _check_parameters(path: Path, model: dict, stored: dict[str, tuple[int, ...]]) -> None:

@@ -5,7 +5,7 @@
     checkpoints/
       iter_0000010/                     a complete checkpoint
         __0_0.distcp, __1_0.distcp ...  tensors, written by all ranks
-        common.pt, metadata.json, .metadata
+        metadata.json, .metadata, and common.pt where Megatron-Core is older than 0.19
         COMPLETE.json                   written last: iteration, layout, state, size and checksum of every file
       .iter_0000020.5f0c9a1e.partial/   being written, or left over from a killed save
 

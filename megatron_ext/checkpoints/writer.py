@@ -5,7 +5,7 @@ manager). Those outlive a killed rank: they hold its connections open, so that t
 collective timeout, and some wait for ever for its locks. Here a save is written by the rank itself, an asynchronous
 one by one forked process that waits for nobody and reports through a file. Checksums are taken there, too.
 
-This is the one place that touches private names of Megatron-Core; checked against 0.16.1.
+This is the one place that touches private names of Megatron-Core; checked against 0.16.1 and 0.19.2.
 """
 
 import gc
@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_ext import compat
 from megatron_ext.checkpoints.folder import fingerprint
 
 
@@ -73,7 +74,7 @@ def prepare(state: dict, folder: Path, rank: int, data_parallel_group) -> tuple[
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), data_parallel_group
     )
-    request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+    request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True, **compat.save_options())
     if request.async_fn is not None:
         request = request._replace(async_fn=partial(_write, request.async_fn.args[0]))
     return request, report

@@ -75,6 +75,13 @@ class Batch:
 
         return Batch(*(torch.as_tensor(getattr(self, name)) for name in self.names()))
 
+    def document_starts(self) -> np.ndarray:
+        """The first token of each document of a batch on the host, bool [b, s]; padding counts as a document."""
+        document = np.asarray(self.document)
+        starts = np.ones(document.shape, dtype=bool)
+        starts[:, 1:] = document[:, 1:] != document[:, :-1]
+        return starts
+
     @property
     def shape(self) -> tuple[int, int]:
         """(b, s)."""

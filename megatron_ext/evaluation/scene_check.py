@@ -19,6 +19,7 @@ from megatron_ext.picture_world.detection import DetectedScene, detect
 from megatron_ext.picture_world.facts import CaptionFacts, read_caption
 from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 from megatron_ext.vq.model import VQModel
+from megatron_ext.vq.pixels import from_bytes, to_bytes
 
 TITLE = f"{mjhq.TITLE}, scene check"
 COLUMN = "MJHQ-facts"
@@ -134,8 +135,8 @@ def _reconstructions(vq: VQModel, files: Sequence[tuple[str, Path]]) -> Iterator
     for start in range(0, len(files), BATCH):
         batch = files[start : start + BATCH]
         pixels = torch.stack(decoder([file.read_bytes() for _, file in batch])).permute(0, 3, 1, 2)
-        decoded = vq.decode(vq.encode(pixels / 127.5 - 1)).cpu()
-        pictures = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        decoded = vq.decode(vq.encode(from_bytes(pixels))).cpu()
+        pictures = to_bytes(decoded).permute(0, 2, 3, 1).numpy()
         yield from zip((id for id, _ in batch), pictures)
     decoder.close()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_ext.preprocess.parts import Part
 from megatron_ext.preprocess.samples import ImageFile
 from megatron_ext.vq import VQModel
+from megatron_ext.vq.pixels import from_bytes
 
 AHEAD = 3
 """Batches read ahead, and batches decoded ahead, of the encoder."""
@@ -186,5 +187,4 @@ def _decode(batches: Generator, decoder: Callable | None) -> Generator:
 def _codes(vq: VQModel, pixels: Tensor) -> Tensor:
     """uint8 [n, H, W, 3] to codes [n, h*w]."""
     device = next(vq.network.parameters()).device
-    images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
-    return vq.encode(images / 127.5 - 1)
+    return vq.encode(from_bytes(pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)))

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel, load
+from megatron_ext.vq.pixels import to_picture
 
 _MIN_SIZE = 192  # pixels; smaller pictures are enlarged by whole factors, unsmoothed
 
@@ -50,14 +50,9 @@ def _documents_of(source: SourceConfig, vocabulary: Vocabulary, vq: VQModel, cou
         lines = [text for mode, text in texts if mode != ANSWER and text]
         answer = "\n".join(text for mode, text in texts if mode == ANSWER)
         cards.append(
-            Card(enlarged(_to_image(vq.decode(codes[None])[0])), source.task, "\n".join([*lines, f"→ {answer}"]))
+            Card(enlarged(to_picture(vq.decode(codes[None])[0])), source.task, "\n".join([*lines, f"→ {answer}"]))
         )
     return cards
-
-
-def _to_image(image: Tensor) -> Image.Image:
-    """The picture of a tensor [3, h, w] in [-1, 1]."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def enlarged(picture: Image.Image) -> bytes:

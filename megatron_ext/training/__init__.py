@@ -2,6 +2,7 @@
 
 ========================  ==========================================================================================
 ``run.py``                a run's parts, built from the configuration, and resumption
+``validation.py``         the checks of a configuration, before anything is built
 ``setup.py``              the model and the optimizer
 ``prepare.py``            the input of a step, made on the host ahead of training
 ``loop.py``               the training loop

@@ -1,7 +1,6 @@
 """A training run: its parts, built from the configuration, and the checkpoint it resumes from."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,11 +17,8 @@ from megatron_ext.routing.plan import Plan, task_and_modality
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.training.setup import build_model, build_optimizer
-from megatron_ext.transformer.specs import fp8_recipe, implementation, why_no_fp8
+from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary
-
-VOCABULARY_MULTIPLE = 128
-"""The embedding is padded to a multiple of this under every tensor-parallel size, so that it can be resharded."""
 
 
 @dataclass
@@ -50,13 +46,13 @@ class Run:
     """Everything that a training run consists of; :func:`build_run` makes it.
 
     Attributes:
+        resolved: the configuration and what follows from it.
         train_data, validation_data: mixtures; without validation data None.
         chunks: this rank's part of the model, wrapped for data parallelism.
         identity: vocabulary, model shape and projections, on which a checkpoint must agree with the run that loads it.
     """
 
-    config: Config
-    plan: Plan
+    resolved: ResolvedConfig
     vocabulary: Vocabulary
     train_data: Mixture
     validation_data: Mixture | None
@@ -67,9 +63,19 @@ class Run:
     bad_steps: BadSteps
     identity: dict
 
+    @property
+    def config(self) -> Config:
+        """The configuration as it was given."""
+        return self.resolved.config
+
+    @property
+    def plan(self) -> Plan:
+        """The roles of tokens and the weights that image tokens use."""
+        return self.resolved.plan
+
     def preparation(self, training: bool = True) -> Preparation:
         """What turns packed rows into the inputs of steps, of training or of validation."""
-        return Preparation.of(self.config, self.vocabulary.size, self.vocabulary.pad, training)
+        return Preparation.of(self.resolved, self.vocabulary.size, self.vocabulary.pad, training)
 
 
 def build_run(config: Config) -> Run:
@@ -82,18 +88,17 @@ def build_run(config: Config) -> Run:
         raise UserError("config: 'data.vocabulary' is empty; name a folder made by tools/train_tokenizer.py")
     if not config.data.train:
         raise UserError("config: 'data.train' is empty; name data sets made by tools/preprocess_vq.py")
-    if reason := why_no_fp8(config):
-        distributed.report(f"no FP8 ({config.training.fp8}) here: {reason}; training in {config.training.precision}")
-    plan = Plan.of(config.plan, config.model.num_layers)
     vocabulary = Vocabulary(config.data.vocabulary)
+    resolved = resolve(config, padded_vocab_size(config, vocabulary))
+    if reason := resolved.why_no_fp8:
+        distributed.report(f"no FP8 ({config.training.fp8}) here: {reason}; training in {config.training.precision}")
     train_data = build_mixture(config.data.train, config.data, vocabulary, train=True)
     validation_data = None
     if config.data.validation:
         validation_data = build_mixture(config.data.validation, config.data, vocabulary, train=False)
-    chunks = build_model(config, padded_vocabulary(config, vocabulary))
+    chunks = build_model(resolved)
     run = Run(
-        config=config,
-        plan=plan,
+        resolved=resolved,
         vocabulary=vocabulary,
         train_data=train_data,
         validation_data=validation_data,
@@ -104,26 +109,20 @@ def build_run(config: Config) -> Run:
         ),
         progress=Progress(),
         bad_steps=BadSteps(config.bad_steps),
-        identity=identity_of(config, vocabulary),
+        identity=identity_of(resolved, vocabulary),
     )
     _resume(run)
     return run
 
 
-def padded_vocabulary(config: Config, vocabulary: Vocabulary) -> int:
-    """Rows of the embedding."""
-    return vocabulary.padded_size(math.lcm(VOCABULARY_MULTIPLE, config.parallel.tensor))
-
-
-def identity_of(config: Config, vocabulary: Vocabulary) -> dict:
+def identity_of(resolved: ResolvedConfig, vocabulary: Vocabulary) -> dict:
     """What a checkpoint and the run that loads it must agree on."""
-    model = dataclasses.asdict(config.model)
+    model = dataclasses.asdict(resolved.config.model)
     for free in ("implementation", "init_std"):
         del model[free]
-    projections = Plan.of(config.plan, config.model.num_layers).projections.identity
     return {
         "model": model,
-        "plan": {"projections": projections},
+        "plan": {"projections": resolved.plan.projections.identity},
         "fingerprints": {"vocabulary": vocabulary.fingerprint},
     }
 
@@ -175,10 +174,10 @@ def describe(run: Run) -> str:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.sequence:
         layout.append("sequence parallel")
-    recipe = fp8_recipe(config)
-    precision = config.training.precision + (f" with FP8 GEMMs ({recipe})" if recipe != "none" else "")
-    layers = {"local": "torch layers", "transformer_engine": "Transformer Engine layers"}[implementation(config)]
-    parameters = parameter_count(config.model, padded_vocabulary(config, run.vocabulary), run.plan.projections)
+    fp8 = run.resolved.fp8
+    precision = config.training.precision + (f" with FP8 GEMMs ({fp8})" if fp8 != "none" else "")
+    layers = {"local": "torch layers", "transformer_engine": "Transformer Engine layers"}[run.resolved.implementation]
+    parameters = parameter_count(config.model, run.resolved.padded_vocab_size, run.plan.projections)
     return (
         f"{f'{parameters / 1e6:.1f} M' if parameters > 1e6 else f'{parameters:,}'} parameters, "
         f"{precision}, {layers}; {' x '.join(layout)}; plan {run.plan.name}"

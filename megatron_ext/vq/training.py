@@ -23,6 +23,7 @@ from megatron_ext.files import write_json
 from megatron_ext.vq.codebook import MovingAverageCodebook, nearest
 from megatron_ext.vq.loading import load
 from megatron_ext.vq.model import VQModel
+from megatron_ext.vq.pixels import from_bytes, to_bytes
 
 
 @dataclass
@@ -115,9 +116,9 @@ def train(images: Tensor, out: Path, config: VQTrainingConfig, save_every: int =
 
 def reconstruct(vq: VQModel, images: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
     """Codes [n, h*w] of images uint8 [n, 3, s, s], and the images decoded from them, uint8."""
-    codes = torch.cat([vq.encode(to_float(batch)) for batch in images.split(batch_size)])
+    codes = torch.cat([vq.encode(from_bytes(batch)) for batch in images.split(batch_size)])
     decoded = torch.cat([vq.decode(batch) for batch in codes.split(batch_size)])
-    return codes, ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    return codes, to_bytes(decoded).cpu()
 
 
 def quality(originals: Tensor, reconstructed: Tensor, codes: Tensor, codebook_size: int) -> dict:
@@ -140,11 +141,6 @@ def save_reconstructions(originals: Tensor, reconstructed: Tensor, file: Path) -
     rows = [torch.cat(list(row), dim=2) for row in pairs.split(4) if len(row) == 4]
     sheet = torch.cat(rows, dim=1).permute(1, 2, 0).contiguous()
     Image.fromarray(sheet.numpy()).save(file)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 images as floats in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 class _Trainer:
@@ -204,7 +200,7 @@ class _Trainer:
     def _sample(self, all_images: Tensor, count: int) -> Tensor:
         """``count`` random images, with replacement, as the network's input."""
         selected = torch.randint(len(all_images), (count,), generator=self.generator)
-        return F.pixel_unshuffle(to_float(all_images[selected]), self.config.patch)
+        return F.pixel_unshuffle(from_bytes(all_images[selected]), self.config.patch)
 
     @torch.no_grad()
     def _keep_local(self) -> None:

@@ -1,22 +1,20 @@
 """tools/generate.py and tools/evaluate.py as a user runs them: pictures, answers, many ranks, and what is refused."""
 
 import json
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from programs import launcher, run_program
 
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pope import POPE
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from preprocess_material import CODES, GRID, encoded, make_vocabulary, make_vq
+from support.data_sets import write_pairs
+from support.images import encoded
+from support.programs import launcher, run_program
+from support.tiny_vq import CODES, GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 CAPTIONS = ["a red circle", "two blue squares and a circle"]
 
@@ -27,13 +25,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
     make_vq(folder / "vq")
     vocabulary = make_vocabulary(folder / "vocabulary")
-    random = np.random.default_rng(0)
-    vq = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
-    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, vq, {"made": "by a test"}) as writer:
-        for _ in range(60):
-            image = vocabulary.image_ids(random.integers(0, CODES, GRID * GRID)).astype(np.int32)
-            words = [np.array(vocabulary.encode(text), np.int32) for text in CAPTIONS]
-            writer.add([(IMAGE, image), (TEXT, words[0]), (ANSWER, words[1])])
+    write_pairs(folder / "pairs", vocabulary, [CAPTIONS] * 60, grid=(GRID, GRID))
     config = {
         "output": str(folder / "run"),
         "model": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2},
@@ -59,7 +51,7 @@ def generate(trained: Path, *options, processes: int = 1, check: bool = True):
 
 
 def test_pictures_are_the_same_on_one_rank_and_on_two(trained, tmp_path):
-    prompts = [word for caption in CAPTIONS for word in ("--prompt", caption)]
+    prompts = [argument for caption in CAPTIONS for argument in ("--prompt", caption)]
     results = []
     for processes in (1, 2):
         out = tmp_path / str(processes)

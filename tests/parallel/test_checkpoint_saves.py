@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_ranks import Layout, Run, world
 
 from megatron_ext.checkpoints.folder import MARKER, checkpoints
+from support.gpt import Layout, TrainedGPT
+from support.ranks import world
 
 LAYOUT = Layout(tensor=2, dropout=0.1, layers=2)
 STATE = {"model": {"hidden_size": 16, "layers": 2}, "fingerprints": {"vocabulary": "5f0c"}}
@@ -21,12 +22,12 @@ def _train_while_saving(folder: Path):
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints", asynchronous=True)
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     run.train(1, 2)
     checkpointer.save(2, run.chunks, run.optimizer, {})
     uninterrupted = (run.train(3, 5), run.weights())
     checkpointer.finish()
-    again = Run(LAYOUT, seed=2)
+    again = TrainedGPT(LAYOUT, seed=2)
     checkpointer.load(checkpointer.newest(), again.chunks, again.optimizer)
     return uninterrupted, (again.train(3, 5), again.weights())
 
@@ -56,7 +57,7 @@ def _hold_up_rank_one(folder: Path):
 
     checkpoint_writer.Report.put = held_up
     checkpointer = Checkpointer(folder / "checkpoints", asynchronous=True)
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     run.train(1, 1)
     checkpointer.save(1, run.chunks, run.optimizer, {})
     while dist.get_rank() == 0 and not list(folder.glob("checkpoints/.*/.report_0")):
@@ -80,7 +81,7 @@ def _save_five(folder: Path, asynchronous: bool) -> None:
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder, keep=2, asynchronous=asynchronous)
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     for iteration in range(1, 6):
         checkpointer.save(iteration, run.chunks, run.optimizer, {})
     checkpointer.finish()
@@ -96,9 +97,9 @@ def _save_before_training(folder: Path, layout: Layout):
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder)
-    run = Run(layout)
+    run = TrainedGPT(layout)
     checkpointer.save(0, run.chunks, run.optimizer, {})
-    again = Run(layout, seed=2)
+    again = TrainedGPT(layout, seed=2)
     checkpointer.load(checkpointer.newest(), again.chunks, again.optimizer)
     return run.train(1, 2), again.train(1, 2)
 
@@ -119,7 +120,7 @@ def test_what_is_damaged_or_does_not_fit_is_refused_on_every_rank_with_one_line(
         "marker altered": f"{newest / MARKER}: damaged, its checksum is wrong{older}",
         "marker truncated": f"{newest / MARKER}: damaged, cannot be read{older}",
         "marker missing": f"{newest / MARKER}: missing, so this is not a complete checkpoint{older}",
-        "no older one": f"{newest / 'common.pt'}: missing; there is no older complete checkpoint beside it",
+        "no older one": f"{newest / 'metadata.json'}: missing; there is no older complete checkpoint beside it",
         "absent": f"{tmp_path / 'nowhere'}: no such checkpoint folder",
         "other vocabulary": f"{newest}: its fingerprints.vocabulary is 5f0c, this run's is abcd",
         "fewer layers": f"{newest}: has the parameter decoder.layers.1.",
@@ -144,13 +145,13 @@ def _try_all(folder: Path) -> dict[str, str]:
     from megatron_ext.errors import UserError
 
     checkpointer = Checkpointer(folder / "checkpoints")
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     for iteration in (1, 2):
         run.train(iteration, iteration)
         checkpointer.save(iteration, run.chunks, run.optimizer, STATE)
     shutil.copytree(folder / "checkpoints", folder / f"whole_{dist.get_rank()}")
     newest = checkpointer.newest()
-    data, marker, common = newest / "__1_0.distcp", newest / MARKER, newest / "common.pt"
+    data, marker, metadata = newest / "__1_0.distcp", newest / MARKER, newest / "metadata.json"
     refusals = {}
 
     def attempt(name: str, change=lambda: None, path: Path = newest, expected: dict = STATE, layout: Layout = LAYOUT):
@@ -159,7 +160,7 @@ def _try_all(folder: Path) -> dict[str, str]:
             shutil.copytree(folder / "whole_0", checkpointer.folder)
             change()
         dist.barrier()
-        model = Run(layout)
+        model = TrainedGPT(layout)
         try:
             checkpointer.load(path, model.chunks, model.optimizer, expected)
         except UserError as error:
@@ -175,11 +176,11 @@ def _try_all(folder: Path) -> dict[str, str]:
     attempt("truncated", lambda: data.write_bytes(data.read_bytes()[:100]))
     attempt("altered", lambda: data.write_bytes(data.read_bytes()[:-1] + b"?"))
     attempt("missing", data.unlink)
-    attempt("two at once", lambda: (data.unlink(), common.unlink()))
+    attempt("two at once", lambda: (data.unlink(), metadata.unlink()))
     attempt("marker altered", lambda: overwrite(marker, b'"hidden_size": 16', b'"hidden_size": 17'))
     attempt("marker truncated", lambda: marker.write_bytes(marker.read_bytes()[:-9]))
     attempt("marker missing", marker.unlink)
-    attempt("no older one", lambda: (common.unlink(), shutil.rmtree(checkpoints(newest.parent)[0])))
+    attempt("no older one", lambda: (metadata.unlink(), shutil.rmtree(checkpoints(newest.parent)[0])))
     attempt("absent", path=folder / "nowhere")
     attempt("other vocabulary", expected={"fingerprints": {"vocabulary": "abcd"}})
     attempt("fewer layers", layout=replace(LAYOUT, layers=1))
@@ -199,7 +200,7 @@ def _save_into_a_file(folder: Path) -> str:
     from megatron_ext.checkpoints.checkpointer import Checkpointer
     from megatron_ext.errors import UserError
 
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     try:
         Checkpointer(folder).save(1, run.chunks, run.optimizer, {})
     except UserError as error:

@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from preprocess_material import CODES, GRID, make_vocabulary, make_vq
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ext import config_file, distributed
 from megatron_ext.callbacks import build_callbacks
 from megatron_ext.config import Config
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import training_folder
 from megatron_ext.evaluation.answer_generation import answer
@@ -29,6 +27,10 @@ from megatron_ext.report.write import write_report
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run
+from megatron_ext.training.validation import validate
+from support.data_sets import write_pairs
+from support.tiny_vq import GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 CAPTIONS = ["a red circle", "two blue squares"]
 ITERATIONS = 4
@@ -40,13 +42,7 @@ def material(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarking")
     make_vq(folder / "vq")
     vocabulary = make_vocabulary(folder / "vocabulary")
-    numbers = np.random.default_rng(0)
-    vq = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
-    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, vq, {"made": "by a test"}) as writer:
-        for _ in range(60):
-            image = vocabulary.image_ids(numbers.integers(0, CODES, GRID * GRID)).astype(np.int32)
-            words = [np.array(vocabulary.encode(text), np.int32) for text in CAPTIONS]
-            writer.add([(IMAGE, image), (TEXT, words[0]), (ANSWER, words[1])])
+    write_pairs(folder / "pairs", vocabulary, [CAPTIONS] * 60, grid=(GRID, GRID))
     write_benchmarks(folder / "benchmarks", BenchmarkConfig(pictures=3, size=32))
     broken = POPE.read(folder / "benchmarks" / "pope")[0].image
     broken.write_bytes(broken.read_bytes()[:60])
@@ -83,7 +79,7 @@ class Outcome:
 
 
 def trained(config: Config) -> Outcome:
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     try:
         run = build_run(config)

@@ -4,44 +4,36 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from preprocess_material import CODES, GRID, make_vocabulary, make_vq
 
 from megatron_ext.callbacks import build_callbacks, named_callbacks
 from megatron_ext.config import Config
-from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.training.callback import Callback, CallbackList, StepRecord
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run
-
-ROOT = Path(__file__).parents[2]
+from support.data_sets import write_pairs
+from support.programs import ROOT
+from support.tiny_vq import GRID, make_vq
 
 
 @pytest.fixture
-def settings(tmp_path) -> list[str]:
+def settings(tmp_path, vocabulary) -> list[str]:
     """A small run of four iterations."""
-    vocabulary = make_vocabulary(tmp_path / "vocabulary")
-    random = np.random.default_rng(0)
-    vq = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
-    with DatasetWriter(tmp_path / "pairs", vocabulary.fingerprint, vq, {"made": "by a test"}) as writer:
-        for _ in range(20):
-            image = vocabulary.image_ids(random.integers(0, CODES, GRID * GRID)).astype(np.int32)
-            writer.add([(IMAGE, image), (ANSWER, np.array(vocabulary.encode("a red circle"), np.int32))])
+    write_pairs(tmp_path / "pairs", vocabulary, [["a red circle"]] * 20, grid=(GRID, GRID))
     sources = [{"path": str(tmp_path / "pairs"), "task": task} for task in ("understanding", "generation")]
     return [
         f"output={tmp_path / 'run'}",
         *("model.num_layers=1", "model.hidden_size=32", "model.num_attention_heads=2"),
-        *(f"data.vocabulary={tmp_path / 'vocabulary'}", f"data.train={json.dumps(sources)}"),
+        *(f"data.vocabulary={vocabulary.folder}", f"data.train={json.dumps(sources)}"),
         *("data.workers=0", "data.sequence_length=64", "logging.tensorboard=false"),
         *("training.iterations=4", "training.global_batch_size=2", "optimizer.warmup_iterations=1"),
     ]
 
 
 class Recorder(Callback):
-    """Writes down each call with the number of iterations done."""
+    """Records each call with the number of complete iterations."""
 
     def __init__(self):
         self.calls = []

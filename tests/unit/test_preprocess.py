@@ -5,22 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preprocess_material import CODES, GRID, caption_tar, encoded, make_vocabulary, make_vq, write_tar
 
 from megatron_ext import vq as vq_package
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import PreprocessOptions, dali_decoder, merge_shards, preprocess, verify_data_set
+from support.images import caption_tar, encoded, write_tar
+from support.tiny_vq import CODES, GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 
 @pytest.fixture(scope="module")
 def vq(tmp_path_factory):
     return vq_package.load(make_vq(tmp_path_factory.mktemp("vq")))
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    return make_vocabulary(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="module")

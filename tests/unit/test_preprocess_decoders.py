@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from preprocess_material import encoded, picture
 
 from megatron_ext.preprocess import dali_decoder
 from megatron_ext.preprocess.encoding import ahead
 from megatron_ext.vq.image_decoder import PillowDecoder, centred, evidently_whole
+from support.images import encoded, picture
 
 SIZE = (32, 48)
 

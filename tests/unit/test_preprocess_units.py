@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from preprocess_material import encoded, write_tar
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions
 from megatron_ext.preprocess.units import plan, read
+from support.images import encoded, write_tar
 
 TURNS = [
     {"from": "human", "value": "<image>\nWhat colour?"},

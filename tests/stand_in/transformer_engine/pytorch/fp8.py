@@ -1,4 +1,4 @@
-"""The global state of FP8: what is enabled, and the histories of delayed scaling."""
+"""The global state of FP8: whether it is enabled, and the histories of delayed scaling."""
 
 from contextlib import contextmanager
 
@@ -33,6 +33,11 @@ class FP8GlobalStateManager:
             history[0] = amax
             history.copy_(history.roll(-1, 0))
             history[0] = 0
+
+
+def fp8_model_init(**unused):
+    """Imported by Megatron-Core 0.19, which calls it for parameters in FP8 alone."""
+    raise NotImplementedError
 
 
 @contextmanager
