@@ -4,13 +4,13 @@
     torchrun --nproc_per_node 2 pretrain_unified.py --config examples/configs/tiny.yaml parallel.tensor=2
 
 Alone it is a world of one process; under torchrun, or srun through examples/run_unified_tp4_pp2.sh, it is one rank of
-many. Run again with the same output folder, it goes on from the newest complete checkpoint.
+many. Run again with the same output folder, it resumes from the newest complete checkpoint.
 """
 
 import argparse
 from pathlib import Path
 
-from megatron_ext import command_line, config_file, files
+from megatron_ext import command_line, config_file
 from megatron_ext.config import Config
 
 
@@ -19,14 +19,17 @@ def main() -> None:
     config = config_file.load(Config, arguments.config, arguments.overrides)
     # Imported late: --help and mistakes in the configuration should not wait for Megatron-Core.
     from megatron_ext import distributed
-    from megatron_ext.training.environment import environment
-    from megatron_ext.training.lifecycle import clear_finished, mark_finished
+    from megatron_ext.callbacks import build_callbacks, validate_callbacks
+    from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
     from megatron_ext.training.run import build_run, describe
+    from megatron_ext.training.validation import validate
 
-    config.validate(distributed.world_size())
+    validate(config, distributed.world_size())
+    validate_callbacks(config)
     distributed.initialize(config)
     run = build_run(config)
+    callbacks = build_callbacks(run)
     distributed.report(describe(run))
     rows = config.training.iterations * config.training.global_batch_size
     distributed.report(run.train_data.tree(rows, config.data.sequence_length))
@@ -34,10 +37,9 @@ def main() -> None:
     if distributed.is_logging_rank():
         output.mkdir(parents=True, exist_ok=True)
         config_file.write_yaml(output / "config.yaml", config)
-        files.write_json(output / "environment.json", environment())
         if run.progress.iteration < config.training.iterations:
             clear_finished(output)
-    if train(run) and distributed.is_logging_rank():
+    if train(run, callbacks) and distributed.is_logging_rank():
         mark_finished(output, run.progress.iteration)
     distributed.report(f"trained to iteration {run.progress.iteration}: {output}")
     distributed.shut_down()

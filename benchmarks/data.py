@@ -1,7 +1,7 @@
 """Speed of the data path: tokens per second through DALI and through torch's DataLoader, in one run.
 
-Both make the same steps ahead from a synthetic data set in a temporary folder: rows, routes, labels, in one buffer,
-which goes to the device. The rounds alternate, so that a busy machine slows both alike; the ratio is the median of the
+Both prepare the same steps from a synthetic data set in a temporary folder (rows, routes and labels in one buffer) and
+copy them to the device. The rounds alternate, so that a busy machine slows both alike; the ratio is the median of the
 rounds' ratios.
 """
 
@@ -16,20 +16,22 @@ import torch
 from megatron_ext import config_file
 from megatron_ext.command_line import parser, progress, run
 from megatron_ext.config import Config, SourceConfig
-from megatron_ext.data import dali
+from megatron_ext.data import dali_loader
 from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
-from megatron_ext.data.loader import PlainLoader
-from megatron_ext.data.mixture import Mixture, Source
+from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.packed_rows import PackedRows, StepRows
 from megatron_ext.data.packed_tokens import PADDING, TASK
+from megatron_ext.data.plain_loader import PlainLoader
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.serialization import from_bytes, to_bytes
+from megatron_ext.data.source import Source
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.training.prepare import Preparation
+from megatron_ext.transformer.resolved import resolve
 
 SPECIAL = SpecialTokens(bos=1, pad=32000, eod=32001, boi=32002, eoi=32003)
 CODES = 8192
@@ -47,7 +49,7 @@ def main() -> None:
     arguments.add_argument("--image-tokens", type=int, default=256, help="VQ codes in an image (default 256)")
     arguments.add_argument("--text-tokens", type=int, default=24, help="mean tokens of a caption (default 24)")
     options = arguments.parse_args()
-    if not dali.available():
+    if not dali_loader.available():
         raise UserError("DALI is not installed; pip install nvidia-dali-cuda130")
     with tempfile.TemporaryDirectory() as folder:
         numbers = measure(mixture(Path(folder) / "pairs", options), options)
@@ -61,32 +63,32 @@ def measure(mixture: Mixture, options) -> dict:
     rows = StepRows(PackedRows(mixture, options.length), options.rows)
     step, packing = _timed(lambda: [rows[i] for i in range(options.steps)][-1])
     prepare = preparation(options)
-    few = max(1, options.steps // 20)
-    _, preparing = _timed(lambda: [to_bytes(prepare(step, i)) for i in range(few)])
+    prepared = max(1, options.steps // 20)
+    _, preparing = _timed(lambda: [to_bytes(prepare(step, i)) for i in range(prepared)])
     tokens = options.steps * options.rows * options.length
     speeds = {"dali": [], "torch": []}
     for _ in progress(range(options.rounds), desc="rounds"):
-        for name, loader in (("dali", dali.DaliLoader), ("torch", PlainLoader)):
+        for name, loader in (("dali", dali_loader.DaliLoader), ("torch", PlainLoader)):
             speeds[name].append(tokens / _one_round(loader, rows, prepare, options))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     return {
         "packing_tokens_per_second": tokens / packing,
-        "preparing_tokens_per_second": tokens * few / options.steps / preparing,
+        "preparing_tokens_per_second": tokens * prepared / options.steps / preparing,
         "dali_tokens_per_second": medians["dali"],
         "torch_tokens_per_second": medians["torch"],
-        "ratio": statistics.median(ours / theirs for ours, theirs in zip(speeds["dali"], speeds["torch"])),
+        "ratio": statistics.median(a / b for a, b in zip(speeds["dali"], speeds["torch"])),
         "padding": float(((step & TASK) == PADDING).mean()),
     }
 
 
 def preparation(options) -> Preparation:
-    """What the steps are made by."""
+    """The preparation of the steps, for a model of 32 layers."""
     settings = [f"plan.preset={options.plan}", f"data.sequence_length={options.length}", "model.num_layers=32"]
-    return Preparation.of(config_file.load(Config, [], settings), pad=SPECIAL.pad)
+    return Preparation.of(resolve(config_file.load(Config, [], settings)), pad=SPECIAL.pad)
 
 
 def _one_round(loader, rows: StepRows, prepare: Preparation, options) -> float:
-    """Seconds for the steps after the first few, which are prepared while the processes start."""
+    """Seconds for all steps but the first few, which are prepared while the processes start."""
     prefetch = 4
     warm = 2 * prefetch
     device = "cuda" if torch.cuda.is_available() else "cpu"

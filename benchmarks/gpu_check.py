@@ -1,7 +1,7 @@
-"""The GPU path proved in one run on one GPU: right, fast, and where the time goes. Started by gpu_check.sh.
+"""Check the GPU path in one run on one GPU: its results, its speed, and where the time goes. Started by gpu_check.sh.
 
-Results are in one folder: gpu_check.json, written after every step and while it runs; gpu.md, the same as a page; and
-gpu_check.log. Steps that are done are not run again.
+One folder holds the results: gpu_check.json, written after every step and during it; gpu.md, the same as a page; and
+gpu_check.log. Complete steps are not repeated.
 """
 
 import argparse
@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 from gpu import runner
 from gpu.machine import machine
 from gpu.page import page
 from gpu.records import FAILED, Context, Record, read, write_machine
 from gpu.steps import STEPS, Step, missed
-
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 
@@ -31,7 +31,7 @@ def main() -> None:
         return runner.measure({step.name: step for step in STEPS}[arguments.step], context_of(arguments))
     if not torch.cuda.is_available() and not arguments.rehearse:
         raise UserError("no GPU here; --rehearse runs the same steps at tiny sizes on a CPU")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the step that runs, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running step, too
     write_machine(file, machine())
     ended: dict[str, Record] = {}
 
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--references", type=Path, metavar="FOLDER", help="the CPU's; default: RESULTS/references")
     parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=f"of {','.join(names)}")
     parser.add_argument("--minutes", type=float, default=8.8, help="for all steps together (default 8.8)")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write what RESULTS holds as a page, and run nothing")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write RESULTS as a page, and run nothing")
     parser.add_argument("--step", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -77,7 +77,7 @@ def context_of(arguments: argparse.Namespace) -> Context:
 
 
 def describe(step: Step, record: Record) -> str:
-    """How a step ended, and which aims it missed."""
+    """How a step ended, and the aims that it missed."""
     outcome = f"{step.name}: {record.status}" + (f": {record.reason}" if record.reason else f", {record.seconds:.0f} s")
     slow = [] if record.rehearsal or record.status == FAILED else missed(step.figures, record.figures)
     return "; ".join([outcome, *(f"missed: {line}" for line in slow)])

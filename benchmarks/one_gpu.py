@@ -8,11 +8,11 @@ from megatron_ext import cpu
 
 
 def share_one_gpu() -> None:
-    """Where there are fewer GPUs than ranks, put this rank on the first one; before the process group is joined.
+    """Put this rank on the first GPU if there are fewer GPUs than ranks. Call it before joining the process group.
 
     nccl refuses two ranks on one GPU of one host ("Duplicate GPU detected"). It knows a host by NCCL_HOSTID, so each
-    rank names one of its own, and ranks of different hosts talk over sockets, here of the loopback interface. That is
-    slow, and it is the same kernels, messages and schedules.
+    rank gets an id of its own, and ranks of different hosts talk over sockets, here of the loopback interface. Messages
+    are slow that way; kernels, messages and schedules are the same.
     """
     if cpu.available() or torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         return

@@ -1,18 +1,18 @@
-"""Parallel layouts against one process: the same global batch, the same loss, the same gradient of every parameter,
+"""Parallel layouts against one process: equal losses and gradients of every parameter on the same global batch,
 under every plan.
 
     python benchmarks/parity.py                        # the whole table, on CPU processes (half an hour)
     python benchmarks/parity.py --layouts tp2,pp2,tp2-sp-dp2 --plans dense,himix
-    python benchmarks/parity.py --markdown docs/parity.md --json parity.json    # goes on where it was stopped
-    python benchmarks/parity.py --references FOLDER --layouts tp1               # on a CPU: makes the references
+    python benchmarks/parity.py --markdown docs/parity.md --json parity.json    # resumes where it stopped
+    python benchmarks/parity.py --references FOLDER --layouts tp1               # on a CPU: computes the references
     python benchmarks/parity.py --references FOLDER --layouts tp1,tp2,tp2-sp    # on a GPU: against the CPU's
 
-A layout is written tp2-pp2-vp2-sp-dp2. For each one and each plan this measures the relative error of the loss, of the
-logits and of the gradient norm, and the largest relative error |g - g'| / |g'| over all parameters (Frobenius norms of
-whole parameters), in float32 against one process. A further optimizer step is compared by its loss, with replicas also
-when the optimizer's states are sharded.
+A layout is written tp2-pp2-vp2-sp-dp2. For each layout and plan this measures, in float32 against one process, the
+relative error of the loss, of the logits and of the gradient norm, and the largest relative error |g - g'| / |g'| over
+all parameters (Frobenius norms of whole parameters). The loss of a second optimizer step is compared too; with replicas
+also with sharded optimizer states.
 
-Ranks take a GPU each; where there are too few, all of them take the first (see one_gpu.py).
+Each rank takes a GPU; if there are too few, all ranks take the first one (see one_gpu.py).
 """
 
 import argparse
@@ -25,11 +25,6 @@ import zlib
 from pathlib import Path
 
 import torch
-from one_gpu import share_one_gpu
-from parity_layouts import all_layouts, overrides, processes
-from parity_page import PAGE, table
-from parity_references import MAKE, Measured, References, errors, relative
-from training_step.rows import step_input
 
 from megatron_ext import command_line, config_file, cpu, files
 from megatron_ext.config import Config
@@ -37,6 +32,12 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.transformer.resolved import resolve
+from one_gpu import share_one_gpu
+from parity_layouts import all_layouts, overrides, processes
+from parity_page import PAGE, table
+from parity_references import MAKE, Measured, References, errors, relative
+from training_step.random_rows import step_input
 
 VOCABULARY = 256
 BASE = [
@@ -86,14 +87,14 @@ def packed_batch(rows: int, length: int, seed: int) -> Batch:
 
 
 def measure(config: Config) -> Measured:
-    """This rank's share of what the steps give."""
+    """Run the steps on this rank and return what it measures."""
     from megatron.core import parallel_state
 
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import train_step
     from megatron_ext.transformer.initialization import global_parameters
 
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     perturb(chunks)
     optimizer = build_optimizer(config, chunks)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
@@ -121,8 +122,8 @@ def measure(config: Config) -> Measured:
     return measured
 
 
-def numbers_drawn(config: Config) -> torch.Tensor:
-    """A few of the numbers that weights and rows consist of."""
+def sampled_numbers(config: Config) -> torch.Tensor:
+    """Some of the random numbers that weights and rows consist of."""
     batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=0)
     weights = torch.empty(config.model.num_layers, config.model.hidden_size)
     weights.normal_(generator=torch.Generator().manual_seed(config.training.seed))
@@ -131,7 +132,7 @@ def numbers_drawn(config: Config) -> torch.Tensor:
 
 @torch.no_grad()
 def perturb(chunks: list) -> None:
-    """Move every weight a little, by its name, so that no difference of weights is zero and no gradient vanishes."""
+    """Add noise to every weight, seeded by its name, so that no delta is zero and no gradient vanishes."""
     from megatron_ext.transformer.initialization import full_shape, global_parameters, shard
 
     for chunk in chunks:
@@ -144,18 +145,18 @@ def perturb(chunks: list) -> None:
 def against_references(
     layout: str, plans: list[str], settings: list[str], folder: Path, store=None
 ) -> dict[str, dict[str, float]]:
-    """Errors of a layout under each plan, in a world that is joined for it and left again. References that are missing
-    are made.
+    """Errors of a layout under each plan, in a world that this call joins and leaves. Missing references are computed.
 
     Args:
-        store: where the ranks meet, see :func:`megatron_ext.distributed.initialize`.
+        store: the store through which ranks meet, see :func:`megatron_ext.distributed.initialize`.
     """
     from megatron_ext import distributed
+    from megatron_ext.training.validation import validate
 
     config = config_file.load(Config, [], BASE + settings + overrides(layout))
-    config.validate(distributed.world_size())
+    validate(config, distributed.world_size())
     distributed.initialize(config, store)
-    references = References(folder, numbers_drawn(config))
+    references = References(folder, sampled_numbers(config))
     results = {}
     for plan in plans:
         config = config_file.load(Config, [], BASE + settings + overrides(layout) + PLANS[plan])
@@ -164,12 +165,12 @@ def against_references(
             references.save(plan, measured)
         expected = references.load(plan)
         results[plan] = errors(measured, expected)
-        # The optimizer does not know of plans: one without and one with components stand for all.
+        # The optimizer does not know plans: one plan without and one with components stand for all.
         replicas = config.data_parallel(distributed.world_size())
         if replicas > 1 and plan in (plans[0], plans[-1]):
             config.parallel.distributed_optimizer = config.parallel.overlap = True
             results[plan]["sharded_optimizer_losses"] = relative(measure(config).losses, expected.losses)
-    # Groups hold threads; those of many layouts would drown the machine.
+    # Process groups hold threads: those of many layouts would slow the machine down.
     distributed.shut_down()
     return results
 
@@ -197,23 +198,23 @@ def compare(
     file: Path | None = None,
     references: Path | None = None,
 ) -> dict[str, dict[str, dict]]:
-    """Errors of each layout under each plan against one process; each size of world is started once.
+    """Errors of each layout under each plan against one process. Each size of world is started once.
 
     Args:
-        file: where results are kept as they come; layouts that are there are not measured again.
-        references: folder of the references, made where they are missing; None: made for this call.
+        file: results are written here as they come; layouts in it are not measured again.
+        references: folder of the references; missing ones are computed. None: a temporary folder.
 
     Raises:
-        UserError: references are missing, and this is a GPU.
+        UserError: a reference is missing on a machine with a GPU.
     """
     with tempfile.TemporaryDirectory() as folder:
         result_file = file or Path(folder) / "results.json"
         known = files.read_json(result_file) if result_file.exists() else {}
         todo = [name for name in layouts if set(plans) - known.get(name, {}).keys()]
         folder = references or Path(folder)
-        missing = References(folder, numbers_drawn(config_file.load(Config, [], BASE + settings))).missing(plans)
+        missing = References(folder, sampled_numbers(config_file.load(Config, [], BASE + settings))).missing(plans)
         if missing and not cpu.available():
-            raise UserError(f"{folder}: no reference for {missing[0]}, and a GPU makes none; on a CPU: {MAKE}")
+            raise UserError(f"{folder}: no reference for {missing[0]}, and a GPU computes none; on a CPU: {MAKE}")
         if todo and missing and todo[0] != "tp1":
             todo.insert(0, "tp1")
         for size in sorted(set(map(processes, todo))):
@@ -230,8 +231,10 @@ def compare(
 
 
 def worst(results: dict[str, dict[str, dict]]) -> float:
-    """Largest error of all."""
-    return max(error for of_plan in results.values() for errors in of_plan.values() for error in errors.values())
+    """The largest of all errors."""
+    return max(
+        error for plan_errors in results.values() for errors in plan_errors.values() for error in errors.values()
+    )
 
 
 def main() -> None:
@@ -240,7 +243,7 @@ def main() -> None:
     parser.add_argument("--plans", default=",".join(PLANS), help="comma-separated plans (default: all of them)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as a page of documentation")
     parser.add_argument("--minutes", type=float, default=60, help="time limit of each size of world")
-    parser.add_argument("--references", type=Path, metavar="FOLDER", help="keep the references here; a GPU needs them")
+    parser.add_argument("--references", type=Path, metavar="FOLDER", help="folder of the references; required on a GPU")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings of the model under test")
     arguments = parser.parse_args()

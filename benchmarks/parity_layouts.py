@@ -1,4 +1,4 @@
-"""Parallel layouts by their names: tp2-pp2-vp2-sp-dp2."""
+"""Parallel layouts by name, such as tp2-pp2-vp2-sp-dp2."""
 
 import re
 
@@ -17,14 +17,14 @@ def all_layouts() -> list[str]:
 
 
 def overrides(layout: str) -> list[str]:
-    """Configuration of a layout by its name."""
+    """Settings of a layout."""
     keys = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline"}
     sizes = re.findall(r"(tp|pp|vp)(\d+)", layout)
     return [f"parallel.{keys[k]}={n}" for k, n in sizes] + ["parallel.sequence=true"] * ("sp" in layout.split("-"))
 
 
 def processes(layout: str) -> int:
-    """Processes that a layout takes."""
+    """Number of processes of a layout."""
     total = 1
     for _, size in re.findall(r"(tp|pp|dp)(\d+)", layout):
         total *= int(size)

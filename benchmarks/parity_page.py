@@ -1,4 +1,4 @@
-"""The errors of all layouts as a page of documentation."""
+"""The errors of all layouts as a page of the documentation."""
 
 from parity_layouts import processes
 
@@ -8,15 +8,15 @@ Made by `python benchmarks/parity.py --markdown docs/parity.md`. {count} layouts
 global batch under every plan, in float32 over gloo; each number is a relative error against one process. The model:
 `{settings}`.
 
-`tp` tensor, `pp` pipeline, `vp` virtual stages (interleaved schedule), `sp` sequence parallelism, `dp` replicas. Under
-a plan's name stands the largest |g - g'| / |g'| over all parameters of the model, each taken whole; the other columns
-are the worst of all plans. The last one repeats the steps with the optimizer's states sharded over the replicas. The
-plan "rank 4 per task" lets HiMix begin in layer 2 and gives all four projections low-rank differences for each task. An
+`tp` tensor, `pp` pipeline, `vp` virtual stages (interleaved schedule), `sp` sequence parallelism, `dp` replicas. The
+column of a plan is the largest |g - g'| / |g'| over all parameters of the model, each taken whole; the other columns
+are the worst of all plans. The last column repeats the steps with optimizer states sharded over the replicas. The plan
+"rank 4 per task" starts HiMix in layer 2 and gives all four projections a low-rank delta of rank 4 for each task. An
 empty cell was not measured.
 
-The references are one process on a CPU. `--references FOLDER` keeps them (a file of 2 to 2.5 MB for each plan), and on
-a GPU they must be there, made on a CPU by `python benchmarks/parity.py --layouts tp1 --references FOLDER`: a GPU is
-never compared with itself. Ranks that outnumber the GPUs share the first one, over nccl's sockets.
+The references are one process on a CPU. `--references FOLDER` keeps them (a file of 2 to 2.5 MB per plan). On a GPU
+they must exist already, computed on a CPU by `python benchmarks/parity.py --layouts tp1 --references FOLDER`: a GPU is
+never compared with itself. If there are more ranks than GPUs, all ranks share the first GPU, over nccl's sockets.
 
 {table}
 """
@@ -24,7 +24,7 @@ never compared with itself. Ranks that outnumber the GPUs share the first one, o
 
 def table(results: dict[str, dict[str, dict]]) -> str:
     """The results as a Markdown table: worst gradient by plan, then the worst of all plans for the other figures."""
-    plans = list(dict.fromkeys(plan for of_plan in results.values() for plan in of_plan))
+    plans = list(dict.fromkeys(plan for plan_errors in results.values() for plan in plan_errors))
     others = {
         "loss": "loss",
         "logits": "logits",
@@ -34,10 +34,10 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     }
     heads = ["layout", "processes", *(plan.replace("_", " ") for plan in plans), *others.values()]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    for name, of_plan in results.items():
-        cells = [f"{of_plan[plan]['gradient']:.0e}" if plan in of_plan else "" for plan in plans]
+    for name, plan_errors in results.items():
+        cells = [f"{plan_errors[plan]['gradient']:.0e}" if plan in plan_errors else "" for plan in plans]
         for key in others:
-            values = [r[key] for r in of_plan.values() if key in r]
+            values = [r[key] for r in plan_errors.values() if key in r]
             cells.append(f"{max(values):.0e}" if values else "")
         lines.append(f"| {name} | {processes(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)

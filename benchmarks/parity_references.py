@@ -1,7 +1,7 @@
-"""What one process computes, and how far a rank of any layout is from it.
+"""References that one process computes, and how far a rank of any layout is from them.
 
-A layout's ranks hold slices of parameters and of logits; the references are whole. They are made on a CPU, in float32,
-and can be carried to another machine: a GPU is held against them, never against itself.
+The ranks of a layout hold slices of parameters and of logits; the references are whole. They are computed on a CPU in
+float32 and can be carried to another machine: a GPU is compared with them, never with itself.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ MAKE = "python benchmarks/parity.py --layouts tp1 --references FOLDER"
 
 @dataclass
 class Measured:
-    """The first optimizer steps of a model.
+    """What a rank measures in the first optimizer steps of a model.
 
     Attributes:
         gradients: of the first step, by the parameter's global name.
@@ -36,7 +36,7 @@ class References:
     """A folder with a file for each plan.
 
     Args:
-        numbers: drawn from a seed as the weights and rows are; files made with others are refused.
+        numbers: sampled from a seed as weights and rows are; files written with other numbers are refused.
     """
 
     def __init__(self, folder: Path, numbers: Tensor):
@@ -48,13 +48,13 @@ class References:
         return [plan for plan in plans if not self._file(plan).exists()]
 
     def save(self, plan: str, measured: Measured) -> None:
-        """Keep what one process on a CPU measured.
+        """Save what one process on a CPU measured.
 
         Raises:
             UserError: this is a GPU.
         """
         if not cpu.available():
-            raise UserError(f"{self._file(plan)}: no reference, and a GPU makes none; on a CPU: {MAKE}")
+            raise UserError(f"{self._file(plan)}: no reference, and a GPU computes none; on a CPU: {MAKE}")
         self._folder.mkdir(parents=True, exist_ok=True)
         torch.save({"numbers": self._numbers, **asdict(measured)}, self._file(plan))
 
@@ -62,14 +62,14 @@ class References:
         """The reference of a plan.
 
         Raises:
-            UserError: it was made from other weights or rows.
+            UserError: it was computed from other weights or rows.
         """
         stored = torch.load(self._file(plan))
         numbers = stored.pop("numbers")
         if numbers.shape != self._numbers.shape or not torch.allclose(numbers, self._numbers, rtol=1e-5, atol=1e-6):
             raise UserError(
-                f"{self._file(plan)}: made with other settings, or by a torch that draws other numbers; delete it and "
-                f"make it anew on a CPU: {MAKE}"
+                f"{self._file(plan)}: computed with other settings, or by a torch with other random numbers; delete it "
+                f"and compute it again on a CPU: {MAKE}"
             )
         return Measured(**stored)
 
@@ -94,7 +94,7 @@ def relative(values: list[float], expected: list[float]) -> float:
 
 
 def _worst_logits(logits: list[Tensor], expected: list[Tensor]) -> float:
-    """Over this replica's micro-batches, of which every tensor-parallel rank holds a slice of the vocabulary."""
+    """The largest error of this replica's micro-batches; a tensor-parallel rank holds a slice of the vocabulary."""
     from megatron.core import parallel_state
 
     size, rank = (
@@ -108,7 +108,7 @@ def _worst_logits(logits: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _worst_gradient(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Over all parameters, each taken whole."""
+    """The largest error of all parameters, each taken whole."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 

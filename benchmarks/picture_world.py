@@ -1,12 +1,12 @@
-"""What a model has learnt to see and to draw on the picture world: accuracy of every kind of question against chance,
-and generated pictures against a control.
+"""What a model has learnt on the picture world: accuracy on every kind of question against chance, and generated
+pictures against a control.
 
     python benchmarks/picture_world.py --run runs/picture_world/dense --data runs/picture_world \
         --out runs/picture_world/scores --markdown docs/picture_world.md --json benchmarks/results/picture_world.json
 
-Answers the picture world's benchmarks (tools/evaluate.py, which goes on where it was stopped) for new arrangements of
-known combinations and for held-out combinations of shape and color. Chance: the share that guessing among the possible
-answers gets; the answers are balanced. Intervals are those of Wilson, 95 %.
+Answers the picture world's benchmarks (by tools/evaluate.py, which resumes where it stopped) for new arrangements of
+known combinations and for held-out combinations of shape and color. Chance is the accuracy of guessing among the
+possible answers, which are balanced. Intervals are 95 % Wilson intervals.
 """
 
 import subprocess
@@ -20,8 +20,9 @@ from megatron_ext.evaluation import scene_check
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.parsing import LETTERS
 from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES
-from megatron_ext.picture_world.benchmarks import MANIFEST
-from megatron_ext.picture_world.world import PLACES, World
+from megatron_ext.picture_world.attributes import PLACES
+from megatron_ext.picture_world.benchmark_files import MANIFEST
+from megatron_ext.picture_world.world import World
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {"validation": "new arrangements", "test": "held-out combinations"}
@@ -43,7 +44,7 @@ def evaluate(run: Path, data: Path, out: Path, options: list[str]) -> dict:
 
 def kinds(data: Path, out: Path) -> dict[str, dict]:
     """By kind of question: ``right``, ``questions``, ``chance``, and ``low`` and ``high``, all shares of 1."""
-    found: dict[str, list[tuple[bool, float]]] = defaultdict(list)
+    outcomes: dict[str, list[tuple[bool, float]]] = defaultdict(list)
     detailed = files.read_json(data / "gqa" / "testdev_balanced_questions.json")
     world = World(**files.read_json(data / MANIFEST)["settings"]["world"])
     answers = {"color": len(world.colors), "shape": len(world.shapes), "place": sum(map(len, PLACES))}
@@ -53,15 +54,15 @@ def kinds(data: Path, out: Path) -> dict[str, dict]:
             right = item.id in read.answers and benchmark.right(item, read.answers[item.id])
             if name == "gqa":
                 kind = detailed[item.id]["types"]["detailed"]
-                found[f"GQA, {kind}"].append((right, 1 / answers.get(kind, 2)))
+                outcomes[f"GQA, {kind}"].append((right, 1 / answers.get(kind, 2)))
             elif name == "seed":
                 likelihoods = read.likelihoods.get(item.id)
                 likeliest = likelihoods and LETTERS[likelihoods.index(max(likelihoods))] == item.answer
-                found[f"SEED, {item.groups[0]}, by letter"].append((right, 1 / 4))
-                found[f"SEED, {item.groups[0]}, by likelihood"].append((bool(likeliest), 1 / 4))
+                outcomes[f"SEED, {item.groups[0]}, by letter"].append((right, 1 / 4))
+                outcomes[f"SEED, {item.groups[0]}, by likelihood"].append((bool(likeliest), 1 / 4))
             else:
-                found[f"{benchmark.title}, {item.groups[0]}"].append((right, 1 / 2))
-    return {kind: _share(results) for kind, results in found.items()}
+                outcomes[f"{benchmark.title}, {item.groups[0]}"].append((right, 1 / 2))
+    return {kind: _share(results) for kind, results in outcomes.items()}
 
 
 def _share(results: list[tuple[bool, float]]) -> dict:
@@ -77,14 +78,14 @@ def _share(results: list[tuple[bool, float]]) -> dict:
     }
 
 
-def markdown(found: dict, budget: str) -> str:
+def markdown(results: dict, budget: str) -> str:
     """The page."""
     lines = ["# What a model learns on the picture world", "", budget, ""]
-    lines += ["Accuracy in percent, in brackets its 95 % interval; **bold**: the interval is above chance.", ""]
+    lines += ["Accuracy in percent with its 95 % interval in brackets; **bold**: the interval is above chance.", ""]
     lines += ["| question | chance | " + " | ".join(SPLITS.values()) + " |", "| --- | --- | --- | --- |"]
-    for kind, of in found["validation"]["kinds"].items():
-        cells = [_cell(found[split]["kinds"].get(kind)) for split in SPLITS]
-        lines.append(f"| {kind} | {100 * of['chance']:.1f} | " + " | ".join(cells) + " |")
+    for kind, share in results["validation"]["kinds"].items():
+        cells = [_cell(results[split]["kinds"].get(kind)) for split in SPLITS]
+        lines.append(f"| {kind} | {100 * share['chance']:.1f} | " + " | ".join(cells) + " |")
     lines += ["", "Facts of their captions that are right in generated pictures, in percent; the control is the same"]
     lines += ["pictures with other pictures' captions. At best: the reference pictures through the VQ tokenizer.", ""]
     lines += [
@@ -92,7 +93,7 @@ def markdown(found: dict, budget: str) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for split, name in SPLITS.items():
-        for kind, row in found[split]["pictures"].items():
+        for kind, row in results[split]["pictures"].items():
             between = f"{row['difference']:.1f} [{row['from']:.1f}, {row['to']:.1f}]" if "difference" in row else "-"
             control, best = row.get("others' prompts"), row.get("reference through VQ")
             cells = [f"{row['right']:.1f}", _number(control), between, _number(best)]
@@ -100,12 +101,12 @@ def markdown(found: dict, budget: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(of: dict | None) -> str:
-    if of is None:
+def _cell(share: dict | None) -> str:
+    if share is None:
         return "-"
-    text = f"{100 * of['right']:.1f}"
-    bold = f"**{text}**" if of["low"] > of["chance"] else text
-    return f"{bold} [{100 * of['low']:.0f}, {100 * of['high']:.0f}]"
+    text = f"{100 * share['right']:.1f}"
+    bold = f"**{text}**" if share["low"] > share["chance"] else text
+    return f"{bold} [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
 
 
 def _number(value: float | None) -> str:
@@ -124,18 +125,22 @@ def main() -> None:
     parser.add_argument("--budget", default="", help="a paragraph or more on what the model was trained with")
     parser.add_argument("options", nargs="*", help="more for tools/evaluate.py, such as plan.preset=dense")
     arguments = parser.parse_args()
-    found = {}
+    results = {}
     for split in SPLITS:
         data, out = arguments.data / "benchmarks" / split, arguments.out / split
         tables = evaluate(arguments.run, data, out, arguments.options)
-        pictures = [of["scores"]["details"] for of in tables["files"] if of["benchmark"] == scene_check.TITLE]
-        found[split] = {"kinds": kinds(data, out), "pictures": pictures[0] if pictures else {}, "table": tables["rows"]}
-    text = markdown(found, arguments.budget)
+        pictures = [file["scores"]["details"] for file in tables["files"] if file["benchmark"] == scene_check.TITLE]
+        results[split] = {
+            "kinds": kinds(data, out),
+            "pictures": pictures[0] if pictures else {},
+            "table": tables["rows"],
+        }
+    text = markdown(results, arguments.budget)
     print(text)
     if arguments.markdown:
         files.write_text(arguments.markdown, text)
     if arguments.json:
-        files.write_json(arguments.json, {"budget": arguments.budget, **found})
+        files.write_json(arguments.json, {"budget": arguments.budget, **results})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Speed of preprocessing: images per second of the whole way from image files to a data set, and of the encoder alone.
+"""Speed of preprocessing: images per second from image files to a data set, and of the encoder alone.
 
 Whole: reading a tar, decoding, resizing, encoding, tokenising, writing, joining. Alone: the same VQ model in a loop
 over the same pictures, decoded beforehand. The rounds alternate, so that a busy machine slows both alike; the ratio is
-the median of the rounds' ratios. The VQ model is a random one of the quickstart's size, the pictures are made here.
-Without a GPU both want the same cores, so the ratio says how much of them decoding takes beside so small an encoder.
+the median of the rounds' ratios. The VQ model has random weights and the size of the quickstart's; the pictures are
+random. Without a GPU both need the same cores, so the ratio shows how much of them decoding takes beside a small
+encoder.
 """
 
 import io
@@ -23,13 +24,26 @@ from PIL import Image
 from megatron_ext import vq as vq_package
 from megatron_ext.command_line import parser, progress, run
 from megatron_ext.files import write_json
-from megatron_ext.preprocess import Options, preprocess
-from megatron_ext.preprocess.images import CROP, PillowDecoder
+from megatron_ext.preprocess import PreprocessOptions, preprocess
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel
-from megatron_ext.vq.train import TrainConfig
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder
+from megatron_ext.vq.training import VQTrainingConfig
 
-WORDS = ("red", "green", "blue", "white", "circle", "square", "triangle", "left", "right", "above", "below", "two")
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "white",
+    "circle",
+    "square",
+    "triangle",
+    "left",
+    "right",
+    "above",
+    "below",
+    "two",
+)
 
 
 def main() -> None:
@@ -64,7 +78,7 @@ def measure(folder: Path, options) -> dict:
     seconds = {"alone": [], "whole": []}
     for i in progress(range(options.rounds + 1), desc="rounds"):
         alone = _timed(lambda: _alone(tokenizer, batches))
-        prepared = Options([tar], folder / f"set{i}", batch_size=options.batch_size, workers=options.workers)
+        prepared = PreprocessOptions([tar], folder / f"set{i}", batch_size=options.batch_size, workers=options.workers)
         whole = _timed(lambda prepared=prepared: preprocess(prepared, vocabulary, tokenizer))
         if i:  # the first round imports libraries and warms caches
             seconds["alone"].append(alone)
@@ -95,10 +109,10 @@ def _device() -> str:
 
 
 def _tokenizer(folder: Path) -> VQModel:
-    """A random tokenizer of the size that tools/train_vq.py trains unless told otherwise."""
+    """A random tokenizer of the size that tools/train_vq.py trains by default."""
     import transformers
 
-    size = TrainConfig()
+    size = VQTrainingConfig()
     channels = 3 * size.patch**2
     torch.manual_seed(0)
     transformers.JanusVQVAE(
@@ -121,12 +135,12 @@ def _vocabulary(folder: Path) -> Vocabulary:
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(WORDS)] * 50),
-        model_prefix=str(folder / "made"),
+        model_prefix=str(folder / "text"),
         vocab_size=80,
         minloglevel=2,
         hard_vocab_limit=False,
     )
-    return Vocabulary.create(folder, folder / "made.model", TrainConfig().codebook_size)
+    return Vocabulary.create(folder, folder / "text.model", VQTrainingConfig().codebook_size)
 
 
 def _pictures(count: int, pixels: int) -> list[bytes]:

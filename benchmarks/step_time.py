@@ -15,9 +15,10 @@ shorter: gradient norm, clipping and AdamW; and the last matrix and the loss.
 import argparse
 
 import torch
-from training_step.cases import CASES, Size, with_bases
 
 from megatron_ext import command_line, cpu, files
+from megatron_ext.training.validation import validate
+from training_step.cases import CASES, Size, with_bases
 
 LLAMA_3_VOCABULARY = 128256
 
@@ -67,16 +68,15 @@ def main() -> None:
     if unknown := [name for name in only if name not in CASES]:
         parser.error(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
 
-    from training_step.kernels import kernel_table, profile
-    from training_step.rows import random_rows
-    from training_step.timing import table, time_cases
-
     from megatron_ext import distributed
+    from training_step.kernels import kernel_table, profile
+    from training_step.random_rows import random_rows
+    from training_step.timing import table, time_cases
 
     torch.set_num_threads(arguments.threads)
     size = size_of(arguments)
     config = size.configuration()
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     if arguments.profile:
         case = CASES[arguments.profile]

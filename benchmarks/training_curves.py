@@ -3,7 +3,7 @@
     python benchmarks/training_curves.py --markdown docs/training_curves.md
     python benchmarks/training_curves.py --presets dense,himix --out runs/curves training.iterations=100
 
-Needs the data of examples/quickstart.sh. Runs that are complete are not repeated; the others go on where they stopped.
+Needs the data of examples/quickstart.sh. Complete runs are not repeated; the others resume where they stopped.
 """
 
 import subprocess
@@ -22,7 +22,7 @@ TASKS = ("understanding", "generation")
 
 
 def train(preset: str, output: Path, overrides: list[str]) -> list[dict]:
-    """The metrics of a run to its end."""
+    """Train a run to its end and return its metrics."""
     if not (output / "FINISHED").exists():
         command = [
             sys.executable,
@@ -42,7 +42,7 @@ def train(preset: str, output: Path, overrides: list[str]) -> list[dict]:
 
 
 def summary(records: list[dict]) -> dict:
-    """Final validation losses and FLOPs against dense of one run."""
+    """Final validation losses of a run, and its FLOPs relative to dense."""
     last = [r for r in records if "validation_loss" in r][-1]
     return {
         "iterations": last["iteration"],
@@ -58,14 +58,13 @@ def image_grid(config: Config) -> tuple[int, int]:
     return tuple(next(metadata["vq"]["grid"] for metadata in metadata if metadata["vq"]))
 
 
-def draw(runs: dict[str, list[dict]], file: Path) -> None:
+def plot(runs: dict[str, list[dict]], file: Path) -> None:
     """Validation losses over the iterations, a panel per task."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from megatron_ext.analysis import plots
 
-    figure, panels = pyplot.subplots(1, len(TASKS), figsize=(11, 4), layout="constrained")
+    figure, panels = plots.subplots(1, len(TASKS), figsize=(11, 4))
     for task, panel in zip(TASKS, panels):
         for preset, records in runs.items():
             points = [(r["iteration"], r[f"validation_loss_{task}"]) for r in records if "validation_loss" in r]
@@ -74,7 +73,7 @@ def draw(runs: dict[str, list[dict]], file: Path) -> None:
         panel.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
         panel.grid(alpha=0.3, which="both")
     panels[0].legend(fontsize=8)
-    figure.savefig(file)
+    plots.save(figure, file)
 
 
 def table(results: dict[str, dict]) -> str:
@@ -109,7 +108,7 @@ def main() -> None:
         files.write_json(arguments.json, results)
     if arguments.markdown:
         figure = arguments.markdown.with_suffix(".svg")
-        draw(runs, figure)
+        plot(runs, figure)
         first = next(iter(results.values()))
         settings = " ".join(arguments.overrides)
         arguments.markdown.write_text(
@@ -134,16 +133,16 @@ Made by `{command}`.
 
 Every method trains the same model ({layers} layers, hidden size {hidden}) from the same weights on the same rows of the
 picture world: {iterations} iterations of {rows} rows of {length} tokens, {million:.2f} million tokens. A picture is
-{grid} tokens here (`GRID` of `examples/_picture_world.sh`). The losses are those of the validation sets: answers for
-understanding, image tokens for generation. One seed and so few tokens say that every method trains and what it costs;
-they do not rank the methods.
+{grid} tokens here (`GRID` of `examples/_picture_world.sh`). The losses are on the validation sets: answers for
+understanding, image tokens for generation. One seed and this few tokens show that every method trains and what it
+costs; they do not rank the methods.
 
 ![validation losses]({figure})
 
 {table}
 
-FLOPs are those of the mix of tasks that is trained, plain texts and the output head included. `tools/flops.py --mix`
-says what a method costs on other documents.
+FLOPs are those of the training mix of tasks, including plain texts and the output head. `tools/flops.py --mix` gives
+the cost of a method on other documents.
 """
 
 

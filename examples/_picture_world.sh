@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced, not run: pictures, tokenizers, data sets and benchmarks of the picture world; what is complete is left alone.
+# Source this file. Makes pictures, tokenizers, data sets and benchmarks of the picture world; complete ones are kept.
 #
 #   make_picture_world FOLDER    makes FOLDER/{scenes,benchmarks,vq,vocabulary,data}
 #
-# Settings: SIZE pixels along a side (54), GRID tokens (9: three for each cell of a scene), CODES of the VQ tokenizer
-# (1024), VQ_STEPS of its training (1200) and VQ for further options of tools/train_vq.py, TRAIN scenes (4000),
-# QUESTIONS about each (6), PICTURES in each benchmark (40), SCENES for further options of tools/make_scenes.py. Needs
-# _setup.sh before it.
+# Settings (defaults): SIZE, pixels along a side (54); GRID, codes along a side (9: three per cell of a scene); CODES of
+# the VQ tokenizer (1024); VQ_STEPS, its training steps (1200); VQ, further options of tools/train_vq.py; TRAIN, scenes
+# (4000); QUESTIONS per scene (6); PICTURES per benchmark (40); SCENES, further options of tools/make_scenes.py.
+# Source _setup.sh first.
 
 step() { # name, seconds allowed, command ...
     local name=$1 seconds=$2 begun=$SECONDS

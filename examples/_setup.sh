@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced, not run: makes the virtual environment, or leaves a good one as it is.
+# Source this file. Makes the virtual environment, or keeps it if it is up to date.
 #
-#   VENV         where it lies (default: .venv); from the repository, as all paths here
+#   VENV         its folder (default: .venv); paths are relative to the repository
 #   PYTHON       the interpreter that makes it (default: python3)
 #   CONSTRAINTS  the versions in it (default: requirements/constraints.txt, for Python 3.11;
 #                requirements/constraints-newest.txt is for Python 3.13)
@@ -35,12 +35,12 @@ make_environment() {
             fail "$python -m venv failed; on Debian or Ubuntu: apt-get install python3-venv"
     fi
     rm -f "$stamp"
-    # Settings of the user's pip that have no meaning, or do harm, inside a virtual environment.
+    # pip settings of the user that are meaningless or harmful in a virtual environment.
     unset PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_HASHES PIP_CONSTRAINT
     export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
     {
         timeout 1800 "$PY" -m pip install --progress-bar off -r requirements/cpu.txt -c "$CONSTRAINTS" &&
-            # setuptools is installed by now, so nothing is fetched to build this package.
+            # setuptools is installed by now, so building this package downloads nothing.
             timeout 300 "$PY" -m pip install --no-deps --no-build-isolation -e .
     } >"$log" 2>&1 || fail "$(grep -m1 -iE '^ *error' "$log" || tail -n 1 "$log") (see $log)"
     echo "$key" >"$stamp"

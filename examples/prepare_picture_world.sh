@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Data of examples/configs/picture_world*.yaml and examples/studies/picture_world.yaml, in runs/picture_world.
 #
-#   bash examples/prepare_picture_world.sh     a quarter of an hour on two CPU cores; what is complete is not made again
+#   bash examples/prepare_picture_world.sh     a quarter of an hour on two CPU cores; complete files are kept
 #
-# Scenes have few kinds of things, equal objects look equal, and an object is four tokens that tell of nothing else, so
-# that small models learn to see soon. Of 30,000 there are captions and two questions each, so that half of the tokens are
-# images; of 40,000 others there are eight questions each. Those of the last three sets are about what is learnt last.
+# Scenes have few kinds of objects, equal objects look equal, and an object is four tokens that depend on nothing else,
+# so that small models learn to see soon. 30,000 scenes have captions and two questions each, so that half of the tokens
+# are images; 40,000 other scenes have eight questions each. The last three sets ask what models learn last.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
@@ -26,6 +26,6 @@ more_scenes() { # name of the questions, options of tools/make_scenes.py ...
 more_scenes more-questions --seed 4321 --train 40000 --questions 8
 more_scenes relation-questions --seed 5678 --train 24000 --questions 8 --kinds relation direction comparison statement \
     --with-choices 0 --with-instruction 0.5
-# Two about a scene: of more, the later ones' answers follow from those before.
+# Two questions per scene: the answers of further ones would follow from the first two.
 more_scenes side-questions --seed 6789 --train 36000 --questions 2 --kinds side --with-choices 0 --with-instruction 0.5
 more_scenes relations --seed 8765 --train 44000 --questions 2 --kinds relation --with-choices 0 --with-instruction 0.5

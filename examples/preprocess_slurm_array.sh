@@ -9,25 +9,25 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A-%a.log
 #
-# Prepare a data set on many machines: each task of the array does its share, one more job joins them.
+# Preprocess a data set on many machines: each task of the array does its share, one more job joins the parts.
 #
 #   export OUT=data/train VQ=checkpoints/janus-pro-1b VOCABULARY=runs/vocabulary
 #   job=$(sbatch --parsable examples/preprocess_slurm_array.sh data/shards/*.tar)
 #   sbatch --dependency=afterok:$job --array=1 --gpus-per-task=0 --export=ALL,MERGE=1 examples/preprocess_slurm_array.sh
 #
-# The number of tasks is that of the array (here 16; sbatch --array=1-64 for more). A task that was stopped goes on
-# where it was when it is requeued or submitted again. All write under OUT.parts/, on a file system that they share.
-# Arguments go to tools/preprocess_vq.py: input files and options. From the environment:
+# The array sets the number of tasks (here 16; sbatch --array=1-64 for more). A stopped task resumes when it is requeued
+# or submitted again. All tasks write to OUT.parts/, on a shared file system. Arguments go to tools/preprocess_vq.py:
+# input files and options. Environment variables:
 #
 #   OUT         prefix of the data set
 #   VQ          folder of the VQ tokenizer; empty for plain text
 #   VOCABULARY  folder of the vocabulary
-#   MERGE       1 to join what the array has made
+#   MERGE       1 to join the parts of the array
 #   PYTHON      interpreter                                .venv/bin/python if there is one, or python3
-#   ROOT        the repository, where it cannot be found from the script or the folder of submission
+#   ROOT        the repository, if it is neither that of the script nor the folder of submission
 set -euo pipefail
 
-# sbatch runs a copy of this script, so its own place may say nothing about the repository's.
+# sbatch runs a copy of this script, so its location may not be in the repository.
 for ROOT in "${ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
     [[ -n $ROOT && -f $ROOT/tools/preprocess_vq.py ]] && break
 done

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From nothing to a trained unified model and a report, on a laptop: no GPU, some minutes.
+# From nothing to a trained unified model and a report, on a laptop without a GPU, in some minutes.
 #
 #   bash examples/quickstart.sh
 #
 # Makes pictures with captions and questions, trains a VQ tokenizer and a text tokenizer on them, turns them into data
-# sets, trains on two processes with tensor parallelism, and writes a report. Everything goes to runs/quickstart; what is
-# complete is not done again. Arguments are overrides of examples/configs/quickstart.yaml, such as
-# training.iterations=1000. From the environment: PYTHON (a Python 3.11 to start from), VENV (.venv), TP (2).
+# sets, trains on two processes with tensor parallelism, and writes a report. Everything goes to runs/quickstart;
+# complete steps are skipped. Arguments override examples/configs/quickstart.yaml, such as training.iterations=1000.
+# Environment variables (defaults): PYTHON (Python 3.11), VENV (.venv), TP (2).
 set -euo pipefail
 started=$SECONDS
 # shellcheck source-path=SCRIPTDIR source=_setup.sh
@@ -34,11 +34,11 @@ Done in $((SECONDS - started)) s. Open $ROOT/$OUT/training/report.html in a brow
 
 Next:
   source $VENV/bin/activate                                     for python and its packages
-  bash examples/quickstart.sh training.iterations=1000          train longer: goes on where this ended
-  python tools/show_data.py --config examples/configs/quickstart.yaml     what the model was fed
+  bash examples/quickstart.sh training.iterations=1000          train longer: resumes this run
+  python tools/show_data.py --config examples/configs/quickstart.yaml     the training data
   python tools/generate.py --checkpoint $OUT/training --vq $OUT/vq --prompt "A picture of a red circle."     a picture
   python tools/evaluate.py --checkpoint $OUT/training --vq $OUT/vq --benchmark gqa --data $OUT/benchmarks/test/gqa \\
-      --out $OUT/answers                                        scores on combinations that training never had
+      --out $OUT/answers                                        scores on combinations that training never showed
   TP=2 PP=2 CONFIG=examples/configs/quickstart.yaml bash examples/run_unified_tp4_pp2.sh evaluation.interval=0
   less README.md                                                your own data, GPUs, Slurm
 EOF

@@ -10,32 +10,31 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# Train with tensor parallelism 4 and pipeline parallelism 2 (8 GPUs hold the model once; more are replicas).
+# Train with tensor parallelism 4 and pipeline parallelism 2 (8 GPUs hold one replica; more GPUs add replicas).
 #
 #   CONFIG=my.yaml OUTPUT=runs/my sbatch --nodes=4 examples/run_unified_tp4_pp2.sh      under Slurm, one task per GPU
 #   bash examples/run_unified_tp4_pp2.sh training.iterations=100      on this machine, under torchrun
 #   TP=2 PP=2 NPROC=4 CONFIG=examples/configs/tiny.yaml bash examples/run_unified_tp4_pp2.sh     without any GPU
 #
-# A job that is told to stop (its time ends, it is preempted) saves a checkpoint and is put back into the queue, and
-# goes on from there. Arguments are overrides, section.key=value. From the environment, which sbatch passes on unless it
-# is told otherwise (--export):
+# A job that must stop (end of its time, preemption) saves a checkpoint, is requeued and resumes. Arguments are
+# overrides, section.key=value. Environment variables, which sbatch passes on by default (--export):
 #
 #   CONFIG        YAML files, space-separated; later ones over earlier   examples/configs/llama-2-7b.yaml
 #   OUTPUT        folder of the run                                      runs/<last config's name>-tp<TP>-pp<PP>
-#   TP PP         tensor and pipeline parallel sizes; they always        4 2; data parallelism takes what is left
+#   TP PP         tensor and pipeline parallel sizes; they always        4 2; the rest is data parallelism
 #                 replace those of the configuration
-#   VPP           virtual pipeline parallel size                         the configuration's
-#   MICRO_BATCH GLOBAL_BATCH ITERATIONS TIME_LIMIT                       the configuration's (TIME_LIMIT in minutes)
+#   VPP           virtual pipeline parallel size                         that of the configuration
+#   MICRO_BATCH GLOBAL_BATCH ITERATIONS TIME_LIMIT (minutes)             those of the configuration
 #   EXTRA         more overrides, space-separated
 #   PYTHON        interpreter                                            .venv/bin/python if there is one, or python3
 #   NPROC         without Slurm: processes on this machine               its GPUs; without any, TP x PP
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   without Slurm, several machines: run this on each of them
 #   SRUN          under Slurm: more arguments for srun, such as --container-image=...
-#   MAX_RESTARTS  under Slurm: how often the job may be requeued         100
-#   ROOT          the repository, where it cannot be found from the script or the folder of submission
+#   MAX_RESTARTS  under Slurm: most requeues of the job                  100
+#   ROOT          the repository, if it is neither that of the script nor the folder of submission
 set -euo pipefail
 
-# sbatch runs a copy of this script, so its own place may say nothing about the repository's.
+# sbatch runs a copy of this script, so its location may not be in the repository.
 for ROOT in "${ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
     [[ -n $ROOT && -f $ROOT/pretrain_unified.py ]] && break
 done
@@ -69,7 +68,7 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
     NPROC=${NPROC:-$((gpus > 0 ? gpus : TP * PP))}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / NPROC) > 0 ? n : 1))}
-    # torchrun passes these on to its workers, and gives them this long to save.
+    # torchrun passes these signals on to its workers and gives them this time to save.
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
     rendezvous=(--standalone)
     if ((${NNODES:-1} > 1)); then
@@ -89,7 +88,7 @@ read -ra srun <<<"${SRUN:-}"
 status=0
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 ${srun[@]+"${srun[@]}"} bash -c '
-    trap "" USR1  # not before the program is there to hear it
+    trap "" USR1  # ignored until the program handles it
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     exec "$PYTHON" "$@"' rank "${train[@]}" || status=$?
 

@@ -50,3 +50,10 @@ def _joined() -> bool:
 def progress(items: Iterable | None = None, **options) -> tqdm:
     """A ``tqdm`` bar on standard error; silent when that is not a terminal, so logs stay readable."""
     return tqdm(items, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, ``2:03``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,16 +1,15 @@
-"""Everything a run can be told, as one tree of dataclasses.
+"""The configuration of a run: a tree of dataclasses, with every key and its default.
 
-A run is one YAML file, or several laid over one another (a model size, a method, a cluster), plus overrides::
+A run is configured by one YAML file, or several merged in order (a model size, a method, a cluster), plus overrides::
 
     python pretrain_unified.py --config examples/configs/tiny.yaml parallel.tensor=2 training.iterations=50
 
-:meth:`Config.validate` refuses impossible combinations before anything is built.
+The checks are beside what each section configures; :func:`megatron_ext.training.validation.validate` calls them before
+anything is built.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
-
-from megatron_ext.errors import UserError
 
 TaskName = Literal["understanding", "generation", "text"]
 
@@ -23,21 +22,21 @@ class ModelConfig:
     hidden_size: int = 128
     num_attention_heads: int = 4
     num_query_groups: int | None = None
-    """Key/value heads; None: as many as attention heads."""
+    """Key/value heads; None: one per attention head."""
     ffn_hidden_size: int | None = None
-    """Width of the gated FFN; None: 8/3 of hidden_size, rounded up to a multiple of 64."""
+    """Width of the SwiGLU FFN; None: 8/3 of hidden_size, rounded up to a multiple of 64."""
     rotary_base: float = 10000.0
     rotary_scaling_factor: float | None = None
-    """Llama 3's long-context scaling of the rotary frequencies; None: none."""
+    """Factor of Llama 3's long-context scaling of the rotary frequencies; None: no scaling."""
     max_image_tokens: int = 0
-    """Learned positions inside an image, as many as it has tokens, added to their embeddings: small models
-    learn where things lie from fewer images than by rotary positions alone, which stay as they are. 0: none."""
+    """Learned embeddings of the position inside an image, one for each of its tokens, added to the token embeddings.
+    Small models learn spatial relations from fewer images with them; rotary positions stay as they are. 0: none."""
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     tie_embeddings: bool = False
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Which linear layers, norms and attention; auto: Transformer Engine under bf16 where it is installed and a GPU is
-    there."""
+    """Source of linear layers, norms and attention; auto: Transformer Engine if it is installed, a GPU is present and
+    training.precision is bf16, else local."""
 
     def __post_init__(self):
         self.num_query_groups = self.num_query_groups or self.num_attention_heads
@@ -46,10 +45,10 @@ class ModelConfig:
 
 @dataclass
 class RoleEntry:
-    """A role for some classes of tokens in some layers."""
+    """Assigns a role to classes of tokens in some layers."""
 
     layers: str | int
-    """``all``, or numbers and ranges from 0, both ends included: ``"0,2-4,6-"``."""
+    """``all``, or layer numbers and inclusive ranges, counted from 0: ``"0,2-4,6-"``."""
     task: Literal["understanding", "generation", "text", "all"]
     modality: Literal["text", "image", "all"]
     role: Literal["full", "kv_only", "skip"]
@@ -57,50 +56,52 @@ class RoleEntry:
 
 @dataclass
 class ProjectionConfig:
-    """The weights that image tokens use in a layer's projections."""
+    """The weights of image tokens in the projections of every layer. Text tokens always use W, the base weights."""
 
     kind: Literal["preset", "shared", "separate", "delta"] = "preset"
-    """shared: those of text; separate: their own; delta: text's plus a difference; preset: as the preset says."""
+    """What image tokens use. shared: W; separate: a matrix of their own; delta: W + D, with D a full matrix or, given
+    ``rank``, a low-rank delta (LoRA); preset: the kind that belongs to plan.preset."""
     modules: list[Literal["qkv", "proj", "fc1", "fc2"]] = field(default_factory=lambda: ["qkv", "proj"])
-    """The projections that ``kind`` applies to; the others are shared."""
+    """Projections that ``kind`` applies to; the others are shared."""
     rank: int | None = None
-    """Rank of the difference of delta projections; None: a whole matrix."""
+    """Rank of D; None: a full matrix. Only with kind delta."""
     per_task: bool = False
-    """Understanding and generation have a matrix or difference each."""
+    """Understanding and generation each have their own matrix or D."""
 
 
 @dataclass
 class DenseShareConfig:
-    """A share of the data that takes the dense roles instead of the plan's (``routing/dense_share.py``)."""
+    """A share of the data that is FULL in every layer, whatever the plan says (``routing/dense_share.py``)."""
 
     of: Literal["none", "documents", "image_tokens"] = "none"
-    """Whole documents, or single image tokens."""
+    """What is selected: whole documents, or single image tokens."""
     start: float = 0.5
     """Share at the start of training."""
     end: float | None = None
-    """Share at the end; None: as at the start."""
+    """Share at the end of training; None: the share at the start."""
     begin_at: float = 0.0
-    """Part of training after which the share begins to change."""
+    """Fraction of training at which the share begins to change."""
     end_at: float = 1.0
-    """Part of training after which it no longer changes."""
+    """Fraction of training at which the share reaches ``end``."""
     evaluation: float | None = None
-    """Share in validation, evaluation and generation. None: image tokens as at the end of training; documents as most
-    of them were by then, all or none."""
+    """Share in validation, evaluation and generation. None: for image tokens, the share at the end of training; for
+    documents, 1 if that share is above 0.5, else 0."""
 
 
 @dataclass
 class PlanConfig:
-    """Which tokens take part in which layer (see ``routing/plan.py``)."""
+    """The role of each class of tokens in each layer (``routing/plan.py``)."""
 
     preset: str = "dense"
     """dense, himix, hmgen, himix_hmgen_share_all, himix_hmgen_share_all_separate, himix_hmgen_share_partial."""
     himix_start: int = 0
-    """HiMix: first layer in which the image tokens of understanding are key and value only."""
+    """HiMix: first layer in which image tokens of understanding are KV_ONLY."""
     shallow_count: int | None = None
-    """HMGen: number of layers that generated image tokens skip; None: 3 of every 16."""
+    """HMGen: number of layers that image tokens of generation skip; None: 3 of every 16."""
     shallow_placement: Literal["centred", "evenly"] = "centred"
+    """HMGen: the skipped layers are contiguous in the middle of the model, or evenly spaced."""
     shallow_layers: list[int] = field(default_factory=list)
-    """HMGen: the skipped layers by number (from 0), instead of a count."""
+    """HMGen: numbers of the skipped layers, from 0; replaces count and placement."""
     table: list[RoleEntry] = field(default_factory=list)
     """Changes to the preset's roles, applied in order."""
     projections: ProjectionConfig = field(default_factory=ProjectionConfig)
@@ -109,19 +110,19 @@ class PlanConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the model is cut over processes; data parallelism takes what is left of the world size."""
+    """Sizes of the parallel groups; data parallelism takes the rest of the world size."""
 
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
-    """Model chunks per pipeline stage; more than 1 interleaves."""
+    """Model chunks per pipeline stage; more than 1: the interleaved schedule."""
     sequence: bool = False
     """Sequence parallelism over the tensor-parallel group."""
     distributed_optimizer: bool = False
     """Shard optimizer states (and float32 master weights) over the data-parallel group."""
     overlap: bool = False
-    """Reduce gradients over the replicas while the backward pass goes on and, with the distributed optimizer, gather
-    new weights while the next forward pass does."""
+    """Overlap the data-parallel gradient reduction with the backward pass and, with the distributed optimizer, the
+    all-gather of the weights with the next forward pass."""
 
 
 @dataclass
@@ -132,7 +133,7 @@ class SourceConfig:
     """Prefix of a prepared data set: PATH.bin, PATH.idx, PATH.json."""
     task: TaskName
     weight: float = 1.0
-    """Relative number of documents drawn from this source."""
+    """Relative number of documents sampled from this source."""
 
 
 @dataclass
@@ -142,23 +143,25 @@ class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
     validation: list[SourceConfig] = field(default_factory=list)
     sequence_length: int = 512
-    """Tokens in a packed row."""
+    """Tokens per packed row."""
     rows: Literal["mixed", "by_task"] = "mixed"
-    """Tasks that share a row: any, or one, which also makes micro-batches of one task where it can, so that with
-    training.row_multiple their shapes repeat; a little more padding."""
+    """mixed: documents of all tasks share rows. by_task: a row holds one task, as does a micro-batch where possible, so
+    that shapes repeat with training.row_multiple; costs a little more padding."""
     caption_dropout: float = 0.1
-    """Probability that a generation document loses its caption (classifier-free guidance)."""
+    """Probability of dropping the caption of a generation document, for classifier-free guidance."""
     seed: int = 1234
     loader: Literal["auto", "dali", "plain"] = "auto"
-    """auto: DALI when it is installed. Both give the same rows bit for bit."""
+    """auto: DALI if it is installed. Both loaders give the same rows bit for bit."""
     workers: int = 1
-    """Processes that pack rows ahead of training; 0 packs in the training process."""
+    """Worker processes that pack rows; 0: pack in the training process."""
     prefetch: int = 4
-    """Steps prepared ahead."""
+    """Steps prepared ahead of training."""
 
 
 @dataclass
 class TaskWeights:
+    """Weights of the tasks in the loss."""
+
     understanding: float = 1.0
     generation: float = 1.0
     text: float = 1.0
@@ -173,19 +176,19 @@ class TrainingConfig:
     """Rows per optimizer step over all replicas."""
     precision: Literal["float32", "bf16"] = "float32"
     fp8: Literal["none", "delayed", "current", "mxfp8"] = "none"
-    """FP8 GEMMs by Transformer Engine: recipe for the scales. Where they cannot be had, one line says so and the run
-    goes on in ``precision``. ``delayed`` is for dense plans alone."""
+    """Scaling recipe of Transformer Engine's FP8 GEMMs. Without the hardware or library for it, the run says so in one
+    line and computes in ``precision``. ``delayed`` needs a dense plan."""
     task_weights: TaskWeights = field(default_factory=TaskWeights)
     seed: int = 1234
     row_multiple: int = 1
-    """Dummy rows fill every group of tokens, the queries and keys of every layer and the logits up to a multiple of
-    this, so that shapes repeat from one micro-batch to the next; 1: none."""
+    """Pad every group of tokens, the queries and keys of every layer and the logits to a multiple of this many rows, so
+    that shapes repeat between micro-batches; 1: no padding."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: full recomputes whole layers, selective the attention core. The latter saves memory
-    only where attention keeps all its scores; flash's, cuDNN's and torch's fused kernels recompute them anyway."""
+    """Activation recomputation: full recomputes whole layers, selective only the attention core. Selective saves memory
+    only if attention stores its scores; the fused kernels of flash-attention, cuDNN and torch recompute them anyway."""
     deterministic: bool = False
-    """The same bits from the same run, on GPUs too, at the cost of some speed: kernels that add in a fixed order. An
-    operation that has no such kernel is refused when it is called."""
+    """Bitwise reproducible runs, on GPUs too, at some cost in speed: kernels add in a fixed order. An operation without
+    a deterministic kernel raises an error when it is called."""
     validation_interval: int = 0
     """Iterations between validations; 0: never."""
     validation_batches: int = 4
@@ -201,63 +204,66 @@ class OptimizerConfig:
     wsd_decay_iterations: int = 0
     """Length of the final decay of the wsd schedule (warm-up, stable, decay)."""
     weight_decay: float = 0.1
-    """Applies to matrices; norms and biases are never decayed."""
+    """Applied to matrices, never to norms and biases."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Maximum global gradient norm; 0: no clipping."""
 
 
 @dataclass
 class EvaluationBenchmark:
-    """Questions of one benchmark."""
+    """A benchmark to answer during training."""
 
     name: str
     """gqa, mme, pope or seed."""
     data: str
-    """Folder of the benchmark as released."""
+    """Folder of the benchmark, as released."""
     parts: list[str] = field(default_factory=list)
-    """Its splits or subtasks; none: all."""
+    """Splits or subtasks; empty: all."""
     limit: int = 0
-    """So many questions, drawn evenly from all over the benchmark, the same ones every time; 0: all."""
+    """Number of questions, spread evenly over the benchmark and the same in every evaluation; 0: all."""
 
 
 @dataclass
 class EvaluationConfig:
-    """Benchmarks answered and pictures drawn while training goes on, into OUTPUT/evaluation/iter_NNNNNNN."""
+    """Benchmark answers and generated pictures during training, written to OUTPUT/evaluation/iter_NNNNNNN."""
 
     interval: int = 0
     """Iterations between evaluations; 0: never."""
     vq: str = ""
-    """Folder of the VQ tokenizer that the training data was made with."""
+    """Folder of the VQ tokenizer that encoded the training data."""
     benchmarks: list[EvaluationBenchmark] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
-    """Captions to draw pictures for."""
+    """Captions to generate pictures for."""
     guidance: float = 3.0
-    """Scale of classifier-free guidance for pictures; 1: none."""
+    """Scale of classifier-free guidance for pictures; 1: no guidance."""
     temperature: float = 1.0
-    """For pictures; 0: the most likely token. Answers are always the most likely tokens."""
+    """Sampling temperature for pictures; 0: greedy. Answers are always greedy."""
     seed: int = 0
-    """Of the pictures; every evaluation draws with the same."""
+    """Seed of the pictures, the same in every evaluation."""
     batch_size: int = 16
-    """Questions or pictures that a replica decodes together."""
+    """Questions or pictures per batch of a replica."""
     max_new_tokens: int = 16
-    """Most tokens of an answer."""
+    """Maximum tokens of an answer."""
 
 
 @dataclass
 class BadStepConfig:
-    """A bad step is not applied, is counted and logged; the limits stop the run.
+    """A bad step is counted and logged but not applied; the run stops when there are too many.
 
-    Bad: the loss or the gradient norm is not finite; or, once ``spike_window`` losses are known, the loss exceeds
-    their mean by more than ``spike_deviations`` standard deviations and by more than ``spike_ratio`` of the mean.
+    A step is bad if the loss or the gradient norm is not finite or if the loss spikes: it exceeds the mean of the last
+    ``spike_window`` good steps by more than ``spike_deviations`` standard deviations and by more than ``spike_ratio``
+    of that mean.
     """
 
     max_consecutive: int = 5
+    """Bad steps in a row that the run survives."""
     max_total: int = 50
+    """Bad steps in all that the run survives, resumptions included."""
     spike_window: int = 100
-    """0: no spike rule."""
+    """0: no spike detection."""
     spike_deviations: float = 8.0
     spike_ratio: float = 0.5
 
@@ -265,15 +271,15 @@ class BadStepConfig:
 @dataclass
 class CheckpointConfig:
     interval: int = 0
-    """Iterations between checkpoints; 0: only at the end and on a signal."""
+    """Iterations between checkpoints; 0: only at the end of training and on a signal."""
     keep: int = 2
-    """Newest complete checkpoints kept; 0: all."""
+    """Number of complete checkpoints kept, newest first; 0: all."""
     asynchronous: bool = False
-    """Write in the background while training goes on."""
+    """Write checkpoints in the background."""
     resume: bool = True
-    """Go on from the newest complete checkpoint in the output folder, if there is one."""
+    """Resume from the newest complete checkpoint in the output folder, if there is one."""
     load: str | None = None
-    """A checkpoint, or a run's folder, to start from when there is nothing to resume: weights alone, step 0."""
+    """Checkpoint, or folder of a run, whose weights a new run starts from, at step 0; ignored when a run resumes."""
 
 
 @dataclass
@@ -284,26 +290,26 @@ class LoggingConfig:
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "unified"
     profile_start: int = 0
-    """First iteration of a torch profiler window (0: none); traces go to OUTPUT/profile."""
+    """First iteration that torch.profiler records, into OUTPUT/profile; 0: no profile."""
     profile_iterations: int = 3
     gradient_alignment_interval: int = 0
-    """Iterations between measurements of how far the two tasks' gradients agree (``analysis/gradients.py``), each of
-    which takes about as long as two steps; 0: never."""
+    """Iterations between measurements of the alignment of the two tasks' gradients (``analysis/gradients.py``); each
+    takes about as long as two steps. 0: never."""
 
 
 @dataclass
 class LifecycleConfig:
     time_limit_minutes: float = 0.0
-    """Save and exit cleanly once this much wall-clock time is used; 0: no limit."""
+    """Wall-clock time after which the run saves a checkpoint and exits cleanly; 0: no limit."""
     slurm_margin_minutes: float = 5.0
-    """Under Slurm, save and exit cleanly this long before the job's end."""
+    """Under Slurm, time that remains of the job when the run saves a checkpoint and exits cleanly."""
     distributed_timeout_minutes: float = 10.0
-    """A collective that waits longer than this for a lost rank ends the run."""
+    """Timeout of a collective; a lost rank ends the run after this time."""
 
 
 @dataclass
 class Config:
-    """The whole run."""
+    """The configuration of a run."""
 
     output: str = "runs/unnamed"
     """Folder for config.yaml, metrics.jsonl, checkpoints/, TensorBoard files."""
@@ -318,150 +324,13 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
+    callbacks: list[str] = field(default_factory=list)
+    """User-defined callbacks, as module:Class (docs/training.md)."""
 
     def data_parallel(self, world_size: int) -> int:
-        """Replicas of the model in a world of ``world_size`` processes."""
+        """Number of model replicas in a world of ``world_size`` processes."""
         return world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     def micro_batches(self, world_size: int) -> int:
-        """Micro-batches per replica and optimizer step."""
+        """Number of micro-batches per replica and optimizer step."""
         return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel(world_size))
-
-    def validate(self, world_size: int) -> None:
-        """Refuse what cannot run on ``world_size`` processes.
-
-        Raises:
-            UserError: names the key, its value and what would do.
-        """
-        m, p, t, d = self.model, self.parallel, self.training, self.data
-        for key, value in _at_least_one(self):
-            if value < 1:
-                raise UserError(f"config: '{key}' is {value}, must be at least 1")
-        _divides("model.hidden_size", m.hidden_size, "model.num_attention_heads", m.num_attention_heads)
-        _divides("model.num_attention_heads", m.num_attention_heads, "model.num_query_groups", m.num_query_groups)
-        _divides("model.num_attention_heads", m.num_attention_heads, "parallel.tensor", p.tensor)
-        _divides("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
-        _divides("model.ffn_hidden_size", m.ffn_hidden_size, "parallel.tensor", p.tensor)
-        if m.max_image_tokens < 0:
-            raise UserError(f"config: 'model.max_image_tokens' is {m.max_image_tokens}, must be at least 0")
-        if (m.hidden_size // m.num_attention_heads) % 2:
-            raise UserError(
-                f"config: head size {m.hidden_size // m.num_attention_heads} (model.hidden_size / "
-                "model.num_attention_heads) is odd; rotary positions need an even one"
-            )
-        from megatron_ext.routing.plan import Plan  # which is made from this configuration
-
-        plan = Plan.of(self.plan, m.num_layers)
-        projections = plan.projections
-        if projections.rank is not None:
-            if projections.rank < 1:
-                raise UserError(f"config: 'plan.projections.rank' is {projections.rank}, must be at least 1")
-            _divides("plan.projections.rank", projections.rank, "parallel.tensor", p.tensor)
-        if m.implementation == "transformer_engine" and t.precision == "float32":
-            raise UserError(
-                "config: 'model.implementation' is transformer_engine, whose float32 products are TF32; take "
-                "training.precision=bf16, or model.implementation=local"
-            )
-        if t.fp8 != "none" and t.precision != "bf16":
-            raise UserError(f"config: 'training.fp8' is {t.fp8}, needs training.precision=bf16")
-        if t.fp8 == "delayed" and self.logging.gradient_alignment_interval:
-            raise UserError(
-                "config: 'logging.gradient_alignment_interval' would change the FP8 scales that training.fp8=delayed "
-                "learns from every pass; take current or mxfp8, or 0"
-            )
-        if t.fp8 != "none":
-            from megatron_ext.transformer import fp8  # which reads this configuration
-
-            fp8.validate(self, plan)
-        stages = p.pipeline * p.virtual_pipeline
-        _divides("model.num_layers", m.num_layers, "parallel.pipeline x parallel.virtual_pipeline", stages)
-        if p.virtual_pipeline > 1 and p.pipeline == 1:
-            raise UserError(f"config: 'parallel.virtual_pipeline' is {p.virtual_pipeline}, needs parallel.pipeline > 1")
-        _divides("number of processes", world_size, "parallel.tensor x parallel.pipeline", p.tensor * p.pipeline)
-        if p.sequence and p.tensor == 1:
-            raise UserError("config: 'parallel.sequence' is true, needs parallel.tensor > 1")
-        replicas = self.data_parallel(world_size)
-        _divides(
-            "training.global_batch_size",
-            t.global_batch_size,
-            f"training.micro_batch_size x data parallel size {replicas}",
-            t.micro_batch_size * replicas,
-        )
-        micro_batches = self.micro_batches(world_size)
-        if p.virtual_pipeline > 1:
-            _divides("micro-batches per step", micro_batches, "parallel.pipeline (interleaved schedule)", p.pipeline)
-        if not 0 <= d.caption_dropout <= 1:
-            raise UserError(f"config: 'data.caption_dropout' is {d.caption_dropout}, must lie in 0 .. 1")
-        if d.workers < 0:
-            raise UserError(f"config: 'data.workers' is {d.workers}, must be 0 or more")
-        for i, source in enumerate(d.train):
-            if source.weight <= 0:
-                raise UserError(f"config: 'data.train[{i}].weight' is {source.weight}, must be positive")
-        if self.optimizer.schedule == "wsd" and not 0 < self.optimizer.wsd_decay_iterations <= t.iterations:
-            raise UserError(
-                f"config: 'optimizer.wsd_decay_iterations' is {self.optimizer.wsd_decay_iterations}, "
-                f"must lie in 1 .. training.iterations ({t.iterations})"
-            )
-        if self.optimizer.warmup_iterations >= t.iterations:
-            raise UserError(
-                f"config: 'optimizer.warmup_iterations' is {self.optimizer.warmup_iterations}, "
-                f"must be less than training.iterations ({t.iterations})"
-            )
-        if self.evaluation.interval:
-            _validate_evaluation(self.evaluation, p)
-
-
-def _validate_evaluation(wanted: EvaluationConfig, parallel: ParallelConfig) -> None:
-    from megatron_ext.evaluation.registry import BENCHMARKS  # a benchmark of one's own is added there
-
-    if wanted.interval < 0:
-        raise UserError(f"config: 'evaluation.interval' is {wanted.interval}, must be 0 (never) or more")
-    if parallel.pipeline > 1:
-        raise UserError(
-            f"config: 'evaluation.interval' is {wanted.interval}, needs parallel.pipeline=1 (it is "
-            f"{parallel.pipeline}): decoding wants the whole model in one stage; set evaluation.interval=0 and run "
-            "tools/evaluate.py and tools/generate.py on the checkpoints"
-        )
-    if not wanted.vq:
-        raise UserError("config: 'evaluation.vq' is empty; name the folder of the VQ tokenizer")
-    if not (wanted.benchmarks or wanted.prompts):
-        raise UserError(
-            f"config: 'evaluation.interval' is {wanted.interval}, but evaluation.benchmarks and evaluation.prompts are "
-            "both empty; give one of them, or 0"
-        )
-    for key in ("guidance", "temperature"):
-        if getattr(wanted, key) < 0:
-            raise UserError(f"config: 'evaluation.{key}' is {getattr(wanted, key)}, must be 0 or more")
-    for i, one in enumerate(wanted.benchmarks):
-        key = f"evaluation.benchmarks[{i}]"
-        if one.name not in BENCHMARKS:
-            raise UserError(f"config: '{key}.name' is {one.name!r}, must be one of {', '.join(BENCHMARKS)}")
-        if one.name in (other.name for other in wanted.benchmarks[:i]):
-            raise UserError(f"config: '{key}.name' is {one.name!r} again; give each benchmark once")
-        for part in one.parts:
-            if part not in BENCHMARKS[one.name].parts:
-                known = ", ".join(BENCHMARKS[one.name].parts)
-                raise UserError(f"config: '{key}.parts' has {part!r}, must be of {known}")
-        if one.limit < 0:
-            raise UserError(f"config: '{key}.limit' is {one.limit}, must be 0 (all) or more")
-
-
-def _at_least_one(config: Config) -> list[tuple[str, int]]:
-    keys = {
-        "model": ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
-        "parallel": ("tensor", "pipeline", "virtual_pipeline"),
-        "training": ("iterations", "micro_batch_size", "global_batch_size", "row_multiple"),
-        "data": ("sequence_length", "prefetch"),
-        "evaluation": ("batch_size", "max_new_tokens"),
-        "logging": ("interval",),
-    }
-    return [(f"{s}.{k}", getattr(getattr(config, s), k)) for s, names in keys.items() for k in names]
-
-
-def _divides(what: str, value: int, by: str, divisor: int) -> None:
-    if value % divisor:
-        fitting = [n for n in range(1, value + 1) if value % n == 0][:8]
-        raise UserError(
-            f"config: {what} ({value}) is not divisible by {by} ({divisor}); "
-            f"take a multiple of {divisor} for the first, or one of {', '.join(map(str, fitting))} for the second"
-        )

@@ -1,4 +1,4 @@
-"""Processes, groups and seeds: everything that must happen before a model is built."""
+"""Processes, groups and seeds, and what ranks do together outside of a step."""
 
 import datetime
 import os
@@ -124,3 +124,10 @@ def report(line: str) -> None:
     """Print ``line`` once per run."""
     if not dist.is_initialized() or is_logging_rank():
         print(line, flush=True)
+
+
+def gather_weights(chunks: list[torch.nn.Module]) -> None:
+    """Make the weights of ``chunks`` whole on every replica. Collective; nothing to do unless gathering overlaps."""
+    for chunk in chunks:
+        if getattr(chunk, "use_forward_hook", False):
+            chunk.start_param_sync(force_sync=True)

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The one exception whose message is meant for the user, and the two commonest checks that raise it."""
 
 
 class UserError(Exception):
@@ -7,3 +7,20 @@ class UserError(Exception):
     The message is one line that names the file, key or token at fault and says what would do. Command-line
     programs print it without a traceback (see :mod:`megatron_ext.command_line`).
     """
+
+
+def check_at_least_one(section: str, values: object, *keys: str) -> None:
+    """Refuse a section of the configuration in which one of ``keys`` is less than 1."""
+    for key in keys:
+        if (value := getattr(values, key)) < 1:
+            raise UserError(f"config: '{section}.{key}' is {value}, must be at least 1")
+
+
+def check_divisible(name: str, value: int, by: str, divisor: int) -> None:
+    """Refuse a ``value`` that ``divisor`` does not divide; ``name`` and ``by`` name the two in the message."""
+    if value % divisor:
+        fitting = [n for n in range(1, value + 1) if value % n == 0][:8]
+        raise UserError(
+            f"config: {name} ({value}) is not divisible by {by} ({divisor}); "
+            f"take a multiple of {divisor} for the first, or one of {', '.join(map(str, fitting))} for the second"
+        )

@@ -1,4 +1,4 @@
-"""How far a checkpoint's two tasks pull its weights the same way, per layer and projection."""
+"""Gradient alignment of a checkpoint's two tasks, per layer and projection."""
 
 from pathlib import Path
 
@@ -7,22 +7,28 @@ from megatron_ext import command_line, files
 
 def main() -> None:
     parser = command_line.parser(
-        "How far understanding and generation pull a checkpoint's weights the same way: for each layer and projection\n"
-        "the cosine of the two tasks' gradients, their norms, and the share of parameters that one task trains alone.\n"
-        "Under torchrun give parallel.tensor and parallel.pipeline; other processes are replicas.",
+        "Gradient alignment of understanding and generation: for each layer and projection of a checkpoint the cosine\n"
+        "of the two tasks' gradients, their norms, and the share of parameters that one task trains alone.\n"
+        "Under torchrun give parallel.tensor and parallel.pipeline; the remaining processes are replicas.",
         "python tools/analyze_gradients.py --checkpoint runs/quickstart/training --batches 4 \\\n"
-        "      --figure runs/gradients.png --json runs/gradients.json",
+        "      --figure runs/gradients.svg --json runs/gradients.json",
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
-    add("--data", choices=("validation", "train"), default="validation", help="which of the run's data are read")
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="a checkpoint, or a run (its newest checkpoint)",
+    )
+    add("--data", choices=("validation", "train"), default="validation", help="split of the run's data")
     add(
         "--batches",
         type=int,
         default=4,
-        help="how many of the run's global batches are taken together; an even number tells noise from disagreement",
+        help="number of the run's global batches, merged into one; an even number separates noise from disagreement",
     )
-    add("--figure", type=Path, metavar="FILE", help="draw a PNG")
+    add("--figure", type=Path, metavar="FILE", help="plot to FILE (.svg, .pdf, .png)")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the run's configuration")
     arguments = parser.parse_args()
     if arguments.batches < 1:
@@ -42,7 +48,7 @@ def main() -> None:
             files.write_json(arguments.json, numbers)
         if arguments.figure:
             title = f"gradient alignment: {numbers['checkpoint']}, plan {numbers['plan']}"
-            gradients_report.draw(numbers["alignment"], arguments.figure, title)
+            gradients_report.plot(numbers["alignment"], arguments.figure, title)
             print(arguments.figure)
     distributed.shut_down()
 

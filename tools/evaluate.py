@@ -1,5 +1,5 @@
-"""Benchmarks: a checkpoint's answers to the official questions, or its pictures for the official prompts, saved and
-scored; or the score of what was saved."""
+"""Benchmarks: generate and score a checkpoint's answers and pictures for the released questions and prompts; or only
+score saved ones."""
 
 import argparse
 from pathlib import Path
@@ -24,12 +24,12 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    """What was asked for, with as many of ``data``, ``score``, ``parts`` and ``label`` as there are benchmarks."""
+    """The parsed arguments, with one of ``data``, ``score``, ``parts`` and ``label`` per benchmark."""
     parser = command_line.parser(
-        "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, and draw pictures for MJHQ-30K; or score\n"
-        "what is there already: files with a JSON object a line, {id, answer}, and folders of pictures. --benchmark,\n"
-        "--data and --score are given once for each of them, in the same order. Answering and drawing go on where\n"
-        "they were stopped, over all processes of torchrun. What the scores mean: docs/evaluation.md.",
+        "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, and generate pictures for MJHQ-30K; or only\n"
+        "score existing answers (files with a JSON object {id, answer} per line) and folders of pictures.\n"
+        "--benchmark, --data and --score are given once per benchmark, in the same order. A stopped run resumes; all\n"
+        "processes of torchrun share the work. docs/evaluation.md explains the scores.",
         "python tools/evaluate.py --checkpoint runs/my --vq checkpoints/janus --benchmark pope --data data/pope \\\n"
         "      --benchmark mjhq --data data/mjhq --inception inception-2015-12-05.pt --out runs/my/answers\n"
         "  "
@@ -37,39 +37,39 @@ def _arguments() -> argparse.Namespace:
         "      --benchmark mjhq --data data/mjhq --score runs/my/answers/mjhq --markdown scores.md",
     )
     add = parser.add_argument
-    add("--benchmark", action="append", required=True, choices=[*BENCHMARKS, PICTURES], help="which one")
+    add("--benchmark", action="append", required=True, choices=[*BENCHMARKS, PICTURES], help="name")
     add("--data", action="append", required=True, type=Path, metavar="FOLDER", help="the benchmark as released")
     add("--score", action="append", type=Path, metavar="PATH", help="the answers file, or folder of pictures, to score")
-    add("--checkpoint", type=Path, metavar="FOLDER", help="answer with this checkpoint (or a run's newest) first")
+    add(
+        "--checkpoint", type=Path, metavar="FOLDER", help="first generate with this checkpoint (or the newest of a run)"
+    )
     add("--vq", type=Path, metavar="FOLDER", help="the VQ tokenizer that the checkpoint was trained with")
-    add("--vocabulary", type=Path, metavar="FOLDER", help="where the run's vocabulary is now, if it was moved")
+    add("--vocabulary", type=Path, metavar="FOLDER", help="the run's vocabulary, if it was moved")
     add(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="for the answers, FOLDER/<benchmark>.jsonl, and pictures, FOLDER/mjhq",
+        help="answers go to FOLDER/<benchmark>.jsonl, pictures to FOLDER/mjhq",
     )
     add(
         "--set-aside",
         action="store_true",
-        help="move what --out holds of another model, or of other questions, to NAME.before-N instead of refusing",
+        help="move results of another model or of other questions in --out to NAME.before-N instead of refusing",
     )
-    add("--tensor", type=int, default=1, help="processes over which the model is cut; the others are replicas")
-    add("--batch-size", type=int, default=16, help="questions that are answered, or pictures drawn, together")
+    add("--tensor", type=int, default=1, help="tensor-parallel size; further processes are replicas")
+    add("--batch-size", type=int, default=16, help="questions, or pictures, per batch")
     add("--max-new-tokens", type=int, default=16, help="most tokens of an answer")
     add("--parts", action="append", metavar="A,B", help="only these splits, subtasks or categories, or 'all'")
-    add("--label", action="append", metavar="NAME", help="whose answers they are (default: the file's folder)")
+    add("--label", action="append", metavar="NAME", help="label of the answers (default: the file's folder)")
     add("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
-    add(
-        "overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model is used with"
-    )
+    add("overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model uses")
     pictures = parser.add_argument_group("pictures (mjhq)")
     add = pictures.add_argument
     add("--temperature", type=float, default=1.0, help="0: the most likely token (default: %(default)s)")
     add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all (default)")
     add("--top-p", type=float, default=1.0, help="only the most likely tokens of this total probability")
     add("--guidance", type=float, default=3.0, help="scale of classifier-free guidance; 1: none (default: %(default)s)")
-    add("--seed", type=int, default=0, help="with a prompt's number it decides what is drawn")
+    add("--seed", type=int, default=0, help="seed of the pictures (together with the prompt's number)")
     add("--inception", type=Path, metavar="FILE", help="inception-2015-12-05.pt, for FID (default: built-in features)")
     add("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it, for the CLIP score")
     arguments = parser.parse_args()
@@ -89,7 +89,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _each(parser: argparse.ArgumentParser, arguments: argparse.Namespace, name: str) -> list:
-    """The values of an option that is given once for each benchmark, or (where it may be left out) never."""
+    """The values of an option that is given once per benchmark, or never if it is optional."""
     values = getattr(arguments, name)
     if values is None:
         return [None] * len(arguments.benchmark)
@@ -99,34 +99,35 @@ def _each(parser: argparse.ArgumentParser, arguments: argparse.Namespace, name: 
 
 
 def _generate(arguments: argparse.Namespace) -> bool:
-    """Answer and draw everything with the checkpoint. Returns whether this is the process that scores."""
+    """Generate all answers and pictures. Returns whether this process scores them."""
     # Imported late: --help and scoring alone should not wait for Megatron-Core.
     import torch.distributed as dist
 
     from megatron_ext.checkpoints import folder as checkpoint_folder
-    from megatron_ext.evaluation import answering, mjhq
-    from megatron_ext.evaluation import picture_generation as drawing
+    from megatron_ext.evaluation import answer_generation, mjhq, picture_generation
     from megatron_ext.generation.checkpoint import load
     from megatron_ext.generation.sampling import Sampling
     from megatron_ext.generation.session import Session
 
-    # Found before hours of drawing rather than after.
-    if lost := [path for path in (arguments.inception, arguments.clip) if path and not path.exists()]:
-        raise UserError(f"{lost[0]}: no such file or folder")
+    # Checked before hours of generating rather than after.
+    if missing := [path for path in (arguments.inception, arguments.clip) if path and not path.exists()]:
+        raise UserError(f"{missing[0]}: no such file or folder")
     read = {name: mjhq.read if name == PICTURES else benchmark_named(name).read for name in arguments.benchmark}
-    given = [read[name](*one) for name, *one in zip(arguments.benchmark, arguments.data, arguments.parts)]
+    items_of_each = [
+        read[name](data, parts) for name, data, parts in zip(arguments.benchmark, arguments.data, arguments.parts)
+    ]
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.guidance, arguments.seed)
     checkpoint = checkpoint_folder.of_run(arguments.checkpoint)
     trained = load(checkpoint, arguments.overrides, arguments.vocabulary, arguments.tensor)
     session = Session(trained, arguments.vq, arguments.batch_size)
     try:
-        for name, data, items, out in zip(arguments.benchmark, arguments.data, given, arguments.score):
+        for name, data, items, out in zip(arguments.benchmark, arguments.data, items_of_each, arguments.score):
             if name == PICTURES:
-                settings = drawing.settings_of(session, checkpoint, mjhq.fingerprint(data), sampling)
-                drawing.draw(session, items, out, sampling, settings, arguments.set_aside)
+                settings = picture_generation.picture_settings(session, checkpoint, mjhq.fingerprint(data), sampling)
+                picture_generation.generate(session, items, out, sampling, settings, arguments.set_aside)
                 continue
-            answering.claim(session, checkpoint, items, out, arguments.max_new_tokens, arguments.set_aside)
-            if unreadable := answering.answer(session, items, out, arguments.max_new_tokens):
+            answer_generation.claim(session, checkpoint, items, out, arguments.max_new_tokens, arguments.set_aside)
+            if unreadable := answer_generation.answer(session, items, out, arguments.max_new_tokens):
                 print(f"{out}: {unreadable} images could not be read", flush=True)
         return dist.get_rank() == 0
     finally:
@@ -141,7 +142,7 @@ def _scored(arguments: argparse.Namespace) -> list[table.Scored]:
         label = label or str(file.parent)
         if name == PICTURES:
             # Imported late: answers are scored without torch.
-            from megatron_ext.evaluation.pictures import PictureScorer
+            from megatron_ext.evaluation.picture_scorer import PictureScorer
 
             scorer = scorer or PictureScorer(arguments.inception, arguments.clip, arguments.vq)
             scored += scorer.score(data, parts, file, label)

@@ -8,13 +8,15 @@ tasks, runs of tokens in the order in which they stand, how many such documents.
 from pathlib import Path
 
 from megatron_ext import config_file
+from megatron_ext.analysis import published_costs
 from megatron_ext.command_line import parser, run
 from megatron_ext.config import Config
+from megatron_ext.evaluation.validation import validate_evaluation
 from megatron_ext.files import write_json
-from megatron_ext.routing import published
 from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.summary import describe, summarize
+from megatron_ext.training.validation import validate
 from megatron_ext.vocabulary import Vocabulary
 
 MIX = "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image"
@@ -29,7 +31,7 @@ def main() -> None:
         "--vocabulary",
         type=int,
         metavar="SIZE",
-        help=f"rows of the output head (default: of data.vocabulary, or {published.VOCABULARY} where there is none)",
+        help=f"rows of the output head (default: of data.vocabulary, or {published_costs.VOCABULARY} without one)",
     )
     arguments.add_argument(
         "--logits",
@@ -39,16 +41,17 @@ def main() -> None:
         "are FULL in the last layer",
     )
     shown = arguments.add_mutually_exclusive_group()
-    shown.add_argument("--plan", action="store_true", help="show only who takes part in which layer")
-    shown.add_argument("--paper", action="store_true", help="show only the published FLOPs (arXiv 2606.01503) and ours")
+    shown.add_argument("--plan", action="store_true", help="show only the table of roles")
+    shown.add_argument("--paper", action="store_true", help="compare only with the published FLOPs (arXiv 2606.01503)")
     options = arguments.parse_intermixed_args()
 
     settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
     config = config_file.load(Config, [s for s in settings if "=" not in s], [s for s in settings if "=" in s])
-    config.validate(config.parallel.tensor * config.parallel.pipeline)
+    validate(config, config.parallel.tensor * config.parallel.pipeline)
+    validate_evaluation(config)
     if options.paper:
-        numbers = {"paper": published.compare()}
-        text = published.describe(numbers["paper"])
+        numbers = {"paper": published_costs.compare()}
+        text = published_costs.describe(numbers["paper"])
     elif options.plan:
         plan = Plan.of(config.plan, config.model.num_layers)
         numbers = {"plan": plan.name, "roles": [[role.name.lower() for role in roles] for roles in plan.roles]}
@@ -64,7 +67,7 @@ def main() -> None:
 
 def vocabulary_size(config: Config) -> int:
     folder = config.data.vocabulary
-    return Vocabulary(folder).size if folder and Path(folder).is_dir() else published.VOCABULARY
+    return Vocabulary(folder).size if folder and Path(folder).is_dir() else published_costs.VOCABULARY
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Pictures from captions, and answers to questions about pictures, by a trained checkpoint."""
+"""Generate pictures from captions, and answers to questions about pictures, with a trained checkpoint."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -18,26 +19,24 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
     add("--vq", type=Path, required=True, metavar="FOLDER", help="the VQ tokenizer that the model was trained with")
-    add("--vocabulary", type=Path, metavar="FOLDER", help="where the run's vocabulary is now, if it was moved")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be given several times")
+    add("--vocabulary", type=Path, metavar="FOLDER", help="the run's vocabulary, if it was moved")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a caption; repeatable")
     add("--prompts", type=Path, metavar="FILE", help="captions, one a line")
     add("--image", type=Path, metavar="FILE", help="a picture to ask about")
-    add("--question", action="append", default=[], metavar="TEXT", help="about the picture; may be given several times")
-    add("--interactive", action="store_true", help="ask for captions (or questions, with --image) until end of input")
-    add("--out", type=Path, default=Path("runs/pictures"), metavar="FOLDER", help="where pictures go")
+    add("--question", action="append", default=[], metavar="TEXT", help="about the picture; repeatable")
+    add("--interactive", action="store_true", help="read captions (with --image: questions) until the end of input")
+    add("--out", type=Path, default=Path("runs/pictures"), metavar="FOLDER", help="folder for pictures")
     add("--temperature", type=float, help="0: the most likely token (default: 1 for pictures, 0 for answers)")
     add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="only the most likely tokens of this total probability")
+    add("--top-p", type=float, default=1.0, help="only the most likely tokens with this total probability")
     add("--guidance", type=float, default=3.0, help="scale of classifier-free guidance for pictures; 1: none")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=16, help="documents that are decoded together")
-    add("--max-new-tokens", type=int, default=32, help="most tokens of an answer")
-    add(
-        "overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model is used with"
-    )
+    add("--max-new-tokens", type=int, default=32, help="maximum length of an answer")
+    add("overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles of tokens")
     arguments = parser.parse_args()
-    prompts = [*arguments.prompt, *_lines(arguments.prompts)]
-    if not (prompts or arguments.question or arguments.interactive):
+    captions = [*arguments.prompt, *_lines(arguments.prompts)]
+    if not (captions or arguments.question or arguments.interactive):
         parser.error("nothing to do: give --prompt, --prompts, --image with --question, or --interactive")
     if arguments.question and not arguments.image:
         parser.error("--question needs --image")
@@ -48,34 +47,35 @@ def main() -> None:
 
     trained = load(arguments.checkpoint, arguments.overrides, arguments.vocabulary)
     session = Session(trained, arguments.vq, arguments.batch_size)
-    drawn = {"top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
-    temperature = arguments.temperature
     results = []
+
+    def generate_pictures(captions: list[str]) -> None:
+        settings = {**_sampling(arguments, temperature=1.0), "guidance": arguments.guidance}
+        results.extend(session.generate_pictures(captions, arguments.out, settings, first_number=len(results)))
+
+    def answer(questions: list[str]) -> None:
+        settings = _sampling(arguments, temperature=0.0)
+        results.extend(session.ask(arguments.image, questions, arguments.max_new_tokens, settings))
+
     try:
-        if prompts:
-            settings = {
-                "temperature": 1.0 if temperature is None else temperature,
-                "guidance": arguments.guidance,
-                **drawn,
-            }
-            results += session.draw(prompts, arguments.out, settings)
-        settings = {"temperature": 0.0 if temperature is None else temperature, **drawn}
+        if captions:
+            generate_pictures(captions)
         if arguments.question:
-            results += session.ask(arguments.image, arguments.question, arguments.max_new_tokens, settings)
-        while arguments.interactive and (line := session.line("question" if arguments.image else "caption")):
-            if arguments.image:
-                results += session.ask(arguments.image, [line], arguments.max_new_tokens, settings)
-            else:
-                pictures = {
-                    **settings,
-                    "temperature": 1.0 if temperature is None else temperature,
-                    "guidance": arguments.guidance,
-                }
-                results += session.draw([line], arguments.out, pictures, first=len(results))
-        if arguments.json and session.first:
+            answer(arguments.question)
+        respond, prompt = (answer, "question") if arguments.image else (generate_pictures, "caption")
+        while arguments.interactive and (line := session.read_line(prompt)):
+            respond([line])
+        if arguments.json and session.is_reporting_rank:
             files.write_json(arguments.json, results)
     finally:
         session.close()
+
+
+def _sampling(arguments: argparse.Namespace, temperature: float) -> dict:
+    """Settings of sampling; ``temperature`` is the default."""
+    if arguments.temperature is not None:
+        temperature = arguments.temperature
+    return {"temperature": temperature, "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
 
 
 def _lines(file: Path | None) -> list[str]:

@@ -1,14 +1,15 @@
-"""Make the picture world: procedural scenes with captions, questions and texts, in the forms of real data."""
+"""Make the picture world: procedural scenes with captions, questions and texts, in the formats of real data."""
 
 from pathlib import Path
 
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.contact_sheet import write_sheet
 from megatron_ext.picture_world.questions import KINDS
-from megatron_ext.picture_world.sheet import write_sheet
-from megatron_ext.picture_world.world import SPLITS, World
-from megatron_ext.picture_world.write import FORMS, SplitConfig, write_split
+from megatron_ext.picture_world.split_files import FORMS, SplitConfig, write_split
+from megatron_ext.picture_world.splits import SPLITS
+from megatron_ext.picture_world.world import World
 
 
 def main() -> None:
@@ -18,56 +19,67 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="gets one folder per split")
     parser.add_argument("--train", type=int, default=2000, help="scenes of the training split (default: 2000)")
     parser.add_argument("--validation", type=int, default=200, help="default: 200")
-    parser.add_argument("--test", type=int, default=200, help="default: 200; all of them with held-out combinations")
+    parser.add_argument("--test", type=int, default=200, help="default: 200; all with held-out combinations")
     parser.add_argument("--size", type=int, default=64, help="pixels along a side (default: 64)")
     parser.add_argument(
         "--variation",
         type=float,
         default=1.0,
         metavar="V",
-        help="0 .. 1: how much equal objects and backgrounds differ in their looks (default: 1)",
+        help="0 .. 1: how much the looks of equal objects and backgrounds differ (default: 1)",
     )
     parser.add_argument(
-        "--kinds-of-things", type=int, default=8, metavar="N", help="shapes, and colors: 8 (default) or 4"
+        "--kinds-of-things", type=int, default=8, metavar="N", help="number of shapes and of colors: 8 (default) or 4"
     )
-    parser.add_argument("--most-objects", type=int, default=6, metavar="N", help="in a scene, 2 .. 6 (default: 6)")
+    parser.add_argument(
+        "--most-objects", type=int, default=6, metavar="N", help="most objects in a scene, 2 .. 6 (default: 6)"
+    )
     parser.add_argument("--questions", type=int, default=3, help="per picture (default: 3)")
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=[], metavar="KIND", help=f"only such questions: {', '.join(KINDS)}"
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=[],
+        metavar="KIND",
+        help=f"only these kinds of questions: {', '.join(KINDS)}",
     )
     parser.add_argument(
-        "--with-choices", type=float, default=0.1, metavar="SHARE", help="of questions with four choices (default: 0.1)"
+        "--with-choices",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of questions with four choices (default: 0.1)",
     )
     parser.add_argument(
         "--with-instruction",
         type=float,
         default=0.3,
         metavar="SHARE",
-        help="of the other short questions that carry a benchmark's instruction (default: 0.3)",
+        help="share of the other short questions with a benchmark's instruction (default: 0.3)",
     )
     parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["tar", "text"], help="default: tar text")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write a PNG of some scenes with their words")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write a PNG of some scenes with their texts")
     parser.add_argument(
         "--benchmarks",
         type=Path,
         metavar="FOLDER",
-        help="also write pictures of a split in the layouts of POPE, MME, GQA, SEED-Bench and MJHQ-30K",
+        help="also write pictures of a split in the formats of POPE, MME, GQA, SEED-Bench and MJHQ-30K",
     )
     parser.add_argument(
         "--benchmark-split",
         choices=SPLITS,
         default="test",
-        help="test: with held-out combinations (default); validation: new arrangements of known ones",
+        help="test: held-out combinations (default); validation: new arrangements of known combinations",
     )
     parser.add_argument(
         "--benchmark-pictures", type=int, default=60, metavar="N", help="per benchmark and MME subtask (default: 60)"
     )
     arguments = parser.parse_args()
     if not arguments.out and not arguments.sheet and not arguments.benchmarks:
-        parser.error("give --out, --sheet, --benchmarks or several of them")
+        parser.error("give at least one of --out, --sheet, --benchmarks")
     if arguments.size < 16:
         raise UserError(f"--size {arguments.size}: must be at least 16")
     for option in ("with_choices", "with_instruction"):
@@ -96,7 +108,7 @@ def main() -> None:
             forms=tuple(arguments.forms),
         )
         manifests[split] = manifest = write_split(arguments.out, config, arguments.workers)
-        state = "made" if manifest["made"] else "already complete"
+        state = "made" if manifest["created"] else "already complete"
         print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({manifest['fingerprint']})")
     if arguments.benchmarks:
         config = BenchmarkConfig(
@@ -108,7 +120,7 @@ def main() -> None:
         )
         manifests["benchmarks"] = manifest = write_benchmarks(arguments.benchmarks, config)
         items = ", ".join(f"{count} of {name}" for name, count in manifest["items"].items())
-        state = "made" if manifest["made"] else "already complete"
+        state = "made" if manifest["created"] else "already complete"
         print(f"{arguments.benchmarks}: {items}, {state} ({manifest['fingerprint']})")
     if arguments.json:
         files.write_json(arguments.json, manifests)

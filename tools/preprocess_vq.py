@@ -1,13 +1,13 @@
-"""Images and text to a data set of unified tokens, ready to train on: images become VQ codes, text is tokenised.
+"""Turn images and text into a data set of unified tokens: images become VQ codes, text is tokenised.
 
-Inputs, of any kinds together:
+Inputs, in any combination:
   FILE.tar    WebDataset: KEY.jpg (or .png, .webp) with KEY.txt (caption) and/or KEY.json (LLaVA conversations)
   FILE.json   LLaVA: [{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}]
   FILE.jsonl  a line each: {"image", "caption"}, {"text"} (plain text needs no --vq), or a LLaVA sample
 
-A run that was stopped goes on where it was when the same command is given again. Samples with an image that cannot be
-read are left out, counted, and listed in PREFIX.skipped.jsonl. On several machines with a common file system give each
-its --shard I/N, and after the last one --merge; the result is that of one run, byte for byte.
+The same command resumes a run that was stopped. Samples with an unreadable image are skipped, counted, and listed in
+PREFIX.skipped.jsonl. On several machines with a shared file system, give each its --shard I/N and run --merge after the
+last one; the result equals that of a single run, byte for byte.
 """
 
 import argparse
@@ -33,12 +33,12 @@ def main() -> None:
         parser.error("--out PREFIX is needed")
     elif arguments.merge:
         if arguments.shard or arguments.inputs:
-            parser.error("--merge takes --out PREFIX alone; what is joined was settled by the shards")
+            parser.error("--merge takes only --out PREFIX; inputs and settings are those of the shards")
         numbers = _merge(arguments)
     elif not arguments.inputs or not arguments.vocabulary:
         parser.error("input files and --vocabulary FOLDER are needed")
     else:
-        numbers = _prepare(arguments)
+        numbers = _preprocess(arguments)
     if arguments.json:
         files.write_json(arguments.json, numbers)
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="prefer",
         choices=("conversation", "caption"),
         default="conversation",
-        help="what a sample with both becomes (default: conversation)",
+        help="which one a sample with both becomes (default: conversation)",
     )
     parser.add_argument(
         "--resize",
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images encoded at once (64)")
     parser.add_argument(
-        "--part-samples", type=_positive, default=1024, metavar="N", help="samples a restart may repeat at most (1024)"
+        "--part-samples", type=_positive, default=1024, metavar="N", help="most samples that a restart repeats (1024)"
     )
     parser.add_argument(
         "--workers",
@@ -76,31 +76,29 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="threads that read and decode (default: one per core, at most 8)",
     )
-    parser.add_argument("--strict", action="store_true", help="stop at the first sample that would be left out")
+    parser.add_argument("--strict", action="store_true", help="stop at the first sample that would be skipped")
     parser.add_argument("--shard", type=_shard, metavar="I/N", help="do the I-th of N shares of the work (1/N to N/N)")
-    parser.add_argument("--merge", action="store_true", help="join what all shards of --out have made")
-    parser.add_argument(
-        "--verify", type=Path, metavar="PREFIX", help="check a finished data set whole, and nothing else"
-    )
+    parser.add_argument("--merge", action="store_true", help="join the parts of all shards of --out")
+    parser.add_argument("--verify", type=Path, metavar="PREFIX", help="only check every byte of a finished data set")
     return parser
 
 
-def _prepare(arguments: argparse.Namespace) -> dict:
-    from megatron_ext.preprocess import Options, preprocess
+def _preprocess(arguments: argparse.Namespace) -> dict:
+    from megatron_ext.preprocess import PreprocessOptions, preprocess
 
     vocabulary = Vocabulary(arguments.vocabulary)
     vq = _load(arguments.vq) if arguments.vq else None
     names = ("inputs", "out", "images", "prefer", "resize", "batch_size", "part_samples", "workers", "strict", "shard")
-    options = Options(**{name: getattr(arguments, name) for name in names})
+    options = PreprocessOptions(**{name: getattr(arguments, name) for name in names})
     summary = preprocess(options, vocabulary, vq)
     if summary.images:
         print(f"{summary.images:,} images encoded in {summary.seconds:.1f} s, {summary.speed:,.1f} images/s")
     if summary.metadata is None:
-        which, of = arguments.shard
+        number, count = arguments.shard
         print(
-            f"{arguments.out}: shard {which} of {of} is done ({summary.units[0]} of {summary.units[1]} units of work, "
-            f"{summary.skipped} samples skipped); after the last one run: "
-            f"python tools/preprocess_vq.py --merge --out {arguments.out}"
+            f"{arguments.out}: shard {number} of {count} is done "
+            f"({summary.units[0]} of {summary.units[1]} units of work, {summary.skipped} samples skipped); "
+            f"after the last one run: python tools/preprocess_vq.py --merge --out {arguments.out}"
         )
         return summary.numbers()
     return _report(arguments.out, summary)
@@ -113,11 +111,11 @@ def _merge(arguments: argparse.Namespace) -> dict:
 
 
 def _verify(arguments: argparse.Namespace) -> dict:
-    from megatron_ext.preprocess import check
+    from megatron_ext.preprocess import verify_data_set
 
     vocabulary = Vocabulary(arguments.vocabulary) if arguments.vocabulary else None
-    metadata = check(arguments.verify, vocabulary, _load(arguments.vq).metadata if arguments.vq else None)
-    print(f"{arguments.verify}: whole; {_counts(metadata)}")
+    metadata = verify_data_set(arguments.verify, vocabulary, _load(arguments.vq).metadata if arguments.vq else None)
+    print(f"{arguments.verify}: complete and undamaged; {_counts(metadata)}")
     return metadata
 
 
@@ -151,10 +149,10 @@ def _positive(text: str) -> int:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    which, _, of = text.partition("/")
-    if not (which.isdigit() and of.isdigit() and 1 <= int(which) <= int(of)):
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
-    return int(which), int(of)
+    return int(number), int(count)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A study over methods, sizes and seeds: all its runs, their evaluation, and a report on synergy."""
+"""Runs a study over methods, sizes and seeds: training, evaluation, and a report on synergy."""
 
 from pathlib import Path
 
@@ -8,35 +8,35 @@ from megatron_ext.errors import UserError
 
 def main() -> None:
     parser = command_line.parser(
-        "Train and evaluate every run of a study file (megatron_ext/study/study_file.py has its keys), and\n"
-        "report gains, synergy losses and how they scale. Stopped in any way, the same command goes on: finished runs\n"
-        "are kept, others go on from their checkpoints, failed ones are tried again.",
+        "Train and evaluate every run of a study file (megatron_ext/study/study_file.py documents its keys), and\n"
+        "report gains, synergy losses and how they scale. After any interruption the same command resumes: finished\n"
+        "runs are kept, others resume from their checkpoints, failed runs are retried.",
         "python tools/scaling_study.py examples/studies/picture_world.yaml --jobs 2\n"
         "  python tools/scaling_study.py examples/studies/picture_world.yaml --status\n"
-        "  python tools/scaling_study.py examples/studies/picture_world.yaml --slurm     an array, a task per run",
+        "  python tools/scaling_study.py examples/studies/picture_world.yaml --slurm     an array with a task per run",
     )
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY.yaml")
     add("--out", metavar="FOLDER", help="instead of the study file's output")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
-    add("--gpus", default="", metavar="0,1", help="GPUs to share out, to each run as many as it has processes")
+    add("--gpus", default="", metavar="0,1", help="GPUs to share out among the runs, one per process")
     add("--run", action="append", metavar="NAME", help="only this run, without a report; may be given several times")
-    does = parser.add_mutually_exclusive_group()
-    does.add_argument("--status", action="store_true", help="only show how far every run is")
-    does.add_argument("--report", action="store_true", help="only report on what is finished")
-    does.add_argument("--slurm", action="store_true", help="submit the runs that are not finished as a Slurm array")
-    does.add_argument("--slurm-print", action="store_true", help="only print the script that --slurm would submit")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--status", action="store_true", help="only show the progress of every run")
+    action.add_argument("--report", action="store_true", help="only report on the finished runs")
+    action.add_argument("--slurm", action="store_true", help="submit the unfinished runs as a Slurm array")
+    action.add_argument("--slurm-print", action="store_true", help="only print the script that --slurm would submit")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
     # Imported late: --help should not wait for numpy and the configuration.
-    from megatron_ext.study import execute, grid, slurm, status, steps, study_file
+    from megatron_ext.study import grid, scheduler, slurm, status, steps, study_file
 
     study = study_file.read(arguments.study)
     study.output = arguments.out or study.output
-    runs = grid.chosen(grid.runs(study), arguments.run)
+    runs = grid.select(grid.runs(study), arguments.run)
     if arguments.status:
-        _show(arguments, status.table(study, runs))
+        _show(arguments, *status.table(study, runs))
         return
     if not arguments.report:
         steps.check(runs, study.evaluation)
@@ -50,7 +50,7 @@ def main() -> None:
             print(f"submitted as job {slurm.submit(study, arguments.study, left)}: {len(left)} runs")
         return
     if not arguments.report:
-        execute.execute(runs, study.evaluation, arguments.jobs, [g for g in arguments.gpus.split(",") if g])
+        scheduler.execute(runs, study.evaluation, arguments.jobs, [g for g in arguments.gpus.split(",") if g])
     if not arguments.run:
         _report(study, runs, arguments)
     left = status.failed(study, runs)
@@ -67,10 +67,12 @@ def _report(study, runs, arguments) -> None:
         files.write_json(arguments.json, numbers)
 
 
-def _show(arguments, table) -> None:
-    print(f"{table.markdown()}\n{table.title}")
+def _show(arguments, table, counts: str) -> None:
+    from megatron_ext.analysis import tables
+
+    print(f"{tables.markdown(table)}\n{counts}")
     if arguments.json:
-        files.write_json(arguments.json, [dict(zip(table.head, row)) for row in table.rows])
+        files.write_json(arguments.json, table.to_dict("records"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Synergy of unified training: what each method gains over single-task training, and loses against dense."""
+"""Synergy of unified training: each method's gain over single-task training, and its synergy loss against dense."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from megatron_ext.analysis import results, synergy, tables
 def main() -> None:
     parser = command_line.parser(
         "Gains of unified over single-task training and the synergy loss of every method against dense, from files of\n"
-        "results (megatron_ext/analysis/results.py has their form; tools/scaling_study.py writes them).",
+        "results (megatron_ext/analysis/results.py describes their form; tools/scaling_study.py writes them).",
         "python tools/synergy.py                    the paper's tables (arXiv 2606.01503)\n"
         "  python tools/synergy.py runs/studies/picture_world/results.json --latex synergy.tex --plot synergy.svg",
     )
@@ -18,20 +18,24 @@ def main() -> None:
     add("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
     add("--latex", type=Path, metavar="FILE", help="the same in LaTeX (needs booktabs)")
     add("--csv", type=Path, metavar="FILE", help="a line per method and metric, unrounded")
-    add("--plot", type=Path, metavar="FILE", help="bars of the gains (.svg, .pdf, .png)")
+    add("--plot", type=Path, metavar="FILE", help="plot the gains as bars (.svg, .pdf, .png)")
     arguments = parser.parse_args()
-    read = results.read_all(arguments.results or [results.PUBLISHED])
-    comparisons = synergy.compare(read)
-    shown = [tables.gains(comparisons), tables.losses(comparisons)]
+    loaded = results.read_all(arguments.results or [results.PUBLISHED])
+    comparisons = synergy.compare(loaded)
+    titled = {tables.GAINS: tables.gains(comparisons), tables.LOSSES: tables.losses(comparisons)}
+    titled = {title: table for title, table in titled.items() if not table.empty}
     notes = [f"- {note}" for c in comparisons for note in c.missing]
-    text = "\n\n".join([read.source, *(f"{t.title}:\n\n{t.markdown()}" for t in shown), *notes]) + "\n"
+    parts = [loaded.source, *(f"{title}:\n\n{tables.markdown(table)}" for title, table in titled.items()), *notes]
+    text = "\n\n".join(parts) + "\n"
     print(text, end="")
     if arguments.json:
-        files.write_json(arguments.json, {"source": read.source, "methods": tables.as_json(comparisons)})
+        files.write_json(arguments.json, {"source": loaded.source, "methods": tables.as_json(comparisons)})
     if arguments.markdown:
         files.write_text(arguments.markdown, text)
     if arguments.latex:
-        files.write_text(arguments.latex, "\n\n".join(t.latex() for t in shown) + "\n")
+        files.write_text(
+            arguments.latex, "\n\n".join(tables.latex(table, title) for title, table in titled.items()) + "\n"
+        )
     if arguments.csv:
         files.write_text(arguments.csv, tables.as_csv(comparisons))
     if arguments.plot:

@@ -1,4 +1,4 @@
-"""Train a small VQ image tokenizer on pictures from WebDataset tars or folders."""
+"""Train a small VQ image tokenizer on images from WebDataset tars or folders."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -12,30 +12,31 @@ def main() -> None:
     )
     parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="SOURCE", help="tars or folders")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--limit", type=int, default=50_000, help="pictures kept in memory (default: 50000)")
+    parser.add_argument("--limit", type=int, default=50_000, help="images kept in memory (default: 50000)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
 
     import torch
 
-    from megatron_ext.vq.pictures import load_pictures
-    from megatron_ext.vq.train import TrainConfig, train
+    from megatron_ext.vq.training import VQTrainingConfig, train
+    from megatron_ext.vq.training_images import load_images
 
-    for setting in fields(TrainConfig):
-        name = f"--{setting.name.replace('_', '-')}"
+    settings = fields(VQTrainingConfig)
+    for setting in settings:
+        option = f"--{setting.name.replace('_', '-')}"
         if setting.type is bool:
-            parser.add_argument(name, action="store_true", help="a code tells of its own patch alone")
+            parser.add_argument(option, action="store_true", help="each code depends on its own patch only")
         else:
-            parser.add_argument(name, type=setting.type, default=setting.default, help=f"default: {setting.default}")
+            parser.add_argument(option, type=setting.type, default=setting.default, help=f"default: {setting.default}")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    config = TrainConfig(**{setting.name: getattr(arguments, setting.name) for setting in fields(TrainConfig)})
-    pictures = load_pictures(arguments.images, config.image_size, arguments.limit)
-    numbers = train(pictures, arguments.out, config)
+    config = VQTrainingConfig(**{setting.name: getattr(arguments, setting.name) for setting in settings})
+    images = load_images(arguments.images, config.image_size, arguments.limit)
+    numbers = train(images, arguments.out, config)
     print(
-        f"{arguments.out}: PSNR {numbers['psnr']:.2f} dB on {config.held_out} held-out pictures, "
+        f"{arguments.out}: PSNR {numbers['psnr']:.2f} dB on {config.held_out} held-out images, "
         f"{100 * numbers['codebook_use']:.0f} % of {config.codebook_size} codes in use "
-        f"(perplexity {numbers['codebook_perplexity']:.0f}); look at {arguments.out / 'reconstructions.png'}"
+        f"(perplexity {numbers['codebook_perplexity']:.0f}); see {arguments.out / 'reconstructions.png'}"
     )
     if arguments.json:
         files.write_json(arguments.json, numbers)

@@ -1,18 +1,18 @@
-"""Steps through DALI are the plain loader's, bit for bit, on the GPU too, and how fast they come."""
+"""Steps through DALI equal those of the plain loader bit for bit, on the GPU too; and their speed."""
 
 import pickle
 from types import SimpleNamespace
 
-import data
 import torch
 
+import data
 from gpu.records import Context, NotRun, Record
 from gpu.steps import Figure
 from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
-from megatron_ext.data import dali
-from megatron_ext.data.loader import PlainLoader
+from megatron_ext.data import dali_loader
 from megatron_ext.data.packed_rows import PackedRows, StepRows
+from megatron_ext.data.plain_loader import PlainLoader
 from megatron_ext.data.serialization import from_bytes
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
@@ -29,7 +29,7 @@ FIGURES = {
 
 def measure(context: Context, record: Record) -> None:
     """Compare some steps of rows, then time both loaders."""
-    if not dali.available():
+    if not dali_loader.available():
         raise NotRun("DALI is not installed")
     sizes = {"length": 4096, "rows": 64, "steps": 40, "rounds": 2, "workers": 2, "documents": 5000}
     if context.rehearsal:
@@ -45,15 +45,17 @@ def measure(context: Context, record: Record) -> None:
 
 
 def differing(mixture, options) -> int:
-    """Of the first steps those that are not the plain loader's, or whose labels are not when they are on the device."""
+    """How many of the first steps differ from those of the plain loader, as bytes or in their labels on the device."""
     rows, prepare = StepRows(PackedRows(mixture, options.length), options.rows), data.preparation(options)
-    ours, plain = (loader(WorkerSteps(rows, 0, STEPS, prepare), 0, 2) for loader in (dali.DaliLoader, PlainLoader))
+    ours, plain = (
+        loader(WorkerSteps(rows, 0, STEPS, prepare), 0, 2) for loader in (dali_loader.DaliLoader, PlainLoader)
+    )
     count = 0
     for _ in range(STEPS):
         step, expected = (from_bytes(next(steps).numpy()) for steps in (ours, plain))
-        there = [micro_batch.labels.cpu() for micro_batch in to_device(step, distributed.device()).micro_batches]
-        here = [torch.as_tensor(micro_batch.labels) for micro_batch in expected.micro_batches]
-        same = all(map(torch.equal, there, here)) and pickle.dumps(step) == pickle.dumps(expected)
+        on_device = [micro_batch.labels.cpu() for micro_batch in to_device(step, distributed.device()).micro_batches]
+        on_host = [torch.as_tensor(micro_batch.labels) for micro_batch in expected.micro_batches]
+        same = all(map(torch.equal, on_device, on_host)) and pickle.dumps(step) == pickle.dumps(expected)
         count += not same
     ours.close()
     plain.close()

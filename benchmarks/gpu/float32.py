@@ -1,12 +1,11 @@
-"""Outputs, loss and gradients of every plan in float32, against references that a CPU made."""
-
-from parity import LIMIT, PLANS, against_references
+"""Outputs, loss and gradients of every plan in float32, against references from a CPU."""
 
 from gpu.records import Context, Record
 from gpu.steps import Figure
+from parity import LIMIT, PLANS, against_references
 
 SETTINGS = ["model.num_layers=4"]
-"""Small, as the references are carried from machine to machine."""
+"""Small, because the references are carried from machine to machine."""
 
 FIGURES = {
     "float32": {
@@ -22,7 +21,7 @@ FIGURES = {
 
 
 def measure(context: Context, record: Record) -> None:
-    """Take the figures; on a CPU references that are missing are made."""
+    """Measure the errors; on a CPU missing references are computed."""
     results = against_references("tp1", list(PLANS), SETTINGS, context.references)
     lines = [f"| plan | {' | '.join(FIGURES['float32'])} |", "| --- | --- | --- | --- | --- |"]
     for plan, errors in results.items():

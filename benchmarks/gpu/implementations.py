@@ -1,19 +1,20 @@
 """Torch's layers and Transformer Engine's: the same hidden states after every layer, and the same training.
 
-Both start from the same weights and see the same rows. The limits are those of ``precision.py``, as hidden states are
-rounded alike; losses of 40 steps may drift apart by 3 %.
+Both start from the same weights and rows. The limits are those of ``precision.py``, because hidden states are rounded
+the same way; losses of 40 steps may drift apart by 3 %.
 """
 
 from pathlib import Path
 
 import torch
 
-from gpu.material import write_config
 from gpu.precision import BASE, LIMITS, LOCAL, TRANSFORMER_ENGINE, relative_error
 from gpu.records import Context, Record
 from gpu.steps import Figure
+from gpu.tiny_run import write_config
 from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
+from megatron_ext.transformer.resolved import resolve
 
 ITERATIONS = 40
 PLAN = "plan.preset=himix_hmgen_share_partial"
@@ -35,7 +36,7 @@ FIGURES = {
 
 
 def measure(context: Context, record: Record) -> None:
-    """Compare layers, then train; torch's layers are what both are held against."""
+    """Compare layers, then train; torch's layers are the reference."""
     bf16 = [*BASE, PLAN, "training.precision=bf16"]
     expected = hidden_states([*bf16, LOCAL])
     lines = [f"| layer | {' | '.join(KINDS)} |", f"|{' --- |' * (1 + len(KINDS))}"]
@@ -43,10 +44,10 @@ def measure(context: Context, record: Record) -> None:
         kind: [relative_error([x], [e]) for x, e in zip(hidden_states([*bf16, *settings]), expected, strict=True)]
         for kind, (settings, _) in KINDS.items()
     }
-    for layer, of_layer in enumerate(zip(*errors.values())):
-        lines.append(f"| {layer} | {' | '.join(f'{error:.1%}' for error in of_layer)} |")
+    for layer, layer_errors in enumerate(zip(*errors.values())):
+        lines.append(f"| {layer} | {' | '.join(f'{error:.1%}' for error in layer_errors)} |")
     record.tables["Hidden states at step 1, relative error"] = "\n".join(lines)
-    record.figures |= {f"{kind} layer": max(of_kind) for kind, of_kind in errors.items()}
+    record.figures |= {f"{kind} layer": max(kind_errors) for kind, kind_errors in errors.items()}
     record.write()
     config = write_config(context.scratch, context.rehearsal)
     local = losses(config, context.scratch / "local", [LOCAL])
@@ -60,15 +61,15 @@ def measure(context: Context, record: Record) -> None:
 def hidden_states(settings: list[str]) -> list[torch.Tensor]:
     """Hidden states [tokens, h] after each layer in the first micro-batch of a step, in the order of the batch."""
     from megatron.core.utils import unwrap_model
-    from parity import VOCABULARY, packed_batch
-    from training_step.rows import step_input, stored_order
 
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import train_step
+    from parity import VOCABULARY, packed_batch
+    from training_step.random_rows import step_input, stored_order
 
     config = config_file.load(Config, [], settings)
     distributed.initialize(config)
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     states = {}
 
     batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=0)
@@ -76,11 +77,10 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 
     def keep(layer, arguments, output) -> None:
         if layer.layer_number not in states:
-            stored = output[0].detach().squeeze(1).float().cpu()[order >= 0]  # FP8 has dummies among them
+            stored = output[0].detach().squeeze(1).float().cpu()[order >= 0]  # without the dummies of FP8
             states[layer.layer_number] = stored[order[order >= 0].argsort()]
 
     for layer in unwrap_model(chunks[0]).decoder.layers:
-        layer.joins = True
         layer.register_forward_hook(keep)
     train_step(chunks, build_optimizer(config, chunks), step_input(batch, config), config)
     distributed.shut_down()
@@ -89,14 +89,17 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 
 def losses(config_yaml: Path, output: Path, settings: list[str]) -> list[float]:
     """The losses of a run."""
+    from megatron_ext.callbacks import build_callbacks
     from megatron_ext.training.loop import train
     from megatron_ext.training.metrics import read_metrics
     from megatron_ext.training.run import build_run
+    from megatron_ext.training.validation import validate
 
-    run = [f"output={output}", f"training.iterations={ITERATIONS}", "logging.tensorboard=false"]
-    config = config_file.load(Config, [str(config_yaml)], [*run, "checkpoint.resume=false", *settings])
-    config.validate(world_size=1)
+    overrides = [f"output={output}", f"training.iterations={ITERATIONS}", "logging.tensorboard=false"]
+    config = config_file.load(Config, [str(config_yaml)], [*overrides, "checkpoint.resume=false", *settings])
+    validate(config, world_size=1)
     distributed.initialize(config)
-    train(build_run(config))
+    run = build_run(config)
+    train(run, build_callbacks(run))
     distributed.shut_down()
     return [line["loss"] for line in read_metrics(output / "metrics.jsonl")]

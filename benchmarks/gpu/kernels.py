@@ -1,28 +1,27 @@
-"""Which kernels a step consists of: what to look at where a table misses its aim."""
+"""The kernels of a step: where to look when a table misses its aim."""
 
 import gc
-
-from training_step.cases import CASES
 
 from gpu.one_billion import size_of
 from gpu.records import Context, Record
 from gpu.steps import Figure
+from training_step.cases import CASES
 
-WANTED = ("dense", "himix", "hmgen")
-FIGURES = {"kernels": {f"{name} kernels": Figure(f"{name}: kernels in a step") for name in WANTED}}
+PROFILED = ("dense", "himix", "hmgen")
+FIGURES = {"kernels": {f"{name} kernels": Figure(f"{name}: kernels in a step") for name in PROFILED}}
 
 
 def measure(context: Context, record: Record) -> None:
     """Profile a step of each case."""
     import torch
-    from training_step.kernels import kernel_table, profile
-    from training_step.rows import random_rows
 
     from megatron_ext import distributed
+    from training_step.kernels import kernel_table, profile
+    from training_step.random_rows import random_rows
 
     size = size_of(context, "table_bf16")
     distributed.initialize(size.configuration())
-    for name in WANTED:
+    for name in PROFILED:
         case = CASES[name]
         batch = random_rows(case.rows, size.rows * size.micro_batches, size.sequence, size.vocab_size)
         kernels = profile(case.build(size.configuration(case.plan), size.vocab_size, batch))

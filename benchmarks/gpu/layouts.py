@@ -1,17 +1,16 @@
 """Tensor, pipeline, sequence and data parallelism, two ranks each, against the CPU's references.
 
-On one GPU both ranks share it (see one_gpu.py).
+Both ranks share one GPU (see one_gpu.py).
 """
 
 import subprocess
-
-from parity import LIMIT, compare
 
 from gpu.float32 import SETTINGS
 from gpu.logs import last_error
 from gpu.records import Context, Record
 from gpu.steps import Figure
 from megatron_ext import files
+from parity import LIMIT, compare
 
 LAYOUTS = ["tp2", "tp1-pp2", "tp2-sp", "tp1-dp2"]
 PLANS = ["himix_hmgen_share_partial", "rank 4 per task", "dense"]
@@ -21,7 +20,7 @@ FIGURES = {
 
 
 def measure(context: Context, record: Record) -> None:
-    """Take the figures; what was measured before nccl refused, or hung, counts."""
+    """Measure the errors; results from before nccl fails or hangs count."""
     file = context.scratch / "layouts.json"
     file.unlink(missing_ok=True)
     plans = PLANS[1:2] if context.rehearsal else PLANS
@@ -30,6 +29,6 @@ def measure(context: Context, record: Record) -> None:
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(last_error(record.file.with_suffix(".log")) or str(error)) from None
     finally:
-        for layout, of_plan in (files.read_json(file) if file.exists() else {}).items():
+        for layout, plan_errors in (files.read_json(file) if file.exists() else {}).items():
             if layout in LAYOUTS:
-                record.figures[layout] = max(value for errors in of_plan.values() for value in errors.values())
+                record.figures[layout] = max(value for errors in plan_errors.values() for value in errors.values())

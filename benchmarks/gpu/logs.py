@@ -1,18 +1,18 @@
-"""The line of a log that says what went wrong."""
+"""The line of a log that explains a failure."""
 
 import re
 from pathlib import Path
 
-_SAYS_WHY = re.compile(r"^(\[rank\d+\]:\s*)?([\w.]*(Error|Exception|NotRun)\b.*)|(.*NCCL WARN .*)")
+_ERROR = re.compile(r"^(\[rank\d+\]:\s*)?([\w.]*(Error|Exception|NotRun)\b.*)|(.*NCCL WARN .*)")
 _LAST = 200_000
 
 
 def last_error(log: Path) -> str:
-    """The last line that names an error, or a warning of nccl's; empty where there is none."""
+    """The last line that names an error, or a warning of nccl; empty if there is none."""
     if not log.exists():
         return ""
     text = log.read_bytes()[-_LAST:].decode(errors="replace")
-    # torchrun reports the error of its children once more, without saying what it was.
-    matches = (_SAYS_WHY.match(line.strip()) for line in text.splitlines() if "ChildFailedError" not in line)
+    # torchrun reports the error of a child once more, without its message.
+    matches = (_ERROR.match(line.strip()) for line in text.splitlines() if "ChildFailedError" not in line)
     lines = [match[2] or match[4] for match in matches if match]
     return lines[-1][:300] if lines else ""

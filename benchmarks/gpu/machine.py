@@ -1,4 +1,4 @@
-"""What a figure was measured with."""
+"""The machine and the versions that figures are measured with."""
 
 import platform
 import shlex

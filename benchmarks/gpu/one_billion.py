@@ -1,13 +1,12 @@
-"""The shape of Llama 3.2 1B, rows of 4096: what a step takes under every preset, by masking, and in other libraries."""
-
-from training_step.cases import CASES, Size, with_bases
+"""Step times with the shape of Llama 3.2 1B and rows of 4096: every preset, masking, and other libraries."""
 
 from gpu.records import Context, NotRun, Record, read
 from gpu.steps import Figure
+from training_step.cases import CASES, Size, with_bases
 
 PRESETS = ["himix", "hmgen", "himix_hmgen_share_all", "himix_hmgen_share_all_separate", "himix_hmgen_share_partial"]
 MASKED = ["himix by masking", "hmgen by masking"]
-WANTED = {
+TIMED = {
     "table_bf16": ["dense", "Hugging Face", *PRESETS, *MASKED],
     "table_te_bf16": ["dense", "stock Megatron-Core", "himix", "hmgen", "himix_hmgen_share_partial", *MASKED],
     "table_te_fp8": ["dense", "stock Megatron-Core", "himix", "hmgen", "himix_hmgen_share_partial"],
@@ -23,7 +22,7 @@ REPEATS = 3
 
 def _figures(step: str) -> dict[str, Figure]:
     figures = {}
-    for name in WANTED[step]:
+    for name in TIMED[step]:
         if name == "dense":
             figures["dense mfu"] = Figure("dense: MFU", at_least=0.45 if step != "table_te_fp8" else None)
             figures["dense gigabytes"] = Figure("dense: peak memory of a step beside weights and optimizer, GB")
@@ -41,11 +40,11 @@ def _figures(step: str) -> dict[str, Figure]:
     return figures
 
 
-FIGURES = {step: _figures(step) for step in WANTED}
+FIGURES = {step: _figures(step) for step in TIMED}
 
 
 def size_of(context: Context, step: str) -> Size:
-    """The model and step that are timed."""
+    """The model and step to time."""
     settings = (*SETTINGS[step], f"training.precision={'float32' if context.rehearsal else 'bf16'}")
     files = ("examples/configs/llama-3.2-1b.yaml",)
     if context.rehearsal:
@@ -56,10 +55,9 @@ def size_of(context: Context, step: str) -> Size:
 
 
 def measure(context: Context, record: Record) -> None:
-    """Time what is not known yet, case by case."""
-    from training_step.timing import table, time_cases
-
+    """Time the cases without a result, one by one."""
     from megatron_ext import distributed
+    from training_step.timing import table, time_cases
 
     size, cases = size_of(context, record.step), record.data
     distributed.initialize(size.configuration())
@@ -73,7 +71,7 @@ def measure(context: Context, record: Record) -> None:
         record.tables["Steps"] = table({name: cases[name] for name in CASES if name in cases})
         record.write()
 
-    todo = [name for name in WANTED[record.step] if name not in cases or "error" in cases[name]]
+    todo = [name for name in TIMED[record.step] if name not in cases or "error" in cases[name]]
     time_cases(with_bases(todo), size, 1 if context.rehearsal else REPEATS, add)
     distributed.shut_down()
     in_bf16 = read(record.file)["steps"].get("table_te_bf16", {}).get("data", {}).get("dense", {})

@@ -1,4 +1,4 @@
-"""Everything that is known as one Markdown page; what was not measured says so."""
+"""The results as one Markdown page, which also names what was not measured."""
 
 from gpu.records import DONE, NOT_RUN
 from gpu.steps import STEPS, Figure, Step
@@ -7,20 +7,20 @@ COMMAND = "bash benchmarks/gpu_check.sh RESULTS"
 HEAD = """# The GPU path
 
 Made by `{command} --page docs/gpu.md` from what
-`{command}` measured on one GPU, in under nine minutes: a list of steps, most
-valuable first, each with its time box. Run again, it goes on with what is missing. `--rehearse` runs the same steps at
-tiny sizes on a CPU, which is a test, and makes the references that float32 is held against: carry `RESULTS/references`
-to the GPU and name it there with `--references FOLDER`. With `WAIT_FOR_TE=FILE` in the environment, the steps that need
-Transformer Engine wait until FILE is there, for a build that is still going on.
+`{command}` measured on one GPU in under nine minutes. The steps run most valuable first, each in
+a time box. A second call resumes with the missing steps. `--rehearse` runs the same steps at tiny sizes on a CPU, as a
+test, and computes the references for float32: copy `RESULTS/references` to the machine with the GPU and name the folder
+there with `--references FOLDER`. With `WAIT_FOR_TE=FILE` in the environment, the steps that need Transformer Engine
+wait until FILE exists, for a build that is still running.
 
-The 1B tables have the shape of Llama 3.2 1B, rows of 4096 tokens, 3 micro-batches of 2 rows (of understanding: one of
-6) and a vocabulary of 128256. "By masking" is the same method where every token is computed in every layer and
-`torch.where` keeps what it may not change.
+The 1B tables have the shape of Llama 3.2 1B, rows of 4096 tokens, 3 micro-batches of 2 rows (for understanding, one of
+6) and a vocabulary of 128256. "By masking" is the same method computed without leaving tokens out: every layer computes
+every token, and `torch.where` keeps the hidden states that the layer may not change.
 """
 
 
 def page(everything: dict) -> str:
-    """The page of what a results file holds."""
+    """The page of a results file."""
     machine, steps = everything["machine"], everything["steps"]
     parts = [HEAD.format(command=COMMAND), _status(machine, steps)]
     parts += [_section(step, steps.get(step.name)) for step in STEPS]

@@ -1,9 +1,9 @@
 """Outputs and gradients in bf16 and in FP8, against float32 on the same machine.
 
-What is left is rounding, and the limits say how much of it there may be. bf16 keeps 8 bits: an operand is off by 0.2 %,
-and some forty roundings in a row by about 1 %. FP8 keeps 4 bits of weights and activations (E4M3, off by 2.6 % on
-average) and 3 of gradients (E5M2, 5 %), so a product is off by 4 to 6 % and, after four layers, logits by some 10 %
-and gradients by some 15 %. A wrong scale, mask or order of rows is off by 100 %.
+The errors are those of rounding, and the limits follow from it. bf16 keeps 8 bits: an operand is off by 0.2 %, the
+result of some forty roundings in a row by about 1 %. FP8 keeps 4 bits of weights and activations (E4M3, off by 2.6 % on
+average) and 3 bits of gradients (E5M2, 5 %), so a product is off by 4 to 6 % and, after four layers, logits by some
+10 % and gradients by some 15 %. With a wrong scale, mask or order of rows the error is 100 %.
 """
 
 import torch
@@ -14,7 +14,7 @@ from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import PRESETS
 
-# Rows and widths that FP8 kernels take, a head size that attention kernels are built for.
+# Rows and widths that FP8 kernels accept, a head size that attention kernels support.
 BASE = [
     *("model.num_layers=4", "model.hidden_size=256", "model.num_attention_heads=4", "model.num_query_groups=2"),
     *("data.sequence_length=512", "training.micro_batch_size=2", "training.global_batch_size=4"),
@@ -44,9 +44,8 @@ FIGURES = {
 
 
 def measure(context: Context, record: Record) -> None:
-    """Take the figures of this step's kinds of precision."""
+    """Measure the errors of this step's kinds of precision."""
     import parity
-
     from megatron_ext import distributed
 
     base = TINY if context.rehearsal else BASE
@@ -74,6 +73,6 @@ def measure(context: Context, record: Record) -> None:
 
 
 def relative_error(tensors, expected) -> float:
-    """|x - x'| / |x'| of many tensors as one vector."""
+    """|x - x'| / |x'| with all tensors as one vector."""
     x, reference = (torch.cat([tensor.float().flatten() for tensor in each]) for each in (tensors, expected))
     return float((x - reference).norm() / reference.norm())

@@ -1,4 +1,4 @@
-"""What is known of each step, kept in one file."""
+"""The results of each step, kept in one file."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ DONE, FAILED, NOT_RUN, RUNNING = "done", "failed", "not run", "running"
 
 
 class NotRun(Exception):
-    """A step cannot be had on this machine; says why."""
+    """A step cannot run on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Context:
     Attributes:
         results: folder of the results.
         references: folder of the CPU's references for float32.
-        scratch: folder for what is not kept.
-        rehearsal: the same code at tiny sizes, on a CPU; nothing is a measurement.
+        scratch: folder for temporary files.
+        rehearsal: the same code at tiny sizes on a CPU; no figure is a measurement.
     """
 
     results: Path
@@ -35,9 +35,9 @@ class Record:
     """One step's results.
 
     Attributes:
-        figures: numbers by name; the page knows what they mean.
+        figures: numbers by name; the page explains them.
         tables: Markdown by title.
-        data: whatever the step needs to go on where it was stopped.
+        data: anything that the step needs to resume where it stopped.
     """
 
     file: Path
@@ -51,25 +51,25 @@ class Record:
     data: dict = field(default_factory=dict)
 
     def write(self) -> None:
-        """Put it into the file as it stands."""
+        """Write the present state into the file."""
         everything = read(self.file)
         own = {name: value for name, value in vars(self).items() if name not in ("file", "step")}
         everything["steps"][self.step] = own
         files.write_json(self.file, everything)
 
     def end(self, status: str, reason: str = "", seconds: float = 0.0) -> None:
-        """Say how the step ended."""
+        """Record how the step ended."""
         self.status, self.reason, self.seconds = status, reason, round(seconds, 1)
         self.write()
 
 
 def read(file: Path) -> dict:
-    """The file's ``machine`` and its ``steps`` by name; both empty where there is no file yet."""
+    """The ``machine`` of the file and its ``steps`` by name; both empty if there is no file yet."""
     return files.read_json(file) if file.exists() else {"machine": {}, "steps": {}}
 
 
 def of_step(file: Path, step: str, rehearsal: bool) -> Record:
-    """What the file knows of a step. A rehearsal's results are no start for measurements, nor the other way round."""
+    """The record of a step in the file; a new one if only one of the two is of a rehearsal."""
     known = read(file)["steps"].get(step)
     if known is None or known["rehearsal"] != rehearsal:
         return Record(file, step, rehearsal)
@@ -77,7 +77,7 @@ def of_step(file: Path, step: str, rehearsal: bool) -> Record:
 
 
 def write_machine(file: Path, machine: dict) -> None:
-    """Say in the file what machine this is, when, and by which command."""
+    """Record this machine, its command and the date in the file."""
     everything = read(file)
     everything["machine"] = machine | {"date": time.strftime("%Y-%m-%d")}
     files.write_json(file, everything)

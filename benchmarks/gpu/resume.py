@@ -1,13 +1,13 @@
-"""A run goes on from a checkpoint that was written in the background while the run trained on."""
+"""A run resumes from a checkpoint that was written in the background during training."""
 
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from gpu.material import write_config
 from gpu.records import Context, Record
 from gpu.steps import Figure
+from gpu.tiny_run import write_config
 from megatron_ext.training.metrics import read_metrics
 
 ITERATIONS, SAVED = 20, 10
@@ -23,19 +23,19 @@ FIGURES = {
 
 
 def measure(context: Context, record: Record) -> None:
-    """Train 20 steps; go on from the checkpoint of step 10 in another folder."""
+    """Train 20 steps; resume from the checkpoint of step 10 in another folder."""
     config = write_config(context.scratch, context.rehearsal)
     whole, resumed = context.scratch / "whole", context.scratch / "resumed"
     train(config, whole)
     name = f"iter_{SAVED:07d}"
     shutil.copytree(whole / "checkpoints" / name, resumed / "checkpoints" / name)
     train(config, resumed)
-    expected, measured = of_second_half(whole), of_second_half(resumed)
+    expected, measured = second_half(whole), second_half(resumed)
     record.figures["difference"] = max(abs(a - b) / abs(b) for a, b in zip(measured, expected, strict=True))
 
 
 def train(config: Path, output: Path) -> None:
-    """A run of its own, as a user starts it."""
+    """Train in a process, as a user would."""
     settings = [f"output={output}", f"training.iterations={ITERATIONS}", "logging.tensorboard=false"]
     settings += [f"checkpoint.interval={SAVED}", "checkpoint.asynchronous=true", "checkpoint.keep=0"]
     settings.append("training.deterministic=true")
@@ -43,7 +43,7 @@ def train(config: Path, output: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def of_second_half(output: Path) -> list[float]:
+def second_half(output: Path) -> list[float]:
     """Loss and gradient norm of the steps after the checkpoint."""
     records = [line for line in read_metrics(output / "metrics.jsonl") if line["iteration"] > SAVED]
     assert [line["iteration"] for line in records] == list(range(SAVED + 1, ITERATIONS + 1))

@@ -1,4 +1,4 @@
-"""One step after the other, each in a process of its own with its time box: what breaks one breaks no other."""
+"""Runs one step after the other, each in a process and time box of its own, so a failure stops no other step."""
 
 import contextlib
 import functools
@@ -19,15 +19,15 @@ from megatron_ext.transformer.transformer_engine import WITHOUT
 
 PROGRAM = Path(__file__).parents[1] / "gpu_check.py"
 SHORTEST = 20
-"""Seconds under which a step is not begun."""
+"""Seconds; with less time left no step is started."""
 SLOWER = 4
-"""A rehearsal's time boxes are so much longer: CPUs of all speeds run it."""
+"""The time boxes of a rehearsal are longer by this factor, for CPUs of all speeds."""
 WAIT_FOR_TE = "WAIT_FOR_TE"
-"""Environment variable with the name of a file that is there once a build of Transformer Engine has ended."""
+"""Environment variable with the name of a file that exists once a build of Transformer Engine has ended."""
 
 
 def run(steps: Sequence[Step], context: Context, minutes: float, after: Callable[[Step, Record], None]) -> None:
-    """Run what is not done, within ``minutes`` of wall time.
+    """Run the steps that are not done, within ``minutes`` of wall time.
 
     Args:
         after: called after each step with its record.
@@ -63,7 +63,7 @@ def measure(step: Step, context: Context) -> None:
 
 
 def _why_not(step: Step, context: Context, deadline: float) -> str:
-    """Why a step is not run; empty when it is."""
+    """Why a step is not run; empty if it is."""
     if step.needs_transformer_engine:
         if not torch.cuda.is_available():
             return "no GPU"
@@ -74,7 +74,7 @@ def _why_not(step: Step, context: Context, deadline: float) -> str:
 
 
 def wait_for_build(deadline: float) -> None:
-    """Wait for the file that :data:`WAIT_FOR_TE` names, if it names one."""
+    """Wait for the file that :data:`WAIT_FOR_TE` names, if it is set."""
     ended = Path(os.environ.get(WAIT_FOR_TE, "/"))
     while not ended.exists() and time.monotonic() < deadline:
         time.sleep(1)
@@ -82,7 +82,7 @@ def wait_for_build(deadline: float) -> None:
 
 @functools.cache
 def import_problem(module: str) -> str:
-    """What an import in a fresh process says when it fails; empty when it works."""
+    """The error of an import in a fresh process; empty if it works."""
     tried = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
     return (tried.stderr.strip().splitlines() or ["it cannot be imported"])[-1][:300] if tried.returncode else ""
 
@@ -94,7 +94,7 @@ def _in_own_process(step: Step, context: Context, seconds: float) -> Record:
     command = [sys.executable, str(PROGRAM), str(context.results), "--step", step.name]
     command += ["--references", str(context.references), "--scratch", str(context.scratch)]
     command += ["--rehearse"] * context.rehearsal
-    # Two processes of a step with a thread for each core would keep one another waiting.
+    # Two processes of a step, each with a thread per core, would slow one another down.
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if context.rehearsal else {})
     if step.needs_transformer_engine:
         environment.pop(WITHOUT, None)
@@ -102,7 +102,7 @@ def _in_own_process(step: Step, context: Context, seconds: float) -> Record:
     with log.open("a") as stream:
         stream.write(f"\n=== {step.name} ===\n")
         stream.flush()
-        # In a session of its own, so that what the step starts ends with it.
+        # In a session of its own, so that processes that the step starts end with it.
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
@@ -113,7 +113,7 @@ def _in_own_process(step: Step, context: Context, seconds: float) -> Record:
         finally:
             _end(process)
     record = of_step(record.file, step.name, context.rehearsal)
-    if record.status == RUNNING:  # it had no chance to say how it ended
+    if record.status == RUNNING:  # it could not record how it ended
         reason = last_error(log) or f"ended with code {code}"
         if code is None:
             reason = f"not ready after {seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""The steps in their order, most valuable first; those that need Transformer Engine last, as it may still be built."""
+"""The steps, most valuable first. Those that need Transformer Engine come last, because it may still be building."""
 
 import importlib
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from gpu.records import Context, Record
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that a step gives.
+    """A number that a step measures.
 
     Attributes:
-        label: what it says.
-        at_most, at_least: the aim; neither: there is none.
-        everywhere: a matter of being right, so that a rehearsal is held to it, too.
+        label: its name on the page.
+        at_most, at_least: the aim, if there is one.
+        everywhere: a matter of correctness, so a rehearsal must meet the aim too.
     """
 
     label: str
@@ -24,19 +24,19 @@ class Figure:
 
     @property
     def aim(self) -> str:
-        """The aim in words; nothing where there is none."""
+        """The aim in words; empty if there is none."""
         if self.at_most is not None:
             return f"<= {self.at_most:g}"
         return f">= {self.at_least:g}" if self.at_least is not None else ""
 
     def met(self, value: float) -> bool:
-        """Whether ``value`` reaches the aim; nan reaches none."""
+        """Whether ``value`` meets the aim; nan meets none."""
         above = self.at_least is None or value >= self.at_least
         return above and (self.at_most is None or value <= self.at_most)
 
 
 def missed(aims: dict[str, Figure], figures: dict[str, float], everywhere: bool = False) -> list[str]:
-    """The aims that ``figures`` miss, in words; with ``everywhere`` of those alone that hold on any machine."""
+    """The aims that ``figures`` miss, in words; with ``everywhere`` only aims that hold on any machine."""
     return [
         f"{aim.label}: {figures[name]:.3g}, not {aim.aim}"
         for name, aim in aims.items()
@@ -49,8 +49,7 @@ class Step:
     """A part of the check.
 
     Attributes:
-        module: its file in ``benchmarks/gpu``, which has ``measure(context, record)`` and, by the step's name,
-            ``FIGURES``.
+        module: its file in ``benchmarks/gpu``, with ``measure(context, record)`` and ``FIGURES``, by step.
         seconds: its time box.
     """
 
@@ -62,12 +61,12 @@ class Step:
 
     @property
     def figures(self) -> dict[str, Figure]:
-        """The figures that it gives, by their names in its record."""
+        """The figures of the step by their names in its record."""
         return self._imported.FIGURES[self.name]
 
     @property
     def measure(self) -> Callable[[Context, Record], None]:
-        """Takes the figures."""
+        """The function that measures the figures."""
         return self._imported.measure
 
     @property
@@ -77,7 +76,7 @@ class Step:
 
 STEPS = (
     Step("float32", "float32 against the CPU", "float32", 60),
-    # Kernels are compiled in these two, and take longer to be than to run.
+    # These two compile kernels, which takes longer than running them.
     Step("bf16", "bf16 against float32", "precision", 120),
     Step("table_bf16", "1B in bf16, torch's layers", "one_billion", 180),
     Step("kernels", "Kernels of a step", "kernels", 60),

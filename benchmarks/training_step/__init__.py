@@ -1,2 +1,2 @@
-"""Whole training steps to be timed: rows, the cases and their bases, our step, other libraries', masking, and how
-seconds and memory are taken. ``benchmarks/step_time.py`` is the program over them."""
+"""Whole training steps that ``benchmarks/step_time.py`` times: rows, the cases and their bases, our step, those of
+other libraries, masking, and how seconds and memory are measured."""

@@ -10,7 +10,8 @@ from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, forward_flops
 from megatron_ext.routing.plan import Plan
 
 Build = Callable[[Config, int, Batch], Callable[[], float]]
-"""From a configuration, the size of the vocabulary and a global batch on the host: a whole step that gives the loss."""
+"""Builds, from a configuration, the size of the vocabulary and a global batch on the host, a whole step that returns
+the loss."""
 
 
 def _ours(*arguments):
@@ -42,11 +43,11 @@ class Case:
     """One kind of step.
 
     Attributes:
-        rows: what the rows hold, see :func:`training_step.rows.random_rows`.
-        base: the case that it is measured against.
-        plan: settings of the plan whose FLOPs count.
-        limit: what the figure should not exceed.
-        build: makes the step.
+        rows: kind of rows, see :func:`training_step.random_rows.random_rows`.
+        base: the case that this one is measured against.
+        plan: settings of the plan; its FLOPs are those of the case.
+        limit: upper limit of the figure.
+        build: builds the step.
     """
 
     rows: str
@@ -103,8 +104,9 @@ class Size:
     files: tuple[str, ...] = ()
 
     def of_rows(self, kind: str) -> "Size":
-        """The size for rows of this kind. Of understanding, whose steps are short under HiMix and whose logits are few,
-        all rows are one micro-batch on a GPU: queueing several would take the host longer than the GPU needs for them.
+        """The size for rows of this kind. On a GPU the rows of understanding are one micro-batch: their steps are short
+        under HiMix, and the host would take longer to queue several micro-batches than the GPU to compute them. Their
+        logits are few, so one micro-batch fits.
         """
         whole = kind == "understanding" and not cpu.available()
         return replace(self, rows=self.rows * self.micro_batches, micro_batches=1) if whole else self

@@ -9,8 +9,8 @@ from megatron_ext import cpu
 
 
 def profile(step: Callable[[], object]) -> list[dict]:
-    """Kernels of one step by the time that they took on the GPU, the longest first; operators by their own time where
-    there is none. Each has a name, calls, milliseconds and its share of them all."""
+    """The kernels of one step by their time on the GPU, the longest first; without a GPU the operators by their own
+    time. Each has a name, calls, milliseconds and its share of the total."""
     on_cpu = cpu.available()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if not on_cpu:
@@ -20,8 +20,9 @@ def profile(step: Callable[[], object]) -> list[dict]:
     with torch.profiler.profile(activities=activities) as trace:
         step()
         torch.cuda.synchronize()
-    wanted = DeviceType.CPU if on_cpu else DeviceType.CUDA  # an operator's row would count its kernels once more
-    rows = [row for row in trace.key_averages() if row.device_type == wanted]
+    # On a GPU a row of an operator would count its kernels once more.
+    device_type = DeviceType.CPU if on_cpu else DeviceType.CUDA
+    rows = [row for row in trace.key_averages() if row.device_type == device_type]
     rows = [row for row in rows if not getattr(row, "is_user_annotation", False)]
     times = [(row.self_cpu_time_total if on_cpu else row.self_device_time_total) / 1e3 for row in rows]
     total = sum(times)
@@ -33,7 +34,7 @@ def profile(step: Callable[[], object]) -> list[dict]:
 
 
 def kernel_table(kernels: list[dict], rows: int = 25, width: int = 90) -> str:
-    """The longest of them as a Markdown table."""
+    """The longest kernels as a Markdown table."""
     lines = ["| kernel | calls | ms | share |", "| --- | --- | --- | --- |"]
     for kernel in kernels[:rows]:
         name = kernel["kernel"].replace("|", "/")

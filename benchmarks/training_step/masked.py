@@ -1,8 +1,8 @@
-"""A plan without its savings: every token goes through every layer, and a mask chooses whose hidden state changes.
+"""A plan without its savings: every token goes through every layer, and a mask chooses which hidden states change.
 
-That is what a plan costs where tokens cannot be left out, with the same kernels. Loss and gradients are those of the
-plan as long as no FULL token comes after a SKIP one in its document, since masked tokens still have keys; in the rows
-that are timed a caption comes before its image.
+This is the cost of a plan where a layer cannot leave tokens out, with the same kernels. Masked tokens still have keys,
+so loss and gradients are those of the plan only if no FULL token follows a SKIP token in its document. In the timed
+rows a caption comes before its image.
 """
 
 import dataclasses
@@ -15,31 +15,31 @@ from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.transformer.hidden_states import joined
 from training_step.ours import OurStep
-from training_step.rows import stored_order
+from training_step.random_rows import stored_order
 
 
 class MaskedStep(OurStep):
-    """A training step of the dense roles, in which a layer's output counts only for the plan's FULL tokens."""
+    """A training step with dense roles in which a layer changes only the FULL tokens of the plan."""
 
     def __init__(self, config: Config, vocab_size: int, batch: Batch):
         plan = Plan.of(config.plan, config.model.num_layers)
         projections = dataclasses.replace(config.plan.projections, kind=plan.projections.kind)
         dense = dataclasses.replace(config.plan, preset="dense", projections=projections)
         super().__init__(dataclasses.replace(config, plan=dense), vocab_size, batch)
-        rows = batch.rows(0, config.training.micro_batch_size)  # the classes of tokens are those of every micro-batch
+        rows = batch.rows(0, config.training.micro_batch_size)  # all micro-batches have the same classes of tokens
         order = stored_order(rows, self.config)
         for layer in unwrap_model(self.chunks[0]).decoder.layers:
-            layer.joins = True
             full = _full(plan, layer.layer_number - 1, rows)[order]
             layer.register_forward_hook(_Blend(full.to(distributed.device())), with_kwargs=True)
 
 
 class _Blend:
-    """A forward hook that keeps the input of a layer where its output does not count.
+    """A forward hook that keeps the input of a layer for tokens that are not FULL.
 
     Args:
-        full: bool [T], of the hidden states' rows.
+        full: bool [T], in stored order.
     """
 
     def __init__(self, full: torch.Tensor):
@@ -47,7 +47,7 @@ class _Blend:
 
     def __call__(self, layer, arguments, keywords, output):
         hidden_states, context = output
-        return torch.where(self._full, hidden_states, keywords["hidden_states"]), context
+        return torch.where(self._full, joined(hidden_states), joined(keywords["hidden_states"])), context
 
 
 def _full(plan: Plan, layer: int, batch: Batch) -> torch.Tensor:

@@ -11,7 +11,7 @@ from megatron_ext import cpu
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """Most bytes that a step holds at once beyond what is there before it (weights, gradients, optimizer states)."""
+    """Most bytes that a step allocates at once beyond weights, gradients and optimizer states."""
     if not cpu.available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -24,8 +24,8 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 class _PeakStorage(TorchDispatchMode):
-    """Most bytes alive at once among the storages that operators inside give out: torch's allocator for CPUs does not
-    count. It sees every operator, which costs too much on a GPU, whose allocator does count."""
+    """Most bytes alive at once among the outputs of operators. For CPUs, whose allocator keeps no statistics; seeing
+    every operator would be too slow on a GPU, whose allocator does."""
 
     def __init__(self):
         super().__init__()

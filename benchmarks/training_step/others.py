@@ -1,4 +1,4 @@
-"""The training steps of other libraries, over the same rows with one document each."""
+"""Training steps of other libraries, over the same rows of one document each."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,47 +8,19 @@ import torch
 from megatron_ext import distributed
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
-from training_step.weights import draw_on_device
+from megatron_ext.transformer.resolved import resolve
+from training_step.weights import fill_on_device
 
 
 def stock_megatron(config: Config, vocab_size: int, batch: Batch) -> Callable[[], float]:
     """Megatron-Core's GPTModel with its own layer spec, schedule, data-parallel wrapper and optimizer."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_ext.training.setup import build_optimizer
-    from megatron_ext.transformer.specs import implementation, transformer_config
 
-    settings = dataclasses.replace(transformer_config(config), use_te_activation_func=False)
-    settings.finalize_model_grads_func = finalize_model_grads
-    if implementation(config) == "transformer_engine":
-        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
-    else:
-        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
-    length = config.data.sequence_length
-    model = GPTModel(
-        settings,
-        spec,
-        vocab_size,
-        length,
-        share_embeddings_and_output_weights=config.model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=config.model.rotary_base,
-    ).cuda()
-    draw_on_device([model], config.model, config.training.seed)
-    data_parallel = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.parallel.overlap,
-        overlap_param_gather=config.parallel.overlap and config.parallel.distributed_optimizer,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-    )
-    chunks = [DistributedDataParallel(settings, data_parallel, model)]
-    if config.parallel.overlap:
-        settings.no_sync_func = chunks[0].no_sync
-    optimizer = build_optimizer(config, chunks)
-    device, rows = distributed.device(), config.training.micro_batch_size
+    chunk = _stock_chunk(config, vocab_size)
+    optimizer = build_optimizer(config, [chunk])
+    device, rows, length = distributed.device(), config.training.micro_batch_size, config.data.sequence_length
     causal = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
     whole = batch.to(device)
     micro_batches = [whole.rows(start, start + rows) for start in range(0, batch.shape[0], rows)]
@@ -59,12 +31,12 @@ def stock_megatron(config: Config, vocab_size: int, batch: Batch) -> Callable[[]
         return losses, lambda losses: ((loss := losses.mean()), {"loss": loss.detach()})
 
     def step() -> float:
-        chunks[0].zero_grad_buffer()
+        chunk.zero_grad_buffer()
         optimizer.zero_grad()
         results = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(micro_batches),
-            model=chunks,
+            model=[chunk],
             num_microbatches=len(micro_batches),
             seq_length=length,
             micro_batch_size=rows,
@@ -74,6 +46,41 @@ def stock_megatron(config: Config, vocab_size: int, batch: Batch) -> Callable[[]
         return float(sum(result["loss"] for result in results) / len(results))
 
     return step
+
+
+def _stock_chunk(config: Config, vocab_size: int):
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from megatron_ext.transformer.specs import transformer_config
+
+    settings = dataclasses.replace(transformer_config(resolve(config)), use_te_activation_func=False)
+    settings.finalize_model_grads_func = finalize_model_grads
+    if resolve(config).implementation == "transformer_engine":
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+    model = GPTModel(
+        settings,
+        spec,
+        vocab_size,
+        config.data.sequence_length,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+    ).cuda()
+    fill_on_device([model], config.model, config.training.seed)
+    data_parallel = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap,
+        overlap_param_gather=config.parallel.overlap and config.parallel.distributed_optimizer,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    chunk = DistributedDataParallel(settings, data_parallel, model)
+    if config.parallel.overlap:
+        settings.no_sync_func = chunk.no_sync
+    return chunk
 
 
 def hugging_face(config: Config, vocab_size: int, batch: Batch) -> Callable[[], float]:

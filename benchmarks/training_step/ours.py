@@ -7,16 +7,17 @@ from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
-from training_step.rows import step_input
-from training_step.weights import drawn_on_device
+from megatron_ext.transformer.resolved import resolve
+from training_step.random_rows import step_input
+from training_step.weights import initialized_on_device
 
 
 class OurStep:
     """A training step over one global batch. Called, it runs the whole step and gives the loss."""
 
     def __init__(self, config: Config, vocab_size: int, batch: Batch):
-        with drawn_on_device():
-            self.chunks = build_model(config, vocab_size)
+        with initialized_on_device():
+            self.chunks = build_model(resolve(config, vocab_size))
         self.optimizer = build_optimizer(config, self.chunks)
         self.config = config
         self.input = step_input(batch, config)
@@ -26,7 +27,7 @@ class OurStep:
         return train_step(self.chunks, self.optimizer, self.input, self.config).loss
 
     def optimizer_step(self) -> None:
-        """The optimizer's part of a step with the gradients that the last step left: their norm, clipping, AdamW."""
+        """The optimizer's part of a step, over the gradients that the last step left: their norm, clipping, AdamW."""
         self.optimizer.step()
 
     def output_head(self) -> None:
@@ -39,7 +40,7 @@ class OurStep:
         shape = (self._logits // micro_batches, 1, self.config.model.hidden_size)
         rows = torch.randn(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
         labels = torch.zeros(shape[0], dtype=torch.int64, device=weight.device)
-        with chunk.no_sync():  # else gradients that are reduced as they become ready would wait for all the others
+        with chunk.no_sync():  # an overlapped reduction would wait for the gradients of all other parameters
             for _ in range(micro_batches):
                 logits, _ = model.output_layer(rows, weight=weight)
                 model.token_losses(logits, labels).sum().backward()

@@ -12,19 +12,19 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.training.devices import model_flops_utilisation
 from training_step.cases import CASES, Case, Size
 from training_step.memory import peak_bytes
-from training_step.rows import random_rows
+from training_step.random_rows import random_rows
 
 WARM_UP = 2
 
 
 def time_cases(names: list[str], size: Size, repeats: int, record: Callable[[str, dict], None]) -> None:
-    """Time the cases ``names``, which :func:`training_step.cases.with_bases` gave.
+    """Time the cases ``names``, in the order of :func:`training_step.cases.with_bases`.
 
-    A base is built once and stays; what is measured against it is built, takes turns with it and is freed before the
-    next: two models at a time are in memory, and both sides of a ratio saw the same minutes.
+    A base is built once and stays. Each case against it is built, takes turns with it and is freed before the next one:
+    two models are in memory at a time, and both sides of a ratio are measured in the same minutes.
 
     Args:
-        record: given each case's name and figures as soon as they are known; ``error`` is one where it failed.
+        record: called with each case's name and figures as soon as they are known; a failed case has ``error``.
     """
     for base in [name for name in names if CASES[name].base == name]:
         batch = random_rows(CASES[base].rows, size.rows * size.micro_batches, size.sequence, size.vocab_size)
@@ -40,14 +40,14 @@ def _with_base(base: str, against: list[str], size: Size, batch: Batch, repeats:
     case = CASES[base]
     step = case.build(size.configuration(case.plan), size.vocab_size, batch)
     (seconds,) = take_turns([step], repeats)
-    of_base = _figures(case, step, seconds, seconds, size, batch)
-    record(base, of_base)
+    base_figures = _figures(case, step, seconds, seconds, size, batch)
+    record(base, base_figures)
     for name in against:
         try:
             figures = _beside(name, step, size, batch, repeats)
-            figures["memory_ratio"] = figures["memory_bytes"] / of_base["memory_bytes"]
+            figures["memory_ratio"] = figures["memory_bytes"] / base_figures["memory_bytes"]
             record(name, figures)
-        except Exception as error:  # one that does not fit, or is not installed, stops no other
+        except Exception as error:  # a case that does not fit, or is not installed, stops no other
             record(name, _failed(error))
         _free()
 
@@ -55,22 +55,22 @@ def _with_base(base: str, against: list[str], size: Size, batch: Batch, repeats:
 def _beside(name: str, base: Callable, size: Size, batch: Batch, repeats: int) -> dict:
     case = CASES[name]
     step = case.build(size.configuration(case.plan), size.vocab_size, batch)
-    seconds, seconds_of_base = take_turns([step, base], repeats)
-    return _figures(case, step, seconds, seconds_of_base, size, batch)
+    seconds, base_seconds = take_turns([step, base], repeats)
+    return _figures(case, step, seconds, base_seconds, size, batch)
 
 
 def _failed(error: Exception) -> dict:
     return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
-def _figures(case: Case, step: Callable, seconds: list, of_base: list, size: Size, batch: Batch) -> dict:
+def _figures(case: Case, step: Callable, seconds: list, base_seconds: list, size: Size, batch: Batch) -> dict:
     other = case.is_other_library
     median = statistics.median(seconds)
     flops, base_flops = size.flops(case, batch), size.flops(CASES[case.base], batch)
     device = "cpu" if cpu.available() else torch.cuda.get_device_name()
     figures = {
         "seconds": median,
-        "ratio": statistics.median(b / a if other else a / b for a, b in zip(seconds, of_base)),
+        "ratio": statistics.median(b / a if other else a / b for a, b in zip(seconds, base_seconds)),
         "limit": case.limit,
         "memory_bytes": peak_bytes(step),
         "memory_ratio": 1.0,
@@ -80,22 +80,22 @@ def _figures(case: Case, step: Callable, seconds: list, of_base: list, size: Siz
         figures["flop_ratio"] = flops / base_flops
         figures["time_per_flop"] = figures["ratio"] / figures["flop_ratio"]
         for part in ("optimizer_step", "output_head"):
-            (of_part,) = take_turns([getattr(step, part)], 2)
-            figures[f"{part}_share"] = statistics.median(of_part) / median
+            (part_seconds,) = take_turns([getattr(step, part)], 2)
+            figures[f"{part}_share"] = statistics.median(part_seconds) / median
     return figures
 
 
 def take_turns(steps: list[Callable], repeats: int) -> list[list[float]]:
-    """Seconds of each step in each of ``repeats`` rounds, after rounds that do not count."""
+    """Seconds of each step in each of ``repeats`` rounds, after rounds of warming up."""
     seconds = [[] for _ in steps]
     for repeat in command_line.progress(range(WARM_UP + repeats), desc="rounds"):
-        for step, of_step in zip(steps, seconds):
+        for step, step_seconds in zip(steps, seconds):
             torch.cuda.synchronize()
             started = time.perf_counter()
             step()
             torch.cuda.synchronize()
             if repeat >= WARM_UP:
-                of_step.append(time.perf_counter() - started)
+                step_seconds.append(time.perf_counter() - started)
     return seconds
 
 

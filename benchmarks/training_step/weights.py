@@ -1,4 +1,4 @@
-"""Initial weights that are drawn where the model is."""
+"""Initial weights that are sampled on the device of the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from megatron_ext.config import ModelConfig
 
 
 @torch.no_grad()
-def draw_on_device(chunks: list[nn.Module], model: ModelConfig, seed: int) -> None:
-    """Normal matrices and norms of ones, in place. For speed alone: they depend on the device and on the layout."""
+def fill_on_device(chunks: list[nn.Module], model: ModelConfig, seed: int) -> None:
+    """Fill matrices with normal numbers and norms with ones. Fast, but dependent on the device and the layout."""
     for chunk in chunks:
         parameters = list(chunk.parameters())
         generator = torch.Generator(parameters[0].device).manual_seed(seed)
@@ -24,8 +24,8 @@ def draw_on_device(chunks: list[nn.Module], model: ModelConfig, seed: int) -> No
 
 
 @contextmanager
-def drawn_on_device() -> Iterator[None]:
-    """Models built inside draw their weights on their device. A run draws them on the host, parameter by parameter, so
-    that every layout starts alike; for a billion of them that takes longer than all that a case is timed for."""
-    with patch("megatron_ext.transformer.model.initialize", draw_on_device):
+def initialized_on_device() -> Iterator[None]:
+    """Models built inside sample their weights on their device. A run samples them on the host, parameter by parameter,
+    so that every layout starts alike; for a billion parameters that takes longer than timing a case."""
+    with patch("megatron_ext.transformer.model.initialize", fill_on_device):
         yield

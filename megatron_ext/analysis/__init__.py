@@ -1,1 +1,1 @@
-"""What is measured of models: attention, gradients, synergy between the tasks, studies over methods and sizes."""
+"""Measurements on models and their results: attention, gradients, synergy between the tasks."""

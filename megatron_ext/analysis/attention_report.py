@@ -1,12 +1,12 @@
-"""Attention allocation for people: a table and a figure."""
+"""Attention allocation as a table and as a figure."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 TASKS = {"answer": "understanding: queries that predict the answer", "image": "generation: queries of image tokens"}
-"""The sets of queries that stand side by side."""
+"""The sets of queries that are plotted side by side."""
 
-COLOURS = {
+COLORS = {
     "image": "#3b6fb6",
     "question": "#e08a3c",
     "caption": "#e08a3c",
@@ -17,40 +17,41 @@ COLOURS = {
 
 
 def table(allocation: Mapping) -> str:
-    """Mass per layer and class of key, in %, with entropy, for each set of queries of ``Allocation.result``."""
-    lines = []
-    for name, of in allocation.items():
-        classes = list(of["layers"][0]["mass"])
-        lines += ["", f"{name.replace('_', ' ')} ({of['queries']} queries)"]
-        lines.append("  ".join(["layer", *(c.rjust(7) for c in classes), "entropy", "of uniform"]))
-        for number, layer in enumerate(of["layers"]):
-            shares = [_cell(layer["mass"][c], 100, "%", max(7, len(c))) for c in classes]
-            entropy = [_cell(layer["entropy"], 1, "", 7, 2), _cell(layer["entropy_share"], 100, "%", 10)]
-            lines.append("  ".join([f"{number:5d}", *shares, *entropy]))
-    return "\n".join(lines[1:])
+    """Mass per layer and class of key, in %, and entropy, for each set of queries of ``Allocation.result``."""
+    import pandas as pd
+
+    parts = []
+    for name, figures in allocation.items():
+        layers = pd.DataFrame(figures["layers"])
+        columns = pd.DataFrame(list(layers["mass"])) * 100
+        columns["entropy"] = layers["entropy"]
+        columns["of uniform"] = layers["entropy_share"] * 100
+        formats = dict.fromkeys(columns, "{:.1f}%".format) | {"entropy": "{:.2f}".format}
+        text = columns.astype(float).rename_axis("layer").to_string(formatters=formats, na_rep="-")
+        parts.append(f"{name.replace('_', ' ')} ({figures['queries']} queries)\n{text}")
+    return "\n\n".join(parts)
 
 
-def draw(allocation: Mapping, file: Path, title: str) -> None:
-    """A PNG of both tasks side by side: above each layer's mass by class of key, below that mass over uniform."""
-    import matplotlib
+def plot(allocation: Mapping, file: Path, title: str) -> None:
+    """Plot both tasks side by side: mass per layer and class of key above, mass over uniform below."""
+    import matplotlib.ticker
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from megatron_ext.analysis import plots
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(11, 6.4), sharex=True, sharey="row", layout="constrained")
+    figure, panels = plots.subplots(2, 2, figsize=(11, 6.4), sharex=True, sharey="row")
     for (name, heading), (above, below) in zip(TASKS.items(), panels.T):
         layers = allocation[name]["layers"]
         numbers = [n for n, layer in enumerate(layers) if layer["queries"]]
-        filled = [0.0] * len(numbers)
-        for of_key in layers[0]["mass"]:
-            mass = [layers[n]["mass"][of_key] for n in numbers]
-            above.bar(numbers, mass, bottom=filled, width=0.86, color=COLOURS[of_key], label=of_key)
-            filled = [a + b for a, b in zip(filled, mass)]
-            over = [layers[n]["over_uniform"][of_key] or float("nan") for n in numbers]
-            below.plot(numbers, over, color=COLOURS[of_key], marker="o", markersize=4, linewidth=1.5)
+        bottom = [0.0] * len(numbers)
+        for key_class in layers[0]["mass"]:
+            mass = [layers[n]["mass"][key_class] for n in numbers]
+            above.bar(numbers, mass, bottom=bottom, width=0.86, color=COLORS[key_class], label=key_class)
+            bottom = [a + b for a, b in zip(bottom, mass)]
+            over_uniform = [layers[n]["over_uniform"][key_class] or float("nan") for n in numbers]
+            below.plot(numbers, over_uniform, color=COLORS[key_class], marker="o", markersize=4, linewidth=1.5)
         below.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        absent = [n for n, layer in enumerate(layers) if allocation[name]["queries"] and not layer["queries"]]
-        for n in absent:
+        empty = [n for n, layer in enumerate(layers) if allocation[name]["queries"] and not layer["queries"]]
+        for n in empty:
             above.text(n, 0.5, "no queries in this layer", rotation=90, ha="center", va="center", fontsize=8)
         above.set(title=f"{heading} ({allocation[name]['queries']:,})", ylim=(0, 1))
         above.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=5, frameon=False)
@@ -61,10 +62,4 @@ def draw(allocation: Mapping, file: Path, title: str) -> None:
     panels[0, 0].set_ylabel("attention mass")
     panels[1, 0].set_ylabel("mass over uniform")
     figure.suptitle(title, fontsize=11)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110, format="png")
-    pyplot.close(figure)
-
-
-def _cell(value: float | None, scale: float, unit: str, width: int, digits: int = 1) -> str:
-    return ("-" if value is None else f"{scale * value:.{digits}f}{unit}").rjust(width)
+    plots.save(figure, file)

@@ -1,4 +1,7 @@
-"""How synergy loss grows with the model: loss = a + b ln N by least squares, N the parameters of the dense model."""
+"""How synergy loss grows with the model: loss = a + b ln N by least squares, N the parameters of the dense model.
+
+In closed form: np.polyfit solves by SVD, which leaves rounding errors where a slope is exactly 0.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +16,8 @@ class Fit:
     """A line through the losses of one method at several sizes.
 
     Attributes:
-        a, b: [1 + replicates], fitted to each replicate of the losses; b is the change as N grows e-fold.
-        parameters: of the sizes, ascending.
+        a, b: [1 + replicates], a fit to each replicate of the losses; b is the change as N grows e-fold.
+        parameters: parameters of the sizes, ascending.
         residual: root mean square distance of the losses from the line; 0 by construction for two sizes.
     """
 
@@ -24,7 +27,7 @@ class Fit:
     residual: float
 
     def at(self, parameters) -> np.ndarray:
-        """The line's loss at these parameters, in the figure's own fit."""
+        """The loss on the line at these parameters, without replicates."""
         return self.a[0] + self.b[0] * np.log(parameters)
 
     def as_json(self) -> dict:
@@ -39,10 +42,10 @@ class Fit:
 
 
 def fit(parameters: Sequence[int], losses: Sequence[np.ndarray]) -> Fit | None:
-    """The line, or None for fewer than two different sizes.
+    """The line through the losses, or None for fewer than two different sizes.
 
     Args:
-        losses: of each size, [1 + replicates].
+        losses: [1 + replicates] for each size.
     """
     points = [(n, loss) for n, loss in sorted(zip(parameters, losses), key=lambda p: p[0]) if np.isfinite(loss[0])]
     if len({n for n, _ in points}) < 2:

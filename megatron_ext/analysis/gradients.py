@@ -1,7 +1,8 @@
-"""Gradient alignment: how far understanding and generation pull the same weights the same way.
+"""Gradient alignment: how far understanding and generation pull the same weights in the same direction.
 
-With u and g the gradients of the two tasks' mean cross-entropies over one global batch (each with weight 1), restricted
-to a part of the parameters (arXiv 2606.01503 traces the loss of synergy to which parameters each task trains)::
+Let u and g be the gradients of the two tasks' mean cross-entropies over one global batch (each with weight 1),
+restricted to a part of the parameters (arXiv 2606.01503 traces the loss of synergy to which parameters each task
+trains)::
 
     cosine              = <u, g> / (|u| |g|)
     norm_understanding  = |u|
@@ -10,8 +11,9 @@ to a part of the parameters (arXiv 2606.01503 traces the loss of synergy to whic
     only_generation     = share with u = 0 and g != 0
     untrained           = share with u = 0 and g = 0
 
-Parts are the projections of every layer, shared weights and each component of image tokens apart, its norms, the layer
-as a whole, and outside of the layers the embedding, the final norm and the output head (the embedding, if tied).
+The parts of a layer are its norms and each projection, the shared weights and every component of image tokens counted
+separately. Figures are also given for each layer as a whole, and outside the layers for the embedding, the final norm
+and the output head (which is the embedding if tied).
 """
 
 import dataclasses
@@ -36,10 +38,11 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import StepInput, prepare
-from megatron_ext.training.run import padded_vocabulary
 from megatron_ext.training.setup import build_model
 from megatron_ext.training.step import task_gradients
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer.initialization import cut, global_parameters
+from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary
 
 MODULES = ("qkv", "proj", "fc1", "fc2")
@@ -51,83 +54,86 @@ OUTSIDE = {
 }
 SUMS = ("<u, g>", "<u, u>", "<g, g>", "only u", "only g", "neither", "parameters")
 CHUNK = 2**22
-"""Elements that are taken to float64 at a time."""
+"""Elements converted to float64 at a time."""
 
 
-def alignment(chunks: list, step: StepInput, config: Config) -> dict:
+def alignment(chunks: list, step: StepInput, resolved: ResolvedConfig) -> dict:
     """Gradient alignment on one global batch; collective, the same on every rank.
 
-    Costs a forward and a backward pass for each of the two tasks, and memory for a copy of this rank's gradients.
-    Overwrites the gradient buffers and nothing else.
+    Costs a forward and a backward pass per task, and memory for one copy of this rank's gradients. Overwrites the
+    gradient buffers and nothing else.
 
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
         step: this replica's rows of the global batch, on the device.
 
     Returns:
-        The figures above: "layers", for each kind of part a list over layers; "layer", over all parameters of each
-        layer; "outside", of what is in no layer; "all" of the model together; and "seconds", what it took. A figure is
-        None where it is not defined, as the cosine with a gradient of zero.
+        The figures above, for "layers" (by part, lists over layers), "layer" (each layer as a whole), "outside" (parts
+        outside the layers) and "all" (the whole model); and the "seconds" that the measurement took. An undefined
+        figure, such as the cosine with a zero gradient, is None.
     """
     started = time.perf_counter()
-    (result,) = _compared(chunks, config, [(step, Task.UNDERSTANDING), (step, Task.GENERATION)])
+    (result,) = _compare(chunks, resolved, [(step, Task.UNDERSTANDING), (step, Task.GENERATION)])
     return result | {"seconds": time.perf_counter() - started}
 
 
-def corrected(chunks: list, batch: Batch, config: Config) -> dict:
-    """The two tasks' cosines without the noise of the rows they are measured on; collective, the same on every rank.
+def corrected(chunks: list, batch: Batch, resolved: ResolvedConfig) -> dict:
+    """The two tasks' cosines corrected for the sampling noise of the batch; collective, the same on every rank.
 
-    A batch's gradient is the expected one plus noise, which makes every cosine smaller. With a and b the halves of the
-    batch (Spearman's correction for attenuation, American Journal of Psychology 15, 1904)::
+    A batch's gradient is the expected gradient plus noise, and noise makes every cosine smaller. With a and b the
+    halves of the batch (Spearman's correction for attenuation, American Journal of Psychology 15, 1904)::
 
         corrected = (cos(u_a, g_b) + cos(u_b, g_a)) / 2 / sqrt(cos(u_a, u_b) cos(g_a, g_b))
 
-    Costs five forward and backward passes over half of the batch, and memory as :func:`alignment` does.
+    Costs five forward and backward passes over half of the batch, and the memory of :func:`alignment`.
 
     Args:
         batch: this replica's rows on the host, an even number of micro-batches.
 
     Returns:
-        "layers", "layer", "outside" and "all" as of :func:`alignment`, with the figures ``corrected_cosine``,
+        "layers", "layer", "outside" and "all" as in :func:`alignment`, with the figures ``corrected_cosine``,
         ``repeat_understanding`` = cos(u_a, u_b) and ``repeat_generation`` = cos(g_a, g_b). The corrected cosine is
-        None where a task's halves do not agree at all; it may pass 1 where they agree little.
+        None where a task's halves do not agree at all; it may exceed 1 where they agree little.
+
+    Raises:
+        UserError: the rows do not split into halves of whole micro-batches.
     """
-    middle = batch.shape[0] // 2
-    if middle % config.training.micro_batch_size or not middle:
+    middle, micro_batch_size = batch.shape[0] // 2, resolved.config.training.micro_batch_size
+    if middle % micro_batch_size or not middle:
         raise UserError(
-            f"a replica has {batch.shape[0]} rows, which are no even number of micro-batches of "
-            f"{config.training.micro_batch_size}; take more --batches, or fewer processes"
+            f"a replica has {batch.shape[0]} rows, which is not an even number of micro-batches of "
+            f"{micro_batch_size}; use more --batches or fewer processes"
         )
     halves = batch.rows(0, middle), batch.rows(middle, 2 * middle)
-    a, b = (prepare(half, config).to(distributed.device()) for half in halves)
+    a, b = (prepare(half, resolved).to(distributed.device()) for half in halves)
     u, g = Task.UNDERSTANDING, Task.GENERATION
-    of_u, crossed, of_g, crossed_back = _compared(chunks, config, [(a, u), (b, u), (a, g), (b, g), (a, u)])
-    found = [of_u, of_g, crossed, crossed_back]
+    agree_u, cross, agree_g, cross_back = _compare(chunks, resolved, [(a, u), (b, u), (a, g), (b, g), (a, u)])
+    measured = [agree_u, agree_g, cross, cross_back]
 
-    def joined(values: list) -> dict:
-        repeat_u, repeat_g, *crossed = values
-        known = None not in values and min(repeat_u, repeat_g) > 0
-        cosine = sum(crossed) / 2 / math.sqrt(repeat_u * repeat_g) if known else None
+    def correct(cosines: list) -> dict:
+        repeat_u, repeat_g, *crossed = cosines
+        defined = None not in cosines and min(repeat_u, repeat_g) > 0
+        cosine = sum(crossed) / 2 / math.sqrt(repeat_u * repeat_g) if defined else None
         return {"corrected_cosine": cosine, "repeat_understanding": repeat_u, "repeat_generation": repeat_g}
 
     def over_layers(figures: list[dict]) -> dict[str, list]:
-        made = [joined(list(values)) for values in zip(*(of["cosine"] for of in figures))]
-        return {name: [of[name] for of in made] for name in made[0]}
+        layers = [correct(list(cosines)) for cosines in zip(*(f["cosine"] for f in figures))]
+        return {name: [layer[name] for layer in layers] for name in layers[0]}
 
     return {
-        "layers": {part: over_layers([one["layers"][part] for one in found]) for part in found[0]["layers"]},
-        "layer": over_layers([one["layer"] for one in found]),
-        "outside": {part: joined([one["outside"][part]["cosine"] for one in found]) for part in found[0]["outside"]},
-        "all": joined([one["all"]["cosine"] for one in found]),
+        "layers": {part: over_layers([m["layers"][part] for m in measured]) for part in measured[0]["layers"]},
+        "layer": over_layers([m["layer"] for m in measured]),
+        "outside": {part: correct([m["outside"][part]["cosine"] for m in measured]) for part in measured[0]["outside"]},
+        "all": correct([m["all"]["cosine"] for m in measured]),
     }
 
 
-def _compared(chunks: list, config: Config, passes: list[tuple[StepInput, Task]]) -> list[dict]:
-    """All figures of each two consecutive gradients, each of a task over some rows; u stands for the former."""
-    columns = part_names(config)
+def _compare(chunks: list, resolved: ResolvedConfig, passes: list[tuple[StepInput, Task]]) -> list[dict]:
+    """The figures of every two consecutive gradients, each of a task over some rows; u is the earlier of the two."""
+    config, columns = resolved.config, part_names(resolved.plan)
     places = {(layer, name): i for i, (layer, name) in enumerate(_parts(config, columns))}
-    counted = [(places[part_of(name)], p) for chunk in chunks for name, p in _counted(chunk)]
-    made, before = [], []
+    counted = [(places[part_of(name)], p) for chunk in chunks for name, p in _counted_parameters(chunk)]
+    figures, before = [], []
     for number, (step, task) in enumerate(passes, 1):
         task_gradients(chunks, step, config, task)
         if number > 1:
@@ -135,15 +141,15 @@ def _compared(chunks: list, config: Config, passes: list[tuple[StepInput, Task]]
             for (place, p), u in zip(counted, before):
                 sums[place] += _sums(u, p.main_grad)
             dist.all_reduce(sums, group=parallel_state.get_model_parallel_group())
-            made.append(_result(sums.cpu(), places, columns, config.model.num_layers))
+            figures.append(_by_part(sums.cpu(), places, columns, config.model.num_layers))
         if number < len(passes):
             before = [p.main_grad.clone() for _, p in counted]
-    return made
+    return figures
 
 
-def part_names(config: Config) -> list[str]:
-    """The kinds of parts that a layer has: ``norms``, ``qkv``, ``qkv image``, ..."""
-    projections = Plan.of(config.plan, config.model.num_layers).projections
+def part_names(plan: Plan) -> list[str]:
+    """The names of a layer's parts: ``norms``, ``qkv``, ``qkv image``, ..."""
+    projections = plan.projections
     names = ["norms"]
     for module in MODULES:
         names.append(module)
@@ -152,12 +158,12 @@ def part_names(config: Config) -> list[str]:
 
 
 def part_of(name: str) -> tuple[int | None, str]:
-    """The layer (from 0; None outside of layers) and the part that a parameter belongs to, by its global name."""
+    """The layer (from 0; None outside the layers) and the part of a parameter, from its global name."""
     if name in OUTSIDE:
         return None, OUTSIDE[name]
     layer, rest = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name).groups()
     if projection := re.search(r"linear_(\w+)\.(\w+)$", rest):
-        component = projection[2].rpartition("_")[0]  # of weight; image_weight, image_delta, image_down, image_up
+        component = projection[2].rpartition("_")[0]  # weight, image_weight, image_delta, image_down, image_up
         return int(layer), f"{projection[1]} {component}".rstrip()
     return int(layer), "norms"
 
@@ -169,19 +175,19 @@ def _parts(config: Config, columns: list[str]) -> list[tuple[int | None, str]]:
     return [(n, name) for n in range(config.model.num_layers) for name in columns] + [(None, name) for name in outside]
 
 
-def _counted(chunk):
-    """Names and parameters of a chunk without those that another rank counts: copies of what is not cut over the
-    tensor-parallel group, and the last stage's copy of a tied embedding."""
+def _counted_parameters(chunk):
+    """Names and parameters of a chunk, without those that another rank counts: copies over the tensor-parallel group of
+    what is not split, and the last stage's copy of a tied embedding."""
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     for name, parameter in global_parameters(chunk.module):
         if param_is_not_shared(parameter) and (first or cut(name)[0] is not None):
             yield name, parameter
 
 
-def _sums(of_u: Tensor, of_g: Tensor) -> Tensor:
+def _sums(u_gradient: Tensor, g_gradient: Tensor) -> Tensor:
     """The ``SUMS`` of two gradients of one shape, float64."""
-    total = torch.zeros(len(SUMS), dtype=torch.float64, device=of_u.device)
-    for u, g in zip(of_u.flatten().split(CHUNK), of_g.flatten().split(CHUNK)):
+    total = torch.zeros(len(SUMS), dtype=torch.float64, device=u_gradient.device)
+    for u, g in zip(u_gradient.flatten().split(CHUNK), g_gradient.flatten().split(CHUNK)):
         by_u, by_g = u != 0, g != 0
         counts = [(by_u & ~by_g).sum(), (by_g & ~by_u).sum(), (~by_u & ~by_g).sum()]
         u, g = u.double(), g.double()
@@ -189,15 +195,15 @@ def _sums(of_u: Tensor, of_g: Tensor) -> Tensor:
     return total
 
 
-def _result(sums: Tensor, places: dict, columns: list[str], num_layers: int) -> dict:
+def _by_part(sums: Tensor, places: dict, columns: list[str], num_layers: int) -> dict:
     def over_layers(rows: list[Tensor]) -> dict[str, list]:
         figures = [_figures(row) for row in rows]
         return {name: [f[name] for f in figures] for name in figures[0]}
 
-    of_layers = sums[: num_layers * len(columns)].view(num_layers, len(columns), -1)
+    layers = sums[: num_layers * len(columns)].view(num_layers, len(columns), -1)
     return {
-        "layers": {name: over_layers(list(of_layers[:, i])) for i, name in enumerate(columns)},
-        "layer": over_layers(list(of_layers.sum(1))),
+        "layers": {name: over_layers(list(layers[:, i])) for i, name in enumerate(columns)},
+        "layer": over_layers(list(layers.sum(1))),
         "outside": {name: _figures(sums[i]) for (layer, name), i in places.items() if layer is None},
         "all": _figures(sums.sum(0)),
     }
@@ -217,36 +223,37 @@ def _figures(sums: Tensor) -> dict[str, float | None]:
 
 
 def of_checkpoint(checkpoint: Path, overrides: list[str], data: str = "validation", count: int = 1) -> dict:
-    """The "alignment" of a checkpoint over rows of its run's data, with what it was measured on; for an even ``count``
-    also the "corrected" one.
+    """The "alignment" of a checkpoint over rows of its run's data, with the names of the data; for an even ``count``
+    also the "corrected" cosines.
 
     Args:
-        checkpoint: ``.../checkpoints/iter_NNNNNNN``, or a run's folder, whose newest checkpoint is taken.
-        overrides: ``section.key=value`` over the run's configuration, whose ``parallel`` is that of one process.
+        checkpoint: ``.../checkpoints/iter_NNNNNNN``, or a run's folder for its newest checkpoint.
+        overrides: ``section.key=value`` over the run's configuration, with ``parallel`` reset to one process.
         data: ``validation`` or ``train``.
-        count: global batches of the run's size, taken together as one.
+        count: the number of the run's global batches, merged into one.
 
     Raises:
-        UserError: the checkpoint, an override or the data, named.
+        UserError: the checkpoint, an override or the data is refused, by name.
     """
     path = checkpoint_folder.of_run(checkpoint)
     config = config_file.from_tree(Config, read_state(path)["config"])
     config.parallel = ParallelConfig()
     config = with_roles(config, overrides)
     config.training.global_batch_size *= count
-    config.validate(distributed.world_size())
+    validate(config, distributed.world_size())
     vocabulary = Vocabulary(config.data.vocabulary)
     distributed.initialize(config)
-    chunks = build_model(config, padded_vocabulary(config, vocabulary))
+    resolved = resolve(config, padded_vocab_size(config, vocabulary))
+    chunks = build_model(resolved)
     load_weights(path, chunks, {"fingerprints": {"vocabulary": vocabulary.fingerprint}})
     batch = next(run_batches(config, vocabulary, data, config.training.global_batch_size, 1)).to("cpu")
-    step = prepare(batch, config).to(distributed.device())
+    step = prepare(batch, resolved).to(distributed.device())
     return {
         "checkpoint": str(checkpoint),
-        "plan": Plan.of(config.plan, config.model.num_layers).name,
+        "plan": resolved.plan.name,
         "data": [f"{source.task}: {source.path}" for source in getattr(config.data, data)],
         "rows": config.training.global_batch_size,
         "parallel": dataclasses.asdict(config.parallel),
-        "alignment": alignment(chunks, step, config),
-        "corrected": corrected(chunks, batch, config) if count % 2 == 0 else None,
+        "alignment": alignment(chunks, step, resolved),
+        "corrected": corrected(chunks, batch, resolved) if count % 2 == 0 else None,
     }

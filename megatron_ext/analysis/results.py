@@ -1,4 +1,4 @@
-"""Results of trained models as one JSON form: what a study writes, what the paper printed, what one types in by hand.
+"""Results of trained models in one JSON form: written by a study, copied from the paper, or typed in by hand.
 
 ::
 
@@ -8,9 +8,9 @@
      "rows": [{"method": "dense", "task": "unified", "partner_group": "dense", "seed": 1, "size": "small",
                "flops_ratio": 1.0, "metrics": {"GQA": 56.0, "MJHQ-FID": 15.78}}, ...]}
 
-A row is one trained model. ``task`` is what it was trained on. ``partner_group`` (a name, or several) says which rows
-belong together: the single-task partners of a unified row are the rows of the same group that were trained on one task
-only. Rows are compared within the same ``size``, ``budget`` and ``evaluated_as``; ``seed`` is averaged over.
+A row is one trained model, and ``task`` is the task or tasks it was trained on. The single-task reference runs of a
+unified row are the single-task rows that share a ``partner_group`` (a name, or several) with it. Rows are compared
+within the same ``size``, ``budget`` and ``evaluated_as``, and averaged over ``seed``.
 """
 
 from dataclasses import dataclass, field
@@ -22,23 +22,23 @@ from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
 
 PUBLISHED = Path(__file__).with_name("published.json")
-"""The tables of arXiv 2606.01503. HMGen with 3 shallow layers is the generation partner of its unified methods: they
-have 3 too, as their FLOPs say."""
+"""The tables of arXiv 2606.01503. The generation reference of its unified methods is HMGen with 3 shallow layers: their
+FLOPs show that they have 3 too."""
 
 
 @dataclass
 class Metric:
-    """How a figure is to be read."""
+    """How to read a figure."""
 
     task: Literal["understanding", "generation"]
     higher_is_better: bool = True
     in_average: bool = True
-    """Counts in the average over the metrics of its task."""
+    """Whether it counts in the average over the metrics of its task."""
 
 
 @dataclass
 class Row:
-    """One trained model, evaluated."""
+    """The results of one trained model."""
 
     method: str
     task: Literal["understanding", "generation", "unified"]
@@ -49,15 +49,15 @@ class Row:
     seed: int | None = None
     size: str | None = None
     parameters: int | None = None
-    """Of the dense model of this size, so that all methods of a size share it."""
+    """Parameters of the dense model of this size, the same for all methods of the size."""
     budget: str | None = None
-    """What was held equal over the methods: tokens or flops."""
+    """The quantity held equal over the methods: tokens, steps, total or flops."""
     evaluated_as: str | None = None
-    """Under which roles the model was evaluated, where not those it was trained with."""
+    """The roles in evaluation, where they differ from those of training."""
     iterations: int | None = None
     tokens: int | None = None
     flops: float | None = None
-    """Training FLOPs in all."""
+    """Total training FLOPs."""
     run: str | None = None
     """The run's folder, relative to the study's."""
 
@@ -67,13 +67,13 @@ class Row:
 
     @property
     def setting(self) -> tuple[str | None, str | None, str | None]:
-        """Size, budget and roles in evaluation: rows that differ here are never compared."""
+        """Size, budget and roles in evaluation; rows of different settings are never compared."""
         return self.size, self.budget, self.evaluated_as
 
 
 @dataclass
 class Results:
-    """Rows, and how to read their figures."""
+    """Rows, and how to read their metrics."""
 
     source: str
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -84,41 +84,44 @@ def read(file: str | Path) -> Results:
     """The results in a file.
 
     Raises:
-        UserError: the file cannot be read or is not of this form; the entry at fault is named.
+        UserError: the file cannot be read, or an entry is not of this form.
     """
     tree = read_json(file)
     try:
         if not isinstance(tree, dict):
             raise UserError("is not an object with source, metrics and rows")
-        made = config_file.from_tree(Results, tree)
-        made.metrics = {
+        loaded = config_file.from_tree(Results, tree)
+        loaded.metrics = {
             name: config_file.from_tree(Metric, _mapping(value, f"metrics.{name}"), f"metrics.{name}")
-            for name, value in made.metrics.items()
+            for name, value in loaded.metrics.items()
         }
-        for number, row in enumerate(made.rows):
+        for number, row in enumerate(loaded.rows):
             for name, value in row.metrics.items():
-                if name not in made.metrics:
+                if name not in loaded.metrics:
                     raise UserError(f"rows[{number}] has the metric {name!r}, which is not among 'metrics'")
                 if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                     raise UserError(f"rows[{number}].metrics.{name} is {value!r}, must be a number or null")
     except UserError as error:
         raise UserError(f"{file}: {str(error).removeprefix('config: ')}") from None
-    return made
+    return loaded
 
 
 def read_all(files: list[Path]) -> Results:
     """The results of several files as one.
 
     Raises:
-        UserError: as for :func:`read`, or two files read a metric differently.
+        UserError: as for :func:`read`, or two files define a metric differently.
     """
-    made = [read(file) for file in files]
-    joined = Results("; ".join(dict.fromkeys(one.source for one in made)))
-    for file, one in zip(files, made):
-        for name, metric in one.metrics.items():
+    joined = Results("")
+    sources = {}
+    for file in files:
+        loaded = read(file)
+        sources[loaded.source] = None
+        for name, metric in loaded.metrics.items():
             if joined.metrics.setdefault(name, metric) != metric:
-                raise UserError(f"{file}: metric {name!r} is of another task or direction than in an earlier file")
-        joined.rows += one.rows
+                raise UserError(f"{file}: metric {name!r} has another task or direction in an earlier file")
+        joined.rows += loaded.rows
+    joined.source = "; ".join(sources)
     return joined
 
 

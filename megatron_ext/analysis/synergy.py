@@ -1,17 +1,18 @@
-"""What a task gains from being trained together with the other, and what a method costs of that gain.
+"""What a task gains from joint training with the other task, and how much of that gain a method costs.
 
-For a metric where higher is better (arXiv 2606.01503; the sign is turned for FID and losses)::
+For a metric where higher is better (arXiv 2606.01503; the sign is flipped for FID and losses)::
 
     gain(method) = (unified - single) / |single|
 
-where single is trained on the metric's task alone *with the same partner_group*, and::
+where single is the reference run: trained on the metric's task alone, *with a common partner_group*, and::
 
     synergy loss(method) = gain(dense) - gain(method)
 
-per metric, and averaged over the metrics of a task. Both are fractions here, percent and percentage points in tables.
+per metric, and averaged over the metrics of a task. Both are fractions here, and percent and percentage points in
+tables.
 
-Every number is an array [1 + replicates]: the figure itself, then bootstrap replicates of it, so that whatever is
-computed from the figures has its uncertainty with it (see :mod:`megatron_ext.analysis.bootstrap`).
+Every number is an array [1 + replicates]: the figure, then its bootstrap replicates, so that everything computed from
+the figures carries its uncertainty (see :mod:`megatron_ext.analysis.bootstrap`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ from megatron_ext.analysis.results import Results, Row
 from megatron_ext.errors import UserError
 
 REFERENCE = "dense"
-"""The method that the others' synergy is compared with."""
+"""The method whose synergy the others are compared with."""
 TASKS = ("understanding", "generation")
 
 
@@ -34,9 +35,9 @@ class Effect:
 
     Attributes:
         metric: its name; ``average`` for the average.
-        unified, single: the figures that the gain is made of, means over seeds; None for an average.
-        loss: None where the reference has no gain to compare with.
-        seeds: those that the gain is a mean over.
+        loss: None where dense has no gain to compare with.
+        unified, single: means over seeds, from which the gain is computed; None for an average.
+        seeds: the seeds that the gain is a mean over.
     """
 
     metric: str
@@ -50,7 +51,7 @@ class Effect:
 
 @dataclass
 class Comparison:
-    """A unified method in one setting (size, budget, roles in evaluation) with all its effects."""
+    """The effects of a unified method in one setting (size, budget, roles in evaluation)."""
 
     method: str
     size: str | None
@@ -68,14 +69,14 @@ class Comparison:
     def average(self, task: str) -> Effect | None:
         return next((e for e in self.averages if e.task == task), None)
 
-    def of(self, what: str) -> Effect | None:
-        """A metric's effect, or that of ``mean understanding`` or ``mean generation``; None where there is none."""
-        return self.average(what.removeprefix("mean ")) if what.startswith("mean ") else self.effect(what)
+    def of(self, metric: str) -> Effect | None:
+        """The effect in a metric, ``mean understanding`` or ``mean generation``; None if there is none."""
+        return self.average(metric.removeprefix("mean ")) if metric.startswith("mean ") else self.effect(metric)
 
-    def loss_of(self, what: str) -> np.ndarray | None:
-        """Synergy loss, likewise."""
-        found = self.of(what)
-        return None if found is None or found.loss is None or not np.isfinite(found.loss[0]) else found.loss
+    def loss_of(self, metric: str) -> np.ndarray | None:
+        """The synergy loss in a metric, ``mean understanding`` or ``mean generation``; None if there is none."""
+        effect = self.of(metric)
+        return None if effect is None or effect.loss is None or not np.isfinite(effect.loss[0]) else effect.loss
 
 
 def gain(unified, single, higher_is_better: bool = True):
@@ -88,14 +89,14 @@ def gain(unified, single, higher_is_better: bool = True):
 def compare(results: Results, bootstrap: Bootstrap | None = None) -> list[Comparison]:
     """The effects of every unified method, by setting, in the order of the rows.
 
-    A gain is that of means over the seeds that both its rows have; a synergy loss is over the seeds that the reference
-    has too. A metric is left out where either side lacks it; why is told in ``missing`` where a whole row is absent.
+    A gain compares means over the seeds that both runs have; a synergy loss is over the seeds that dense has too. A
+    metric is left out where either run lacks it; ``missing`` names tasks without any reference run.
 
     Raises:
-        UserError: two rows stand for the same method, setting and seed, or could be the same partner.
+        UserError: two rows have the same method, setting and seed, or could be the same reference run.
     """
     bootstrap = bootstrap or Bootstrap()
-    bootstrap.draw_seeds(results.rows)
+    bootstrap.resample_seeds(results.rows)
     comparisons = []
     for setting in dict.fromkeys(row.setting for row in results.rows):
         rows = [row for row in results.rows if row.setting == setting]
@@ -103,26 +104,28 @@ def compare(results: Results, bootstrap: Bootstrap | None = None) -> list[Compar
             method: _Pairs(method, rows, results, bootstrap)
             for method in dict.fromkeys(row.method for row in rows if row.task == "unified")
         }
-        for method, mine in pairs.items():
-            first = next(iter(mine.unified.values()))
-            made = Comparison(method, *setting, mine.flops_ratio, first.parameters, missing=mine.missing)
-            made.effects = list(_effects(mine, pairs.get(REFERENCE)))
-            made.averages = list(_averages(made.effects, results))
-            comparisons.append(made)
+        for method, method_pairs in pairs.items():
+            first = next(iter(method_pairs.unified.values()))
+            comparison = Comparison(
+                method, *setting, method_pairs.flops_ratio, first.parameters, missing=method_pairs.missing
+            )
+            comparison.effects = list(_effects(method_pairs, pairs.get(REFERENCE)))
+            comparison.averages = list(_averages(comparison.effects, results))
+            comparisons.append(comparison)
     return comparisons
 
 
 def against_dense(results: Results, bootstrap: Bootstrap | None = None) -> list[Comparison]:
-    """What every other method costs where dense is trained on the same task or tasks, by setting.
+    """How every other method compares with dense trained on the same task or tasks, by setting.
 
     The gains are ``(method - dense) / |dense|``, positive where the method is better, over the seeds that both have.
 
     Raises:
-        UserError: two rows stand for the same method, task, setting and seed.
+        UserError: two rows have the same method, task, setting and seed.
     """
     bootstrap = bootstrap or Bootstrap()
-    bootstrap.draw_seeds(results.rows)
-    made = []
+    bootstrap.resample_seeds(results.rows)
+    comparisons = []
     for setting, task in dict.fromkeys((row.setting, row.task) for row in results.rows):
         rows = [row for row in results.rows if (row.setting, row.task) == (setting, task)]
         methods = {
@@ -130,29 +133,29 @@ def against_dense(results: Results, bootstrap: Bootstrap | None = None) -> list[
             for name in dict.fromkeys(row.method for row in rows)
         }
         dense = methods.pop(REFERENCE, {})
-        for name, mine in methods.items():
-            first = next(iter(mine.values()))
-            one = Comparison(f"{name}, {task}", *setting, first.flops_ratio, first.parameters)
-            for metric, of in results.metrics.items():
-                seeds = [s for s in mine if s in dense and _has(mine[s], metric) and _has(dense[s], metric)]
+        for name, by_seed in methods.items():
+            first = next(iter(by_seed.values()))
+            comparison = Comparison(f"{name}, {task}", *setting, first.flops_ratio, first.parameters)
+            for metric, definition in results.metrics.items():
+                seeds = [s for s in by_seed if s in dense and _has(by_seed[s], metric) and _has(dense[s], metric)]
                 if seeds:
-                    both = [bootstrap.mean({s: of_seed[s] for s in seeds}, metric) for of_seed in (mine, dense)]
-                    change = gain(*both, of.higher_is_better)
-                    one.effects.append(Effect(metric, of.task, change, None, *both, tuple(seeds)))
-            one.averages = list(_averages(one.effects, results))
-            if one.effects:
-                made.append(one)
-    return made
+                    both = [bootstrap.mean({s: rows_of[s] for s in seeds}, metric) for rows_of in (by_seed, dense)]
+                    change = gain(*both, definition.higher_is_better)
+                    comparison.effects.append(Effect(metric, definition.task, change, None, *both, tuple(seeds)))
+            comparison.averages = list(_averages(comparison.effects, results))
+            if comparison.effects:
+                comparisons.append(comparison)
+    return comparisons
 
 
 class _Pairs:
-    """A unified method's rows and their single-task partners, by seed, in one setting."""
+    """A unified method's rows and their single-task reference runs, by seed, in one setting."""
 
     def __init__(self, method: str, rows: list[Row], results: Results, bootstrap: Bootstrap):
         self.metrics, self._bootstrap = results.metrics, bootstrap
-        mine = [row for row in rows if row.method == method and row.task == "unified"]
-        self.unified = _by_seed(mine, f"{method}, unified")
-        groups = set(mine[0].partner_groups)
+        unified = [row for row in rows if row.method == method and row.task == "unified"]
+        self.unified = _by_seed(unified, f"{method}, unified")
+        groups = set(unified[0].partner_groups)
         self.single = {
             task: _by_seed(
                 [row for row in rows if row.task == task and groups & set(row.partner_groups)],
@@ -161,16 +164,16 @@ class _Pairs:
             for task in TASKS
         }
         self.missing = [f"{method}: nothing is trained on {task} alone" for task in TASKS if not self.single[task]]
-        ratios = [row.flops_ratio for row in mine if row.flops_ratio is not None]
+        ratios = [row.flops_ratio for row in unified if row.flops_ratio is not None]
         self.flops_ratio = sum(ratios) / len(ratios) if ratios else None
 
     def seeds(self, metric: str) -> list:
-        """The seeds for which both figures are there."""
+        """The seeds of which both runs have the metric."""
         single = self.single[self.metrics[metric].task]
         return [s for s, row in self.unified.items() if _has(row, metric) and s in single and _has(single[s], metric)]
 
     def figures(self, metric: str, seeds: list) -> tuple[np.ndarray, np.ndarray]:
-        """Unified and single, means over ``seeds``, [1 + replicates] each."""
+        """The means of the unified and the single-task runs over ``seeds``, [1 + replicates] each."""
         single = self.single[self.metrics[metric].task]
         return tuple(self._bootstrap.mean({s: rows[s] for s in seeds}, metric) for rows in (self.unified, single))
 
@@ -178,14 +181,14 @@ class _Pairs:
         return gain(*self.figures(metric, seeds), self.metrics[metric].higher_is_better)
 
 
-def _effects(mine: _Pairs, reference: _Pairs | None) -> Iterable[Effect]:
-    for name, metric in mine.metrics.items():
-        seeds = mine.seeds(name)
+def _effects(pairs: _Pairs, dense: _Pairs | None) -> Iterable[Effect]:
+    for name, metric in pairs.metrics.items():
+        seeds = pairs.seeds(name)
         if not seeds:
             continue
-        shared = [s for s in reference.seeds(name) if s in seeds] if reference else []
-        loss = reference.gain(name, shared) - mine.gain(name, shared) if shared else None
-        yield Effect(name, metric.task, mine.gain(name, seeds), loss, *mine.figures(name, seeds), tuple(seeds))
+        shared = [s for s in dense.seeds(name) if s in seeds] if dense else []
+        loss = dense.gain(name, shared) - pairs.gain(name, shared) if shared else None
+        yield Effect(name, metric.task, pairs.gain(name, seeds), loss, *pairs.figures(name, seeds), tuple(seeds))
 
 
 def _averages(effects: list[Effect], results: Results) -> Iterable[Effect]:
@@ -201,17 +204,17 @@ def _averages(effects: list[Effect], results: Results) -> Iterable[Effect]:
         yield Effect("average", task, average, np.mean(losses, axis=0) if losses else None, seeds=seeds)
 
 
-def _by_seed(rows: list[Row], what: str) -> Mapping[int | None, Row]:
-    found: dict[int | None, Row] = {}
+def _by_seed(rows: list[Row], description: str) -> Mapping[int | None, Row]:
+    by_seed: dict[int | None, Row] = {}
     for row in rows:
-        if row.seed in found:
+        if row.seed in by_seed:
             where = ", ".join(str(x) for x in (*row.setting, row.seed) if x is not None) or "the results"
             raise UserError(
-                f"{where}: two rows are {what}: {found[row.seed].method!r} and {row.method!r}; "
+                f"{where}: two rows are {description}: {by_seed[row.seed].method!r} and {row.method!r}; "
                 "give them other partner_groups or seeds"
             )
-        found[row.seed] = row
-    return found
+        by_seed[row.seed] = row
+    return by_seed
 
 
 def _has(row: Row, metric: str) -> bool:

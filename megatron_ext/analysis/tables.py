@@ -1,88 +1,61 @@
-"""A table of text as Markdown, LaTeX or CSV, and the tables of synergy."""
+"""Tables of synergy as DataFrames of text, and their form in Markdown, LaTeX and CSV."""
 
-import csv
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
 
 from megatron_ext.analysis.bootstrap import interval
 from megatron_ext.analysis.synergy import REFERENCE, TASKS, Comparison, Effect
 
-_LATEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "…": r"\dots{}", "−": "$-$"}
+GAINS, LOSSES = "Gain of unified over single-task training", "Synergy loss against dense"
+"""Titles of :func:`gains` and :func:`losses`."""
+SETTINGS = ("size", "budget", "evaluated_as")
+MEANS = [f"mean {task}" for task in TASKS]
 
 
-@dataclass
-class Table:
-    """Cells as text; the first column is aligned left, the others right."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [[cell.replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
-        widths = [max(3, *map(len, column)) for column in zip(*lines)]
-        rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-        padded = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
-        return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
-
-    def latex(self) -> str:
-        """A ``tabular`` with booktabs rules inside a ``table``."""
-        body = [" & ".join(map(_latex, row)) + r" \\" for row in self.rows]
-        lines = [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_latex(self.title)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(self.head) - 1)}}}",
-            r"\toprule",
-            " & ".join(map(_latex, self.head)) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-        return "\n".join(lines)
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown; the first column is aligned left, the others right."""
+    cells = table.rename(columns=_markdown_cell).map(_markdown_cell)
+    sides = ("left", *["right"] * (len(cells.columns) - 1))
+    return cells.to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
-def gains(comparisons: Sequence[Comparison], title: str = "Gain of unified over single-task training") -> Table:
+def latex(table: pd.DataFrame, caption: str) -> str:
+    """A table as LaTeX with booktabs rules."""
+    sides = "l" + "r" * (len(table.columns) - 1)
+    return table.to_latex(index=False, escape=True, column_format=sides, caption=caption).rstrip()
+
+
+def gains(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """A row per method, a column per metric and per task's average: gains in percent."""
-    return _table(comparisons, title, lambda effect: effect.gain, "%")
+    return _table(comparisons, lambda effect: effect.gain, "%")
 
 
-def losses(comparisons: Sequence[Comparison], title: str = "Synergy loss against dense") -> Table:
-    """The same with synergy losses in percentage points, without the rows that have none."""
-    return _table(
-        [c for c in comparisons if c.method != REFERENCE and any(e.loss is not None for e in c.effects)],
-        title,
-        lambda effect: effect.loss,
-        "pp",
-    )
+def losses(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """Synergy losses in percentage points, without the methods that have none."""
+    compared = [c for c in comparisons if c.method != REFERENCE and any(e.loss is not None for e in c.effects)]
+    return _table(compared, lambda effect: effect.loss, "pp")
 
 
 def as_csv(comparisons: Sequence[Comparison]) -> str:
     """A line per method, setting and metric, with unrounded fractions; a missing number is empty."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    records = as_json(comparisons)
-    names = ["unified", "single", "gain", "gain_low", "gain_high", "loss", "loss_low", "loss_high"]
-    lines.writerow(["method", "size", "budget", "evaluated_as", "flops_ratio", "task", "metric", *names])
-    for c in records:
-        for e in (*c["effects"], *c["averages"]):
+    columns = ["method", *SETTINGS, "flops_ratio", "task", "metric", "unified", "single"]
+    columns += [f"{quantity}{bound}" for quantity in ("gain", "loss") for bound in ("", "_low", "_high")]
+    records = []
+    for c in as_json(comparisons):
+        for effect in (*c["effects"], *c["averages"]):
             bounds = {
-                f"{k}_{side}": (e[f"{k}_interval"] or (None, None))[i]
-                for k in ("gain", "loss")
-                for i, side in enumerate(("low", "high"))
+                f"{quantity}_{side}": bound
+                for quantity in ("gain", "loss")
+                for side, bound in zip(("low", "high"), effect[f"{quantity}_interval"] or ())
             }
-            setting = [c[k] for k in ("method", "size", "budget", "evaluated_as", "flops_ratio")]
-            lines.writerow([*setting, e["task"], e["metric"], *((e | bounds)[name] for name in names)])
-    return text.getvalue()
+            records.append(c | effect | bounds)
+    return pd.DataFrame(records, columns=columns).to_csv(index=False, lineterminator="\n")
 
 
 def as_json(comparisons: Sequence[Comparison]) -> list[dict]:
-    """Everything as plain data: fractions, 95 % intervals where there are replicates."""
+    """The comparisons as plain data: fractions, with 95 % intervals where there are replicates."""
     return [
         {
             "method": c.method,
@@ -100,7 +73,7 @@ def as_json(comparisons: Sequence[Comparison]) -> list[dict]:
 
 
 def percent(values: np.ndarray | None, unit: str = "%") -> str:
-    """``+5.9 %``, with its interval where it has one; ``-`` where there is no figure."""
+    """``+5.9 %``, with its interval if there is one; ``-`` for a missing figure."""
     if values is None or not np.isfinite(values[0]):
         return "-"
     bounds = interval(values)
@@ -108,26 +81,22 @@ def percent(values: np.ndarray | None, unit: str = "%") -> str:
     return f"{100 * values[0]:+.1f} {unit}{spread}"
 
 
-def _table(comparisons: Sequence[Comparison], title: str, which, unit: str) -> Table:
-    metrics = list(dict.fromkeys(e.metric for c in comparisons for e in c.effects))
-    tasks = [task for task in TASKS if any(c.average(task) for c in comparisons)]
-    settings = [key for key in ("size", "budget", "evaluated_as") if len({getattr(c, key) for c in comparisons}) > 1]
-
-    def cell(effect: Effect | None) -> str:
-        return percent(which(effect), unit) if effect else "-"
-
-    rows = [
+def _table(
+    comparisons: Sequence[Comparison], quantity: Callable[[Effect], np.ndarray | None], unit: str
+) -> pd.DataFrame:
+    settings = [key for key in SETTINGS if len({getattr(c, key) for c in comparisons}) > 1]
+    table = pd.DataFrame(
         [
-            c.method,
-            *(str(getattr(c, key) or "-") for key in settings),
-            "-" if c.flops_ratio is None else f"{c.flops_ratio:.2f}",
-            *(cell(c.effect(metric)) for metric in metrics),
-            *(cell(c.average(task)) for task in tasks),
+            {"method": c.method}
+            | {key.replace("_", " "): getattr(c, key) or "-" for key in settings}
+            | {"FLOPs": "-" if c.flops_ratio is None else f"{c.flops_ratio:.2f}"}
+            | {e.metric: percent(quantity(e), unit) for e in c.effects}
+            | {f"mean {e.task}": percent(quantity(e), unit) for e in c.averages}
+            for c in comparisons
         ]
-        for c in comparisons
-    ]
-    names = [key.replace("_", " ") for key in settings]
-    return Table(title, ["method", *names, "FLOPs", *metrics, *(f"mean {task}" for task in tasks)], rows)
+    )
+    means_last = sorted(table, key=lambda column: MEANS.index(column) if column in MEANS else -1)
+    return table[means_last].fillna("-")
 
 
 def _plain(effect: Effect) -> dict:
@@ -142,5 +111,5 @@ def _plain(effect: Effect) -> dict:
     }
 
 
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+def _markdown_cell(cell: object) -> str:
+    return str(cell).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""What the model of a running training can do by now: answers to benchmarks, and pictures for captions."""
+"""Benchmarks answered and pictures generated during training."""
 
 import dataclasses
 import shutil
@@ -9,29 +9,29 @@ from pathlib import Path
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_ext.config import Config, EvaluationBenchmark
+from megatron_ext.config import EvaluationBenchmark
 from megatron_ext.distributed import device, from_rank_zero, report
-from megatron_ext.evaluation import training_folder as evaluation_folder
-from megatron_ext.evaluation.answering import answer
-from megatron_ext.evaluation.items import Benchmark, Item
+from megatron_ext.evaluation import training_folder
+from megatron_ext.evaluation.answer_generation import answer
+from megatron_ext.evaluation.benchmark import Benchmark, Item
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.files import write_json
-from megatron_ext.generation.checkpoint import Trained
+from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.session import Session
-from megatron_ext.routing.plan import Plan
+from megatron_ext.training.callback import Callback, StepRecord, is_due
+from megatron_ext.training.run import Run
 from megatron_ext.training.step import evaluation_mode
-from megatron_ext.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found, the same on every rank.
+class EvaluationResult:
+    """The result of one evaluation, the same on every rank.
 
     Attributes:
         figures: headline figures of the benchmarks, by names such as ``pope_accuracy``.
         pictures: (caption, file) of each picture.
-        seconds: wall-clock time that it took.
+        seconds: wall-clock time that the evaluation took.
     """
 
     figures: dict[str, float]
@@ -39,53 +39,62 @@ class Evaluation:
     seconds: float
 
 
-class Benchmarking:
-    """Asks and draws as ``config.evaluation`` says, with the model while it is being trained.
+class Benchmarking(Callback):
+    """Evaluates the model every ``evaluation.interval`` iterations, as ``config.evaluation`` says.
 
-    Training goes on as if nothing had happened: weights, gradients and random generators are left alone.
+    Training is not affected: weights, gradients and random generators stay as they are. A run that was told to stop
+    skips the evaluation: its time may be short.
     """
 
-    def __init__(self, config: Config, plan: Plan, vocabulary: Vocabulary, chunks: list):
+    def __init__(self, run: Run):
         """
         Args:
-            chunks: this rank's part of the model, wrapped for data parallelism; a single chunk.
+            run: its model is a single chunk on every rank.
 
         Raises:
-            UserError: a benchmark's file or the VQ tokenizer is missing, malformed, or of another vocabulary.
+            UserError: a benchmark's file or the VQ tokenizer is missing, malformed, or has another vocabulary.
         """
-        self._wanted, self._chunks = config.evaluation, chunks
-        self._output = Path(config.output)
-        self._benchmarks = [_questions(one) for one in self._wanted.benchmarks]
-        (model,) = unwrap_model(chunks)
-        # Building the tokenizer's network draws numbers for weights that are then read from its file.
+        self._settings, self._chunks = run.config.evaluation, run.chunks
+        self._output = Path(run.config.output)
+        self._benchmarks = [_questions(benchmark) for benchmark in self._settings.benchmarks]
+        (model,) = unwrap_model(run.chunks)
+        # Building the tokenizer's network takes random numbers for weights that its file then replaces.
         with torch.random.fork_rng([device()]):
             self._session = Session(
-                Trained(config, plan, vocabulary, model),
-                Path(self._wanted.vq),
-                self._wanted.batch_size,
-                say=lambda line: None,
+                TrainedModel(run.resolved, run.vocabulary, model),
+                Path(self._settings.vq),
+                self._settings.batch_size,
+                report=lambda line: None,
             )
 
-    def __call__(self, iteration: int) -> Evaluation:
+    def after_step(self, run: Run, record: StepRecord) -> None:
+        if record.stop_reason or not is_due(record.iteration, self._settings.interval, run.config):
+            return
+        result = self.evaluate(record.iteration)
+        record.metrics |= result.figures | {"evaluation_seconds": result.seconds}
+        record.pictures += result.pictures
+        record.log_now = True
+
+    def evaluate(self, iteration: int) -> EvaluationResult:
         """Evaluate the model as it is after ``iteration``. Collective.
 
-        What an earlier process left of the same iteration is removed first.
+        Files that an interrupted process left for the same iteration are removed first.
         """
         started = time.perf_counter()
-        folder = evaluation_folder.place(self._output, iteration)
+        folder = training_folder.iteration_folder(self._output, iteration)
         from_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
         pictures = []
         with evaluation_mode(self._chunks):
             for benchmark, items in self._benchmarks:
                 file = folder / f"{benchmark.name}.jsonl"
-                if unreadable := answer(self._session, items, file, self._wanted.max_new_tokens):
+                if unreadable := answer(self._session, items, file, self._settings.max_new_tokens):
                     report(f"{file}: {unreadable} images could not be read")
-            if self._wanted.prompts:
-                drawn = {key: getattr(self._wanted, key) for key in ("guidance", "temperature", "seed")}
-                made = self._session.draw(self._wanted.prompts, folder, drawn)
-                pictures = [(one["caption"], Path(one["file"])) for one in made]
+            if self._settings.prompts:
+                options = {key: getattr(self._settings, key) for key in ("guidance", "temperature", "seed")}
+                generated = self._session.generate_pictures(self._settings.prompts, folder, options)
+                pictures = [(picture["caption"], Path(picture["file"])) for picture in generated]
         figures = from_rank_zero(lambda: self._score(folder, iteration, pictures))
-        return Evaluation(figures, pictures, time.perf_counter() - started)
+        return EvaluationResult(figures, pictures, time.perf_counter() - started)
 
     def _score(self, folder: Path, iteration: int, pictures: list[tuple[str, Path]]) -> dict[str, float]:
         figures, scores = {}, {}
@@ -96,11 +105,11 @@ class Benchmarking:
             scores[benchmark.name] = dataclasses.asdict(scored)
         manifest = {"iteration": iteration, "figures": figures, "scores": scores}
         manifest["pictures"] = [{"file": file.name, "caption": caption} for caption, file in pictures]
-        write_json(folder / evaluation_folder.MANIFEST, manifest)
+        write_json(folder / training_folder.MANIFEST, manifest)
         return figures
 
 
-def _questions(wanted: EvaluationBenchmark) -> tuple[Benchmark, list[Item]]:
-    benchmark = benchmark_named(wanted.name)
-    items = benchmark.read(Path(wanted.data), wanted.parts or None)
-    return benchmark, benchmark.some(items, wanted.limit) if 0 < wanted.limit < len(items) else items
+def _questions(settings: EvaluationBenchmark) -> tuple[Benchmark, list[Item]]:
+    benchmark = benchmark_named(settings.name)
+    items = benchmark.read(Path(settings.data), settings.parts or None)
+    return benchmark, benchmark.subset(items, settings.limit) if 0 < settings.limit < len(items) else items

@@ -1,4 +1,4 @@
-"""What a run says about itself: console, ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+"""Logging to the console, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
 
 import time
 import uuid
@@ -9,40 +9,64 @@ import numpy as np
 from PIL import Image
 
 from megatron_ext.analysis import gradients_report
+from megatron_ext.command_line import duration
 from megatron_ext.config import Config
 from megatron_ext.config_file import to_tree
+from megatron_ext.distributed import is_logging_rank
 from megatron_ext.evaluation.registry import BENCHMARKS
 from megatron_ext.files import write_json
+from megatron_ext.training.callback import Callback, StepRecord, is_due
 from megatron_ext.training.environment import environment
 from megatron_ext.training.metrics import MetricsFile
+from megatron_ext.training.run import Run
+
+
+class Logging(Callback):
+    """Logs from one rank, every ``logging.interval`` iterations and those of which a callback says so (``log_now``)."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._logger: Logger | None = None
+
+    def on_train_begin(self, run: Run) -> None:
+        if is_logging_rank():
+            self._logger = Logger(self._config, run.progress.iteration)
+
+    def after_step(self, run: Run, record: StepRecord) -> None:
+        if self._logger and (record.log_now or is_due(record.iteration, self._config.logging.interval, self._config)):
+            self._logger.log(record.metrics, record.pictures)
+
+    def close(self) -> None:
+        if self._logger:
+            self._logger.close()
 
 
 class Logger:
-    """Logs from one rank of a run; made on that rank only.
+    """Writes the records of a run, and its ``environment.json``; only one rank makes a logger.
 
-    A record of :meth:`log` is a dictionary of plain numbers, flat but for one:
+    A record is a dictionary of plain numbers, flat but for gradient_alignment:
 
     ====================================  ============================================================================
     iteration                             1, 2, ...
-    loss, loss_understanding, ...         the objective, and the mean cross-entropy of each task that had loss tokens
+    loss, loss_understanding, ...         the objective; the mean cross-entropy of each task that had loss tokens
     grad_norm, learning_rate              before clipping; of this iteration
     consumed_samples, consumed_tokens     packed rows, and tokens in them, since the start of the run
-    consumed_flops, consumed_dense_flops  training FLOPs since the start of the run, of the model over all ranks; those
-                                          that the dense plan would have taken on the same rows
+    consumed_flops, consumed_dense_flops  training FLOPs of the model over all ranks since the start of the run; the
+                                          same under the dense plan
     tokens_per_second                     over all ranks
-    step_seconds, data_wait_seconds       wall-clock time of the iteration; the part spent waiting for the batch
-    flops, flops_ratio                    FLOPs really done in the iteration; relative to the dense plan
+    step_seconds, data_wait_seconds       wall-clock time of the iteration, without callbacks; the part of it spent
+                                          waiting for the batch
+    flops, flops_ratio                    FLOPs of the iteration; relative to the dense plan
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
     validation_loss, validation_loss_...  on iterations with a validation only
-    pope_accuracy, gqa_accuracy, ...      on iterations with an evaluation only: headline figures of its benchmarks
-    evaluation_seconds                    what it took, no part of step_seconds
-    gradient_alignment                    what ``analysis/gradients.py`` found, on iterations with a measurement only
+    pope_accuracy, gqa_accuracy, ...      headline figures of the benchmarks, on iterations with an evaluation only
+    evaluation_seconds                    time of the evaluation, no part of step_seconds
+    gradient_alignment                    the result of ``analysis/gradients.py``, on iterations with a measurement only
     ====================================  ============================================================================
 
     Args:
-        config: the whole run.
-        resumed_iteration: the last iteration that is done; what an earlier process logged beyond it is forgotten.
+        resumed_iteration: the last iteration that is done; records of later ones, by an earlier process, are removed.
         say: prints a line.
         clock: seconds, monotonic.
     """
@@ -63,20 +87,18 @@ class Logger:
         self._wandb = _wandb(config, resumed_iteration, say) if config.logging.wandb != "off" else None
 
     def log(self, record: dict, pictures: Sequence[tuple[str, Path]] = ()) -> None:
-        """Log one iteration, everywhere.
-
-        An iteration is due every ``logging.interval``, and whenever it was validated, evaluated or skipped.
+        """Log one iteration everywhere.
 
         Args:
-            pictures: (caption, file) of each that the model drew after this iteration.
+            pictures: (caption, file) of each picture that the model generated after this iteration.
         """
         self._metrics.write(record)
         iteration = record["iteration"]
         numbers = {k: v for k, v in record.items() if k != "iteration" and isinstance(v, int | float)}
         alignment = record.get("gradient_alignment")
         if alignment:
-            found = gradients_report.scalars(alignment)
-            numbers |= {f"gradient_alignment_{name}": value for name, value in found.items()}
+            cosines = gradients_report.scalars(alignment)
+            numbers |= {f"gradient_alignment_{name}": value for name, value in cosines.items()}
         if self._tensorboard:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(_grouped(name), value, iteration)
@@ -100,8 +122,8 @@ class Logger:
             self._say(f"iteration {iteration}: evaluation {_evaluated(record, pictures)}")
         if alignment:
             interval = self._config.logging.gradient_alignment_interval
-            said = gradients_report.line(alignment, interval, record["step_seconds"])
-            self._say(f"iteration {iteration}: {said}")
+            line = gradients_report.line(alignment, interval, record["step_seconds"])
+            self._say(f"iteration {iteration}: {line}")
 
     def close(self) -> None:
         """Flush and close all files."""
@@ -112,13 +134,13 @@ class Logger:
             self._wandb.finish()
 
     def _seconds_left(self, iteration: int) -> float:
-        start, at = self._start
-        done = max(iteration - start, 1)
-        return (self._clock() - at) / done * (self._config.training.iterations - iteration)
+        start_iteration, start_time = self._start
+        done = max(iteration - start_iteration, 1)
+        return (self._clock() - start_time) / done * (self._config.training.iterations - iteration)
 
 
 def console_line(record: dict, iterations: int, seconds_left: float) -> str:
-    """One iteration for the eye."""
+    """One iteration as a line for the console."""
     width = len(str(iterations))
     wait = record["data_wait_seconds"]
     parts = [
@@ -137,13 +159,6 @@ def console_line(record: dict, iterations: int, seconds_left: float) -> str:
     return " | ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """``1:02:03``, ``2:03``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def _losses(record: dict, name: str) -> str:
     per_task = {k[len(name) + 1 :]: v for k, v in record.items() if k.startswith(name + "_")}
     details = ", ".join(f"{task} {value:.4f}" for task, value in per_task.items())
@@ -151,14 +166,14 @@ def _losses(record: dict, name: str) -> str:
 
 
 def _evaluated(record: dict, pictures: Sequence[tuple[str, Path]]) -> str:
-    found = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in record.items() if _benchmark(name)]
+    parts = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in record.items() if _benchmark(name)]
     if pictures:
-        found.append(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {pictures[0][1].parent}")
-    return f"{', '.join(found)} ({record['evaluation_seconds']:.1f} s)"
+        parts.append(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {pictures[0][1].parent}")
+    return f"{', '.join(parts)} ({record['evaluation_seconds']:.1f} s)"
 
 
 def _benchmark(name: str) -> str | None:
-    """The benchmark of which ``name`` is a figure."""
+    """The benchmark that the figure ``name`` belongs to; None: it is no benchmark's."""
     benchmark = name.partition("_")[0]
     return benchmark if benchmark in BENCHMARKS else None
 
@@ -177,7 +192,7 @@ def _short(number: float) -> str:
 
 
 def _grouped(name: str) -> str:
-    """TensorBoard's and wandb's way of putting charts together: ``loss/understanding``."""
+    """The name under which TensorBoard and wandb group charts: ``loss/understanding``."""
     for group in ("validation_loss", "loss", "gradient_alignment"):
         if name == group:
             return f"{group}/all"
@@ -195,7 +210,7 @@ def _tensorboard(output: Path, resumed_iteration: int):
 
 
 def _wandb(config: Config, resumed_iteration: int, say: Callable[[str], None]):
-    """The wandb run, the same one after a resumption; None, with a line, where wandb is not installed."""
+    """The wandb run, the same one after a resumption; None, and a line that says so, where wandb is not installed."""
     try:
         import wandb
     except ImportError:

@@ -25,9 +25,8 @@ from megatron_ext import compat
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints import state as checkpoint_state
 from megatron_ext.checkpoints import writer as checkpoint_writer
-from megatron_ext.distributed import from_rank_zero
+from megatron_ext.distributed import from_rank_zero, gather_weights
 from megatron_ext.errors import UserError
-from megatron_ext.training.setup import gather_weights
 
 _log = logging.getLogger(__name__)
 

@@ -24,8 +24,6 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from megatron_ext.training.step import single_optimizer
-
 _MASTER = "optimizer.state.param."
 _MASTER_UNDISTRIBUTED = "optimizer.state.fp32_param."
 
@@ -107,6 +105,12 @@ def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
         optimizer.load_parameter_state_from_fully_reshardable(moments)
         for state in counting:
             state["step"] = torch.tensor(float(steps), device=torch.cuda.current_device())
+
+
+def single_optimizer(optimizer):
+    """The one optimizer in what ``get_megatron_optimizer`` gives, which may be a chain of one."""
+    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return single
 
 
 def steps_taken(optimizer) -> int:

@@ -10,6 +10,7 @@ from megatron_ext import config_file
 from megatron_ext.config import Config, ModelConfig
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
+from megatron_ext.training.validation import validate
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -162,7 +163,7 @@ def model_config(config: dict, file: Path) -> ModelConfig:
     }
     try:
         made = config_file.from_tree(ModelConfig, section, "model")
-        Config(model=made).validate(world_size=1)
+        validate(Config(model=made), world_size=1)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return made

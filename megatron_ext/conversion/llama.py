@@ -28,9 +28,9 @@ from megatron_ext.conversion.hugging_face import EMBEDDING, HEAD, LlamaFolder, n
 from megatron_ext.conversion.projections import alone
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
-from megatron_ext.routing.plan import Plan
-from megatron_ext.training.run import Progress, identity_of, padded_vocabulary
+from megatron_ext.training.run import Progress, identity_of
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary
 
 
@@ -64,12 +64,13 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
         data=DataConfig(vocabulary=str(vocabulary.folder)),
         training=TrainingConfig(precision=llama.precision, seed=seed),
     )
-    identity, vocab_size = identity_of(config, vocabulary), padded_vocabulary(config, vocabulary)
+    vocab_size = padded_vocab_size(config, vocabulary)
+    resolved = resolve(alone(config), vocab_size)
+    identity = identity_of(resolved, vocabulary)
     state = {"progress": dataclasses.asdict(Progress()), "config": dataclasses.asdict(config), "data": None, **identity}
-    config = alone(config)
-    distributed.initialize(config)
+    distributed.initialize(resolved.config)
     try:
-        (model,) = build_chunks(config, vocab_size)
+        (model,) = build_chunks(resolved)
         spread = _fill(model, llama, vocabulary)
         Checkpointer(out, keep=0).save(0, [model], None, state)
     finally:
@@ -84,9 +85,7 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
     return {
         "checkpoint": str(out / "iter_0000000"),
         "config": str(out / "model.yaml"),
-        "parameters": parameter_count(
-            config.model, vocab_size, Plan.of(config.plan, config.model.num_layers).projections
-        ),
+        "parameters": parameter_count(llama.model, vocab_size, resolved.plan.projections),
         "precision": llama.precision,
         "rows": {
             "llama": of_llama,

@@ -27,10 +27,12 @@ from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights
 from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
-from megatron_ext.routing.plan import Plan, Projections
+from megatron_ext.routing.plan import Projections
 from megatron_ext.training.run import Progress
 from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 
 TOLERANCE = 1e-6
 _PROJECTION = re.compile(r"(.+\.linear_(qkv|proj|fc1|fc2))\.(\w+)")
@@ -60,7 +62,7 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         raise UserError(f"{out}: holds checkpoints already, such as {present[-1].name}; name another folder")
     before = config_file.from_tree(Config, marker["state"]["config"])
     after = _with_overrides(before, overrides)
-    source, target = (Plan.of(c.plan, c.model.num_layers).projections for c in (before, after))
+    source, target = (resolve(alone(config)).plan.projections for config in (before, after))
     if source.identity == target.identity:
         raise UserError(f"{checkpoint}: with {' '.join(overrides)} its projections stay as they are")
     vocab_size = _vocab_size(checkpoint, marker)
@@ -69,12 +71,12 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         "config": dataclasses.asdict(after),
         "plan": {"projections": target.identity},
     }
-    before, after = alone(before), alone(after)
-    distributed.initialize(after)
+    distributed.initialize(alone(after))
     try:
-        chunks = build_model(after, vocab_size)
-        _fill(chunks[0].module, checkpoint, build_chunks(before, vocab_size), source, target, tolerance)
-        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(after, chunks), state)
+        chunks = build_model(resolve(alone(after), vocab_size))
+        trained = build_chunks(resolve(alone(before), vocab_size))
+        _fill(chunks[0].module, checkpoint, trained, source, target, tolerance)
+        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(alone(after), chunks), state)
     finally:
         distributed.shut_down()
     numbers = {
@@ -253,7 +255,7 @@ def _with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         if not f"{override.partition('=')[0]}.".startswith(f"{_KEY}."):
             raise UserError(f"override '{override}': only {_KEY}.* can be converted; set others when training")
     changed = config_file.override(config, overrides)
-    changed.validate(changed.parallel.tensor * changed.parallel.pipeline)
+    validate(changed, changed.parallel.tensor * changed.parallel.pipeline)
     return changed
 
 

@@ -1,4 +1,4 @@
-"""One batch of packed rows: the only thing that the data path hands to the model."""
+"""One batch of packed rows: the interface between the data and the model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Batch:
 
     Attributes:
         tokens: token ids, int64.
-        labels: the id that each token should predict, int64 (the next token of the same document; ``pad`` where
-            there is none).
+        labels: the id that each token should predict, int64 (the next token of the same document; ``pad`` for the last
+            token of a document).
         loss_mask: 1.0 where the label counts, float32.
-        positions: position inside the document (rotary position), int64; 0 for padding.
+        positions: position in the document (for the rotary embedding), int64; 0 for padding.
         modality: :class:`~megatron_ext.token_classes.Modality`, int8.
         task: :class:`~megatron_ext.token_classes.Task` of the document, int8.
-        document: number of the document inside its row, 0, 1, ..., int32; ``PADDING_DOCUMENT`` for the padding,
-            which stands at the end of a row. A document's tokens are contiguous.
+        document: number of the document in its row, 0, 1, ..., int32; ``PADDING_DOCUMENT`` for the padding at the end
+            of the row. A document's tokens are contiguous.
     """
 
     tokens: Tensor | np.ndarray
@@ -47,7 +47,7 @@ class Batch:
 
     @classmethod
     def zeros(cls, rows: int, length: int) -> Batch:
-        """Tensors [rows, length] to be filled in, of one document of understanding text a row."""
+        """Zero tensors [rows, length]: each row is one document of understanding text."""
         import torch
 
         return cls(**{name: torch.zeros(rows, length, dtype=getattr(torch, t)) for name, t in cls.DTYPES.items()})
@@ -62,18 +62,25 @@ class Batch:
         return Batch(*(getattr(self, name)[start:stop] for name in self.names()))
 
     def to(self, device) -> Batch:
-        """The same tensors on ``device``."""
+        """The batch with its tensors on ``device``."""
         return Batch(*(getattr(self, name).to(device) for name in self.names()))
 
     def arrays(self) -> Batch:
-        """The same as NumPy arrays; tensors, which must be on the host, share their memory."""
+        """The batch as NumPy arrays; host tensors share their memory."""
         return Batch(*(np.asarray(getattr(self, name)) for name in self.names()))
 
     def tensors(self) -> Batch:
-        """The same as tensors on the host, which share the arrays' memory."""
+        """The batch as host tensors, which share the arrays' memory."""
         import torch
 
         return Batch(*(torch.as_tensor(getattr(self, name)) for name in self.names()))
+
+    def document_starts(self) -> np.ndarray:
+        """The first token of each document of a batch on the host, bool [b, s]; padding counts as a document."""
+        document = np.asarray(self.document)
+        starts = np.ones(document.shape, dtype=bool)
+        starts[:, 1:] = document[:, 1:] != document[:, :-1]
+        return starts
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""Randomness as a pure function of counters, vectorised.
+"""Random numbers as pure functions of counters, vectorised.
 
-Any sample can be computed without those before it, so that the order of training is known from (seed, position) alone.
-The arithmetic is written out here because the streams of ``numpy.random`` may change between releases, and a run
-must resume exactly under a newer one.
+Any sample can be computed without the samples before it, so the order of training follows from (seed, position) alone.
+The arithmetic is written out here because the streams of ``numpy.random`` may change between releases, and a run must
+resume exactly under a newer one.
 """
 
 import numpy as np
@@ -39,9 +39,10 @@ def uniform(*parts) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed random permutation of ``0 .. size - 1`` sends each index.
+    """Map each index by a keyed random permutation of ``0 .. size - 1``.
 
-    A Feistel network permutes the next power of four; indices that land outside ``size`` walk on until they are inside.
+    A Feistel network permutes the next power of four; indices that land outside ``size`` are permuted again until they
+    are inside.
 
     Args:
         index: integers in ``0 .. size - 1``.

@@ -6,14 +6,14 @@
     PREFIX.idx    length and mode of each sequence, ends of documents   } (``multimodal=True``)
     PREFIX.json   the metadata: counts, fingerprints of vocabulary and VQ model, size and sha256 of the two files
 
-A document is several sequences, each with a mode: ``TEXT`` is given (a question, plain text), ``IMAGE`` is the VQ codes
-of one image as unified token ids (row-major, without ``<boi>`` and ``<eoi>``), ``ANSWER`` is text to be learnt in
-understanding (an answer, a caption). Text holds no ``bos`` and no ``<eod>``; those are added by the task for which
-the document is used (:mod:`megatron_ext.data.rendering`).
+A document is several sequences, each with a mode. ``TEXT`` is context (a question, plain text). ``IMAGE`` is the VQ
+codes of one image as unified token ids (row-major, without ``<boi>`` and ``<eoi>``). ``ANSWER`` is text to be learnt in
+understanding (an answer, a caption). Text has no ``bos`` and no ``<eod>``; rendering for a task adds them
+(:mod:`megatron_ext.data.rendering`).
 
-The metadata is written last, so a prefix without it is a data set that was never finished. Megatron-Core writes the
-files; they are read through ``numpy`` alone, because the processes that pack rows should start in a fraction of the
-seconds that importing Megatron-Core takes.
+The metadata is written last, so a prefix without metadata is an unfinished data set. Megatron-Core writes the files,
+but ``numpy`` alone reads them: importing Megatron-Core takes seconds, and the processes that pack rows should start
+faster.
 """
 
 import hashlib
@@ -46,14 +46,14 @@ _INT32_CODE = 4
 class DatasetWriter:
     """Writes a data set; use it as a context manager.
 
-    A clean exit finishes the data set, an exception removes what was written. A data set that was at ``prefix`` before
-    is replaced on the clean exit, not earlier. ::
+    A clean exit finishes the data set and only then replaces one that was at ``prefix`` before; an exception removes
+    everything that was written. ::
 
         with DatasetWriter("data/captions", vocabulary.fingerprint, vq, {"images": "photos/*.tar"}) as writer:
             writer.add([(IMAGE, vocabulary.image_ids(codes)), (ANSWER, vocabulary.encode(caption))])
 
     Args:
-        prefix: path without extension; its folder is made.
+        prefix: path without extension; its folder is created.
         vocabulary_fingerprint: ``Vocabulary.fingerprint`` of the token ids.
         vq: ``{"fingerprint": str, "grid": [h, w], "codebook_size": int}``, or None for a data set without images.
         source: free-form, JSON-serialisable description of where the data came from.
@@ -83,7 +83,7 @@ class DatasetWriter:
         """Append one document: (mode, token ids) per sequence.
 
         Raises:
-            ValueError: no sequence, an empty one, an unknown mode, or an image that is not one VQ grid.
+            ValueError: there is no sequence, a sequence is empty or of an unknown mode, or an image is not one VQ grid.
         """
         if not document:
             raise ValueError("a document needs at least one sequence")
@@ -112,7 +112,11 @@ class DatasetWriter:
                 raise ValueError(f"an image of {len(ids)} tokens, but the VQ grid is {height} x {width}")
 
     def add_dataset(self, prefix: str | Path) -> None:
-        """Append every document of a finished data set with the same vocabulary and VQ model."""
+        """Append every document of a finished data set with the same vocabulary and VQ model.
+
+        Raises:
+            UserError: the vocabulary or the VQ model differs, or the data set is not finished.
+        """
         metadata = _read_metadata(prefix)
         for key in ("vocabulary", "vq"):
             if metadata[key] != self.metadata[key]:
@@ -137,7 +141,7 @@ class DatasetWriter:
             raise UserError(f"{self.prefix}: no document was written; nothing to keep")
         self.metadata["files"] = {kind: _describe(file) for kind, file in self._temporary.items()}
         metadata_file = _file(self.prefix, "json")
-        metadata_file.unlink(missing_ok=True)  # from here until the new metadata, what is at this prefix is incomplete
+        metadata_file.unlink(missing_ok=True)  # until the new metadata is there, the data set is incomplete
         for kind, file in self._temporary.items():
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
@@ -150,20 +154,20 @@ class Dataset:
 
     Attributes:
         prefix: path without extension.
-        metadata: the metadata (see the module).
+        metadata: see the module.
         tokens: every token of the data set, int32 [tokens], a memory map.
         sequence_lengths: int32 [sequences].
         sequence_modes: int8 [sequences].
         sequence_pointers: int64 [sequences], byte at which each sequence starts in the .bin.
-        document_ends: int64 [documents + 1]; document i is the sequences ``document_ends[i]`` to
+        document_ends: int64 [documents + 1]; document i consists of the sequences ``document_ends[i]`` to
             ``document_ends[i + 1]``.
     """
 
     def __init__(self, prefix: str | Path, verify: bool = False):
         """Open the data set at ``prefix`` and check its files against the metadata.
 
-        The sizes and the hash of the .idx are always checked; the hash of the .bin where that is cheap
-        (``FULL_CHECK_LIMIT``) or asked for by ``verify``.
+        The sizes and the hash of the .idx are always checked; the hash of the .bin only if it is small
+        (``FULL_CHECK_LIMIT``) or with ``verify``.
 
         Raises:
             UserError: a file is missing, truncated, altered, or of another version.
@@ -222,7 +226,7 @@ class Dataset:
 
 
 def verify(prefix: str | Path) -> dict:
-    """Check the files of a data set whole against its metadata, and the metadata's counts against the index.
+    """Check every byte of a data set's files against its metadata, and the metadata's counts against the index.
 
     Returns:
         The metadata.
@@ -276,8 +280,8 @@ def _read_metadata(prefix: str | Path) -> dict:
         raise UserError(f"{file}: not found; there is no finished data set at this prefix") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as the metadata of a data set ({error})") from None
-    wanted = {*_COUNTS, "vocabulary", "vq", "files", "source"}
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or wanted - metadata.keys():
+    required = {*_COUNTS, "vocabulary", "vq", "files", "source"}
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or required - metadata.keys():
         raise UserError(f"{file}: not the metadata of a data set of format {FORMAT}; prepare the data set again")
     return metadata
 

@@ -1,13 +1,13 @@
 """Packed rows, each a pure function of its number.
 
-Samples are packed in blocks of ``BLOCK``, each block on its own, so that finding row r only takes the number of rows of
-the blocks before it (about 1 s for a million documents). Nothing is saved but the number of the next row: the same rows
-follow under any number of replicas.
+Samples are packed in blocks of ``BLOCK``, each block independently, so finding row r only requires the number of rows
+of the blocks before it (about 1 s for a million documents). The number of the next row is the whole state to save: the
+same rows follow under any number of replicas.
 
 A document without images that is longer than a row is cut into pieces, each a document of its own. A piece begins with
-the last token of the piece before it, so that every token is still predicted once. Pieces that fill a row alone are
-spread at random over their block, or a part of it that is well inside an epoch; all other rows keep the order in which
-their documents were drawn.
+the last token of the previous piece, so every token is still predicted exactly once. Pieces that fill a row alone are
+spread at random over their block, or over a part of it that is well inside an epoch; all other rows keep the order of
+their samples.
 """
 
 from dataclasses import dataclass
@@ -17,25 +17,25 @@ import numpy as np
 from megatron_ext.config import DataConfig
 from megatron_ext.data import counter_random, packed_tokens
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.decoding import decode
 from megatron_ext.data.mixture import Mixture, Samples
+from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.data.packing import pack
-from megatron_ext.data.rendering import Pieces, TokenBuffer, render
+from megatron_ext.data.rendering import DocumentPieces, TokenBuffer, render
 
 BLOCK = 4096
-"""Samples packed together. The rows depend on it: another value, and a run does not resume exactly."""
+"""Samples packed together. The rows depend on it: with another value a run does not resume exactly."""
 
-_MOST_PIECES = 64 * BLOCK  # laid out in one go, about; only a matter of speed and memory
-_PIECES = 3  # what a random number is for
+_MOST_PIECES = 64 * BLOCK  # approximate number per chunk; affects only speed and memory
+_PIECES = 3  # purpose of random numbers
 
 
 @dataclass
 class _Chunk:
-    """The rows of some consecutive blocks: row i of them holds the items ``ends[i]`` to ``ends[i + 1]``."""
+    """The rows of some consecutive blocks: row i of the chunk holds the items ``ends[i]`` to ``ends[i + 1]``."""
 
     samples: Samples
     ends: np.ndarray  # [rows + 1]
-    sample: np.ndarray  # [items], place of the document among the samples
+    sample: np.ndarray  # [items], index of the document's sample
     piece: np.ndarray  # [items], number of the piece of a cut document
 
     @property
@@ -44,7 +44,7 @@ class _Chunk:
 
 
 class PackedRows:
-    """Rows of exactly ``length`` tokens, without end. ::
+    """An endless sequence of rows of exactly ``length`` tokens. ::
 
         rows = PackedRows(mixture, 512)
         rows[7]               # row 7 as a Batch of one row
@@ -53,18 +53,18 @@ class PackedRows:
     Pickles small: a worker process opens the files itself.
 
     Args:
-        by_task: a row holds documents of one task alone. The tasks' rows alternate as their documents were drawn.
+        by_task: each row holds documents of one task only. The rows of the tasks alternate in the order of the samples.
     """
 
     def __init__(self, mixture: Mixture, length: int, by_task: bool = False):
         self.mixture = mixture
         self.length = length
         tasks = np.array([int(source.task) for source in mixture.sources])
-        # Documents of one lane share rows, those of different lanes never do.
+        # Only documents of the same lane share rows.
         self._lane_of_source = np.unique(tasks, return_inverse=True)[1] if by_task else np.zeros_like(tasks)
-        self._first_rows = [0]  # first row of chunk 0, 1, ... and of the first that is not packed yet
+        self._first_rows = [0]  # first row of chunk 0, 1, ... up to the first chunk that is not packed yet
         self._kept: dict[int, _Chunk] = {}
-        # Samples over which the pieces of a long document are spread: a power of two, so that it divides a block.
+        # Samples over which the pieces of a long document are spread; a power of two, so that it divides a block.
         self._reach = np.array(
             [1 << (int(min(samples / 4, BLOCK)) | 1).bit_length() - 1 for samples in mixture.epoch_samples]
         )
@@ -79,7 +79,7 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> Batch:
         """Row ``row`` as a batch of one row, of tensors."""
-        return decode(self.packed_tokens(row, row + 1), self.mixture.special.pad).tensors()
+        return unpack(self.packed_tokens(row, row + 1), self.mixture.special.pad).tensors()
 
     def packed_tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop``, int32 [rows, length] (see :mod:`megatron_ext.data.packed_tokens`)."""
@@ -93,7 +93,7 @@ class PackedRows:
         return buffer.packed_tokens().reshape(stop - start, self.length)
 
     def documents(self, row: int) -> list[tuple[int, int, int]]:
-        """(source, document, epoch) of each document or piece in a row."""
+        """(source, document, epoch) of each document or document piece in a row."""
         chunk, i = self._find(row)
         places = chunk.sample[chunk.ends[i] : chunk.ends[i + 1]]
         samples = chunk.samples
@@ -105,21 +105,21 @@ class PackedRows:
         items = slice(ends[0], ends[-1])
         sample, start = chunk.sample[items], chunk.piece[items] * (self.length - 1)
         stop = np.minimum(start + self.length, chunk.samples.length[sample])
-        filled = np.cumsum(stop - start)  # tokens up to the end of each item, were there no padding
+        filled = np.cumsum(stop - start)  # tokens up to the end of each item, not counting padding
         row_filled = np.concatenate([[0], filled])[ends - ends[0]]
         row_place = place + np.arange(last - first) * self.length
         row_of = np.repeat(np.arange(last - first), np.diff(ends))
         places = filled - (stop - start) + (row_place - row_filled[:-1])[row_of]
         for number, source in enumerate(self.mixture.sources):
-            mine = chunk.samples.source[sample] == number
-            if mine.any():
-                document, dropped = chunk.samples.document[sample[mine]], chunk.samples.dropped[sample[mine]]
-                pieces = Pieces(document, dropped, start[mine], stop[mine], places[mine])
+            own = chunk.samples.source[sample] == number
+            if own.any():
+                document, dropped = chunk.samples.document[sample[own]], chunk.samples.dropped[sample[own]]
+                pieces = DocumentPieces(document, dropped, start[own], stop[own], places[own])
                 render(buffer, source.dataset, pieces, source.task, self.mixture.special)
         buffer.mark(row_place + np.diff(row_filled), row_place + self.length, packed_tokens.PADDING)
 
     def _find(self, row: int) -> tuple[_Chunk, int]:
-        """The chunk that holds ``row``, and its number there."""
+        """The chunk that holds ``row``, and the row's number in it."""
         while self._first_rows[-1] <= row:
             number = len(self._first_rows) - 1
             self._first_rows.append(self._first_rows[-1] + self._chunk(number).rows)
@@ -128,7 +128,7 @@ class PackedRows:
 
     def _chunk(self, number: int) -> _Chunk:
         if number not in self._kept:
-            while len(self._kept) > 1:  # reading goes forward: the chunk before may be wanted once more, no other
+            while len(self._kept) > 1:  # reading moves forward: only the previous chunk may be needed again
                 del self._kept[min(self._kept)]
             self._kept[number] = self._pack(number)
         return self._kept[number]
@@ -140,7 +140,7 @@ class PackedRows:
         pieces = np.maximum(1, -(-(samples.length - 1) // step))
         last = (samples.length - (pieces - 1) * step).reshape(blocks, BLOCK)
         row_of, rows = _pack_lanes(last, self._lane_of_source[samples.source].reshape(blocks, BLOCK), self.length)
-        # What was packed is the last (mostly the only) piece of each document; the pieces before it fill rows alone.
+        # Only the last (usually the only) piece of each document was packed; the earlier pieces fill rows alone.
         sample = np.repeat(np.arange(len(pieces)), pieces - 1)
         piece = np.arange(len(sample)) - np.repeat(np.cumsum(pieces - 1) - (pieces - 1), pieces - 1)
         chance = counter_random.uniform(self.mixture.seed, _PIECES, first * BLOCK + sample, piece)
@@ -157,7 +157,7 @@ class PackedRows:
         )
 
     def _blocks_of(self, chunk: int) -> tuple[int, int]:
-        """First block and number of blocks of a chunk: 4, 4, 8, 16 ... blocks, so that the first rows come at once."""
+        """First block and number of blocks of a chunk: 4, 4, 8, 16 ... blocks, so that the first rows come quickly."""
         pieces = max(1.0, self.mixture.mean_length / self.length)
         most = 1 << max(0, int(_MOST_PIECES / (BLOCK * pieces)).bit_length() - 1)
         least = min(4, most)
@@ -168,7 +168,7 @@ class PackedRows:
 
 
 def _pack_lanes(lengths: np.ndarray, lanes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents [blocks, BLOCK] into rows, each lane of each block for itself.
+    """Pack documents [blocks, BLOCK] into rows, each lane of each block separately.
 
     Returns:
         The row of each document, [blocks * BLOCK], counted over all lanes of all blocks, and the number of rows of each
@@ -176,7 +176,7 @@ def _pack_lanes(lengths: np.ndarray, lanes: np.ndarray, capacity: int) -> tuple[
     """
     blocks, count = len(lengths), int(lanes.max()) + 1
     lane = (np.arange(blocks)[:, None] * count + lanes).reshape(-1)
-    # Documents of each lane in order, from the left; zeros are no documents.
+    # Documents of each lane in order, from the left; zeros fill up.
     order, sizes = np.argsort(lane, kind="stable"), np.bincount(lane, minlength=blocks * count)
     column = np.arange(lane.size) - (sizes.cumsum() - sizes)[lane[order]]
     packed = np.zeros((blocks * count, int(sizes.max())), dtype=lengths.dtype)
@@ -188,15 +188,15 @@ def _pack_lanes(lengths: np.ndarray, lanes: np.ndarray, capacity: int) -> tuple[
 
 
 def _spread(packed: np.ndarray, alone: np.ndarray) -> np.ndarray:
-    """Order the rows of some blocks: the packed ones of each lane as they are, those of a block's lanes evenly mixed,
-    the others where they should go.
+    """Order the rows of some blocks: packed rows keep the order of their lane, the lanes of a block are evenly
+    interleaved, and rows of a single piece go to their target.
 
     Args:
-        packed: packed rows of each lane of each block, int64 [blocks, lanes].
-        alone: where each row that a piece fills alone should go, in blocks, float64 [rows].
+        packed: number of packed rows of each lane of each block, int64 [blocks, lanes].
+        alone: target of each row that a piece fills alone, in blocks, float64 [rows].
 
     Returns:
-        The place of each row, int64: first the packed ones of all blocks, then the others.
+        The place of each row, int64: first the packed rows of all blocks, then the others.
     """
     rows = packed.reshape(-1)
     lane = np.repeat(np.arange(rows.size), rows)
@@ -209,7 +209,7 @@ def _spread(packed: np.ndarray, alone: np.ndarray) -> np.ndarray:
 
 
 class StepRows:
-    """The rows that one replica trains on in each step: ``step_rows[g]`` is int32 [rows, length].
+    """The rows of each step for one replica: ``step_rows[g]`` is int32 [rows, length].
 
     Step g of the run is rows ``g * rows_per_step`` to ``(g + 1) * rows_per_step``; every replica takes an equal,
     contiguous share.

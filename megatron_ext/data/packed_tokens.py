@@ -1,14 +1,18 @@
-"""One packed token as one int32, the form in which rows travel from the packer to every rank.
+"""Packed tokens: each token of a row as one int32, the form in which rows travel from the packer to every rank.
 
 ::
 
     bit  31..29   28      27..26            25     24    23 ............ 0
          unused | start | task or padding | image | loss | token id
 
-Everything else in a :class:`~megatron_ext.data.batch.Batch` follows from these (:mod:`megatron_ext.data.decoding`):
-a label is the next token of the same document, documents are counted by their start bits, a position is the distance
-to the last start.
+All fields of a :class:`~megatron_ext.data.batch.Batch` follow from these bits (:func:`unpack`): a label is the next
+token of the same document, start bits count the documents, a position is the distance to the last start.
 """
+
+import numpy as np
+
+from megatron_ext.data.batch import Batch
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 TOKEN_BITS = 24
 TOKEN = (1 << TOKEN_BITS) - 1
@@ -24,3 +28,28 @@ PADDING = 0b11 << TASK_SHIFT
 """In place of a task: the token is padding."""
 
 MAX_VOCABULARY = 1 << TOKEN_BITS
+
+
+def unpack(packed: np.ndarray, pad: int) -> Batch:
+    """Unpack rows of packed tokens, int32 [b, s], into a batch of arrays.
+
+    Args:
+        pad: id of the padding token, the label of tokens without a next token.
+    """
+    tokens = (packed & TOKEN).astype(np.int64)
+    padding = (packed & TASK) == PADDING
+    start = (packed & START) != 0
+    column = np.arange(packed.shape[1])
+    first = np.maximum.accumulate(np.where(start, column, 0), axis=1)
+    labels = np.full_like(tokens, pad)
+    labels[:, :-1] = np.where(start[:, 1:] | padding[:, 1:], pad, tokens[:, 1:])
+    values = {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": (packed & LOSS) != 0,
+        "positions": np.where(padding, 0, column - first),
+        "modality": np.where((packed & IMAGE) != 0, int(Modality.IMAGE), int(Modality.TEXT)),
+        "task": np.where(padding, int(Task.TEXT), (packed & TASK) >> TASK_SHIFT),
+        "document": np.where(padding, PADDING_DOCUMENT, start.cumsum(axis=1) - 1),
+    }
+    return Batch(**{name: value.astype(Batch.DTYPES[name]) for name, value in values.items()})

@@ -1,20 +1,20 @@
-"""Documents into rows of fixed length, from their lengths alone.
+"""Packing documents into rows of fixed length, from their lengths alone.
 
-Documents fill a row in the order in which they were drawn until only the last one or two places are left. Those go to
-the pair, among the next ``WINDOW`` documents, that fills the row best, and again while a document fits. The order stays
-as well mixed as it was drawn: the oldest document always opens the next row, and none is called forward past more than
-the window. Rows of 512 tokens with documents of about 100 lose 1.4 % to padding instead of 9 %.
+Documents fill a row in their order until only the last one or two places are left. These go to the pair, among the next
+``WINDOW`` documents, that fills the row best; this repeats while a document fits. The order stays well mixed: the
+oldest document always opens the next row, and no document moves forward by more than the window. Rows of 512 tokens
+with documents of about 100 lose 1.4 % to padding instead of 9 %.
 
-Blocks of documents are packed independently of one another, many at once in vectorised numpy.
+Blocks of documents are packed independently, many at once in vectorised numpy.
 """
 
 import numpy as np
 
 WINDOW = 48
-"""Documents among which the last pair of a row is chosen. The rows depend on it, as they do on ``_STRIDE``."""
+"""Documents from which the last pair of a row is selected. The rows depend on it, as they do on ``_STRIDE``."""
 
 _STRIDE = 64
-"""Documents that may enter a row in one step."""
+"""Most documents that enter a row in one step."""
 
 
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,13 +31,13 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     blocks, documents = lengths.shape
     width = documents + _STRIDE + WINDOW
     small = 2 * (capacity + 1) < 1 << 15
-    waiting = np.zeros((blocks, width), dtype=np.int16 if small else np.int32)  # length of who is not in a row yet
+    waiting = np.zeros((blocks, width), dtype=np.int16 if small else np.int32)  # lengths of documents not in a row yet
     waiting[:, :documents] = lengths
     row_of = np.full((blocks, width), -1, dtype=np.int64)
     row, cursor, room = (np.full(blocks, value) for value in (0, 0, capacity))
     last_places = (1.5 * lengths.sum(1) / np.maximum((lengths > 0).sum(1), 1)).astype(np.int64)
     lane, origin = np.arange(blocks), np.arange(blocks) * width
-    steps = []  # (row, how many documents entered it in order), per block
+    steps = []  # (row, number of documents that entered it in order), per block
 
     while (cursor < documents).any():
         entered, used = _in_order(waiting, origin + cursor, room, capacity, last_places)
@@ -49,12 +49,12 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
         candidates[candidates == 0] = capacity + 1
         smallest = candidates.min(axis=1)
         first, second, best = _best_pair(candidates, room)
-        found = np.flatnonzero(closing & (best > 0))
-        for chosen in (first, second):
-            place = places[found, chosen[found]]
-            row_of.reshape(-1)[place] = row[found]
+        fitting = np.flatnonzero(closing & (best > 0))
+        for member in (first, second):
+            place = places[fitting, member[fitting]]
+            row_of.reshape(-1)[place] = row[fitting]
             waiting.reshape(-1)[place] = 0
-        room[found] -= best[found]
+        room[fitting] -= best[fitting]
         closing &= (room < capacity) & ((best == 0) | (room < smallest))
         row, room = row + closing, np.where(closing, capacity, room)
         cursor = np.minimum(cursor, documents)
@@ -62,17 +62,17 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     rows, entered = (np.stack(column, axis=1) for column in zip(*steps))
     for block in lane:
         in_order = np.repeat(rows[block], entered[block])[:documents]
-        mine = row_of[block, : len(in_order)]
-        mine[mine < 0] = in_order[mine < 0]
+        block_rows = row_of[block, : len(in_order)]
+        block_rows[block_rows < 0] = in_order[block_rows < 0]
     row_of = row_of[:, :documents]
     row_of[lengths == 0] = -1
     return row_of, row + (room < capacity)
 
 
 def _in_order(waiting, start, room, capacity, last_places) -> tuple[np.ndarray, np.ndarray]:
-    """How many documents enter each block's open row as they come, and their tokens.
+    """Number of documents that enter each block's open row in order, and their tokens.
 
-    They enter while room for the last places remains; the first document of a row enters in any case.
+    Documents enter while room for the last places remains; the first document of a row always enters.
     """
     lane = np.arange(len(start))
     ahead = waiting.reshape(-1)[start[:, None] + np.arange(_STRIDE)]
@@ -84,8 +84,8 @@ def _in_order(waiting, start, room, capacity, last_places) -> tuple[np.ndarray, 
 
 
 def _best_pair(candidates, room) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two candidates of each block (the same twice: a single one) that leave least room, and their tokens (0: none
-    fits)."""
+    """The two candidates of each block that leave the least room (the same index twice: a single candidate), and their
+    tokens (0: none fits)."""
     blocks, window = candidates.shape
     pairs = (candidates[:, :, None] + candidates[:, None, :]).reshape(blocks, -1)
     pairs[:, :: window + 1] = candidates

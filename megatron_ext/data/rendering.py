@@ -1,4 +1,4 @@
-"""Stored documents and a task -> the sequences to train on.
+"""Rendering: stored documents and a task -> the token sequences to train on.
 
 ::
 
@@ -10,10 +10,10 @@
     stored          [text]
     text            bos TEXT <eod>                                                        learnt: all after bos
 
-For generation every image comes after the text that follows it in stored order, up to the next image; text before the
+For generation each image moves behind the text that follows it in stored order, up to the next image; text before the
 first image stays in front. A learnt token is one whose prediction counts: the loss bit is set at the token *before* it.
 
-Many documents are rendered together: Python loops over sequences only to copy them, all else is vectorised.
+Many documents are rendered together: Python loops over sequences only to copy them, the rest is vectorised.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from megatron_ext.token_classes import Task
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids that rendering adds (the part of a ``Vocabulary`` that worker processes need)."""
+    """The ids of special tokens (the part of a ``Vocabulary`` that worker processes need)."""
 
     bos: int
     pad: int
@@ -37,12 +37,12 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, vocabulary) -> "SpecialTokens":
-        """Those of a :class:`~megatron_ext.vocabulary.Vocabulary`."""
+        """The special tokens of a :class:`~megatron_ext.vocabulary.Vocabulary`."""
         return cls(vocabulary.bos, vocabulary.pad, vocabulary.eod, vocabulary.boi, vocabulary.eoi)
 
 
 class TokenBuffer:
-    """Words while documents are being written on them.
+    """Packed tokens under construction: documents are written into it, then :meth:`packed_tokens` is read.
 
     Attributes:
         ids: int32 [tokens].
@@ -54,9 +54,9 @@ class TokenBuffer:
 
     def mark(self, begin: np.ndarray, end: np.ndarray, bits: int) -> None:
         """Set ``bits`` on the (disjoint) ranges ``begin`` to ``end``, int64 [ranges] each; empty ones are skipped."""
-        some = begin < end
-        self._change[begin[some]] += bits
-        self._change[end[some]] -= bits
+        nonempty = begin < end
+        self._change[begin[nonempty]] += bits
+        self._change[end[nonempty]] -= bits
 
     def packed_tokens(self) -> np.ndarray:
         """The finished packed tokens, int32 [tokens]."""
@@ -64,14 +64,14 @@ class TokenBuffer:
 
 
 @dataclass
-class Pieces:
-    """What to render: documents, or pieces of them. Every field is [n].
+class DocumentPieces:
+    """Documents to render, or pieces of documents. Every field is [n].
 
     Attributes:
         document: int64, number in the data set.
-        dropped: bool, leave out the text (generation; classifier-free guidance).
-        start, stop: int64, the tokens of the rendered document that are wanted.
-        place: int64, where in the buffer the first of them goes.
+        dropped: bool, leave out the text (generation; for classifier-free guidance).
+        start, stop: int64, range of tokens of the rendered document.
+        place: int64, position of the first of these tokens in the buffer.
     """
 
     document: np.ndarray
@@ -83,13 +83,13 @@ class Pieces:
 
 @dataclass
 class Layout:
-    """Where the stored sequences of some documents go in the rendered ones, one document after another.
+    """Positions of the stored sequences in their rendered documents, document by document.
 
     Attributes:
-        owner: int64 [sequences], which of the documents it belongs to (0, 1, ...).
-        image, answer: bool [sequences], what it is.
-        pointer: int64 [sequences], where it starts in ``Dataset.tokens``.
-        begin, end: int64 [sequences], its place in the rendered document, without ``<boi>``, ``<eoi>`` and ``<eod>``.
+        owner: int64 [sequences], index of the sequence's document (0, 1, ...).
+        image, answer: bool [sequences], whether the sequence is an image, an answer.
+        pointer: int64 [sequences], start of the sequence in ``Dataset.tokens``.
+        begin, end: int64 [sequences], range in the rendered document, without ``<boi>``, ``<eoi>`` and ``<eod>``.
         length: int64 [documents], tokens of the rendered document.
     """
 
@@ -107,7 +107,7 @@ def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, task: 
 
     Args:
         documents: int64 [documents], numbers in the data set.
-        dropped: bool [documents], leave out the text (generation; classifier-free guidance).
+        dropped: bool [documents], leave out the text (generation; for classifier-free guidance).
     """
     first = dataset.document_ends[documents]
     counts = dataset.document_ends[documents + 1] - first
@@ -121,7 +121,7 @@ def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, task: 
         owner, index = owner[order], index[order]
     modes, lengths = dataset.sequence_modes[index], dataset.sequence_lengths[index].astype(np.int64)
     image, answer = modes == IMAGE, modes == ANSWER
-    closed = image | answer if task == Task.UNDERSTANDING else image  # by <eoi>; by <eod>
+    closed = image | answer if task == Task.UNDERSTANDING else image  # images by <eoi>, answers by <eod>
     after = np.cumsum(image + lengths + closed)  # tokens up to each sequence's end, of all documents together
     last = np.searchsorted(owner, np.arange(len(documents)), side="right") - 1
     before = np.concatenate([[0], after[last[:-1]]])  # ... up to each document's start
@@ -133,38 +133,41 @@ def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, task: 
         pointer=dataset.sequence_pointers[index] // dataset.tokens.itemsize,
         begin=end - lengths,
         end=end,
-        length=1 + after[last] - before + (task != Task.UNDERSTANDING),  # there each answer has its own <eod>
+        length=1
+        + after[last]
+        - before
+        + (task != Task.UNDERSTANDING),  # in understanding each answer has its own <eod>
     )
 
 
-def render(buffer: TokenBuffer, dataset: Dataset, pieces: Pieces, task: Task, special: SpecialTokens) -> None:
-    """Write pieces of documents into a buffer; each becomes a document of its own there."""
+def render(buffer: TokenBuffer, dataset: Dataset, pieces: DocumentPieces, task: Task, special: SpecialTokens) -> None:
+    """Write document pieces into a buffer, each as a document of its own."""
     layout = lay_out(dataset, pieces.document, pieces.dropped, task)
     owner, image, begin, end = layout.owner, layout.image, layout.begin, layout.end
     documents = np.arange(len(pieces.document))
 
-    def in_buffer(owner, position):
-        """Positions in rendered documents as places in the buffer, moved to the edge of the piece if outside."""
+    def buffer_place(owner, position):
+        """Positions in rendered documents as places in the buffer, clipped to the piece."""
         return pieces.place[owner] + np.clip(position, pieces.start[owner], pieces.stop[owner]) - pieces.start[owner]
 
     def put(owner, position, token):
         inside = (position >= pieces.start[owner]) & (position < pieces.stop[owner])
-        buffer.ids[in_buffer(owner, position)[inside]] = token
+        buffer.ids[buffer_place(owner, position)[inside]] = token
 
     put(documents, np.zeros_like(documents), special.bos)
     put(owner[image], begin[image] - 1, special.boi)
     put(owner[image], end[image], special.eoi)
     if task == Task.UNDERSTANDING:
-        learner, learnt, until = owner[layout.answer], begin[layout.answer], end[layout.answer] + 1
-        put(learner, until - 1, special.eod)
+        learnt_owner, learnt_begin, learnt_end = owner[layout.answer], begin[layout.answer], end[layout.answer] + 1
+        put(learnt_owner, learnt_end - 1, special.eod)
     else:
         put(documents, layout.length - 1, special.eod)
         if task == Task.GENERATION:
-            learner, learnt, until = owner[image], begin[image], end[image]
+            learnt_owner, learnt_begin, learnt_end = owner[image], begin[image], end[image]
         else:
-            learner, learnt, until = documents, np.ones_like(documents), layout.length
+            learnt_owner, learnt_begin, learnt_end = documents, np.ones_like(documents), layout.length
 
-    places, stops = in_buffer(owner, begin), in_buffer(owner, end)
+    places, stops = buffer_place(owner, begin), buffer_place(owner, end)
     pointers = layout.pointer + np.maximum(pieces.start[owner] - begin, 0)
     for place, stop, pointer in zip(places.tolist(), stops.tolist(), pointers.tolist()):
         buffer.ids[place:stop] = dataset.tokens[pointer : pointer + stop - place]
@@ -172,5 +175,5 @@ def render(buffer: TokenBuffer, dataset: Dataset, pieces: Pieces, task: Task, sp
     buffer.mark(pieces.place, pieces.place + pieces.stop - pieces.start, task << packed_tokens.TASK_SHIFT)
     buffer.mark(pieces.place, pieces.place + 1, packed_tokens.START)
     buffer.mark(places[image], stops[image], packed_tokens.IMAGE)
-    predicting = np.maximum(in_buffer(learner, learnt) - 1, pieces.place[learner])
-    buffer.mark(predicting, in_buffer(learner, until) - 1, packed_tokens.LOSS)
+    predicting = np.maximum(buffer_place(learnt_owner, learnt_begin) - 1, pieces.place[learnt_owner])
+    buffer.mark(predicting, buffer_place(learnt_owner, learnt_end) - 1, packed_tokens.LOSS)

@@ -1,11 +1,11 @@
-"""Plain structures of integers and arrays as one buffer, on their way from a worker process to the trainers."""
+"""Structures of integers and arrays as one buffer, to send from a worker process to the trainers."""
 
 import pickle
 
 import numpy as np
 
 ALIGNMENT = 64
-"""Bytes: every array begins at a multiple of this in its buffer."""
+"""Every array begins at a multiple of this many bytes in its buffer."""
 
 
 def to_bytes(value) -> np.ndarray:
@@ -23,7 +23,7 @@ def to_bytes(value) -> np.ndarray:
 
 
 def from_bytes(buffer: np.ndarray):
-    """The structure of :func:`to_bytes`; its arrays lie in ``buffer``."""
+    """The structure that :func:`to_bytes` stored; its arrays are views of ``buffer``."""
     count = int(buffer[:8].view(np.int64)[0])
     sizes = buffer[: 8 * (count + 1)].view(np.int64)
     starts, _ = _places(sizes)
@@ -32,7 +32,8 @@ def from_bytes(buffer: np.ndarray):
 
 
 def _places(sizes: np.ndarray) -> tuple[list[int], int]:
-    """Where the parts of a buffer begin that starts with ``sizes`` (their number, the bytes of each), and its size."""
+    """Start of each part of a buffer that begins with ``sizes`` (the number of parts, the bytes of each), and the size
+    of the buffer."""
     aligned = -(-np.array([sizes.nbytes, *sizes[1:]]) // ALIGNMENT) * ALIGNMENT
     ends = aligned.cumsum()
     return ends[:-1].tolist(), int(ends[-1])

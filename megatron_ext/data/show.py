@@ -1,4 +1,4 @@
-"""Packed rows for the eye: which documents they hold, their text, where the images are, what is learnt."""
+"""Packed rows in readable form: their documents, texts, images and learnt tokens."""
 
 from itertools import groupby
 
@@ -11,16 +11,16 @@ from megatron_ext.vocabulary import Vocabulary
 
 
 def describe_row(rows: PackedRows, row: int, vocabulary: Vocabulary) -> str:
-    """A paragraph per document of a row; learnt tokens stand between ``[[`` and ``]]``."""
+    """A paragraph per document of a row, with learnt tokens between ``[[`` and ``]]``."""
     batch = rows[row]
     padding = int((batch.document == PADDING_DOCUMENT).sum())
     lines = [f"row {row}: {batch.shape[1] - padding} tokens, {padding} padding"]
-    for number, (source, document, epoch) in enumerate(rows.documents(row)):
-        mine = batch.document[0] == number
-        tokens, loss = batch.tokens[0][mine], batch.loss_mask[0][mine]
-        told = rows.mixture.sources[source]
+    for number, (source_number, document, epoch) in enumerate(rows.documents(row)):
+        selected = batch.document[0] == number
+        tokens, loss = batch.tokens[0][selected], batch.loss_mask[0][selected]
+        source = rows.mixture.sources[source_number]
         lines.append(
-            f"  {told.task.name.lower()}, document {document} of {told.path}, epoch {epoch}: "
+            f"  {source.task.name.lower()}, document {document} of {source.path}, epoch {epoch}: "
             f"{len(tokens)} tokens, {int(loss.sum())} learnt"
         )
         lines.append(f"    {_readable(tokens, loss, vocabulary)}")
@@ -54,7 +54,7 @@ def _readable(tokens: torch.Tensor, loss: torch.Tensor, vocabulary: Vocabulary) 
 
 
 def statistics(batch: Batch) -> dict[str, float]:
-    """Shares of some rows, a batch of arrays: padding, image tokens, learnt tokens; and documents per row."""
+    """Shares of padding, image tokens and learnt tokens in a batch of arrays, and its documents per row."""
     return {
         "padding": float((batch.document == PADDING_DOCUMENT).mean()),
         "image_tokens": float(batch.modality.mean()),

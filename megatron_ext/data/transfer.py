@@ -1,7 +1,7 @@
-"""Plain structures of integers and arrays on their way to a device.
+"""Moving structures of integers and arrays to a device.
 
-A structure is nested dataclasses, lists, tuples and dictionaries. Its arrays are what belongs on the device; everything
-else in it (sizes, lists of lengths) stays on the host, where kernels are launched from.
+A structure is nested dataclasses, lists, tuples and dictionaries. Its arrays move to the device; everything else
+(sizes, lists of lengths) stays on the host, which launches the kernels.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from megatron_ext.data.serialization import ALIGNMENT
 
 
 def to_device(value, device: torch.device):
-    """The same structure with every array and host tensor as a tensor on ``device``; what was shared stays shared.
+    """The same structure with every array and host tensor as a tensor on ``device``; shared objects stay shared.
 
-    To another device all arrays travel in one copy from pinned memory, which the host does not wait for.
+    All arrays move in one asynchronous copy from pinned memory.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -38,18 +38,18 @@ def to_device(value, device: torch.device):
     pinned = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for start, tensor in places.values():
         _view(pinned, start, tensor).copy_(tensor)
-    there = pinned.to(device, non_blocking=True)
-    return _mapped(value, lambda leaf: _view(there, *places[id(leaf)]) if id(leaf) in places else leaf, {})
+    moved = pinned.to(device, non_blocking=True)
+    return _mapped(value, lambda leaf: _view(moved, *places[id(leaf)]) if id(leaf) in places else leaf, {})
 
 
 def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-    """The bytes of ``buffer`` from ``start`` on as a tensor of the shape and type of ``like``."""
+    """The bytes of ``buffer`` from ``start`` on as a tensor with the shape and dtype of ``like``."""
     stop = start + like.numel() * like.element_size()
     return buffer[start:stop].view(like.dtype).view(like.shape)
 
 
 def _mapped(value, convert: Callable, seen: dict):
-    """``value`` with its arrays and tensors converted, each once."""
+    """``value`` with each of its arrays and tensors converted once."""
     if id(value) in seen:
         return seen[id(value)][1]
     if isinstance(value, np.ndarray | Tensor):
@@ -64,7 +64,7 @@ def _mapped(value, convert: Callable, seen: dict):
         result = {key: _mapped(v, convert, seen) for key, v in value.items()}
     else:
         return value
-    seen[id(value)] = value, result  # the value too: its id must not be given to another one
+    seen[id(value)] = value, result  # keeps the value alive, so that no other object gets its id
     return result
 
 

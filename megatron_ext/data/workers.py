@@ -1,6 +1,6 @@
-"""What processes that pack rows ahead of training have in common: how they start and how they end.
+"""The worker processes that pack rows ahead of training: how they start and how they end.
 
-They are spawned and import numpy and this package's numpy half only, so that they are ready in well under a second.
+They are spawned and import only numpy and the numpy part of this package, so they are ready in well under a second.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ from megatron_ext.data.serialization import to_bytes
 from megatron_ext.errors import UserError
 
 SECONDS_TO_NOTICE = 60
-"""A trainer that has not noticed a lost worker after this long is waiting for it for ever."""
+"""A trainer that has not noticed a lost worker after this many seconds would wait for it forever."""
 
 
 class Workers:
@@ -33,11 +33,10 @@ class Workers:
 
     @contextmanager
     def starting(self):
-        """Processes started inside are these workers.
+        """Processes started inside this context are these workers.
 
-        They do not import the main program: they need nothing of it, and importing it costs them seconds
-        (Megatron-Core) and would run it again where it has no ``__main__`` guard. And whoever terminates them later
-        kills them, because they ignore SIGTERM.
+        They do not import the main program: they do not need it, importing it takes seconds (Megatron-Core), and a
+        program without a ``__main__`` guard would run again. Terminating them kills them, because they ignore SIGTERM.
         """
         before = set(multiprocessing.active_children())
         main = sys.modules["__main__"]
@@ -54,23 +53,23 @@ class Workers:
                 threading.Thread(target=self._watch, daemon=True).start()
 
     def check(self) -> None:
-        """Refuse to go on without one of them (DALI would wait for ever).
+        """Check that all processes are running (DALI would wait for a lost one forever).
 
         Raises:
             UserError: a process has ended.
         """
-        # The sentinel says so at once and to everybody; is_alive() is wrong while another thread reaps the process.
+        # The sentinel is immediate and visible to all threads; is_alive() is wrong while another one reaps the process.
         ended = connection.wait([process.sentinel for process in self._processes], timeout=0)
         for process in self._processes:
             if process.sentinel in ended:
                 raise UserError(_lost(process))
 
     def close(self) -> None:
-        """From here on the processes may end."""
+        """Let the processes end."""
         self._closed.set()
 
     def _watch(self) -> None:
-        """End this process when a worker is lost while the trainer waits for it, where no exception can be raised."""
+        """End this process if a worker is lost while the trainer waits for it and so cannot raise an exception."""
         connection.wait([process.sentinel for process in self._processes])
         if not self._closed.wait(SECONDS_TO_NOTICE):
             process = next(p for p in self._processes if connection.wait([p.sentinel], timeout=0))
@@ -83,14 +82,14 @@ def _lost(process: multiprocessing.Process) -> str:
     while process.exitcode is None and time.monotonic() < give_up:
         time.sleep(0.01)  # another thread is reaping it
     return (
-        f"a process that packs data ended with exit code {process.exitcode} (-9: killed, mostly for want of memory); "
+        f"a process that packs data ended with exit code {process.exitcode} (-9: killed, usually out of memory); "
         "lower data.workers or data.prefetch and start again to resume"
     )
 
 
 class WorkerSteps:
-    """The steps ``start`` to ``end`` of a replica, for use in a worker process: what ``prepare`` makes of their rows,
-    as one buffer (:mod:`megatron_ext.data.serialization`).
+    """The steps ``start`` to ``end`` of a replica, as worker processes make them: ``prepare`` turns the rows of a step
+    into a structure, which is stored in one buffer (:mod:`megatron_ext.data.serialization`).
 
     ``steps[step]`` serves torch's loader, ``steps.sample(sample_info)`` serves DALI.
     """
@@ -104,7 +103,7 @@ class WorkerSteps:
         self.start = start
         self.end = end
         self._prepare = prepare
-        self._ready_in = os.getpid()  # the process that made this needs no preparation
+        self._ready_in = os.getpid()  # the process that creates this object is not a worker
 
     def __getitem__(self, step: int) -> np.ndarray:
         if self._ready_in != os.getpid():
@@ -120,10 +119,10 @@ class WorkerSteps:
 
 
 def _prepare_worker() -> None:
-    """Live exactly as long as the trainer.
+    """Make this process live exactly as long as the trainer.
 
-    Signals that ask the trainer to stop may reach the whole process group; the trainer must be able to finish its step.
-    When it is gone, even by SIGKILL, so is this process.
+    Signals that stop the trainer may reach the whole process group, but the trainer must be able to finish its step.
+    When the trainer ends, even by SIGKILL, this process ends too.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

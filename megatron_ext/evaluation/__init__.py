@@ -1,13 +1,17 @@
-"""Benchmarks: readers of the official files and pure scorers, apart from the model that answers.
+"""Benchmarks: readers of the released files and pure scorers, independent of the model that answers.
 
-The way of a score: ``benchmark.read(folder)`` gives the questions as :class:`~.items.Item`; a model's answers are a
-file of lines ``{"id": ..., "answer": ...}`` (:mod:`.answers`), whoever wrote it; ``benchmark.score(items, answers)``
-turns the two into numbers (:class:`~.items.Scores`), and :mod:`.table` lays several of them side by side::
+``benchmark.read(folder)`` returns the questions as :class:`~.benchmark.Item`. A model's answers are a file of lines
+``{"id": ..., "answer": ...}`` (:mod:`.answers`). ``benchmark.score(items, answers)`` turns both into
+:class:`~.benchmark.Scores`, and :mod:`.score_table` shows several of them side by side::
 
     pope = benchmark_named("pope")                 # registry.py: gqa, mme, pope, seed
     items = pope.read(Path("data/pope"))
     scores = pope.score(items, read_answers("answers.jsonl").answers)
 
-Nothing here needs a model or a GPU. An answer that is missing or cannot be read is wrong and is counted as such, never
-left out, so that scores of models that fail in different ways stay comparable.
+Scoring needs neither a model nor a GPU. Missing and unreadable answers are wrong and counted as such, never left out,
+so that scores of models that fail in different ways stay comparable.
+
+Generated pictures: :mod:`.mjhq` (prompts), :mod:`.picture_scorer` (all scores of a folder), :mod:`.fid`, :mod:`.clip`,
+:mod:`.scene_check` and :mod:`.faithfulness` (whether pictures of the picture world show their captions).
+:mod:`.answer_generation` and :mod:`.picture_generation` ask a model.
 """

@@ -1,10 +1,10 @@
-"""An answers file: a JSON object a line, with an item's ``id`` and the ``answer`` as the model wrote it.
+"""An answers file: one JSON object per line, with an item's ``id`` and the ``answer`` as the model wrote it.
 
-More keys are welcome: ``likelihoods`` (a log-likelihood per choice) is scored where a benchmark can rank its choices,
-``asked`` tells which question it was (:func:`~megatron_ext.evaluation.answering.asked`), all others are left alone. A
-line is written whole and flushed at once, so a run that is killed leaves at most half a last line; going on drops that
-half and answers what is not answered yet. Where an id was answered twice the first counts, so that a file's score does
-not change by adding to it.
+Lines may have more keys. ``likelihoods`` (a log-likelihood per choice) is scored by benchmarks that rank choices,
+``asked`` identifies the question (:func:`~megatron_ext.evaluation.answer_generation.question_fingerprint`), other keys
+are ignored. A line is written and flushed at once, so a killed run leaves at most one incomplete last line; resuming
+drops it and answers the remaining questions. If an id occurs twice the first line counts, so appending to a file never
+changes its score.
 """
 
 import json
@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 
 _START = b'{"id": '  # of every line that is written
 
 
 @dataclass
 class AnswersFile:
-    """What an answers file holds."""
+    """The contents of an answers file."""
 
-    records: dict[str, dict] = field(default_factory=dict)  # id -> the first line with it
-    duplicates: list[str] = field(default_factory=list)  # the id of every further line with an id already answered
+    records: dict[str, dict] = field(default_factory=dict)  # id -> its first line
+    duplicates: list[str] = field(default_factory=list)  # the id of every further line for an answered id
     malformed: list[int] = field(default_factory=list)  # numbers of lines, from 1, without an id and an answer
-    cut_short: bool = False  # the last line is half a line, which is not among the malformed
+    cut_short: bool = False  # the last line is incomplete; it is not among the malformed ones
 
     @property
     def answers(self) -> dict[str, str]:
@@ -37,13 +37,13 @@ class AnswersFile:
         return {id: record["likelihoods"] for id, record in self.records.items() if "likelihoods" in record}
 
     def unknown(self, items: Iterable[Item]) -> list[str]:
-        """The ids that no item has."""
+        """The ids that belong to no item."""
         known = {item.id for item in items}
         return [id for id in self.records if id not in known]
 
 
 def read_answers(file: str | Path) -> AnswersFile:
-    """Read an answers file; nothing in it stops the reading.
+    """Read an answers file; malformed lines are recorded, not raised.
 
     Raises:
         UserError: the file cannot be read.
@@ -70,7 +70,7 @@ def read_answers(file: str | Path) -> AnswersFile:
 
 
 def _record(line: bytes) -> dict | None:
-    """The record in a line, its id as text; None where there is none."""
+    """The record in a line, with its id as text; None if the line holds none."""
     try:
         record = json.loads(line)
     except ValueError:  # not JSON, or not UTF-8
@@ -82,7 +82,7 @@ def _record(line: bytes) -> dict | None:
 
 
 class AnswersWriter:
-    """Appends to an answers file, new or begun; ``answered`` are the ids that need no answer any more.
+    """Appends to a new or existing answers file; ``answered`` holds the ids that already have an answer.
 
     A context manager::
 
@@ -92,7 +92,7 @@ class AnswersWriter:
                     writer.write(item.id, answer(item))
 
     Raises:
-        UserError: the file is there and is no answers file.
+        UserError: the file exists and is not an answers file.
     """
 
     def __init__(self, file: str | Path):
@@ -104,7 +104,7 @@ class AnswersWriter:
         self._stream = file.open("a", encoding="utf-8")
 
     def write(self, id: str, answer: str, **more) -> None:
-        """Append one answer, with further keys if any."""
+        """Append one answer, optionally with further keys."""
         self._stream.write(json.dumps({"id": id, "answer": answer, **more}) + "\n")
         self._stream.flush()
         self.answered.add(id)
@@ -120,7 +120,7 @@ class AnswersWriter:
 
 
 def _finish_last_line(file: Path) -> None:
-    """End the last line where only its line feed is missing; remove it where it is half a line."""
+    """Complete the last line if only its line feed is missing; remove it if it is incomplete."""
     content = file.read_bytes()
     start = content.rfind(b"\n") + 1
     last = content[start:]
@@ -129,5 +129,5 @@ def _finish_last_line(file: Path) -> None:
             stream.write(b"\n")
     elif last[: len(_START)] == _START[: len(last)]:
         os.truncate(file, start)
-    else:  # a line that no writer began: somebody's other file
-        raise UserError(f"{file}: its last line is not of an answers file; name another file")
+    else:  # no writer began this line: the file is something else
+        raise UserError(f"{file}: its last line does not belong to an answers file; name another file")

@@ -1,4 +1,4 @@
-"""CLIP score: how near a picture is to its prompt in the space of a CLIP model."""
+"""CLIP score: the similarity of a picture and its prompt in the embedding space of a CLIP model."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from megatron_ext.errors import UserError
 
 
 class Clip:
-    """A CLIP model in a local folder, as transformers' ``save_pretrained`` writes it; nothing is ever downloaded.
+    """A CLIP model in a local folder, as transformers' ``save_pretrained`` writes it; nothing is downloaded.
 
     Args:
         folder: model and processor: config.json, weights, tokenizer and preprocessor files.
 
     Attributes:
-        name: goes with every number; scores of two models have nothing to do with one another.
+        name: accompanies every score, since scores of different models cannot be compared.
 
     Raises:
-        UserError: there is no CLIP model with its processor in the folder, or its weights are incomplete.
+        UserError: the folder holds no CLIP model with its processor, or its weights are incomplete.
     """
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu"):
@@ -37,10 +37,10 @@ class Clip:
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{folder}: not a CLIP model with its processor ({reason})") from None
-        # transformers would give random values to weights that are not in the file.
+        # transformers would initialize missing weights at random.
         if absent := sorted(loaded["missing_keys"]):
             raise UserError(f"{folder}: its weights lack {absent[0]}; it must be a whole CLIP model")
-        # In no file; and transformers 5 leaves them unset where torch's factories have been redirected (cpu.py).
+        # They are in no file, and transformers 5 leaves them unset when torch's factories are redirected (cpu.py).
         for module in self._model.modules():
             if hasattr(module, "position_ids"):
                 module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
@@ -56,10 +56,10 @@ class Clip:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
-        """Of each picture and its text 100 max(cos, 0), float64 [n]: CLIPScore without its factor of 2.5 and without
-        words before the text (Hessel et al., arXiv 2104.08718), as most image generation work gives it. A text is cut
-        to what the model reads, 77 tokens in the released ones."""
-        given = self._processor(
+        """100 max(cos, 0) of each picture and its text, float64 [n]: CLIPScore without its factor of 2.5 and without a
+        prefix before the text (Hessel et al., arXiv 2104.08718), as most work on image generation reports it. Texts are
+        truncated to the model's context, 77 tokens in the released models."""
+        inputs = self._processor(
             text=list(texts),
             images=list(pictures),
             return_tensors="pt",
@@ -67,6 +67,6 @@ class Clip:
             truncation=True,
             max_length=self._longest,
         )
-        made = self._model(**given.to(self._device))
-        cosines = torch.nn.functional.cosine_similarity(made.image_embeds.double(), made.text_embeds.double())
+        outputs = self._model(**inputs.to(self._device))
+        cosines = torch.nn.functional.cosine_similarity(outputs.image_embeds.double(), outputs.text_embeds.double())
         return 100 * cosines.clamp(min=0).cpu().numpy()

@@ -1,8 +1,8 @@
-"""Frechet distance between two sets of images: of Gaussians fitted to a network's features of them.
+"""FID: the Frechet distance between Gaussians fitted to a network's features of two sets of images.
 
-The published FID is with Inception-v3's 2048 features, from a local file; nothing is ever downloaded.
-:class:`ColorAndEdges` needs no weights and is for trying things out. Every result must name its network: distances of
-two networks have nothing to do with one another, and those of few images are larger than those of many.
+The published FID uses the 2048 features of Inception-v3, from a local file; nothing is downloaded.
+:class:`ColorAndEdges` needs no weights and is for trying things out. Every result must name its feature extractor:
+distances of different extractors cannot be compared, and distances of few images are larger than those of many.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from megatron_ext.errors import UserError
 BATCH = 32
 
 
-class Network(Protocol):
-    """Images -> features. ``name`` goes with every number."""
+class FeatureExtractor(Protocol):
+    """Images -> features. ``name`` accompanies every result."""
 
     name: str
 
@@ -48,27 +48,27 @@ class ColorAndEdges:
             ],
             dim=1,
         )
-        # Edges are weak: brought to the size of the colors.
+        # Edges are weak: scaled to the magnitude of the colors.
         maps = torch.cat([pixels, 4 * edges], dim=1)
         return torch.nn.functional.adaptive_avg_pool2d(maps, self.cells).flatten(1)
 
 
 class Inception:
-    """Inception-v3 of 2015-12-05 up to its 2048 pooled features, resizing to 299 pixels inside as the original does.
+    """Inception-v3 of 2015-12-05 up to its 2048 pooled features; resizes to 299 pixels itself, as the original does.
 
     Args:
         weights: ``inception-2015-12-05.pt``, the TorchScript translation of the original graph that StyleGAN's metrics
             and clean-fid use; network and weights in one file.
 
     Raises:
-        UserError: the file is absent or holds something else.
+        UserError: the file is missing or not this network.
     """
 
     def __init__(self, weights: Path, device: str | torch.device = "cpu"):
         if not weights.is_file():
             raise UserError(
                 f"{weights}: no such file; FID needs inception-2015-12-05.pt (TorchScript, as StyleGAN's metrics and "
-                "clean-fid use it) there; it is not downloaded for you"
+                "clean-fid use it) there; it is not downloaded"
             )
         try:
             self._network = torch.jit.load(weights, map_location=device).eval()
@@ -88,8 +88,8 @@ class Inception:
         return rows.cpu()
 
 
-def network(weights: Path | None, device: str | torch.device = "cpu") -> Network:
-    """Inception with these weights; without any, the built-in features.
+def feature_extractor(weights: Path | None, device: str | torch.device = "cpu") -> FeatureExtractor:
+    """Inception with these weights; without weights, the built-in features.
 
     Raises:
         UserError: see :class:`Inception`.
@@ -99,24 +99,24 @@ def network(weights: Path | None, device: str | torch.device = "cpu") -> Network
 
 @dataclass(frozen=True)
 class Features:
-    """What a network made of files: ``rows`` float64 [n, d], for ``files`` (the readable ones), and the others."""
+    """Features of image files: ``rows`` float64 [n, d] for ``files`` (the readable ones)."""
 
     files: list[Path]
     rows: np.ndarray
     unreadable: list[Path]
 
 
-def features(files: Sequence[Path], network: Network) -> Features:
-    """Features of image files; those that cannot be read are left out and listed."""
+def features(files: Sequence[Path], extract: FeatureExtractor) -> Features:
+    """Features of image files; unreadable ones are left out and listed."""
     readable, rows, unreadable = [], [], []
     for batch_files, images in _batches(files, unreadable):
         readable += batch_files
-        rows.append(network(images).double().numpy())
+        rows.append(extract(images).double().numpy())
     return Features(readable, np.concatenate(rows) if rows else np.zeros((0, 0)), unreadable)
 
 
 def read_picture(file: Path) -> Image.Image | None:
-    """An image file in RGB; None if it cannot be read."""
+    """An image file as RGB; None if it cannot be read."""
     try:
         with Image.open(file) as picture:
             return picture.convert("RGB")
@@ -131,7 +131,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         UserError: a set has fewer than two members.
     """
     if min(len(a), len(b)) < 2:
-        raise UserError(f"a Frechet distance is between sets of two images or more, not {len(a)} and {len(b)}")
+        raise UserError(f"a Frechet distance needs two images or more on both sides, not {len(a)} and {len(b)}")
     a, b = a.astype(np.float64), b.astype(np.float64)
     difference = a.mean(0) - b.mean(0)
     first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
@@ -143,7 +143,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _batches(files: Sequence[Path], unreadable: list[Path]) -> Iterator[tuple[list[Path], torch.Tensor]]:
-    """Consecutive readable images of one size together."""
+    """Batches of consecutive readable images of one size."""
     names: list[Path] = []
     images: list[np.ndarray] = []
     for file in progress(files, desc="features", unit="image"):

@@ -1,14 +1,14 @@
-"""GQA, test-dev balanced: a word or phrase, right where it equals the answer after normalisation."""
+"""GQA, test-dev balanced: the answer is a word or phrase, compared after normalisation."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ext import files
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import counting
-from megatron_ext.evaluation.items import Answers, Benchmark, Item, Scores
+from megatron_ext.evaluation import scoring
+from megatron_ext.evaluation.benchmark import Answers, Benchmark, Item, Scores
 from megatron_ext.evaluation.parsing import normalised
-from megatron_ext.evaluation.reading import checked, chosen, field, first_file, with_suffix
+from megatron_ext.evaluation.released_files import checked, field, first_file, selected_parts, with_suffix
 
 PARTS = ("testdev_balanced",)
 SUFFIX = "Answer the question using a single word or phrase."
@@ -18,7 +18,7 @@ def read(folder: Path, parts: Sequence[str] | None = None) -> list[Item]:
     """The questions of ``testdev_balanced_questions.json`` (in ``folder``, ``questions1.2/`` or ``questions/``):
     ``{question id: {"question", "imageId", "answer", "types": {...}, ...}}``; images are ``images/<imageId>.jpg``."""
     items: list[Item] = []
-    for part in chosen(parts, PARTS, "gqa"):
+    for part in selected_parts(parts, PARTS, "gqa"):
         name = f"{part}_questions.json"
         file = first_file([folder / name, folder / "questions1.2" / name, folder / "questions" / name])
         entries = files.read_json(file)
@@ -41,7 +41,7 @@ def _items(entries: dict, file: Path, folder: Path) -> Iterator[Item]:
 
 
 def _groups(types) -> tuple[str, ...]:
-    """Structural and semantic type, and the two halves that published results name; none where types are not given."""
+    """Structural and semantic type, and open or binary, as published results report them; none without types."""
     if not isinstance(types, dict):
         return ()
     groups = [f"{kind}: {types[kind]}" for kind in ("structural", "semantic") if types.get(kind)]
@@ -51,12 +51,12 @@ def _groups(types) -> tuple[str, ...]:
 
 
 def score(items: Sequence[Item], answers: Answers) -> Scores:
-    """Exact match in percent, of both sides :func:`~.parsing.normalised`; an answer that leaves nothing is invalid.
+    """Exact match in percent after :func:`~.parsing.normalised` on both sides; an answer that becomes empty is invalid.
 
-    ``details["plain string match"]`` has what the official script counts when given answers in lower case without the
-    final full stop: the very string of the benchmark.
+    ``details["plain string match"]`` counts like the official script on answers in lower case without the final full
+    stop: the strings must be equal.
     """
-    parsed = counting.parse(items, answers, lambda item, answer: normalised(answer) or None)
+    parsed = scoring.parse(items, answers, lambda item, answer: normalised(answer) or None)
 
     def equal(item: Item) -> bool:
         return parsed.answer[item.id] == normalised(item.answer)
@@ -64,13 +64,13 @@ def score(items: Sequence[Item], answers: Answers) -> Scores:
     def plain(item: Item) -> bool:
         return answers.get(item.id, "").strip().rstrip(".").lower() == item.answer.lower()
 
-    details = {"plain string match": {"accuracy": counting.percent(map(plain, items)), "questions": len(items)}}
-    details |= counting.accuracies(items, equal)
-    return Scores({"GQA": counting.percent(map(equal, items))}, details, len(items), parsed.missing, parsed.invalid)
+    details = {"plain string match": {"accuracy": scoring.percent(map(plain, items)), "questions": len(items)}}
+    details |= scoring.accuracies(items, equal)
+    return Scores({"GQA": scoring.percent(map(equal, items))}, details, len(items), parsed.missing, parsed.invalid)
 
 
 def right(item: Item, answer: str) -> bool:
-    """Whether the two are equal, :func:`~.parsing.normalised`."""
+    """Whether the answer equals the item's, both :func:`~.parsing.normalised`."""
     return normalised(answer) == normalised(item.answer)
 
 

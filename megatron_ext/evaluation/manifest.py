@@ -1,4 +1,4 @@
-"""A manifest beside answers or pictures that says how they were made, so that no others are added to them."""
+"""A manifest beside answers or pictures that records how they were made, so that others are not mixed in."""
 
 import hashlib
 import json
@@ -10,15 +10,15 @@ from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.errors import UserError
 from megatron_ext.generation.session import Session
 
-FREE = ("path",)
-"""Keys of a manifest that may change: a run that was moved is still the same run."""
+IGNORED_KEYS = ("path",)
+"""Keys of a manifest that may differ: a run that was moved is still the same run."""
 
 
 def model_settings(session: Session, checkpoint: Path) -> dict:
-    """Everything that answers and pictures depend on of a model and the way it is used, as plain data.
+    """The properties of a model and its use on which answers and pictures depend, as plain data.
 
     Args:
-        checkpoint: ``.../iter_NNNNNNN``, which the session was loaded from.
+        checkpoint: ``.../iter_NNNNNNN`` from which the session was loaded.
     """
     marker = checkpoint_folder.read_marker(checkpoint)
     weights = hashlib.sha256(json.dumps(marker["files"], sort_keys=True).encode()).hexdigest()[:16]
@@ -34,16 +34,16 @@ def model_settings(session: Session, checkpoint: Path) -> dict:
 
 
 def claim(place: Path, manifest: Path, settings: dict, other: str | None = None, set_aside: bool = False) -> None:
-    """Make ``place`` that of what is made with ``settings`` (plain data), or go on with one that is.
+    """Claim ``place`` for results made with ``settings`` (plain data), new or to be resumed.
 
     Args:
         place: a file or folder.
         manifest: its manifest, beside it or in it.
-        other: a reason why what is there is of no use whatever its manifest says.
-        set_aside: where ``place`` holds something else, move that to ``<name>.before-<n>`` instead of refusing.
+        other: a reason to refuse the existing results, whatever their manifest says.
+        set_aside: move existing results of other settings to ``<name>.before-<n>`` instead of refusing.
 
     Raises:
-        UserError: what is there was made otherwise, or nobody knows how.
+        UserError: existing results were made with other settings, or have no manifest.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
     before = read(manifest)
@@ -57,17 +57,17 @@ def claim(place: Path, manifest: Path, settings: dict, other: str | None = None,
 
 
 def read(manifest: Path) -> dict | None:
-    """What a manifest says; None where there is none.
+    """The contents of a manifest; None if there is none.
 
     Raises:
         UserError: it cannot be read.
     """
     if not manifest.exists():
         return None
-    found = files.read_json(manifest)
-    if not isinstance(found, dict):
+    settings = files.read_json(manifest)
+    if not isinstance(settings, dict):
         raise UserError(f"{manifest}: must be a JSON object")
-    return found
+    return settings
 
 
 def _occupied(place: Path) -> bool:
@@ -77,17 +77,17 @@ def _occupied(place: Path) -> bool:
 def _difference(place: Path, manifest: Path, before: dict | None, settings: dict) -> str | None:
     if before is None:
         contents = "files" if place.is_dir() else "answers"
-        return f"holds {contents} but there is no {manifest.name} that says how they were made"
+        return f"holds {contents}, but no {manifest.name} says how they were made"
     for key in dict.fromkeys([*settings, *before]):
-        if key not in FREE and before.get(key) != settings.get(key):
-            return f"what it holds was made with {key} {before.get(key)}, not {settings.get(key)}"
+        if key not in IGNORED_KEYS and before.get(key) != settings.get(key):
+            return f"its contents were made with {key} {before.get(key)}, not {settings.get(key)}"
     return None
 
 
 def _set_aside(place: Path, manifest: Path) -> None:
     number = 1
-    while (there := place.with_name(f"{place.stem}.before-{number}{place.suffix}")).exists():
+    while (target := place.with_name(f"{place.stem}.before-{number}{place.suffix}")).exists():
         number += 1
     if place not in manifest.parents and manifest.exists():
         os.replace(manifest, manifest.with_name(f"{place.stem}.before-{number}.manifest.json"))
-    os.replace(place, there)
+    os.replace(place, target)

@@ -1,7 +1,7 @@
-"""MJHQ-30K: images generated from prompts, by their Frechet distance from the reference images.
+"""MJHQ-30K: Frechet distance of images generated from prompts to reference images.
 
-Layout of the release, ``meta_data.json``: {id: {"category", "prompt"}}, and ``<category>/<id>.jpg``. Generated images
-lie in a folder of the same layout, or without categories; .png, .jpg, .jpeg and .webp are all looked for.
+The release holds ``meta_data.json``: {id: {"category", "prompt"}}, and ``<category>/<id>.jpg``. Generated images are in
+a folder of the same layout, with or without category folders, as .png, .jpg, .jpeg or .webp.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.fid import Features, Network, features, frechet_distance
+from megatron_ext.evaluation.fid import FeatureExtractor, Features, features, frechet_distance
 from megatron_ext.files import read_json
 
 TITLE = "MJHQ-30K"
@@ -22,19 +22,19 @@ ENDINGS = (".jpg", ".png", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image to be generated."""
+    """The prompt of one image."""
 
     id: str
     category: str
     prompt: str
-    number: int  # among all prompts of the file: it stays the same where only some categories are read
+    number: int  # index among all prompts of the file, whichever categories are read
 
 
 def read(folder: Path, categories: Sequence[str] | None = None) -> list[Prompt]:
-    """The prompts of ``folder/meta_data.json``, in its order: all, or those of some categories.
+    """The prompts of ``folder/meta_data.json``, in its order; all, or those of some categories.
 
     Raises:
-        UserError: the file is absent or not of this layout, or has no such category.
+        UserError: the file is missing or malformed, or has no such category.
     """
     file = folder / PROMPTS
     entries = read_json(file)
@@ -56,23 +56,24 @@ def read(folder: Path, categories: Sequence[str] | None = None) -> list[Prompt]:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits that change with the file of prompts."""
+    """16 hexadecimal digits that change with ``folder/meta_data.json``."""
     return hashlib.sha256((folder / PROMPTS).read_bytes()).hexdigest()[:16]
 
 
 def image_file(folder: Path, prompt: Prompt) -> Path | None:
-    """Where the image for a prompt lies in a folder, if it does."""
+    """The image for a prompt in a folder; None if there is none."""
     return next((place for place in _places(folder, prompt) if place.is_file()), None)
 
 
-def strays(prompts: Sequence[Prompt], folder: Path) -> tuple[list[str], int]:
-    """The images in a folder, and in its categories, that stand for no prompt, and the number of those that stand for
-    one that has an image already."""
+def unexpected_images(prompts: Sequence[Prompt], folder: Path) -> tuple[list[str], int]:
+    """The images in a folder (and its category folders) that belong to no prompt, and the number of further images for
+    prompts that have one."""
     folders = [folder, *(folder / category for category in sorted({prompt.category for prompt in prompts}))]
     files = {f for place in folders if place.is_dir() for f in place.iterdir() if f.suffix.lower() in ENDINGS}
-    found = [[place for place in _places(folder, prompt) if place in files] for prompt in prompts]
-    unknown = files.difference(*found) if found else files
-    return sorted(str(file.relative_to(folder)) for file in unknown), sum(max(len(some) - 1, 0) for some in found)
+    by_prompt = [[place for place in _places(folder, prompt) if place in files] for prompt in prompts]
+    unknown = files.difference(*by_prompt) if by_prompt else files
+    duplicates = sum(max(len(images) - 1, 0) for images in by_prompt)
+    return sorted(str(file.relative_to(folder)) for file in unknown), duplicates
 
 
 def _places(folder: Path, prompt: Prompt) -> list[Path]:
@@ -80,51 +81,51 @@ def _places(folder: Path, prompt: Prompt) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Side:
-    """The images of one folder, generated or reference, as a network sees them."""
+class ImageSet:
+    """The images of one folder, generated or reference, with their features."""
 
-    network: str
+    extractor: str  # name of the feature extractor
     prompts: Sequence[Prompt]
     features: Features
-    files: dict[str, Path]  # id -> image, the readable ones
+    files: dict[str, Path]  # id -> readable image
     missing: list[str]  # ids
     unreadable: list[str]  # ids
 
     def rows(self, category: str | None = None) -> np.ndarray:
-        """Features of all images, or of one category's."""
+        """Features of all images, or of one category."""
         if category is None:
             return self.features.rows
         files = {self.files[p.id] for p in self.prompts if p.category == category and p.id in self.files}
         return self.features.rows[np.array([file in files for file in self.features.files], dtype=bool)]
 
 
-def collect(prompts: Sequence[Prompt], folder: Path, network: Network) -> Side:
-    """The images for some prompts in a folder.
+def collect(prompts: Sequence[Prompt], folder: Path, extract: FeatureExtractor) -> ImageSet:
+    """The images for some prompts in a folder, with their features.
 
     Raises:
         UserError: there is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = {prompt.id: file for prompt in prompts if (file := image_file(folder, prompt))}
-    made = features(list(found.values()), network)
-    lost = set(made.unreadable)
-    return Side(
-        network.name,
+    files = {prompt.id: file for prompt in prompts if (file := image_file(folder, prompt))}
+    extracted = features(list(files.values()), extract)
+    unreadable = set(extracted.unreadable)
+    return ImageSet(
+        extract.name,
         prompts,
-        made,
-        {id: file for id, file in found.items() if file not in lost},
-        [prompt.id for prompt in prompts if prompt.id not in found],
-        [id for id, file in found.items() if file in lost],
+        extracted,
+        {id: file for id, file in files.items() if file not in unreadable},
+        [prompt.id for prompt in prompts if prompt.id not in files],
+        [id for id, file in files.items() if file in unreadable],
     )
 
 
-def distances(reference: Side, generated: Side) -> dict[str | None, dict]:
-    """Frechet distances of the generated images from the reference images.
+def distances(reference: ImageSet, generated: ImageSet) -> dict[str | None, dict]:
+    """Frechet distances between the generated and the reference images.
 
     Returns:
-        For each category, and for None, all images: ``fid``, and ``images`` (how many of ``reference`` and
-        ``generated`` it is between). A distance is None where a side has fewer than two images.
+        ``fid`` and ``images`` (numbers of ``reference`` and ``generated`` images) for each category and, under the key
+        None, for all images. ``fid`` is None where a set has fewer than two images.
     """
     categories = sorted({prompt.category for prompt in generated.prompts})
     return {c: _distance(reference.rows(c), generated.rows(c)) for c in (None, *categories)}

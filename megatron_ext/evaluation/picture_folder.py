@@ -1,4 +1,4 @@
-"""A folder of generated pictures: where each lies, and a manifest that says how they were made."""
+"""A folder of generated pictures: the place of each, and a manifest that records how they were made."""
 
 import os
 from pathlib import Path
@@ -12,14 +12,14 @@ MANIFEST = "settings.json"
 
 
 def picture_file(folder: Path, prompt: Prompt) -> Path:
-    """Where the picture for a prompt is written."""
+    """The file of the picture for a prompt."""
     return folder / prompt.category / f"{prompt.id}.png"
 
 
 def save(picture: Image.Image, file: Path) -> None:
-    """Write a picture so that its name is never that of half a file."""
+    """Save a picture as PNG, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The same name each time: what a killed run leaves is overwritten by the one that goes on.
+    # A fixed name, so that a resumed run overwrites the leftovers of a killed one.
     temporary = file.with_name(f".{file.name}.tmp")
     picture.save(temporary, format="PNG")
     os.replace(temporary, file)
@@ -31,5 +31,5 @@ def claim(folder: Path, settings: dict, set_aside: bool = False) -> None:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The settings of the pictures in a folder; None where there is no manifest."""
+    """The settings of the pictures in a folder; None without a manifest."""
     return manifest.read(folder / MANIFEST)

@@ -1,19 +1,19 @@
 """The benchmarks by name."""
 
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.benchmark import Benchmark
 from megatron_ext.evaluation.gqa import GQA
-from megatron_ext.evaluation.items import Benchmark
 from megatron_ext.evaluation.mme import MME
 from megatron_ext.evaluation.pope import POPE
 from megatron_ext.evaluation.seed import SEED
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (GQA, MME, POPE, SEED)}
 PICTURES = "mjhq"
-"""The benchmark of pictures: :mod:`.mjhq` reads it, :mod:`.pictures` scores it."""
+"""The benchmark of generated pictures: :mod:`.mjhq` reads it, :mod:`.picture_scorer` scores it."""
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """The benchmark of that name.
+    """The benchmark with this name.
 
     Raises:
         UserError: there is none.

@@ -1,4 +1,4 @@
-"""Scored answers files side by side: one table, and beneath it everything that was counted."""
+"""Scored answers files side by side: one table, and below it all counts and details."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -6,27 +6,27 @@ from pathlib import Path
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.answers import read_answers
-from megatron_ext.evaluation.items import Benchmark, Item, Scores
+from megatron_ext.evaluation.benchmark import Benchmark, Item, Scores
 
 
 @dataclass(frozen=True)
 class Scored:
     """One answers file with its scores."""
 
-    label: str  # whose answers they are: the row of the table
-    benchmark: str  # its title
+    label: str  # the model that answered: the row of the table
+    benchmark: str  # title
     file: str
     scores: Scores
-    duplicates: int  # lines with an id already answered: the first counts
-    unknown: int  # answers to questions that were not asked
-    malformed: list[int]  # lines without an id and an answer
-    cut_short: bool  # half a last line
-    unusable: dict[str, list[str]] = field(default_factory=dict)  # of pictures: what is wrong -> all their ids
+    duplicates: int  # further lines for an answered id; the first line counts
+    unknown: int  # answers whose id belongs to no question
+    malformed: list[int]  # numbers of lines without an id and an answer
+    cut_short: bool  # the last line is incomplete
+    unusable: dict[str, list[str]] = field(default_factory=dict)  # pictures: problem -> ids
 
 
 def score_file(benchmark: Benchmark, items: Sequence[Item], file: Path, label: str) -> Scored:
-    """Score an answers file. Where it has likelihoods of the choices and the benchmark can rank them, the headline has
-    that figure too.
+    """Score an answers file; the headline includes the ranking by likelihood if the file has likelihoods and the
+    benchmark ranks choices.
 
     Raises:
         UserError: the file cannot be read.
@@ -42,7 +42,7 @@ def score_file(benchmark: Benchmark, items: Sequence[Item], file: Path, label: s
 
 
 def _joined(scores: Scores, ranked: Scores) -> Scores:
-    """The scores of the answers with the figures of the ranked choices beside them."""
+    """The scores of the answers together with those of the ranked choices."""
     (column,) = ranked.headline
     note = f"{column}: {ranked.missing} questions without likelihoods, {ranked.invalid} with unusable ones"
     return replace(
@@ -54,31 +54,33 @@ def _joined(scores: Scores, ranked: Scores) -> Scores:
 
 
 def rows(scored: Sequence[Scored]) -> tuple[list[str], dict[str, dict[str, float]]]:
-    """Columns, and for every label its figures by column, both in the order in which they first occur.
+    """Columns, and the figures of every label by column, both in order of first occurrence.
 
     Raises:
-        UserError: two files would stand in the same place.
+        UserError: two files have the same label and column.
     """
     columns: dict[str, None] = {}
     table: dict[str, dict[str, float]] = {}
-    for one in scored:
-        row = table.setdefault(one.label, {})
-        for column, figure in one.scores.headline.items():
+    for entry in scored:
+        row = table.setdefault(entry.label, {})
+        for column, figure in entry.scores.headline.items():
             if column in row:
-                raise UserError(f"two answers files for {one.benchmark} are called {one.label!r}: give each a label")
+                raise UserError(
+                    f"two answers files for {entry.benchmark} are called {entry.label!r}: give each a label"
+                )
             row[column] = figure
             columns[column] = None
     return list(columns), table
 
 
 def as_json(scored: Sequence[Scored]) -> dict:
-    """The table and everything that was counted, as plain data with unrounded numbers."""
+    """The table and all counts and details, as plain data with unrounded numbers."""
     columns, table = rows(scored)
-    return {"columns": columns, "rows": table, "files": [asdict(one) for one in scored]}
+    return {"columns": columns, "rows": table, "files": [asdict(entry) for entry in scored]}
 
 
 def markdown(scored: Sequence[Scored]) -> str:
-    """The table, what was wrong with the answers, and the figures of every split, subtask and question type."""
+    """The table, problems of the answers, and the figures of every split, subtask and question type."""
     columns, table = rows(scored)
     figures = [[label, *(_figure(row.get(column)) for column in columns)] for label, row in table.items()]
     counted = ["questions", "missing", "invalid", "duplicate", "unknown", "malformed lines"]
@@ -86,27 +88,27 @@ def markdown(scored: Sequence[Scored]) -> str:
         _table(["answers of", *columns], figures),
         _table(["answers of", "benchmark", *counted], map(_counts, scored)),
     ]
-    notes = [f"- {one.label}: {note}" for one in scored for note in _notes(one)]
+    notes = [f"- {entry.label}: {note}" for entry in scored for note in _notes(entry)]
     parts += ["\n".join(notes)] if notes else []
-    for one in scored:
-        if one.scores.details:
-            parts += [f"### {one.benchmark}, {one.label}", _details(one.scores.details)]
+    for entry in scored:
+        if entry.scores.details:
+            parts += [f"### {entry.benchmark}, {entry.label}", _details(entry.scores.details)]
     return "\n\n".join(parts) + "\n"
 
 
-def _counts(one: Scored) -> list[str]:
-    scores = one.scores
-    counts = (scores.questions, scores.missing, scores.invalid, one.duplicates, one.unknown, len(one.malformed))
-    return [one.label, one.benchmark, *map(str, counts)]
+def _counts(entry: Scored) -> list[str]:
+    scores = entry.scores
+    counts = (scores.questions, scores.missing, scores.invalid, entry.duplicates, entry.unknown, len(entry.malformed))
+    return [entry.label, entry.benchmark, *map(str, counts)]
 
 
-def _notes(one: Scored) -> list[str]:
-    unusable = [f"{one.file}: {what}: {_first(ids)}" for what, ids in one.unusable.items() if ids]
+def _notes(entry: Scored) -> list[str]:
+    unusable = [f"{entry.file}: {problem}: {_first(ids)}" for problem, ids in entry.unusable.items() if ids]
     return [
-        *one.scores.notes,
+        *entry.scores.notes,
         *unusable,
-        *([f"{one.file}: no answer in line {_first(one.malformed)}"] if one.malformed else []),
-        *([f"{one.file}: the last line is cut short"] if one.cut_short else []),
+        *([f"{entry.file}: no answer in line {_first(entry.malformed)}"] if entry.malformed else []),
+        *([f"{entry.file}: the last line is cut short"] if entry.cut_short else []),
     ]
 
 
@@ -126,7 +128,7 @@ def _figure(value: float | None) -> str:
 
 
 def _table(head: list[str], body) -> str:
-    """A Markdown table whose columns are aligned in plain text as well."""
+    """A Markdown table with columns that are also aligned as plain text."""
     lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, *body]]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(head))]
     align = [":" + "-" * (width - 1) if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]

@@ -1,4 +1,4 @@
-"""SEED-Bench, the questions about images: four choices, answered by letter or ranked by likelihood."""
+"""SEED-Bench, its questions about images: four choices, answered by letter or ranked by likelihood."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from megatron_ext import files
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import counting
-from megatron_ext.evaluation.items import Answers, Benchmark, Item, Scores
+from megatron_ext.evaluation import scoring
+from megatron_ext.evaluation.benchmark import Answers, Benchmark, Item, Scores
 from megatron_ext.evaluation.parsing import LETTERS, letter
-from megatron_ext.evaluation.reading import checked, chosen, field, first_file, first_image, one_of
+from megatron_ext.evaluation.released_files import checked, field, first_file, first_image, one_of, selected_parts
 
 PARTS = ("image",)
 SUFFIX = "Answer with the option's letter from the given choices directly."
-# The release names images without a suffix.
+# Released images have no suffix.
 _IMAGE_PLACES = [("SEED-Bench-image", ""), ("SEED-Bench-image", ".jpg"), ("images", ""), ("images", ".jpg")]
 
 
@@ -21,7 +21,7 @@ def read(folder: Path, parts: Sequence[str] | None = None) -> list[Item]:
     """The questions of ``SEED-Bench.json`` whose ``data_type`` is image: ``{"questions": [{"question_id", "data_id",
     "data_type", "question", "choice_a".."choice_d", "answer", "question_type_id"}], "question_type": {name: id}}``.
     Images are ``SEED-Bench-image/<data_id>``."""
-    chosen(parts, PARTS, "seed")
+    selected_parts(parts, PARTS, "seed")
     file = first_file([folder / "SEED-Bench.json"])
     content = files.read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
@@ -55,18 +55,17 @@ def _items(questions: list, types: dict[str, str], file: Path, folder: Path) -> 
 
 
 def score(items: Sequence[Item], answers: Answers) -> Scores:
-    """Accuracy in percent overall and per question type, of the letters that the answers name."""
-    return _scores("SEED", items, counting.parse(items, answers, lambda item, answer: letter(answer, item.choices)))
+    """Accuracy in percent of the letters that the answers name, overall and per question type."""
+    return _scores("SEED", items, scoring.parse(items, answers, lambda item, answer: letter(answer, item.choices)))
 
 
 def score_likelihoods(items: Sequence[Item], likelihoods: Mapping[str, Sequence[float]]) -> Scores:
-    """The same, where a model's answer is the choice with the highest of four log-likelihoods, the first of equal ones.
+    """Accuracy of the choices with the highest log-likelihood, the first of equal ones.
 
-    Whether a choice's log-likelihood is summed or averaged over its tokens is for whoever computes it
-    (``evaluation/answering.py`` sums). Anything but
-    four numbers, or four that are -inf, is invalid.
+    The caller decides whether log-likelihoods are summed or averaged over tokens (:mod:`.answer_generation` sums them).
+    Anything but four numbers, or four times -inf, is invalid.
     """
-    return _scores("SEED-likelihood", items, counting.parse(items, likelihoods, lambda item, four: _likeliest(four)))
+    return _scores("SEED-likelihood", items, scoring.parse(items, likelihoods, lambda item, four: _likeliest(four)))
 
 
 def _likeliest(values) -> str | None:
@@ -76,15 +75,15 @@ def _likeliest(values) -> str | None:
     return LETTERS[values.index(max(values))]
 
 
-def _scores(column: str, items: Sequence[Item], parsed: counting.Parsed) -> Scores:
-    overall = counting.percent(map(parsed.right, items))
+def _scores(column: str, items: Sequence[Item], parsed: scoring.Parsed) -> Scores:
+    overall = scoring.percent(map(parsed.right, items))
     return Scores(
-        {column: overall}, counting.accuracies(items, parsed.right), len(items), parsed.missing, parsed.invalid
+        {column: overall}, scoring.accuracies(items, parsed.right), len(items), parsed.missing, parsed.invalid
     )
 
 
 def right(item: Item, answer: str) -> bool:
-    """Whether the answer names the right option."""
+    """Whether the answer names the correct option."""
     return letter(answer, item.choices) == item.answer
 
 

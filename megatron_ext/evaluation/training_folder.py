@@ -1,10 +1,10 @@
-"""The files of the evaluations during training, and when they count as one.
+"""The files that evaluations during training leave, and which of them are complete.
 
 ::
 
     OUTPUT/evaluation/iter_NNNNNNN/<benchmark>.jsonl          answers, in the form that tools/evaluate.py scores
                                    0000.png ... sheet.png     a picture for each caption
-                                   evaluation.json            scores and captions; what has none is not complete
+                                   evaluation.json            scores and captions; without it the folder is incomplete
 """
 
 from pathlib import Path
@@ -14,15 +14,15 @@ from megatron_ext.files import read_json
 MANIFEST = "evaluation.json"
 
 
-def place(output: Path, iteration: int) -> Path:
+def iteration_folder(output: Path, iteration: int) -> Path:
     """The folder of the evaluation after ``iteration``."""
     return output / "evaluation" / f"iter_{iteration:07}"
 
 
 def newest(output: Path, iteration: int) -> tuple[Path, dict] | None:
-    """Folder and manifest of the newest complete evaluation of a run up to ``iteration``; None: there is none."""
-    for manifest in sorted((output / "evaluation").glob(f"iter_*/{MANIFEST}"), reverse=True):
-        found = read_json(manifest)
-        if found["iteration"] <= iteration:
-            return manifest.parent, found
+    """Folder and manifest of a run's newest complete evaluation up to ``iteration``; None: there is none."""
+    for file in sorted((output / "evaluation").glob(f"iter_*/{MANIFEST}"), reverse=True):
+        manifest = read_json(file)
+        if manifest["iteration"] <= iteration:
+            return file.parent, manifest
     return None

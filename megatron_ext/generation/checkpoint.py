@@ -9,36 +9,47 @@ import torch.distributed as dist
 from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import Plan, with_roles
+from megatron_ext.training.validation import validate
+from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary
 
 
 @dataclass
-class Trained:
-    """A model with what it was trained under."""
+class TrainedModel:
+    """A model with the configuration and vocabulary of its training."""
 
-    config: Config
-    plan: Plan
+    resolved: ResolvedConfig
     vocabulary: Vocabulary
     model: torch.nn.Module
 
+    @property
+    def config(self) -> Config:
+        """The configuration of its training, with overrides."""
+        return self.resolved.config
 
-def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None, tensor: int | None = None) -> Trained:
-    """The model of a checkpoint, cut by tensor parallelism over ``tensor`` processes (None: all of this run).
+    @property
+    def plan(self) -> Plan:
+        """The roles of tokens and the weights that image tokens use."""
+        return self.resolved.plan
+
+
+def load(
+    checkpoint: Path, overrides: list[str], vocabulary: Path | None = None, tensor: int | None = None
+) -> TrainedModel:
+    """Load a checkpoint's model, with tensor parallelism over ``tensor`` processes (None: all processes).
 
     Args:
-        checkpoint: ``.../checkpoints/iter_NNNNNNN``, or a run's folder, whose newest checkpoint is taken; trained under
-            any layout.
-        overrides: ``section.key=value``; ``plan.*`` changes the roles that the model is used with, and leaves the
-            projections that were trained.
-        vocabulary: its folder, where it is not that of the run's configuration any more.
+        checkpoint: ``.../checkpoints/iter_NNNNNNN``, or a run's folder, for its newest checkpoint; trained under any
+            parallel layout.
+        overrides: ``section.key=value``; ``plan.*`` changes the roles of tokens, not the projections.
+        vocabulary: its folder; None: that of the run's configuration.
 
     Raises:
-        UserError: the checkpoint or the vocabulary is missing, damaged, or another one than it was trained with.
+        UserError: the checkpoint or the vocabulary is missing or damaged, or the vocabulary is not that of training.
     """
     from megatron_ext import distributed
     from megatron_ext.checkpoints import folder as checkpoint_folder
     from megatron_ext.checkpoints.checkpointer import load_weights, read_state
-    from megatron_ext.training.run import padded_vocabulary
     from megatron_ext.transformer.model import build_chunks
 
     path = checkpoint_folder.of_run(checkpoint)
@@ -47,10 +58,11 @@ def load(checkpoint: Path, overrides: list[str], vocabulary: Path | None = None,
     config.parallel = type(config.parallel)(tensor=tensor or distributed.world_size())
     config.training.micro_batch_size, config.training.global_batch_size = 1, distributed.world_size()
     config.training.recompute = "none"
-    config.validate(distributed.world_size())
-    words = Vocabulary(vocabulary or config.data.vocabulary)
+    validate(config, distributed.world_size())
+    trained_vocabulary = Vocabulary(vocabulary or config.data.vocabulary)
     if not dist.is_initialized():
         distributed.initialize(config)
-    (model,) = build_chunks(config, padded_vocabulary(config, words))
-    load_weights(path, [model], {"fingerprints": {"vocabulary": words.fingerprint}})
-    return Trained(config, Plan.of(config.plan, config.model.num_layers), words, model.eval())
+    resolved = resolve(config, padded_vocab_size(config, trained_vocabulary))
+    (model,) = build_chunks(resolved)
+    load_weights(path, [model], {"fingerprints": {"vocabulary": trained_vocabulary.fingerprint}})
+    return TrainedModel(resolved, trained_vocabulary, model.eval())

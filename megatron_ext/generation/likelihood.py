@@ -1,11 +1,12 @@
-"""How likely a model finds given continuations."""
+"""The log-likelihood of given continuations under a model."""
 
 from collections.abc import Sequence
 
 import torch
 
-from megatron_ext.generation.generator import Generator, Request
-from megatron_ext.generation.prompt_batch import alignment, rows_of
+from megatron_ext.generation.document_batch import document_batch, row_alignment_of
+from megatron_ext.generation.generator import Generator
+from megatron_ext.generation.request import Request
 from megatron_ext.routing.route import Route
 
 
@@ -15,17 +16,19 @@ def log_likelihoods(
 ) -> list[float]:
     """Log-likelihood of each continuation after its request, summed over the continuation's tokens, in nats.
 
-    All are read together, without a cache: ``continuations`` are short.
+    All are read in one forward pass without a cache: ``continuations`` are short.
     """
     model, prompts = generator.model, [request.tokens for request in requests]
     tasks = torch.tensor([int(request.task) for request in requests], dtype=torch.int8)
-    documents = [[*prompt, *more] for prompt, more in zip(prompts, continuations)]
-    batch = rows_of(generator.vocabulary, documents, tasks, torch.zeros(len(documents), dtype=torch.int64))
-    place = torch.arange(batch.shape[1])
-    first, end = (torch.tensor([len(x) - 1 for x in of])[:, None] for of in (prompts, documents))
-    wanted = (place >= first) & (place < end)
+    documents = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations)]
+    start_positions = torch.zeros(len(documents), dtype=torch.int64)
+    batch = document_batch(generator.vocabulary, documents, tasks, start_positions)
+    column = torch.arange(batch.shape[1])
+    # The last token of the prompt predicts the first of the continuation.
+    first, end = (torch.tensor([len(row) - 1 for row in rows])[:, None] for rows in (prompts, documents))
+    predicts = (column >= first) & (column < end)
     device = next(model.parameters()).device
-    route = Route.of(batch, generator.plan, *alignment(model), wanted=wanted).to(device)
-    losses = model.token_losses(model(route), batch.labels[wanted].to(device)).cpu().double()
-    row = wanted.nonzero()[:, 0]
+    route = Route.of(batch, generator.plan, *row_alignment_of(model), wanted=predicts).to(device)
+    losses = model.token_losses(model(route), batch.labels[predicts].to(device)).cpu().double()
+    row = predicts.nonzero()[:, 0]
     return (-torch.zeros(len(documents), dtype=torch.float64).index_add_(0, row, losses)).tolist()

@@ -1,8 +1,8 @@
-"""Prompts in the form of training documents (``data/rendering.py``)."""
+"""Requests whose prompts have the form of training documents (``data/rendering.py``)."""
 
 from collections.abc import Sequence
 
-from megatron_ext.generation.generator import Request
+from megatron_ext.generation.request import Request
 from megatron_ext.token_classes import Task
 from megatron_ext.vocabulary import Vocabulary
 

@@ -1,4 +1,4 @@
-"""The next token from its logits."""
+"""Sampling of the next token from its logits."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ class Sampling:
         top_k: only the k most likely tokens; 0: all.
         top_p: only the most likely tokens that together have this probability (nucleus; Holtzman et al.,
             arXiv 1904.09751).
-        guidance: scale s of classifier-free guidance for pictures (Ho and Salimans, arXiv 2207.12598), logits =
-            unconditional + s (conditional - unconditional); 1: none.
-        seed: with a document's number it decides what is drawn, whatever else is in the batch.
+        guidance: scale s of classifier-free guidance (``guidance.py``), logits = unconditional + s (conditional -
+            unconditional); 1: none.
+        seed: with a document's number it decides which tokens are sampled, whatever else is in the batch.
 
     Raises:
-        UserError: a number that cannot be meant.
+        UserError: a number is out of range.
     """
 
     temperature: float = 1.0
@@ -42,9 +42,9 @@ class Sampling:
             raise UserError(f"top-p {self.top_p:g}: must be above 0 and at most 1")
 
     def generators(self, numbers: Sequence[int]) -> list[torch.Generator]:
-        """A source of noise for each document by its number."""
+        """A random generator for each document, by its number."""
         digests = (hashlib.sha256(f"{self.seed}:{number}".encode()).digest() for number in numbers)
-        # torch's generator on CPUs looks at 32 bits of its seed.
+        # torch's generator on CPUs uses 32 bits of its seed.
         return [torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")) for digest in digests]
 
 
@@ -55,8 +55,8 @@ def next_tokens(
 
     Args:
         logits: [n, vocabulary].
-        allowed: which tokens may come, bool [n, vocabulary]; some in every row.
-        generators: a row's own noise; one number per token of the vocabulary is drawn from it.
+        allowed: the tokens that may come, bool [n, vocabulary]; at least one in every row.
+        generators: of each row; each gives a random number per token of the vocabulary.
     """
     logits = logits.float().masked_fill(~allowed, -torch.inf)
     if sampling.temperature == 0:
@@ -68,7 +68,7 @@ def next_tokens(
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # without them the mass is reached already
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the tokens before have this mass already
         probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0))
     noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=g) for g in generators])
     return (probabilities / noise.to(logits.device)).argmax(-1).tolist()

@@ -1,4 +1,4 @@
-"""A trained model and its VQ tokenizer at work for a person: captions in, pictures out; questions in, answers out."""
+"""A trained model with its VQ tokenizer: pictures from captions, and answers to questions about pictures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,54 +7,62 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from PIL import Image
-from torch import Tensor
 
 from megatron_ext import command_line, distributed
+from megatron_ext import vq as vq_package
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
-from megatron_ext.generation.checkpoint import Trained
-from megatron_ext.generation.generator import Generator, Request
+from megatron_ext.generation.checkpoint import TrainedModel
+from megatron_ext.generation.generator import Generator
+from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
-from megatron_ext.preprocess.images import CROP, PillowDecoder
-from megatron_ext.vq import model as vq_model
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder
+from megatron_ext.vq.pixels import from_bytes, to_picture
 
 SHEET = "sheet.png"
 SHEET_COLUMNS = 4
 
 
 class Session:
-    """Everything that ``tools/generate.py``, ``tools/evaluate.py`` and evaluations during training need."""
+    """Generation for ``tools/generate.py``, ``tools/evaluate.py`` and evaluations during training."""
 
-    def __init__(self, trained: Trained, vq: Path, batch_size: int, say: Callable[[str], None] = distributed.report):
+    def __init__(
+        self,
+        trained: TrainedModel,
+        vq: Path,
+        batch_size: int,
+        report: Callable[[str], None] = distributed.report,
+    ):
         """
         Args:
-            trained: a checkpoint's (:func:`~megatron_ext.generation.checkpoint.load`) or one that is being trained.
-                It must be in evaluation mode whenever something is asked of it.
+            trained: of a checkpoint (:func:`~megatron_ext.generation.checkpoint.load`), or a model that is being
+                trained, which must be in evaluation mode during every call.
             vq: folder of the VQ tokenizer.
             batch_size: documents that are decoded together.
-            say: is given every line for the person, on every rank.
+            report: called with every line for the user, on every rank.
 
         Raises:
             UserError: there is no such VQ tokenizer, or it does not fit the vocabulary.
         """
-        self.trained, self._say = trained, say
+        self.trained, self._report = trained, report
         device = next(trained.model.parameters()).device
-        self.vq = vq_model.load(vq, device)
-        words = self.trained.vocabulary
-        if self.vq.codebook_size != words.codebook_size:
+        self.vq = vq_package.load(vq, device)
+        vocabulary = trained.vocabulary
+        if self.vq.codebook_size != vocabulary.codebook_size:
             raise UserError(
-                f"{vq}: has {self.vq.codebook_size} codes, the vocabulary in {words.folder} {words.codebook_size}"
+                f"{vq}: has {self.vq.codebook_size} codes, the vocabulary in {vocabulary.folder} "
+                f"{vocabulary.codebook_size}"
             )
-        self.generator = Generator(self.trained.model, self.trained.plan, words, self.vq.grid)
+        self.generator = Generator(trained.model, trained.plan, vocabulary, self.vq.grid)
         self.batch_size = batch_size
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes files."""
+    def is_reporting_rank(self) -> bool:
+        """Whether this process writes files."""
         return dist.get_rank() == 0
 
     def encode(self, image: Path) -> list[int]:
-        """The VQ codes of a picture, cut to the tokenizer's shape from its middle.
+        """The VQ codes of a picture, scaled and center-cropped to the tokenizer's shape.
 
         Raises:
             UserError: it cannot be read.
@@ -68,72 +76,75 @@ class Session:
         decoder.close()
         if isinstance(pixels, str):
             raise UserError(f"{image}: {pixels}")
-        return self.vq.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1)[0].tolist()
+        return self.vq.encode(from_bytes(pixels.permute(2, 0, 1)[None]))[0].tolist()
 
-    def draw(self, captions: Sequence[str], out: Path, settings: dict, first: int = 0) -> list[dict]:
-        """A PNG for each caption and a sheet of all of them in ``out``. Collective.
+    def generate_pictures(
+        self, captions: Sequence[str], out: Path, settings: dict, first_number: int = 0
+    ) -> list[dict]:
+        """Write a PNG for each caption, and a sheet of all of them, to ``out``. Collective.
 
         Returns:
-            For each picture its file, caption and codes; the files are there once this returns.
+            For each picture its file, caption and codes; the files exist on return.
         """
-        words = self.trained.vocabulary
-        requests = [prompts.picture(words, caption, first + i) for i, caption in enumerate(captions)]
-        made = self._continue(requests, Sampling(**settings), "pictures")
-        codes = self.codes(made)
-        files = [out / f"{number:04d}.png" for number in range(first, first + len(captions))]
+        vocabulary = self.trained.vocabulary
+        numbers = range(first_number, first_number + len(captions))
+        requests = [prompts.picture(vocabulary, caption, number) for caption, number in zip(captions, numbers)]
+        codes = self.codes(self._generate(requests, Sampling(**settings), "pictures"))
+        files = [out / f"{number:04d}.png" for number in numbers]
         distributed.from_rank_zero(lambda: self._save(codes, files, out / SHEET))
         for file, caption in zip(files, captions):
-            self._say(f"{file}: {caption}")
+            self._report(f"{file}: {caption}")
         if len(files) > 1:
-            self._say(str(out / SHEET))
+            self._report(str(out / SHEET))
         return [{"file": str(f), "caption": caption, "codes": c} for f, caption, c in zip(files, captions, codes)]
 
-    def codes(self, made: Sequence[Sequence[int]]) -> list[list[int]]:
+    def codes(self, continuations: Sequence[Sequence[int]]) -> list[list[int]]:
         """The VQ codes in continuations."""
-        words = self.trained.vocabulary
-        return [[words.codes(token) for token in tokens if words.is_image(token)] for tokens in made]
+        vocabulary = self.trained.vocabulary
+        return [[vocabulary.codes(t) for t in tokens if vocabulary.is_image(t)] for tokens in continuations]
 
     def pictures(self, codes: Sequence[Sequence[int]]) -> list[Image.Image]:
-        """The pictures that VQ codes, h*w each, stand for."""
-        return [_picture(image) for image in self.vq.decode(torch.tensor(codes)).cpu()]
+        """The pictures of VQ codes, h*w each."""
+        return [to_picture(image) for image in self.vq.decode(torch.tensor(codes)).cpu()]
 
     def ask(self, image: Path, questions: Sequence[str], max_new_tokens: int, settings: dict) -> list[dict]:
-        """An answer to each question about a picture."""
-        words, codes = self.trained.vocabulary, self.encode(image)
-        requests = [prompts.answer(words, codes, question, max_new_tokens, i) for i, question in enumerate(questions)]
-        answers = [words.decode(tokens) for tokens in self._continue(requests, Sampling(**settings), "answers")]
+        """Answer each question about a picture. Collective."""
+        vocabulary, codes = self.trained.vocabulary, self.encode(image)
+        requests = [prompts.answer(vocabulary, codes, q, max_new_tokens, i) for i, q in enumerate(questions)]
+        continuations = self._generate(requests, Sampling(**settings), "answers")
+        answers = [vocabulary.decode(tokens) for tokens in continuations]
         for question, answer in zip(questions, answers):
-            self._say(f"{question} {answer}")
+            self._report(f"{question} {answer}")
         return [{"image": str(image), "question": q, "answer": a} for q, a in zip(questions, answers)]
 
-    def line(self, what: str) -> str:
-        """A line from the person, the same on every rank; empty at the end of input."""
-        given = [""]
-        if self.first:
+    def read_line(self, prompt: str) -> str:
+        """A line of standard input, the same on every rank; empty at the end of input."""
+        line = [""]
+        if self.is_reporting_rank:
             try:
-                given = [input(f"{what}: ").strip()]
+                line = [input(f"{prompt}: ").strip()]
             except EOFError:
                 print()
-        dist.broadcast_object_list(given, src=0)
-        return given[0]
+        dist.broadcast_object_list(line, src=0)
+        return line[0]
 
     def close(self) -> None:
         """Leave the process group."""
         distributed.shut_down()
 
-    def _continue(self, requests: list[Request], sampling: Sampling, what: str) -> list[list[int]]:
-        """What follows each request, the same on every rank; each replica makes every n-th."""
+    def _generate(self, requests: list[Request], sampling: Sampling, kind: str) -> list[list[int]]:
+        """The continuation of each request, the same on every rank; each of n replicas generates every n-th."""
         replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-        mine = requests[replica::replicas]
-        groups = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
-        memory = max((self.generator.memory(group, sampling) for group in groups), default=0)
-        self._say(f"{len(requests)} {what}; cache of keys and values: {memory / 2**20:.1f} MiB on each device")
-        made = []
-        with command_line.progress(desc=what, unit=" tokens") as bar:
-            for group in groups:
-                made += self.generator(group, sampling, bar.update)
+        share = requests[replica::replicas]
+        batches = [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
+        memory = max((self.generator.memory(batch, sampling) for batch in batches), default=0)
+        self._report(f"{len(requests)} {kind}; cache of keys and values: {memory / 2**20:.1f} MiB on each device")
+        continuations = []
+        with command_line.progress(desc=kind, unit=" tokens") as bar:
+            for batch in batches:
+                continuations += self.generator(batch, sampling, bar.update)
         shares: list = [None] * replicas
-        dist.all_gather_object(shares, made, parallel_state.get_data_parallel_group())
+        dist.all_gather_object(shares, continuations, parallel_state.get_data_parallel_group())
         return [shares[i % replicas][i // replicas] for i in range(len(requests))]
 
     def _save(self, codes: list[list[int]], files: Sequence[Path], sheet: Path) -> None:
@@ -143,11 +154,6 @@ class Session:
             picture.save(file)
         if len(pictures) > 1:
             _sheet(pictures).save(sheet)
-
-
-def _picture(image: Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1]"""
-    return Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def _sheet(pictures: Sequence[Image.Image]) -> Image.Image:

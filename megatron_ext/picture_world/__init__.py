@@ -1,9 +1,10 @@
 """The picture world: procedural scenes with captions and questions, for training and testing on a laptop.
 
-``world.py`` what there is in a picture; ``render.py`` its pixels; ``captions.py`` and ``questions.py`` what can be
-said and asked of it; ``write.py`` data sets in the forms of real data; ``sheet.py`` a page to look at.
-
-``benchmarks.py`` (and ``multiple_choice.py``) the test split in the files of real benchmarks. The way back:
-``look.py`` what is in a picture, by its pixels; ``facts.py`` what a caption says; ``check.py`` the one against the
-other.
+* Content: :mod:`.attributes`, :mod:`.splits` (with the held-out combinations), :mod:`.world` (scenes), :mod:`.render`
+  (their pixels).
+* Text: :mod:`.captions`, :mod:`.questions`, :mod:`.multiple_choice`, :mod:`.conversations`.
+* Files: :mod:`.split_files` (data sets in the formats of real data), :mod:`.benchmark_files` (in the formats of real
+  benchmarks), :mod:`.contact_sheet`.
+* Checking generated pictures: :mod:`.detection` (objects from pixels), :mod:`.facts` (facts of a caption),
+  :mod:`.check` (one against the other).
 """

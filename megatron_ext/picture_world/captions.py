@@ -1,4 +1,4 @@
-"""What can be said of a scene: captions and small reasoning texts. Every statement is true of its scene."""
+"""Captions and short reasoning texts about scenes. Every statement is true of its scene."""
 
 import random
 from collections import Counter
@@ -9,7 +9,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
 
 def caption(scene: Scene) -> str:
-    """A caption that names every object by number, color and shape, and often sizes, places, relations, background."""
+    """A caption that names every object by number, color and shape, often with sizes, places, relations, background."""
     rng = scene.random("caption")
     sentences = [_census(rng, scene)]
     extras = [_sizes(rng, scene), _relation(rng, scene), _background(rng, scene)]
@@ -19,7 +19,7 @@ def caption(scene: Scene) -> str:
 
 
 def text(scene: Scene) -> str:
-    """A plain text that reasons about such a scene without showing it: counts and their sum, relations and inverses."""
+    """A plain text that reasons about a scene without a picture: counts and their sum, relations and inverses."""
     rng = scene.random("text")
     sentences = []
     groups = _groups(scene)
@@ -41,8 +41,8 @@ def text(scene: Scene) -> str:
         words = relation_words(a, b)
         if words:
             word, inverse = rng.choice(words)
-            one, other = pair_name(a), pair_name(b)
-            sentences.append(f"The {one} is {word} the {other}, so the {other} is {inverse} the {one}.")
+            name, other_name = pair_name(a), pair_name(b)
+            sentences.append(f"The {name} is {word} the {other_name}, so the {other_name} is {inverse} the {name}.")
     rng.shuffle(sentences)
     return " ".join(sentences)
 
@@ -65,7 +65,7 @@ def plural(name: str, count: int) -> str:
 
 
 def relation_words(a: SceneObject, b: SceneObject) -> list[tuple[str, str]]:
-    """How ``a`` lies to ``b``, each with its inverse; by cell, so that it is plain to see."""
+    """The relations of ``a`` to ``b``, each with its inverse; by cell, so that they are clearly visible."""
     words = []
     if a.column != b.column:
         words.append(("left of", "right of") if a.column < b.column else ("right of", "left of"))
@@ -75,7 +75,7 @@ def relation_words(a: SceneObject, b: SceneObject) -> list[tuple[str, str]]:
 
 
 def unique_objects(scene: Scene) -> list[SceneObject]:
-    """Objects that their color and shape single out."""
+    """Objects that no other object equals in color and shape."""
     counts = Counter(pair_name(item) for item in scene.objects)
     return [item for item in scene.objects if counts[pair_name(item)] == 1]
 
@@ -93,7 +93,7 @@ def _listed(parts: list[str]) -> str:
 
 
 def _census(rng: random.Random, scene: Scene) -> str:
-    """One sentence with every object in it."""
+    """One sentence that names every object."""
     groups = _groups(scene)
     rng.shuffle(groups)
     parts = [article(name) if count == 1 else f"{NUMBERS[count]} {plural(name, count)}" for name, count in groups]

@@ -1,15 +1,15 @@
-"""Pictures against captions, by what :mod:`look` sees in them: which of a caption's facts are true of the picture.
+"""Checking pictures against captions: which facts of a caption agree with what :mod:`.detection` finds in the picture.
 
-The idea is GenEval's: not how a picture looks, but whether the objects, colors, numbers and places that were asked for
-are there.
+As in GenEval, the looks of a picture do not matter, only whether it shows the objects, colors, numbers and places of
+its caption.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_ext.picture_world.facts import Facts, Pair, read_caption
-from megatron_ext.picture_world.look import Seen, SeenObject, look
+from megatron_ext.picture_world.detection import DetectedObject, DetectedScene, detect
+from megatron_ext.picture_world.facts import CaptionFacts, Pair, read_caption
 
 KINDS = ("object", "color", "count", "place", "size", "relation", "background")
 
@@ -19,9 +19,9 @@ class Verdict:
     """How a picture compares with its caption.
 
     Attributes:
-        facts: kind -> (facts that are right, facts said), of :data:`KINDS`.
-        extra: objects seen that the caption does not name.
-        all_right: every fact is right and there is no extra object.
+        facts: (correct facts, facts) by kind of :data:`KINDS`.
+        extra: detected objects that the caption does not name.
+        all_right: every fact is correct and there is no extra object.
     """
 
     facts: dict[str, tuple[int, int]]
@@ -30,54 +30,55 @@ class Verdict:
 
 
 def check(picture, caption: str) -> Verdict:
-    """A picture, in any of :func:`look`'s forms, against a caption of the picture world.
+    """Check a picture, in any form that :func:`~.detection.detect` accepts, against a caption of the picture world.
 
     Raises:
-        UserError: the caption is not one of the picture world's.
+        UserError: the text is not a caption of the picture world.
     """
-    return compare(look(picture), read_caption(caption))
+    return compare(detect(picture), read_caption(caption))
 
 
-def compare(seen: Seen, facts: Facts) -> Verdict:
-    """What was seen against what was said. By kind, a fact is:
+def compare(seen: DetectedScene, facts: CaptionFacts) -> Verdict:
+    """Compare detected objects with the facts of a caption. The facts by kind, and when they are correct:
 
-    object: one object said, right if an object of its shape is seen, in whatever color (none stands for two);
-    color: one object said, right if one of its shape *and* color is seen;
-    count: one number said ("two red circles"), right if exactly so many are seen;
-    place, size: right if every object of that color and shape is there or of that size, and there is one;
-    relation: right if so lie the two, by their cells; background: its color.
+    * object: one object of the caption; an object of its shape, of any color, is detected (each counts once);
+    * color: one object of the caption; one of its shape *and* color is detected;
+    * count: one number ("two red circles"); exactly as many are detected;
+    * place, size: every detected object of this color and shape has the place or size, and there is one;
+    * relation: the two objects have this relation, by their cells;
+    * background: its color.
     """
     pairs = Counter((o.color, o.shape) for o in seen.objects)
-    said, wanted_shapes = Counter(facts.counts), Counter()
+    caption_pairs, caption_shapes = Counter(facts.counts), Counter()
     for (_, shape), count in facts.counts.items():
-        wanted_shapes[shape] += count
+        caption_shapes[shape] += count
     shapes = Counter(o.shape for o in seen.objects)
-    total = said.total()
+    total = caption_pairs.total()
     results = {
-        "object": ((wanted_shapes & shapes).total(), total),
-        "color": ((said & pairs).total(), total),
-        "count": _right(pairs[pair] == count for pair, count in said.items()),
+        "object": ((caption_shapes & shapes).total(), total),
+        "color": ((caption_pairs & pairs).total(), total),
+        "count": _right(pairs[pair] == count for pair, count in caption_pairs.items()),
         "place": _right(_all(seen, pair, "place", place) for pair, place in facts.places),
         "size": _right(_all(seen, pair, "size", size) for pair, size in facts.sizes),
         "relation": _right(_related(seen, *relation) for relation in facts.relations),
         "background": _right([seen.background == facts.background] if facts.background else []),
     }
-    extra = (pairs - said).total()
+    extra = (pairs - caption_pairs).total()
     return Verdict(results, extra, extra == 0 and all(right == count for right, count in results.values()))
 
 
 def summary(verdicts: Iterable[Verdict]) -> dict:
-    """The numbers of many pictures.
+    """Summarise the verdicts of many pictures.
 
     Returns:
-        ``pictures``; ``all_right``, the share of pictures that are as their captions say; ``extra_objects`` per
-        picture; and for every kind the share of its facts that are right (None if none was said) with their number.
+        ``pictures``; ``all_right``, the share of pictures that fully agree with their captions; ``extra_objects`` per
+        picture; and for every kind the share of correct facts (None without facts) and the number of facts.
     """
     verdicts = list(verdicts)
     kinds = {}
     for kind in KINDS:
-        right, said = (sum(v.facts[kind][i] for v in verdicts) for i in (0, 1))
-        kinds[kind] = {"right": right / said if said else None, "facts": said}
+        right, total = (sum(v.facts[kind][i] for v in verdicts) for i in (0, 1))
+        kinds[kind] = {"right": right / total if total else None, "facts": total}
     pictures = len(verdicts)
     return {
         "pictures": pictures,
@@ -92,20 +93,20 @@ def _right(checks: Iterable[bool]) -> tuple[int, int]:
     return sum(checks), len(checks)
 
 
-def _matching(seen: Seen, pair: Pair | None) -> list[SeenObject]:
+def _matching(seen: DetectedScene, pair: Pair | None) -> list[DetectedObject]:
     return [o for o in seen.objects if pair is None or (o.color, o.shape) == pair]
 
 
-def _all(seen: Seen, pair: Pair | None, attribute: str, value: str) -> bool:
+def _all(seen: DetectedScene, pair: Pair | None, attribute: str, value: str) -> bool:
     items = _matching(seen, pair)
     return bool(items) and all(getattr(o, attribute) == value for o in items)
 
 
-def _related(seen: Seen, pair: Pair, word: str, other: Pair) -> bool:
+def _related(seen: DetectedScene, pair: Pair, word: str, other: Pair) -> bool:
     return any(_lies(a, word, b) for a in _matching(seen, pair) for b in _matching(seen, other))
 
 
-def _lies(a: SeenObject, word: str, b: SeenObject) -> bool:
+def _lies(a: DetectedObject, word: str, b: DetectedObject) -> bool:
     match word:
         case "left of":
             return a.column < b.column

@@ -1,7 +1,7 @@
-"""Conversations about a scene: its questions, some of them with the instruction that a benchmark would give.
+"""Conversations about a scene: its questions, some of them with the instruction of a benchmark.
 
-A model answers a benchmark's questions only if it has met their instructions, so instruction tuning has them in some
-questions (LLaVA-1.5, arXiv 2310.03744, has the same ones); most are left bare.
+A model follows a benchmark's instructions only if training included them, so some questions carry one (the same as in
+LLaVA-1.5, arXiv 2310.03744); most do not.
 """
 
 import random
@@ -22,20 +22,20 @@ def conversation(
     """``turns`` questions with their answers (fewer if the scene allows no more).
 
     Args:
-        only: open questions of these kinds; empty: of all.
-        with_choices: share of the turns that are questions with four choices instead, of any kind.
+        only: kinds of open questions; empty: all kinds.
+        with_choices: share of turns that are questions with four choices instead, of any kind.
         with_instruction: share of the other short questions that carry an instruction.
     """
     rng = scene.random("conversation")
-    made = []
+    conversation_turns = []
     for question in questions(scene, turns, only):
-        chosen = _with_choices(scene, rng) if rng.random() < with_choices else None
-        made.append(chosen or (_instructed(question, with_instruction, rng), question.answer))
-    return made
+        lettered = _with_choices(scene, rng) if rng.random() < with_choices else None
+        conversation_turns.append(lettered or (_instructed(question, with_instruction, rng), question.answer))
+    return conversation_turns
 
 
 def with_letters(question: Question) -> str:
-    """A question with its four choices, lettered, as SEED-Bench's are asked."""
+    """A question with its four lettered choices, in the form of SEED-Bench."""
     options = [f"{letter}. {choice}" for letter, choice in zip("ABCD", question.choices)]
     return "\n".join([question.text, *options, LETTER])
 
@@ -43,7 +43,7 @@ def with_letters(question: Question) -> str:
 def _instructed(question: Question, share: float, rng: random.Random) -> str:
     if rng.random() >= share or not question.choices:  # no choices: not a short answer
         return question.text
-    # MME has its instruction in the line of the question.
+    # MME appends its instruction to the line of the question.
     wordings = (f"\n{SHORT}", f" {YES_OR_NO}") if question.choices == YES_NO else (f"\n{SHORT}",)
     return question.text + rng.choice(wordings)
 

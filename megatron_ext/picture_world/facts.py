@@ -1,11 +1,11 @@
-"""What a caption of the picture world says, read back from its English: the only thing a picture can be held to."""
+"""The facts of a caption of the picture world, parsed from its text."""
 
 import re
 from dataclasses import dataclass
 
 from megatron_ext.errors import UserError
+from megatron_ext.picture_world.attributes import BACKGROUND_COLORS, BACKGROUND_PATTERNS, COLORS, PLACES, SHAPES, SIZES
 from megatron_ext.picture_world.captions import NUMBERS, plural
-from megatron_ext.picture_world.world import BACKGROUND_COLORS, BACKGROUND_PATTERNS, COLORS, PLACES, SHAPES, SIZES
 
 Pair = tuple[str, str]
 """(color, shape)."""
@@ -24,15 +24,15 @@ _BACKGROUND = re.compile(rf"the background is (?:(?:{'|'.join(BACKGROUND_PATTERN
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a caption says.
+class CaptionFacts:
+    """The facts of a caption.
 
     Attributes:
-        counts: how many objects there are of each color and shape; there are no others.
-        places: objects (one of their kind) and the names of their cells.
+        counts: number of objects by color and shape; there are no others.
+        places: unique objects and the names of their cells.
         sizes: objects and their sizes; None stands for all objects.
-        relations: object, :data:`RELATIONS` word, other object.
-        background: its color, or None if it is not spoken of. Its pattern is not among the facts.
+        relations: object, relation (:data:`RELATIONS`), other object.
+        background: its color, or None if the caption does not mention it. The pattern is not a fact.
     """
 
     counts: dict[Pair, int]
@@ -42,11 +42,11 @@ class Facts:
     background: str | None
 
 
-def read_caption(caption: str) -> Facts:
-    """The facts in a caption.
+def read_caption(caption: str) -> CaptionFacts:
+    """Parse the facts of a caption.
 
     Raises:
-        UserError: a sentence is not one that :func:`captions.caption` makes.
+        UserError: a sentence does not have a form of :func:`.captions.caption`.
     """
     census, *extras = [sentence.lower() for sentence in caption.removesuffix(".").split(". ")]
     counts, places = _census(census, caption)
@@ -62,7 +62,7 @@ def read_caption(caption: str) -> Facts:
             background = match[1]
         else:
             raise UserError(f"caption '{caption}': cannot read '{sentence}'; it must be one of the picture world's")
-    return Facts(counts, tuple(places), tuple(sizes), tuple(relations), background)
+    return CaptionFacts(counts, tuple(places), tuple(sizes), tuple(relations), background)
 
 
 def _census(sentence: str, caption: str) -> tuple[dict[Pair, int], list[tuple[Pair, str]]]:

@@ -1,19 +1,21 @@
-"""Questions about a scene that need looking: the answer is drawn first where it can be, so that it is balanced."""
+"""Questions that can only be answered by looking at the scene. Where possible the answer is selected first, so that
+answers are balanced."""
 
 import random
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from megatron_ext.picture_world.attributes import BACKGROUND_COLORS, PLACES
 from megatron_ext.picture_world.captions import NUMBERS, article, pair_name, plural, relation_words, unique_objects
-from megatron_ext.picture_world.world import BACKGROUND_COLORS, PLACES, Scene, SceneObject
+from megatron_ext.picture_world.world import Scene, SceneObject
 
 YES_NO = ("yes", "no")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer, and the answers among which a system would have to choose (none: too many)."""
+    """A question with its answer and all possible answers (empty: too many to list)."""
 
     kind: str
     text: str
@@ -22,46 +24,47 @@ class Question:
 
 
 def questions(scene: Scene, count: int, only: Collection[str] = ()) -> list[Question]:
-    """``count`` questions (fewer if the scene allows no more), kinds as frequent as :data:`SHARES` says.
+    """``count`` questions (fewer if the scene allows no more), with kinds in the proportions of :data:`SHARES`.
 
-    Those of :data:`TELLING` come last: who has read their answers need not look for the others'.
+    Questions of :data:`DESCRIPTIVE` kinds come last, because their answers give away those of other questions.
 
     Args:
-        only: these kinds; empty: all.
+        only: kinds of questions; empty: all.
     """
     rng = scene.random("questions")
     shares = {kind: max(1, SHARES[kind]) for kind in SHARES if kind in only} or SHARES
     kinds = [kind for kind, share in shares.items() for _ in range(share)]
     rng.shuffle(kinds)
-    made: list[Question] = []
+    selected: list[Question] = []
     for _ in range(4):
         for kind in kinds:
             if (
-                len(made) < count
+                len(selected) < count
                 and (question := ask(scene, kind, rng))
-                and question.text not in {q.text for q in made}
+                and question.text not in {q.text for q in selected}
             ):
-                made.append(question)
-    return sorted(made, key=lambda question: question.kind in TELLING)
+                selected.append(question)
+    return sorted(selected, key=lambda question: question.kind in DESCRIPTIVE)
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
-    """A question of one kind; None where the scene allows none."""
-    asked = KINDS[kind](scene, rng)
-    return Question(kind, *asked) if asked else None
+    """A question of one kind; None if the scene allows none."""
+    draft = KINDS[kind](scene, rng)
+    return Question(kind, *draft) if draft else None
 
 
-Asked = tuple[str, str, tuple[str, ...]] | None
+Draft = tuple[str, str, tuple[str, ...]] | None
+"""Text, answer and possible answers; None if the scene allows no question."""
 
 
-def _existence(scene: Scene, rng: random.Random) -> Asked:
+def _existence(scene: Scene, rng: random.Random) -> Draft:
     answer = rng.choice(YES_NO)
     pair = _present(scene, rng) if answer == "yes" else _absent(scene, rng)
     return (f"Is there {_name(pair)}?", answer, YES_NO)
 
 
-def _counting(scene: Scene, rng: random.Random) -> Asked:
-    """How many of a color, of a shape, or in all; the number is drawn among those that some question has here."""
+def _counting(scene: Scene, rng: random.Random) -> Draft:
+    """The number of objects of a color, of a shape, or of all; selected among the numbers that occur in the scene."""
     counts: dict[int, list[str]] = {}
     by_color, by_shape = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
     for color in scene.world.colors:
@@ -73,42 +76,46 @@ def _counting(scene: Scene, rng: random.Random) -> Asked:
     return (f"How many {rng.choice(counts[number])} are there?", _number(number), tuple(map(_number, range(7))))
 
 
-def _color(scene: Scene, rng: random.Random) -> Asked:
+def _color(scene: Scene, rng: random.Random) -> Draft:
     item = _single(scene, rng, lambda o: o.shape)
     return item and (f"What color is the {item.shape}?", item.color, scene.world.colors)
 
 
-def _shape(scene: Scene, rng: random.Random) -> Asked:
+def _shape(scene: Scene, rng: random.Random) -> Draft:
     item = _single(scene, rng, lambda o: o.color)
     return item and (f"What shape is the {item.color} object?", item.shape, scene.world.shapes)
 
 
-def _place(scene: Scene, rng: random.Random) -> Asked:
+def _place(scene: Scene, rng: random.Random) -> Draft:
     items = unique_objects(scene)
     if not items:
         return None
     item = rng.choice(items)
-    return (f"Where is the {_called(scene, item, rng)}?", item.place, tuple(place for row in PLACES for place in row))
+    return (
+        f"Where is the {_unique_name(scene, item, rng)}?",
+        item.place,
+        tuple(place for row in PLACES for place in row),
+    )
 
 
-def _background(scene: Scene, rng: random.Random) -> Asked:
+def _background(scene: Scene, rng: random.Random) -> Draft:
     return ("What color is the background?", scene.background.color, BACKGROUND_COLORS)
 
 
-def _layout(scene: Scene, rng: random.Random) -> Asked:
-    """All objects, in reading order: every word of the answer needs looking."""
+def _layout(scene: Scene, rng: random.Random) -> Draft:
+    """All objects in reading order; every word of the answer depends on the picture."""
     items = sorted(scene.objects, key=lambda o: (o.row, o.column))
     return ("What is where?", ", ".join(f"{o.place}: {pair_name(o)}" for o in items), ())
 
 
-def _comparison(scene: Scene, rng: random.Random) -> Asked:
-    """Numbers of two colors or shapes, or sizes of two objects; which comes first decides the answer."""
+def _comparison(scene: Scene, rng: random.Random) -> Draft:
+    """Numbers of two colors or shapes, or sizes of two objects; their order decides the answer."""
     answer = rng.choice(YES_NO)
     pairs = [(a, b) for a in unique_objects(scene) for b in unique_objects(scene) if a.size > b.size]  # small > large
     if pairs and rng.random() < 0.5:
         small, large = rng.choice(pairs)
         first, second = (large, small) if answer == "yes" else (small, large)
-        names = [_called(scene, item, rng) for item in (first, second)]
+        names = [_unique_name(scene, item, rng) for item in (first, second)]
         return (f"Is the {names[0]} larger than the {names[1]}?", answer, YES_NO)
     attribute, form = rng.choice([("color", "{} objects"), ("shape", "{}")])
     counts = Counter(getattr(o, attribute) for o in scene.objects)
@@ -121,7 +128,7 @@ def _comparison(scene: Scene, rng: random.Random) -> Asked:
     return (f"Are there more {named[0]} than {named[1]}?", answer, YES_NO)
 
 
-def _relation(scene: Scene, rng: random.Random) -> Asked:
+def _relation(scene: Scene, rng: random.Random) -> Draft:
     items = unique_objects(scene)
     pairs = [(a, b) for a in items for b in items if a is not b and relation_words(a, b)]
     if not pairs:
@@ -129,13 +136,14 @@ def _relation(scene: Scene, rng: random.Random) -> Asked:
     a, b = rng.choice(pairs)
     word, inverse = rng.choice(relation_words(a, b))
     answer = rng.choice(YES_NO)
-    names = [_called(scene, item, rng) for item in (a, b)]
+    names = [_unique_name(scene, item, rng) for item in (a, b)]
     return (f"Is the {names[0]} {word if answer == 'yes' else inverse} the {names[1]}?", answer, YES_NO)
 
 
-def _side(scene: Scene, rng: random.Random) -> Asked:
-    """A relation in the words "left of" and "above" alone. With their inverses beside them as often, neither a word nor
-    a place says anything of the answer, only both together, and nothing shows a small model where to begin."""
+def _side(scene: Scene, rng: random.Random) -> Draft:
+    """A relation that only uses the words "left of" and "above". If the inverse words were equally frequent, neither
+    word nor place alone would carry information about the answer, and a small model would get no signal to start from.
+    """
     items = unique_objects(scene)
     pairs = [(a, b) for a in items for b in items if relation_words(a, b)]
     if not pairs:
@@ -143,12 +151,12 @@ def _side(scene: Scene, rng: random.Random) -> Asked:
     a, b = rng.choice(pairs)
     word, inverse = rng.choice(relation_words(a, b))
     true = word in ("left of", "above")
-    names = [_called(scene, item, rng) for item in (a, b)]
+    names = [_unique_name(scene, item, rng) for item in (a, b)]
     return (f"Is the {names[0]} {word if true else inverse} the {names[1]}?", "yes" if true else "no", YES_NO)
 
 
-def _direction(scene: Scene, rng: random.Random) -> Asked:
-    """All that is true is said: both words of objects that share neither row nor column."""
+def _direction(scene: Scene, rng: random.Random) -> Draft:
+    """The complete direction: two words for objects that share neither row nor column."""
     items = unique_objects(scene)
     pairs = [(a, b) for a in items for b in items if a is not b]
     if not pairs:
@@ -158,27 +166,28 @@ def _direction(scene: Scene, rng: random.Random) -> Asked:
     straight = [[word] for word in ("left of", "right of", "above", "below")]
     diagonal = [[x, y] for x in ("left of", "right of") for y in ("above", "below")]
     answer, *choices = (
-        " and ".join(f"{word} it" for word in one) for one in (words, *(straight if len(words) == 1 else diagonal))
+        " and ".join(f"{word} it" for word in direction)
+        for direction in (words, *(straight if len(words) == 1 else diagonal))
     )
-    names = [_called(scene, item, rng) for item in (a, b)]
+    names = [_unique_name(scene, item, rng) for item in (a, b)]
     return (f"Where is the {names[0]}, as seen from the {names[1]}?", answer, tuple(choices))
 
 
-def _around(scene: Scene, rng: random.Random) -> Asked:
-    """Directions to all objects that can be named: as many comparisons of two places as there are others."""
+def _around(scene: Scene, rng: random.Random) -> Draft:
+    """Directions to all other uniquely named objects; each is a comparison of two places."""
     items = sorted(unique_objects(scene), key=lambda o: (o.row, o.column))
     if len(items) < 2:
         return None
     center = rng.choice(items)
-    said = [
+    directions = [
         f"the {pair_name(o)} " + " and ".join(f"{word} it" for word, _ in relation_words(o, center))
         for o in items
         if o is not center
     ]
-    return (f"Where is what, as seen from the {_called(scene, center, rng)}?", ", ".join(said), ())
+    return (f"Where is what, as seen from the {_unique_name(scene, center, rng)}?", ", ".join(directions), ())
 
 
-def _most(scene: Scene, rng: random.Random) -> Asked:
+def _most(scene: Scene, rng: random.Random) -> Draft:
     attribute, values = rng.choice([("color", scene.world.colors), ("shape", scene.world.shapes)])
     ranks = Counter(getattr(o, attribute) for o in scene.objects).most_common()
     if len(ranks) < 2 or ranks[0][1] == ranks[1][1]:
@@ -186,22 +195,22 @@ def _most(scene: Scene, rng: random.Random) -> Asked:
     return (f"Which {attribute} is there most of?", ranks[0][0], values)
 
 
-def _logic(scene: Scene, rng: random.Random) -> Asked:
+def _logic(scene: Scene, rng: random.Random) -> Draft:
     answer = rng.choice(YES_NO)
     form = rng.choice(["and", "or", "not"])
     if form == "not":
         return _other_color(scene, rng, answer)
-    # Both parts are drawn, so that neither alone gives the answer away more often than it must.
+    # The truth of both parts is random, so that neither part gives the answer away more than necessary.
     truth = {("and", "yes"): [True, True], ("or", "no"): [False, False]}.get((form, answer), [True, False])
     rng.shuffle(truth)
-    parts = [_present(scene, rng) if there else _absent(scene, rng) for there in truth]
+    parts = [_present(scene, rng) if true else _absent(scene, rng) for true in truth]
     if parts[0] == parts[1]:
         return None
     return (f"Is there {_name(parts[0])} {form} {_name(parts[1])}?", answer, YES_NO)
 
 
-def _statement(scene: Scene, rng: random.Random) -> Asked:
-    """Is it so: an exact number, or the color of a shape."""
+def _statement(scene: Scene, rng: random.Random) -> Draft:
+    """A yes-or-no question about an exact number, or the color of a shape."""
     answer = rng.choice(YES_NO)
     if rng.random() < 0.5:
         item = _single(scene, rng, lambda o: o.shape)
@@ -210,7 +219,7 @@ def _statement(scene: Scene, rng: random.Random) -> Asked:
         others = [c for c in scene.world.colors if c != item.color and scene.speakable(item.shape, c)]
         return (f"Is the {item.shape} {item.color if answer == 'yes' else rng.choice(others)}?", answer, YES_NO)
     groups = number_of_groups(scene)
-    # Neighbouring numbers, either of which may be the right one.
+    # Neighboring numbers, either of which may be the correct one.
     pairs = [(right, wrong) for n in (1, 2, 3) for right, wrong in ((n, n + 1), (n + 1, n)) if right in groups]
     if not pairs:
         return None
@@ -219,7 +228,7 @@ def _statement(scene: Scene, rng: random.Random) -> Asked:
 
 
 def number_of_groups(scene: Scene) -> dict[int, list[str]]:
-    """What there is of each number: objects of a color, of a shape, or in all, in the singular."""
+    """Number -> the groups of this size (objects of a color, of a shape, or all), named in the singular."""
     colors, shapes = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
     named = [(f"{c} object", n) for c, n in sorted(colors.items())] + sorted(shapes.items())
     groups: dict[int, list[str]] = {}
@@ -233,8 +242,8 @@ def exactly(number: int, name: str) -> str:
     return f"{'Is' if number == 1 else 'Are'} there exactly {NUMBERS[number]} {plural(name, number)}?"
 
 
-def _other_color(scene: Scene, rng: random.Random, answer: str) -> Asked:
-    """Is there a circle that is not red? No is asked where all circles are red."""
+def _other_color(scene: Scene, rng: random.Random, answer: str) -> Draft:
+    """Is there a circle that is not red? (No if all circles are red.)"""
     colors = {shape: {o.color for o in scene.objects if o.shape == shape} for shape in {o.shape for o in scene.objects}}
     if answer == "yes":
         candidates = [(s, c) for s in sorted(colors) for c in sorted(colors[s]) if len(colors[s]) > 1]
@@ -248,7 +257,7 @@ def _other_color(scene: Scene, rng: random.Random, answer: str) -> Asked:
     return (f"Is there a {shape} that is not {color}?", answer, YES_NO)
 
 
-KINDS: dict[str, Callable[[Scene, random.Random], Asked]] = {
+KINDS: dict[str, Callable[[Scene, random.Random], Draft]] = {
     "existence": _existence,
     "counting": _counting,
     "color": _color,
@@ -283,11 +292,11 @@ SHARES = {
     "layout": 2,
     "most": 1,
 }
-"""How often a kind is asked in training, next to the others: more often what takes longer to learn. 0: only where it is
-asked for by name."""
+"""Relative frequency of each kind in training; kinds that take longer to learn are more frequent. 0: only if the kind
+is requested by name."""
 
-TELLING = ("layout", "around")
-"""Kinds whose answers tell of many objects where they are."""
+DESCRIPTIVE = ("layout", "around")
+"""Kinds whose answers give the places of many objects."""
 
 
 def _number(count: int) -> str:
@@ -298,9 +307,9 @@ def _name(pair: tuple[str, str]) -> str:
     return article(f"{pair[1]} {pair[0]}")
 
 
-def _called(scene: Scene, item: SceneObject, rng: random.Random) -> str:
-    """A name that singles out one of :func:`unique_objects`; the shape or the color alone where that is enough, as to
-    look for one of them is learnt sooner than to look for both."""
+def _unique_name(scene: Scene, item: SceneObject, rng: random.Random) -> str:
+    """A name that identifies one of :func:`unique_objects`: color and shape, or one of them if that is enough, because
+    models learn to look for a single attribute sooner."""
     names = [pair_name(item)]
     if sum(o.shape == item.shape for o in scene.objects) == 1:
         names.append(item.shape)
@@ -316,19 +325,19 @@ def _present(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 def _absent(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A (shape, color) that no object has. Half the time both are in the picture, on different objects."""
-    there = {(o.shape, o.color) for o in scene.objects}
-    shapes, colors = sorted({s for s, _ in there}), sorted({c for _, c in there})
-    near = [(s, c) for s in shapes for c in colors if (s, c) not in there and scene.speakable(s, c)]
+    present = {(o.shape, o.color) for o in scene.objects}
+    shapes, colors = sorted({s for s, _ in present}), sorted({c for _, c in present})
+    near = [(s, c) for s in shapes for c in colors if (s, c) not in present and scene.speakable(s, c)]
     pairs = [(s, c) for s in scene.world.shapes for c in scene.world.colors]
-    anywhere = [pair for pair in pairs if pair not in there and scene.speakable(*pair)]
+    anywhere = [pair for pair in pairs if pair not in present and scene.speakable(*pair)]
     if scene.split == "test":
-        # Test pictures are full of held-out pairs, so that to hear one must not mean yes.
-        anywhere = sorted(set(scene.world.held_out) - there) or anywhere
+        # Held-out pairs are frequent in test pictures, so naming one must not imply yes.
+        anywhere = sorted(set(scene.world.held_out) - present) or anywhere
     return rng.choice(near if near and rng.random() < 0.5 else anywhere)
 
 
 def _single(scene: Scene, rng: random.Random, by: Callable[[SceneObject], str]) -> SceneObject | None:
-    """An object that is the only one with its value of an attribute."""
+    """A random object that is the only one with its value of an attribute."""
     counts = Counter(by(o) for o in scene.objects)
     items = [o for o in scene.objects if counts[by(o)] == 1]
     return rng.choice(items) if items else None

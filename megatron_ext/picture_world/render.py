@@ -1,4 +1,4 @@
-"""Pixels of a scene: flat shapes with a dark outline on a patterned background, anti-aliased by supersampling."""
+"""Rendering scenes: flat shapes with a dark outline on a patterned background, anti-aliased by supersampling."""
 
 import math
 
@@ -25,7 +25,7 @@ BACKGROUND_RGB = {
     "navy": (38, 48, 82),
 }
 TONE = 13
-"""Distance of a pattern's two tones from the background's color."""
+"""Distance of a pattern's two tones from the background color."""
 OUTLINE = 0.012
 """Width of an outline, as a fraction of the side."""
 SUPERSAMPLING = 4
@@ -38,11 +38,11 @@ def render(scene: Scene, size: int) -> Image.Image:
     picture = _background(scene.background, size).resize((fine, fine), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
     for item in scene.objects:
-        _draw(draw, item, fine)
+        _render_object(draw, item, fine)
     return picture.reduce(SUPERSAMPLING)
 
 
-def _draw(draw: ImageDraw.ImageDraw, item: SceneObject, fine: int) -> None:
+def _render_object(draw: ImageDraw.ImageDraw, item: SceneObject, fine: int) -> None:
     cos, sin = math.cos(math.radians(item.rotation)), math.sin(math.radians(item.rotation))
     half = OUTLINE / 2
     scale = (item.radius - half) * fine
@@ -65,7 +65,7 @@ def _background(background: Background, size: int) -> Image.Image:
 
 
 def _tone(background: Background, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """-1 .. 1 at the points (u, v) of the unit square."""
+    """The pattern at the points (u, v) of the unit square, about -1 .. 1."""
     along = ((1.0, 0.0), (0.0, 1.0), (0.75, 0.75), (0.75, -0.75))[background.direction]
     across = (-along[1], along[0])
     a, b = (u * d[0] + v * d[1] + background.phase for d in (along, across))
@@ -80,7 +80,7 @@ def _tone(background: Background, u: np.ndarray, v: np.ndarray) -> np.ndarray:
             distance = np.hypot(7 * a % 1 - 0.5, 7 * b % 1 - 0.5)
             return np.where(distance < 0.3, 1.4, -0.6)
         case "shaded":
-            # A ramp over the whole picture, in one of the four directions and either sense.
+            # A ramp over the whole picture, in one of four directions, rising or falling.
             ramp = u * along[0] + v * along[1]
             ramp = 2 * (ramp - ramp.min()) / (ramp.max() - ramp.min()) - 1
             return 2 * ramp if background.phase < 0.5 else -2 * ramp

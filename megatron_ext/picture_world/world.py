@@ -1,62 +1,37 @@
-"""What there is in a picture: objects in the cells of a 3 x 3 grid, on a background. No words and no pixels here.
+"""The content of a picture: objects in the cells of a 3 x 3 grid, on a background; neither text nor pixels.
 
-:func:`make_scene` is a pure function of (seed, split, index). Splits never share an arrangement of objects:
-
-* *test*: every picture has at least one object whose shape and color are one of :data:`HELD_OUT`;
-* *train* and *validation*: no such object, and no caption, question or text speaks of one. An arrangement belongs to
-  validation when its hash is 0 modulo :data:`VALIDATION_MODULUS`, to train otherwise.
+:func:`make_scene` is a pure function of (seed, split, index).
 """
 
-import hashlib
 import itertools
 import math
 import random
 from dataclasses import asdict, dataclass
 
 from megatron_ext.errors import UserError
-
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "moon")
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
-SIZES = ("small", "large")
-PLACES = (
-    ("top left", "top center", "top right"),
-    ("center left", "center", "center right"),
-    ("bottom left", "bottom center", "bottom right"),
-)
-"""Names of the grid's cells, by row and column."""
-BACKGROUND_COLORS = ("gray", "beige", "mint", "lavender", "navy")
-BACKGROUND_PATTERNS = ("plain", "striped", "checkered", "dotted", "shaded")
-
-HELD_OUT = frozenset((SHAPES[i], COLORS[(3 * i + 1) % len(COLORS)]) for i in range(len(SHAPES)))
-"""(shape, color) pairs that exist in test alone: one per shape, one per color."""
-VALIDATION_MODULUS = 8
-SPLITS = ("train", "validation", "test")
-SPLIT_RULE = (
-    "test: at least one object of a held-out (shape, color) pair in every scene; "
-    "train, validation: no held-out pair in picture, caption, question or text; "
-    f"validation: SHA-256 of the arrangement of objects is 0 modulo {VALIDATION_MODULUS}, train: it is not"
-)
+from megatron_ext.picture_world.attributes import BACKGROUND_COLORS, BACKGROUND_PATTERNS, COLORS, PLACES, SHAPES, SIZES
+from megatron_ext.picture_world.splits import HELD_OUT, SPLITS, split_of
 
 GRID = 3
 RADIUS = {"small": 0.092, "large": 0.152}
-"""Radius of the circle around an object, as a fraction of the picture's side."""
+"""Radius of an object's circumscribed circle, as a fraction of the picture's side."""
 MARGIN = 0.005
-"""Distance that an object keeps from the border of its cell."""
+"""Least distance of an object from the border of its cell."""
 OBJECT_COUNTS = {1: 2, 2: 4, 3: 5, 4: 5, 5: 4, 6: 3}
 """Number of objects in a scene: relative frequency."""
 
 
 @dataclass(frozen=True)
 class World:
-    """How rich scenes are: the poorer, the sooner small models learn to see.
+    """The variety of scenes; small models learn to see sooner in a world with less variety.
 
     Attributes:
-        kinds: shapes, and as many colors: all 8, or 4, every other one, chosen so that each has a held-out pair.
-        objects: at most so many in a scene, 2 .. 6.
-        variation: 0 .. 1, how much equal things differ in their looks: how far objects stray from the middle of their
-            cells and turn, how much radii of one size vary, and which share of the backgrounds has a pattern. What
-            there is to say of the objects does not change, but at 0 every pixel of an object follows from its words
-            and its cell.
+        kinds: number of shapes and of colors: all 8, or every other one (4), so that each has a held-out pair.
+        objects: most objects in a scene, 2 .. 6.
+        variation: 0 .. 1, how much the looks of equal objects differ: their offset from the middle of the cell, their
+            rotation, their radius within one size, and the share of backgrounds with a pattern. It does not change
+            which captions and questions are true, but at 0 every pixel of an object follows from its description and
+            its cell.
     """
 
     kinds: int = len(SHAPES)
@@ -82,7 +57,7 @@ class World:
 
     @property
     def held_out(self) -> list[tuple[str, str]]:
-        """The (shape, color) pairs that test alone has."""
+        """The (shape, color) pairs that only test has."""
         return sorted((s, c) for s, c in HELD_OUT if s in self.shapes and c in self.colors)
 
 
@@ -91,7 +66,7 @@ RICHEST = World()
 
 @dataclass(frozen=True)
 class PlacedObject:
-    """What can be said of an object. ``x``, ``y`` (its center) and ``radius`` are fractions of the side, y down."""
+    """The attributes and place of an object. ``x``, ``y`` (center) and ``radius`` are fractions of the side, y down."""
 
     shape: str
     color: str
@@ -110,19 +85,19 @@ class PlacedObject:
 
 @dataclass(frozen=True)
 class SceneObject(PlacedObject):
-    """One object as it is drawn; rotation in degrees."""
+    """One object of a scene; rotation in degrees."""
 
     rotation: float
 
     @property
     def held_out(self) -> bool:
-        """Whether its shape and color are a pair that only test has."""
+        """Whether its shape and color are a held-out pair."""
         return (self.shape, self.color) in HELD_OUT
 
 
 @dataclass(frozen=True)
 class Background:
-    """A pattern in two tones of one color; ``direction`` (0 .. 3) and ``phase`` (0 .. 1) vary how it lies."""
+    """A pattern in two tones of one color, with ``direction`` (0 .. 3) and ``phase`` (0 .. 1)."""
 
     color: str
     pattern: str
@@ -132,7 +107,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content. ``seed``, ``split`` and ``index`` are where it comes from."""
+    """The content of a picture; ``seed``, ``split`` and ``index`` identify it."""
 
     seed: int
     split: str
@@ -142,17 +117,17 @@ class Scene:
     world: World = RICHEST
 
     def random(self, stream: str) -> random.Random:
-        """Random numbers that belong to this scene and ``stream``: one stream's use never disturbs another's."""
+        """A random generator for this scene and ``stream``; streams are independent of each other."""
         return _random(self.seed, self.split, self.index, stream)
 
     @property
     def key(self) -> str:
-        """Name of the sample: no dots, sorts in order of the index."""
+        """Name of the sample: without dots, sorts by index."""
         return f"{self.split}-{self.index:09d}"
 
     @property
     def arrangement(self) -> str:
-        """What the objects are and where, as a canonical text; splits have none in common."""
+        """The objects and their cells as a canonical text; splits have no arrangement in common."""
         return ";".join(sorted(f"{o.size} {o.color} {o.shape} {o.row}{o.column}" for o in self.objects))
 
     @property
@@ -161,18 +136,18 @@ class Scene:
         return sum(o.held_out for o in self.objects) / len(self.objects)
 
     def speakable(self, shape: str | None, color: str | None) -> bool:
-        """Whether texts of this scene's split may name the pair: outside test, held-out pairs are never spoken of."""
+        """Whether texts of this scene's split may name the pair; only test may name held-out pairs."""
         return self.split == "test" or (shape, color) not in HELD_OUT
 
     def to_dict(self) -> dict:
-        """Plain data for JSON; objects also carry the name of their place."""
+        """Plain data for JSON, with the place of each object."""
         tree = asdict(self)
         tree["objects"] = [{**asdict(o), "place": o.place} for o in self.objects]
         return tree
 
     @classmethod
     def from_dict(cls, tree: dict) -> "Scene":
-        """The scene that :meth:`to_dict` was called on."""
+        """The scene that :meth:`to_dict` describes."""
         objects = tuple(SceneObject(**{k: v for k, v in o.items() if k != "place"}) for o in tree["objects"])
         background, world = Background(**tree["background"]), World(**tree["world"])
         return cls(tree["seed"], tree["split"], tree["index"], background, objects, world)
@@ -190,18 +165,13 @@ def make_scene(seed: int, split: str, index: int, world: World = RICHEST) -> Sce
     patterned = _random(seed, split, index, "pattern").random() < world.variation
     while True:
         scene = Scene(seed, split, index, _background(rng, patterned), _objects(rng, split, world), world)
-        if split == "test" or split == _split_of(scene.arrangement):
+        if split == "test" or split == split_of(scene.arrangement):
             return scene
 
 
 def _random(seed: int, split: str, index: int, stream: str) -> random.Random:
-    # Seeding with a text goes through SHA-512: the same on every machine, and neighbors have nothing in common.
+    # Text seeds are hashed with SHA-512: the same on every machine, and unrelated for neighboring indices.
     return random.Random(f"{seed}/{split}/{index}/{stream}")
-
-
-def _split_of(arrangement: str) -> str:
-    digest = hashlib.sha256(arrangement.encode()).digest()
-    return "train" if int.from_bytes(digest[:8], "big") % VALIDATION_MODULUS else "validation"
 
 
 def _background(rng: random.Random, patterned: bool) -> Background:
@@ -210,20 +180,20 @@ def _background(rng: random.Random, patterned: bool) -> Background:
 
 
 def _objects(rng: random.Random, split: str, world: World) -> tuple[SceneObject, ...]:
-    """Objects of a few shapes and colors each, so that equal ones are frequent and counting is worth asking."""
+    """Objects of few shapes and colors, so that equal objects are frequent and counting is not trivial."""
     counts = {count: times for count, times in OBJECT_COUNTS.items() if count <= world.objects}
     (count,) = rng.choices(list(counts), list(counts.values()))
     pairs: list[tuple[str, str]] = []
     while not pairs:
         shapes, colors = rng.sample(world.shapes, rng.randint(1, 4)), rng.sample(world.colors, rng.randint(1, 4))
         pairs = [pair for pair in itertools.product(shapes, colors) if pair not in HELD_OUT]
-    chosen = [rng.choice(pairs) for _ in range(count)]
+    selected = [rng.choice(pairs) for _ in range(count)]
     if split == "test":
-        # One held-out pair, and around it objects that share its shape or its color.
+        # One held-out pair, beside objects that may share its shape or its color.
         shape, color = rng.choice(world.held_out)
-        chosen = [(shape, color)] + [rng.choice([pair, (shape, pair[1]), (pair[0], color)]) for pair in chosen[1:]]
+        selected = [(shape, color)] + [rng.choice([pair, (shape, pair[1]), (pair[0], color)]) for pair in selected[1:]]
     cells = rng.sample(range(GRID * GRID), count)
-    return tuple(_object(rng, *pair, *divmod(cell, GRID), world.variation) for pair, cell in zip(chosen, cells))
+    return tuple(_object(rng, *pair, *divmod(cell, GRID), world.variation) for pair, cell in zip(selected, cells))
 
 
 def _object(rng: random.Random, shape: str, color: str, row: int, column: int, variation: float) -> SceneObject:

@@ -1,4 +1,4 @@
-"""Parts: so many samples of a unit, their texts tokenised and their images listed."""
+"""Parts: a fixed number of samples of a unit, with their texts tokenised and their images listed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,57 +8,56 @@ from itertools import islice
 import numpy as np
 
 from megatron_ext.data.format import IMAGE
-from megatron_ext.preprocess import inputs
-from megatron_ext.preprocess.inputs import Reading, Unit
-from megatron_ext.preprocess.samples import Image, Sample
+from megatron_ext.preprocess import units
+from megatron_ext.preprocess.samples import ImageFile, ReadOptions, Sample, Unit
 from megatron_ext.vocabulary import Vocabulary
 
 
 @dataclass
 class Part:
-    """What is encoded and written at once.
+    """Samples that are encoded and written together.
 
     Attributes:
-        name: of its files in the store.
-        last: whether the unit ends with it.
+        name: name of its files in the store.
+        last: whether it is the last part of its unit.
         samples: number of samples, unusable ones included.
-        bytes: of the input that they take.
-        documents: per usable sample its name and (mode, token ids | Image) sequences.
-        skipped: a description of each sample that was left out.
+        bytes: size of the samples in the input.
+        documents: name and (mode, token ids | ImageFile) sequences of each usable sample.
+        skipped: a description of each skipped sample.
     """
 
     name: str
     last: bool
     samples: int
     bytes: int
-    documents: list[tuple[str, list[tuple[int, "np.ndarray | Image"]]]] = field(default_factory=list)
+    documents: list[tuple[str, list[tuple[int, "np.ndarray | ImageFile"]]]] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
 
     @cached_property
-    def images(self) -> list[Image]:
+    def images(self) -> list[ImageFile]:
         """Every image once, in order of appearance."""
         return list(dict.fromkeys(item for _, document in self.documents for mode, item in document if mode == IMAGE))
 
 
 def part_name(unit: int, part: int) -> str:
-    """Name of a part; the order of names is the order of parts up to 10^6 units of 10^4 parts."""
+    """Name of a part; names sort in the order of parts, up to 10^6 units of 10^4 parts."""
     return f"{unit:06d}-{part:04d}"
 
 
 def unit_parts(
-    index: int, unit: Unit, done: int, part_samples: int, reading: Reading, vocabulary: Vocabulary
+    index: int, unit: Unit, done: int, part_samples: int, options: ReadOptions, vocabulary: Vocabulary
 ) -> Iterator[Part]:
-    """The parts of a unit after the first ``done``; a unit without samples is one part without samples."""
-    samples = inputs.read(unit, reading, skip=done * part_samples)
+    """The parts of a unit after the first ``done``; a unit without samples is one empty part."""
+    samples = units.read(unit, options, skip=done * part_samples)
     chunk = list(islice(samples, part_samples))
     while chunk or not done:
         following = list(islice(samples, part_samples))
-        yield tokenised(part_name(index, done), chunk, not following, vocabulary)
+        yield tokenise(part_name(index, done), chunk, not following, vocabulary)
         chunk, done = following, done + 1
 
 
-def tokenised(name: str, samples: list[Sample], last: bool, vocabulary: Vocabulary) -> Part:
-    """A part of these samples; those without the text they need are skipped."""
+def tokenise(name: str, samples: list[Sample], last: bool, vocabulary: Vocabulary) -> Part:
+    """A part of these samples; samples without text of the required mode are skipped."""
     part = Part(name, last, len(samples), sum(sample.bytes for sample in samples))
     texts = [item for sample in samples for mode, item in sample.segments if mode != IMAGE]
     ids = iter(vocabulary.text.encode(texts))  # all at once: SentencePiece takes a list in its own threads
@@ -68,7 +67,7 @@ def tokenised(name: str, samples: list[Sample], last: bool, vocabulary: Vocabula
         ]
         document = [(mode, item) for mode, item in document if len(item)]
         reason = sample.unusable
-        if reason is None and not any(mode == sample.wanted for mode, _ in document):
+        if reason is None and not any(mode == sample.required_mode for mode, _ in document):
             reason = "its text is empty"
         if reason is None:
             part.documents.append((sample.name, document))

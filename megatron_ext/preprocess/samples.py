@@ -1,20 +1,24 @@
-"""Samples: what an input file says a document is, before any image is opened or any text is tokenised."""
+"""Samples: the documents that input files describe, before an image is opened or a text is tokenised."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
+from megatron_ext.errors import UserError
 
 PLACEHOLDER = "<image>"
-"""Marks, in a conversation, where an image stands (LLaVA's convention)."""
+"""Marks the place of an image in a conversation (LLaVA's convention)."""
 
-ROLES = {"human": TEXT, "user": TEXT, "system": TEXT, "gpt": ANSWER, "assistant": ANSWER}
-"""Mode of a conversation turn's text by its ``from``."""
+MODES = {"human": TEXT, "user": TEXT, "system": TEXT, "gpt": ANSWER, "assistant": ANSWER}
+"""Mode of the text of a conversation turn, by its ``from``."""
 
 
-class Image(NamedTuple):
-    """Where the bytes of an image file lie: a file of its own, or a range of a tar."""
+class ImageFile(NamedTuple):
+    """Where the bytes of an image are: a file of its own, or a range of a tar."""
 
     name: str
     file: str
@@ -24,31 +28,105 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One document to be.
+    """A document to be made.
 
     Attributes:
-        name: what messages call it, the input file and the place in it.
-        segments: (mode, text) and (IMAGE, Image), in the document's order.
-        wanted: the mode of which a document must have text, ANSWER or TEXT.
-        unusable: why there can be no document, or None.
-        bytes: about what it takes in the input file, to tell how far the work is.
+        name: the input file and the position in it, for messages.
+        segments: (mode, text) and (IMAGE, ImageFile), in the document's order.
+        required_mode: a document without text of this mode, ANSWER or TEXT, is skipped.
+        unusable: why the sample cannot become a document, or None.
+        bytes: approximate size in the input file, for the progress bar.
     """
 
     name: str
-    segments: tuple[tuple[int, "str | Image"], ...] = ()
-    wanted: int = ANSWER
+    segments: tuple[tuple[int, "str | ImageFile"], ...] = ()
+    required_mode: int = ANSWER
     unusable: str | None = None
     bytes: int = 0
 
 
-def make(name: str, record: dict, images: Sequence[Image], prefer: str) -> Sample:
-    """The sample of a record: ``conversations`` (LLaVA), ``caption``, or ``text``.
+@dataclass(frozen=True)
+class Unit:
+    """A stretch of one input file.
 
-    Args:
-        prefer: ``"conversation"`` or ``"caption"``, what a record with both becomes.
+    Attributes:
+        file: the input file.
+        bytes: the unit's share of the file's size, for the progress bar.
+        first: index of its first record (JSON, JSONL).
+        count: number of its records; None for a whole tar.
+        offset: byte at which its first line starts (JSONL).
+        records: the records themselves (JSON, which can only be read whole).
+    """
+
+    file: Path
+    bytes: int
+    first: int = 0
+    count: int | None = None
+    offset: int = 0
+    records: list | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How records become samples: the folder of the images (None: that of the input file), and ``--as``."""
+
+    images: Path | None
+    prefer: str
+
+
+class naming_errors:
+    """Turns the errors of reading a malformed record into a UserError that names the record."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, OSError):
+            raise UserError(f"{self.name}: {error.strerror or error}") from None
+        if isinstance(error, (ValueError, TypeError, tarfile.TarError)):
+            raise UserError(f"{self.name}: {error}") from None
+
+
+def cut_records(file: Path, size: int, records: int, part_samples: int) -> Iterator[tuple[int, int, int]]:
+    """First record, number of records and share of the file's bytes of each unit.
 
     Raises:
-        ValueError: the record has none of these, or they are not what they should be.
+        UserError: the file has no records.
+    """
+    if not records:
+        raise UserError(f"{file}: holds no sample")
+    for first in range(0, records, part_samples):
+        count = min(part_samples, records - first)
+        yield first, count, size * count // records
+
+
+def samples_of_records(
+    unit: Unit, records: Iterable[tuple[str, object]], options: ReadOptions, skip: int
+) -> Iterator[Sample]:
+    """The samples of (name, record) pairs of a unit, from pair ``skip`` on.
+
+    Raises:
+        UserError: a record is malformed.
+    """
+    for name, record in islice(records, skip, None):
+        with naming_errors(name):
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
+            images = _record_images(record, options.images or unit.file.parent)
+            yield replace(make_sample(name, record, images, options.prefer), bytes=unit.bytes // unit.count)
+
+
+def make_sample(name: str, record: dict, images: Sequence[ImageFile], prefer: str) -> Sample:
+    """The sample of a record with ``conversations`` (LLaVA), ``caption``, or ``text``.
+
+    Args:
+        prefer: ``"conversation"`` or ``"caption"``, for a record with both.
+
+    Raises:
+        ValueError: the record has none of these keys, or their values are malformed.
     """
     conversation, caption = record.get("conversations") is not None, record.get("caption") is not None
     if conversation and (prefer == "conversation" or not caption):
@@ -56,40 +134,48 @@ def make(name: str, record: dict, images: Sequence[Image], prefer: str) -> Sampl
     if caption:
         return _caption(name, _string(record, "caption"), images)
     if "text" in record:
-        return Sample(name, ((TEXT, _string(record, "text")),), wanted=TEXT)
+        return Sample(name, ((TEXT, _string(record, "text")),), required_mode=TEXT)
     raise ValueError("has none of 'conversations', 'caption', 'text'")
 
 
-def _caption(name: str, caption: str, images: Sequence[Image]) -> Sample:
+def _record_images(record: dict, folder: Path) -> list[ImageFile]:
+    paths = record.get("image")
+    paths = [] if paths is None else [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError("'image' is neither a path nor a list of paths")
+    return [ImageFile(name := str(folder / path), name) for path in paths]
+
+
+def _caption(name: str, caption: str, images: Sequence[ImageFile]) -> Sample:
     if not images:
         return Sample(name, unusable="a caption without an image")
     return Sample(name, (*((IMAGE, image) for image in images), (ANSWER, caption.strip())))
 
 
-def _conversation(name: str, turns, images: Sequence[Image]) -> Sample:
-    """Each placeholder is replaced by the next image; without any placeholder the images come first."""
+def _conversation(name: str, turns, images: Sequence[ImageFile]) -> Sample:
+    """Each placeholder is replaced by the next image; without placeholders the images come first."""
     if not isinstance(turns, list):
         raise ValueError("'conversations' is not a list")
     texts = [_turn(turn) for turn in turns]
-    marked = sum(text.count(PLACEHOLDER) for _, text in texts)
+    placeholders = sum(text.count(PLACEHOLDER) for _, text in texts)
     segments = []
-    if images and not marked:
+    if images and not placeholders:
         segments = [(IMAGE, image) for image in images]
-    elif marked != len(images):
-        return Sample(name, unusable=f"{marked} {PLACEHOLDER} placeholders for {len(images)} images")
-    following = iter(images)
+    elif placeholders != len(images):
+        return Sample(name, unusable=f"{placeholders} {PLACEHOLDER} placeholders for {len(images)} images")
+    remaining = iter(images)
     for mode, text in texts:
-        first, *others = text.split(PLACEHOLDER)
-        segments.append((mode, first.strip()))
-        for piece in others:
-            segments += [(IMAGE, next(following)), (mode, piece.strip())]
+        before, *after_images = text.split(PLACEHOLDER)
+        segments.append((mode, before.strip()))
+        for after in after_images:
+            segments += [(IMAGE, next(remaining)), (mode, after.strip())]
     return Sample(name, tuple(segment for segment in segments if segment[1]))
 
 
 def _turn(turn) -> tuple[int, str]:
-    if not isinstance(turn, dict) or turn.get("from") not in ROLES:
-        raise ValueError(f"a turn of 'conversations' needs a 'from' that is one of {', '.join(ROLES)}")
-    return ROLES[turn["from"]], _string(turn, "value")
+    if not isinstance(turn, dict) or turn.get("from") not in MODES:
+        raise ValueError(f"a turn of 'conversations' needs a 'from' that is one of {', '.join(MODES)}")
+    return MODES[turn["from"]], _string(turn, "value")
 
 
 def _string(record: dict, key: str) -> str:

@@ -2,14 +2,13 @@
 
 ::
 
-    settings.json         what the parts were made from and with; every run into this folder must have the same
-    UNIT-PART.part.json   written last: this part is complete
-    UNIT-PART.{bin,idx,json}   its documents, a data set of its own, unless all its samples were skipped
+    settings.json              inputs and settings of the parts; every run into this folder must have the same
+    UNIT-PART.{bin,idx,json}   the documents of a part, a data set of its own; absent if all its samples were skipped
+    UNIT-PART.part.json        the part's manifest, written last: the part is complete
 """
 
 import gc
 import json
-import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron_ext.command_line import progress
 from megatron_ext.data import format as data_format
 from megatron_ext.data.format import IMAGE, DatasetWriter
 from megatron_ext.errors import UserError
-from megatron_ext.files import read_json, write_json
+from megatron_ext.files import read_json, write_json, write_text
 from megatron_ext.preprocess.parts import Part, part_name
 
 TOOL = "tools/preprocess_vq.py"
@@ -28,8 +27,8 @@ class Store:
     """Parts of the data set at ``prefix``.
 
     Args:
-        prefix: path of the data set to be, without extension.
-        settings: what the parts are made from and with; None to take what the folder says.
+        prefix: path of the future data set, without extension.
+        settings: inputs and settings of the parts; None to take those stored in the folder.
 
     Raises:
         UserError: the folder was started with other settings.
@@ -51,7 +50,7 @@ class Store:
             )
 
     def done(self, unit: int) -> list[dict]:
-        """The manifests of the complete parts of a unit, up to the first that is missing."""
+        """The manifests of the complete parts of a unit, up to the first missing one."""
         manifests = []
         while (file := self._file(part_name(unit, len(manifests)))).is_file():
             manifests.append(read_json(file))
@@ -62,11 +61,11 @@ class Store:
 
         Args:
             codes: VQ codes [h*w] of each image.
-            failures: why an image has none; samples with such an image are skipped.
+            failures: why an image has no codes; samples with such an image are skipped.
             offset: token id of VQ code 0.
 
         Returns:
-            Its manifest.
+            The part's manifest.
         """
         documents, skipped = [], list(part.skipped)
         for name, document in part.documents:
@@ -92,7 +91,7 @@ class Store:
         return manifest
 
     def join(self) -> dict:
-        """Join all parts to the data set, list what was skipped beside it, and remove the parts.
+        """Join all parts to the data set, list the skipped samples beside it, and remove the parts.
 
         Returns:
             The metadata of the data set.
@@ -108,7 +107,7 @@ class Store:
         source = {"made_by": TOOL, "samples": samples, "skipped": len(skipped), "settings": self.settings}
         self._remove_temporaries()
         writer = DatasetWriter(self.prefix, self.settings["vocabulary"], self.settings["vq"], source)
-        with writer, _nothing_to_collect():
+        with writer, _frozen_garbage():
             for name, manifest in progress(parts, desc="joining", unit=" parts", leave=False):
                 if manifest["documents"]:
                     data_format.verify(self.folder / name)
@@ -118,26 +117,24 @@ class Store:
         return writer.metadata
 
     def _all_parts(self) -> list[tuple[str, dict]]:
-        found = []
+        parts = []
         for unit in range(self.settings["units"]):
             manifests = self.done(unit)
             if not manifests or not manifests[-1]["last"]:
                 missing = self._file(part_name(unit, len(manifests)))
                 raise UserError(f"{missing}: not found; the shard that makes it has not finished")
-            found += [(part_name(unit, part), manifest) for part, manifest in enumerate(manifests)]
-        return found
+            parts += [(part_name(unit, part), manifest) for part, manifest in enumerate(manifests)]
+        return parts
 
     def _list_skipped(self, skipped: list[dict]) -> None:
         file = skipped_file(self.prefix)
         if not skipped:
             file.unlink(missing_ok=True)
             return
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in skipped))
-        os.replace(temporary, file)
+        write_text(file, "".join(json.dumps(entry) + "\n" for entry in skipped))
 
     def _remove_temporaries(self) -> None:
-        """What a join that was killed has left."""
+        """Remove the leftovers of a killed join."""
         for file in self.prefix.parent.glob(f".{self.prefix.name}.*.tmp*"):
             file.unlink()
 
@@ -146,8 +143,9 @@ class Store:
 
 
 @contextmanager
-def _nothing_to_collect():
-    """Megatron-Core collects garbage for every part it appends, half a second each in a program with torch loaded."""
+def _frozen_garbage():
+    """Megatron-Core collects garbage for every part that it appends, which takes half a second once torch is loaded;
+    with all objects frozen it takes no time."""
     gc.freeze()
     try:
         yield
@@ -156,15 +154,15 @@ def _nothing_to_collect():
 
 
 def skipped_file(prefix: str | Path) -> Path:
-    """Where the samples that are not in the data set are listed."""
+    """The file that lists the samples missing from the data set."""
     return Path(f"{prefix}.skipped.jsonl")
 
 
 def finished(prefix: str | Path, settings: dict) -> dict | None:
-    """The metadata of a data set that is there already, made with these settings and not damaged since; or None.
+    """The metadata of an existing data set that was made with these settings and is undamaged; None otherwise.
 
     Raises:
-        UserError: there is one that was made with other settings, or not by this tool.
+        UserError: the data set there was made with other settings, or not by this tool.
     """
     file = Path(f"{prefix}.json")
     if not file.is_file():
@@ -172,18 +170,18 @@ def finished(prefix: str | Path, settings: dict) -> dict | None:
     metadata = read_json(file)
     before = metadata.get("source", {}).get("settings") if isinstance(metadata, dict) else None
     if before is None:
-        raise UserError(f"{file}: not a data set of this tool's; choose another --out")
+        raise UserError(f"{file}: not a data set made by {TOOL}; choose another --out")
     if difference := differing(before, settings):
         raise UserError(f"{file}: made with {difference}; delete it, or choose another --out to keep it")
     try:
         return data_format.Dataset(prefix).metadata
     except UserError as damage:
-        print(f"{damage}; made anew")
+        print(f"{damage}; making it again")
         return None
 
 
 def joined(prefix: str | Path) -> dict | None:
-    """The metadata of the data set that the parts at ``prefix`` were joined to; None if that is yet to be done."""
+    """The metadata of the data set that the parts at ``prefix`` were joined to; None if they are not joined yet."""
     file = Path(f"{prefix}.json")
     if not file.is_file():
         return None
@@ -194,27 +192,27 @@ def joined(prefix: str | Path) -> dict | None:
 
 
 def remove_parts(prefix: str | Path) -> None:
-    """Remove the parts, which a data set that is whole makes superfluous."""
+    """Remove the parts, which a complete data set no longer needs."""
     shutil.rmtree(f"{prefix}.parts", ignore_errors=True)
 
 
 def differing(before: dict, now: dict) -> str | None:
-    """A few words on the first setting that is not the same."""
+    """A description of the first setting that differs; None if none does."""
     for key in [*now, *before]:
         if before.get(key) != now.get(key):
-            was, is_ = before.get(key), now.get(key)
+            old, new = before.get(key), now.get(key)
             if key == "inputs":
-                return f"other inputs ({_first_difference(was or [], is_)})"
-            return f"{key} {_words(was)}, now {_words(is_)}"
+                return f"other inputs ({_first_difference(old or [], new)})"
+            return f"{key} {_readable(old)}, now {_readable(new)}"
     return None
 
 
 def _first_difference(before: list, now: list) -> str:
     if len(before) != len(now):
         return f"{len(before)} files, now {len(now)}"
-    was, is_ = next((a, b) for a, b in zip(before, now) if a != b)
-    return f"{was['file']} of {was['bytes']} bytes, now {is_['file']} of {is_['bytes']} bytes"
+    old, new = next((a, b) for a, b in zip(before, now) if a != b)
+    return f"{old['file']} of {old['bytes']} bytes, now {new['file']} of {new['bytes']} bytes"
 
 
-def _words(value) -> str:
+def _readable(value) -> str:
     return value["fingerprint"] if isinstance(value, dict) and "fingerprint" in value else str(value)

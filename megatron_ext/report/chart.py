@@ -1,13 +1,32 @@
-"""Line charts as SVG that is crisp at any size, follows the page's light or dark colours, and answers the mouse."""
+"""Line charts as SVG: matplotlib's drawing, the page's colours, and the values at each x to show on hovering.
 
-import math
+matplotlib's SVG can neither follow the page into dark mode nor answer the mouse: its colours here are placeholders,
+replaced by the variables of ``svg.css``, and ``chart.svg.j2`` puts an invisible band with a title over each x.
+"""
+
+import io
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 40
-MOST_POINTS = 240
+MAX_POINTS = 240
+
+_COLOURS = ("understanding", "generation", "text", "accent", "ink", "muted", "rule", "paper")  # variables of svg.css
+_PLACEHOLDERS = {name: f"#0000{i:02}" for i, name in enumerate(_COLOURS, start=1)}
+_STYLE_FILE = Path(__file__).parent / "templates" / "chart.mplstyle"
+_STYLE_COLOURS = {
+    "axes.labelcolor": _PLACEHOLDERS["ink"],
+    "grid.color": _PLACEHOLDERS["rule"],
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor"), _PLACEHOLDERS["muted"]),
+}
 
 
 @dataclass
@@ -15,95 +34,81 @@ class Series:
     """One curve.
 
     Attributes:
-        label: for the legend and the hover text; a series without one is left out of the legend.
-        colour: CSS class that sets the colour (``understanding``, ``generation``, ``text``, ``ink``, ``muted``).
-        points: (x, y) in order of x; a y of None is left out.
+        label: for the legend and the hover text; a series without a label is in neither.
+        colour: name of a colour in ``svg.css``.
+        points: finite (x, y) in order of x, float [n, 2].
         style: ``line``, ``faint``, ``dots`` (a line with a mark at each point) or ``area`` (filled down to zero).
     """
 
     label: str
     colour: str
-    points: list[tuple[float, float | None]]
+    points: np.ndarray
     style: str = "line"
 
 
-def line_chart(
-    series: Sequence[Series], x_label: str, y_label: str, from_zero: bool = False, description: str = ""
-) -> str:
-    """An SVG line chart; hovering shows every series' value at that x.
+@dataclass
+class Chart:
+    """A chart for ``chart.svg.j2``.
 
-    Args:
-        from_zero: the y axis starts at 0; otherwise it fits the values.
-        description: for readers that do not see.
+    Attributes:
+        name: of the file in the Markdown version.
+        description: for screen readers.
+        plot: the SVG elements inside of ``<svg>``.
+        bands: (left end, width, x, text) of each x with a value, in pixels.
     """
-    drawn = [Series(s.label, s.colour, thin(_known(s.points)), s.style) for s in series]
-    drawn = [s for s in drawn if s.points]
-    xs = [x for s in drawn for x, _ in s.points] or [0.0]
-    x_low, x_high = min(xs), max(xs)
-    y_low, y_high = _y_range(drawn, from_zero)
-    x_ticks = [t for t in ticks(x_low, x_high, 6) if x_low <= t <= x_high]
-    y_ticks = ticks(y_low, y_high, 4)
-    y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
 
-    def px(x: float) -> float:
-        return LEFT + (x - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT)
-
-    def py(y: float) -> float:
-        clipped = min(max(y, y_low), y_high)
-        return HEIGHT - BOTTOM - (clipped - y_low) / ((y_high - y_low) or 1) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" xmlns="http://www.w3.org/2000/svg" '
-        f'aria-label="{escape(description or y_label)}">'
-    ]
-    for t in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(t):.1f}" y2="{py(t):.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{py(t) + 4:.1f}" text-anchor="end">{number(t)}</text>')
-    bottom = HEIGHT - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
-    for t in x_ticks:
-        parts.append(f'<line class="axis" x1="{px(t):.1f}" x2="{px(t):.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(f'<text class="tick" x="{px(t):.1f}" y="{bottom + 17}" text-anchor="middle">{number(t)}</text>')
-    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
-    parts.append(f'<text class="label" x="{LEFT - 44}" y="14">{escape(y_label)}</text>')
-    for s in drawn:
-        parts += _curve(s, [(px(x), py(y)) for x, y in s.points], py(max(y_low, 0.0)))
-    parts += _legend([s for s in drawn if s.label])
-    parts += _hover([s for s in drawn if s.label], x_label, px)
-    return "".join(parts) + "</svg>"
+    name: str
+    description: str
+    plot: str
+    bands: list[tuple[float, float, float, str]]
+    width: int = WIDTH
+    height: int = HEIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
 
 
-def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most ``MOST_POINTS`` points: means over equal runs of them, the last point kept as it is."""
-    if len(points) <= MOST_POINTS:
-        return points
-    size = math.ceil(len(points) / (MOST_POINTS - 1))
-    runs = [points[i : i + size] for i in range(0, len(points), size)]
-    means = [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
-    return [*means[:-1], (points[-1][0], means[-1][1])]
+def line_chart(
+    name: str, y_label: str, series: Sequence[Series], from_zero: bool = False, description: str = ""
+) -> Chart:
+    """A chart over iterations; the y axis starts at 0 (``from_zero``) or fits the values."""
+    series = [replace(s, points=thin(s.points)) for s in series if len(s.points)]
+    with matplotlib.rc_context(_STYLE_COLOURS, _STYLE_FILE):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        size = ((WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT)
+        axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, *size))
+        for s in series:
+            _add_curve(axes, s)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(x)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
+        axes.grid(axis="y", clip_on=False)
+        axes.margins(x=0)
+        y_ticks = axes.yaxis.get_major_locator().tick_values(*_y_range(series, from_zero))
+        axes.set_ylim(y_ticks[0], y_ticks[-1])
+        axes.set_xlabel("iteration", loc="right")
+        figure.text(8 / WIDTH, 1 - 14 / HEIGHT, y_label, color=_PLACEHOLDERS["ink"])
+        if any(s.label for s in series):
+            figure.legend(loc="upper right", bbox_to_anchor=(1 - RIGHT / WIDTH, 1 - 4 / HEIGHT), ncols=len(series))
+        bands = _bands(axes, [s for s in series if s.label])
+        return Chart(name, description or y_label, _svg(figure), bands)
 
 
-def smooth(points: list[tuple[float, float | None]], share: float = 0.06) -> list[tuple[float, float]]:
+def thin(points: np.ndarray) -> np.ndarray:
+    """At most ``MAX_POINTS`` points: the means over equal runs of points, with the last x as it is."""
+    means = [run.mean(axis=0) for run in np.array_split(points, min(len(points), MAX_POINTS))]
+    means[-1][0] = points[-1][0]
+    return np.stack(means)
+
+
+def smooth(points: np.ndarray, share: float = 0.06) -> np.ndarray:
     """Centred moving average over ``share`` of the points, narrower towards the ends."""
-    known = _known(points)
-    half = max(1, round(len(known) * share / 2))
-    means = []
-    for i, (x, _) in enumerate(known):
-        reach = min(half, i, len(known) - 1 - i)
-        window = known[i - reach : i + reach + 1]
-        means.append((x, sum(y for _, y in window) / len(window)))
-    return means
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers that cover ``low`` .. ``high``."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-    rough = (high - low) / count
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    if not len(points):
+        return points
+    i, last = np.arange(len(points)), len(points) - 1
+    reach = np.minimum(max(1, round(len(points) * share / 2)), np.minimum(i, last - i))
+    sums = np.concatenate([[0.0], points[:, 1].cumsum()])
+    return np.column_stack([points[:, 0], (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)])
 
 
 def number(value: float) -> str:
@@ -116,58 +121,51 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _known(points) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+def _add_curve(axes, s: Series) -> None:
+    x, y = s.points.T
+    label, colour = s.label or None, _PLACEHOLDERS[s.colour]
+    if s.style == "area":
+        axes.fill_between(x, y, color=colour, alpha=0.38, linewidth=0, label=label)
+    elif s.style == "faint":
+        axes.plot(x, y, color=colour, alpha=0.35, linewidth=1, label=label)
+    elif s.style == "dots" or len(x) == 1:
+        mark = {"marker": "o", "markersize": 6.4, "markeredgewidth": 1.6, "markerfacecolor": _PLACEHOLDERS["paper"]}
+        axes.plot(x, y, color=colour, linewidth=1.3, label=label, clip_on=False, **mark)
+    else:
+        axes.plot(x, y, color=colour, linewidth=2, label=label)
 
 
-def _y_range(drawn: list[Series], from_zero: bool) -> tuple[float, float]:
-    """All of what is drawn, but for the worst 1 % of faint lines, whose spikes would flatten the rest."""
-    values = []
-    for s in drawn:
-        ys = sorted(y for _, y in s.points)
-        values += ys[: max(1, math.ceil(len(ys) * 0.99))] if s.style == "faint" else ys
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+def _y_range(series: list[Series], from_zero: bool) -> tuple[float, float]:
+    """The range of all values except the largest 1 % of faint lines, whose spikes would flatten the rest."""
+    values = [s.points[:, 1] for s in series if s.style != "faint"]
+    values += [np.sort(s.points[:, 1])[: -(-len(s.points) * 99 // 100)] for s in series if s.style == "faint"]
+    values = np.concatenate(values) if values else np.array([0.0, 1.0])
+    low, high = values.min(), values.max()
     if from_zero:
         return min(low, 0.0), high if high > 0 else 1.0
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     return low - margin if low < 0 or low > margin else 0.0, high + margin
 
 
-def _curve(s: Series, at: list[tuple[float, float]], base: float) -> list[str]:
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
-    if s.style == "area":
-        return [f'<path class="area {s.colour}" d="{path}L{at[-1][0]:.1f} {base:.1f}L{at[0][0]:.1f} {base:.1f}Z"/>']
-    parts = [f'<path class="{s.style} {s.colour}" d="{path}"/>']
-    if s.style == "dots" or len(at) == 1:
-        parts += [f'<circle class="dot {s.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in at]
-    return parts
+def _bands(axes, series: list[Series]) -> list[tuple[float, float, float, str]]:
+    """Bands for ``Chart``: each x owns the width up to half-way to its neighbours."""
+    values = [dict(s.points.tolist()) for s in series]
+    xs = sorted(set().union(*values))
+    at = axes.transData.transform([(x, 0) for x in xs])[:, 0] / axes.figure.dpi * 72 if xs else np.empty(0)
+    edges = np.concatenate([at[:1], (at[:-1] + at[1:]) / 2, at[-1:]])
+    bands = []
+    for x, middle, left, right in zip(xs, at, edges, edges[1:]):
+        lines = [f"{s.label}: {known[x]:.4g}" for s, known in zip(series, values) if x in known]
+        bands.append((left, max(right - left, 1), middle, "\n".join([f"iteration {number(round(x))}", *lines])))
+    return bands
 
 
-def _legend(drawn: list[Series]) -> list[str]:
-    parts, x = [], WIDTH - RIGHT
-    for s in reversed(drawn):
-        x -= 6.2 * len(s.label)
-        mark = {
-            "dots": f'<circle class="dot {s.colour}" cx="{x - 12:.0f}" cy="10" r="3.2"/>',
-            "area": f'<rect class="area {s.colour}" x="{x - 18:.0f}" y="5" width="12" height="10"/>',
-        }.get(s.style, f'<line class="{s.style} {s.colour}" x1="{x - 19:.0f}" x2="{x - 5:.0f}" y1="10" y2="10"/>')
-        parts.append(f'{mark}<text class="tick" x="{x:.0f}" y="14">{escape(s.label)}</text>')
-        x -= 34
-    return parts
-
-
-def _hover(drawn: list[Series], x_label: str, px) -> list[str]:
-    """Upright bands, one per x, that show a guide line and a title."""
-    xs = sorted({x for s in drawn for x, _ in s.points})
-    values = [dict(s.points) for s in drawn]
-    parts = []
-    for before, x, after in zip([xs[:1], *([x] for x in xs)], xs, [*([x] for x in xs[1:]), xs[-1:]]):
-        left, right = (px(before[0]) + px(x)) / 2, (px(after[0]) + px(x)) / 2
-        lines = [f"{x_label} {number(round(x))}"]
-        lines += [f"{s.label}: {known[x]:.4g}" for s, known in zip(drawn, values) if x in known]
-        parts.append(
-            f'<g class="hit"><rect x="{left:.1f}" y="{TOP}" width="{max(right - left, 1):.1f}" '
-            f'height="{HEIGHT - TOP - BOTTOM}"/><line x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{TOP}" '
-            f'y2="{HEIGHT - BOTTOM}"/><title>{escape(chr(10).join(lines))}</title></g>'
-        )
-    return parts
+def _svg(figure: Figure) -> str:
+    """The elements of the figure, with the page's colours and without ids that would repeat in the next chart."""
+    stream = io.StringIO()
+    figure.savefig(
+        stream, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
+    elements = stream.getvalue().partition("<svg ")[2].partition(">")[2].rpartition("</svg>")[0]
+    elements = re.sub(r' id="[a-zA-Z0-9]+_\d+"', "", elements)
+    return re.sub(r"#0000(\d\d)", lambda match: f"var(--{_COLOURS[int(match[1]) - 1]})", elements)

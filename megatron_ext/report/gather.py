@@ -1,66 +1,67 @@
-"""Everything the report tells, read from the run's own files."""
+"""The contents of the page, read from the run's own files."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext import config_file
-from megatron_ext.config import Config, SourceConfig
+from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
-from megatron_ext.report.evaluated import Evaluated, evaluated
-from megatron_ext.report.samples import Sample, samples, vq_sheet
+from megatron_ext.report.documents import Card, documents
+from megatron_ext.report.evaluation import NewestEvaluation, newest_evaluation
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Plan
-from megatron_ext.training.lifecycle import finished_file
+from megatron_ext.training.finished import finished_file
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.vocabulary import Vocabulary
 
+VQ_SHEET = "reconstructions.png"
+"""File in a VQ folder: pictures beside their reconstructions."""
+
 
 @dataclass
-class Facts:
-    """A run as its files tell it.
+class RunData:
+    """What the files of a run say.
 
     Attributes:
         records: lines of ``metrics.jsonl``, oldest first.
         finished: the run is complete.
-        environment: contents of ``environment.json``.
-        cards: of the training data sets, in the order of ``data.train``; None where there is no data set any more.
-        vocabulary: None where its folder is gone.
-        sheet: PNG of pictures beside their VQ reconstructions.
-        samples: a few validation (else training) documents.
-        evaluated: what the newest evaluation during training left.
+        environment: contents of ``environment.json``; empty without the file.
+        dataset_metadata: of each data set of ``data.train``; None for a data set that is no longer there.
+        vocabulary: None if its folder is no longer there.
+        vq_sheet: PNG of pictures beside their VQ reconstructions.
+        documents: a few validation (else training) documents.
+        evaluation: the newest evaluation during training.
     """
 
-    run: Path
+    folder: Path
     config: Config
     plan: Plan
     records: list[dict]
     finished: bool
     environment: dict
-    cards: list[dict | None]
+    dataset_metadata: list[dict | None]
     vocabulary: Vocabulary | None
-    sheet: bytes | None
-    samples: list[Sample]
-    evaluated: Evaluated | None
+    vq_sheet: bytes | None
+    documents: list[Card]
+    evaluation: NewestEvaluation | None
 
     @property
     def parameters(self) -> int | None:
-        """Weights of the model, embedding rows that only pad the table left out."""
+        """Weights of the model without the embedding rows that pad the table."""
         if not self.vocabulary:
             return None
         return parameter_count(self.config.model, self.vocabulary.size, self.plan.projections)
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks that were trained, in the order of the token classes."""
+        """Names of the trained tasks, in the order of the token classes."""
         names = ("understanding", "generation", "text")
-        return [n for n in names if any(source.task == n for source in self.config.data.train)]
+        return [name for name in names if any(source.task == name for source in self.config.data.train)]
 
 
-def gather(run: str | Path, vq: str | Path | None = None) -> Facts:
-    """Read a run folder and, when given, the VQ tokenizer's.
+def gather(run: str | Path, vq: str | Path | None = None) -> RunData:
+    """Read a run's folder and, if given, the folder of the VQ tokenizer.
 
     Raises:
         UserError: the folder holds no run, or nothing is logged yet.
@@ -72,24 +73,22 @@ def gather(run: str | Path, vq: str | Path | None = None) -> Facts:
     records = read_metrics(run / "metrics.jsonl")
     if not records:
         raise UserError(f"{run / 'metrics.jsonl'}: nothing logged yet")
-    environment_file = run / "environment.json"
-    found = (Path(config.data.vocabulary) / "vocabulary.json").is_file()
-    vocabulary = Vocabulary(config.data.vocabulary) if found else None
-    return Facts(
-        run=run,
+    has_vocabulary = (Path(config.data.vocabulary) / "vocabulary.json").is_file()
+    vocabulary = Vocabulary(config.data.vocabulary) if has_vocabulary else None
+    return RunData(
+        folder=run,
         config=config,
         plan=Plan.of(config.plan, config.model.num_layers),
         records=records,
         finished=finished_file(run).is_file(),
-        environment=read_json(environment_file) if environment_file.is_file() else {},
-        cards=_cards(config.data.train),
+        environment=_read_if_there(run / "environment.json") or {},
+        dataset_metadata=[_read_if_there(Path(f"{source.path}.json")) for source in config.data.train],
         vocabulary=vocabulary,
-        sheet=vq_sheet(Path(vq)) if vq else None,
-        samples=samples(config.data, vocabulary, Path(vq)) if vq and vocabulary else [],
-        evaluated=evaluated(run, config, records[-1]["iteration"]),
+        vq_sheet=(Path(vq) / VQ_SHEET).read_bytes() if vq and (Path(vq) / VQ_SHEET).is_file() else None,
+        documents=documents(config.data, vocabulary, Path(vq)) if vq and vocabulary else [],
+        evaluation=newest_evaluation(run, config, records[-1]["iteration"]),
     )
 
 
-def _cards(sources: Sequence[SourceConfig]) -> list[dict | None]:
-    files = [Path(f"{source.path}.json") for source in sources]
-    return [json.loads(file.read_text()) if file.is_file() else None for file in files]
+def _read_if_there(file: Path) -> dict | None:
+    return read_json(file) if file.is_file() else None

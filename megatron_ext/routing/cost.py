@@ -65,9 +65,7 @@ def count(batch: Batch, plan: Plan, selection: Selection | None = None) -> Count
     batch = batch.arrays()
     real = (batch.document != PADDING_DOCUMENT).ravel()
     kind = token_classes(batch, plan, selection).ravel()[real]
-    first = np.ones(batch.shape, dtype=bool)
-    first[:, 1:] = batch.document[:, 1:] != batch.document[:, :-1]
-    first = first.ravel()[real]
+    first = batch.document_starts().ravel()[real]
     visible = {roles: _visible(kind, first, roles) for roles in set(plan.roles)}
     return Counts(
         tuple(np.bincount(kind, minlength=len(plan.roles[0])).tolist()),

@@ -68,9 +68,7 @@ class DenseShare:
 
 def _document_lots(batch: Batch, number: int) -> np.ndarray:
     """A number in [0, 1) for each document, float64 [b, s], from what is in it."""
-    first = np.ones(batch.shape, dtype=bool)
-    first[:, 1:] = batch.document[:, 1:] != batch.document[:, :-1]
-    document = first.ravel().cumsum() - 1
+    document = batch.document_starts().ravel().cumsum() - 1
     token = counter_random.key(batch.positions.ravel(), batch.tokens.ravel())
     content = np.zeros(document.max() + 1, dtype=np.uint64)
     np.add.at(content, document, token)

@@ -22,12 +22,12 @@ that what they plan for one micro-batch serves for the next."""
 
 
 @dataclass
-class Pieces:
-    """Some rows of a rank's share of the hidden states [T / R, 1, h].
+class RowSlices:
+    """A rank's share of the hidden states [T / R, 1, h] as slices of rows with one role.
 
     Attributes:
-        sizes: rows of consecutive pieces; they add up to T / R.
-        full, kv_only: which of the pieces are FULL and KV_ONLY.
+        sizes: rows of consecutive slices; they add up to T / R.
+        full, kv_only: indices of the FULL and of the KV_ONLY slices.
         full_splits, kv_only_splits: (component, rows) of those rows in order; component 0 is W.
     """
 
@@ -69,7 +69,7 @@ class LayerRoute:
     segment.
 
     Attributes:
-        pieces: which rows take part.
+        slices: the rows that take part.
         queries: from gathered FULL rows to attention's order; None: the same.
         keys: from gathered FULL and gathered KV_ONLY rows to the order of keys; None without KV_ONLY rows, when keys
             are ordered like queries.
@@ -77,11 +77,9 @@ class LayerRoute:
         query_positions, key_positions: rotary positions in attention's order, int32; 0 for fillers.
         cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments.
         max_query_length, max_key_length: bounds of the lengths, powers of two.
-        rotary: angles of queries and keys; filled in by the model before its first layer.
-        places, cache: with a cache of keys, what goes where in it (``generation/cache.py``); None in training.
     """
 
-    pieces: Pieces
+    slices: RowSlices
     queries: Permutation | None
     keys: Permutation | None
     query_lengths: list[int]
@@ -92,9 +90,17 @@ class LayerRoute:
     cu_seqlens_kv: np.ndarray
     max_query_length: int
     max_key_length: int
-    rotary: object = None
-    places: CachePlaces | None = None
-    cache: object = None
+
+
+@dataclass
+class CachedLayerRoute(LayerRoute):
+    """What one layer does with the next pieces of documents whose earlier keys are in a cache.
+
+    Attributes:
+        places: the places of queries and keys in the cache (``generation/cache.py``).
+    """
+
+    places: CachePlaces
 
 
 @dataclass
@@ -121,7 +127,7 @@ class StoredRows:
     multiple: int
 
     def gathered(self, chosen: list[int], sizes: list[int]) -> np.ndarray:
-        """[t] row of each token when only the ``chosen`` of pieces of ``sizes`` rows are kept and gathered from all
+        """[t] row of each token when only the ``chosen`` of slices of ``sizes`` rows are kept and gathered from all
         ranks; -1 for tokens elsewhere."""
         offsets, start, kept = np.full(sum(sizes), -1), 0, 0
         for i, size in enumerate(sizes):
@@ -145,21 +151,21 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
     Args:
         cached: keys are all the keys of a piece, in order (see :meth:`~megatron_ext.routing.route.Route.of`).
     """
-    pieces = pieces_of(rows.sizes, roles, rows.components)
+    slices = row_slices(rows.sizes, roles, rows.components)
     role = np.array([*roles, Role.SKIP])[rows.group]
     key = np.flatnonzero(role != Role.SKIP)
     full = role[key] == Role.FULL
     first, end, begin = _segments(rows.document[key], full)
     query_lengths, key_lengths = end - first, end - begin
 
-    query, gathered_rows = key[full], rows.ranks * row_count(pieces.full_splits)
-    gathered = rows.gathered(pieces.full, pieces.sizes)
+    query, gathered_rows = key[full], rows.ranks * row_count(slices.full_splits)
+    gathered = rows.gathered(slices.full, slices.sizes)
     query_fillers = rows.fillers(query.size)
     queries, keys = Permutation.of(gathered[query], [gathered_rows], fillers=query_fillers), None
     query_positions = key_positions = _positions(rows.batch, query, query_fillers)
-    if pieces.kv_only:
-        kv_rows = rows.ranks * row_count(pieces.kv_only_splits)
-        kv_gathered = rows.gathered(pieces.kv_only, pieces.sizes)
+    if slices.kv_only:
+        kv_rows = rows.ranks * row_count(slices.kv_only_splits)
+        kv_gathered = rows.gathered(slices.kv_only, slices.sizes)
         gathered = np.where(kv_gathered >= 0, gathered_rows + kv_gathered, gathered)
         seen, repeated = key, False
         if not cached:
@@ -169,8 +175,8 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
         fillers = rows.fillers(seen.size)
         keys = Permutation.of(gathered[seen], [gathered_rows, kv_rows], repeated, fillers)
         key_positions = _positions(rows.batch, seen, fillers)
-    return LayerRoute(
-        pieces=pieces,
+    route = LayerRoute(
+        slices=slices,
         queries=queries,
         keys=keys,
         query_lengths=query_lengths.tolist(),
@@ -181,12 +187,12 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
         cu_seqlens_kv=_cumulative(key_lengths),
         max_query_length=_power_of_two(query_lengths),
         max_key_length=_power_of_two(key_lengths),
-        places=_cache_places(key, full, *rows.batch.shape) if cached else None,
     )
+    return CachedLayerRoute(**vars(route), places=_cache_places(key, full, *rows.batch.shape)) if cached else route
 
 
-def pieces_of(sizes: list[int], roles: Sequence[Role], components: Sequence[int]) -> Pieces:
-    """Pieces of consecutive groups with one role; empty groups take no piece."""
+def row_slices(sizes: list[int], roles: Sequence[Role], components: Sequence[int]) -> RowSlices:
+    """Slices of consecutive groups with one role; empty groups have no slice."""
     groups = [(role, size, c) for role, size, c in zip(roles, sizes, [*components, 0]) if size]
     runs = [(role, list(run)) for role, run in groupby(groups, key=lambda g: g[0])]
 
@@ -196,7 +202,7 @@ def pieces_of(sizes: list[int], roles: Sequence[Role], components: Sequence[int]
         return [i for i, (role, _) in enumerate(runs) if role == wanted], splits
 
     (full, full_splits), (kv_only, kv_only_splits) = of(Role.FULL), of(Role.KV_ONLY)
-    return Pieces([sum(n for _, n, _ in run) for _, run in runs], full, kv_only, full_splits, kv_only_splits)
+    return RowSlices([sum(n for _, n, _ in run) for _, run in runs], full, kv_only, full_splits, kv_only_splits)
 
 
 def row_count(splits: list[tuple[int, int]]) -> int:

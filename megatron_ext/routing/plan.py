@@ -26,7 +26,7 @@ from enum import IntEnum
 
 from megatron_ext import config_file
 from megatron_ext.config import Config, DenseShareConfig, PlanConfig
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, check_divisible
 from megatron_ext.routing.dense_share import DenseShare, Selection
 from megatron_ext.token_classes import Modality, Task
 
@@ -154,6 +154,8 @@ class Plan:
                 f"config: 'plan.projections.rank' is {chosen.rank}, but plan.projections.kind is {kind}; "
                 "only delta projections have a rank"
             )
+        if chosen.rank is not None and chosen.rank < 1:
+            raise UserError(f"config: 'plan.projections.rank' is {chosen.rank}, must be at least 1")
         projections = Projections(kind, tuple(chosen.modules), chosen.rank, chosen.per_task)
         name = config.preset + ("+table" if config.table else "")
         share = _dense_share(config.dense_share)
@@ -237,6 +239,18 @@ def shallow_layers(config: PlanConfig, num_layers: int) -> list[int]:
         return [(i + 1) * num_layers // (count + 1) for i in range(count)]
     start = (num_layers - count) // 2
     return list(range(start, start + count))
+
+
+def validate_plan(config: PlanConfig, num_layers: int, tensor: int) -> Plan:
+    """The plan for a model of ``num_layers`` layers, whose deltas ``tensor`` ranks can cut.
+
+    Raises:
+        UserError: names the key, its value and what would do.
+    """
+    plan = Plan.of(config, num_layers)
+    if plan.projections.rank is not None:
+        check_divisible("plan.projections.rank", plan.projections.rank, "parallel.tensor", tensor)
+    return plan
 
 
 def with_roles(config: Config, overrides: Sequence[str]) -> Config:

@@ -25,7 +25,7 @@ import numpy as np
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.groups import Groups, plan_groups, stored_length, token_classes
-from megatron_ext.routing.layer_route import LayerRoute, Pieces, StoredRows, layer_route, pieces_of, row_count
+from megatron_ext.routing.layer_route import LayerRoute, RowSlices, StoredRows, layer_route, row_count, row_slices
 from megatron_ext.routing.permutation import Permutation
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
@@ -38,13 +38,10 @@ if TYPE_CHECKING:  # worker processes, which make routes of arrays, do not wait 
 class Route:
     """The route of one micro-batch of b rows of s tokens: arrays on the host, tensors once it is on a device.
 
-    An unmodified ``TransformerBlock`` hands it to every layer in place of its ``PackedSeqParams``, under activation
-    recomputation too.
-
     Attributes:
         tokens: [1, T] token ids as stored, int32.
         layers: the route of each layer of the whole model, by its number from 0.
-        head: the pieces that hold the tokens whose logits are wanted; their gathered rows become the targets' by
+        head: the slices that hold the tokens whose logits are wanted; their gathered rows become the targets' by
             ``head_rows``.
         targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None where
             nobody asks any more.
@@ -56,7 +53,7 @@ class Route:
 
     tokens: np.ndarray
     layers: list[LayerRoute]
-    head: Pieces
+    head: RowSlices
     head_rows: Permutation | None
     targets: np.ndarray | None
     order: np.ndarray | None
@@ -121,7 +118,7 @@ class Route:
         wanted = (batch.loss_mask > 0) if wanted is None else np.asarray(wanted)
         targets = np.flatnonzero(wanted.ravel() & real)
         needed = np.isin(np.arange(len(sizes)), group[targets])
-        head = pieces_of(sizes, [Role.FULL if n else Role.SKIP for n in needed], groups.components)
+        head = row_slices(sizes, [Role.FULL if n else Role.SKIP for n in needed], groups.components)
         gathered = rows.gathered(head.full, head.sizes)[targets]
         places = (image_places(batch) if places is None else np.asarray(places)).ravel()
         return cls(
@@ -150,7 +147,7 @@ def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
     """
     image, column = batch.modality == Modality.IMAGE, np.arange(batch.shape[1])
     first = image.copy()
-    first[:, 1:] &= ~image[:, :-1] | (batch.document[:, 1:] != batch.document[:, :-1])
+    first[:, 1:] &= ~image[:, :-1] | batch.document_starts()[:, 1:]
     start = np.maximum.accumulate(np.where(first, column, 0), axis=1)
     places = column - start + 1
     if before is not None:
@@ -169,6 +166,4 @@ def _stored_order(group: np.ndarray, groups: Groups, ranks: int, multiple: int) 
 
 def _document_numbers(batch: Batch) -> np.ndarray:
     """[t] number of the run of equal values in ``batch.document`` that each token is in; rows never share a run."""
-    starts = np.ones(batch.shape, dtype=bool)
-    starts[:, 1:] = batch.document[:, 1:] != batch.document[:, :-1]
-    return starts.ravel().cumsum()
+    return batch.document_starts().ravel().cumsum()

@@ -1,15 +1,15 @@
-"""How long each run of a study trains, so that what is compared is equal in tokens or in FLOPs.
+"""The length of each run of a study, so that the runs compared are equal in tokens or in FLOPs.
 
-The base configuration's ``training.iterations`` are those of dense, trained on both tasks. From them, with rows of the
-run's own data::
+``training.iterations`` of the base configuration are the iterations of dense, trained on both tasks. The other runs'
+follow from them and from rows of their own data::
 
     tokens    iterations x share of the tokens of the tasks trained on
     steps     iterations, of batches x share
     total     iterations
     flops     tokens' / (FLOPs of the method / FLOPs of dense on the same rows)
 
-So an equal-FLOPs run costs what dense costs on its data. It is planned by its number of iterations, not stopped at a
-total of FLOPs, so that its learning rate comes down as every other run's does.
+An equal-FLOPs run thus costs what dense costs on the run's data. Its number of iterations is planned, rather than
+stopping at a total of FLOPs, so that its learning rate decays like every other run's.
 """
 
 import json
@@ -18,22 +18,22 @@ from dataclasses import dataclass
 from megatron_ext.config import Config
 from megatron_ext.data.mixture import Mixture
 
-DRAWS = 1 << 14
-"""Documents that the share of a task's tokens is counted on."""
-ROWS = 256
-"""Rows that the FLOPs of a method are counted on."""
+SHARE_SAMPLES = 1 << 14
+"""Samples on which a task's share of the tokens is measured."""
+FLOPS_ROWS = 256
+"""Rows on which the FLOPs of a method are counted."""
 PARTS = 16
-"""As many times in the course of training they are looked at, a part of the rows each time."""
+"""Parts of those rows; each is counted at another moment of training."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """What planning needs to know of a size and method.
+    """The measurements that the length of a run of some size and method follows from.
 
     Attributes:
-        share: of the tokens of all the base configuration's sources, those in the sources kept, 0 .. 1.
+        share: the fraction of the tokens of the base configuration's sources that is in the sources kept, 0 .. 1.
         flops_ratio: training FLOPs relative to dense, on the same rows.
-        parameters: of the dense model of this size.
+        parameters: parameters of the dense model of this size.
     """
 
     share: float
@@ -41,25 +41,25 @@ class Length:
     parameters: int
 
     def iterations(self, base: int, budget: str) -> int:
-        """At least 1.
+        """The iterations of a run, at least 1.
 
         Args:
-            base: iterations of dense on all sources.
+            base: the iterations of dense on all sources.
         """
         factor = {"tokens": self.share, "flops": self.share / self.flops_ratio}.get(budget, 1.0)
         return max(1, round(base * factor))
 
     def batch(self, base: int, budget: str, replicas: int) -> int:
-        """Rows of a global batch, a multiple of ``replicas``.
+        """The rows of a global batch, a multiple of ``replicas``.
 
         Args:
-            base: those of dense on all sources.
+            base: the rows of dense on all sources.
         """
         return max(1, round(base * self.share / replicas)) * replicas if budget == "steps" else base
 
 
 class Lengths:
-    """Measures lengths; opens every data set once."""
+    """Measures lengths; opens each data set once."""
 
     def __init__(self):
         self._mixtures: dict[str, Mixture] = {}
@@ -69,59 +69,61 @@ class Lengths:
         """The length of a run.
 
         Args:
-            config: the run's, with the sources it keeps; ``whole``: the same with all sources.
+            config: the run's configuration, with the sources that it keeps.
+            whole: the same with all sources.
         """
-        # Imported late: a plan that is known already should not wait for torch.
+        # Imported late: a study whose lengths are in plan.json should not wait for torch.
         from megatron_ext.routing.cost import count, dense, forward_flops, parameter_count
         from megatron_ext.routing.plan import Plan, Projections
         from megatron_ext.vocabulary import Vocabulary
 
-        words = Vocabulary(config.data.vocabulary)
+        vocabulary = Vocabulary(config.data.vocabulary)
         plan = Plan.of(config.plan, config.model.num_layers)
-        batches = self._batches_of(config, words)
+        batches = self._batches_of(config, vocabulary)
         flops = dense_flops = 0
         for number, batch in enumerate(batches):
-            selection = plan.selection(
-                2 * number + 1, 2 * len(batches)
-            )  # a dense share may change in the course of training
-            flops += forward_flops(config.model, words.size, plan, count(batch, plan, selection))
-            dense_flops += forward_flops(config.model, words.size, dense(plan), count(batch, dense(plan), selection))
+            # The middle of each part of training: a dense share may change in the course of it.
+            selection = plan.selection(2 * number + 1, 2 * len(batches))
+            flops += forward_flops(config.model, vocabulary.size, plan, count(batch, plan, selection))
+            dense_flops += forward_flops(
+                config.model, vocabulary.size, dense(plan), count(batch, dense(plan), selection)
+            )
         return Length(
-            self._share(config, whole, words),
+            self._share(config, whole, vocabulary),
             flops / dense_flops,
-            parameter_count(config.model, words.size, Projections()),
+            parameter_count(config.model, vocabulary.size, Projections()),
         )
 
-    def _share(self, config: Config, whole: Config, words) -> float:
-        """Of the tokens that the sources of ``whole`` give, those of the tasks of ``config``; with caption dropout."""
+    def _share(self, config: Config, whole: Config, vocabulary) -> float:
+        """The fraction of the tokens of ``whole``, after caption dropout, that the tasks of ``config`` have."""
         import numpy as np
 
         from megatron_ext.token_classes import Task
 
-        mixture = self._mixture(whole, words)
-        samples = mixture.samples(0, DRAWS)
-        kept = {Task[source.task.upper()] for source in config.data.train}
-        mine = np.array([source.task in kept for source in mixture.sources])[samples.source]
-        return float(samples.length[mine].sum() / samples.length.sum())
+        mixture = self._mixture(whole, vocabulary)
+        samples = mixture.samples(0, SHARE_SAMPLES)
+        tasks = {Task[source.task.upper()] for source in config.data.train}
+        kept = np.array([source.task in tasks for source in mixture.sources])[samples.source]
+        return float(samples.length[kept].sum() / samples.length.sum())
 
-    def _batches_of(self, config: Config, words) -> list:
-        from megatron_ext.data.decoding import decode
+    def _batches_of(self, config: Config, vocabulary) -> list:
         from megatron_ext.data.packed_rows import PackedRows
+        from megatron_ext.data.packed_tokens import unpack
 
         key = _key(config)
         if key not in self._batches:
             import numpy as np
 
-            rows = PackedRows.of(self._mixture(config, words), config.data).packed_tokens(0, ROWS)
-            self._batches[key] = [decode(part, words.pad) for part in np.split(rows, PARTS)]
+            rows = PackedRows.of(self._mixture(config, vocabulary), config.data).packed_tokens(0, FLOPS_ROWS)
+            self._batches[key] = [unpack(part, vocabulary.pad) for part in np.split(rows, PARTS)]
         return self._batches[key]
 
-    def _mixture(self, config: Config, words) -> Mixture:
+    def _mixture(self, config: Config, vocabulary) -> Mixture:
         from megatron_ext.data import build_mixture
 
         key = _key(config)
         if key not in self._mixtures:
-            self._mixtures[key] = build_mixture(config.data.train, config.data, words, train=True)
+            self._mixtures[key] = build_mixture(config.data.train, config.data, vocabulary, train=True)
         return self._mixtures[key]
 
 

@@ -1,4 +1,4 @@
-"""All finished runs of a study as one file of results."""
+"""Collects the finished runs of a study into one file of results."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,21 +7,21 @@ from pathlib import Path
 from megatron_ext.analysis.results import Metric, Results, Row
 from megatron_ext.files import write_json
 from megatron_ext.study import state, steps
-from megatron_ext.study.grid import Run
+from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
-_BESIDE = ("POPE-A", "POPE-P", "POPE-R", "POPE-yes", "MJHQ-facts, others' prompts", "MJHQ-facts, difference")
-"""Further figures of what POPE-F1 and MJHQ-facts count already; they would weigh these more than other benchmarks."""
+_SECONDARY = ("POPE-A", "POPE-P", "POPE-R", "POPE-yes", "MJHQ-facts, others' prompts", "MJHQ-facts, difference")
+"""Figures that stay out of averages: POPE-F1 and MJHQ-facts already stand for the same answers and pictures."""
 
 
-def collect(study: Study, runs: Sequence[Run]) -> Results:
-    """The results of the finished runs; also written to ``OUT/results.json``, in the order of the runs."""
+def collect(study: Study, runs: Sequence[StudyRun]) -> Results:
+    """Write the results of the finished runs to ``OUT/results.json``, in the order of the runs, and return them."""
     results = Results(f"study {study.name}")
     for budget in study.budgets:
         for run in runs:
-            found = state.result(run, steps.fingerprint(run, study.evaluation))
-            if found and budget in run.budgets:
-                results.rows += _rows(study, run, found, budget)
+            result = state.result(run, steps.fingerprint(run, study.evaluation))
+            if result and budget in run.budgets:
+                results.rows += _rows(study, run, result, budget)
     names = dict.fromkeys(name for row in results.rows for name in row.metrics)
     results.metrics = {
         name: Metric(**(dataclasses.asdict(_guess(name)) | study.metrics.get(name, {}))) for name in names
@@ -30,12 +30,12 @@ def collect(study: Study, runs: Sequence[Run]) -> Results:
     return results
 
 
-def _rows(study: Study, run: Run, found: dict, budget: str) -> list[Row]:
-    """A row for each of the roles that the run was evaluated with; validation losses are those of training's roles."""
+def _rows(study: Study, run: StudyRun, result: dict, budget: str) -> list[Row]:
+    """A row per ``evaluate_as`` entry; validation losses belong to the roles of training alone."""
     several = len(study.evaluation.evaluate_as) > 1
     rows = []
     for name, overrides in study.evaluation.evaluate_as.items():
-        figures = found["evaluated"].get(name, {}) | ({} if overrides else found["losses"])
+        figures = result["evaluated"].get(name, {}) | ({} if overrides else result["losses"])
         if not figures:
             continue
         rows.append(
@@ -44,15 +44,15 @@ def _rows(study: Study, run: Run, found: dict, budget: str) -> list[Row]:
                 task=run.method.trained_on,
                 partner_group=run.method.partner_group,
                 metrics=figures,
-                flops_ratio=found["flops_ratio"],
+                flops_ratio=result["flops_ratio"],
                 seed=run.seed,
                 size=run.size.name,
                 parameters=run.length.parameters,
                 budget=budget,
                 evaluated_as=name if several else None,
-                iterations=found["iterations"],
-                tokens=found["tokens"],
-                flops=found["flops"],
+                iterations=result["iterations"],
+                tokens=result["tokens"],
+                flops=result["flops"],
                 run=run.name,
             )
         )
@@ -60,9 +60,9 @@ def _rows(study: Study, run: Run, found: dict, budget: str) -> list[Row]:
 
 
 def _guess(name: str) -> Metric:
-    """How to read a figure, from its name; losses stay out of the average over benchmarks."""
+    """How to read a figure, guessed from its name; losses stay out of the average over benchmarks."""
     if name.endswith(" loss"):
         return Metric(name.removesuffix(" loss"), higher_is_better=False, in_average=False)
     if "FID" in name or name.startswith("MJHQ"):
-        return Metric("generation", higher_is_better="FID" not in name, in_average=name not in _BESIDE)
-    return Metric("understanding", in_average=name not in _BESIDE and "likelihood" not in name)
+        return Metric("generation", higher_is_better="FID" not in name, in_average=name not in _SECONDARY)
+    return Metric("understanding", in_average=name not in _SECONDARY and "likelihood" not in name)

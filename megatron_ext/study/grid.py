@@ -12,19 +12,21 @@ from megatron_ext import config_file
 from megatron_ext.command_line import progress
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.validation import validate_evaluation
 from megatron_ext.files import read_json, write_json
 from megatron_ext.study.budget import Length, Lengths
 from megatron_ext.study.study_file import Method, Size, Study
+from megatron_ext.training.validation import validate
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One training run.
 
     Attributes:
-        name: of its folder under ``OUT/runs/``.
-        budgets: those it belongs to; a method that costs what dense costs is run once for both.
-        length: what its number of iterations was planned from.
+        name: the name of its folder under ``OUT/runs/``.
+        budgets: the budgets it belongs to; runs that two budgets have in common are trained once.
+        length: the measurements that its number of iterations follows from.
     """
 
     name: str
@@ -47,15 +49,15 @@ class Run:
         return ("understanding", "generation") if task == "unified" else (task,)
 
 
-def runs(study: Study) -> list[Run]:
-    """All runs, smallest size first as the file has them, budgets as the study has them.
+def runs(study: Study) -> list[StudyRun]:
+    """All runs: sizes in the order of the file, budgets in the order of the study.
 
-    What is measured of the data is kept in ``OUT/plan.json``, so that it is measured once.
+    Keeps the measurements on the data in ``OUT/plan.json``, so that they are made once.
 
     Raises:
-        UserError: a configuration is refused; the run is named.
+        UserError: the configuration of a run is refused; the run is named.
     """
-    made = []
+    study_runs = []
     pairs = [(size, method) for size in study.sizes for method in study.methods_of(size)]
     lengths = _lengths(study, pairs)
     for (size, method), length in zip(pairs, lengths):
@@ -67,8 +69,8 @@ def runs(study: Study) -> list[Run]:
             planned.setdefault((iterations, batch), []).append(budget)
         for (iterations, batch), budgets in planned.items():
             for seed in study.seeds_of(size):
-                made.append(_run(study, size, method, tuple(budgets), iterations, batch, seed, length))
-    return made
+                study_runs.append(_run(study, size, method, tuple(budgets), iterations, batch, seed, length))
+    return study_runs
 
 
 def _run(
@@ -80,16 +82,16 @@ def _run(
     batch: int,
     seed: int,
     length: Length,
-) -> Run:
+) -> StudyRun:
     name = f"{size.name}.{method.name}.{budgets[0]}.seed{seed}"
     folder = Path(study.output) / "runs" / name
     config = _config(study, size, method)
     config.output = str(folder)
-    # A run of another length gives the same share of it to the decay; warm-up stays as many steps.
+    # The decay takes the same fraction of every run; warm-up takes the same number of steps.
     decay = config.optimizer.wsd_decay_iterations
     config.optimizer.wsd_decay_iterations = round(decay * iterations / config.training.iterations)
     config.training.iterations = iterations
-    # Validation is counted in batches, and is to have the same rows.
+    # Validation is counted in batches, and must cover the same rows whatever the batch.
     rows = config.training.validation_batches * config.training.global_batch_size
     config.training.validation_batches = -(-rows // batch)
     config.training.global_batch_size = batch
@@ -98,10 +100,11 @@ def _run(
     config.training.validation_interval = config.training.validation_interval or iterations
     processes = _processes(size, config)
     try:
-        config.validate(processes)
+        validate(config, processes)
+        validate_evaluation(config)
     except UserError as error:
         raise UserError(f"run {name}: {str(error).removeprefix('config: ')}") from None
-    return Run(name, folder, size, method, budgets, seed, processes, length, config)
+    return StudyRun(name, folder, size, method, budgets, seed, processes, length, config)
 
 
 def _processes(size: Size, config: Config) -> int:
@@ -113,9 +116,9 @@ def _replicas(size: Size, config: Config) -> int:
 
 
 def _config(study: Study, size: Size, method: Method, all_sources: bool = False) -> Config:
-    """The configuration of a size and method, with the sources that the method is trained on.
+    """The configuration of a size and method, with the sources of the method's tasks.
 
-    Validation keeps all sources, so that the rows it measures are the same for every run.
+    Validation keeps all sources, so that every run is validated on the same rows.
     """
     trees = [*map(config_file.read_yaml, study.base), study.settings, size.settings, method.settings]
     config = config_file.from_trees(Config, trees)
@@ -128,11 +131,11 @@ def _config(study: Study, size: Size, method: Method, all_sources: bool = False)
 
 
 def _lengths(study: Study, pairs: list[tuple[Size, Method]]) -> list[Length]:
-    """Of each size and method, in order."""
+    """The length of each size and method, in order."""
     configs = [(_config(study, *pair), _config(study, *pair, all_sources=True)) for pair in pairs]
-    cards = {source.path: metadata_checksum(source.path) for _, whole in configs for source in whole.data.train}
-    told = json.dumps([[config_file.to_tree(c) for pair in configs for c in pair], cards], sort_keys=True)
-    key = hashlib.sha256(told.encode()).hexdigest()
+    checksums = {source.path: metadata_checksum(source.path) for _, whole in configs for source in whole.data.train}
+    measured_on = [[config_file.to_tree(c) for pair in configs for c in pair], checksums]
+    key = hashlib.sha256(json.dumps(measured_on, sort_keys=True).encode()).hexdigest()
     file = Path(study.output) / "plan.json"
     if file.is_file() and (kept := read_json(file))["key"] == key:
         return [Length(**length) for length in kept["lengths"]]
@@ -143,20 +146,20 @@ def _lengths(study: Study, pairs: list[tuple[Size, Method]]) -> list[Length]:
 
 
 def metadata_checksum(path: str) -> str | None:
-    """Of a data set's metadata, which has the checksums of its files; None: it is not there."""
+    """The checksum of a data set's metadata, which holds the checksums of its files; None if the file is missing."""
     metadata = Path(f"{path}.json")
     return hashlib.sha256(metadata.read_bytes()).hexdigest() if metadata.is_file() else None
 
 
-def chosen(runs: list[Run], names: list[str] | None) -> list[Run]:
-    """The runs of these names; None: all.
+def select(runs: list[StudyRun], names: list[str] | None) -> list[StudyRun]:
+    """The runs with the given names; all runs for None.
 
     Raises:
-        UserError: there is no run of a name.
+        UserError: no run has one of the names.
     """
     known = {run.name: run for run in runs}
     for name in names or ():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"--run {name}: there is no such run" + (f"; did you mean {close[0]}?" if close else ""))
+            raise UserError(f"--run {name}: no such run" + (f"; did you mean {close[0]}?" if close else ""))
     return runs if names is None else [known[name] for name in names]

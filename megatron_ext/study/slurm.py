@@ -1,4 +1,8 @@
-"""A study as a Slurm array: a task per run."""
+"""A study as a Slurm array with one task per run.
+
+Not by submitit: it pickles a Python function, requeues only on its own timeout signal, ignores SIGTERM, and cannot
+print a script; here a task is a command that anyone can submit, and the run's folder decides about the requeue.
+"""
 
 import shlex
 import subprocess
@@ -8,7 +12,7 @@ from pathlib import Path
 
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_text
-from megatron_ext.study.grid import Run
+from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.steps import ROOT
 from megatron_ext.study.study_file import Study
 
@@ -21,8 +25,8 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --open-mode=append
 #SBATCH --output={output}/slurm-%A-%a.log
 {options}
-# A task of the array does one run, the SLURM_ARRAY_TASK_ID-th of these. Training saves and leaves before the
-# job's time is over (lifecycle.slurm_margin_minutes); the task is then put back into the queue, and goes on.
+# Task number SLURM_ARRAY_TASK_ID of the array does that run of the list. Training saves and exits before the job's time
+# limit (lifecycle.slurm_margin_minutes); the task is then requeued and resumes the run.
 set -euo pipefail
 cd {directory}
 runs=(
@@ -37,8 +41,8 @@ fi
 """
 
 
-def script(study: Study, study_file: Path, runs: Sequence[Run]) -> str:
-    """The batch script for these runs."""
+def script(study: Study, study_file: Path, runs: Sequence[StudyRun]) -> str:
+    """The batch script of the given runs."""
     command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), str(study_file), "--out", study.output]
     return SCRIPT.format(
         name=study.name,
@@ -51,18 +55,18 @@ def script(study: Study, study_file: Path, runs: Sequence[Run]) -> str:
     )
 
 
-def submit(study: Study, study_file: Path, runs: Sequence[Run]) -> str:
-    """Write the script, and give it to ``sbatch``. Returns the job's number.
+def submit(study: Study, study_file: Path, runs: Sequence[StudyRun]) -> str:
+    """Write the script and submit it with ``sbatch``. Returns the job id.
 
     Raises:
-        UserError: ``sbatch`` is not there or refuses.
+        UserError: ``sbatch`` is missing or refuses the script.
     """
     file = Path(study.output) / "slurm.sh"
     write_text(file, script(study, study_file, runs))
     try:
         done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError(f"sbatch is not on this machine; {file} is written and can be submitted where it is") from None
+        raise UserError(f"sbatch is not on this machine; {file} is written and can be submitted elsewhere") from None
     if done.returncode:
         raise UserError(f"sbatch refused {file}: {' '.join(done.stderr.split())}")
     return done.stdout.strip()

@@ -1,12 +1,12 @@
-"""What is known of a run from its folder: its configuration, whether somebody works on it, how far it is.
+"""The state of a run, read from its folder: its configuration, whether a process works on it, its progress.
 
 ::
 
     RUN/run.yaml       its configuration, written before anything else
-    RUN/data.json      its data sets, and the checksums of their cards
-    RUN/.lock          held by whoever works on it, and by the programs that it has started
-    RUN/log.txt        what those programs said
-    RUN/failed.json    the last attempt's failure, until the next one
+    RUN/data.json      its data sets, and the checksums of their metadata
+    RUN/.lock          held by the process that works on the run and by the programs it started
+    RUN/log.txt        the output of those programs
+    RUN/failed.json    the failure of the last attempt, until the next attempt
     RUN/result.json    written last: the run is complete
 """
 
@@ -22,14 +22,14 @@ import yaml
 from megatron_ext import config_file
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json, write_json, write_text
-from megatron_ext.study.grid import Run, metadata_checksum
+from megatron_ext.study.grid import StudyRun, metadata_checksum
 from megatron_ext.training.metrics import read_metrics
 
 _FREE = ("output", "parallel", "checkpoint", "logging", "lifecycle", "evaluation")
-"""Sections that may change between a run's beginning and its end: its results are the same, up to rounding."""
+"""Sections that may change before a run ends: they change its results by no more than rounding."""
 
-_RANK = re.compile(r"^\[\w+\]:\s*")  # torchrun's, before what a rank says
-_ERROR = re.compile(r"^\w+\.py: \S")  # a program's one line about what was wrong
+_RANK = re.compile(r"^\[\w+\]:\s*")  # torchrun's prefix to the output of a rank
+_ERROR = re.compile(r"^\w+\.py: \S")  # the one line of a program's error
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class State:
     note: str = ""
 
 
-def of(run: Run, evaluation: dict) -> State:
+def of(run: StudyRun, evaluation: dict) -> State:
     """The state of a run.
 
     Args:
-        evaluation: what the run is to be evaluated with, as :func:`~.steps.fingerprint` gives it.
+        evaluation: the run's evaluation, from :func:`~.steps.fingerprint`.
     """
     iteration = trained_iterations(run)
     if difference := changed(run):
@@ -62,57 +62,55 @@ def of(run: Run, evaluation: dict) -> State:
     return State("stopped" if iteration else "waiting", iteration)
 
 
-def result(run: Run, evaluation: dict) -> dict | None:
-    """What a complete run measured; None for one that is not complete, or was trained or evaluated otherwise."""
-    found = _result(run, evaluation)
-    return None if found is None or changed(run) else found
+def result(run: StudyRun, evaluation: dict) -> dict | None:
+    """The result of a run; None if it is incomplete, or was trained or evaluated differently."""
+    loaded = _result(run, evaluation)
+    return None if loaded is None or changed(run) else loaded
 
 
-def _result(run: Run, evaluation: dict) -> dict | None:
-    """The same, of a run that is known not to be changed."""
+def _result(run: StudyRun, evaluation: dict) -> dict | None:
+    """The result of a run whose configuration is known to be unchanged."""
     file = run.folder / "result.json"
-    if not file.is_file() or (found := read_json(file))["evaluation"] != evaluation:
+    if not file.is_file() or (loaded := read_json(file))["evaluation"] != evaluation:
         return None
-    return found
+    return loaded
 
 
-def is_trained(run: Run) -> bool:
+def is_trained(run: StudyRun) -> bool:
     marker = run.folder / "FINISHED"
     return marker.is_file() and read_json(marker)["iteration"] >= run.iterations
 
 
-def trained_iterations(run: Run) -> int:
-    """The last iteration that the run logged."""
+def trained_iterations(run: StudyRun) -> int:
+    """The last iteration in the run's metrics."""
     records = read_metrics(run.folder / "metrics.jsonl")
     return records[-1]["iteration"] if records else 0
 
 
-def changed(run: Run) -> str | None:
-    """The first difference to the configuration and data that the run was begun with; None: there is none."""
+def changed(run: StudyRun) -> str | None:
+    """The first difference to the configuration and data that the run was started with; None if there is none."""
     file = run.folder / "run.yaml"
     if not file.is_file():
         return None
     remedy = "remove the folder, or give the study another output or the method or size another name"
-    begun, wanted = _begun_with(file.read_text(), file), _flat(config_file.to_tree(run.config))
-    for key in dict.fromkeys((*begun, *wanted)):
-        if key.split(".")[0] not in _FREE and begun.get(key) != wanted.get(key):
-            return (
-                f"{file}: was begun with {key} = {begun.get(key)!r}, the study file now says {wanted.get(key)!r}; "
-                + remedy
-            )
-    if (cards := run.folder / "data.json").is_file():
-        before, now = read_json(cards), _data(run)
+    before, now = _saved_config(file.read_text(), file), _flat(config_file.to_tree(run.config))
+    for key in dict.fromkeys((*before, *now)):
+        if key.split(".")[0] not in _FREE and before.get(key) != now.get(key):
+            values = f"{key} = {before.get(key)!r}, the study file now says {now.get(key)!r}"
+            return f"{file}: was started with {values}; {remedy}"
+    if (file := run.folder / "data.json").is_file():
+        before, now = read_json(file), _data(run)
         for path in now:
             if before.get(path) != now[path]:
-                return f"{run.folder}: was begun with another data set {path} than is there now; {remedy}"
+                return f"{run.folder}: was started with another data set at {path}; {remedy}"
     return None
 
 
-def begin(run: Run) -> None:
-    """Write the configuration down, or refuse to go on with another one.
+def begin(run: StudyRun) -> None:
+    """Save the run's configuration in its folder, or refuse to resume with another one.
 
     Raises:
-        UserError: the run was begun with another configuration; the key is named.
+        UserError: the run was started with another configuration; the key is named.
     """
     if difference := changed(run):
         raise UserError(difference)
@@ -120,11 +118,11 @@ def begin(run: Run) -> None:
     write_text(run.folder / "run.yaml", yaml.safe_dump(config_file.to_tree(run.config), sort_keys=False))
 
 
-def lock(run: Run) -> int | None:
-    """Take the run's lock: an open file descriptor, to be handed to the programs that work on it; None: it is held.
+def lock(run: StudyRun) -> int | None:
+    """Take the run's lock: an open file descriptor for the programs to inherit; None if it is held.
 
-    It is free once every process that has it is gone, however it ended. So a study that is killed leaves its programs
-    their locks, and the next one waits for them instead of training in the same folder.
+    The lock is free once every process that inherited it has ended, in whatever way. The programs of a killed study so
+    keep their locks, and the next study waits for them instead of training in the same folder.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -136,8 +134,8 @@ def lock(run: Run) -> int | None:
     return descriptor
 
 
-def locked(run: Run) -> bool:
-    """Whether somebody works on the run."""
+def locked(run: StudyRun) -> bool:
+    """Whether a process works on the run."""
     if not (run.folder / ".lock").is_file():
         return False
     descriptor = lock(run)
@@ -148,22 +146,22 @@ def locked(run: Run) -> bool:
 
 
 def last_line(log: Path) -> str:
-    """What a log's program said last; of one that torchrun has ended, what it said before torchrun's own report."""
+    """The last program's last error line, or else its last line, without torchrun's own report."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     starts = [number for number, line in enumerate(lines) if line.startswith("== ")]
-    said = [_RANK.sub("", line) for line in lines[starts[-1] + 1 if starts else 0 :]]
-    said = [line for line in said if line.strip("=-~ ")]
-    errors = [line for line in said if _ERROR.match(line)]
-    return (errors or said or ["it said nothing"])[-1]
+    output = [_RANK.sub("", line) for line in lines[starts[-1] + 1 if starts else 0 :]]
+    output = [line for line in output if line.strip("=-~ ")]
+    errors = [line for line in output if _ERROR.match(line)]
+    return (errors or output or ["no output"])[-1]
 
 
 @functools.cache
-def _begun_with(text: str, file: Path) -> dict:
+def _saved_config(text: str, file: Path) -> dict:
     return _flat(config_file.read_yaml(file))
 
 
-def _data(run: Run) -> dict[str, str | None]:
-    """Data set -> checksum of its metadata."""
+def _data(run: StudyRun) -> dict[str, str | None]:
+    """Path of each data set -> checksum of its metadata."""
     sources = (*run.config.data.train, *run.config.data.validation)
     return {source.path: metadata_checksum(source.path) for source in sources}
 

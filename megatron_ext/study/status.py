@@ -1,28 +1,29 @@
-"""How far the runs of a study are."""
+"""The progress of the runs of a study."""
 
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_ext.analysis.tables import Table
+import pandas as pd
+
 from megatron_ext.study import state, steps
-from megatron_ext.study.grid import Run
+from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
 
-def table(study: Study, runs: Sequence[Run]) -> Table:
-    """A row per run."""
+def table(study: Study, runs: Sequence[StudyRun]) -> tuple[pd.DataFrame, str]:
+    """A table with a row per run, and a line with the number of runs in each state."""
     states = [state.of(run, steps.fingerprint(run, study.evaluation)) for run in runs]
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(s.kind for s in states).items())
     rows = [[run.name, s.kind, str(s.iteration), str(run.iterations), s.note] for run, s in zip(runs, states)]
-    return Table(counts, ["run", "state", "iteration", "of", "note"], rows)
+    return pd.DataFrame(rows, columns=["run", "state", "iteration", "of", "note"]), counts
 
 
-def unfinished(study: Study, runs: Sequence[Run]) -> list[Run]:
-    """The runs that have something left to do."""
+def unfinished(study: Study, runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """The runs with steps left to do."""
     return [run for run in runs if not state.result(run, steps.fingerprint(run, study.evaluation))]
 
 
-def failed(study: Study, runs: Sequence[Run]) -> list[str]:
-    """The names of runs that failed or were refused."""
+def failed(study: Study, runs: Sequence[StudyRun]) -> list[str]:
+    """The names of the runs that failed or were refused."""
     states = {run.name: state.of(run, steps.fingerprint(run, study.evaluation)) for run in runs}
     return [name for name, s in states.items() if s.kind in ("failed", "changed")]

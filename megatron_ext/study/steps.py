@@ -1,4 +1,4 @@
-"""What has to be done for a run, as commands that can each be stopped and given again."""
+"""The steps of a run, as commands that can be stopped and repeated."""
 
 import functools
 import hashlib
@@ -12,15 +12,15 @@ from megatron_ext.evaluation.registry import BENCHMARKS
 from megatron_ext.files import read_json, write_json
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.study import state
-from megatron_ext.study.grid import Run
-from megatron_ext.study.study_file import PICTURES, Evaluation
+from megatron_ext.study.grid import StudyRun
+from megatron_ext.study.study_file import PICTURES, StudyBenchmark, StudyEvaluation
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command; ``finish`` is called when it has left with 0, ``is_done`` says whether it is done already."""
+    """A command; ``finish`` is called after it exited with 0, ``is_done`` tells whether the step is done."""
 
     name: str
     command: list[str]
@@ -28,7 +28,7 @@ class Step:
     finish: Callable[[], None] = lambda: None
 
 
-def steps(run: Run, evaluation: Evaluation) -> Iterator[Step]:
+def steps(run: StudyRun, evaluation: StudyEvaluation) -> Iterator[Step]:
     """Training, then an evaluation for each of ``evaluate_as``."""
     train = [str(ROOT / "pretrain_unified.py"), "--config", str(run.folder / "run.yaml")]
     yield Step("training", [*_launcher(run), *train], lambda: state.is_trained(run))
@@ -37,20 +37,20 @@ def steps(run: Run, evaluation: Evaluation) -> Iterator[Step]:
             yield _evaluation(run, evaluation, name, overrides)
 
 
-def check(runs: Sequence[Run], evaluation: Evaluation) -> None:
-    """Refuse before training what evaluation would stumble over after it.
+def check(runs: Sequence[StudyRun], evaluation: StudyEvaluation) -> None:
+    """Check before training that evaluation will run.
 
     Raises:
-        UserError: a benchmark, folder, part or override that is of no use.
+        UserError: a benchmark, folder, part or override does not exist.
     """
     for benchmark in evaluation.benchmarks:
         if benchmark.name not in (*BENCHMARKS, PICTURES):
-            raise UserError(f"evaluation: there is no benchmark {benchmark.name!r}; there are {', '.join(BENCHMARKS)}")
+            raise UserError(f"evaluation: unknown benchmark {benchmark.name!r}; choose from {', '.join(BENCHMARKS)}")
         if not Path(benchmark.data).is_dir():
-            raise UserError(f"evaluation: {benchmark.data}: there is no such folder (benchmark {benchmark.name})")
+            raise UserError(f"evaluation: {benchmark.data}: no such folder (benchmark {benchmark.name})")
         benchmark.read()
     if evaluation.vq and not Path(evaluation.vq).is_dir():
-        raise UserError(f"evaluation: {evaluation.vq}: there is no such folder (evaluation.vq)")
+        raise UserError(f"evaluation: {evaluation.vq}: no such folder (evaluation.vq)")
     for run in runs:
         for name, overrides in evaluation.evaluate_as.items():
             try:
@@ -59,23 +59,23 @@ def check(runs: Sequence[Run], evaluation: Evaluation) -> None:
                 raise UserError(f"evaluation.evaluate_as.{name}, run {run.name}: {error}") from None
 
 
-def fingerprint(run: Run, evaluation: Evaluation) -> dict:
-    """What decides a run's figures beside its configuration, as plain data."""
-    asked = benchmarks(run, evaluation)
+def fingerprint(run: StudyRun, evaluation: StudyEvaluation) -> dict:
+    """What a run's figures depend on besides its configuration, as plain data."""
+    selected = benchmarks(run, evaluation)
     return {
-        "benchmarks": [[b.name, b.data, _checksum(Path(b.data)), b.parts, *b.options] for b in asked],
-        "evaluate_as": evaluation.evaluate_as if asked else {},
-        "vq": evaluation.vq if asked else None,
+        "benchmarks": [[b.name, b.data, _checksum(Path(b.data)), b.parts, *b.options] for b in selected],
+        "evaluate_as": evaluation.evaluate_as if selected else {},
+        "vq": evaluation.vq if selected else None,
     }
 
 
-def benchmarks(run: Run, evaluation: Evaluation) -> list:
-    """Those for the tasks that the run is trained on."""
+def benchmarks(run: StudyRun, evaluation: StudyEvaluation) -> list[StudyBenchmark]:
+    """The benchmarks for the tasks that the run is trained on."""
     return [benchmark for benchmark in evaluation.benchmarks if benchmark.task in run.tasks]
 
 
-def different_roles(run: Run, evaluation: Evaluation) -> dict[str, list[str]]:
-    """``evaluate_as`` without the entries under which this run's plan is that of an earlier entry."""
+def different_roles(run: StudyRun, evaluation: StudyEvaluation) -> dict[str, list[str]]:
+    """``evaluate_as`` without entries that give this run the plan of an earlier entry."""
     different: dict[str, list[str]] = {}
     seen = []
     for name, overrides in evaluation.evaluate_as.items():
@@ -86,38 +86,38 @@ def different_roles(run: Run, evaluation: Evaluation) -> dict[str, list[str]]:
     return different
 
 
-def same_roles(run: Run, evaluation: Evaluation, name: str) -> str:
-    """The entry of :func:`different_roles` under which the run has the plan that it has under ``name``."""
-    wanted = _roles(run, evaluation.evaluate_as[name])
-    return next(n for n, o in different_roles(run, evaluation).items() if _roles(run, o) == wanted)
+def same_roles(run: StudyRun, evaluation: StudyEvaluation, name: str) -> str:
+    """The entry of :func:`different_roles` that gives the run the same plan as ``name``."""
+    roles = _roles(run, evaluation.evaluate_as[name])
+    return next(n for n, overrides in different_roles(run, evaluation).items() if _roles(run, overrides) == roles)
 
 
-def answers(run: Run, name: str) -> Path:
-    """The folder with the answers under some roles."""
+def answers(run: StudyRun, name: str) -> Path:
+    """The folder of the answers for an ``evaluate_as`` entry."""
     return run.folder / "benchmarks" / name
 
 
-def scores(run: Run, name: str) -> dict[str, float]:
-    """The figures under some roles, as tools/evaluate.py wrote them."""
+def scores(run: StudyRun, name: str) -> dict[str, float]:
+    """The figures for an ``evaluate_as`` entry, as tools/evaluate.py wrote them."""
     rows = read_json(_beside(answers(run, name), ".json"))["rows"]
     return {column: value for row in rows.values() for column, value in row.items()}
 
 
-def _evaluation(run: Run, evaluation: Evaluation, name: str, overrides: list[str]) -> Step:
+def _evaluation(run: StudyRun, evaluation: StudyEvaluation, name: str, overrides: list[str]) -> Step:
     folder = answers(run, name)
     scored, marker = _beside(folder, ".json"), _beside(folder, ".done.json")
-    words = ["--checkpoint", str(run.folder), "--vq", evaluation.vq, "--out", str(folder), "--set-aside"]
-    words += ["--tensor", str(run.config.parallel.tensor), "--json", str(scored)]
+    arguments = ["--checkpoint", str(run.folder), "--vq", evaluation.vq, "--out", str(folder), "--set-aside"]
+    arguments += ["--tensor", str(run.config.parallel.tensor), "--json", str(scored)]
     for benchmark in benchmarks(run, evaluation):
-        words += ["--benchmark", benchmark.name, "--data", benchmark.data, "--parts", benchmark.parts]
-        words += ["--label", run.name, *benchmark.options]
-    command = [str(ROOT / "tools" / "evaluate.py"), *words, *overrides]
+        arguments += ["--benchmark", benchmark.name, "--data", benchmark.data, "--parts", benchmark.parts]
+        arguments += ["--label", run.name, *benchmark.options]
+    command = [str(ROOT / "tools" / "evaluate.py"), *arguments, *overrides]
     done = {"command": command[1:], "asked": fingerprint(run, evaluation)["benchmarks"]}
 
     def finish() -> None:
-        for one in read_json(scored)["files"]:
-            if missing := one["scores"]["missing"]:
-                raise UserError(f"{one['file']}: {missing} of {one['benchmark']} are missing; log.txt says why")
+        for answered in read_json(scored)["files"]:
+            if missing := answered["scores"]["missing"]:
+                raise UserError(f"{answered['file']}: {missing} of {answered['benchmark']} are missing; see log.txt")
         write_json(marker, done)
 
     return Step(
@@ -134,22 +134,24 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 @functools.cache
 def _checksum(folder: Path) -> str:
-    """16 hexadecimal digits that change with the questions of a benchmark, which lie in text files of its folder or at
-    most two folders deeper; pictures are not read."""
-    told = hashlib.sha256()
+    """16 hexadecimal digits over the questions of a benchmark, without its pictures.
+
+    The questions are the text files of its folder and of folders up to two levels below.
+    """
+    checksum = hashlib.sha256()
     for file in sorted(file for depth in ("*", "*/*", "*/*/*") for file in folder.glob(depth)):
         if file.suffix in (".json", ".jsonl", ".txt", ".tsv"):
-            told.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
-    return told.hexdigest()[:16]
+            checksum.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return checksum.hexdigest()[:16]
 
 
-def _roles(run: Run, overrides: list[str]) -> tuple:
+def _roles(run: StudyRun, overrides: list[str]) -> tuple:
     config = with_roles(run.config, overrides)
     plan = Plan.of(config.plan, config.model.num_layers)
     return plan.roles, plan.projections, plan.dense_share
 
 
-def _launcher(run: Run) -> list[str]:
+def _launcher(run: StudyRun) -> list[str]:
     if run.processes == 1:
         return [sys.executable]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run.processes)]

@@ -1,4 +1,4 @@
-"""The study file: what is compared, strictly checked as configurations are."""
+"""The study file: what is compared, checked as strictly as configurations."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from megatron_ext.analysis.results import Metric
 from megatron_ext.errors import UserError
 
 PICTURES = "mjhq"
-"""The benchmark whose answers are pictures."""
+"""The benchmark that is answered with generated pictures."""
 Budget = Literal["tokens", "steps", "total", "flops"]
 
 
@@ -19,15 +19,15 @@ class Size:
 
     name: str
     settings: dict
-    """Laid over the base configuration: ``model``, and what goes with it (``optimizer: {lr: ...}``, ``parallel``)."""
+    """Merged into the base configuration: ``model``, and what depends on it (``parallel``, the learning rate)."""
     processes: int | None = None
     """Processes of a run; None: parallel.tensor x parallel.pipeline."""
     seeds: list[int] | None = None
-    """Its own, where a large one can afford fewer; None: the study's."""
+    """Seeds of this size, fewer for a large one; None: the study's."""
     budgets: list[Budget] | None = None
-    """Some of the study's, likewise; None: all."""
+    """A subset of the study's budgets; None: all."""
     methods: list[str] | None = None
-    """Names of some of the study's, likewise; None: all."""
+    """Names of a subset of the study's methods; None: all."""
 
 
 @dataclass
@@ -35,45 +35,46 @@ class Method:
     """A method, trained on one task or on both."""
 
     name: str
-    """Names the run; unique in the study."""
+    """Part of the run's name; unique in the study."""
     trained_on: Literal["understanding", "generation", "unified"]
     partner_group: str | list[str]
-    """Which single-task methods are the partners of which unified ones: those that share one of these names."""
+    """One or several names. The partner runs of a unified method, which are the reference of its gains, are the
+    single-task methods that share a name with it."""
     settings: dict = field(default_factory=dict)
-    """Laid over the base configuration and the size: ``plan``."""
+    """Merged into the base configuration and the size's settings: ``plan``."""
     budgets: list[Budget] | None = None
-    """Some of its size's; None: all."""
+    """A subset of its size's budgets; None: all."""
     label: str | None = None
-    """In tables; None: its name. The reference of the synergy loss is the unified method labelled ``dense``."""
+    """Its name in tables; None: ``name``. Synergy losses are against the unified method labelled ``dense``."""
 
     @property
     def partner_groups(self) -> list[str]:
-        """All of them."""
+        """``partner_group`` as a list."""
         return [self.partner_group] if isinstance(self.partner_group, str) else self.partner_group
 
 
 @dataclass
-class Benchmark:
+class StudyBenchmark:
     """A benchmark of tools/evaluate.py."""
 
     name: str
     data: str
     task: Literal["understanding", "generation"] | None = None
-    """Models trained on this task answer it; None: generation for mjhq, understanding for the others."""
+    """The models trained on this task are evaluated; None: generation for mjhq, understanding for the others."""
     parts: str = "all"
     options: list[str] = field(default_factory=list)
-    """Further words on the command line of tools/evaluate.py."""
+    """Further arguments of tools/evaluate.py."""
 
     def __post_init__(self):
         self.task = self.task or ("generation" if self.name == PICTURES else "understanding")
 
     def read(self) -> list:
-        """Its questions, or its prompts.
+        """The questions, or the prompts for pictures.
 
         Raises:
-            UserError: its files are missing or malformed, or have no such part.
+            UserError: a file is missing or malformed, or there is no such part.
         """
-        # Imported late: a study file is read without what evaluation needs.
+        # Imported late: reading a study file should not wait for evaluation.
         from megatron_ext.evaluation import mjhq
         from megatron_ext.evaluation.registry import BENCHMARKS
 
@@ -82,15 +83,15 @@ class Benchmark:
 
 
 @dataclass
-class Evaluation:
-    """What is measured after training, besides the validation losses."""
+class StudyEvaluation:
+    """The evaluation after training, besides the validation losses."""
 
     vq: str | None = None
-    """Folder of the VQ tokenizer; needed where there are benchmarks."""
-    benchmarks: list[Benchmark] = field(default_factory=list)
+    """Folder of the VQ tokenizer; required with benchmarks."""
+    benchmarks: list[StudyBenchmark] = field(default_factory=list)
     evaluate_as: dict = field(default_factory=lambda: {"trained": []})
-    """Name -> overrides (``plan.preset=dense``) of the roles that models are evaluated with; [] for those of training.
-    The projections stay those that were trained."""
+    """Name -> overrides (``plan.preset=dense``) that set the roles in evaluation; [] keeps the roles of training. The
+    projections are always those that were trained."""
 
 
 @dataclass
@@ -99,42 +100,42 @@ class Study:
 
     name: str
     output: str
-    """Folder for runs/, results.json, report.md."""
+    """Folder of runs/, results.json and report.md."""
     base: list[str]
     """Configuration files, as after ``pretrain_unified.py --config``."""
     sizes: list[Size]
     methods: list[Method]
     seeds: list[int] = field(default_factory=lambda: [1])
-    """Each sets training.seed and data.seed."""
+    """Values of training.seed and data.seed."""
     settings: dict = field(default_factory=dict)
-    """Laid over the base configuration of every run."""
+    """Merged into the base configuration of every run."""
     budgets: list[Budget] = field(default_factory=lambda: ["tokens"])
-    """The first one that a run belongs to is in its name: add further ones at the end, and what is trained is kept.
-    tokens: every method sees the tokens that dense sees, and one trained on a single task those of the task, in fewer
-    steps. steps: the same, and one trained on a single task takes as many steps as the unified one, of smaller batches.
-    total: it takes as many steps of whole batches, and sees more of its task. flops: tokens' iterations, divided by the
-    FLOPs relative to dense. The learning rate decays over all of a run's iterations, after equal steps of warm-up."""
+    """tokens: every method sees the tokens that dense sees, and a single-task run sees the tokens of its task, in fewer
+    steps. steps: the same tokens, but a single-task run takes as many steps as the unified one, with smaller batches.
+    total: a single-task run takes as many steps of whole batches, and sees more of its task. flops: the iterations of
+    tokens, divided by the FLOPs relative to dense. The learning rate decays over all iterations of a run, after equal
+    steps of warm-up. The first budget of a run is in its name, so append further budgets to keep what is trained."""
     keep_text: bool = True
-    """Plain text is in every run's data; false: in the unified ones' alone."""
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    """Whether single-task runs keep the plain text of the data; unified runs always do."""
+    evaluation: StudyEvaluation = field(default_factory=StudyEvaluation)
     metrics: dict = field(default_factory=dict)
-    """Metric -> {task, higher_is_better, in_average}, where the name does not tell."""
+    """Metric -> {task, higher_is_better, in_average}, to override what is guessed from its name."""
     replicates: int = 200
     """Bootstrap replicates."""
     slurm: list[str] = field(default_factory=list)
     """Options for sbatch: ``--time=4:00:00``, ``--gpus=1``."""
 
     def seeds_of(self, size: Size) -> list[int]:
-        """Those that a size is trained with."""
+        """The seeds of a size."""
         return self.seeds if size.seeds is None else size.seeds
 
     def budgets_of(self, size: Size, method: Method | None = None) -> list[str]:
-        """Those that a size, or a method at a size, is trained under."""
+        """The budgets of a size, or of a method at a size."""
         budgets = self.budgets if size.budgets is None else size.budgets
         return [b for b in budgets if method is None or method.budgets is None or b in method.budgets]
 
     def methods_of(self, size: Size) -> list[Method]:
-        """Those that are trained at a size."""
+        """The methods of a size."""
         return [method for method in self.methods if size.methods is None or method.name in size.methods]
 
 
@@ -142,7 +143,7 @@ def read(file: str | Path) -> Study:
     """The study in a file.
 
     Raises:
-        UserError: it cannot be read, or names something twice or not at all.
+        UserError: the file cannot be read, or an entry is wrong, duplicate or missing.
     """
     try:
         study = config_file.from_tree(Study, config_file.read_yaml(file))
@@ -154,15 +155,7 @@ def read(file: str | Path) -> Study:
 
 
 def _check(study: Study) -> None:
-    for kind, entries in (("sizes", study.sizes), ("methods", study.methods)):
-        names = [entry.name for entry in entries]
-        if not names:
-            raise UserError(f"'{kind}' is empty")
-        for number, name in enumerate(names):
-            if name in names[:number]:
-                raise UserError(f"'{kind}[{number}].name' is {name!r}, as an earlier one's is; take another name")
-            if not _names_a_folder(name):
-                raise UserError(f"'{kind}[{number}].name' is {name!r}; it names a folder, take letters and digits")
+    _check_names(study)
     lists = {key: getattr(study, key) for key in ("seeds", "budgets", "base")}
     lists |= {f"sizes[{i}].seeds": study.seeds_of(size) for i, size in enumerate(study.sizes)}
     lists |= {f"sizes[{i}].budgets": study.budgets_of(size) for i, size in enumerate(study.sizes)}
@@ -179,22 +172,38 @@ def _check(study: Study) -> None:
         if unknown := set(size.methods or ()) - {method.name for method in study.methods}:
             raise UserError(f"'sizes[{i}].methods' has {min(unknown)!r}, which is not among the study's 'methods'")
         _check_partners(f"sizes[{i}]", study.methods_of(size))
-    names = [benchmark.name for benchmark in study.evaluation.benchmarks]
-    if len(set(names)) < len(names):
-        raise UserError(f"'evaluation.benchmarks' names {', '.join(names)}; each once, with all its parts")
-    if study.evaluation.benchmarks and not study.evaluation.vq:
-        raise UserError("'evaluation.vq' is missing; name the folder of the VQ tokenizer that the data were made with")
-    if [] not in study.evaluation.evaluate_as.values():
-        raise UserError("'evaluation.evaluate_as' needs an entry of [], the roles of training")
-    for name, overrides in study.evaluation.evaluate_as.items():
-        if not _names_a_folder(name):
-            raise UserError(f"'evaluation.evaluate_as' has {name!r}; it names a folder, take letters and digits")
-        if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
-            raise UserError(f"'evaluation.evaluate_as.{name}' is {overrides!r}, must be a list of section.key=value")
+    _check_evaluation(study.evaluation)
     for name, fields in study.metrics.items():
         if not isinstance(fields, dict):
             raise UserError(f"'metrics.{name}' must be a mapping, got {fields!r}")
         config_file.from_tree(Metric, fields, f"metrics.{name}")
+
+
+def _check_names(study: Study) -> None:
+    for kind, entries in (("sizes", study.sizes), ("methods", study.methods)):
+        names = [entry.name for entry in entries]
+        if not names:
+            raise UserError(f"'{kind}' is empty")
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise UserError(f"'{kind}[{number}].name' is {name!r}, like an earlier one; use another name")
+            if not _names_a_folder(name):
+                raise UserError(f"'{kind}[{number}].name' is {name!r}; it names a folder, use letters and digits")
+
+
+def _check_evaluation(evaluation: StudyEvaluation) -> None:
+    names = [benchmark.name for benchmark in evaluation.benchmarks]
+    if len(set(names)) < len(names):
+        raise UserError(f"'evaluation.benchmarks' names {', '.join(names)}; name each once, with all its parts")
+    if evaluation.benchmarks and not evaluation.vq:
+        raise UserError("'evaluation.vq' is missing; name the folder of the VQ tokenizer that made the data")
+    if [] not in evaluation.evaluate_as.values():
+        raise UserError("'evaluation.evaluate_as' needs an entry of [], the roles of training")
+    for name, overrides in evaluation.evaluate_as.items():
+        if not _names_a_folder(name):
+            raise UserError(f"'evaluation.evaluate_as' has {name!r}; it names a folder, use letters and digits")
+        if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
+            raise UserError(f"'evaluation.evaluate_as.{name}' is {overrides!r}, must be a list of section.key=value")
 
 
 def _names_a_folder(name: str) -> bool:
@@ -202,7 +211,7 @@ def _names_a_folder(name: str) -> bool:
 
 
 def _check_partners(where: str, methods: list[Method]) -> None:
-    """Refuse what would leave open who is compared with whom."""
+    """Check that every unified method has at most one partner run per task."""
     labels = [(method.label or method.name, method.trained_on) for method in methods]
     for label, task in labels:
         if labels.count((label, task)) > 1:
@@ -216,6 +225,6 @@ def _check_partners(where: str, methods: list[Method]) -> None:
             ]
             if len(partners) > 1:
                 raise UserError(
-                    f"'{where}': {' and '.join(partners)} share a partner group with {unified.name}, which can have "
-                    f"one partner for {task}; give them another partner_group"
+                    f"'{where}': {' and '.join(partners)} share a partner_group with {unified.name}, which can have "
+                    f"one partner run for {task}; give them another partner_group"
                 )

@@ -1,6 +1,19 @@
 """Training: from a configuration to a trained checkpoint, over Megatron-Core's schedules, DDP and optimizer.
 
-``run.py`` builds the parts (``setup.py`` the model and optimizer) and resumes; ``loop.py`` goes through the iterations,
-each of them ``step.py`` with the objective of ``losses.py``; ``checkpoint.py`` saves and loads; ``lifecycle.py`` knows
-when to stop and ``bad_steps.py`` what to skip; ``logging.py`` tells.
+========================  ==========================================================================================
+``run.py``                a run's parts, built from the configuration, and resumption
+``validation.py``         the checks of a configuration, before anything is built
+``setup.py``              the model and the optimizer
+``prepare.py``            the input of a step, made on the host ahead of training
+``loop.py``               the training loop
+``step.py, losses.py``    one step, and the objective
+``schedule.py``           the learning rate
+``callback.py``           hooks around a step; the callbacks are in ``megatron_ext/callbacks``
+``bad_steps.py``          steps that are skipped: a loss that is not finite, or jumps
+``lifecycle.py``          when to stop: signals, time limits, the end of a Slurm job
+``finished.py``           ``OUTPUT/FINISHED``, the mark of a complete run
+``metrics.py``            ``metrics.jsonl``
+``environment.py``        ``environment.json``
+``devices.py``            peak FLOP/s, for the MFU
+========================  ==========================================================================================
 """

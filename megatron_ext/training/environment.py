@@ -1,4 +1,4 @@
-"""Where a run ran, for whoever reads its folder later."""
+"""The environment of a run, for ``environment.json``: processes, device, versions."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _PACKAGES = ("torch", "megatron-core", "transformer-engine", "nvidia-dali-cuda13
 
 
 def environment() -> dict:
-    """World size, device and versions, as plain data."""
+    """World size, device and versions as plain data."""
     versions = {}
     for package in _PACKAGES:
         try:

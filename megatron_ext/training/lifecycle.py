@@ -1,7 +1,8 @@
-"""When a run stops before its last iteration: signals, wall-clock limits, and the whole world agreeing on it.
+"""When a run stops before its last iteration: on a signal, at a time limit, or shortly before its Slurm job ends.
 
-A run that is told to stop saves a checkpoint and leaves with exit code 0, exactly as one that is complete; what tells
-the two apart is the file ``OUTPUT/FINISHED``. A launcher starts again a run that left with 0 and without it.
+A run that is told to stop saves a checkpoint and exits with code 0, as a complete run does; only a complete one leaves
+``OUTPUT/FINISHED`` (``finished.py``). Nothing here requeues a job: ``examples/run_unified_tp4_pp2.sh`` does
+(``scontrol requeue``), when training has exited with 0 and without that file.
 """
 
 import math
@@ -9,10 +10,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from megatron_ext.config import LifecycleConfig
-from megatron_ext.files import write_json
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _REASONS = (
@@ -28,13 +27,13 @@ _BITS = 20
 
 
 class Lifecycle:
-    """Knows whether this process was asked to stop, and makes all ranks stop at the same iteration.
+    """Knows whether this process was asked to stop, and makes all ranks stop after the same iteration.
 
-    Catches SIGUSR1 (Slurm's ``--signal``), SIGTERM and SIGINT until :meth:`close`. A second Ctrl-C, a second or more
-    after the first, interrupts at once (launchers repeat the first one to their workers within milliseconds).
+    Catches SIGUSR1 (Slurm's ``--signal``), SIGTERM and SIGINT until :meth:`close`. A second Ctrl-C, at least a second
+    after the first, interrupts at once (launchers repeat the first to their workers within milliseconds).
 
     Args:
-        environment: where ``SLURM_JOB_END_TIME`` (seconds since 1970) is looked up.
+        environment: holds ``SLURM_JOB_END_TIME`` (seconds since 1970) in a Slurm job.
         clock: seconds since 1970.
     """
 
@@ -55,25 +54,25 @@ class Lifecycle:
         self._previous_handlers = {s: signal.signal(s, self._handle) for s in SIGNALS}
 
     def stop_flag(self) -> float:
-        """This rank's wish to stop, to be summed over all ranks: 0 for going on.
+        """Whether and why this rank asks to stop, for a sum over all ranks; 0: it does not ask.
 
-        Reason ``c`` votes 2^(20 c), so the sum over up to a million ranks still tells the weightiest reason. It rides
-        in a reduction that the step does anyway and costs nothing of its own.
+        Reason ``c`` is the flag 2^(20 c), so the sum over up to a million ranks still shows the highest reason. The
+        flag travels in a reduction that every step does anyway, and costs no communication of its own.
         """
         code = self._local_code()
         return 2.0 ** (_BITS * code) if code else 0.0
 
     @staticmethod
-    def stop_reason(votes: float) -> str | None:
-        """Why the run should stop now, the same answer on every rank; None: go on.
+    def stop_reason(stop_flags: float) -> str | None:
+        """Why the run stops after this iteration, the same on every rank; None: it continues.
 
         Args:
-            votes: sum over all ranks of what :meth:`stop_flag` gave them for this iteration, in float64.
+            stop_flags: the sum in float64 of every rank's :meth:`stop_flag`.
         """
-        return _REASONS[int(math.log2(votes)) // _BITS] if votes else None
+        return _REASONS[int(math.log2(stop_flags)) // _BITS] if stop_flags else None
 
     def close(self) -> None:
-        """Give the signals back to whoever handled them before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
@@ -88,18 +87,3 @@ class Lifecycle:
                 raise KeyboardInterrupt
             self._interrupted_at = now
         self._signal_code = max(self._signal_code, _FIRST_SIGNAL + SIGNALS.index(number))
-
-
-def finished_file(output: str | Path) -> Path:
-    """The marker of a complete run."""
-    return Path(output) / "FINISHED"
-
-
-def mark_finished(output: str | Path, iteration: int) -> None:
-    """Say that the run is complete; call it last, after the final checkpoint is."""
-    write_json(finished_file(output), {"iteration": iteration})
-
-
-def clear_finished(output: str | Path) -> None:
-    """Take back an earlier run's mark; call it before the first iteration of a run that has some to do."""
-    finished_file(output).unlink(missing_ok=True)

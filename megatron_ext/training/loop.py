@@ -1,150 +1,82 @@
-"""The training loop: step, validate, evaluate, log, save, stop."""
+"""The training loop: fetch a batch, take a step, tell the callbacks."""
 
-import dataclasses
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_ext import distributed
-from megatron_ext.analysis.gradients import alignment
-from megatron_ext.callbacks.logging import Logger
-from megatron_ext.callbacks.profiling import ProfileWindow
-from megatron_ext.config import Config
 from megatron_ext.data import step_batches
-from megatron_ext.token_classes import Task
-from megatron_ext.training.bad_steps import BadSteps
+from megatron_ext.training.callback import Callback, CallbackList, StepRecord
 from megatron_ext.training.devices import model_flops_utilisation
 from megatron_ext.training.lifecycle import Lifecycle
 from megatron_ext.training.prepare import StepInput
 from megatron_ext.training.run import Run
 from megatron_ext.training.schedule import build_scheduler
-from megatron_ext.training.step import StepResult, evaluate_step, evaluation_mode, train_step
+from megatron_ext.training.step import StepResult, train_step
 
 
-def train(run: Run) -> bool:
-    """Train to the last iteration, or until a signal or the time limit; save at the end.
+def train(run: Run, callbacks: Sequence[Callback]) -> bool:
+    """Train to the last iteration, or until a signal or a time limit.
+
+    Args:
+        callbacks: called around every step, in this order (:func:`megatron_ext.callbacks.build_callbacks`); without
+            one that saves checkpoints none is saved.
 
     Returns:
         Whether the run is complete.
     """
     config, progress = run.config, run.progress
-    bad_steps = BadSteps(config.bad_steps)
-    if progress.bad_steps:
-        bad_steps.load_state_dict(progress.bad_steps)
     scheduler = build_scheduler(run.optimizer, config.optimizer, config.training.iterations, progress.iteration)
-    logger = Logger(config, progress.iteration) if distributed.is_logging_rank() else None
-    profile = ProfileWindow(config.logging, config.output, torch.distributed.get_rank())
-    lifecycle = Lifecycle(config.lifecycle)
-    steps = step_batches(
-        run.train_data,
-        config.data,
-        config.training.global_batch_size,
-        progress.iteration,
-        num_steps=config.training.iterations,
-        prepare=run.preparation(),
-    )
-    stop, saved, fault = None, progress.iteration, None
-
-    def accept(loss: float, grad_norm: float) -> bool:
-        nonlocal fault
-        fault = bad_steps.judge(loss, grad_norm)
-        return fault is None
-
-    try:
-        while progress.iteration < config.training.iterations and stop is None:
-            started = time.perf_counter()
-            profile.begin(progress.iteration + 1)
+    hooks = CallbackList(callbacks)
+    stop_reason = None
+    with ExitStack() as resources:  # closed in reverse order
+        resources.enter_context(closing(hooks))
+        hooks.on_train_begin(run)
+        lifecycle = resources.enter_context(closing(Lifecycle(config.lifecycle)))
+        steps = resources.enter_context(closing(_steps(run)))
+        while progress.iteration < config.training.iterations and stop_reason is None:
+            hooks.before_batch(run)
+            fetch_started = time.perf_counter()
             step = next(steps)
-            found = {}
-            if _due(progress.iteration + 1, config.logging.gradient_alignment_interval, config):
-                found["gradient_alignment"] = alignment(run.chunks, step, config)
-                started += found["gradient_alignment"]["seconds"]
+            seconds = time.perf_counter() - fetch_started
+            hooks.before_step(run, step)
+            step_started = time.perf_counter()
             result = train_step(
                 run.chunks,
                 run.optimizer,
                 step,
                 config,
-                accept=accept,
+                accept=run.bad_steps.accept,
                 metrics=(lifecycle.stop_flag(), *_work(step)),
                 meanwhile=steps.prefetch,
             )
-            vote, flops, dense_flops, tokens = result.metrics
-            stop = lifecycle.stop_reason(vote)
+            stop_flags, *work = result.metrics
+            stop_reason = lifecycle.stop_reason(stop_flags)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             scheduler.step(1)
-            progress.iteration += 1
-            progress.consumed_samples += config.training.global_batch_size
-            progress.consumed_tokens += round(tokens)
-            progress.consumed_flops += flops
-            progress.consumed_dense_flops += dense_flops
-            progress.bad_steps = bad_steps.state_dict()
-            record = _record(run, result, time.perf_counter() - started, steps.wait_seconds)
-            record |= {"learning_rate": learning_rate, "skipped_steps": bad_steps.total, **found}
-            if fault:
-                record["skip_reason"] = fault
-            if _due(progress.iteration, config.training.validation_interval, config) and run.validation_data:
-                record |= validate(run)
-            pictures = []
-            # A run that was told to stop leaves without: its time may be short.
-            if run.benchmarking and stop is None and _due(progress.iteration, config.evaluation.interval, config):
-                evaluation = run.benchmarking(progress.iteration)
-                record |= evaluation.figures | {"evaluation_seconds": evaluation.seconds}
-                pictures = evaluation.pictures
-            if logger and (
-                _due(progress.iteration, config.logging.interval, config)
-                or record.keys() & {"skip_reason", "validation_loss", "evaluation_seconds", "gradient_alignment"}
-            ):
-                logger.log(record, pictures)
-            if trace := profile.end(progress.iteration):
-                distributed.report(f"profile written to {trace}")
-            bad_steps.enforce_limits(progress.iteration)
-            run.checkpoints.poll()
-            if config.checkpoint.interval and progress.iteration % config.checkpoint.interval == 0:
-                _save(run)
-                saved = progress.iteration
-        if saved != progress.iteration or run.checkpoints.newest() is None:
-            _save(run)
-        run.checkpoints.finish()
-    finally:
-        steps.close()
-        lifecycle.close()
-        if logger:
-            logger.close()
-    if stop:
-        distributed.report(f"stopped after iteration {progress.iteration}: {stop}; the same command goes on from there")
+            progress.advance(config.training.global_batch_size, *work)
+            progress.bad_steps = run.bad_steps.state_dict()
+            seconds += time.perf_counter() - step_started
+            hooks.after_step(run, _record(run, result, learning_rate, seconds, steps.wait_seconds, stop_reason))
+        hooks.on_train_end(run)
+    if stop_reason:
+        distributed.report(f"stopped after iteration {progress.iteration}: {stop_reason}; the same command resumes it")
     return progress.iteration >= config.training.iterations
 
 
-def validate(run: Run) -> dict[str, float]:
-    """Losses over the first ``validation_batches`` global batches of the validation data, always the same rows."""
-    config = run.config
-    data = dataclasses.replace(config.data, loader="plain", workers=0)
-    count = config.training.validation_batches
-    prepare = run.preparation(training=False)
-    steps = step_batches(
-        run.validation_data, data, config.training.global_batch_size, 0, num_steps=count, prepare=prepare
+def _steps(run: Run):
+    """The inputs of the steps that are left, in order."""
+    return step_batches(
+        run.train_data,
+        run.config.data,
+        run.config.training.global_batch_size,
+        run.progress.iteration,
+        num_steps=run.config.training.iterations,
+        prepare=run.preparation(),
     )
-    with evaluation_mode(run.chunks):
-        sums, counts = map(sum, zip(*(evaluate_step(run.chunks, step, config) for step in steps)))
-    steps.close()
-    losses = {
-        task.name.lower(): total / tokens for task, total, tokens in zip(Task, sums.tolist(), counts.tolist()) if tokens
-    }
-    objective = sum(getattr(config.training.task_weights, name) * loss for name, loss in losses.items())
-    return {"validation_loss": objective} | {f"validation_loss_{name}": loss for name, loss in losses.items()}
-
-
-def _save(run: Run) -> None:
-    started = time.perf_counter()
-    state = {
-        "progress": dataclasses.asdict(run.progress),
-        "config": dataclasses.asdict(run.config),
-        "data": run.train_data.fingerprint,
-        **run.identity,
-    }
-    run.checkpoints.save(run.progress.iteration, run.chunks, run.optimizer, state)
-    distributed.report(f"checkpoint of iteration {run.progress.iteration} ({time.perf_counter() - started:.1f} s)")
 
 
 def _work(step: StepInput) -> tuple[float, float, float]:
@@ -153,11 +85,13 @@ def _work(step: StepInput) -> tuple[float, float, float]:
     return step.flops / shares, step.dense_flops / shares, step.tokens / shares
 
 
-def _record(run: Run, result: StepResult, seconds: float, wait: float) -> dict:
+def _record(
+    run: Run, result: StepResult, learning_rate: float, seconds: float, wait: float, stop_reason: str | None
+) -> StepRecord:
     _, flops, dense_flops, tokens = result.metrics
     devices = torch.distributed.get_world_size()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
+    metrics = {
         "iteration": run.progress.iteration,
         "loss": result.loss,
         **{f"loss_{name}": loss for name, loss in result.task_losses.items()},
@@ -172,8 +106,10 @@ def _record(run: Run, result: StepResult, seconds: float, wait: float) -> dict:
         "flops": flops,
         "flops_ratio": flops / dense_flops,
         "mfu": model_flops_utilisation(flops, seconds, devices, device),
+        "learning_rate": learning_rate,
+        "skipped_steps": run.bad_steps.total,
     }
-
-
-def _due(iteration: int, interval: int, config: Config) -> bool:
-    return bool(interval) and (iteration % interval == 0 or iteration == config.training.iterations)
+    reason = run.bad_steps.reason
+    if reason:
+        metrics["skip_reason"] = reason
+    return StepRecord(metrics, log_now=reason is not None, stop_reason=stop_reason)

@@ -1,7 +1,7 @@
 """``metrics.jsonl``: one JSON object per logged iteration, in order, each iteration at most once.
 
-A line is written whole and flushed at once. A number that is not finite is ``null``, so that every line is strict
-JSON. A run that was killed may leave half a last line: readers pass over it, and a resumed run removes it.
+A line is written whole and flushed at once. Numbers that are not finite become ``null``, so every line is strict JSON.
+A killed run may leave half a line at the end: readers skip it, and a resumed run removes it.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class MetricsFile:
-    """Appends to a metrics file, from which everything after ``resumed_iteration`` is removed first."""
+    """Appends to a metrics file, after removing the records of iterations after ``resumed_iteration``."""
 
     def __init__(self, file: str | Path, resumed_iteration: int = 0):
         self.file = Path(file)
@@ -23,7 +23,7 @@ class MetricsFile:
         self._stream = self.file.open("a")
 
     def write(self, record: dict) -> None:
-        """Append one record, which has the key ``iteration``."""
+        """Append one record; it must have the key ``iteration``."""
         self._stream.write(_line(record))
         self._stream.flush()
 
@@ -32,13 +32,13 @@ class MetricsFile:
 
 
 def read_metrics(file: str | Path) -> list[dict]:
-    """The records of a metrics file, oldest first; none where there is no such file."""
+    """The records of a metrics file, oldest first; none if there is no such file."""
     file = Path(file)
     records = []
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             records.append(json.loads(line))
-        except ValueError:  # cut short when its writer was killed
+        except ValueError:  # half a line of a killed run
             continue
     return records
 

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_ext.config import Config, ModelConfig
+from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.decoding import decode
+from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.dense_share import Selection
+from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Task
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_ext.transformer.resolved import ResolvedConfig, RowLayout
 
 NO_TASK = len(Task)
 """In place of the task of a target that only fills up: its cross-entropy counts nowhere."""
@@ -44,6 +47,7 @@ class StepInput:
         loss_tokens: targets of each task, float64 [tasks].
         flops, dense_flops: training FLOPs under the plan and under the dense plan; padding has none.
         tokens: tokens without padding.
+        stored_length: T of the hidden states that pipeline stages exchange, over all ranks.
     """
 
     micro_batches: list[MicroBatch]
@@ -51,6 +55,7 @@ class StepInput:
     flops: int
     dense_flops: int
     tokens: int
+    stored_length: int
 
     def to(self, device: torch.device | str) -> StepInput:
         """The same on ``device``, in one copy that the host does not wait for."""
@@ -64,41 +69,33 @@ class Preparation:
     """Makes the :class:`StepInput` of rows; small, and the same for every step of a run.
 
     Attributes:
-        alignment: see ``ranks``, ``multiple`` and ``fixed_length`` of
-            :meth:`~megatron_ext.routing.route.Route.arrays`.
-        fill: likewise.
-        by_task: rows hold one task each, and those of one task shall stand together.
+        vocab_size: for the FLOPs of the output head.
+        by_task: rows hold one task each, and rows of one task are put together.
         pad: id of the padding token.
-        iterations: of the run, for shares that change in its course; None: as in evaluation.
+        iterations: of the run, for a dense share that changes during training; None: as in evaluation.
     """
 
     plan: Plan
     model: ModelConfig
     vocab_size: int
     micro_batch_size: int
-    alignment: tuple[int, int, bool]
-    fill: int
+    row_layout: RowLayout
+    sequence_length: int
     by_task: bool = False
     pad: int = 0
     iterations: int | None = None
 
     @classmethod
-    def of(cls, config: Config, vocab_size: int = 0, pad: int = 0, training: bool = True) -> Preparation:
-        """That of a run.
-
-        Args:
-            vocab_size: for the FLOPs of the output head.
-            training: whether shares of data change as in training, or are those of evaluation.
-        """
-        from megatron_ext.transformer.specs import row_alignment  # asks the device what it can do
-
+    def of(cls, resolved: ResolvedConfig, vocab_size: int = 0, pad: int = 0, training: bool = True) -> Preparation:
+        """The preparation of a run's steps, in training or in evaluation."""
+        config = resolved.config
         return cls(
-            plan=Plan.of(config.plan, config.model.num_layers),
+            plan=resolved.plan,
             model=config.model,
             vocab_size=vocab_size,
             micro_batch_size=config.training.micro_batch_size,
-            alignment=(*row_alignment(config), config.parallel.pipeline > 1),
-            fill=config.training.row_multiple,
+            row_layout=resolved.rows,
+            sequence_length=config.data.sequence_length,
             by_task=config.data.rows == "by_task",
             pad=pad,
             iterations=config.training.iterations if training else None,
@@ -107,7 +104,7 @@ class Preparation:
     def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
         """Of packed tokens, int32 [rows, s], in a step counted from 0."""
         selection = None if self.iterations is None else self.plan.selection(step, self.iterations)
-        return self.step_input(decode(packed_tokens, self.pad), selection)
+        return self.step_input(unpack(packed_tokens, self.pad), selection)
 
     def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
         """Of a batch on the host; ``selection`` None: as in evaluation."""
@@ -116,6 +113,7 @@ class Preparation:
             order = np.argsort(batch.task[:, 0], kind="stable")
             batch = Batch(*(getattr(batch, name)[order] for name in Batch.names()))
         starts = range(0, batch.shape[0], self.micro_batch_size)
+        tokens = self.micro_batch_size * self.sequence_length
         parts = [batch.rows(start, start + self.micro_batch_size) for start in starts]
         plans = self.plan, dense(self.plan)
         counts = [count(batch, plan, selection) for plan in plans]
@@ -129,12 +127,15 @@ class Preparation:
             flops=flops,
             dense_flops=dense_flops,
             tokens=sum(counts[0].tokens),
+            stored_length=stored_length(tokens, self.plan, self.row_layout.ranks, self.row_layout.multiple),
         )
 
     def _micro_batch(self, part: Batch, selection: Selection | None) -> MicroBatch:
-        ranks, multiple, fixed_length = self.alignment
-        route = Route.arrays(part, self.plan, ranks, multiple, fixed_length, selection=selection, fill=self.fill)
-        targets, fillers = route.targets, -route.targets.size % self.fill
+        rows = self.row_layout
+        route = Route.arrays(
+            part, self.plan, rows.ranks, rows.multiple, rows.fixed_length, selection=selection, fill=rows.fill
+        )
+        targets, fillers = route.targets, -route.targets.size % rows.fill
         labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.task))
         # Only the host asks for these.
         route.targets = route.order = None
@@ -147,7 +148,7 @@ class Preparation:
         )
 
 
-def prepare(batch: Batch, config: Config, device: torch.device | str = "cpu") -> StepInput:
-    """The input, on ``device``, of a step over a batch on the host, with shares of data as in evaluation. The output
-    head counts as none of the FLOPs."""
-    return Preparation.of(config, training=False).step_input(batch).to(device)
+def prepare(batch: Batch, resolved: ResolvedConfig, device: torch.device | str = "cpu") -> StepInput:
+    """The input, on ``device``, of a step over a batch on the host, with the dense share of evaluation. FLOPs leave out
+    the output head."""
+    return Preparation.of(resolved, training=False).step_input(batch).to(device)

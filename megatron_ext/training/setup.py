@@ -5,10 +5,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
+from megatron_ext.checkpoints.state import single_optimizer
 from megatron_ext.config import Config
-from megatron_ext.training.step import configure, single_optimizer
+from megatron_ext.distributed import gather_weights
+from megatron_ext.training.step import configure
 from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import ResolvedConfig
 
 
 class DataParallel(DistributedDataParallel):
@@ -36,21 +39,15 @@ class DataParallel(DistributedDataParallel):
         return super().train(mode)
 
 
-def gather_weights(chunks: list[torch.nn.Module]) -> None:
-    """Make the weights of ``chunks`` whole on every replica. Collective; nothing to do unless gathering overlaps."""
-    for chunk in chunks:
-        if getattr(chunk, "use_forward_hook", False):
-            chunk.start_param_sync(force_sync=True)
-
-
 def _gathers_ahead(config: Config) -> bool:
     return config.parallel.overlap and config.parallel.distributed_optimizer
 
 
-def build_model(config: Config, vocab_size: int) -> list[DistributedDataParallel]:
+def build_model(resolved: ResolvedConfig) -> list[DistributedDataParallel]:
     """This rank's model chunks with initial weights, wrapped for data parallelism."""
+    config = resolved.config
     parallel = config.parallel
-    chunks = build_chunks(config, vocab_size)
+    chunks = build_chunks(resolved)
     configure(chunks[0].config)
     for chunk in chunks[1:]:
         chunk.config = chunks[0].config

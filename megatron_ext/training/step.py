@@ -16,13 +16,11 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_ext import compat
+from megatron_ext.checkpoints.state import single_optimizer
 from megatron_ext.config import Config, TaskWeights
-from megatron_ext.routing.groups import stored_length
-from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import Task
 from megatron_ext.training.losses import cross_entropy_weights, global_counts, task_sums
 from megatron_ext.training.prepare import MicroBatch, StepInput
-from megatron_ext.transformer.specs import row_alignment
 
 
 @dataclass
@@ -50,12 +48,6 @@ def configure(model_config) -> None:
     model_config.finalize_model_grads_func = lambda model, num_tokens, **groups: finalize_model_grads(
         model, None, **groups
     )
-
-
-def single_optimizer(optimizer):
-    """The one optimizer in what ``get_megatron_optimizer`` gives, which may be a chain of one."""
-    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return single
 
 
 def train_step(
@@ -151,18 +143,13 @@ def _run(chunks: list, step: StepInput, config: Config, forward_only: bool, **op
         model=chunks,
         num_microbatches=len(step.micro_batches),
         # The length of hidden states; the schedule itself cuts it over the ranks of sequence parallelism.
-        seq_length=_stored_length(config),
+        seq_length=step.stored_length,
         micro_batch_size=1,
         forward_only=forward_only,
         **options,
     ):
         sums += result
     return counts, sums
-
-
-def _stored_length(config: Config) -> int:
-    tokens = config.training.micro_batch_size * config.data.sequence_length
-    return stored_length(tokens, Plan.of(config.plan, config.model.num_layers), *row_alignment(config))
 
 
 def _forward(weights: Tensor, micro_batches: Iterator[MicroBatch], chunk) -> tuple[Tensor, Callable]:

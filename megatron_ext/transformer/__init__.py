@@ -1,1 +1,6 @@
-"""Extensions of Megatron-Core's Transformer: the layer, its module specs, and the model with the unified vocabulary."""
+"""Megatron-Core's Transformer over tokens with roles.
+
+``model.py`` the model; ``layer.py``, ``attention.py`` and ``core_attention.py`` a layer; ``projection.py`` its split
+projections; ``norm.py``, ``rotary.py``, ``activation.py`` and ``permute.py`` its mathematics in plain torch;
+``kernels/`` the same for speed, on CPUs and GPUs; ``specs.py`` Megatron-Core's configuration.
+"""

@@ -1,9 +1,9 @@
-"""Attention of queries to keys inside the documents of packed rows: by torch's kernels, or by Transformer Engine's.
+"""Attention inside the documents of packed rows, by torch's kernels or by Transformer Engine's.
 
-All of them take query [queries, 1, heads, d], key and value [keys, 1, groups, d] and a
-:class:`~megatron_ext.routing.route.LayerRoute`, and give [queries, 1, heads * d]. A segment of q queries and k keys is
-causal from its end: its last query sees all k keys (bottom-right aligned). Rows after the last segment are fillers;
-nobody reads their outputs.
+All take query [queries, 1, heads, d], key and value [keys, 1, groups, d] and a
+:class:`~megatron_ext.routing.layer_route.LayerRoute`, and return [queries, 1, heads * d]. A segment of q queries and k
+keys is causal from its end: its last query sees all k keys (bottom-right aligned). Rows after the last segment are
+fillers, whose outputs are not used.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_ext.routing.layer_route import LayerRoute
-from megatron_ext.transformer.rows import join
+from megatron_ext.transformer.hidden_states import join
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -25,8 +25,8 @@ except ImportError:  # an older torch
 
 
 class DocumentAttention(torch.nn.Module):
-    """Causal attention by torch's kernels: on a GPU, in half precision, one variable-length call for all segments;
-    elsewhere a call for each segment, or for neighbours of one shape together."""
+    """Causal attention by torch's kernels: one variable-length call for all segments on a GPU in half precision; else a
+    call per segment, with neighbours of the same shape batched."""
 
     def __init__(self, **unused):
         super().__init__()
@@ -51,23 +51,26 @@ class DocumentAttention(torch.nn.Module):
 
 
 def no_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[queries, 1, heads * d] of zeros where no query asks; every weight still has a gradient, of zero."""
+    """The result without segments: zeros [queries, 1, heads * d], through which every weight has a gradient of zero."""
     return 0 * (query.flatten(2) + key.sum() + value.sum())
 
 
 def varlen_supports(query: Tensor) -> bool:
-    """Whether torch's variable-length attention can be had: it is flash attention, for GPUs and half precision."""
+    """Whether torch's variable-length attention fits: it is flash attention, for GPUs and half precision only."""
     d = query.shape[-1]
     half = query.dtype in (torch.bfloat16, torch.float16)
     return varlen_attn is not None and query.device.type != "cpu" and half and d % 8 == 0 and d <= 256
 
 
 def causal_options(call: Callable) -> dict:
-    """What makes a version of ``varlen_attn`` causal and lets query heads share keys. Flash attention aligns the mask
-    at the bottom right in all of them. Checked against torch 2.11, where groups of heads need no leave, and 2.13."""
-    known = inspect.signature(call).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return options | ({"enable_gqa": True} if "enable_gqa" in known else {})
+    """The options that make a version of ``varlen_attn`` causal and let query heads share keys.
+
+    Flash attention aligns the mask at the bottom right in all versions. Checked against torch 2.11, which needs no
+    option for grouped heads, and 2.13.
+    """
+    parameters = inspect.signature(call).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    return options | ({"enable_gqa": True} if "enable_gqa" in parameters else {})
 
 
 _CAUSAL = causal_options(varlen_attn) if varlen_attn else {}
@@ -82,33 +85,34 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, route: LayerRou
 def _segment_attention(query: Tensor, key: Tensor, value: Tensor, route: LayerRoute) -> Tensor:
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu":
-        # Torch's kernel for CPUs takes longer in bf16 than in float32, there and back included.
+        # Torch's kernel for CPUs is slower in bf16 than in float32, even with both conversions.
         query, key, value = query.float(), key.float(), value.float()
     segments = zip(route.query_lengths, route.key_lengths)
     shapes = [(q, k, len(list(same))) for (q, k), same in groupby(segments)]
     queries = _split(query, [q * n for q, _, n in shapes])
     keys, values = (_split(x, [k * n for _, k, n in shapes]) for x in (key, value))
     outputs = []
-    for (q, k, n), of_query, of_key, of_value in zip(shapes, queries, keys, values):
-        pieces = (of_query.view(n, q, *query.shape[2:]), *(x.view(n, k, *key.shape[2:]) for x in (of_key, of_value)))
-        output = _attend(*(x.transpose(1, 2) for x in pieces))
+    for (q, k, n), query_rows, key_rows, value_rows in zip(shapes, queries, keys, values):
+        batched_query = query_rows.view(n, q, *query.shape[2:])
+        batched_key, batched_value = (x.view(n, k, *key.shape[2:]) for x in (key_rows, value_rows))
+        output = _attend(*(x.transpose(1, 2) for x in (batched_query, batched_key, batched_value)))
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     outputs += [torch.zeros_like(fillers) for fillers in queries[len(shapes) :]]
     return join(outputs, outputs[0]).flatten(1).unsqueeze(1).to(dtype)
 
 
 def _split(rows: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Consecutive ``sizes`` of ``rows`` [n, 1, heads, d], and what is left of them, if anything, each [size, heads, d];
-    all rows as they are, whose gradients then need not be put together."""
-    rows, left = rows.squeeze(1), rows.shape[0] - sum(sizes)
-    sizes = [*sizes, left] if left else sizes
+    """``rows`` [n, 1, heads, d] as consecutive slices [size, heads, d], the last of them fillers, if any. A single
+    slice is not split, which saves concatenating gradients."""
+    rows, fillers = rows.squeeze(1), rows.shape[0] - sum(sizes)
+    sizes = [*sizes, fillers] if fillers else sizes
     return [rows] if len(sizes) == 1 else list(rows.split(sizes))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[n, heads, q, d] of query [n, heads, q, d], key and value [n, groups, k, d]."""
     q, k = query.shape[2], key.shape[2]
-    if query.device.type != "cpu":  # these kernels want equal heads, or else write out all scores
+    if query.device.type != "cpu":  # with unequal heads these kernels would write out all scores
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     mask = None if q == k else torch.ones(q, k, dtype=torch.bool, device=query.device).tril_(k - q)
     grouped = query.shape[1] != key.shape[1]
@@ -118,9 +122,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def transformer_engine_attention() -> type:
     """The same attention by Transformer Engine's kernels: all segments of a micro-batch in one call.
 
-    Without flash-attn that is cuDNN's fused attention (from cuDNN 9.6, on Hopper or newer), which plans anew for every
-    other number of segments and every other maximum: the route rounds both up. Segments of no rows are fine; maxima
-    must be multiples of 64 before cuDNN 9.7.
+    Without flash-attn that is cuDNN's fused attention (from cuDNN 9.6, on Hopper or newer). It makes a new plan for
+    every number of segments and every maximum length, so the route rounds both up. Segments may be empty; before cuDNN
+    9.7 maxima must be multiples of 64.
     """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -150,7 +154,7 @@ def transformer_engine_attention() -> type:
                 cu_seqlens_kv=route.cu_seqlens_kv,
                 max_seqlen_q=route.max_query_length,
                 max_seqlen_kv=route.max_key_length,
-                # Segments follow one another; to be told saves a look at the device.
+                # Segments are contiguous; otherwise Transformer Engine would check on the device.
                 pad_between_seqs=False,
             )
             return output.reshape(query.shape[0], 1, -1)

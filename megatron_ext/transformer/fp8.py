@@ -55,6 +55,13 @@ def validate(config: Config, plan: Plan) -> None:
         UserError: names the key, its value and what would do.
     """
     recipe, multiple = config.training.fp8, row_multiple(config.training.fp8)
+    if config.training.precision != "bf16":
+        raise UserError(f"config: 'training.fp8' is {recipe}, needs training.precision=bf16")
+    if recipe == "delayed" and config.logging.gradient_alignment_interval:
+        raise UserError(
+            "config: 'logging.gradient_alignment_interval' would change the FP8 scales that training.fp8=delayed "
+            "learns from every pass; take current or mxfp8, or 0"
+        )
     for what, size in _gemm_sizes(config).items():
         if size % multiple:
             raise UserError(

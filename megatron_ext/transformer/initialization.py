@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the parallel layout.
 
-Every parameter is drawn whole from a generator seeded by (seed, global name) and each tensor-parallel rank keeps its
-slice, so the same seed starts the same model on 1 process and on 512. Normal with ``init_std``; the projections that
-write into the residual stream get ``init_std / sqrt(2 * layers)`` (GPT-2, section 2.3); norms are ones.
+Every rank samples each whole parameter from a generator seeded by (seed, global name) and keeps its tensor-parallel
+slice, so the same seed starts the same model on 1 process and on 512. Weights are normal with ``init_std``; projections
+that write into the residual stream have ``init_std / sqrt(2 * layers)`` (GPT-2, section 2.3); norms are ones.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from megatron_ext.config import ModelConfig
 
-# Projections and embeddings cut over the tensor-parallel group: over which dimension.
+# The dimension over which the tensor-parallel group cuts a projection or embedding.
 _CUTS = {
     "linear_qkv": 0,
     "linear_proj": 1,
@@ -28,10 +28,10 @@ _CUTS = {
 
 @torch.no_grad()
 def initialize(chunks: list[torch.nn.Module], model: ModelConfig, seed: int) -> None:
-    """Draw the weights of this rank's model chunks in place.
+    """Set the weights of this rank's model chunks in place.
 
-    Weights that image tokens have of their own start where those of text start: a separate matrix as a copy, a
-    difference as zero (of low rank: ``down`` is drawn and ``up`` is zero).
+    Components of image tokens start at the weights of text: a separate matrix as a copy, a delta at zero (of low rank:
+    ``down`` is random and ``up`` is zero).
     """
     for chunk in chunks:
         for name, parameter in global_parameters(chunk):
@@ -39,18 +39,18 @@ def initialize(chunks: list[torch.nn.Module], model: ModelConfig, seed: int) -> 
                 parameter.fill_(1.0)
                 continue
             module, kind = name.split(".")[-2:]
-            _mark(parameter, name)
+            _mark_as_cut(parameter, name)
             if kind.endswith(("_delta", "_up")):
                 parameter.zero_()
                 continue
             if kind.endswith("_weight"):
                 name = name.removesuffix(kind) + "weight"
             std = model.init_std / (math.sqrt(2 * model.num_layers) if module in ("linear_proj", "linear_fc2") else 1)
-            parameter.copy_(shard(_draw(name, full_shape(name, parameter.shape), std, seed), name))
+            parameter.copy_(shard(_random_weight(name, full_shape(name, parameter.shape), std, seed), name))
 
 
 def global_parameters(chunk: torch.nn.Module):
-    """(name, parameter) pairs of one model chunk, with layers numbered from 0 over the whole model."""
+    """Yield the (name, parameter) pairs of one model chunk, with layers numbered from 0 over the whole model."""
     numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
     # A tied output weight on the last stage is the embedding under another name.
     tied = getattr(chunk, "share_embeddings_and_output_weights", False)
@@ -60,10 +60,10 @@ def global_parameters(chunk: torch.nn.Module):
 
 
 def cut(name: str) -> tuple[int | None, int]:
-    """Over which dimension a parameter is cut, None for one that is not, and into how many interleaved pieces.
+    """The dimension over which a parameter is cut (None: it is not), and the number of matrices stacked in it.
 
-    2 pieces: gate and up of the FFN stand in one matrix, and every rank holds its share of both. The low-rank ``down``
-    is cut like the matrix that it is a factor of.
+    2 matrices: gate and up of the FFN, of which every rank holds its share of both. The low-rank ``down`` of a
+    projection is cut over the same dimension as the projection.
     """
     module, kind = (["", *name.split(".")])[-2:]
     return _CUTS.get(module), 2 if module == "linear_fc1" and not kind.endswith("_down") else 1
@@ -81,21 +81,21 @@ def shard(whole: torch.Tensor, name: str) -> torch.Tensor:
     """This tensor-parallel rank's slice of a whole parameter."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    dim, pieces = cut(name)
+    dim, matrices = cut(name)
     if dim is None:
         return whole
-    return torch.cat([piece.chunk(size, dim)[rank] for piece in whole.chunk(pieces, dim)], dim)
+    return torch.cat([matrix.chunk(size, dim)[rank] for matrix in whole.chunk(matrices, dim)], dim)
 
 
-def _mark(parameter: torch.nn.Parameter, name: str) -> None:
-    """Say that a parameter is cut, as Megatron-Core's own initialisation would: the gradient norm counts a parameter
-    without these marks once per tensor-parallel group."""
-    dim, pieces = cut(name)
+def _mark_as_cut(parameter: torch.nn.Parameter, name: str) -> None:
+    """Mark a cut parameter as Megatron-Core's own initialization would: the gradient norm counts parameters without
+    these marks once per tensor-parallel group."""
+    dim, matrices = cut(name)
     if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
-        set_tensor_model_parallel_attributes(parameter, True, dim, pieces)
+        set_tensor_model_parallel_attributes(parameter, True, dim, matrices)
 
 
-def _draw(name: str, shape: list[int], std: float, seed: int) -> torch.Tensor:
+def _random_weight(name: str, shape: list[int], std: float, seed: int) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)

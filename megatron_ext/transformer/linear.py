@@ -1,4 +1,4 @@
-"""The linear layers of the projections: split ones over torch's GEMMs, or over Transformer Engine's."""
+"""The linear layers of the projections: split projections over torch's GEMMs or Transformer Engine's."""
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
@@ -18,7 +18,7 @@ class RowLinear(RowSplitProjection, RowParallelLinear):
 
 
 def transformer_engine_linears() -> tuple[type, type, type]:
-    """The same three over Transformer Engine's linear layers."""
+    """The same three linear layers over Transformer Engine's."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     class TransformerEngineQueryKeyValueLinear(FreshWeights, QueryKeyValueSplitProjection, TEColumnParallelLinear):
@@ -34,11 +34,11 @@ def transformer_engine_linears() -> tuple[type, type, type]:
 
 
 class FreshWeights:
-    """Mixed into Transformer Engine's linear layers, which keep their weights in FP8 from one micro-batch to the next.
+    """Mixed into Transformer Engine's linear layers, which cache their weights in FP8 across micro-batches.
 
-    Megatron-Core's schedules have them made anew at the first micro-batch of every step. A model that is called without
-    a schedule, as generation does, would go on with those from before the optimizer's last step: so they are made anew
-    by the first call of an evaluation, too.
+    Megatron-Core's schedules refresh the cache at the first micro-batch of every step. Generation calls the model
+    without a schedule and would use weights from before the optimizer's last step, so the first call in evaluation mode
+    refreshes the cache too.
     """
 
     def train(self, mode: bool = True):

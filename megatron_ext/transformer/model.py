@@ -6,13 +6,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.routing.route import Route
+from megatron_ext.transformer.forward_context import Attend, ForwardContext
+from megatron_ext.transformer.hidden_states import join
 from megatron_ext.transformer.initialization import initialize
 from megatron_ext.transformer.kernels.functions import permute
-from megatron_ext.transformer.rotary import Rotary, rotary_table
-from megatron_ext.transformer.rows import join
+from megatron_ext.transformer.resolved import ResolvedConfig
+from megatron_ext.transformer.rotary import rotary_table
 from megatron_ext.transformer.specs import block_spec, transformer_config
 
 
@@ -21,22 +22,22 @@ class UnifiedModel(GPTModel):
 
     The stack sees the tokens of a micro-batch as hidden states [T, 1, h] in the stored order of its
     :class:`~megatron_ext.routing.route.Route` (T / R of them on each of R ranks under sequence parallelism), which also
-    tells every layer who takes part and where documents begin and end. Logits are computed where they are wanted.
+    tells every layer which tokens take part and where documents begin and end. Logits are computed for the route's
+    targets only.
     """
 
-    def __init__(self, config: Config, vocab_size: int, vp_stage: int | None = None):
+    def __init__(self, resolved: ResolvedConfig, vp_stage: int | None = None):
         """
         Args:
-            config: the run's configuration.
-            vocab_size: rows of the embedding table, padded to a multiple of the tensor-parallel size.
+            resolved: the run's configuration, with the size of its vocabulary.
             vp_stage: which model chunk of this pipeline stage, with an interleaved schedule.
         """
-        transformer = transformer_config(config)
+        config, transformer = resolved.config, transformer_config(resolved)
         edges = {"ignore_virtual": False, "vp_stage": vp_stage}
         super().__init__(
             config=transformer,
-            transformer_layer_spec=block_spec(config, transformer, vp_stage),
-            vocab_size=vocab_size,
+            transformer_layer_spec=block_spec(resolved, transformer, vp_stage),
+            vocab_size=resolved.padded_vocab_size,
             max_sequence_length=config.data.sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(**edges),
             post_process=parallel_state.is_pipeline_last_stage(**edges),
@@ -54,38 +55,34 @@ class UnifiedModel(GPTModel):
             self.image_positions = torch.nn.Embedding(count, h, dtype=transformer.params_dtype)
             # Every tensor-parallel rank adds to its own rows: Megatron-Core sums such parameters' gradients over them.
             self.image_positions.weight.sequence_parallel = transformer.sequence_parallel
-        for layer in self.decoder.layers[:-1]:
-            layer.joins = config.training.recompute == "full"
         if self.post_process and transformer.sequence_parallel:
-            # The rows are gathered, and their gradients reduced, outside of the output layer (see _targets).
+            # The rows are gathered, and their gradients reduced, outside of the output layer (see _target_rows).
             self.output_layer.sequence_parallel = False
             self.output_layer.disable_grad_reduce = True
 
-    def forward(self, route: Route) -> Tensor:
+    def forward(self, route: Route, attend: Attend | None = None) -> Tensor:
         """Run this stage on one micro-batch.
+
+        Args:
+            attend: replaces the core attention of all layers.
 
         Returns:
             On the last stage the logits [n, 1, vocabulary / tensor-parallel size] of the route's n targets, else hidden
             states [T / R, 1, h] in the route's stored order.
         """
-        table = self._angles(route)
-        for layer in route.layers:
-            if layer.rotary is None:
-                layer.rotary = Rotary(table, layer.query_positions, layer.key_positions)
-        hidden_states = None
-        if self.pre_process:
-            hidden_states = self._embedded(route)
-        hidden_states = self.decoder(hidden_states=hidden_states, attention_mask=None, packed_seq_params=route)
+        context = ForwardContext.of(route, self._rotary_table_for(route), attend)
+        hidden_states = self._embed(route) if self.pre_process else None
+        hidden_states = self.decoder(hidden_states=hidden_states, attention_mask=None, packed_seq_params=context)
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(self._targets(hidden_states, route), weight=weight)[0]
+        return self.output_layer(self._target_rows(hidden_states, route), weight=weight)[0]
 
-    def _angles(self, route: Route) -> Tensor:
-        """Cosines and sines [2, positions, d / 2] of the positions in ``route`` and more.
+    def _rotary_table_for(self, route: Route) -> Tensor:
+        """Cosines and sines [2, positions, d / 2] of at least the positions in ``route``.
 
-        Made on the first use, and anew where generation goes beyond them. Not a buffer: with the weights it would be
-        rounded to bf16.
+        Computed on the first use, and again when generation exceeds its positions. Not a buffer, which would be rounded
+        to bf16 along with the weights.
         """
         table, device = self._rotary_table, route.tokens.device
         if table is None or table.shape[1] < route.longest_document or table.device != device:
@@ -96,7 +93,7 @@ class UnifiedModel(GPTModel):
             table = self._rotary_table = rotary_table(self.rotary_pos_emb.inv_freq.to(device, precision), positions)
         return table
 
-    def _embedded(self, route: Route) -> Tensor:
+    def _embed(self, route: Route) -> Tensor:
         """[T / R, 1, h]"""
         embedded = self.embedding(input_ids=route.tokens, position_ids=None)
         if self.image_positions is None:
@@ -112,10 +109,10 @@ class UnifiedModel(GPTModel):
         added = self.image_positions((places - 1).clamp(min=0)) * (places > 0)[:, None]
         return embedded + added.unsqueeze(1)
 
-    def _targets(self, hidden_states: Tensor, route: Route) -> Tensor:
-        """[n, 1, h] of the tokens whose logits are wanted; under sequence parallelism gathered from all ranks."""
-        pieces = hidden_states.split(route.head.sizes) if route.head.sizes else ()
-        rows = join([pieces[i] for i in route.head.full], hidden_states)
+    def _target_rows(self, hidden_states: Tensor, route: Route) -> Tensor:
+        """Hidden states [n, 1, h] of the route's targets; under sequence parallelism gathered from all ranks."""
+        slices = hidden_states.split(route.head.sizes) if route.head.sizes else ()
+        rows = join([slices[i] for i in route.head.full], hidden_states)
         if self.config.sequence_parallel:
             rows = gather_from_sequence_parallel_region(rows)
         return permute(route.head_rows, rows)
@@ -126,9 +123,10 @@ class UnifiedModel(GPTModel):
         return self.compute_language_model_loss(labels.unsqueeze(0), logits).squeeze(0)
 
 
-def build_chunks(config: Config, vocab_size: int) -> list[UnifiedModel]:
+def build_chunks(resolved: ResolvedConfig) -> list[UnifiedModel]:
     """This rank's model chunks, on its device, with initial weights that do not depend on the layout."""
+    config = resolved.config
     stages = range(config.parallel.virtual_pipeline) if config.parallel.virtual_pipeline > 1 else [None]
-    chunks = [UnifiedModel(config, vocab_size, vp_stage=stage).cuda(torch.cuda.current_device()) for stage in stages]
+    chunks = [UnifiedModel(resolved, vp_stage=stage).cuda(torch.cuda.current_device()) for stage in stages]
     initialize(chunks, config.model, config.training.seed)
     return chunks

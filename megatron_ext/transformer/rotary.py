@@ -1,4 +1,4 @@
-"""Rotary position embedding: the angles of positions."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864), in the layout of GPT-NeoX."""
 
 from dataclasses import dataclass, field
 
@@ -8,13 +8,24 @@ from torch import Tensor
 
 def rotary_table(inverse_frequencies: Tensor, positions: int) -> Tensor:
     """Cosines and sines, [2, positions, d / 2], of positions from 0, in the precision of the frequencies [d / 2]."""
-    places = torch.arange(positions, dtype=inverse_frequencies.dtype, device=inverse_frequencies.device)
-    angles = torch.outer(places, inverse_frequencies)
+    position = torch.arange(positions, dtype=inverse_frequencies.dtype, device=inverse_frequencies.device)
+    angles = torch.outer(position, inverse_frequencies)
     return torch.stack([angles.cos(), angles.sin()])
 
 
+def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
+    """Queries or keys [n, 1, heads, d] rotated by cosines and sines [2, n, 1, 1, d / 2].
+
+    A position rotates the pairs (a, b) that the two halves of a head form: (a cos - b sin, b cos + a sin). This defines
+    what :func:`~megatron_ext.transformer.kernels.functions.query_key_value` does to queries and keys.
+    """
+    cosine, sine = angles
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+
+
 @dataclass
-class Rotary:
+class RotaryAngles:
     """The angles of one layer's queries and keys.
 
     Attributes:
@@ -25,18 +36,18 @@ class Rotary:
     table: Tensor
     query_positions: Tensor
     key_positions: Tensor
-    _rows: dict = field(default_factory=dict, repr=False)
+    _looked_up: dict = field(default_factory=dict, repr=False)
 
     def queries(self, dtype: torch.dtype) -> Tensor:
-        """Cosines and sines of the queries, [2, queries, 1, 1, d / 2]. Looked up once, by the first of the layers that
-        share a route."""
-        return self._of(self.query_positions, dtype)
+        """Cosines and sines of the queries, [2, queries, 1, 1, d / 2], looked up on the first call."""
+        return self._look_up(self.query_positions, dtype)
 
     def keys(self, dtype: torch.dtype) -> Tensor:
-        """The same of the keys, [2, keys, 1, 1, d / 2]."""
-        return self._of(self.key_positions, dtype)
+        """Cosines and sines of the keys, [2, keys, 1, 1, d / 2], looked up on the first call."""
+        return self._look_up(self.key_positions, dtype)
 
-    def _of(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        if id(positions) not in self._rows:
-            self._rows[id(positions)] = self.table.index_select(1, positions)[:, :, None, None].to(dtype)
-        return self._rows[id(positions)]
+    def _look_up(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        key = id(positions)  # queries and keys may share their positions
+        if key not in self._looked_up:
+            self._looked_up[key] = self.table.index_select(1, positions)[:, :, None, None].to(dtype)
+        return self._looked_up[key]

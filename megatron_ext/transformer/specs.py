@@ -1,7 +1,6 @@
 """From our configuration to Megatron-Core's: the TransformerConfig and the module spec of a layer."""
 
 import importlib.util
-import math
 from functools import partial
 
 import torch
@@ -15,59 +14,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_ext import compat, cpu
-from megatron_ext.config import Config
-from megatron_ext.errors import UserError
-from megatron_ext.routing.plan import Plan, Projections, Role
-from megatron_ext.transformer import fp8, transformer_engine
+from megatron_ext.routing.plan import Projections, Role
+from megatron_ext.transformer import fp8
 from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.attention import UnifiedSelfAttention
 from megatron_ext.transformer.core_attention import DocumentAttention, transformer_engine_attention
 from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.linear import ColumnLinear, QueryKeyValueLinear, RowLinear, transformer_engine_linears
 from megatron_ext.transformer.norm import AddNorm, InputNorm, RMSNorm
+from megatron_ext.transformer.resolved import ResolvedConfig
 
 
-def implementation(config: Config) -> str:
-    """``local`` or ``transformer_engine``, resolving ``auto``: float32 is ``local``, as Transformer Engine's float32
-    GEMMs are TF32 and its attention knows half precision alone.
-
-    Raises:
-        UserError: Transformer Engine is asked for and cannot be had.
-    """
-    wanted = config.model.implementation
-    possible = not cpu.available() and transformer_engine.installed()
-    if wanted == "transformer_engine" and not possible:
-        raise UserError(
-            "config: 'model.implementation' is transformer_engine, which needs a GPU and "
-            "Transformer Engine (README, With GPUs); 'local' works everywhere"
-        )
-    if wanted != "auto":
-        return wanted
-    return "transformer_engine" if possible and config.training.precision == "bf16" else "local"
-
-
-def fp8_recipe(config: Config) -> str:
-    """``training.fp8``, or ``none`` where it cannot be had."""
-    return "none" if why_no_fp8(config) else config.training.fp8
-
-
-def why_no_fp8(config: Config) -> str | None:
-    """Why the run goes on without the FP8 that ``training.fp8`` asks for; None when it does not."""
-    if config.training.fp8 == "none":
-        return None
-    if reason := fp8.why_not(config.training.fp8):
-        return reason
-    return "model.implementation is local" if implementation(config) == "local" else None
-
-
-def row_alignment(config: Config) -> tuple[int, int]:
-    """Over how many ranks hidden states are cut, and what the rows of each group on a rank are a multiple of."""
-    ranks = config.parallel.tensor if config.parallel.sequence else 1
-    return ranks, math.lcm(fp8.row_multiple(fp8_recipe(config)), config.training.row_multiple)
-
-
-def transformer_config(config: Config) -> TransformerConfig:
+def transformer_config(resolved: ResolvedConfig) -> TransformerConfig:
     """Megatron-Core's configuration of the stack; see :mod:`megatron_ext.config` for what each key means."""
+    config = resolved.config
     model, parallel, training = config.model, config.parallel, config.training
     bf16, on_cpu = training.precision == "bf16", cpu.available()
     recompute = {
@@ -116,7 +76,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         **recompute,
-        **fp8.settings(fp8_recipe(config)),
+        **fp8.settings(resolved.fp8),
     )
 
 
@@ -125,7 +85,7 @@ def apex_fuses_weight_gradients() -> bool:
     return not cpu.available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def fuses_weight_gradient(config: Config, name: str) -> bool:
+def fuses_weight_gradient(resolved: ResolvedConfig, name: str) -> bool:
     """Whether the GEMM of a weight's gradient adds to the gradient buffer itself, in the projections ``name`` (qkv,
     proj, fc1, fc2): by Transformer Engine, or by Apex.
 
@@ -133,32 +93,33 @@ def fuses_weight_gradient(config: Config, name: str) -> bool:
     buffer once another micro-batch has added to it: where W is a term of W + D, stands beside other matrices in a
     product, or gives keys and values alone.
     """
-    plan = Plan.of(config.plan, config.model.num_layers)
+    plan = resolved.plan
     if plan.projections.components and name in plan.projections.modules:
         return False
     if name == "qkv" and any(Role.KV_ONLY in roles for roles in plan.roles):
         return False
-    return implementation(config) == "transformer_engine" or apex_fuses_weight_gradients()
+    return resolved.implementation == "transformer_engine" or apex_fuses_weight_gradients()
 
 
-def layer_spec(config: Config) -> ModuleSpec:
+def layer_spec(resolved: ResolvedConfig, passes_slices: bool = False) -> ModuleSpec:
     """One layer: :class:`UnifiedLayer` with split projections and attention of the chosen implementation."""
-    if implementation(config) == "transformer_engine":
+    if resolved.implementation == "transformer_engine":
         query_key_value, column, row = transformer_engine_linears()
         attention = transformer_engine_attention()
     else:
         attention = DocumentAttention
         query_key_value, column, row = QueryKeyValueLinear, ColumnLinear, RowLinear
-    projections = Plan.of(config.plan, config.model.num_layers).projections
+    projections = resolved.plan.projections
 
     def linear(kind: type, name: str) -> ModuleSpec:
         own = projections if name in projections.modules else Projections()
-        fused = fuses_weight_gradient(config, name)
+        fused = fuses_weight_gradient(resolved, name)
         return ModuleSpec(module=kind, params={"projections": own, "fuse_weight_gradient": fused})
 
     qkv = linear(query_key_value, "qkv")
     return ModuleSpec(
         module=UnifiedLayer,
+        params={"passes_slices": passes_slices},
         submodules=TransformerLayerSubmodules(
             input_layernorm=InputNorm,
             self_attention=ModuleSpec(
@@ -183,9 +144,12 @@ def layer_spec(config: Config) -> ModuleSpec:
     )
 
 
-def block_spec(config: Config, transformer: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    resolved: ResolvedConfig, transformer: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage (and virtual stage) and the final norm."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     count = get_num_layers_to_build(transformer, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * count, layer_norm=RMSNorm)
+    inner = layer_spec(resolved, passes_slices=resolved.config.training.recompute != "full")
+    return TransformerBlockSubmodules(layer_specs=[inner] * (count - 1) + [layer_spec(resolved)], layer_norm=RMSNorm)

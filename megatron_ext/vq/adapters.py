@@ -1,6 +1,6 @@
 """Adapters over the VQ tokenizers that transformers carries: Janus (LlamaGen's VQ-16), Emu3, Chameleon.
 
-The networks are transformers' own; the codebook look-up is :func:`megatron_ext.vq.model.nearest`, in float32.
+The networks are transformers' own; the codebook look-up is :func:`megatron_ext.vq.codebook.nearest`, in float32.
 """
 
 import math
@@ -18,8 +18,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.vq.model import VQModel
 
 EMU3_IMAGE_SIZE = 512
-"""Emu3's network takes any size and its configuration names none. Another one (a number, or [height, width]) is
-asked for by an ``image_size`` in the config.json."""
+"""Emu3's network accepts any size and its configuration names none. ``image_size`` in config.json, a number or
+[height, width], replaces this one."""
 
 
 class _Transformers(VQModel):
@@ -40,8 +40,8 @@ class _Transformers(VQModel):
 class JanusVQ(_Transformers):
     """Janus and LlamaGen VQ-16: codes are directions, so latents and codebook are compared at unit length.
 
-    transformers' own ``encode`` leaves both as they are, which is the same only for a codebook of unit vectors. A
-    network of 3 p^2 channels (tools/train_vq.py trains such) takes pictures in by patches of p x p pixels.
+    transformers' own ``encode`` does not normalize them, which is the same only for a codebook of unit vectors. A
+    network with 3 p^2 input channels, as tools/train_vq.py trains, reads images in patches of p x p pixels.
     """
 
     kind = "janus_vqgan"
@@ -60,7 +60,7 @@ class JanusVQ(_Transformers):
         images = F.pixel_unshuffle(images, _patch(self.network.config))
         return self.network.quant_conv(self.network.encoder(images))
 
-    def _pictures(self, codes: Tensor) -> Tensor:
+    def _images(self, codes: Tensor) -> Tensor:
         vectors = F.embedding(codes, self._codebook()).to(self.network.post_quant_conv.weight.dtype)
         latents = vectors.unflatten(1, self.grid).permute(0, 3, 1, 2)
         decoded = self.network.decoder(self.network.post_quant_conv(latents))
@@ -88,7 +88,7 @@ class ChameleonVQ(_Transformers):
 
 
 class Emu3VQ(_Transformers):
-    """Emu3's video tokenizer, used on still images: a still is a clip of equal frames with one code grid."""
+    """Emu3's video tokenizer, used on still images: an image is a clip of equal frames with one code grid."""
 
     kind = "emu3_vqgan"
     network_class = transformers.Emu3VQVAE
@@ -110,7 +110,7 @@ class Emu3VQ(_Transformers):
         latents = self.network.encoder(clips).permute(0, 2, 1, 3, 4)  # [n, c, 1, h, w]
         return self.network.quant_conv(latents).squeeze(2)
 
-    def _pictures(self, codes: Tensor) -> Tensor:
+    def _images(self, codes: Tensor) -> Tensor:
         vectors = F.embedding(codes, self._codebook()).to(next(self.network.decoder.parameters()).dtype)
         latents = vectors.unflatten(1, self.grid).permute(0, 3, 1, 2).unsqueeze(2)  # [n, d, 1, h, w]
         decoded = self.network.post_quant_conv(latents).permute(0, 2, 1, 3, 4)
@@ -122,20 +122,24 @@ ADAPTERS = {adapter.kind: adapter for adapter in (JanusVQ, Emu3VQ, ChameleonVQ)}
 
 
 def _reduction(config) -> int:
-    """Pixels per code along a side."""
+    """Pixels (or patches) per code along a side."""
     return 2 ** (len(config.channel_multiplier) - 1)
 
 
 def _patch(config) -> int:
-    """Pixels along a side of the patches that a Janus network takes in."""
+    """Pixels along a side of a Janus network's input patches."""
     return math.isqrt(config.in_channels // 3)
 
 
 def _read_network(network_class, folder: Path, config: dict):
-    """A network with the weights in ``folder``, float32, every one of them found."""
+    """A network with the weights in ``folder``, float32.
+
+    Raises:
+        UserError: the weights cannot be read, or some are missing.
+    """
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a whole checkpoint holds thousands of weights that are not for us
-    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # a whole checkpoint has thousands of unused weights
+    progress_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         network, info = network_class.from_pretrained(
@@ -150,7 +154,7 @@ def _read_network(network_class, folder: Path, config: dict):
         raise UserError(f"{folder}: cannot be read as a {network_class.__name__} ({_one_line(error)})") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
+        if progress_bars:
             transformers_logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing:

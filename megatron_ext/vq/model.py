@@ -1,4 +1,4 @@
-"""One interface over VQ image tokenizers, and the loader that recognises which one a folder holds."""
+"""The interface of VQ image tokenizers."""
 
 import hashlib
 import json
@@ -9,28 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ext.errors import UserError
-
-NEAREST_ELEMENTS = 1 << 26
-"""Entries of the distance table that a codebook look-up holds at once (256 MiB in float32)."""
+from megatron_ext.vq.codebook import nearest
 
 
 class VQModel(ABC):
     """A frozen VQ image tokenizer.
 
-    The networks may run in bfloat16; the codebook look-up is always float32, since rounded distances pick other codes.
+    The networks may run in bfloat16. The codebook look-up is always float32: rounded distances select other codes.
 
     Attributes:
         kind: ``model_type`` of the VQ network's configuration.
         codebook_size: number of codes.
-        grid: (h, w), codes per column and row of an image.
+        grid: (h, w), rows and columns of codes of an image.
         image_size: (H, W), pixels.
-        fingerprint: 16 hexadecimal digits that change with the kind, the image size or any weight; the same however
-            the weights are stored or converted.
+        fingerprint: 16 hexadecimal digits that change with the kind, the image size or any weight, but not with how the
+            weights are stored or converted.
     """
 
     kind: str
     decodes = True
-    """Whether the published weights can turn codes back into pictures."""
+    """Whether the published weights include a decoder."""
     memory_format = torch.channels_last
 
     def __init__(self, network: nn.Module, folder: Path, grid: tuple[int, int], image_size: tuple[int, int]):
@@ -41,14 +39,14 @@ class VQModel(ABC):
         self.fingerprint = _fingerprint(self.kind, image_size, network)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "VQModel":
-        """Move the networks to ``device``, to compute in ``dtype``; the codebook stays float32."""
+        """Move the networks to ``device`` and ``dtype``; the codebook stays float32."""
         self.network.to(device=device, dtype=dtype, memory_format=self.memory_format)
         self.network.quantize.float()
         return self
 
     @property
     def metadata(self) -> dict:
-        """What a data set's metadata says of the VQ model that made its codes."""
+        """The entry ``vq`` in the metadata of a data set with this tokenizer's codes."""
         return {"fingerprint": self.fingerprint, "grid": list(self.grid), "codebook_size": self.codebook_size}
 
     @torch.no_grad()
@@ -59,7 +57,7 @@ class VQModel(ABC):
             ValueError: the images are not of ``image_size``.
         """
         if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.image_size:
-            raise ValueError(f"images of shape {tuple(images.shape)}, expected [n, 3, {self._pixels()}]")
+            raise ValueError(f"images of shape {tuple(images.shape)}, expected [n, 3, {self._size_text()}]")
         parameter = next(self.network.encoder.parameters())
         images = images.to(parameter.device, parameter.dtype).contiguous(memory_format=self.memory_format)
         latents = self._latents(images).float()  # [n, d, h, w]
@@ -75,81 +73,27 @@ class VQModel(ABC):
             ValueError: the codes are not n whole grids.
         """
         if not self.decodes:
-            raise UserError(f"{self.folder}: a {self.kind} tokenizer only encodes; its published form has no decoder")
+            raise UserError(f"{self.folder}: a {self.kind} tokenizer only encodes; it was published without a decoder")
         height, width = self.grid
         if codes.ndim != 2 or codes.shape[1] != height * width:
             raise ValueError(f"codes of shape {tuple(codes.shape)}, expected [n, {height * width}]")
         codes = codes.to(next(self.network.parameters()).device)
-        return self._pictures(codes).float().clamp(-1, 1)
+        return self._images(codes).float().clamp(-1, 1)
 
-    def _pixels(self) -> str:
+    def _size_text(self) -> str:
         return f"{self.image_size[0]}, {self.image_size[1]}"
 
     @abstractmethod
     def _codebook(self) -> Tensor:
-        """The vectors [codebook_size, d] among which the nearest to a latent is its code, float32."""
+        """The codebook, float32 [codebook_size, d]; the vector nearest to a latent is its code."""
 
     @abstractmethod
     def _latents(self, images: Tensor) -> Tensor:
         """Images to latents [n, d, h, w] before quantisation."""
 
-    def _pictures(self, codes: Tensor) -> Tensor:
+    def _images(self, codes: Tensor) -> Tensor:
         """Codes [n, h*w] to images [n, 3, H, W]."""
         raise NotImplementedError
-
-
-def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VQModel:
-    """The VQ tokenizer in a local folder, on ``device``; nothing is downloaded.
-
-    The folder is one that transformers' ``save_pretrained`` wrote: the VQ network alone, or a whole Janus, Emu3 or
-    Chameleon checkpoint, of which only the VQ network is read.
-
-    Raises:
-        UserError: there is no such tokenizer in the folder, or its weights are incomplete.
-    """
-    # transformers takes seconds to import, and many users of this package only need the type.
-    from megatron_ext.vq.adapters import ADAPTERS
-
-    folder = Path(folder)
-    config = _read_config(folder)
-    # A whole checkpoint keeps the tokenizer's configuration in a section of its own.
-    config = config.get("vq_config") or config
-    adapter = ADAPTERS.get(config.get("model_type"))
-    if adapter is None:
-        raise UserError(
-            f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is no VQ tokenizer known here; "
-            f"expected one of {', '.join(ADAPTERS)}, or a checkpoint with such a 'vq_config'"
-        )
-    return adapter.from_folder(folder, config).to(device, dtype)
-
-
-def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook row with the least Euclidean distance to each vector.
-
-    Args:
-        vectors: [m, d].
-        codebook: [k, d].
-
-    Returns:
-        int64 [m].
-    """
-    # |v - c|^2 = |v|^2 - 2 v.c + |c|^2, and the first term is the same for every c.
-    bias = codebook.square().sum(1) / 2
-    rows = max(1, NEAREST_ELEMENTS // len(codebook))
-    return torch.cat([(chunk @ codebook.T - bias).argmax(1) for chunk in vectors.split(rows)])
-
-
-def _read_config(folder: Path) -> dict:
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found; a VQ folder holds config.json and model.safetensors") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return config
 
 
 def _fingerprint(kind: str, image_size: tuple[int, int], network: nn.Module) -> str:

@@ -1,59 +1,43 @@
 """A vocabulary, small data sets, and a configuration to train with on them."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import yaml
-from programs import launcher, run_program
 
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
-from megatron_ext.vocabulary import Vocabulary
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from preprocess_material import make_vq
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
+from support.data_sets import write_pairs, write_texts
+from support.programs import launcher, run_program
+from support.tiny_vq import CODES, make_vq
+from support.vocabularies import make_vocabulary
 
 SENTENCE = "is there a red green blue circle square left right of above below how many yes no one two"
-CODES = 32
 
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:
-    """A folder with vocabulary/, pairs and texts (data sets), vq/, benchmarks/, and config.yaml, a run that takes a
-    second or two."""
+    """A folder with vocabulary/, pairs and texts (data sets), vq/, benchmarks/, and config.yaml, of a run that takes
+    a second or two."""
     folder = tmp_path_factory.mktemp("material")
     make_vq(folder / "vq")
     write_benchmarks(folder / "benchmarks", BenchmarkConfig(pictures=2, size=32))
     random = np.random.default_rng(0)
     sentences = [" ".join(random.choice(SENTENCE.split(), random.integers(4, 12))) for _ in range(400)]
-    (folder / "text.txt").write_text("\n".join(sentences))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=40, minloglevel=2
-    )
-    vocabulary = Vocabulary.create(folder / "vocabulary", folder / "tokenizer.model", CODES)
-    images = {"fingerprint": "none", "grid": [2, 4], "codebook_size": CODES}
-    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, images, {"made": "by a test"}) as writer:
-        for sentence in sentences:
-            codes = vocabulary.image_ids(random.integers(0, CODES, 8))
-            writer.add([(IMAGE, codes.astype(np.int32)), (ANSWER, np.array(vocabulary.encode(sentence), np.int32))])
-    with DatasetWriter(folder / "texts", vocabulary.fingerprint, None, {"made": "by a test"}) as writer:
-        for sentence in sentences:
-            writer.add([(TEXT, np.array(vocabulary.encode(sentence), np.int32))])
-    pairs, texts = str(folder / "pairs"), str(folder / "texts")
+    vocabulary = make_vocabulary(folder / "vocabulary", CODES, sentences, pieces=40)
+    pairs = write_pairs(folder / "pairs", vocabulary, [[sentence] for sentence in sentences])
+    texts = write_texts(folder / "texts", vocabulary, sentences)
     config = {
         "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
-        # Both reductions, and everything that split projections may consist of.
+        # Both reductions, and split projections with every option.
         "plan": {
             "preset": "himix_hmgen_share_partial",
             "projections": {"modules": ["qkv", "proj", "fc1", "fc2"], "rank": 4, "per_task": True},
         },
         "data": {
             "vocabulary": str(folder / "vocabulary"),
-            "train": [{"path": pairs, "task": t} for t in ("understanding", "generation")]
+            "train": [{"path": pairs, "task": task} for task in ("understanding", "generation")]
             + [{"path": texts, "task": "text", "weight": 0.5}],
             "validation": [{"path": pairs, "task": "generation"}],
             "sequence_length": 64,
@@ -69,7 +53,7 @@ def material(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train(material):
-    """A function (output, overrides, processes) that runs pretrain_unified.py and gives its completed process."""
+    """A function (output, overrides, processes) that runs pretrain_unified.py and returns the completed process."""
 
     def run(output: Path, *overrides: str, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
         command = [*launcher(processes), "pretrain_unified.py", "--config", str(material / "config.yaml")]

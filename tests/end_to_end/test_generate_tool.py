@@ -1,22 +1,20 @@
 """tools/generate.py and tools/evaluate.py as a user runs them: pictures, answers, many ranks, and what is refused."""
 
 import json
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from programs import launcher, run_program
 
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pope import POPE
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from preprocess_material import CODES, GRID, encoded, make_vocabulary, make_vq
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
+from support.data_sets import write_pairs
+from support.images import encoded
+from support.programs import launcher, run_program
+from support.tiny_vq import CODES, GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 CAPTIONS = ["a red circle", "two blue squares and a circle"]
 
@@ -27,13 +25,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
     make_vq(folder / "vq")
     vocabulary = make_vocabulary(folder / "vocabulary")
-    random = np.random.default_rng(0)
-    vq = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
-    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, vq, {"made": "by a test"}) as writer:
-        for _ in range(60):
-            image = vocabulary.image_ids(random.integers(0, CODES, GRID * GRID)).astype(np.int32)
-            words = [np.array(vocabulary.encode(text), np.int32) for text in CAPTIONS]
-            writer.add([(IMAGE, image), (TEXT, words[0]), (ANSWER, words[1])])
+    write_pairs(folder / "pairs", vocabulary, [CAPTIONS] * 60, grid=(GRID, GRID))
     config = {
         "output": str(folder / "run"),
         "model": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2},
@@ -59,7 +51,7 @@ def generate(trained: Path, *options, processes: int = 1, check: bool = True):
 
 
 def test_pictures_are_the_same_on_one_rank_and_on_two(trained, tmp_path):
-    prompts = [word for caption in CAPTIONS for word in ("--prompt", caption)]
+    prompts = [argument for caption in CAPTIONS for argument in ("--prompt", caption)]
     results = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
@@ -104,7 +96,7 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     assert answers.keys() == {item.id for item in items} - lost
     pictures = {path: path.read_bytes() for path in (file.parent / "mjhq").rglob("*.png")}
     assert {path.stem for path in pictures} == {prompt.id for prompt in prompts}
-    names = ["mjhq", "pope.manifest.json", "pope.jsonl", "seed.manifest.json", "seed.jsonl"]
+    names = ["mjhq", "pope.jsonl", "pope.manifest.json", "seed.jsonl", "seed.manifest.json"]
     assert sorted(path.name for path in file.parent.iterdir()) == names
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + lines[5][:9])  # a run that was killed
@@ -119,7 +111,7 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
 
     # What is there was made with other roles: refused by name, or moved away.
     shown = evaluate(trained, data, file.parent, 1, "plan.preset=dense", check=False)
-    assert f"{file}: what it holds was made with plan " in shown.splitlines()[-1]
+    assert f"{file}: its contents were made with plan " in shown.splitlines()[-1]
     evaluate(trained, data, file.parent, 1, "--set-aside", "plan.preset=dense")
     before = file.with_name("pope.before-1.jsonl")
     assert [json.loads(line) for line in before.read_text().splitlines()] == again
@@ -129,7 +121,7 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     question = data / "pope" / "coco_pope_random.json"
     question.write_text(question.read_text().replace("Is there", "Do you see"))
     shown = evaluate(trained, data, file.parent, 1, "plan.preset=dense", check=False)
-    assert "was another one when it was answered" in shown.splitlines()[-1]
+    assert "has changed since it was answered" in shown.splitlines()[-1]
 
 
 def test_what_does_not_fit_is_one_line(trained, tmp_path):

@@ -1,37 +1,30 @@
-"""The GPU check, rehearsed on a CPU: every step runs that needs no GPU, and what is done is not done again."""
+"""The GPU check, rehearsed on a CPU: every step that needs no GPU runs once, and is not repeated."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from programs import ROOT
+
+from support.programs import run_program
 
 NEED_A_GPU = {"fp8", "table_te_bf16", "table_te_fp8", "implementations"}
 
 
 @pytest.fixture(scope="module")
 def rehearse(tmp_path_factory):
-    """A function that rehearses into one folder, from outside an installation, and gives the completed process."""
+    """A function that rehearses into one folder and returns the completed process."""
     results = tmp_path_factory.mktemp("gpu_check")
 
     def run() -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", "benchmarks/gpu_check.sh", str(results), "--rehearse"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHON": sys.executable},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
+        command = ["bash", "benchmarks/gpu_check.sh", results, "--rehearse"]
+        return run_program(command, check=False, timeout=600, PYTHON=sys.executable)
 
     run.results = results
     return run
 
 
-def test_the_rehearsal_runs_every_step_and_a_second_call_none(rehearse):
+def test_the_rehearsal_runs_every_step_and_a_second_call_runs_none(rehearse):
     first = rehearse()
     log = (rehearse.results / "gpu_check.log").read_text()
     assert first.returncode == 0, first.stdout + log[-4000:]
@@ -48,10 +41,8 @@ def test_the_rehearsal_runs_every_step_and_a_second_call_none(rehearse):
     assert json.loads((rehearse.results / "gpu_check.json").read_text())["steps"] == steps
 
 
-def test_without_a_gpu_it_says_what_can_be_done(tmp_path):
+def test_without_a_gpu_it_says_how_to_rehearse(tmp_path):
     command = ["bash", "benchmarks/gpu_check.sh", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "no GPU here; --rehearse runs the same steps" in done.stderr
+    completed = run_program(command, check=False, PYTHON=sys.executable)
+    assert completed.returncode == 1 and "no GPU here; --rehearse runs the same steps" in completed.stdout
     assert not list(tmp_path.iterdir())

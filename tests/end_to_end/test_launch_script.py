@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-from pathlib import Path
+import sys
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
 
 
 @pytest.mark.parametrize("chosen", ["", "max_split_size_mb:64"])
@@ -19,14 +19,16 @@ def test_the_allocators_segments_grow_unless_told_otherwise(chosen, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in (*names, "SLURM_JOB_ID")}
     environment |= {"PYTHON": str(interpreter), names[0]: chosen}
     script = ["bash", str(ROOT / "examples" / "run_unified_tp4_pp2.sh")]
-    told = subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout.split()
-    assert told == [chosen or "expandable_segments:True"] * 2
+    settings_of_torch = subprocess.run(
+        script, env=environment, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert settings_of_torch == [chosen or "expandable_segments:True"] * 2
 
 
 def test_the_script_trains_and_goes_on(material, tmp_path):
     settings = {"TP": "2", "PP": "2", "NPROC": "4", "OMP_NUM_THREADS": "1", "OUTPUT": str(tmp_path)}
     settings |= {"CONFIG": f"{ROOT}/examples/configs/tiny.yaml {material}/config.yaml", "MICRO_BATCH": "1"}
-    settings |= {"EXTRA": "checkpoint.interval=0 training.validation_interval=0"}
+    settings |= {"PYTHON": sys.executable, "EXTRA": "checkpoint.interval=0 training.validation_interval=0"}
 
     def run(iterations: int) -> list[dict]:
         subprocess.run(

@@ -4,15 +4,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from programs import ROOT, run_program
 
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
-
-from preprocess_material import caption_tar, encoded, make_vocabulary, make_vq
+from support.images import caption_tar, encoded
+from support.programs import ROOT, run_program, start_program, wait_until
+from support.tiny_vq import make_vq
+from support.vocabularies import make_vocabulary
 
 TOOL = [sys.executable, "tools/preprocess_vq.py"]
 
@@ -47,17 +46,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(pictures, whole, tmp_path):
     command = [str(part) for part in [*TOOL, *arguments(pictures, tmp_path / "set")]]
-    started = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 200
-    while len(list(tmp_path.glob("set.parts/*.part.json"))) < 5 and time.monotonic() < deadline:
-        assert started.poll() is None, "the run ended by itself"
-        time.sleep(0.002)
-    started.kill()
-    started.wait()
+    killed = start_program(command)
+    wait_until(lambda: len(list(tmp_path.glob("set.parts/*.part.json"))) >= 5, killed, seconds=200)
+    killed.kill()
+    killed.wait()
     assert not (tmp_path / "set.json").exists(), "the run was over before it could be killed"
     numbers = tmp_path / "out" / "numbers.json"
-    done = run_program([*command, "--json", numbers])
-    assert "set: 80 documents, 80 images" in done.stdout
+    completed = run_program([*command, "--json", numbers])
+    assert "set: 80 documents, 80 images" in completed.stdout
     assert 0 < json.loads(numbers.read_text())["images_encoded"] <= 70
     assert contents(tmp_path) == whole
     again = run_program(command)
@@ -68,7 +64,7 @@ def test_the_slurm_script_runs_shards_and_joins_them(pictures, whole, tmp_path):
     script = ["bash", str(ROOT / "examples" / "preprocess_slurm_array.sh")]
     files = [str(part) for part in arguments(pictures, tmp_path / "set")]
     at = files.index("--vq")
-    given = {
+    environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHON": sys.executable,
@@ -80,9 +76,9 @@ def test_the_slurm_script_runs_shards_and_joins_them(pictures, whole, tmp_path):
     }
     for task in ("2", "1"):
         command = [*script, *files[:at], "--part-samples", "2", "--batch-size", "2"]
-        subprocess.run(command, env={**given, "SLURM_ARRAY_TASK_ID": task}, check=True, timeout=300)
+        subprocess.run(command, env={**environment, "SLURM_ARRAY_TASK_ID": task}, check=True, timeout=300)
         assert contents(tmp_path) == {}
-    subprocess.run(script, env={**given, "MERGE": "1"}, check=True, timeout=300)
+    subprocess.run(script, env={**environment, "MERGE": "1"}, check=True, timeout=300)
     assert contents(tmp_path) == whole
 
 
@@ -90,12 +86,14 @@ def test_plain_text_needs_no_vq_and_is_verified(pictures, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"red circle {i}"}) + "\n" for i in range(5)))
     vocabulary = ["--vocabulary", pictures / "vocabulary"]
     run_program([*TOOL, tmp_path / "text.jsonl", *vocabulary, "--out", tmp_path / "set"])
-    done = run_program([*TOOL, "--verify", tmp_path / "set", *vocabulary])
-    assert "set: whole; 5 documents, 0 images" in done.stdout
+    completed = run_program([*TOOL, "--verify", tmp_path / "set", *vocabulary])
+    assert "set: whole; 5 documents, 0 images" in completed.stdout
     (tmp_path / "set.bin").write_bytes((tmp_path / "set.bin").read_bytes()[:-1])
-    done = run_program([*TOOL, "--verify", tmp_path / "set"], check=False)
-    assert done.returncode == 1
-    assert done.stdout.startswith(f"preprocess_vq.py: {tmp_path / 'set.bin'}: ") and done.stdout.count("\n") == 1
+    completed = run_program([*TOOL, "--verify", tmp_path / "set"], check=False)
+    assert completed.returncode == 1
+    assert (
+        completed.stdout.startswith(f"preprocess_vq.py: {tmp_path / 'set.bin'}: ") and completed.stdout.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,12 +108,12 @@ def test_what_is_wrong_is_said_in_one_line(pictures, tmp_path, line, options, na
     (tmp_path / "a.png").write_bytes(encoded(0))
     (tmp_path / "lines.jsonl").write_text(line + "\n")
     common = ["--vocabulary", pictures / "vocabulary", "--out", tmp_path / "set"]
-    done = run_program([*TOOL, tmp_path / "lines.jsonl", *common, *options], check=False)
-    assert done.returncode == 1
-    assert named in done.stdout and done.stdout.count("\n") == 1
+    completed = run_program([*TOOL, tmp_path / "lines.jsonl", *common, *options], check=False)
+    assert completed.returncode == 1
+    assert named in completed.stdout and completed.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("wrong", [[], ["a.tar", "--out", "x"], ["--shard", "3/2"], ["--merge", "a.tar", "--out", "x"]])
 def test_wrong_usage_exits_with_2(wrong):
-    done = run_program([*TOOL, *wrong], check=False)
-    assert done.returncode == 2 and "usage:" in done.stdout
+    completed = run_program([*TOOL, *wrong], check=False)
+    assert completed.returncode == 2 and "usage:" in completed.stdout

@@ -3,39 +3,29 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import yaml
-from programs import ROOT
 
 from megatron_ext.analysis import results
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import grid, state, steps, study_file
 from megatron_ext.training.metrics import read_metrics
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from preprocess_material import CODES, GRID, make_vocabulary, make_vq
+from support.data_sets import write_pairs
+from support.programs import run_program, start_program, wait_until
+from support.tiny_vq import GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 
 @pytest.fixture
 def study(tmp_path) -> Path:
-    """A study of two runs on questions that are the same but for their names and the benchmark that only the first is
-    asked (as it counts as trained on both tasks)."""
+    """A study of two equal runs; only the first, which counts as trained on both tasks, answers the benchmark."""
     make_vq(tmp_path / "vq")
-    words = make_vocabulary(tmp_path / "vocabulary")
+    vocabulary = make_vocabulary(tmp_path / "vocabulary")
     write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=2, size=32))
-    random = np.random.default_rng(0)
-    images = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
-    question, answer = (np.array(words.encode(text), np.int32) for text in ("is it red", "yes"))
-    with DatasetWriter(tmp_path / "pairs", words.fingerprint, images, {"made": "by a test"}) as writer:
-        for _ in range(60):
-            codes = words.image_ids(random.integers(0, CODES, GRID * GRID)).astype(np.int32)
-            writer.add([(IMAGE, codes), (TEXT, question), (ANSWER, answer)])
+    write_pairs(tmp_path / "pairs", vocabulary, [["is it red", "yes"]] * 60, grid=(GRID, GRID))
     source = {"path": str(tmp_path / "pairs"), "task": "understanding"}
     base = {
         "plan": {"preset": "himix"},
@@ -67,25 +57,24 @@ def test_a_killed_study_ends_as_if_it_had_not_been(study):
     command = [sys.executable, "tools/scaling_study.py", str(study)]
     output = study.parent / "out"
     first = output / "runs" / "tiny.first.tokens.seed1"
-    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (first / "checkpoints" / "iter_0000005").is_dir(), killed)
+    killed = start_program(command, stdout=subprocess.DEVNULL)
+    wait_until(lambda: (first / "checkpoints" / "iter_0000005").is_dir(), killed)
     (training,) = (p for p in psutil.Process(killed.pid).children() if "pretrain_unified.py" in " ".join(p.cmdline()))
     killed.send_signal(signal.SIGKILL)
     killed.wait(timeout=60)
     runs = {run.method.name: run for run in grid.runs(study_file.read(study))}
     assert state.locked(runs["first"])  # its program is still at work
     training.kill()
-    wait_for(lambda: not state.locked(runs["first"]))
+    wait_until(lambda: not state.locked(runs["first"]))
     assert not (first / "FINISHED").exists()
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_program(command, timeout=500)
     assert "resumed from" in (first / "log.txt").read_text()
-    learnt = [
+    trained = [
         [{k: r[k] for k in r if k.startswith(("iteration", "loss", "grad_norm", "validation"))} for r in records]
         for records in (read_metrics(runs[name].folder / "metrics.jsonl") for name in ("first", "second"))
     ]
-    assert learnt[0] == learnt[1] and len(learnt[0]) == 30
+    assert trained[0] == trained[1] and len(trained[0]) == 30
 
     assert "- 2 of 2 runs are complete" in (output / "report.md").read_text()
     rows = {row.method: row for row in results.read(output / "results.json").rows}
@@ -95,11 +84,3 @@ def test_a_killed_study_ends_as_if_it_had_not_been(study):
     assert rows["first"].flops == pytest.approx(sum(r["flops"] for r in read_metrics(first / "metrics.jsonl")))
     evaluation = study_file.read(study).evaluation
     assert all(step.is_done() for step in steps.steps(runs["first"], evaluation))
-
-
-def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, "the study ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

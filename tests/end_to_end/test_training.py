@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from programs import ROOT, launcher
+
+from support.programs import launcher, run_program, start_program, wait_until
 
 FIRST, LAST = 10, 20
 SHARDED = ["parallel.tensor=2", "parallel.sequence=true"]
@@ -22,13 +21,13 @@ def metrics(output: Path) -> list[dict]:
 
 
 def losses(output: Path) -> dict[int, tuple]:
-    """All that a step and a validation measured of the model, by iteration."""
-    kept = ("loss", "grad_norm", "learning_rate", "validation_loss")
-    return {m["iteration"]: {k: v for k, v in m.items() if k.startswith(kept)} for m in metrics(output)}
+    """What steps and validations measured of the model, by iteration."""
+    names = ("loss", "grad_norm", "learning_rate", "validation_loss")
+    return {m["iteration"]: {k: v for k, v in m.items() if k.startswith(names)} for m in metrics(output)}
 
 
 def alignments(output: Path) -> dict[int, dict]:
-    """The gradient alignment that was measured, by iteration."""
+    """The measured gradient alignment, by iteration."""
     return {m["iteration"]: m["gradient_alignment"] for m in metrics(output) if "gradient_alignment" in m}
 
 
@@ -40,11 +39,11 @@ def half_of(whole: Path, output: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, material):
-    """An uninterrupted run of 20 iterations with TP 2 and sequence parallelism, evaluated twice; the runs that it is
-    compared with have no evaluations."""
+    """An uninterrupted run of 20 iterations with TP 2 and sequence parallelism, evaluated twice. The runs that are
+    compared with it have no evaluations, unless they say so."""
     output = tmp_path_factory.mktemp("whole")
     command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={output}"]
-    subprocess.run([*command, *SHARDED, *evaluation(material)], cwd=ROOT, check=True, timeout=300)
+    run_program([*command, *SHARDED, *evaluation(material)])
     return output
 
 
@@ -72,9 +71,9 @@ def test_evaluations_are_in_the_record(whole, material):
 def test_a_run_leaves_its_record(whole):
     records = metrics(whole)
     assert [m["iteration"] for m in records] == list(range(1, LAST + 1))
-    wanted = {"loss", "loss_understanding", "loss_generation", "loss_text", "grad_norm", "learning_rate"}
-    wanted |= {"consumed_samples", "tokens_per_second", "step_seconds", "data_wait_seconds", "flops_ratio"}
-    assert wanted <= records[0].keys()
+    keys = {"loss", "loss_understanding", "loss_generation", "loss_text", "grad_norm", "learning_rate"}
+    keys |= {"consumed_samples", "tokens_per_second", "step_seconds", "data_wait_seconds", "flops_ratio"}
+    assert keys <= records[0].keys()
     assert records[-1]["consumed_samples"] == LAST * 8
     assert records[-1]["loss"] < 0.95 * records[0]["loss"]
     assert "validation_loss_generation" in records[FIRST - 1]
@@ -105,16 +104,16 @@ def test_resumed_under_another_layout_the_losses_are_the_same(
     for iteration, record in losses(output).items():
         assert record == pytest.approx(losses(whole)[iteration], rel=1e-5)
     assert max(losses(output)) == LAST
-    for iteration, found in alignments(output).items():
+    for iteration, measured in alignments(output).items():
         for figure, values in alignments(whole)[iteration]["layer"].items():
-            assert found["layer"][figure] == pytest.approx(values, rel=1e-3, abs=1e-3), figure
+            assert measured["layer"][figure] == pytest.approx(values, rel=1e-3, abs=1e-3), figure
 
 
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(whole, tmp_path, train, material):
     command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={tmp_path}"]
     command += [*SHARDED, "checkpoint.interval=3"]
-    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-    wait_for(lambda: (tmp_path / "checkpoints" / "iter_0000006").is_dir(), run)
+    run = start_program(command, start_new_session=True)
+    wait_until(lambda: (tmp_path / "checkpoints" / "iter_0000006").is_dir(), run)
     rank = next(p for p in psutil.Process(run.pid).children() if "pretrain_unified.py" in p.cmdline())
     os.kill(rank.pid, signal.SIGKILL)
     assert run.wait(timeout=120) != 0
@@ -125,14 +124,12 @@ def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(wh
 
 def test_a_signal_saves_and_leaves_cleanly(whole, tmp_path, train, material):
     command = [sys.executable, "pretrain_unified.py", "--config", str(material / "config.yaml")]
-    run = subprocess.Popen(
-        [*command, f"output={tmp_path}", "training.iterations=2000", "checkpoint.interval=0"], cwd=ROOT
-    )
-    wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and len(metrics(tmp_path)) > 2, run)
+    run = start_program([*command, f"output={tmp_path}", "training.iterations=2000", "checkpoint.interval=0"])
+    wait_until(lambda: (tmp_path / "metrics.jsonl").is_file() and len(metrics(tmp_path)) > 2, run)
     run.send_signal(signal.SIGUSR1)
     assert run.wait(timeout=120) == 0
-    done = metrics(tmp_path)[-1]["iteration"]
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"iter_{done:07}"]
+    last = metrics(tmp_path)[-1]["iteration"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"iter_{last:07}"]
     assert not (tmp_path / "FINISHED").exists()
 
 
@@ -154,11 +151,3 @@ def test_mistakes_are_one_line(whole, tmp_path, train, material):
     truncated = train(output, check=False)
     assert truncated.returncode == 1 and "Traceback" not in truncated.stdout
     assert damaged.name in truncated.stdout
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -1,12 +1,9 @@
 """Attention allocation and gradient alignment do not depend on how the model and the rows are cut over ranks."""
 
-import sys
-from pathlib import Path
-
 import pytest
-from checkpoint_ranks import world
 
-sys.path[:0] = [str(Path(__file__).parents[n] / folder) for n, folder in ((1, "unit"), (2, "benchmarks"))]
+from megatron_ext.transformer.resolved import resolve
+from support.ranks import world
 
 SETTINGS = [
     "model.num_layers=2",
@@ -31,12 +28,15 @@ LAYOUTS = {
 
 def test_alignment_and_allocation_are_those_of_one_process(tmp_path):
     ((expected, _),) = world(1, _measure, {"tp1": []}, folder=tmp_path)
-    for found, losses in world(2, _measure, LAYOUTS, folder=tmp_path):
+    for measured_figures, losses in world(2, _measure, LAYOUTS, folder=tmp_path):
         for layout in LAYOUTS:
             names = {n for n in expected["tp1"] if " allocation " not in n or layout in ("tp2", "dp2")}
-            assert found[layout].keys() == names
+            assert measured_figures[layout].keys() == names
             for name in names:
-                assert found[layout][name] == pytest.approx(expected["tp1"][name], rel=1e-4, abs=1e-6), (layout, name)
+                assert measured_figures[layout][name] == pytest.approx(expected["tp1"][name], rel=1e-4, abs=1e-6), (
+                    layout,
+                    name,
+                )
         assert losses["dp2", True] == losses["dp2", False] and len(set(losses["dp2", True])) == 2
 
 
@@ -48,9 +48,9 @@ def _measure(layouts: dict[str, list[str]]):
     figures, losses = {}, {}
     for layout, overrides in layouts.items():
         config, chunks, batch = _model([*SETTINGS, RANK_4, *overrides])
-        found = alignment(chunks, prepare(batch, config), config)
-        del found["seconds"]
-        figures[layout] = dict(_flat(found))
+        alignment_figures = alignment(chunks, prepare(batch, resolve(config)), config)
+        del alignment_figures["seconds"]
+        figures[layout] = dict(_flat(alignment_figures))
         if config.parallel.pipeline == 1 and not config.parallel.sequence:
             figures[layout] |= dict(_flat(_allocation(chunks[0].module, config, batch)))
         if layout == "dp2":
@@ -60,19 +60,19 @@ def _measure(layouts: dict[str, list[str]]):
 
 def _model(settings: list[str]):
     """A model with weights that make no difference zero, and this replica's rows."""
-    from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
     from megatron.core import parallel_state, tensor_parallel
-    from parity import perturb
 
     from megatron_ext import config_file
     from megatron_ext.config import Config
     from megatron_ext.training.setup import build_model
+    from parity import perturb
+    from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
     config = config_file.load(Config, [], settings)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     perturb(chunks)
     rows = (
         [understanding(6, (3, 2), (1, 3)), generation(4, 5), text(3)],
@@ -84,10 +84,9 @@ def _model(settings: list[str]):
 
 
 def _allocation(model, config, batch) -> dict:
-    from labelled_rows import SPECIAL
-
     from megatron_ext.analysis.attention import Allocation
     from megatron_ext.routing.plan import Plan
+    from support.labelled_rows import SPECIAL
 
     allocation = Allocation(model, Plan.of(config.plan, config.model.num_layers), SPECIAL)
     allocation.read(batch)
@@ -101,7 +100,7 @@ def _two_steps(settings: list[str], measured: bool) -> list[float]:
     from megatron_ext.training.step import train_step
 
     config, chunks, batch = _model(settings)
-    optimizer, losses, step = build_optimizer(config, chunks), [], prepare(batch, config)
+    optimizer, losses, step = build_optimizer(config, chunks), [], prepare(batch, resolve(config))
     for _ in range(2):
         if measured:
             alignment(chunks, step, config)

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_ranks import Layout, Run, world
 
 from megatron_ext.checkpoints.folder import MARKER, checkpoints, damage, iteration_of, read_marker
+from support.gpt import Layout, TrainedGPT
+from support.ranks import start_world, world
 
 LAYOUT = Layout(tensor=2, dropout=0.1, layers=1)
 LAST = 40
@@ -27,7 +28,7 @@ def test_killed_at_any_change_to_the_file_system_in_a_save(tmp_path, uninterrupt
     left = []
     for count in range(1, 100):
         folder = tmp_path / str(count)
-        processes, pipes = world(2, _save_and_die_at_change, folder, count, folder=tmp_path, wait=False)
+        processes, pipes = start_world(2, _save_and_die_at_change, folder, count, folder=tmp_path)
         died = _wait_for(processes)[0] == -signal.SIGKILL
         left.append([iteration_of(path) for path in _intact(folder)])
         if not died:
@@ -46,7 +47,7 @@ def test_killed_at_random_moments(tmp_path, uninterrupted, asynchronous):
     folders = []
     for trial in range(4):
         folder = tmp_path / str(trial)
-        processes, pipes = world(2, _train_and_save_always, folder, asynchronous, folder=tmp_path, wait=False)
+        processes, pipes = start_world(2, _train_and_save_always, folder, asynchronous, folder=tmp_path)
         while not checkpoints(folder) and all(p.is_alive() for p in processes):
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.7))
@@ -58,9 +59,9 @@ def test_killed_at_random_moments(tmp_path, uninterrupted, asynchronous):
 
 
 def test_a_killed_writer_fails_the_save_on_every_rank_and_leaves_nothing(tmp_path):
-    for failure, found in world(2, _kill_writer_of_rank_one, tmp_path, folder=tmp_path):
+    for failure, newest in world(2, _kill_writer_of_rank_one, tmp_path, folder=tmp_path):
         assert "the checkpoint could not be written" in failure
-        assert found is None
+        assert newest is None
 
 
 def _wait_for(processes) -> list[int]:
@@ -73,12 +74,12 @@ def _wait_for(processes) -> list[int]:
 
 def _intact(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, after a look that each of them really is complete."""
-    found = checkpoints(folder)
-    for path in found:
+    complete = checkpoints(folder)
+    for path in complete:
         files = read_marker(path)["files"]
         assert damage(path, files, files) == []
         assert {p.name for p in path.iterdir()} == {*files, MARKER}
-    return found
+    return complete
 
 
 def _assert_resumable(folders: list[Path], tmp_path: Path, uninterrupted: dict[int, float]) -> None:
@@ -88,7 +89,7 @@ def _assert_resumable(folders: list[Path], tmp_path: Path, uninterrupted: dict[i
 
 
 def _train(iterations: int) -> list[float]:
-    return Run(LAYOUT).train(1, iterations)
+    return TrainedGPT(LAYOUT).train(1, iterations)
 
 
 def _resume_each(folders: list[Path]) -> list[tuple[int, list[float]]]:
@@ -98,7 +99,7 @@ def _resume_each(folders: list[Path]) -> list[tuple[int, list[float]]]:
     results = []
     for folder in folders:
         checkpointer = Checkpointer(folder, keep=1)
-        run = Run(LAYOUT, seed=9)
+        run = TrainedGPT(LAYOUT, seed=9)
         done = checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)["iteration"]
         results.append((done, run.train(done + 1, done + 2)))
     return results
@@ -110,7 +111,7 @@ def _save_and_die_at_change(folder: Path, count: int) -> None:
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder, keep=1)
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     for iteration in (1, 2):
         run.train(iteration, iteration)
         if iteration == 2 and dist.get_rank() == 0:
@@ -141,7 +142,7 @@ def _train_and_save_always(folder: Path, asynchronous: bool) -> None:
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder, asynchronous=asynchronous)
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     for iteration in range(1, LAST + 1):
         run.train(iteration, iteration)
         checkpointer.poll()
@@ -159,7 +160,7 @@ def _kill_writer_of_rank_one(folder: Path):
     if dist.get_rank() == 1:
         checkpoint_writer.Report.put = lambda report, results: os.kill(os.getpid(), signal.SIGKILL)
     checkpointer = Checkpointer(folder / "checkpoints", asynchronous=True)
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     run.train(1, 1)
     checkpointer.save(1, run.chunks, run.optimizer, {})
     try:

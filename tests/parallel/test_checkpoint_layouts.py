@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_ranks import Layout, Run, world
+
+from support.gpt import Layout, TrainedGPT
+from support.ranks import world
 
 
 @pytest.mark.parametrize(
@@ -32,12 +34,12 @@ def _interrupt_and_resume(folder: Path, layout: Layout):
 
     checkpointer = Checkpointer(folder / "checkpoints")
     state = {"rows": 8, "losses": [4.5, 0.1 + 0.2], "nothing": None, "nested": {"seed": 2**70}}
-    run = Run(layout)
+    run = TrainedGPT(layout)
     run.train(1, 2)
     checkpointer.save(2, run.chunks, run.optimizer, state)
     uninterrupted = (run.train(3, 5), run.weights(), _draw(), state)
 
-    again = Run(layout, seed=2)
+    again = TrainedGPT(layout, seed=2)
     loaded = checkpointer.load(checkpointer.newest(), again.chunks, again.optimizer)
     return uninterrupted, (again.train(3, 5), again.weights(), _draw(), loaded)
 
@@ -72,13 +74,13 @@ def _move_through(folder: Path, layouts: list[Layout]):
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints", keep=0)
-    run = Run(Layout(tied=layouts[0].tied))
+    run = TrainedGPT(Layout(tied=layouts[0].tied))
     run.train(1, 1)
     checkpointer.save(1, run.chunks, run.optimizer, {})
     reference = run.train(2, len(layouts) + 2)
     moved = []
     for iteration, layout in enumerate(layouts, start=2):
-        run = Run(layout, seed=iteration)
+        run = TrainedGPT(layout, seed=iteration)
         checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)
         moved += run.train(iteration, iteration)
         checkpointer.save(iteration, run.chunks, run.optimizer, {})
@@ -89,7 +91,7 @@ def _continue_alone(folder: Path, layout: Layout, done: int) -> float:
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints")
-    run = Run(layout, seed=99)
+    run = TrainedGPT(layout, seed=99)
     assert checkpointer.newest().name == f"iter_{done:07d}"
     checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)
     return run.train(done + 1, done + 1)[0]
@@ -107,11 +109,11 @@ def _switch_optimizer(folder: Path):
     losses = []
     for before in (True, False):
         checkpointer = Checkpointer(folder / f"distributed_{before}")
-        run = Run(Layout(bf16=True, distributed_optimizer=before))
+        run = TrainedGPT(Layout(bf16=True, distributed_optimizer=before))
         run.train(1, 2)
         checkpointer.save(2, run.chunks, run.optimizer, {})
         reference = run.train(3, 5)
-        run = Run(Layout(bf16=True, distributed_optimizer=not before), seed=2)
+        run = TrainedGPT(Layout(bf16=True, distributed_optimizer=not before), seed=2)
         checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)
         losses.append((reference, run.train(3, 5)))
     return losses
@@ -127,11 +129,11 @@ def _start_from_weights(folder: Path):
     from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights
     from megatron_ext.checkpoints.state import steps_taken
 
-    run = Run(Layout(tensor=2))
+    run = TrainedGPT(Layout(tensor=2))
     run.train(1, 2)
     Checkpointer(folder / "checkpoints").save(2, run.chunks, run.optimizer, {})
     trained = run.train(3, 3)
-    run = Run(Layout(pipeline=2), seed=2)
+    run = TrainedGPT(Layout(pipeline=2), seed=2)
     load_weights(folder / "checkpoints" / "iter_0000002", run.chunks)
     before = steps_taken(run.optimizer)
     return trained, run.train(3, 3), (before, steps_taken(run.optimizer))
@@ -148,11 +150,11 @@ def _resume_with_another_learning_rate(folder: Path, layout: Layout) -> set[tupl
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints")
-    run = Run(layout)
+    run = TrainedGPT(layout)
     run.train(1, 1)
     for group in run.optimizer.param_groups:
         group["lr"] = group["max_lr"] = 0.5
     checkpointer.save(1, run.chunks, run.optimizer, {})
-    run = Run(layout, seed=2)
+    run = TrainedGPT(layout, seed=2)
     checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)
     return {(group["lr"], group["max_lr"]) for group in run.optimizer.param_groups}

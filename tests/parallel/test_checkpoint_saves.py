@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_ranks import Layout, Run, world
 
 from megatron_ext.checkpoints.folder import MARKER, checkpoints
+from support.gpt import Layout, TrainedGPT
+from support.ranks import world
 
 LAYOUT = Layout(tensor=2, dropout=0.1, layers=2)
 STATE = {"model": {"hidden_size": 16, "layers": 2}, "fingerprints": {"vocabulary": "5f0c"}}
@@ -21,12 +22,12 @@ def _train_while_saving(folder: Path):
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder / "checkpoints", asynchronous=True)
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     run.train(1, 2)
     checkpointer.save(2, run.chunks, run.optimizer, {})
     uninterrupted = (run.train(3, 5), run.weights())
     checkpointer.finish()
-    again = Run(LAYOUT, seed=2)
+    again = TrainedGPT(LAYOUT, seed=2)
     checkpointer.load(checkpointer.newest(), again.chunks, again.optimizer)
     return uninterrupted, (again.train(3, 5), again.weights())
 
@@ -56,7 +57,7 @@ def _hold_up_rank_one(folder: Path):
 
     checkpoint_writer.Report.put = held_up
     checkpointer = Checkpointer(folder / "checkpoints", asynchronous=True)
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     run.train(1, 1)
     checkpointer.save(1, run.chunks, run.optimizer, {})
     while dist.get_rank() == 0 and not list(folder.glob("checkpoints/.*/.report_0")):
@@ -80,7 +81,7 @@ def _save_five(folder: Path, asynchronous: bool) -> None:
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder, keep=2, asynchronous=asynchronous)
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     for iteration in range(1, 6):
         checkpointer.save(iteration, run.chunks, run.optimizer, {})
     checkpointer.finish()
@@ -96,9 +97,9 @@ def _save_before_training(folder: Path, layout: Layout):
     from megatron_ext.checkpoints.checkpointer import Checkpointer
 
     checkpointer = Checkpointer(folder)
-    run = Run(layout)
+    run = TrainedGPT(layout)
     checkpointer.save(0, run.chunks, run.optimizer, {})
-    again = Run(layout, seed=2)
+    again = TrainedGPT(layout, seed=2)
     checkpointer.load(checkpointer.newest(), again.chunks, again.optimizer)
     return run.train(1, 2), again.train(1, 2)
 
@@ -144,7 +145,7 @@ def _try_all(folder: Path) -> dict[str, str]:
     from megatron_ext.errors import UserError
 
     checkpointer = Checkpointer(folder / "checkpoints")
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     for iteration in (1, 2):
         run.train(iteration, iteration)
         checkpointer.save(iteration, run.chunks, run.optimizer, STATE)
@@ -159,7 +160,7 @@ def _try_all(folder: Path) -> dict[str, str]:
             shutil.copytree(folder / "whole_0", checkpointer.folder)
             change()
         dist.barrier()
-        model = Run(layout)
+        model = TrainedGPT(layout)
         try:
             checkpointer.load(path, model.chunks, model.optimizer, expected)
         except UserError as error:
@@ -199,7 +200,7 @@ def _save_into_a_file(folder: Path) -> str:
     from megatron_ext.checkpoints.checkpointer import Checkpointer
     from megatron_ext.errors import UserError
 
-    run = Run(LAYOUT)
+    run = TrainedGPT(LAYOUT)
     try:
         Checkpointer(folder).save(1, run.chunks, run.optimizer, {})
     except UserError as error:

@@ -1,48 +1,29 @@
 """Every rank of a replica gets the same batch, and the replicas together get the rows of the step."""
 
-import numpy as np
 import pytest
-import sentencepiece
 import torch
 import torch.distributed as dist
-from checkpoint_ranks import world
 from megatron.core import parallel_state
 
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data import build_mixture, step_batches
-from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter, merge
+from megatron_ext.data.format import merge
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
+from support.data_sets import write_pairs
+from support.ranks import world
 
 ROWS, LENGTH, FIRST_STEP = 8, 64, 3
 
 
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory) -> Vocabulary:
-    folder = tmp_path_factory.mktemp("vocabulary")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red square above a blue circle", "how many shapes are there"] * 20),
-        model_prefix=str(folder / "text"),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return Vocabulary.create(folder, folder / "text.model", 64)
-
-
 @pytest.fixture
 def data_set(tmp_path, vocabulary) -> str:
-    vq = {"fingerprint": "vq", "grid": [2, 4], "codebook_size": 64}
-    random = np.random.default_rng(0)
-    with DatasetWriter(tmp_path / "pairs", vocabulary.fingerprint, vq, {}) as writer:
-        for _ in range(40):
-            image = vocabulary.image_ids(random.integers(0, 64, 8))
-            writer.add([(IMAGE, image), (ANSWER, random.integers(3, 20, random.integers(1, 12)))])
-    return str(tmp_path / "pairs")
+    captions = [["two red circle " * (1 + number % 4)] for number in range(40)]
+    return write_pairs(tmp_path / "pairs", vocabulary, captions)
 
 
 def two_steps(vocabulary_folder, path, loader, workers):
-    """The tree that this rank can print, whether it opened files, and the fields of two steps, [2, rows, length]."""
+    """The tree that this rank prints, whether it opened files, and the fields of two steps, [2, rows, length]."""
     config = DataConfig(sequence_length=LENGTH, loader=loader, workers=workers, prefetch=2)
     sources = [SourceConfig(path, "generation"), SourceConfig(path, "understanding")]
     mixture = build_mixture(sources, config, Vocabulary(vocabulary_folder), train=True)
@@ -55,12 +36,12 @@ def two_steps(vocabulary_folder, path, loader, workers):
 
 def in_layouts(layouts, *arguments):
     """On each rank: its replica and :func:`two_steps`, for each layout."""
-    told = []
+    results = []
     for tensor, pipeline in layouts:
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tensor, pipeline)
-        told.append((parallel_state.get_data_parallel_rank(), *two_steps(*arguments)))
-    return told
+        results.append((parallel_state.get_data_parallel_rank(), *two_steps(*arguments)))
+    return results
 
 
 @pytest.mark.parametrize("loader, workers", [("plain", 0), ("dali", 1)])
@@ -72,15 +53,15 @@ def test_all_ranks_of_a_replica_get_the_same_batch(tmp_path, vocabulary, data_se
         replicas = 4 // (tensor * pipeline)
         share = ROWS // replicas
         assert sum(opened for _, _, opened, _ in (rank[number] for rank in ranks)) == replicas  # one reader each
-        for replica, their_tree, _, fields in (rank[number] for rank in ranks):
-            assert their_tree == tree
+        for replica, ranks_tree, _, fields in (rank[number] for rank in ranks):
+            assert ranks_tree == tree
             for name, steps in alone.items():
                 expected = [rows[replica * share : (replica + 1) * share] for rows in steps]
                 assert fields[name] == expected, (tensor, pipeline, replica, name)
 
 
 def refusal(vocabulary_folder, path_of_rank):
-    """What this rank is told about a mixture with its own path, in a world of two replicas."""
+    """The message of the error that this rank gets for a mixture with its own path, in a world of two replicas."""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(2, 1)
     sources = [SourceConfig(path_of_rank[dist.get_rank()], "generation")]
@@ -93,7 +74,7 @@ def refusal(vocabulary_folder, path_of_rank):
 def test_a_file_that_one_reader_lacks_is_named_on_every_rank(tmp_path, vocabulary, data_set):
     paths = [data_set, "never opened", str(tmp_path / "elsewhere"), "never opened"]
     messages = world(4, refusal, vocabulary.folder, paths, folder=tmp_path)
-    assert len(set(messages)) == 1 and "elsewhere.json: not found" in messages[0]
+    assert len(set(messages)) == 1 and messages[0].startswith(f"{tmp_path / 'elsewhere'}.json: not found")
 
 
 def test_readers_that_find_different_files_are_stopped(tmp_path, vocabulary, data_set):

@@ -2,27 +2,22 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
-FOLDERS = [TESTS / "stand_in", TESTS.parent, TESTS / "unit", TESTS.parent / "benchmarks"]
+from support.programs import PYTHON_PATH, ROOT, free_port
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    """What each of two ranks saw."""
+    """What each of two ranks measured."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join([*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT / "tests" / "stand_in"), PYTHON_PATH, os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("transformer_engine_ranks.py"))]
     processes = [
         subprocess.Popen([*command, str(folder / str(rank))], env=environment | {"RANK": str(rank)}, stderr=log)
@@ -45,7 +40,7 @@ def test_gradients_are_those_of_torchs_layers(ranks, plan):
 
 
 def test_weight_gradients_are_fused_where_a_weight_is_used_whole(ranks):
-    fused = {plan: seen["fused"] for plan, seen in ranks[0]["plans"].items()}
+    fused = {plan: measured["fused"] for plan, measured in ranks[0]["plans"].items()}
     assert fused == {
         "dense": ["linear_fc1", "linear_fc2", "linear_proj", "linear_qkv"],
         "himix": ["linear_fc1", "linear_fc2", "linear_proj"],
@@ -55,10 +50,10 @@ def test_weight_gradients_are_fused_where_a_weight_is_used_whole(ranks):
 
 
 def test_replicas_with_different_rows_register_the_same_histories(ranks):
-    one, other = (rank["delayed"] for rank in ranks)
-    assert one["registered"] == other["registered"]
-    assert len(one["registered"]["fwd"]) == len(one["registered"]["bwd"]) == 8
-    assert one["largest"] == other["largest"] and min(one["largest"]) > 0
+    first, second = (rank["delayed"] for rank in ranks)
+    assert first["registered"] == second["registered"]
+    assert len(first["registered"]["fwd"]) == len(first["registered"]["bwd"]) == 8
+    assert first["largest"] == second["largest"] and min(first["largest"]) > 0
 
 
 def test_histories_are_saved_and_restored(ranks):

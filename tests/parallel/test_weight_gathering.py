@@ -1,13 +1,11 @@
 """Weights that are gathered while the next forward pass goes on are whole wherever they are read."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
-from checkpoint_ranks import world
 
-sys.path[:0] = [str(Path(__file__).parents[n] / folder) for n, folder in ((1, "unit"), (2, "benchmarks"))]
+from megatron_ext.transformer.resolved import resolve
+from support.ranks import world
 
 SETTINGS = [
     "model.num_layers=4",
@@ -34,10 +32,12 @@ def test_overlap_changes_neither_losses_nor_weights(layout, size, tmp_path):
         for overlap in ("false", "true")
     )
     assert max(buckets for *_, buckets in overlapped) > 4
-    for (losses, validation, weights, _), (theirs, their_validation, their_weights, _) in zip(plain, overlapped):
-        assert losses == pytest.approx(theirs, rel=1e-5) and len(set(losses)) == len(losses)
-        assert validation == pytest.approx(their_validation, rel=1e-5)
-        assert weights == pytest.approx(their_weights, rel=1e-5)
+    for (losses, validation, weights, _), (overlapped_losses, overlapped_validation, overlapped_weights, _) in zip(
+        plain, overlapped
+    ):
+        assert losses == pytest.approx(overlapped_losses, rel=1e-5) and len(set(losses)) == len(losses)
+        assert validation == pytest.approx(overlapped_validation, rel=1e-5)
+        assert weights == pytest.approx(overlapped_weights, rel=1e-5)
 
 
 def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, float], int]:
@@ -45,7 +45,6 @@ def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, flo
     and the number of buckets."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
-    from parity import VOCABULARY, packed_batch
 
     from megatron_ext import config_file
     from megatron_ext.checkpoints.state import model_state, parameters
@@ -53,6 +52,7 @@ def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, flo
     from megatron_ext.training import setup
     from megatron_ext.training.prepare import prepare
     from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
+    from parity import VOCABULARY, packed_batch
 
     setup.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET)
     config = config_file.load(Config, [], settings)
@@ -61,14 +61,14 @@ def _train(settings: list[str]) -> tuple[list[float], list[float], dict[str, flo
         1, parallel.pipeline, parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     )
     _seed(config.training.seed)
-    chunks = setup.build_model(config, VOCABULARY)
+    chunks = setup.build_model(resolve(config, VOCABULARY))
     optimizer = setup.build_optimizer(config, chunks)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rows = config.training.global_batch_size // replicas
     losses, validation = [], []
     for step in range(3):
         batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=step)
-        inputs = prepare(batch.rows(replica * rows, (replica + 1) * rows), config)
+        inputs = prepare(batch.rows(replica * rows, (replica + 1) * rows), resolve(config))
         losses.append(train_step(chunks, optimizer, inputs, config).loss)
         if step == 1:  # the first step's weights are gathered by the second
             with evaluation_mode(chunks):

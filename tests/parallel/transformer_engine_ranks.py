@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
-from parity import perturb
 
 from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import state as checkpoint_state
@@ -20,7 +18,11 @@ from megatron_ext.config import Config
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer import fp8, specs
+from megatron_ext.transformer.resolved import resolve
+from parity import perturb
+from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 SETTINGS = [
     "model.num_layers=2",
@@ -47,8 +49,8 @@ ROWS = [
 
 def model_and_rows(overrides: list[str]):
     config = config_file.load(Config, [], [*SETTINGS, *overrides])
-    config.validate(dist.get_world_size())
-    chunks = build_model(config, VOCABULARY)
+    validate(config, dist.get_world_size())
+    chunks = build_model(resolve(config, VOCABULARY))
     with torch.no_grad():
         perturb(chunks)
     optimizer = build_optimizer(config, chunks)
@@ -65,14 +67,14 @@ def over(implementation: str) -> None:
 def gradients(overrides: list[str]) -> dict[str, torch.Tensor]:
     """Of every parameter, after two micro-batches."""
     config, chunks, optimizer, batch = model_and_rows(overrides)
-    train_step(chunks, optimizer, prepare(batch, config), config, accept=lambda *_: False)
+    train_step(chunks, optimizer, prepare(batch, resolve(config)), config, accept=lambda *_: False)
     return {name: parameter.main_grad.clone() for name, parameter in chunks[0].named_parameters()}
 
 
-def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The largest between gradients, relative to the largest gradient."""
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / scale
+    return max(float((actual[name] - expected[name]).abs().max()) for name in expected) / scale
 
 
 def agreement(plan: list[str]) -> dict:
@@ -97,7 +99,7 @@ def delayed() -> dict:
 
     config, chunks, optimizer, batch = model_and_rows(["training.precision=bf16", "training.fp8=delayed"])
     for _ in range(2):
-        train_step(chunks, optimizer, prepare(batch, config), config)
+        train_step(chunks, optimizer, prepare(batch, resolve(config)), config)
     histories = FP8GlobalStateManager.global_amax_history_buffer
     stored = chunks[0].state_dict()
     _, others, *_ = model_and_rows(["training.precision=bf16", "training.fp8=delayed"])
@@ -122,15 +124,15 @@ def staleness() -> dict[str, float]:
     overrides = ["training.precision=bf16", "training.fp8=current", "optimizer.lr=0.05"]
     config, chunks, optimizer, batch = model_and_rows(overrides)
     before = _logits(chunks, config, batch)
-    train_step(chunks, optimizer, prepare(batch, config), config)
+    train_step(chunks, optimizer, prepare(batch, resolve(config)), config)
     after = _logits(chunks, config, batch)
-    loss = evaluate_step(chunks, prepare(batch, config), config)[0]
+    loss = evaluate_step(chunks, prepare(batch, resolve(config)), config)[0]
     _, others, *_ = model_and_rows(overrides)
     others[0].load_state_dict(chunks[0].state_dict())
     return {
         "moved": float((after - before).abs().max()),
         "stale": float((after - _logits(others, config, batch)).abs().max()),
-        "stale loss": float((loss - evaluate_step(others, prepare(batch, config), config)[0]).abs().max()),
+        "stale loss": float((loss - evaluate_step(others, prepare(batch, resolve(config)), config)[0]).abs().max()),
     }
 
 
@@ -147,9 +149,9 @@ def _logits(chunks, config, batch) -> torch.Tensor:
 def main(out: Path) -> None:
     distributed.initialize(config_file.load(Config, [], SETTINGS))
     fp8.why_not = lambda recipe: None
-    found = {"plans": {name: agreement(plan) for name, plan in PLANS.items()}}
-    found |= {"delayed": delayed(), "staleness": staleness()}
-    out.write_text(json.dumps(found))
+    results = {"plans": {name: agreement(plan) for name, plan in PLANS.items()}}
+    results |= {"delayed": delayed(), "staleness": staleness()}
+    out.write_text(json.dumps(results))
     distributed.shut_down()
 
 

@@ -3,9 +3,7 @@
 import math
 
 import pytest
-import reference
 import torch
-from labelled_rows import SPECIAL, VOCABULARY, allocate, generation, rows_of, text, understanding
 
 from megatron_ext import config_file
 from megatron_ext.analysis import attention_report
@@ -13,6 +11,9 @@ from megatron_ext.analysis.attention import Allocation
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
+from support import reference
+from support.labelled_rows import SPECIAL, VOCABULARY, allocate, generation, rows_of, text, understanding
 
 SHAPE = ["model.num_layers=4", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"]
 ROWS = (
@@ -33,11 +34,11 @@ PLANS = {
 
 def model_of(plan: list[str]):
     config = config_file.load(Config, [], SHAPE + plan)
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     return model.eval(), Plan.of(config.plan, config.model.num_layers), config.model
 
 
-def draw(model) -> None:
+def randomize(model) -> None:
     random = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)
@@ -56,14 +57,14 @@ def check(allocation: dict, layer: int, attention, visible, batch, names) -> Non
         return {name: value for name, value in figures.items() if value is not None}
 
     for of in SETS:
-        expected, found = allocate(attention, visible, batch, names, of), allocation[of]["layers"][layer]
+        expected, result = allocate(attention, visible, batch, names, of), allocation[of]["layers"][layer]
         for figure in ("mass", "over_uniform"):
-            wanted = {name: expected[figure].get(name) for name in found[figure]}
-            assert known(found[figure]) == pytest.approx(known(wanted), rel=1e-5, abs=1e-7)
+            known_classes = {name: expected[figure].get(name) for name in result[figure]}
+            assert known(result[figure]) == pytest.approx(known(known_classes), rel=1e-5, abs=1e-7)
         figures = ("queries", "entropy", "entropy_share")
-        assert known({f: found[f] for f in figures}) == pytest.approx(known({f: expected[f] for f in figures}))
-        if found["queries"]:
-            assert sum(found["mass"].values()) == pytest.approx(1)
+        assert known({f: result[f] for f in figures}) == pytest.approx(known({f: expected[f] for f in figures}))
+        if result["queries"]:
+            assert sum(result["mass"].values()) == pytest.approx(1)
 
 
 def roles_and_visible(plan, layer, batch):
@@ -110,12 +111,12 @@ def test_the_numbers_of_one_document_by_hand(one_process):
     for parameter in model.parameters():
         parameter.data.zero_()
     batch, _ = rows_of([understanding(2, (1, 1))], length=10)
-    found = measured(model, plan, batch)["answer"]["layers"][0]
-    assert found["queries"] == 2
+    result = measured(model, plan, batch)["answer"]["layers"][0]
+    assert result["queries"] == 2
     expected = {"image": (2 / 6 + 2 / 7) / 2, "question": (1 / 6 + 1 / 7) / 2, "own answer": 1 / 14}
     expected |= {"earlier answers": 0, "special": (3 / 6 + 3 / 7) / 2}
-    assert found["mass"] == pytest.approx(expected)
-    assert found["entropy"] == pytest.approx((math.log(6) + math.log(7)) / 2)
+    assert result["mass"] == pytest.approx(expected)
+    assert result["entropy"] == pytest.approx((math.log(6) + math.log(7)) / 2)
 
 
 @pytest.mark.parametrize("plan, block", [("himix", 150), ("partial", 2**23), ("odd table", 150)])
@@ -123,7 +124,7 @@ def test_random_weights_against_a_model_that_masks(one_process, monkeypatch, pla
     one_process(*SHAPE)
     monkeypatch.setattr("megatron_ext.analysis.attention.BLOCK", block)
     model, plan, shape = model_of(PLANS[plan])
-    draw(model)
+    randomize(model)
     batch, names = rows_of(*ROWS, length=48)
     allocation, weights = measured(model, plan, batch), model.state_dict()
     inputs = [weights[reference.EMBEDDING][batch.tokens], *reference.hidden_states(weights, shape, plan, batch)]
@@ -149,7 +150,7 @@ def test_hugging_face_s_attention(one_process):
 
     one_process(*SHAPE)
     model, plan, shape = model_of([])
-    theirs = LlamaForCausalLM(
+    llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
@@ -161,11 +162,11 @@ def test_hugging_face_s_attention(one_process):
             attn_implementation="eager",
         )
     )
-    draw(theirs)
-    model.load_state_dict(from_llama(theirs.state_dict(), shape), strict=False)
+    randomize(llama)
+    model.load_state_dict(from_llama(llama.state_dict(), shape), strict=False)
     batch, names = rows_of([understanding(6, (3, 2), (1, 3))], [generation(4, 12)], length=20)
     with torch.no_grad():
-        attentions = theirs(batch.tokens, output_attentions=True).attentions  # of each layer [b, heads, s, s]
+        attentions = llama(batch.tokens, output_attentions=True).attentions  # of each layer [b, heads, s, s]
     allocation = measured(model, plan, batch)
     for layer, of_rows in enumerate(attentions):
         together = torch.stack([torch.block_diag(*of_rows[:, head]) for head in range(4)])
@@ -176,7 +177,7 @@ def test_hugging_face_s_attention(one_process):
 def test_observing_changes_nothing_and_shows_everything(one_process, tmp_path):
     one_process(*SHAPE)
     model, plan, _ = model_of(PLANS["partial"])
-    draw(model)
+    randomize(model)
     batch, _ = rows_of(*ROWS, length=48)
     seen = []
     model.decoder.final_layernorm.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -190,5 +191,5 @@ def test_observing_changes_nothing_and_shows_everything(one_process, tmp_path):
     assert [layer["queries"] for layer in result["image"]["layers"]] == [12, 0, 0, 12]
     table = attention_report.table(result)
     assert "image (12 queries)" in table and table.count("%") > 20
-    attention_report.draw(result, tmp_path / "figure.png", "title")
+    attention_report.plot(result, tmp_path / "figure.png", "title")
     assert (tmp_path / "figure.png").stat().st_size > 10_000

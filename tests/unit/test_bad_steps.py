@@ -1,4 +1,4 @@
-"""Bad steps are told from good ones, counted over resumptions, and stop a run that has too many."""
+"""Bad steps are recognised, counted over resumptions, and end a run that has too many."""
 
 import math
 
@@ -19,7 +19,7 @@ from megatron_ext.training.bad_steps import BadSteps
         (2.0, 1e6, None),
     ],
 )
-def test_only_what_is_not_finite_is_bad_at_first(loss, grad_norm, reason):
+def test_at_first_only_numbers_that_are_not_finite_are_bad(loss, grad_norm, reason):
     assert BadSteps(BadStepConfig()).judge(loss, grad_norm) == reason
 
 
@@ -37,7 +37,7 @@ def test_a_jump_is_a_spike_once_the_window_is_full():
     assert "spike" in with_window([2.0, 2.1, 1.9, 2.0]).judge(100.0, 1.0)
 
 
-def test_a_spike_needs_both_many_deviations_and_a_good_part_of_the_mean():
+def test_a_spike_is_many_deviations_and_a_large_part_of_the_mean():
     quiet = with_window([2.0, 2.001, 1.999, 2.0])
     assert quiet.judge(2.9, 1.0) is None, "hundreds of deviations, but under half of the mean"
     noisy = with_window([1.0, 3.0, 1.0, 3.0])
@@ -54,12 +54,12 @@ def test_a_falling_loss_is_never_a_spike():
     assert all(steps.judge(loss, 1.0) is None for loss in (0.1, 0.0, 6.0))
 
 
-def test_a_window_of_zero_switches_the_spike_rule_off():
+def test_a_window_of_zero_disables_the_spike_rule():
     steps = BadSteps(BadStepConfig(spike_window=0))
     assert [steps.judge(loss, 1.0) for loss in (1.0, 1.0, 1e9)] == [None] * 3
 
 
-def test_too_many_in_a_row_stop_the_run_and_a_good_step_starts_the_count_again():
+def test_too_many_in_a_row_end_the_run_and_a_good_step_resets_the_count():
     steps = BadSteps(BadStepConfig(max_consecutive=2, max_total=50))
     for loss in (math.nan, math.nan, 1.0, math.nan, math.nan):
         steps.judge(loss, 1.0)
@@ -69,7 +69,7 @@ def test_too_many_in_a_row_stop_the_run_and_a_good_step_starts_the_count_again()
         steps.enforce_limits(8)
 
 
-def test_too_many_in_all_stop_the_run():
+def test_too_many_in_all_end_the_run():
     steps = BadSteps(BadStepConfig(max_consecutive=2, max_total=0))
     steps.judge(math.nan, 1.0)
     with pytest.raises(UserError, match="1 bad step in all, 'bad_steps.max_total' allows 0"):

@@ -1,4 +1,4 @@
-"""Evaluations in the midst of training: what they leave behind, and that training does not notice them."""
+"""Evaluations during training: the files they leave, and that training does not notice them."""
 
 import json
 import random
@@ -9,25 +9,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from preprocess_material import CODES, GRID, make_vocabulary, make_vq
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ext import config_file, distributed
+from megatron_ext.callbacks import build_callbacks
 from megatron_ext.config import Config
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import training_folder as evaluation_folder
-from megatron_ext.evaluation.answering import answer
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation import training_folder
+from megatron_ext.evaluation.answer_generation import answer
+from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.evaluation.mme import MME
 from megatron_ext.evaluation.pope import POPE
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.generation.session import Session
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.report.write import write_report
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run
+from megatron_ext.training.validation import validate
+from support.data_sets import write_pairs
+from support.tiny_vq import GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 CAPTIONS = ["a red circle", "two blue squares"]
 ITERATIONS = 4
@@ -39,13 +42,7 @@ def material(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarking")
     make_vq(folder / "vq")
     vocabulary = make_vocabulary(folder / "vocabulary")
-    numbers = np.random.default_rng(0)
-    vq = {"fingerprint": "none", "grid": [GRID, GRID], "codebook_size": CODES}
-    with DatasetWriter(folder / "pairs", vocabulary.fingerprint, vq, {"made": "by a test"}) as writer:
-        for _ in range(60):
-            image = vocabulary.image_ids(numbers.integers(0, CODES, GRID * GRID)).astype(np.int32)
-            words = [np.array(vocabulary.encode(text), np.int32) for text in CAPTIONS]
-            writer.add([(IMAGE, image), (TEXT, words[0]), (ANSWER, words[1])])
+    write_pairs(folder / "pairs", vocabulary, [CAPTIONS] * 60, grid=(GRID, GRID))
     write_benchmarks(folder / "benchmarks", BenchmarkConfig(pictures=3, size=32))
     broken = POPE.read(folder / "benchmarks" / "pope")[0].image
     broken.write_bytes(broken.read_bytes()[:60])
@@ -82,11 +79,12 @@ class Outcome:
 
 
 def trained(config: Config) -> Outcome:
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     try:
         run = build_run(config)
-        config_file.write_yaml(Path(config.output, "config.yaml"), config) if train(run) else None
+        assert train(run, build_callbacks(run))
+        config_file.write_yaml(Path(config.output, "config.yaml"), config)
         output = Path(config.output)
         losses = [(r["loss"], r["grad_norm"]) for r in read_metrics(output / "metrics.jsonl")]
         weights = [p.detach().clone() for p in run.chunks[0].parameters()]
@@ -100,7 +98,7 @@ def trained(config: Config) -> Outcome:
 def evaluated(tmp_path_factory, material) -> Outcome:
     """A run with an evaluation after iterations 2 and 4."""
     output = tmp_path_factory.mktemp("evaluated")
-    stale = evaluation_folder.place(output, 2) / "0007.png"
+    stale = training_folder.iteration_folder(output, 2) / "0007.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of a run that was killed")
     return trained(configuration(material, output, "evaluation.interval=2"))
@@ -117,10 +115,10 @@ def test_an_evaluation_leaves_answers_pictures_and_scores(evaluated, material):
     with_figures = [r["iteration"] for r in evaluated.records() if "pope_accuracy" in r]
     assert with_figures == [2, 4]
     for iteration in with_figures:
-        folder = evaluation_folder.place(evaluated.output, iteration)
-        names = {"pope.jsonl", "mme.jsonl", "0000.png", "0001.png", "sheet.png", evaluation_folder.MANIFEST}
+        folder = training_folder.iteration_folder(evaluated.output, iteration)
+        names = {"pope.jsonl", "mme.jsonl", "0000.png", "0001.png", "sheet.png", training_folder.MANIFEST}
         assert {file.name for file in folder.iterdir()} == names
-        manifest = json.loads((folder / evaluation_folder.MANIFEST).read_text())
+        manifest = json.loads((folder / training_folder.MANIFEST).read_text())
         assert [picture["caption"] for picture in manifest["pictures"]] == CAPTIONS
         assert manifest["figures"].items() <= evaluated.records()[iteration - 1].items()
         assert {"pope_f1", "mme_perception"} <= manifest["figures"].keys()
@@ -145,7 +143,7 @@ def test_the_model_in_training_answers_as_its_checkpoint_does(evaluated, materia
         answer(session, POPE.read(material / "benchmarks" / "pope", ["random", "popular"]), tmp_path / "a.jsonl", 4)
     finally:
         distributed.shut_down()
-    answers = (evaluation_folder.place(evaluated.output, ITERATIONS) / "pope.jsonl").read_text()
+    answers = (training_folder.iteration_folder(evaluated.output, ITERATIONS) / "pope.jsonl").read_text()
     assert answers == (tmp_path / "a.jsonl").read_text() and len(set(answers.splitlines())) > 10
 
 
@@ -160,16 +158,16 @@ def test_the_report_shows_questions_pictures_and_scores(evaluated, material, tmp
     assert page.count("data:image/png;base64") == len([name for name in files if name.endswith(".png")])
 
 
-def test_what_is_missing_is_said_before_training(one_process, material, tmp_path):
+def test_missing_files_are_named_before_training(one_process, material, tmp_path):
     absent = tmp_path / "nowhere"
     settings = configuration(material, tmp_path / "run", "evaluation.interval=2")
     settings.evaluation.benchmarks[0].data = str(absent)
     one_process()
     with pytest.raises(UserError, match=f"{absent}/coco_pope_random.json: no such file"):
-        build_run(settings)
+        build_callbacks(build_run(settings))
     settings = configuration(material, tmp_path / "run", "evaluation.interval=2", f"evaluation.vq={absent}")
     with pytest.raises(UserError, match=str(absent)):
-        build_run(settings)
+        build_callbacks(build_run(settings))
     assert not (tmp_path / "run").exists()
 
 
@@ -177,8 +175,8 @@ def test_a_part_of_a_benchmark_comes_from_all_over_it():
     items = [
         Item(str(n), Path(str(n // 6)), "?", ("yes", "no")[n % 2], (("a", "b", "c")[n // 300],)) for n in range(900)
     ]
-    some = POPE.some(items, 60)
-    assert some == POPE.some(items, 60) and len(some) == len(set(some)) == 60
+    some = POPE.subset(items, 60)
+    assert some == POPE.subset(items, 60) and len(some) == len(set(some)) == 60
     assert Counter(group for item in some for group in item.groups) == {"a": 20, "b": 20, "c": 20}
     assert 20 < sum(item.answer == "yes" for item in some) < 40
     assert [int(item.id) for item in some] == sorted(int(item.id) for item in some)
@@ -186,4 +184,4 @@ def test_a_part_of_a_benchmark_comes_from_all_over_it():
 
 def test_questions_that_are_scored_together_stay_together():
     items = [Item(str(n), Path(str(n // 2)), "?", "yes", ("count",)) for n in range(100)]
-    assert Counter(Counter(item.image for item in MME.some(items, 11)).values()) == {2: 5}
+    assert Counter(Counter(item.image for item in MME.subset(items, 11)).values()) == {2: 5}

@@ -7,8 +7,10 @@ import pytest
 from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.validation import validate_evaluation
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.routing.plan import Projections
+from megatron_ext.training.validation import validate
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 EVALUATED = ["evaluation.interval=5", "evaluation.vq=vq", "evaluation.prompts=[a circle]"]
@@ -20,6 +22,11 @@ def benchmarks(*entries: str) -> str:
 
 def load(*overrides: str) -> Config:
     return config_file.load(Config, [], overrides)
+
+
+def check(config: Config, world_size: int) -> None:
+    validate(config, world_size)
+    validate_evaluation(config)
 
 
 def test_later_files_and_overrides_win_and_sections_merge(tmp_path):
@@ -35,6 +42,15 @@ def test_a_written_configuration_loads_as_itself(tmp_path):
     config = load("data.train=[{path: a, task: text, weight: 2}]", "model.rotary_scaling_factor=32")
     config_file.write_yaml(tmp_path / "config.yaml", config)
     assert config_file.load(Config, [tmp_path / "config.yaml"]) == config
+
+
+def test_words_of_yaml_1_1_are_strings(tmp_path):
+    assert load("logging.wandb=off").logging.wandb == "off"
+    (tmp_path / "off.yaml").write_text("logging: {wandb: off, wandb_project: yes, tensorboard: false}\n")
+    logging = config_file.load(Config, [tmp_path / "off.yaml"]).logging
+    assert (logging.wandb, logging.wandb_project, logging.tensorboard) == ("off", "yes", False)
+    config_file.write_yaml(tmp_path / "again.yaml", load("logging.wandb=off", "output=on"))
+    assert config_file.load(Config, [tmp_path / "again.yaml"]).output == "on"
 
 
 @pytest.mark.parametrize(
@@ -85,18 +101,18 @@ def test_unknown_keys_and_wrong_types_are_named(override, parts):
 )
 def test_impossible_combinations_are_refused(overrides, world_size, parts):
     with pytest.raises(UserError) as error:
-        load(*overrides).validate(world_size)
+        check(load(*overrides), world_size)
     assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_what_an_evaluation_would_need_is_not_asked_of_a_run_without_one():
-    load("parallel.pipeline=2", "evaluation.prompts=[a circle]").validate(2)
-    load(*EVALUATED, benchmarks("{name: mme, data: x, parts: [count, OCR], limit: 20}")).validate(1)
+    check(load("parallel.pipeline=2", "evaluation.prompts=[a circle]"), 2)
+    check(load(*EVALUATED, benchmarks("{name: mme, data: x, parts: [count, OCR], limit: 20}")), 1)
 
 
 def test_the_quickstart_ends_with_an_evaluation():
     config = config_file.load(Config, [EXAMPLES / "quickstart.yaml"])
-    config.validate(world_size=1)
+    check(config, 1)
     assert config.training.iterations % config.evaluation.interval == 0
 
 
@@ -120,6 +136,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 )
 def test_the_examples_fit_their_machines_and_have_the_published_sizes(name, world_size, millions):
     config = config_file.load(Config, [EXAMPLES / f"{name}.yaml"])
-    config.validate(world_size)
+    check(config, world_size)
     text_vocabulary = {"llama-3.2-1b": 128256, "llama-2-7b": 32000, "llama-2-13b": 32000}.get(name, 1028)
     assert parameter_count(config.model, text_vocabulary, Projections()) / 1e6 == pytest.approx(millions, rel=0.01)

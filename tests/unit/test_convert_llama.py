@@ -6,9 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,14 +17,17 @@ from megatron_ext.conversion.hugging_face import EMBEDDING, HEAD
 from megatron_ext.conversion.llama import convert_llama
 from megatron_ext.conversion.projections import convert
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.format import TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.training.run import build_run, identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.validation import validate
+from megatron_ext.transformer.resolved import resolve
 from megatron_ext.vocabulary import Vocabulary
+from support.data_sets import write_texts
+from support.vocabularies import make_vocabulary
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
 TEXT_SIZE, CODES = 40, 300
@@ -36,15 +37,12 @@ LLAMA3["original_max_position_embeddings"] = 8192
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory) -> Vocabulary:
-    return make_vocabulary(tmp_path_factory.mktemp("words"), "red rings left of", "blue bars")
+    return small_vocabulary(tmp_path_factory.mktemp("vocabulary"), "red rings left of", "blue bars")
 
 
-def make_vocabulary(folder: Path, *words: str) -> Vocabulary:
-    (folder / "text.txt").write_text("\n".join(f"{n} {words[0]} {n + 1} {words[1]}" for n in range(99)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "text"), vocab_size=TEXT_SIZE, minloglevel=2
-    )
-    return Vocabulary.create(folder / "vocabulary", folder / "text.model", CODES)
+def small_vocabulary(folder: Path, things: str, others: str) -> Vocabulary:
+    sentences = [f"{n} {things} {n + 1} {others}" for n in range(99)]
+    return make_vocabulary(folder / "vocabulary", CODES, sentences, pieces=TEXT_SIZE)
 
 
 def make_llama(folder: Path, rows: int = TEXT_SIZE, dtype: torch.dtype = torch.float32, **settings):
@@ -82,9 +80,7 @@ def test_logits_of_text_are_llama_s_in_a_run_that_starts_from_it(one_process, vo
     convert_llama(tmp_path / "llama", vocabulary, tmp_path / "start", seed=5)
     assert not torch.distributed.is_initialized()
 
-    with DatasetWriter(tmp_path / "texts", vocabulary.fingerprint, None, {"made": "by a test"}) as writer:
-        for n in range(20):
-            writer.add([(TEXT, np.array(vocabulary.encode(f"{n} red rings"), np.int32))])
+    write_texts(tmp_path / "texts", vocabulary, [f"{n} red rings" for n in range(20)])
     # Of another shape and size of image tokens' positions: what the conversion wrote is laid over it.
     (tmp_path / "my.yaml").write_text("model: {num_layers: 6, num_query_groups: 1, max_image_tokens: 4}")
     config = config_file.load(
@@ -99,12 +95,12 @@ def test_logits_of_text_are_llama_s_in_a_run_that_starts_from_it(one_process, vo
             "training.seed=6",
         ],
     )
-    config.validate(world_size=1)
+    validate(config, world_size=1)
     distributed.initialize(config)
     run = build_run(config)
-    found, expected = logits_of_both(run.chunks[0].module, llama)
+    logits, expected = logits_of_both(run.chunks[0].module, llama)
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def run_tool(monkeypatch, *arguments) -> None:
@@ -121,14 +117,14 @@ def test_new_rows_are_initial_weights_with_the_spread_of_llama_s(one_process, vo
 
     model = load(start, []).model
     tables = {EMBEDDING: model.embedding.word_embeddings.weight, HEAD: model.output_layer.weight}
-    theirs = {EMBEDDING: llama.model.embed_tokens.weight.detach(), HEAD: llama.lm_head.weight.detach()}
+    llama_tables = {EMBEDDING: llama.model.embed_tokens.weight.detach(), HEAD: llama.lm_head.weight.detach()}
     seeded = config_file.load(Config, [start.parent / "model.yaml"], ["training.seed=5"])
-    initial = dict(build_model(seeded, len(tables[HEAD]))[0].module.named_parameters())
+    initial = dict(build_model(resolve(seeded, len(tables[HEAD])))[0].module.named_parameters())
     numbers = json.loads(numbers.read_text())
     for name, table in tables.items():
-        assert torch.equal(table[:TEXT_SIZE], theirs[name])
-        assert torch.equal(table[vocabulary.eod], theirs[name][vocabulary.text.eos_id()])
-        std = float(theirs[name].std())
+        assert torch.equal(table[:TEXT_SIZE], llama_tables[name])
+        assert torch.equal(table[vocabulary.eod], llama_tables[name][vocabulary.text.eos_id()])
+        std = float(llama_tables[name].std())
         assert numbers["new_rows_std"][name] == pytest.approx(std)
         new = [vocabulary.pad, vocabulary.boi, vocabulary.eoi, *range(vocabulary.image_offset, len(table))]
         torch.testing.assert_close(table[new], initial[name][new] * (std / 0.02))
@@ -178,10 +174,12 @@ def test_a_run_cannot_go_on_from_weights_alone(one_process, vocabulary, tmp_path
     convert_llama(tmp_path / "llama", vocabulary, tmp_path / "start", seed=5)
     config = config_file.load(Config, [tmp_path / "start" / "model.yaml"])
     distributed.initialize(config)
-    chunks = build_model(config, 384)
+    chunks = build_model(resolve(config, 384))
     path = tmp_path / "start" / "iter_0000000"
     with pytest.raises(UserError, match="iter_0000000: has weights alone, .* checkpoint.load"):
-        Checkpointer(path.parent).load(path, chunks, build_optimizer(config, chunks), identity_of(config, vocabulary))
+        Checkpointer(path.parent).load(
+            path, chunks, build_optimizer(config, chunks), identity_of(resolve(config), vocabulary)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +273,7 @@ def test_a_vocabulary_of_other_text_is_refused(saved, vocabulary, tmp_path):
         convert_llama(tmp_path / "smaller", vocabulary, tmp_path / "out", seed=5)
 
     llama = shutil.copytree(saved, tmp_path / "llama")
-    other = make_vocabulary(tmp_path, "green boxes above", "black dots")
+    other = small_vocabulary(tmp_path, "green boxes above", "black dots")
     shutil.copy(other.folder / "tokenizer.model", llama)
     with pytest.raises(
         UserError, match=r"its text piece \d+ is '.+', that of .*tokenizer.model '.+'; a vocabulary must"

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 
 from megatron_ext import config_file, distributed
@@ -21,9 +20,7 @@ from megatron_ext.routing.plan import Plan, Projections
 from megatron_ext.routing.route import Route
 from megatron_ext.training.run import identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
-from megatron_ext.vocabulary import Vocabulary
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from megatron_ext.transformer.resolved import resolve
 from parity import VOCABULARY, packed_batch, perturb
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -60,7 +57,7 @@ def override(projections: Projections) -> str:
 def build(projections: Projections, trained: bool = False) -> torch.nn.Module:
     """A model with these projections under HiMix and HMGen, in float64: as it starts, or with every matrix its own."""
     config = config_file.load(Config, [], [*SMALL, override(projections)])
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     if trained:
         perturb(chunks)
     return chunks[0].module.double()
@@ -83,13 +80,13 @@ def logits(model, projections: Projections) -> torch.Tensor:
     return model(Route.of(packed_batch(4, 48, seed=3), Plan.of(config.plan, LAYERS)))
 
 
-def from_to(theirs, source: Projections, target: Projections) -> dict[str, torch.Tensor]:
+def from_to(original, source: Projections, target: Projections) -> dict[str, torch.Tensor]:
     """Converted weights of a model, which compute what it computes."""
-    ours = build(target)
-    made = converted(weights_of(theirs), source, target, weights_of(ours))
-    fill(ours, made)
-    torch.testing.assert_close(logits(ours, target), logits(theirs, source), atol=1e-9, rtol=1e-9)
-    return made
+    target_model = build(target)
+    new_weights = converted(weights_of(original), source, target, weights_of(target_model))
+    fill(target_model, new_weights)
+    torch.testing.assert_close(logits(target_model, target), logits(original, source), atol=1e-9, rtol=1e-9)
+    return new_weights
 
 
 @pytest.mark.parametrize(
@@ -97,15 +94,15 @@ def from_to(theirs, source: Projections, target: Projections) -> dict[str, torch
 )
 def test_a_dense_model_starts_any_other_with_what_that_starts_with(one_process, target):
     one_process(*SMALL)
-    theirs = build(SHARED, trained=True)
-    made = from_to(theirs, SHARED, target)
+    original = build(SHARED, trained=True)
+    new_weights = from_to(original, SHARED, target)
     fresh = weights_of(build(target))
-    for name, weight in weights_of(theirs).items():
-        assert torch.equal(made.pop(name), weight)
-    assert len(made) == LAYERS * len(target.modules) * len(target.components) * (2 if target.rank else 1)
-    for name, value in made.items():
+    for name, weight in weights_of(original).items():
+        assert torch.equal(new_weights.pop(name), weight)
+    assert len(new_weights) == LAYERS * len(target.modules) * len(target.components) * (2 if target.rank else 1)
+    for name, value in new_weights.items():
         prefix, own = name.rsplit(".", 1)
-        expected = theirs.get_parameter(f"{prefix}.weight") if own.endswith("_weight") else fresh[name]
+        expected = original.get_parameter(f"{prefix}.weight") if own.endswith("_weight") else fresh[name]
         assert torch.equal(value, expected), name
         assert value.any() == own.endswith(("_weight", "_down")), name
 
@@ -129,27 +126,27 @@ def test_a_dense_model_starts_any_other_with_what_that_starts_with(one_process, 
 )
 def test_a_trained_model_computes_the_same_afterwards(one_process, source, target):
     one_process(*SMALL)
-    theirs = build(source, trained=True)
-    bare = {name: p for name, p in weights_of(theirs).items() if name in weights_of(build(SHARED))}
+    original = build(source, trained=True)
+    bare = {name: p for name, p in weights_of(original).items() if name in weights_of(build(SHARED))}
     dense = build(SHARED)
     fill(dense, bare)
-    assert (logits(dense, SHARED) - logits(theirs, source)).abs().max() > 1e-3  # the components have a say
-    from_to(theirs, source, target)
+    assert (logits(dense, SHARED) - logits(original, source)).abs().max() > 1e-3  # the components have a say
+    from_to(original, source, target)
 
 
 def test_separate_to_delta_and_back_is_the_same_model(one_process):
     one_process(*SMALL)
-    theirs = build(SEPARATE, trained=True)
-    between = from_to(theirs, SEPARATE, DECOMPOSED)
+    original = build(SEPARATE, trained=True)
+    between = from_to(original, SEPARATE, DECOMPOSED)
     back = converted(between, DECOMPOSED, SEPARATE, weights_of(build(SEPARATE)))
-    for name, weight in weights_of(theirs).items():
+    for name, weight in weights_of(original).items():
         torch.testing.assert_close(back[name], weight, rtol=0, atol=1e-15)
 
 
 def test_a_difference_of_lower_rank_leaves_the_rest_of_the_factors_as_they_start(one_process):
     one_process(*SMALL)
-    made = from_to(build(RANK_4, trained=True), RANK_4, of_rank(6))
-    down, up = made[f"{FC1}.image_down"], made[f"{FC1}.image_up"]
+    converted_weights = from_to(build(RANK_4, trained=True), RANK_4, of_rank(6))
+    down, up = converted_weights[f"{FC1}.image_down"], converted_weights[f"{FC1}.image_up"]
     assert torch.equal(down[4:], weights_of(build(of_rank(6)))[f"{FC1}.image_down"][4:])
     assert not up[:, 4:].any()
     torch.testing.assert_close(down[:4].norm(dim=1), up[:, :4].norm(dim=0))
@@ -169,11 +166,11 @@ def test_a_matrix_of_higher_rank_is_refused(one_process):
 @pytest.mark.parametrize("source", [SEPARATE, DECOMPOSED, RANK_4, per_task(SEPARATE)])
 def test_merging_into_dense_is_exact_or_refused_naming_the_parameter(one_process, source):
     one_process(*SMALL)
-    theirs = build(SHARED, trained=True)
-    split = from_to(theirs, SHARED, source)
+    original = build(SHARED, trained=True)
+    split = from_to(original, SHARED, source)
     merged = converted(split, source, SHARED, {})
-    assert merged.keys() == weights_of(theirs).keys()
-    assert all(torch.equal(merged[name], weight) for name, weight in weights_of(theirs).items())
+    assert merged.keys() == weights_of(original).keys()
+    assert all(torch.equal(merged[name], weight) for name, weight in weights_of(original).items())
 
     own = {"separate": "weight", "delta": "delta"}[source.kind] if source.rank is None else "up"
     changed = f"{QKV}.{source.components[-1]}_{own}"
@@ -187,25 +184,16 @@ def test_merging_into_dense_is_exact_or_refused_naming_the_parameter(one_process
 @pytest.mark.parametrize("source", [SEPARATE, DECOMPOSED, RANK_4])
 def test_two_tasks_become_one_where_they_agree(one_process, source):
     one_process(*SMALL)
-    theirs = build(source, trained=True)
-    split = from_to(theirs, source, per_task(source))
+    original = build(source, trained=True)
+    split = from_to(original, source, per_task(source))
     merged = converted(split, per_task(source), source, weights_of(build(source)))
-    assert merged.keys() == weights_of(theirs).keys()
-    assert all(torch.equal(merged[name], weight) for name, weight in weights_of(theirs).items())
+    assert merged.keys() == weights_of(original).keys()
+    assert all(torch.equal(merged[name], weight) for name, weight in weights_of(original).items())
 
     name = next(name for name in split if name.startswith(f"{FC1}.generation_"))
     split[name] *= 1.01
     with pytest.raises(UserError, match=rf"^{FC1}.understanding_\w+: .* from that of generation .*per_task=true.*fc1"):
         converted(split, per_task(source), source, weights_of(build(source)))
-
-
-@pytest.fixture
-def vocabulary(tmp_path) -> Vocabulary:
-    (tmp_path / "text.txt").write_text("\n".join(f"{n} red rings left of {n + 1} blue bars" for n in range(99)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "text"), vocab_size=40, minloglevel=2
-    )
-    return Vocabulary.create(tmp_path / "vocabulary", tmp_path / "text.model", 32)
 
 
 def run_tool(monkeypatch, *arguments) -> None:
@@ -219,14 +207,14 @@ def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_f
 ):
     settings = (*SMALL, f"training.precision={precision}")
     config = one_process(*settings)
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     perturb(chunks)
     batch = packed_batch(4, 48, seed=3)
     with torch.no_grad():
         expected = chunks[0].module(Route.of(batch, Plan.of(config.plan, LAYERS)))
     recorded = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=2))
     state = {"progress": {"iteration": 7}, "config": dataclasses.asdict(recorded), "data": "5f0c"}
-    state |= identity_of(config, vocabulary)
+    state |= identity_of(resolve(config), vocabulary)
     Checkpointer(tmp_path / "dense").save(7, chunks, build_optimizer(config, chunks), state)
     distributed.shut_down()
 
@@ -242,15 +230,15 @@ def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_f
     assert config_file.from_tree(Config, written["config"]) == config_file.override(recorded, changes)
 
     config = one_process(*settings, *changes)
-    chunks = build_model(config, VOCABULARY)
-    identity = identity_of(config, vocabulary)
+    chunks = build_model(resolve(config, VOCABULARY))
+    identity = identity_of(resolve(config), vocabulary)
     with pytest.raises(UserError, match="its plan.projections.kind is shared, this run's is delta; tools/convert"):
         load_weights(dense, chunks, identity)
     load_weights(split, chunks, identity)
     with torch.no_grad():
-        found = chunks[0].module(Route.of(batch, Plan.of(config.plan, LAYERS)))
+        actual = chunks[0].module(Route.of(batch, Plan.of(config.plan, LAYERS)))
     tolerance = {"float32": 1e-5, "bf16": 0.02}[precision]
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
     counted = json.loads(numbers.read_text())
     assert counted["parameters"] == sum(p.numel() for p in chunks[0].parameters()) > counted["source"]["parameters"]
 

@@ -1,4 +1,4 @@
-"""Attention of segments: against a dense masked reference, on the CPU's path and, traced, on the GPU's."""
+"""Attention of segments against a dense masked reference, on the CPU's path and, traced, on the GPU's."""
 
 import inspect
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ SEGMENTS = {
     "documents": [(3, 3), (3, 3), (5, 5)],
     "queries fewer than keys": [(3, 7), (1, 4), (1, 4), (6, 6)],
     "a segment of nothing": [(0, 0), (0, 0), (4, 6), (0, 0)],
-    "nobody asks": [],
+    "no query": [],
 }
 
 
@@ -33,16 +33,16 @@ def route_of(segments: list[tuple[int, int]]) -> SimpleNamespace:
 
 
 def rows(segments: list[tuple[int, int]], fillers: int, size: int = SIZE, **options) -> list[Tensor]:
-    """Query, key and value of the segments, with filler rows behind them, that want gradients."""
+    """Query, key and value of the segments, followed by filler rows; all require gradients."""
     torch.manual_seed(0)
     queries, keys = (sum(pair[i] for pair in segments) + fillers for i in (0, 1))
     shapes = (queries, HEADS), (keys, GROUPS), (keys, GROUPS)
-    made = [torch.randn(n, 1, heads, size, dtype=torch.float64).to(**options) for n, heads in shapes]
-    return [x.requires_grad_() for x in made]
+    tensors = [torch.randn(n, 1, heads, size, dtype=torch.float64).to(**options) for n, heads in shapes]
+    return [x.requires_grad_() for x in tensors]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, segments: list[tuple[int, int]]) -> Tensor:
-    """Every query against every key, all masked but those of its segment that it may see; fillers see none."""
+    """Every query against every key, with a mask of the keys that it sees; fillers see none."""
     visible = torch.zeros(query.shape[0], key.shape[0], dtype=torch.bool)
     first, begin = 0, 0
     for q, k in segments:
@@ -58,15 +58,15 @@ def dense(query: Tensor, key: Tensor, value: Tensor, segments: list[tuple[int, i
 @pytest.mark.parametrize("fillers", [0, 3])
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
 def test_outputs_and_gradients_equal_dense_masked_attention(segments, fillers):
-    ours, theirs = rows(segments, fillers), rows(segments, fillers)
-    output = DocumentAttention()(*ours, None, packed_seq_params=route_of(segments))
-    expected = dense(*theirs, segments)
+    inputs, reference_inputs = rows(segments, fillers), rows(segments, fillers)
+    output = DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments))
+    expected = dense(*reference_inputs, segments)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
     (output * weights).sum().backward()
     (expected * weights).sum().backward()
-    for one, other in zip(ours, theirs):
-        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-12)
+    for tensor, reference in zip(inputs, reference_inputs):
+        torch.testing.assert_close(tensor.grad, reference.grad, rtol=0, atol=1e-12)
 
 
 def test_bfloat16_on_the_cpu_comes_back_as_bfloat16():

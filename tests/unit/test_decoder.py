@@ -12,12 +12,13 @@ from megatron_ext.routing.plan import PRESETS, Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 
 VOCABULARY = 64
 SHAPE = ["model.num_layers=5", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"]
 
 
-class Words:
+class TokenIds:
     """The part of a vocabulary that decoding needs: ids from 40 on are image tokens."""
 
     pad = 3
@@ -31,11 +32,11 @@ def documents(seed: int) -> list[list[int]]:
     """Runs of text and images in any order, of different lengths."""
     random = torch.Generator().manual_seed(seed)
 
-    def draw(low: int, high: int) -> int:
+    def number(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=random))
 
     return [
-        [draw(40, 64) if run % 2 else draw(0, 40) for run in range(draw(1, 6)) for _ in range(draw(1, 9))]
+        [number(40, 64) if run % 2 else number(0, 40) for run in range(number(1, 6)) for _ in range(number(1, 9))]
         for _ in range(4)
     ]
 
@@ -59,7 +60,7 @@ def full_logits(model, plan: Plan, tokens: list[list[int]], tasks: list[Task]) -
 
 def build(overrides: list[str]):
     config = config_file.load(Config, [], SHAPE + overrides)
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)
@@ -90,11 +91,11 @@ PLANS = {
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("piece", [1, 3, 512], ids=["token by token", "pieces of 3", "prompt at once"])
+@pytest.mark.parametrize("chunk_size", [1, 3, 512], ids=["token by token", "chunks of 3", "prompt at once"])
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=["float32", "float64"]
 )
-def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan, piece, dtype, tolerance):
+def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan, chunk_size, dtype, tolerance):
     """Up to rounding, which grows with the logits."""
     one_process(*SHAPE)
     model, plan = build(PLANS[plan])
@@ -102,13 +103,13 @@ def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan
     for seed in range(3):
         tokens, tasks = documents(seed), [Task.UNDERSTANDING, Task.GENERATION, Task.TEXT, Task.GENERATION]
         expected = full_logits(model, plan, tokens, tasks)
-        decoder = Decoder(model, plan, Words, tasks, cache_for(plan, 4, max(map(len, tokens)), dtype))
+        decoder = Decoder(model, plan, TokenIds, tasks, cache_for(plan, 4, max(map(len, tokens)), dtype))
         largest = max(float(logits.abs().max()) for logits in expected)
-        monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, piece))
-        for start in range(0, max(map(len, tokens)), piece):
-            given = [ids[start : start + piece] for ids in tokens]
-            logits = decoder.advance(given)
-            for row, ids in enumerate(given):
+        monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, chunk_size))
+        for start in range(0, max(map(len, tokens)), chunk_size):
+            chunk = [ids[start : start + chunk_size] for ids in tokens]
+            logits = decoder.advance(chunk)
+            for row, ids in enumerate(chunk):
                 if ids:
                     error = logits[row] - expected[row][start + len(ids) - 1]
                     assert error.abs().max() < tolerance * largest

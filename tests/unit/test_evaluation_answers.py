@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.answers import AnswersWriter, read_answers
-from megatron_ext.evaluation.items import Item
+from megatron_ext.evaluation.benchmark import Item
 
 
 def test_what_is_written_is_read_with_further_keys_and_any_characters(tmp_path):
@@ -62,7 +62,7 @@ def test_everything_wrong_with_a_file_is_reported_and_the_first_answer_counts(tm
 def test_a_file_that_is_no_answers_file_is_not_cut(tmp_path):
     other = tmp_path / "other.json"
     other.write_text('{"precious": 1}')
-    with pytest.raises(UserError, match=r"other\.json: its last line is not of an answers file"):
+    with pytest.raises(UserError, match=r"other\.json: its last line does not belong to an answers file"):
         AnswersWriter(other)
     assert other.read_text() == '{"precious": 1}'
 

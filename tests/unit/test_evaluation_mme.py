@@ -125,7 +125,7 @@ def test_random_answers_score_as_a_few_lines_count_them(tmp_path):
     ("content", "message"),
     [
         ("Is it?\tYes\n", r"OCR/1\.txt: has 1 questions; MME asks two"),
-        ("Is it?\tYes\nIs it? No\n", r"OCR/1\.txt: line 2: has not the 2 columns"),
+        ("Is it?\tYes\nIs it? No\n", r"OCR/1\.txt: line 2: does not have MME.s 2 columns"),
         ("Is it?\tYes\nIs it?\tperhaps\n", r"OCR/1\.txt: line 2: the answer is 'perhaps', not 'yes' or 'no'"),
     ],
 )

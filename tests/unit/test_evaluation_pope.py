@@ -46,11 +46,21 @@ def test_known_answers_have_known_scores(tmp_path):
     assert scores.details["random"] == pytest.approx(
         {"accuracy": 50, "precision": 200 / 3, "recall": 50, "f1": 400 / 7, "yes": 37.5, "questions": 8}
     )
-    assert set(scores.details["popular"].values()) == {100.0, 50.0, 2}
-    assert set(scores.details["adversarial"].values()) == {0.0, 2}, "where nothing was answered"
-    assert scores.headline["POPE-A"] == pytest.approx(50)
-    assert scores.headline["POPE-F1"] == pytest.approx((400 / 7 + 100) / 3)
-    assert scores.headline["POPE-yes"] == pytest.approx(87.5 / 3)
+    assert scores.details["popular"] == {
+        **{"accuracy": 100.0, "precision": 100.0, "recall": 100.0, "f1": 100.0},
+        **{"yes": 50.0, "questions": 2},
+    }
+    # Nothing was answered.
+    assert scores.details["adversarial"] == {
+        **{"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0},
+        **{"yes": 0.0, "questions": 2},
+    }
+    assert scores.headline == pytest.approx(
+        {
+            **{"POPE-A": 50, "POPE-P": (200 / 3 + 100) / 3, "POPE-R": 50},
+            **{"POPE-F1": (400 / 7 + 100) / 3, "POPE-yes": 87.5 / 3},
+        }
+    )
     assert (scores.questions, scores.missing, scores.invalid) == (12, 3, 1)
     assert not scores.notes
 
@@ -75,18 +85,19 @@ def test_random_answers_score_as_scikit_learn_says(tmp_path, seed):
     for id in [id for id, word in said.items() if word == "neither" and draw.random() < 0.5]:
         del answers[id]
     scores = POPE.score(items, answers)
+    columns = {"POPE-A": "accuracy", "POPE-P": "precision", "POPE-R": "recall", "POPE-F1": "f1", "POPE-yes": "yes"}
     expected = {}
     for split in PARTS:
         predicted = [said[item.id] for item in items if item.groups == (split,)]
         of_yes = precision_recall_fscore_support(labels[split], predicted, labels=["yes"], zero_division=0)
         precision, recall, f1 = (float(figure[0]) for figure in of_yes[:3])
         accuracy, yes = accuracy_score(labels[split], predicted), predicted.count("yes") / len(predicted)
-        expected[split] = [100 * figure for figure in (accuracy, precision, recall, f1, yes)]
+        shares = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes": yes}
+        expected[split] = {name: 100 * share for name, share in shares.items()}
         figures = scores.details[split]
-        measured = [figures[key] for key in ("accuracy", "precision", "recall", "f1", "yes")]
-        assert measured == pytest.approx(expected[split], abs=1e-9)
-    means = [sum(column) / 3 for column in zip(*expected.values())]
-    assert list(scores.headline.values()) == pytest.approx(means, abs=1e-9)
+        assert {name: figures[name] for name in shares} == pytest.approx(expected[split], abs=1e-9)
+    means = {column: sum(figures[name] for figures in expected.values()) / 3 for column, name in columns.items()}
+    assert scores.headline == pytest.approx(means, abs=1e-9)
     assert scores.missing == len(items) - len(answers)
     assert scores.missing + scores.invalid == list(said.values()).count("neither")
 

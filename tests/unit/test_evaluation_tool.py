@@ -10,8 +10,7 @@ import pytest
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import score_table as table
 from megatron_ext.evaluation.registry import BENCHMARKS, benchmark_named
-
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
 
 
 def evaluate(*arguments) -> subprocess.CompletedProcess:

@@ -1,7 +1,6 @@
 """float32 is float32, and deterministic training is, on GPUs too: what is chosen and set, with a GPU pretended."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ from megatron_ext.errors import UserError
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer import transformer_engine
-from megatron_ext.transformer.specs import implementation, transformer_config
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from megatron_ext.transformer.resolved import resolve
+from megatron_ext.transformer.specs import transformer_config
 from parity import VOCABULARY, packed_batch
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
@@ -36,26 +35,26 @@ def gpu(monkeypatch):
 
 
 def test_float32_takes_torchs_layers_and_bf16_transformer_engines(gpu):
-    assert implementation(load()) == "local"
-    assert implementation(load(BF16)) == "transformer_engine"
-    assert implementation(load(BF16, "model.implementation=local")) == "local"
+    assert resolve(load()).implementation == "local"
+    assert resolve(load(BF16)).implementation == "transformer_engine"
+    assert resolve(load(BF16, "model.implementation=local")).implementation == "local"
 
 
 def test_transformer_engine_in_float32_is_refused():
     with pytest.raises(UserError, match="model.implementation.*TF32.*training.precision=bf16"):
-        load("model.implementation=transformer_engine").validate(world_size=1)
+        validate(load("model.implementation=transformer_engine"), world_size=1)
 
 
 def test_the_loss_is_fused_under_bf16_alone_and_not_where_order_matters(gpu):
-    assert not transformer_config(load()).cross_entropy_loss_fusion
-    fused = transformer_config(load(BF16))
+    assert not transformer_config(resolve(load())).cross_entropy_loss_fusion
+    fused = transformer_config(resolve(load(BF16)))
     assert fused.cross_entropy_loss_fusion and fused.cross_entropy_fusion_impl == "native"
-    assert not transformer_config(load(BF16, "training.deterministic=true")).cross_entropy_loss_fusion
+    assert not transformer_config(resolve(load(BF16, "training.deterministic=true"))).cross_entropy_loss_fusion
 
 
 def test_a_batch_of_messages_is_not_waited_for_and_outputs_stay(gpu):
-    made = transformer_config(load("parallel.pipeline=2"))
-    assert made.batch_p2p_comm and not made.batch_p2p_sync and not made.deallocate_pipeline_outputs
+    core_config = transformer_config(resolve(load("parallel.pipeline=2")))
+    assert core_config.batch_p2p_comm and not core_config.batch_p2p_sync and not core_config.deallocate_pipeline_outputs
 
 
 def test_no_process_starts_with_tf32(one_process):
@@ -75,16 +74,16 @@ def test_deterministic_is_told_to_all_who_ask(one_process, monkeypatch):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
         assert os.environ["NCCL_ALGO"] == "Ring"  # the user's choice, which is as good
-        assert transformer_config(config).deterministic_mode
+        assert transformer_config(resolve(config)).deterministic_mode
         assert _losses(config) == _losses(config)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def _losses(config: Config) -> list[float]:
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     optimizer = build_optimizer(config, chunks)
-    steps = [prepare(packed_batch(8, 48, seed), config) for seed in range(2)]
+    steps = [prepare(packed_batch(8, 48, seed), resolve(config)) for seed in range(2)]
     return [train_step(chunks, optimizer, step, config).loss for step in steps]
 
 

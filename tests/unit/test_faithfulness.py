@@ -3,39 +3,40 @@
 import numpy as np
 import pytest
 
-from megatron_ext.evaluation.faithfulness import ALL, NAMED, SHUFFLES, WHOLE, align, others
+from megatron_ext.evaluation.faithfulness import ALL, NAMED, SHUFFLES, WHOLE, control_order, measure
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.check import KINDS, compare, summary
+from megatron_ext.picture_world.detection import DetectedObject, DetectedScene
 from megatron_ext.picture_world.facts import read_caption
-from megatron_ext.picture_world.look import Seen, SeenObject
 from megatron_ext.picture_world.world import make_scene
 
 SCENES = [make_scene(5, "test", index) for index in range(40)]
 FACTS = [read_caption(caption(scene)) for scene in SCENES]
 
 
-def drawn(scene) -> Seen:
+def drawn(scene) -> DetectedScene:
     """What is seen in a faultless picture of a scene."""
     objects = [
-        SeenObject(o.shape, o.color, o.size, o.row, o.column, o.x, o.y, o.radius, explained=1.0) for o in scene.objects
+        DetectedObject(o.shape, o.color, o.size, o.row, o.column, o.x, o.y, o.radius, explained=1.0)
+        for o in scene.objects
     ]
-    return Seen(scene.background.color, tuple(objects))
+    return DetectedScene(scene.background.color, tuple(objects))
 
 
 SEEN = [drawn(scene) for scene in SCENES]
 
 
 def test_right_pictures_are_far_above_the_control():
-    found = align(SEEN, FACTS)
+    found = measure(SEEN, FACTS)
     assert set(found.right.values()) == {100.0}
-    assert found.shuffled[WHOLE] == 0 and found.shuffled["color"] < 40
+    assert found.control[WHOLE] == 0 and found.control["color"] < 40
     for row, (low, high) in found.interval.items():
-        assert 0 < low <= 100 - found.shuffled[row] <= high, row
+        assert 0 < low <= 100 - found.control[row] <= high, row
 
 
 def test_pictures_that_do_not_heed_their_prompts_are_not_above_it():
     # Faultless pictures, but each of another prompt: much is right by chance, and the control says so.
-    found = align(SEEN[1:] + SEEN[:1], FACTS)
+    found = measure(SEEN[1:] + SEEN[:1], FACTS)
     assert found.right[ALL] > 5
     low, high = found.interval[ALL]
     assert low < 0 < high
@@ -43,7 +44,7 @@ def test_pictures_that_do_not_heed_their_prompts_are_not_above_it():
 
 def test_shares_are_those_of_the_check():
     pictures = SEEN[3:] + SEEN[:3]
-    found = align(pictures, FACTS)
+    found = measure(pictures, FACTS)
     expected = summary(map(compare, pictures, FACTS))
     assert found.right[WHOLE] == pytest.approx(100 * expected["all_right"])
     for kind in KINDS:
@@ -56,9 +57,9 @@ def test_shares_are_those_of_the_check():
 
 
 def test_a_missing_picture_has_no_fact_right():
-    whole, without = align(SEEN, FACTS), align([None] * 10 + SEEN[10:], FACTS)
+    whole, without = measure(SEEN, FACTS), measure([None] * 10 + SEEN[10:], FACTS)
     assert without.right[WHOLE] == 75 and without.facts[ALL] == whole.facts[ALL]
-    assert without.shuffled[ALL] < whole.shuffled[ALL]
+    assert without.control[ALL] < whole.control[ALL]
 
 
 def test_the_interval_is_as_wide_as_the_spread_of_new_samples():
@@ -67,25 +68,25 @@ def test_the_interval_is_as_wide_as_the_spread_of_new_samples():
         random = np.random.default_rng(seed)
         scenes = [make_scene(seed, "test", index) for index in range(30)]
         seen = [drawn(scenes[i] if random.random() < 0.5 else scenes[i - 1]) for i in range(30)]
-        return align(seen, [read_caption(caption(scene)) for scene in scenes])
+        return measure(seen, [read_caption(caption(scene)) for scene in scenes])
 
     made = [sample(seed) for seed in range(12)]
-    spread = np.std([found.right["color"] - found.shuffled["color"] for found in made], ddof=1)
+    spread = np.std([found.right["color"] - found.control["color"] for found in made], ddof=1)
     width = np.mean([high - low for low, high in (found.interval["color"] for found in made)])
     assert 0.5 < width / (2 * 1.96 * spread) < 2
 
 
 @pytest.mark.parametrize("count", [2, 3, 9, 50])
 def test_the_control_never_gives_a_picture_its_own_prompt_nor_one_twice(count):
-    orders = others(count)
+    orders = control_order(count)
     assert orders.shape == (min(SHUFFLES, count - 1), count)
     for order in orders:
         assert sorted(order) == list(range(count))
     for picture, given in enumerate(orders.T):
         assert picture not in given and len(set(given)) == len(given)
-    assert (orders == others(count)).all()
+    assert (orders == control_order(count)).all()
 
 
 def test_one_picture_has_no_control():
-    found = align(SEEN[:1], FACTS[:1])
-    assert found.right[ALL] == 100 and not found.shuffled and not found.interval
+    found = measure(SEEN[:1], FACTS[:1])
+    assert found.right[ALL] == 100 and not found.control and not found.interval

@@ -11,7 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
-from megatron_ext.evaluation.fid import ColorAndEdges, Inception, features, frechet_distance, network
+from megatron_ext.evaluation.fid import ColorAndEdges, Inception, feature_extractor, features, frechet_distance
 
 
 def sample(seed: int, count: int, width: int) -> np.ndarray:
@@ -70,7 +70,7 @@ def save_all(folder, count, change=lambda image: image, sizes=((32, 32),)):
 
 
 def test_built_in_features_grow_apart_with_the_images_and_say_what_they_are(tmp_path):
-    built_in = network(None)
+    built_in = feature_extractor(None)
     assert "not Inception" in built_in.name
     originals = features(save_all(tmp_path / "a", 40), built_in)
     assert originals.rows.shape == (40, 80)
@@ -98,11 +98,11 @@ def test_images_of_several_sizes_and_unreadable_ones(tmp_path):
 
 def test_absent_weights_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="absent.pth: no such file.*not downloaded") as caught:
-        network(tmp_path / "absent.pth")
+        feature_extractor(tmp_path / "absent.pth")
     assert "\n" not in str(caught.value)
 
 
-class Network(torch.nn.Module):
+class FeatureExtractor(torch.nn.Module):
     """Takes what Inception's file takes, with few weights."""
 
     def __init__(self, width: int):
@@ -117,9 +117,9 @@ class Network(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_network_is_loaded_from_its_file_and_named_with_its_fingerprint(tmp_path):
     file = tmp_path / "inception-2015-12-05.pt"
-    small = Network(2048)
+    small = FeatureExtractor(2048)
     torch.jit.script(small).save(file)
-    inception = network(file)
+    inception = feature_extractor(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert inception.name == f"Inception-v3, 2048 features ({file.name}, SHA-256 {digest[:16]})"
     made = features(save_all(tmp_path / "a", 3), inception)
@@ -138,7 +138,7 @@ def test_files_with_something_else_are_refused(tmp_path):
     torch.jit.script(torch.nn.Identity()).save(tmp_path / "identity.pt")
     with pytest.raises(UserError, match="identity.pt: does not give features"):
         Inception(tmp_path / "identity.pt")
-    torch.jit.script(Network(5)).save(tmp_path / "small.pt")
+    torch.jit.script(FeatureExtractor(5)).save(tmp_path / "small.pt")
     with pytest.raises(UserError, match="small.pt: does not give 2048 features"):
         Inception(tmp_path / "small.pt")(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
 
@@ -168,7 +168,7 @@ def test_the_reference_images_themselves_are_at_distance_zero(release):
     prompts = mjhq.read(release)
     assert [p.prompt for p in prompts] == [f"picture {n}" for n in range(12)]
     distances, side = scored(prompts, release, release)
-    assert side.network == ColorAndEdges.name
+    assert side.extractor == ColorAndEdges.name
     assert distances[None]["fid"] == pytest.approx(0, abs=1e-9)
     assert distances[None]["images"] == {"reference": 12, "generated": 12}
     assert set(distances) == {None, "animals", "food"}

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from data_sets import FIRST_CODE, captions, write
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.data import format as data_format
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, Dataset, DatasetWriter, merge, verify
 from megatron_ext.errors import UserError
+from support.data_sets import FIRST_CODE, captions, write
 
 IMAGE_IDS = list(range(FIRST_CODE, FIRST_CODE + 8))
 DOCUMENTS = [
@@ -31,11 +31,11 @@ def test_documents_come_back_as_written(tmp_path):
 
 
 def test_megatron_core_reads_the_same(tmp_path):
-    theirs = IndexedDataset(write(tmp_path / "set", DOCUMENTS), multimodal=True)
-    sequences, modes = theirs[0:6]
+    megatron_dataset = IndexedDataset(write(tmp_path / "set", DOCUMENTS), multimodal=True)
+    sequences, modes = megatron_dataset[0:6]
     stored = [sequence for document in DOCUMENTS for sequence in document]
     assert [(int(mode), list(ids)) for mode, ids in zip(modes, sequences)] == stored
-    assert theirs.document_indices.tolist() == [0, 3, 4, 6]
+    assert megatron_dataset.document_indices.tolist() == [0, 3, 4, 6]
 
 
 def test_an_interrupted_writer_leaves_nothing_and_harms_nothing(tmp_path):

@@ -1,19 +1,23 @@
 """FP8: what cannot be computed is refused at once, and what of a model's products is in FP8."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.training.validation import validate
 from megatron_ext.transformer import specs
 from megatron_ext.transformer.linear import FreshWeights
+from megatron_ext.transformer.resolved import resolve
 
 BF16 = ["training.precision=bf16", "model.hidden_size=128", "model.ffn_hidden_size=256", "model.num_attention_heads=4"]
 
 
-def validate(*overrides: str, processes: int = 1) -> None:
-    config_file.load(Config, [], [*BF16, *overrides]).validate(processes)
+def check(*overrides: str, processes: int = 1) -> None:
+    validate(config_file.load(Config, [], [*BF16, *overrides]), processes)
 
 
 @pytest.mark.parametrize(
@@ -41,16 +45,16 @@ def validate(*overrides: str, processes: int = 1) -> None:
 )
 def test_what_fp8_cannot_compute_is_refused(overrides, processes, parts):
     with pytest.raises(UserError) as error:
-        validate(*overrides, processes=processes)
+        check(*overrides, processes=processes)
     assert all(part in str(error.value) for part in parts), error.value
     assert "\n" not in str(error.value)
 
 
 def test_what_fp8_can_compute_is_not():
-    validate("training.fp8=delayed")
-    validate("training.fp8=current", "plan.preset=himix_hmgen_share_partial")
-    validate("training.fp8=mxfp8", "parallel.tensor=4", processes=4)
-    validate("model.hidden_size=136")
+    check("training.fp8=delayed")
+    check("training.fp8=current", "plan.preset=himix_hmgen_share_partial")
+    check("training.fp8=mxfp8", "parallel.tensor=4", processes=4)
+    check("model.hidden_size=136")
 
 
 def test_an_evaluation_begins_with_fresh_weights():
@@ -74,8 +78,8 @@ def test_an_evaluation_begins_with_fresh_weights():
         (["plan.projections.kind=delta", "plan.projections.modules=[fc1]"], {"qkv", "proj", "fc2"}),
     ],
 )
-def test_a_weight_gradient_is_fused_where_the_weight_is_used_whole(monkeypatch, overrides, fused):
-    config = config_file.load(Config, [], overrides)
-    assert not any(specs.fuses_weight_gradient(config, name) for name in ("qkv", "proj", "fc1", "fc2"))
-    monkeypatch.setattr(specs, "implementation", lambda config: "transformer_engine")
-    assert {name for name in ("qkv", "proj", "fc1", "fc2") if specs.fuses_weight_gradient(config, name)} == fused
+def test_a_weight_gradient_is_fused_where_the_weight_is_used_whole(overrides, fused):
+    local = resolve(config_file.load(Config, [], overrides))
+    assert not any(specs.fuses_weight_gradient(local, name) for name in ("qkv", "proj", "fc1", "fc2"))
+    resolved = dataclasses.replace(local, implementation="transformer_engine")
+    assert {name for name in ("qkv", "proj", "fc1", "fc2") if specs.fuses_weight_gradient(resolved, name)} == fused

@@ -1,20 +1,21 @@
-"""Continuations: greedy ones equal decoding without a cache, drawn ones repeat, and both stay inside their modality."""
+"""Continuations: greedy ones equal decoding without a cache, sampled ones repeat, and both stay in their modality."""
 
 import pytest
 import torch
 from test_decoder import PLANS, SHAPE, build, full_logits
 
 from megatron_ext.errors import UserError
-from megatron_ext.generation.generator import Generator, Request
+from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.likelihood import log_likelihoods
+from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling, next_tokens
 from megatron_ext.token_classes import Task
 
 GREEDY = Sampling(temperature=0)
 
 
-class Words:
-    """30 text pieces, bos among them, the special tokens, and 20 image codes."""
+class TokenIds:
+    """A vocabulary of 30 text tokens, ``bos`` among them, the special tokens, and 20 image codes."""
 
     text_size, bos, pad, eod, boi, eoi, image_offset, size = 30, 1, 30, 31, 32, 33, 40, 60
 
@@ -23,40 +24,40 @@ class Words:
         return (ids >= 40) & (ids < 60)
 
 
-PICTURE = [Words.bos, 7, 9, Words.boi]
-NULL = [Words.bos, Words.boi]
-QUESTION = [Words.bos, Words.boi, 41, 52, 43, 44, 45, 46, Words.eoi, 12, 13]
+PICTURE = [TokenIds.bos, 7, 9, TokenIds.boi]
+NULL = [TokenIds.bos, TokenIds.boi]
+QUESTION = [TokenIds.bos, TokenIds.boi, 41, 52, 43, 44, 45, 46, TokenIds.eoi, 12, 13]
 REQUESTS = [
     Request(PICTURE, Task.GENERATION, images=1, unconditional=NULL, number=0),
-    Request([Words.bos, 3, 4, 5, 6, Words.boi], Task.GENERATION, images=1, unconditional=NULL, number=1),
+    Request([TokenIds.bos, 3, 4, 5, 6, TokenIds.boi], Task.GENERATION, images=1, unconditional=NULL, number=1),
     Request(QUESTION, Task.UNDERSTANDING, text_tokens=7, unconditional=QUESTION, number=2),
-    Request([Words.bos, 5], Task.GENERATION, text_tokens=3, images=2, unconditional=NULL[:1], number=3),
+    Request([TokenIds.bos, 5], Task.GENERATION, text_tokens=3, images=2, unconditional=NULL[:1], number=3),
 ]
 
 
-def generator(settings: list[str]) -> Generator:
+def generator_of(settings: list[str]) -> Generator:
     model, plan = build(settings)
-    return Generator(model, plan, Words, grid=(2, 3))
+    return Generator(model, plan, TokenIds, grid=(2, 3))
 
 
-def uncached(of: Generator, request: Request, made: list[int]) -> None:
+def assert_greedy(generator: Generator, request: Request, continuation: list[int]) -> None:
     """Check every token of a greedy continuation against the full forward pass over what stands before it."""
-    left = of.picture if request.tokens[-1] == Words.boi else 0
-    for i, token in enumerate(made):
-        tokens = [*request.tokens, *made[:i]]
-        (logits,) = full_logits(of.model, of.plan, [tokens], [request.task])
-        logits = logits[-1, : Words.size]
+    left = generator.picture_tokens if request.tokens[-1] == TokenIds.boi else 0
+    for i, token in enumerate(continuation):
+        tokens = [*request.tokens, *continuation[:i]]
+        (logits,) = full_logits(generator.model, generator.plan, [tokens], [request.task])
+        logits = logits[-1, : TokenIds.size]
         if left:
             expected = 40 + int(logits[40:60].argmax())
             left -= 1
-        elif Words.is_image(tokens[-1]):
-            expected = Words.eoi
+        elif TokenIds.is_image(tokens[-1]):
+            expected = TokenIds.eoi
         else:
-            if token == Words.boi:
-                left = of.picture
+            if token == TokenIds.boi:
+                left = generator.picture_tokens
                 continue
-            allowed = [t for t in range(30) if t != Words.bos] + [Words.eod]
-            allowed += [Words.boi] if request.images else []
+            allowed = [t for t in range(30) if t != TokenIds.bos] + [TokenIds.eod]
+            allowed += [TokenIds.boi] if request.images else []
             expected = max(allowed, key=lambda t: float(logits[t]))
         assert token == expected
 
@@ -64,66 +65,68 @@ def uncached(of: Generator, request: Request, made: list[int]) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_greedy_tokens_are_those_of_the_full_forward_pass(one_process, plan):
     one_process(*SHAPE)
-    of = generator(PLANS[plan])
-    for request, made in zip(REQUESTS, of(REQUESTS, GREEDY), strict=True):
-        assert made
-        uncached(of, request, made)
+    generator = generator_of(PLANS[plan])
+    for request, continuation in zip(REQUESTS, generator(REQUESTS, GREEDY), strict=True):
+        assert continuation
+        assert_greedy(generator, request, continuation)
 
 
 @pytest.mark.parametrize("plan", ["dense", "himix_hmgen_share_partial"])
 def test_log_likelihoods_are_sums_over_the_full_forward_pass(one_process, plan):
     one_process(*SHAPE)
-    of, continuations = generator(PLANS[plan]), [[4, 5, Words.eod], [9], [], [3, 3, 3, 3]]
+    generator, continuations = generator_of(PLANS[plan]), [[4, 5, TokenIds.eod], [9], [], [3, 3, 3, 3]]
     expected = []
-    for request, more in zip(REQUESTS, continuations):
-        (logits,) = full_logits(of.model, of.plan, [[*request.tokens, *more]], [request.task])
-        of_next = logits.double().log_softmax(-1)[len(request.tokens) - 1 :]
-        expected.append(sum(float(of_next[i, token]) for i, token in enumerate(more)))
-    assert log_likelihoods(of, REQUESTS, continuations) == pytest.approx(expected, abs=1e-4)
+    for request, continuation in zip(REQUESTS, continuations):
+        (logits,) = full_logits(generator.model, generator.plan, [[*request.tokens, *continuation]], [request.task])
+        log_probabilities = logits.double().log_softmax(-1)[len(request.tokens) - 1 :]
+        expected.append(sum(float(log_probabilities[i, token]) for i, token in enumerate(continuation)))
+    assert log_likelihoods(generator, REQUESTS, continuations) == pytest.approx(expected, abs=1e-4)
 
 
 def test_pictures_are_whole_and_text_is_text(one_process):
     one_process(*SHAPE)
-    first, second, answer, both = generator(PLANS["himix_hmgen_share_partial"])(REQUESTS, Sampling(seed=3))
+    first, second, answer, both = generator_of(PLANS["himix_hmgen_share_partial"])(REQUESTS, Sampling(seed=3))
     for picture in (first, second):
-        assert len(picture) == 7 and picture[-1] == Words.eoi
-        assert all(Words.is_image(token) for token in picture[:-1])
-    assert len(answer) <= 7 and not any(map(Words.is_image, answer))
-    assert Words.eod not in answer[:-1] and Words.bos not in answer + both
-    assert both.count(Words.boi) == both.count(Words.eoi) and sum(map(Words.is_image, both)) == 6 * both.count(
-        Words.boi
+        assert len(picture) == 7 and picture[-1] == TokenIds.eoi
+        assert all(TokenIds.is_image(token) for token in picture[:-1])
+    assert len(answer) <= 7 and not any(map(TokenIds.is_image, answer))
+    assert TokenIds.eod not in answer[:-1] and TokenIds.bos not in answer + both
+    assert both.count(TokenIds.boi) == both.count(TokenIds.eoi) and sum(map(TokenIds.is_image, both)) == 6 * both.count(
+        TokenIds.boi
     )
 
 
-def test_what_is_drawn_depends_on_the_seed_and_the_number_alone(one_process):
+def test_sampled_tokens_depend_on_the_seed_and_the_number_alone(one_process):
     one_process(*SHAPE)
-    of = generator(PLANS["hmgen"])
-    together = of(REQUESTS, Sampling(temperature=0.8, seed=5))
-    assert together == of(REQUESTS, Sampling(temperature=0.8, seed=5))
-    assert together == [of([request], Sampling(temperature=0.8, seed=5))[0] for request in REQUESTS]
-    assert together != of(REQUESTS, Sampling(temperature=0.8, seed=6))
+    generator = generator_of(PLANS["hmgen"])
+    together = generator(REQUESTS, Sampling(temperature=0.8, seed=5))
+    assert together == generator(REQUESTS, Sampling(temperature=0.8, seed=5))
+    assert together == [generator([request], Sampling(temperature=0.8, seed=5))[0] for request in REQUESTS]
+    assert together != generator(REQUESTS, Sampling(temperature=0.8, seed=6))
 
 
 def test_guidance_moves_the_logits_away_from_those_without_a_condition(one_process):
     one_process(*SHAPE)
-    of = generator(PLANS["dense"])
-    (made,) = of([REQUESTS[0]], Sampling(temperature=0, guidance=3.0))
-    for i in range(of.picture):
+    generator = generator_of(PLANS["dense"])
+    (continuation,) = generator([REQUESTS[0]], Sampling(temperature=0, guidance=3.0))
+    for i in range(generator.picture_tokens):
         conditional, unconditional = (
-            full_logits(of.model, of.plan, [[*prompt, *made[:i]]], [Task.GENERATION])[0][-1, 40:60]
+            full_logits(generator.model, generator.plan, [[*prompt, *continuation[:i]]], [Task.GENERATION])[0][
+                -1, 40:60
+            ]
             for prompt in (PICTURE, NULL)
         )
-        assert made[i] == 40 + int((unconditional + 3 * (conditional - unconditional)).argmax())
+        assert continuation[i] == 40 + int((unconditional + 3 * (conditional - unconditional)).argmax())
     with pytest.raises(UserError, match="guidance 3 needs a prompt without its condition"):
-        of([Request(PICTURE, Task.GENERATION, images=1)], Sampling(guidance=3.0))
+        generator([Request(PICTURE, Task.GENERATION, images=1)], Sampling(guidance=3.0))
 
 
 def test_memory_is_stated_before_it_is_taken(one_process):
     one_process(*SHAPE)
-    of = generator(["plan.preset=hmgen", "plan.shallow_layers=[1, 2]"])
+    generator = generator_of(["plan.preset=hmgen", "plan.shallow_layers=[1, 2]"])
     # 5 layers, 2 groups of 8; 4 + 6 + 2 + 0 tokens, of which 6 are image tokens that skip two layers.
-    assert of.memory([REQUESTS[0]], GREEDY) == 2 * 2 * 8 * 4 * (3 * 12 + 2 * 6)
-    assert of.memory([REQUESTS[0]], Sampling(guidance=2.0)) == 2 * of.memory([REQUESTS[0]], GREEDY)
+    assert generator.memory([REQUESTS[0]], GREEDY) == 2 * 2 * 8 * 4 * (3 * 12 + 2 * 6)
+    assert generator.memory([REQUESTS[0]], Sampling(guidance=2.0)) == 2 * generator.memory([REQUESTS[0]], GREEDY)
 
 
 def test_top_k_and_top_p_leave_the_likely_tokens():
@@ -131,15 +134,15 @@ def test_top_k_and_top_p_leave_the_likely_tokens():
     allowed = torch.tensor([True, True, True, True, False]).expand(400, -1)
     numbers = list(range(400))
 
-    def drawn(**settings) -> set[int]:
+    def sampled(**settings) -> set[int]:
         sampling = Sampling(**settings)
         return set(next_tokens(logits, allowed, sampling, sampling.generators(numbers)))
 
-    assert drawn() == {0, 1, 2, 3}
-    assert drawn(top_k=2) == {0, 1}
-    assert drawn(top_p=0.6) == {0}
-    assert drawn(top_p=0.7) == {0, 1}
-    assert drawn(temperature=0) == {0}
+    assert sampled() == {0, 1, 2, 3}
+    assert sampled(top_k=2) == {0, 1}
+    assert sampled(top_p=0.6) == {0}
+    assert sampled(top_p=0.7) == {0, 1}
+    assert sampled(temperature=0) == {0}
     sampling = Sampling()
     tokens = next_tokens(logits, allowed, sampling, sampling.generators(numbers))
     assert tokens.count(0) / 400 == pytest.approx(float(logits[0, :4].softmax(-1)[0]), abs=0.08)

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 from megatron_ext.analysis import gradients, gradients_report
 from megatron_ext.callbacks.logging import Logger
@@ -19,6 +18,9 @@ from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
+from megatron_ext.training.validation import validate
+from megatron_ext.transformer.resolved import resolve
+from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 
 SMALL = (
     "model.num_layers=3",
@@ -37,7 +39,7 @@ FIGURES = ("cosine", "norm_understanding", "norm_generation", "only_understandin
 
 def model_of(config):
     """Weights without the zeros that differences begin with."""
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     random = torch.Generator().manual_seed(1)
     for parameter in chunks[0].parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
@@ -79,37 +81,43 @@ def test_figures_are_those_of_the_two_losses_gradients(one_process, overrides, p
     chunks = model_of(config)
     batch, _ = rows_of(*ROWS, length=48)
     # A step, though refused, leaves gradients behind; they are no part of what follows.
-    train_step(chunks, build_optimizer(config, chunks), prepare(batch, config), config, accept=lambda loss, norm: False)
-    found = gradients.alignment(chunks, prepare(batch, config), config)
+    train_step(
+        chunks,
+        build_optimizer(config, chunks),
+        prepare(batch, resolve(config)),
+        config,
+        accept=lambda loss, norm: False,
+    )
+    result = gradients.alignment(chunks, prepare(batch, resolve(config)), resolve(config))
     u, g = (by_autograd(chunks, config, batch, task) for task in (Task.UNDERSTANDING, Task.GENERATION))
 
     def expected(chosen) -> dict:
         return pytest.approx(figures_of([u[n] for n in chosen], [g[n] for n in chosen]), rel=1e-4, abs=1e-6)
 
-    assert set(found["layers"]) == set(gradients.part_names(config))
+    assert set(result["layers"]) == set(gradients.part_names(resolve(config).plan))
     for layer in range(3):
         prefix = f"decoder.layers.{layer}."
         norms = [f"{prefix}{norm}.weight" for norm in ("input_layernorm", "pre_mlp_layernorm")]
         for name, members in ((part, [prefix + n for n in names]), ("norms", norms)):
-            measured = {figure: found["layers"][name][figure][layer] for figure in FIGURES}
+            measured = {figure: result["layers"][name][figure][layer] for figure in FIGURES}
             if measured["cosine"] is None:  # a part of one task alone
                 assert 0.0 in (measured["norm_understanding"], measured["norm_generation"])
                 measured["cosine"] = 0.0
             assert measured == expected(members)
-        whole = {figure: found["layer"][figure][layer] for figure in FIGURES}
+        whole = {figure: result["layer"][figure][layer] for figure in FIGURES}
         assert whole == expected([n for n in u if n.startswith(prefix)])
-    assert found["outside"]["embedding"] == expected(["embedding.word_embeddings.weight"])
+    assert result["outside"]["embedding"] == expected(["embedding.word_embeddings.weight"])
     head = set() if config.model.tie_embeddings else {"head"}
-    assert found["outside"].keys() == {"embedding", "final norm"} | head
-    assert found["all"] == expected(list(u))
+    assert result["outside"].keys() == {"embedding", "final norm"} | head
+    assert result["all"] == expected(list(u))
 
 
-def test_noise_is_told_from_disagreement_by_halves_of_the_rows(one_process):
+def test_halves_of_the_rows_separate_noise_from_disagreement(one_process):
     config = one_process(*SMALL)
     chunks = model_of(config)
     both, _ = rows_of(*ROWS, length=48)
     halves = [both.rows(0, 1), both.rows(1, 2)]
-    found = gradients.corrected(chunks, both, config)
+    result = gradients.corrected(chunks, both, resolve(config))
     u, g = (
         [by_autograd(chunks, config, half, task) for half in halves] for task in (Task.UNDERSTANDING, Task.GENERATION)
     )
@@ -121,31 +129,37 @@ def test_noise_is_told_from_disagreement_by_halves_of_the_rows(one_process):
     for layer, prefix in enumerate(f"decoder.layers.{n}." for n in range(3)):
         repeats = cosine(u[0], u[1], prefix), cosine(g[0], g[1], prefix)
         crossed = (cosine(u[0], g[1], prefix) + cosine(u[1], g[0], prefix)) / 2
-        of_layer = {name: values[layer] for name, values in found["layer"].items()}
+        of_layer = {name: values[layer] for name, values in result["layer"].items()}
         assert [of_layer[f"repeat_{task}"] for task in ("understanding", "generation")] == pytest.approx(
             repeats, abs=1e-5
         )
         expected = crossed / (repeats[0] * repeats[1]) ** 0.5 if min(repeats) > 0 else None
         assert of_layer["corrected_cosine"] == (None if expected is None else pytest.approx(expected, abs=1e-4))
     again = Batch(*(torch.cat([getattr(halves[0], name)] * 2) for name in Batch.names()))
-    same = gradients.corrected(chunks, again, config)  # no noise: nothing to correct
+    same = gradients.corrected(chunks, again, resolve(config))  # no noise: nothing to correct
     assert same["all"]["repeat_generation"] == pytest.approx(1)
-    of_again, of_both = (gradients.alignment(chunks, prepare(batch, config), config) for batch in (again, both))
+    of_again, of_both = (
+        gradients.alignment(chunks, prepare(batch, resolve(config)), resolve(config)) for batch in (again, both)
+    )
     assert same["all"]["corrected_cosine"] == pytest.approx(of_again["all"]["cosine"])
-    assert "without noise" in gradients_report.table(of_both, found)
+    assert "without noise" in gradients_report.table(of_both, result)
 
 
-def test_what_a_task_has_no_part_in_has_no_gradient_from_it(one_process):
-    """Of image weights per task each is trained by its own task alone, and by neither from plain text."""
+def test_a_task_gives_no_gradient_to_weights_it_does_not_use(one_process):
+    """Each task alone trains its image weights, and plain text trains neither."""
     config = one_process(*SMALL, "plan.projections={kind: separate, per_task: true, modules: [qkv]}")
     chunks = model_of(config)
-    layers = gradients.alignment(chunks, prepare(rows_of(*ROWS, length=48)[0], config), config)["layers"]
+    layers = gradients.alignment(chunks, prepare(rows_of(*ROWS, length=48)[0], resolve(config)), resolve(config))[
+        "layers"
+    ]
     # What images ask for in the last layer reaches no answer: a third of its query, key and value has no gradient.
     assert layers["qkv understanding"]["only_understanding"] == pytest.approx([1, 1, 2 / 3])
     assert layers["qkv generation"]["only_generation"] == [1.0] * 3
     assert layers["qkv generation"]["cosine"] == [None] * 3
     assert all(shared is not None for shared in layers["qkv"]["cosine"])
-    of_text = gradients.alignment(chunks, prepare(rows_of([text(20)], [text(40)], length=48)[0], config), config)
+    of_text = gradients.alignment(
+        chunks, prepare(rows_of([text(20)], [text(40)], length=48)[0], resolve(config)), resolve(config)
+    )
     assert of_text["all"]["untrained"] == 1.0 and of_text["all"]["cosine"] is None
 
 
@@ -161,8 +175,8 @@ def test_measuring_changes_no_bit_of_training(one_process, settings):
         steps = []
         for _ in range(3):
             if measure:
-                gradients.alignment(chunks, prepare(batch, config), config)
-            result = train_step(chunks, optimizer, prepare(batch, config), config)
+                gradients.alignment(chunks, prepare(batch, resolve(config)), resolve(config))
+            result = train_step(chunks, optimizer, prepare(batch, resolve(config)), config)
             steps.append((result.loss, result.grad_norm))
         ends.append((steps, torch.cat([p.detach().flatten() for p in chunks[0].parameters()]), torch.get_rng_state()))
     (steps, weights, state), (measured_steps, measured_weights, measured_state) = ends
@@ -172,19 +186,21 @@ def test_measuring_changes_no_bit_of_training(one_process, settings):
 
 def test_findings_are_logged_and_shown(one_process, tmp_path):
     config = one_process(*SMALL, "logging.gradient_alignment_interval=5", f"output={tmp_path}")
-    found = gradients.alignment(model_of(config), prepare(rows_of(*ROWS, length=48)[0], config), config)
+    result = gradients.alignment(
+        model_of(config), prepare(rows_of(*ROWS, length=48)[0], resolve(config)), resolve(config)
+    )
     lines = []
     record = {"iteration": 5, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "step_seconds": 0.5}
     logger = Logger(config, say=lines.append)
     record |= {"tokens_per_second": 1.0, "data_wait_seconds": 0.0}
-    logger.log(record | {"gradient_alignment": found | {"seconds": 2.5}})
+    logger.log(record | {"gradient_alignment": result | {"seconds": 2.5}})
     logger.close()
     assert "every 5 iterations that is 50 % of time" in lines[-1]
-    assert read_metrics(tmp_path / "metrics.jsonl")[0]["gradient_alignment"]["layers"] == found["layers"]
-    cosines = [found["layers"][part]["cosine"][2] for part in ("norms", "qkv", "proj", "fc1", "fc2")]
-    assert gradients_report.scalars(found)["layer_02"] == pytest.approx(sum(cosines) / 5)
-    assert f"{found['layers']['proj']['cosine'][1]:+.3f}" in gradients_report.table(found)
-    gradients_report.draw(json.loads(json.dumps(found)), tmp_path / "figure.png", "title")
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["gradient_alignment"]["layers"] == result["layers"]
+    cosines = [result["layers"][part]["cosine"][2] for part in ("norms", "qkv", "proj", "fc1", "fc2")]
+    assert gradients_report.scalars(result)["layer_02"] == pytest.approx(sum(cosines) / 5)
+    assert f"{result['layers']['proj']['cosine'][1]:+.3f}" in gradients_report.table(result)
+    gradients_report.plot(json.loads(json.dumps(result)), tmp_path / "figure.png", "title")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -193,4 +209,4 @@ def test_scales_learnt_from_every_pass_are_not_disturbed():
     config.training.precision, config.training.fp8 = "bf16", "delayed"
     config.logging.gradient_alignment_interval = 10
     with pytest.raises(UserError, match="gradient_alignment_interval"):
-        config.validate(1)
+        validate(config, 1)

@@ -1,6 +1,6 @@
-"""What a GPU would be given, without one: an operator for each step of a layer, and machine code for Hopper behind it.
+"""A GPU's path without a GPU: one operator per step of a layer, whose kernels compile for Hopper.
 
-Widths are those of a model of 1B.
+Widths are those of a 1B model.
 """
 
 import numpy as np
@@ -17,40 +17,40 @@ from triton.compiler import ASTSource, compile
 from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.permutation import Permutation
 from megatron_ext.transformer.kernels import functions, triton_backend
-from megatron_ext.transformer.rotary import Rotary
+from megatron_ext.transformer.rotary import RotaryAngles
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
-def draw(*shape: int) -> Tensor:
+def random_rows(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
 
 
 def permutation(rows: int, inputs: list[int], repeated: bool = False, fillers: int = 0) -> Permutation:
-    """The first rows in reverse; where more are wanted than there are, some again."""
+    """The first rows in reverse order; more rows than there are repeat some."""
     return Permutation.of(np.arange(rows)[::-1] % sum(inputs), inputs, repeated, fillers)
 
 
 def query_key_value(kv_only: int | None, queries: Permutation | None, keys: Permutation | None) -> tuple:
     """Arguments of the function of that name: 5 FULL rows, 8 groups of 4 queries, heads of 64."""
-    positions = (np.zeros(5 if by is None else by.index.size, dtype=np.int32) for by in (queries, keys))
-    pairs = None if kv_only is None else draw(kv_only, 1, 8, 2, 64)
-    return draw(5, 1, 8, 6, 64), pairs, queries, keys, Rotary(torch.ones(2, 4096, 32), *positions)
+    positions = (np.zeros(5 if p is None else p.index.size, dtype=np.int32) for p in (queries, keys))
+    pairs = None if kv_only is None else random_rows(kv_only, 1, 8, 2, 64)
+    return random_rows(5, 1, 8, 6, 64), pairs, queries, keys, RotaryAngles(torch.ones(2, 4096, 32), *positions)
 
 
 QUERY_KEY_VALUE = functions.query_key_value, ["query_key_value", "query_key_value_backward"]
 STEPS = {
-    "norm": (functions.rms_norm, ["norm", "norm_backward"], (draw(5, 1, 2048), draw(2048), 1e-5)),
+    "norm": (functions.rms_norm, ["norm", "norm_backward"], (random_rows(5, 1, 2048), random_rows(2048), 1e-5)),
     "input norm": (
         functions.input_norm,
         ["norm", "norm_backward"],
-        (draw(5, 1, 2048), draw(3, 1, 2048), draw(2048), 1e-5),
+        (random_rows(5, 1, 2048), random_rows(3, 1, 2048), random_rows(2048), 1e-5),
     ),
     "norm of a sum": (
         functions.add_norm,
         ["add_norm", "norm_backward"],
-        (draw(5, 1, 2048), draw(5, 1, 2048), draw(2048), 1e-5),
+        (random_rows(5, 1, 2048), random_rows(5, 1, 2048), random_rows(2048), 1e-5),
     ),
     "queries, keys, values": (*QUERY_KEY_VALUE, query_key_value(None, None, None)),
     "with fillers": (
@@ -61,16 +61,16 @@ STEPS = {
         *QUERY_KEY_VALUE,
         query_key_value(3, permutation(5, [5]), permutation(16, [5, 3], repeated=True)),
     ),
-    "permute": (functions.permute, ["gather", "gather"], (permutation(3, [5]), draw(5, 1, 2048))),
+    "permute": (functions.permute, ["gather", "gather"], (permutation(3, [5]), random_rows(5, 1, 2048))),
     "permute some twice": (
         functions.permute,
         ["gather", "sum_rows"],
-        (permutation(9, [5], repeated=True), draw(5, 1, 2048)),
+        (permutation(9, [5], repeated=True), random_rows(5, 1, 2048)),
     ),
-    "unpermute": (functions.unpermute, ["gather", "gather"], (permutation(3, [5]), draw(3, 1, 2048))),
-    "gated activation": (functions.swiglu, ["swiglu", "swiglu_backward"], (draw(5, 1, 16384),)),
+    "unpermute": (functions.unpermute, ["gather", "gather"], (permutation(3, [5]), random_rows(3, 1, 2048))),
+    "gated activation": (functions.swiglu, ["swiglu", "swiglu_backward"], (random_rows(5, 1, 16384),)),
 }
-"""Of each step: function, operators forward and backward, arguments on the host."""
+"""Function, operators of the forward and backward passes, and arguments on the host of each step."""
 
 steps = pytest.mark.parametrize("function, operators, arguments", STEPS.values(), ids=STEPS)
 
@@ -80,7 +80,7 @@ def on(device: str, arguments: tuple) -> list:
 
 
 def results(function, arguments: list) -> list[Tensor]:
-    """Outputs, and gradients of whatever wants one."""
+    """Outputs, and gradients of the arguments that require one."""
     outputs = function(*arguments)
     outputs = [output for output in (outputs if isinstance(outputs, tuple) else [outputs]) if output is not None]
     upstream = [torch.empty_like(output) for output in outputs]
@@ -107,9 +107,9 @@ class Operators(TorchDispatchMode):
 
 @steps
 def test_a_step_is_one_operator_forward_and_one_backward(function, operators, arguments):
-    given = on("meta", arguments)
+    on_device = on("meta", arguments)
     with Operators() as dispatched:
-        on_meta = results(function, given)
+        on_meta = results(function, on_device)
     assert dispatched.names == operators
     on_cpu = results(function, on("cpu", arguments))
     assert [(x.shape, x.dtype) for x in on_meta] == [(x.shape, x.dtype) for x in on_cpu]
@@ -130,7 +130,7 @@ def test_its_kernels_compile_for_hopper(monkeypatch, tmp_path, function, operato
 
 
 def compile_for_hopper(kernel, arguments: tuple, options: dict) -> None:
-    """What a launch would do on a H100, up to the launch."""
+    """Compile a kernel as a launch on an H100 would."""
     warps = options.pop("num_warps")
     signature, attributes = {}, {}
     for place, (name, value) in enumerate(zip(kernel.arg_names, arguments)):

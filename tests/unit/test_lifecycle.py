@@ -1,4 +1,4 @@
-"""A run hears signals and deadlines, and every rank draws the same conclusion from the votes."""
+"""A run hears signals and deadlines, and every rank derives the same reason from the sum of the stop flags."""
 
 import os
 import signal
@@ -6,7 +6,8 @@ import signal
 import pytest
 
 from megatron_ext.config import LifecycleConfig
-from megatron_ext.training.lifecycle import Lifecycle, clear_finished, finished_file, mark_finished
+from megatron_ext.training.finished import clear_finished, finished_file, mark_finished
+from megatron_ext.training.lifecycle import Lifecycle
 
 
 class Clock:
@@ -24,35 +25,35 @@ def clock():
 
 @pytest.fixture
 def make(clock):
-    made = []
+    lifecycles = []
 
     def make(environment=None, **config):
-        made.append(Lifecycle(LifecycleConfig(**config), environment or {}, clock))
-        return made[-1]
+        lifecycles.append(Lifecycle(LifecycleConfig(**config), environment or {}, clock))
+        return lifecycles[-1]
 
     yield make
-    for lifecycle in reversed(made):
+    for lifecycle in reversed(lifecycles):
         lifecycle.close()
 
 
-def test_a_quiet_run_goes_on(make):
+def test_an_undisturbed_run_continues(make):
     lifecycle = make()
     assert lifecycle.stop_flag() == 0
     assert lifecycle.stop_reason(0.0) is None
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
-def test_a_signal_is_a_wish_to_stop(make, name):
+def test_a_signal_stops_the_run(make, name):
     lifecycle = make()
     os.kill(os.getpid(), getattr(signal, name))
     assert lifecycle.stop_reason(lifecycle.stop_flag()) == f"received {name}"
 
 
-def test_the_first_interrupt_asks_and_a_later_second_one_insists(make, clock):
+def test_a_second_interrupt_a_second_later_is_immediate(make, clock):
     make()
     os.kill(os.getpid(), signal.SIGINT)
     clock.now += 0.2
-    os.kill(os.getpid(), signal.SIGINT)  # a launcher passing the same Ctrl-C on
+    os.kill(os.getpid(), signal.SIGINT)  # a launcher passes on the same Ctrl-C
     clock.now += 2
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
@@ -74,19 +75,23 @@ def test_the_end_of_a_slurm_job_with_its_margin(make, clock):
     assert lifecycle.stop_reason(lifecycle.stop_flag()) == "the Slurm job ends soon"
 
 
-def test_the_sum_of_votes_gives_one_reason_however_many_ranks_vote(make, clock):
+def test_the_sum_of_stop_flags_gives_one_reason_for_any_number_of_ranks(make, clock):
     limited = make(time_limit_minutes=1.0)
     clock.now += 60
-    told = make()
+    signalled = make()
     os.kill(os.getpid(), signal.SIGTERM)
     ranks = 100_000
-    for votes in (limited.stop_flag(), ranks * limited.stop_flag()):
-        assert "time_limit" in Lifecycle.stop_reason(votes)
-    for votes in (told.stop_flag(), ranks * told.stop_flag(), told.stop_flag() + ranks * limited.stop_flag()):
-        assert Lifecycle.stop_reason(votes) == "received SIGTERM"
+    for stop_flags in (limited.stop_flag(), ranks * limited.stop_flag()):
+        assert "time_limit" in Lifecycle.stop_reason(stop_flags)
+    for stop_flags in (
+        signalled.stop_flag(),
+        ranks * signalled.stop_flag(),
+        signalled.stop_flag() + ranks * limited.stop_flag(),
+    ):
+        assert Lifecycle.stop_reason(stop_flags) == "received SIGTERM"
 
 
-def test_closing_gives_the_signals_back(make):
+def test_closing_restores_the_signal_handlers(make):
     before = signal.getsignal(signal.SIGTERM)
     lifecycle = make()
     assert signal.getsignal(signal.SIGTERM) != before

@@ -10,22 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_sets import captions, mixture, texts
 
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data import build_mixture, step_batches
-from megatron_ext.data.decoding import decode
 from megatron_ext.data.packed_rows import PackedRows
+from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.errors import UserError
-from megatron_ext.vocabulary import Vocabulary
+from support.data_sets import captions, write_pairs
+from support.programs import PYTHON_PATH
 
+SENTENCES = [["a red square"]] * 40
 LOADERS = [("plain", 0), ("plain", 2), ("dali", 0), ("dali", 1), ("dali", 2)]
-
-
-@pytest.fixture
-def blend(tmp_path):
-    pairs, plain = captions(tmp_path / "pairs", 80), texts(tmp_path / "plain", 30, longest=200)
-    return mixture((pairs, "generation", 1.0), (pairs, "understanding", 1.0), (plain, "text", 0.5), caption_dropout=0.1)
 
 
 def settings(loader, workers=0) -> DataConfig:
@@ -44,7 +39,7 @@ def test_every_loader_gives_the_rows_of_the_step_it_is_at(blend, loader, workers
     for step in range(7, 11):
         batch = next(batches)
         assert batches.wait_seconds > 0
-        assert_equal(batch, decode(rows.packed_tokens(step * 5, step * 5 + 5), blend.special.pad).tensors())
+        assert_equal(batch, unpack(rows.packed_tokens(step * 5, step * 5 + 5), blend.special.pad).tensors())
     with pytest.raises(StopIteration):
         next(batches)
     batches.close()
@@ -84,9 +79,8 @@ def test_a_lost_worker_ends_the_run_instead_of_hanging_it(blend):
 
 
 TRAINER = """
-import multiprocessing, sys, time
-sys.path.insert(0, {here!r})
-from data_sets import mixture
+import multiprocessing, time
+from support.data_sets import mixture
 from megatron_ext.config import DataConfig
 from megatron_ext.data import step_batches
 batches = step_batches(mixture(({path!r}, "generation", 1.0)), DataConfig(sequence_length=64, loader={loader!r}), 5, 0)
@@ -99,10 +93,10 @@ print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 def start_trainer(tmp_path, loader, then) -> tuple[subprocess.Popen, list[str]]:
     """A program that trains with one worker and then does something; with the worker's process id."""
     path = captions(tmp_path / "pairs", 80)
-    program = TRAINER.format(here=str(Path(__file__).parent), path=path, loader=loader, then=then)
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    program = TRAINER.format(path=path, loader=loader, then=then)
+    environment = os.environ | {"PYTHONPATH": PYTHON_PATH}
+    command = [sys.executable, "-c", program]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     workers = trainer.stdout.readline().split()
     assert len(workers) == 1 and alive(workers[0])
     return trainer, workers
@@ -152,34 +146,8 @@ def test_workers_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("vocabulary")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red square above a blue circle", "how many shapes are there"] * 20),
-        model_prefix=str(folder / "text"),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return Vocabulary.create(folder, folder / "text.model", 64)
-
-
-def write_for(vocabulary, prefix, vq="vq"):
-    from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
-
-    metadata = {"fingerprint": vq, "grid": [2, 4], "codebook_size": 64}
-    with DatasetWriter(prefix, vocabulary.fingerprint, metadata, {}) as writer:
-        for code in range(40):
-            image = vocabulary.image_ids(torch.full((8,), code).numpy())
-            writer.add([(IMAGE, image), (ANSWER, vocabulary.encode("a red square"))])
-    return str(prefix)
-
-
 def test_a_mixture_from_the_configuration(tmp_path, vocabulary):
-    path = write_for(vocabulary, tmp_path / "pairs")
+    path = write_pairs(tmp_path / "pairs", vocabulary, SENTENCES)
     sources = [SourceConfig(path, "generation"), SourceConfig(path, "understanding")]
     config = DataConfig(sequence_length=128, caption_dropout=0.5, loader="plain", workers=0)
     train = build_mixture(sources, config, vocabulary, train=True)
@@ -190,7 +158,7 @@ def test_a_mixture_from_the_configuration(tmp_path, vocabulary):
 
 
 def test_validation_rows_do_not_depend_on_the_run(tmp_path, vocabulary):
-    sources = [SourceConfig(write_for(vocabulary, tmp_path / "pairs"), "generation")]
+    sources = [SourceConfig(write_pairs(tmp_path / "pairs", vocabulary, SENTENCES), "generation")]
     mixtures = [
         build_mixture(sources, DataConfig(sequence_length=128, seed=seed, caption_dropout=0.5), vocabulary, train=False)
         for seed in (1, 2)
@@ -206,7 +174,7 @@ def test_another_vocabulary_is_refused(tmp_path, vocabulary):
 
 
 def test_images_of_two_vq_models_are_refused(tmp_path, vocabulary):
-    paths = [write_for(vocabulary, tmp_path / name, vq=name) for name in ("one", "two")]
+    paths = [write_pairs(tmp_path / name, vocabulary, SENTENCES, vq=name) for name in ("one", "two")]
     with pytest.raises(UserError, match=r"two: images were encoded with VQ model two, those of .*one with one"):
         build_mixture([SourceConfig(path, "generation") for path in paths], DataConfig(), vocabulary, train=True)
 

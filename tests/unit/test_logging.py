@@ -1,18 +1,21 @@
-"""What a run writes about itself can be read back, also after it was killed and resumed."""
+"""What a run logs can be read back, also after it was killed and resumed."""
 
 import gzip
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ext.callbacks.logging import Logger, console_line, duration
-from megatron_ext.callbacks.profiling import ProfileWindow
+from megatron_ext.callbacks.logging import Logger, console_line
+from megatron_ext.callbacks.profiling import Profiling
+from megatron_ext.command_line import duration
 from megatron_ext.config import Config, LoggingConfig, TrainingConfig
+from megatron_ext.training.callback import StepRecord
 from megatron_ext.training.devices import model_flops_utilisation, peak_flops
 from megatron_ext.training.metrics import MetricsFile, read_metrics
 
@@ -62,7 +65,7 @@ def test_numbers_that_are_not_finite_are_null_in_strict_json(config, tmp_path):
     assert strict["loss"] is None and strict["grad_norm"] is None and strict["skip_reason"] == "the loss is nan"
 
 
-def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint(config, tmp_path):
+def test_a_resumed_run_removes_records_after_its_checkpoint(config, tmp_path):
     run(config, range(1, 8))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
         stream.write('{"iteration": 8, "lo')
@@ -88,10 +91,10 @@ def test_tensorboard_has_the_curves_and_a_resumed_run_replaces_its_tail(config, 
     )
     curve = {e.step: e.value for e in events.Scalars("loss/all")}
     assert curve == pytest.approx({1: 5.0, 2: 2.5, 3: 5 / 3, 4: 7.0, 5: 7.0})
-    assert len(events.Scalars("loss/all")) == 5
+    assert [event.step for event in events.Scalars("loss/all")] == [1, 2, 3, 4, 5]
 
 
-def test_the_console_line_says_what_one_wants_to_know():
+def test_the_console_line():
     line = console_line(record(7, mfu=0.412, flops_ratio=0.56), iterations=1000, seconds_left=3723)
     assert line == (
         "   7/1000 | loss 0.7143 (understanding 2.0000, generation 3.0000) | lr 3.00e-04 | grad norm 1.25 | "
@@ -108,10 +111,10 @@ def test_a_skipped_step_and_a_validation_have_their_own_console_lines(config):
 def test_an_evaluation_has_its_own_console_line_and_charts(config, tmp_path):
     pictures = [("a red circle", tmp_path / "0000.png")]
     Image.new("RGB", (6, 4), "red").save(pictures[0][1])
-    found = {"pope_accuracy": 61.25, "mme_perception": 900.0, "evaluation_seconds": 7.5}
-    lines = run(config, [3], pictures=pictures, **found)
-    said = f"pope accuracy 61.2, mme perception 900.0, 1 picture in {tmp_path} (7.5 s)"
-    assert lines[1] == f"iteration 3: evaluation {said}"
+    figures = {"pope_accuracy": 61.25, "mme_perception": 900.0, "evaluation_seconds": 7.5}
+    lines = run(config, [3], pictures=pictures, **figures)
+    expected = f"pope accuracy 61.2, mme perception 900.0, 1 picture in {tmp_path} (7.5 s)"
+    assert lines[1] == f"iteration 3: evaluation {expected}"
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert events.Scalars("pope/accuracy")[0].value == 61.25
@@ -121,9 +124,9 @@ def test_an_evaluation_has_its_own_console_line_and_charts(config, tmp_path):
 
 
 def test_the_time_left_follows_the_pace_of_this_process(config):
-    now = iter([100.0, 130.0])
+    times = iter([100.0, 130.0])
     lines = []
-    logger = Logger(config, resumed_iteration=4, say=lines.append, clock=lambda: next(now))
+    logger = Logger(config, resumed_iteration=4, say=lines.append, clock=lambda: next(times))
     logger.log(record(7))
     logger.close()
     assert lines[0].endswith("left 0:30")  # 3 iterations in 30 s, 3 to go
@@ -147,7 +150,7 @@ def test_wandb_offline_writes_a_run_and_resumes_the_same_one(config, tmp_path):
     assert Image.open(picture).size == (6, 4)
 
 
-def test_absent_wandb_is_said_in_one_line_and_the_run_goes_on(config, tmp_path, monkeypatch):
+def test_without_wandb_one_line_says_so_and_the_run_continues(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config.logging = LoggingConfig(wandb="online", tensorboard=False)
     lines = run(config, [1])
@@ -181,13 +184,16 @@ def test_an_unknown_device_has_no_mfu():
 
 
 def test_the_profiler_traces_its_window_only(tmp_path):
-    window = ProfileWindow(LoggingConfig(profile_start=2, profile_iterations=2), tmp_path, rank=0)
+    profiling = Profiling(LoggingConfig(profile_start=2, profile_iterations=2), tmp_path, rank=0)
+    run = SimpleNamespace(progress=SimpleNamespace(iteration=0))
     written = []
     for iteration in range(1, 6):
-        window.begin(iteration)
+        profiling.before_batch(run)
         torch.ones(iteration, 7).sum()
-        written.append(window.end(iteration))
-    assert [w is not None for w in written] == [False, False, True, False, False]
-    trace = json.loads(gzip.decompress(written[2].read_bytes()))
+        run.progress.iteration = iteration
+        profiling.after_step(run, StepRecord({"iteration": iteration}))
+        written.append(profiling.file.exists())
+    assert written == [False, False, True, True, True]
+    trace = json.loads(gzip.decompress(profiling.file.read_bytes()))
     shapes = {tuple(e["args"]["Input Dims"][0]) for e in trace["traceEvents"] if e.get("name") == "aten::sum"}
     assert shapes == {(2, 7), (3, 7)}

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from data_sets import FIRST_CODE, captions, mixture, texts, write
 
 from megatron_ext.data import counter_random
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
 from megatron_ext.data.mixture import blend_counts
 from megatron_ext.errors import UserError
+from support.data_sets import FIRST_CODE, captions, mixture, texts, write
 
 PICTURE = (IMAGE, [FIRST_CODE] * 8)
 

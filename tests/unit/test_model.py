@@ -16,6 +16,7 @@ from megatron_ext.routing.route import Route, image_places
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.norm import RMSNorm
+from megatron_ext.transformer.resolved import resolve
 from megatron_ext.transformer.specs import transformer_config
 
 VOCABULARY = 160
@@ -48,7 +49,7 @@ def losses_of(model, batch: Batch) -> torch.Tensor:
     return model.token_losses(model(route), batch.labels.flatten()[route.targets])
 
 
-def draw_everything(model) -> None:
+def randomize(model) -> None:
     """Weights, norms included, that leave no term of the model invisible."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -58,20 +59,20 @@ def draw_everything(model) -> None:
 
 def test_learned_positions_are_added_to_image_tokens_alone(one_process):
     config = one_process(*SHAPE, "data.sequence_length=12", "model.max_image_tokens=4")
-    (model,) = build_chunks(config, VOCABULARY)
-    draw_everything(model)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
+    randomize(model)
     batch = one_document_rows(2, 12)
     batch.modality[0, 2:5] = batch.modality[0, 7:11] = batch.modality[1, :2] = Modality.IMAGE
     batch.document[1, 2:] = 1
     batch.modality[1, 2:4] = Modality.IMAGE  # of the next document
     expected = torch.tensor([[0, 0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 0], [1, 2, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0]])
     assert np.array_equal(image_places(batch.arrays()), expected)
-    found = logits_of(model, batch)
+    logits = logits_of(model, batch)
     table = torch.cat([torch.zeros(1, 64), model.image_positions.weight.detach()])
     added = table[expected].view(-1, 1, 64)
     model.image_positions = None
     model.embedding.register_forward_hook(lambda module, inputs, output: output + added)
-    assert torch.allclose(found, logits_of(model, batch), atol=1e-6)
+    assert torch.allclose(logits, logits_of(model, batch), atol=1e-6)
     model.image_positions = torch.nn.Embedding(3, 64)
     with pytest.raises(UserError, match="an image has 4 tokens, model.max_image_tokens is 3"):
         logits_of(model, batch)
@@ -79,8 +80,8 @@ def test_learned_positions_are_added_to_image_tokens_alone(one_process):
 
 def test_logits_equal_stock_megatron(one_process):
     config = one_process(*SHAPE, "data.sequence_length=40")
-    (model,) = build_chunks(config, VOCABULARY)
-    draw_everything(model)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
+    randomize(model)
     stock = GPTModel(
         config=dataclasses.replace(model.config, use_te_activation_func=False),
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
@@ -114,7 +115,7 @@ def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
     if scaling:
         rotary |= {"rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rotary |= {"original_max_position_embeddings": 8192}
-    theirs = LlamaForCausalLM(
+    llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=64,
@@ -127,18 +128,18 @@ def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
             rope_parameters=rotary,
         )
     )
-    draw_everything(theirs)
-    (model,) = build_chunks(config, VOCABULARY)
-    model.load_state_dict(from_llama(theirs.state_dict(), config.model), strict=False)
+    randomize(llama)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
+    model.load_state_dict(from_llama(llama.state_dict(), config.model), strict=False)
     batch = one_document_rows(2, length)
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(model, batch), theirs(batch.tokens).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits_of(model, batch), llama(batch.tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):
     config = one_process(*SHAPE, "data.sequence_length=48")
-    (model,) = build_chunks(config, VOCABULARY)
-    draw_everything(model)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
+    randomize(model)
     lengths = [11, 1, 24, 7]  # and 5 of padding
     alone = one_document_rows(len(lengths), max(lengths))
     packed = one_document_rows(1, 48)
@@ -159,7 +160,7 @@ def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):
 
 def test_the_norm_is_torch_s_with_its_gradients(one_process):
     config = one_process("model.hidden_size=64")
-    norm = RMSNorm(transformer_config(config), 64, eps=1e-5)
+    norm = RMSNorm(transformer_config(resolve(config)), 64, eps=1e-5)
     torch.nn.init.normal_(norm.weight)
     rows = torch.randn(6, 1, 64, requires_grad=True)
     expected = torch.nn.functional.rms_norm(rows, (64,), norm.weight, 1e-5)

@@ -1,19 +1,15 @@
 """From the start of a step to the reduction of its losses the host waits for nothing, and layers start few kernels."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from tracing import Trace, world_on_meta
 
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.training import step as step_module
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from megatron_ext.transformer.resolved import resolve
 from parity import VOCABULARY, packed_batch
+from support.tracing import Trace, world_on_meta
 
 SHAPE = (
     "model.hidden_size=64",
@@ -29,9 +25,9 @@ LAYOUTS = {"tp1": [], "tp4-sp": ["parallel.tensor=4", "parallel.sequence=true"]}
 
 def traced(config) -> Trace:
     """Forward, loss and backward of all micro-batches, and what finishes gradients."""
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     optimizer = build_optimizer(config, chunks)
-    step = prepare(packed_batch(2, 96, seed=1), config, torch.device("meta"))
+    step = prepare(packed_batch(2, 96, seed=1), resolve(config), torch.device("meta"))
     with Trace() as trace:
         for chunk in chunks:
             chunk.zero_grad_buffer()

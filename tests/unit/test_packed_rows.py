@@ -5,18 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from data_sets import SPECIAL, captions, mixture, texts, write
 
 from megatron_ext.data import packed_rows as rows_module
 from megatron_ext.data.format import TEXT
 from megatron_ext.data.packed_rows import PackedRows, StepRows
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-
-
-@pytest.fixture
-def blend(tmp_path):
-    pairs, plain = captions(tmp_path / "pairs", 80), texts(tmp_path / "plain", 30, longest=200)
-    return mixture((pairs, "generation", 1.0), (pairs, "understanding", 1.0), (plain, "text", 0.5), caption_dropout=0.1)
+from support.data_sets import SPECIAL, captions, mixture, write
 
 
 def test_a_row_depends_on_its_number_alone(blend, monkeypatch):
@@ -97,8 +91,8 @@ def test_a_long_text_is_cut_into_pieces_that_predict_every_token_once(tmp_path):
         batch = rows[row]
         for number, (_, document, epoch) in enumerate(rows.documents(row)):
             if epoch == 0:
-                mine = (batch.document[0] == number) & (batch.loss_mask[0] > 0)
-                predicted.update((document, label) for label in batch.labels[0][mine].tolist())
+                learnt = (batch.document[0] == number) & (batch.loss_mask[0] > 0)
+                predicted.update((document, label) for label in batch.labels[0][learnt].tolist())
                 pieces[document] += 1
     assert predicted == Counter((i, token) for i, ids in enumerate(stored) for token in [*ids, SPECIAL.eod])
     assert [pieces[document] for document in range(6)] == [1, 1, 2, 2, 4, 7]

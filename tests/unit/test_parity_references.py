@@ -1,19 +1,15 @@
-"""The references of benchmarks/parity.py: made on a CPU alone, refused where they do not fit."""
+"""The references of benchmarks/parity.py: only a CPU makes them, and those that do not fit are refused."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import parity
-from one_gpu import share_one_gpu
-from parity_references import Measured, References, errors
-
 from megatron_ext import cpu
 from megatron_ext.errors import UserError
+from one_gpu import share_one_gpu
+from parity_references import Measured, References, errors
 
 NUMBERS = torch.arange(4.0)
 
@@ -28,29 +24,33 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert references.missing(["dense", "rank 4"]) == ["dense", "rank 4"]
     references.save("rank 4", measured())
     assert references.missing(["dense", "rank 4"]) == ["dense"]
-    assert References(tmp_path, NUMBERS + 1e-7).load("rank 4").losses == [2.0, 1.0]
+    loaded = References(tmp_path, NUMBERS + 1e-7).load("rank 4")
+    assert (loaded.losses, loaded.norms) == ([2.0, 1.0], [3.0, 3.0])
+    assert torch.equal(loaded.logits[0], measured().logits[0]) and len(loaded.logits) == 1
+    assert loaded.gradients.keys() == measured().gradients.keys()
+    assert torch.equal(*(m.gradients["decoder.final_layernorm.weight"] for m in (loaded, measured())))
 
 
 def test_errors_are_relative(one_process):
     one_process()
-    assert set(errors(measured(), measured()).values()) == {0.0}
-    found = errors(measured(1.5), measured())
-    assert (found["loss"], found["logits"], found["gradient"]) == pytest.approx((0.5, 0.5, 0.5))
-    assert found["gradient_norm"] == 0
+    equal = {"loss": 0.0, "logits": 0.0, "gradient": 0.0, "gradient_norm": 0.0, "later_losses": 0.0}
+    assert errors(measured(), measured()) == equal
+    half_too_large = equal | {"loss": 0.5, "logits": 0.5, "gradient": 0.5, "later_losses": 0.5}
+    assert errors(measured(1.5), measured()) == pytest.approx(half_too_large)
 
 
 @pytest.mark.parametrize("numbers", [NUMBERS[:3], NUMBERS + 0.01], ids=["another shape", "other numbers"])
 def test_references_of_other_weights_or_rows_are_refused(tmp_path, numbers):
     References(tmp_path, NUMBERS).save("dense", measured())
-    with pytest.raises(UserError, match="dense.pt: made with other settings"):
+    with pytest.raises(UserError, match="dense.pt: computed with other settings"):
         References(tmp_path, numbers).load("dense")
 
 
-def test_a_gpu_makes_no_references(tmp_path, monkeypatch):
+def test_a_gpu_computes_no_references(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "available", lambda: False)
-    with pytest.raises(UserError, match="no reference, and a GPU makes none; on a CPU: python benchmarks/parity.py"):
+    with pytest.raises(UserError, match="no reference, and a GPU computes none; on a CPU: python benchmarks/parity.py"):
         References(tmp_path, NUMBERS).save("dense", measured())
-    with pytest.raises(UserError, match="no reference for himix, and a GPU makes none"):
+    with pytest.raises(UserError, match="no reference for himix, and a GPU computes none"):
         parity.compare(["tp1"], ["himix"], [], minutes=1, references=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -9,6 +9,7 @@ from megatron_ext.config import Config, PlanConfig
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS, Plan, Role, with_roles
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training.validation import validate
 
 EXAMPLES = Path(__file__).parents[2] / "examples/configs"
 
@@ -29,17 +30,17 @@ def test_dense_is_full_everywhere():
 
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p != "dense"])
 def test_presets_touch_image_tokens_of_their_task_alone(preset):
-    made = plan(f"preset={preset}")
-    assert not made.is_dense
+    resolved = plan(f"preset={preset}")
+    assert not resolved.is_dense
     for task in Task:
-        assert layers(made, task, Modality.TEXT, Role.FULL) == list(range(16))
-    kept = layers(made, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY)
-    skipped = layers(made, Task.GENERATION, Modality.IMAGE, Role.SKIP)
+        assert layers(resolved, task, Modality.TEXT, Role.FULL) == list(range(16))
+    kept = layers(resolved, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY)
+    skipped = layers(resolved, Task.GENERATION, Modality.IMAGE, Role.SKIP)
     assert kept == (list(range(16)) if "himix" in preset else [])
     assert skipped == ([6, 7, 8] if "hmgen" in preset else [])
     expected = {"share_partial": "delta", "separate": "separate", "share_all": "shared", "himix": "shared"}
     kind = next((kind for end, kind in expected.items() if preset.endswith(end)), "separate")
-    assert made.projections.kind == kind and made.projections.modules == ("qkv", "proj")
+    assert resolved.projections.kind == kind and resolved.projections.modules == ("qkv", "proj")
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_presets_touch_image_tokens_of_their_task_alone(preset):
     ],
 )
 def test_shallow_layers_by_count_place_or_list(settings, skipped):
-    made = plan("preset=hmgen", *settings)
-    assert layers(made, Task.GENERATION, Modality.IMAGE, Role.SKIP) == skipped
+    resolved = plan("preset=hmgen", *settings)
+    assert layers(resolved, Task.GENERATION, Modality.IMAGE, Role.SKIP) == skipped
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -69,20 +70,20 @@ def test_a_trained_model_takes_other_roles_and_keeps_its_projections(preset):
 
 
 def test_himix_may_begin_late():
-    made = plan("preset=himix", "himix_start=12")
-    assert layers(made, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY) == [12, 13, 14, 15]
+    resolved = plan("preset=himix", "himix_start=12")
+    assert layers(resolved, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY) == [12, 13, 14, 15]
 
 
 def test_later_entries_of_a_table_win():
-    made = plan(
+    resolved = plan(
         "preset=hmgen",
         "table=[{layers: '2-4,7-', task: all, modality: image, role: kv_only},"
         " {layers: 3, task: generation, modality: all, role: full}]",
         num_layers=9,
     )
-    assert layers(made, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY) == [2, 3, 4, 7, 8]
-    assert layers(made, Task.GENERATION, Modality.IMAGE, Role.KV_ONLY) == [2, 4, 7, 8]
-    assert made.name == "hmgen+table"
+    assert layers(resolved, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY) == [2, 3, 4, 7, 8]
+    assert layers(resolved, Task.GENERATION, Modality.IMAGE, Role.KV_ONLY) == [2, 4, 7, 8]
+    assert resolved.name == "hmgen+table"
 
 
 def test_components_of_image_tokens():
@@ -118,19 +119,19 @@ def test_what_does_not_fit_is_named(settings, words):
 def test_impossible_plans_are_refused_with_the_configuration():
     config = config_file.load(Config, [], ["plan.preset=himix", "plan.himix_start=9"])
     with pytest.raises(UserError, match="plan.himix_start"):
-        config.validate(world_size=1)
+        validate(config, world_size=1)
     delta = ["plan.projections={kind: delta, rank: 3}", "parallel.tensor=2"]
     with pytest.raises(UserError, match=r"plan.projections.rank \(3\) is not divisible by parallel.tensor \(2\)"):
-        config_file.load(Config, [], delta).validate(world_size=2)
+        validate(config_file.load(Config, [], delta), world_size=2)
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "methods").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_example_of_a_method_lies_over_a_model(file):
     config = config_file.load(Config, [EXAMPLES / "tiny.yaml", file])
-    config.validate(world_size=1)
-    made = Plan.of(config.plan, config.model.num_layers)
-    share = "himix_hmgen_share_all+dense_share" if made.dense_share else file.stem
-    assert made.name == {"own_table": "dense+table"}.get(file.stem, share)
+    validate(config, 1)
+    resolved = Plan.of(config.plan, config.model.num_layers)
+    share = "himix_hmgen_share_all+dense_share" if resolved.dense_share else file.stem
+    assert resolved.name == {"own_table": "dense+table"}.get(file.stem, share)
 
 
 def test_every_preset_has_an_example():

@@ -3,12 +3,10 @@
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_sets import captions, mixture, texts
 
 from megatron_ext import config_file
 from megatron_ext.config import Config, DataConfig
@@ -19,8 +17,7 @@ from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import NO_TASK, Preparation
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from megatron_ext.transformer.resolved import resolve
 from parity import packed_batch
 
 ROWS, LENGTH = 6, 64
@@ -28,7 +25,7 @@ ROWS, LENGTH = 6, 64
 
 def preparation(*overrides: str) -> Preparation:
     settings = [f"data.sequence_length={LENGTH}", "training.micro_batch_size=2", *overrides]
-    return Preparation.of(config_file.load(Config, [], settings), vocab_size=200, pad=100)
+    return Preparation.of(resolve(config_file.load(Config, [], settings)), vocab_size=200, pad=100)
 
 
 def leaves(value, path: str = "") -> dict:
@@ -39,12 +36,6 @@ def leaves(value, path: str = "") -> dict:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {place: leaf for key, v in items for place, leaf in leaves(v, f"{path}.{key}").items()}
     return {path: value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value}
-
-
-@pytest.fixture
-def blend(tmp_path):
-    pairs, plain = captions(tmp_path / "pairs", 80), texts(tmp_path / "plain", 30, longest=200)
-    return mixture((pairs, "generation", 1.0), (pairs, "understanding", 1.0), (plain, "text", 0.5), caption_dropout=0.1)
 
 
 @pytest.mark.parametrize("loader, workers", [("plain", 0), ("plain", 1), ("dali", 1)])
@@ -97,7 +88,7 @@ def test_rows_are_filled_up_so_that_shapes_repeat():
     for seed in range(4):
         for micro_batch in prepare.step_input(packed_batch(4, LENGTH, seed)).micro_batches:
             route = micro_batch.route
-            assert all(size % 16 == 0 for layer in route.layers for size in layer.pieces.sizes)
+            assert all(size % 16 == 0 for layer in route.layers for size in layer.slices.sizes)
             assert all(x.size % 16 == 0 for layer in route.layers for x in (layer.query_positions, layer.key_positions))
             assert micro_batch.labels.size == micro_batch.tasks.size == route.head_rows.index.size
             assert micro_batch.labels.size % 16 == 0

@@ -5,22 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preprocess_material import CODES, GRID, caption_tar, encoded, make_vocabulary, make_vq, write_tar
 
 from megatron_ext import vq as vq_package
 from megatron_ext.data.format import ANSWER, IMAGE, Dataset, DatasetWriter
 from megatron_ext.errors import UserError
-from megatron_ext.preprocess import Options, check, dali_images, merge_shards, preprocess
+from megatron_ext.preprocess import PreprocessOptions, dali_decoder, merge_shards, preprocess, verify_data_set
+from support.images import caption_tar, encoded, write_tar
+from support.tiny_vq import CODES, GRID, make_vq
+from support.vocabularies import make_vocabulary
 
 
 @pytest.fixture(scope="module")
 def vq(tmp_path_factory):
     return vq_package.load(make_vq(tmp_path_factory.mktemp("vq")))
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    return make_vocabulary(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +42,8 @@ def restore(files: dict[str, bytes], folder: Path) -> Path:
     return folder / "set"
 
 
-def small(inputs, out, **options) -> Options:
-    return Options([Path(file) for file in inputs], out, **{"batch_size": 3, "part_samples": 4, **options})
+def small(inputs, out, **options) -> PreprocessOptions:
+    return PreprocessOptions([Path(file) for file in inputs], out, **{"batch_size": 3, "part_samples": 4, **options})
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -253,8 +250,8 @@ def test_images_without_a_vq_tokenizer_are_refused(tmp_path, tars, vocabulary):
 
 def test_checking_passes_what_is_right(tmp_path, whole, vocabulary, vq):
     restore(whole, tmp_path)
-    assert check(tmp_path / "set")["documents"] == 33
-    assert check(tmp_path / "set", vocabulary, vq.metadata)["images"] == 33
+    assert verify_data_set(tmp_path / "set")["documents"] == 33
+    assert verify_data_set(tmp_path / "set", vocabulary, vq.metadata)["images"] == 33
 
 
 @pytest.mark.parametrize("kind", ["bin", "idx"])
@@ -265,19 +262,19 @@ def test_checking_finds_truncation_and_alteration(tmp_path, whole, kind):
     content[100] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"set\.{kind}: sha256 differs"):
-        check(tmp_path / "set")
+        verify_data_set(tmp_path / "set")
     file.write_bytes(content[:-4])
     with pytest.raises(UserError, match=rf"set\.{kind}: .* bytes, the metadata says"):
-        check(tmp_path / "set")
+        verify_data_set(tmp_path / "set")
 
 
 def test_checking_finds_another_vocabulary_and_vq(tmp_path, whole, vocabulary, vq):
     restore(whole, tmp_path)
     other = make_vocabulary(tmp_path / "other", codes=CODES * 2)
     with pytest.raises(UserError, match=r"set\.json: of vocabulary .*, but .*other is"):
-        check(tmp_path / "set", other)
+        verify_data_set(tmp_path / "set", other)
     with pytest.raises(UserError, match=r"set\.json: encoded by the VQ tokenizer"):
-        check(tmp_path / "set", vocabulary, {**vq.metadata, "fingerprint": "0" * 16})
+        verify_data_set(tmp_path / "set", vocabulary, {**vq.metadata, "fingerprint": "0" * 16})
 
 
 def test_checking_finds_tokens_of_the_wrong_kind(tmp_path, vocabulary):
@@ -290,19 +287,19 @@ def test_checking_finds_tokens_of_the_wrong_kind(tmp_path, vocabulary):
 
     write([(IMAGE, image), (ANSWER, [vocabulary.eod])])
     with pytest.raises(UserError, match=rf"set\.bin: token {vocabulary.eod} in a text sequence"):
-        check(tmp_path / "set", vocabulary)
+        verify_data_set(tmp_path / "set", vocabulary)
     write([(IMAGE, [*image[1:], vocabulary.size]), (ANSWER, [5])])
     with pytest.raises(UserError, match=rf"set\.bin: token {vocabulary.size} in an image"):
-        check(tmp_path / "set", vocabulary)
+        verify_data_set(tmp_path / "set", vocabulary)
     with pytest.raises(UserError, match=rf"set\.bin: token {vocabulary.size} in an image"):
-        check(tmp_path / "set")
+        verify_data_set(tmp_path / "set")
     write([(IMAGE, image), (ANSWER, [vocabulary.image_offset + 1])])
     with pytest.raises(UserError, match=rf"set\.bin: token {vocabulary.image_offset + 1} in a text sequence"):
-        check(tmp_path / "set")
+        verify_data_set(tmp_path / "set")
 
 
 def test_without_dali_pillow_decodes(tmp_path, tars, vocabulary, vq, whole, monkeypatch, capsys):
-    monkeypatch.setattr(dali_images, "available", lambda: False)
+    monkeypatch.setattr(dali_decoder, "available", lambda: False)
     preprocess(small(tars, tmp_path / "pillow"), vocabulary, vq)
     assert "DALI is missing (pip install nvidia-dali-cuda130)" in capsys.readouterr().out
     (tmp_path / "dali").mkdir()

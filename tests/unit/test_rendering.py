@@ -4,11 +4,11 @@ Special tokens: bos 1, pad 100, <eod> 101, <boi> 102, <eoi> 103; image tokens ar
 """
 
 import pytest
-from data_sets import mixture, write
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
 from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.token_classes import Task
+from support.data_sets import mixture, write
 
 
 def render(tmp_path, document, task, length, caption_dropout=0.0):

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import reference
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -15,8 +14,10 @@ from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.plan import PRESETS, Plan, Role
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-from megatron_ext.transformer.layer import InPieces
+from megatron_ext.transformer.hidden_states import joined
 from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
+from support import reference
 
 VOCABULARY, LAYERS, LENGTH = 64, 4, 44
 SHAPE = (
@@ -70,7 +71,7 @@ def plan_of(config: Config) -> Plan:
 
 def build(config: Config, seed: int = 0, dtype: torch.dtype = torch.float64):
     """The model with every parameter drawn anew, so that no term of it is invisible."""
-    (model,) = build_chunks(config, VOCABULARY)
+    (model,) = build_chunks(resolve(config, VOCABULARY))
     rng = np.random.default_rng(seed)
     for parameter in model.parameters():
         noise = torch.from_numpy(0.2 * rng.standard_normal(parameter.shape))
@@ -239,9 +240,7 @@ def states_around_layers(model) -> list[tuple[torch.Tensor, torch.Tensor]]:
     inputs, seen = [], []
 
     def whole(hidden_states) -> torch.Tensor:
-        if isinstance(hidden_states, InPieces):
-            hidden_states = torch.cat(hidden_states.pieces)
-        return hidden_states.detach().clone()[:, 0]
+        return joined(hidden_states).detach().clone()[:, 0]
 
     def enter(_, args, kwargs):
         inputs.append(whole(args[0] if args else kwargs["hidden_states"]))

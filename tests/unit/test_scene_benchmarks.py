@@ -16,11 +16,13 @@ from test_scenes import judge, matching
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.registry import BENCHMARKS
-from megatron_ext.picture_world.benchmarks import MME, SEED_TYPES, BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.attributes import COLORS, SHAPES
+from megatron_ext.picture_world.benchmark_files import MME, SEED_TYPES, BenchmarkConfig, write_benchmarks
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.conversations import conversation
 from megatron_ext.picture_world.render import render
-from megatron_ext.picture_world.world import COLORS, HELD_OUT, SHAPES, Scene, make_scene
+from megatron_ext.picture_world.splits import HELD_OUT
+from megatron_ext.picture_world.world import Scene, make_scene
 
 CONFIG = BenchmarkConfig(pictures=60, size=48, seed=5)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -188,16 +190,16 @@ def test_a_split_without_held_out_pairs_can_be_asked_about_too(tmp_path):
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_what_is_complete_alone(tmp_path):
-    cards = [write_benchmarks(tmp_path / name, SMALL) for name in ("a", "b", "a")]
-    assert [manifest["made"] for manifest in cards] == [True, True, False]
-    assert len({manifest["fingerprint"] for manifest in cards}) == 1
+    manifests = [write_benchmarks(tmp_path / name, SMALL) for name in ("a", "b", "a")]
+    assert [manifest["created"] for manifest in manifests] == [True, True, False]
+    assert len({manifest["fingerprint"] for manifest in manifests}) == 1
     other = write_benchmarks(tmp_path / "a", BenchmarkConfig(pictures=2, size=32, seed=6))
-    assert other["made"] and other["fingerprint"] != cards[0]["fingerprint"]
+    assert other["created"] and other["fingerprint"] != manifests[0]["fingerprint"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_a_write_that_fails_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
-    from megatron_ext.picture_world import benchmarks
+    from megatron_ext.picture_world import benchmark_files as benchmarks
 
     def fail(folder, config):
         raise OSError("disk full")
@@ -207,7 +209,7 @@ def test_a_write_that_fails_leaves_nothing_that_looks_complete(tmp_path, monkeyp
         write_benchmarks(tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    assert write_benchmarks(tmp_path / "out", SMALL)["made"]
+    assert write_benchmarks(tmp_path / "out", SMALL)["created"]
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):

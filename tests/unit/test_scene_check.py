@@ -10,12 +10,13 @@ import torch
 from PIL import Image, ImageFilter
 
 from megatron_ext.errors import UserError
+from megatron_ext.picture_world.attributes import COLORS, SHAPES
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.check import check, compare, summary
+from megatron_ext.picture_world.detection import DetectedScene, detect
 from megatron_ext.picture_world.facts import read_caption
-from megatron_ext.picture_world.look import Seen, look
 from megatron_ext.picture_world.render import render
-from megatron_ext.picture_world.world import COLORS, SHAPES, Background, Scene, SceneObject, World, make_scene
+from megatron_ext.picture_world.world import Background, Scene, SceneObject, World, make_scene
 
 SCENES = [make_scene(3, split, index) for split in ("train", "test") for index in range(25)]
 PLAIN = [make_scene(3, split, index, World(variation=0.0)) for split in ("train", "test") for index in range(25)]
@@ -32,7 +33,7 @@ def noisy(picture: Image.Image, sigma: float) -> Image.Image:
     return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
 
 
-def objects(scene: Scene | Seen, *attributes: str) -> Counter:
+def objects(scene: Scene | DetectedScene, *attributes: str) -> Counter:
     return Counter(tuple(getattr(o, a) for a in attributes) for o in scene.objects)
 
 
@@ -41,7 +42,7 @@ def rates(scenes, size, degrade=lambda picture: picture) -> dict[str, float]:
     drawn; and the share of pictures without any mistake."""
     totals = Counter()
     for scene in scenes:
-        seen = look(degrade(render(scene, size)))
+        seen = detect(degrade(render(scene, size)))
         drawn = objects(scene, "color", "shape", "row", "column")
         found = objects(seen, "color", "shape", "row", "column")
         sized = ("color", "shape", "row", "column", "size")
@@ -84,16 +85,16 @@ def test_a_degraded_picture_is_still_read(degrade):
 def test_an_empty_picture_has_no_objects():
     for pattern in ("plain", "striped", "checkered", "dotted", "shaded"):
         for color in ("gray", "navy", "beige", "mint", "lavender"):
-            seen = look(render(Scene(0, "test", 0, Background(color, pattern, 1, 0.3), ()), 64))
+            seen = detect(render(Scene(0, "test", 0, Background(color, pattern, 1, 0.3), ()), 64))
             assert seen.objects == () and seen.background == color
 
 
 def test_a_picture_is_the_same_in_every_form():
     picture = render(SCENES[0], 64)
     tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
-    seen = look(picture)
-    assert seen == look(np.asarray(picture))
-    assert objects(seen, "color", "shape", "place") == objects(look(tensor), "color", "shape", "place")
+    seen = detect(picture)
+    assert seen == detect(np.asarray(picture))
+    assert objects(seen, "color", "shape", "place") == objects(detect(tensor), "color", "shape", "place")
     for wrong in (
         np.zeros((64, 64), np.uint8),
         np.zeros((64, 48, 3), np.uint8),
@@ -101,7 +102,7 @@ def test_a_picture_is_the_same_in_every_form():
         np.ones((64, 64, 3)),
     ):
         with pytest.raises(ValueError):
-            look(wrong)
+            detect(wrong)
 
 
 def test_captions_are_read_as_they_are_meant():
@@ -181,13 +182,13 @@ def test_relations_are_by_place():
     facts = read_caption("A red circle and a blue star. The red circle is left of the blue star.")
     red = SceneObject("circle", "red", "large", 1, 0, 0.17, 0.5, 0.15, 0.0)
     blue = SceneObject("star", "blue", "large", 1, 2, 0.83, 0.5, 0.15, 0.0)
-    assert compare(look(drawn([red, blue])), facts).all_right
-    swapped = compare(look(drawn([replace(red, column=2, x=0.83), replace(blue, column=0, x=0.17)])), facts)
+    assert compare(detect(drawn([red, blue])), facts).all_right
+    swapped = compare(detect(drawn([replace(red, column=2, x=0.83), replace(blue, column=0, x=0.17)])), facts)
     assert wrong_kinds(swapped) == {"relation"}
 
 
 def test_pictures_match_their_captions_and_not_those_of_others():
-    seen = [look(render(scene, 64)) for scene in SCENES]
+    seen = [detect(render(scene, 64)) for scene in SCENES]
     facts = [read_caption(caption(scene)) for scene in SCENES]
     own = summary(compare(s, f) for s, f in zip(seen, facts))
     shuffled = summary(compare(s, f) for s, f in zip(seen, facts[7:] + facts[:7]))
@@ -215,7 +216,7 @@ def test_every_shape_in_every_color_is_told_apart():
                 )
                 for n, color in enumerate(COLORS)
             ]
-            seen = look(drawn(items, ("gray", "navy", "beige", "mint", "lavender")[i % 5]))
+            seen = detect(drawn(items, ("gray", "navy", "beige", "mint", "lavender")[i % 5]))
             assert objects(seen, "shape", "color", "size", "place") == Counter(
                 (shape, o.color, size, o.place) for o in items
             )

@@ -13,12 +13,14 @@ import pytest
 from PIL import Image
 
 from megatron_ext.errors import UserError
+from megatron_ext.picture_world.attributes import COLORS, SHAPES
 from megatron_ext.picture_world.captions import caption, text
 from megatron_ext.picture_world.conversations import LETTER, SHORT, YES_OR_NO, conversation
-from megatron_ext.picture_world.questions import KINDS, TELLING, ask, questions
+from megatron_ext.picture_world.questions import DESCRIPTIVE, KINDS, ask, questions
 from megatron_ext.picture_world.render import RGB, render
-from megatron_ext.picture_world.world import COLORS, HELD_OUT, SHAPES, SPLITS, Scene, World, make_scene
-from megatron_ext.picture_world.write import SplitConfig, write_split
+from megatron_ext.picture_world.split_files import SplitConfig, write_split
+from megatron_ext.picture_world.splits import HELD_OUT, SPLITS
+from megatron_ext.picture_world.world import Scene, World, make_scene
 
 NUMBER = {w: n for n, w in enumerate(["zero", "one", "two", "three", "four", "five", "six"])}
 SCENES = {split: [make_scene(7, split, index) for index in range(300)] for split in SPLITS}
@@ -122,7 +124,7 @@ def test_answers_are_true(kind):
     for scene in ALL:
         for question in asked(scene, kind):
             assert question.answer == judge(scene, question.text), (scene, question)
-            assert kind in TELLING or question.answer in question.choices
+            assert kind in DESCRIPTIVE or question.answer in question.choices
             asked_at_all += 1
     assert asked_at_all > 500
 
@@ -153,7 +155,7 @@ def test_conversations_can_be_of_some_kinds_only():
 
 
 def test_what_tells_of_many_objects_is_asked_last():
-    orders = [[question.kind in TELLING for question in questions(scene, 12)] for scene in SCENES["train"][:100]]
+    orders = [[question.kind in DESCRIPTIVE for question in questions(scene, 12)] for scene in SCENES["train"][:100]]
     assert all(order == sorted(order) for order in orders) and sum(map(sum, orders)) > 100
 
 
@@ -300,8 +302,8 @@ CONFIG = SplitConfig(split="train", count=12, texts=5, size=32, forms=("tar", "f
 
 
 def test_the_same_settings_give_the_same_bytes_with_any_number_of_workers(tmp_path):
-    cards = [write_split(tmp_path / str(workers), CONFIG, workers) for workers in (1, 2)]
-    assert cards[0] == cards[1]
+    manifests = [write_split(tmp_path / str(workers), CONFIG, workers) for workers in (1, 2)]
+    assert manifests[0] == manifests[1]
     files = [sorted(p.relative_to(tmp_path / w) for p in (tmp_path / w).rglob("*")) for w in ("1", "2")]
     assert files[0] == files[1]
     for file in files[0]:
@@ -310,8 +312,8 @@ def test_the_same_settings_give_the_same_bytes_with_any_number_of_workers(tmp_pa
 
 
 def test_the_files_are_what_they_should_be_and_a_complete_split_is_left_alone(tmp_path):
-    assert write_split(tmp_path, CONFIG, 1)["made"]
-    assert not write_split(tmp_path, CONFIG, 1)["made"]
+    assert write_split(tmp_path, CONFIG, 1)["created"]
+    assert not write_split(tmp_path, CONFIG, 1)["created"]
     folder = tmp_path / "train"
     assert [p.name for p in sorted(folder.glob("*.tar"))] == [f"train-{n:06}.tar" for n in range(3)]
     with tarfile.open(folder / "train-000001.tar") as archive:
@@ -332,4 +334,4 @@ def test_the_files_are_what_they_should_be_and_a_complete_split_is_left_alone(tm
 def test_other_settings_make_the_split_anew(tmp_path):
     first = write_split(tmp_path, CONFIG, 1)
     second = write_split(tmp_path, replace(CONFIG, seed=CONFIG.seed + 1), 1)
-    assert second["made"] and second["fingerprint"] != first["fingerprint"]
+    assert second["created"] and second["fingerprint"] != first["fingerprint"]

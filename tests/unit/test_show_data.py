@@ -3,25 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-
-import sentencepiece
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
-from megatron_ext.vocabulary import Vocabulary
-
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
+from support.vocabularies import make_vocabulary
 
 
 def test_the_tool_shows_the_documents_of_a_row_and_what_is_learnt(tmp_path):
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["how many shapes are there", "two"] * 20),
-        model_prefix=str(tmp_path / "text"),
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    vocabulary = Vocabulary.create(tmp_path / "vocabulary", tmp_path / "text.model", 64)
+    sentences = ["how many shapes are there", "two"] * 20
+    vocabulary = make_vocabulary(tmp_path / "vocabulary", codes=64, sentences=sentences)
     with DatasetWriter(
         tmp_path / "answers", vocabulary.fingerprint, {"fingerprint": "vq", "grid": [2, 3], "codebook_size": 64}, {}
     ) as writer:

@@ -1,8 +1,5 @@
 """One training step: the objective, recomputation, refused steps."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,15 +10,14 @@ from megatron_ext.token_classes import Task
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, train_step
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from megatron_ext.transformer.resolved import resolve
 from parity import VOCABULARY, packed_batch
 
 SMALL = ("data.sequence_length=48", "training.global_batch_size=4", "training.micro_batch_size=2")
 
 
 def gradients_and_loss(config) -> tuple[dict, float]:
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     optimizer = build_optimizer(config, chunks)
     gradients = {}
 
@@ -30,13 +26,13 @@ def gradients_and_loss(config) -> tuple[dict, float]:
         return False
 
     return gradients, train_step(
-        chunks, optimizer, prepare(packed_batch(4, 48, seed=3), config), config, accept=keep
+        chunks, optimizer, prepare(packed_batch(4, 48, seed=3), resolve(config)), config, accept=keep
     ).loss
 
 
 def test_objective_is_the_weighted_sum_of_task_means_over_the_global_batch(one_process):
     config = one_process(*SMALL, "training.task_weights={understanding: 2.0, generation: 0.5, text: 1.0}")
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     batch = packed_batch(4, 48, seed=3)
     expected = {}
     with torch.no_grad():
@@ -48,7 +44,7 @@ def test_objective_is_the_weighted_sum_of_task_means_over_the_global_batch(one_p
     for task in Task:
         counted = (batch.task == task) & (batch.loss_mask > 0)
         expected[task.name.lower()] = float(losses[counted].mean())
-    result = train_step(chunks, build_optimizer(config, chunks), prepare(batch, config), config)
+    result = train_step(chunks, build_optimizer(config, chunks), prepare(batch, resolve(config)), config)
     assert result.task_losses == pytest.approx(expected, rel=1e-5)
     weighted = 2 * expected["understanding"] + 0.5 * expected["generation"] + expected["text"]
     assert result.loss == pytest.approx(weighted, rel=1e-5)
@@ -56,10 +52,10 @@ def test_objective_is_the_weighted_sum_of_task_means_over_the_global_batch(one_p
 
 def test_a_task_without_loss_tokens_contributes_nothing(one_process):
     config = one_process(*SMALL)
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     batch = packed_batch(4, 48, seed=3)
     batch.loss_mask[batch.task == Task.GENERATION] = 0
-    result = train_step(chunks, build_optimizer(config, chunks), prepare(batch, config), config)
+    result = train_step(chunks, build_optimizer(config, chunks), prepare(batch, resolve(config)), config)
     assert "generation" not in result.task_losses
     assert result.loss == pytest.approx(sum(result.task_losses.values()), rel=1e-6)
 
@@ -90,32 +86,32 @@ def test_how_rows_are_cut_and_filled_up_changes_no_gradient(one_process, preset,
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_refused_step_changes_no_weight_and_an_accepted_one_does(one_process, precision):
     config = one_process(*SMALL, f"training.precision={precision}")
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     optimizer = build_optimizer(config, chunks)
     batch = packed_batch(4, 48, seed=3)
     before = [p.detach().clone() for p in chunks[0].parameters()]
-    refused = train_step(chunks, optimizer, prepare(batch, config), config, accept=lambda loss, norm: False)
+    refused = train_step(chunks, optimizer, prepare(batch, resolve(config)), config, accept=lambda loss, norm: False)
     assert not refused.applied
     assert all(torch.equal(p, q) for p, q in zip(chunks[0].parameters(), before))
-    assert train_step(chunks, optimizer, prepare(batch, config), config).applied
+    assert train_step(chunks, optimizer, prepare(batch, resolve(config)), config).applied
     assert not all(torch.equal(p, q) for p, q in zip(chunks[0].parameters(), before))
 
 
 def test_a_gradient_that_is_not_finite_is_refused_by_default(one_process):
     config = one_process(*SMALL)
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     chunks[0].module.decoder.final_layernorm.weight.data[0] = float("inf")
     assert not train_step(
-        chunks, build_optimizer(config, chunks), prepare(packed_batch(4, 48, seed=3), config), config
+        chunks, build_optimizer(config, chunks), prepare(packed_batch(4, 48, seed=3), resolve(config)), config
     ).applied
 
 
 def test_training_lowers_the_loss_and_evaluation_agrees_with_training(one_process):
     config = one_process(*SMALL, "optimizer.lr=1e-2")
-    chunks = build_model(config, VOCABULARY)
+    chunks = build_model(resolve(config, VOCABULARY))
     optimizer = build_optimizer(config, chunks)
     batch = packed_batch(4, 48, seed=3)
-    sums, counts = evaluate_step(chunks, prepare(batch, config), config)
-    losses = [train_step(chunks, optimizer, prepare(batch, config), config).loss for _ in range(8)]
+    sums, counts = evaluate_step(chunks, prepare(batch, resolve(config)), config)
+    losses = [train_step(chunks, optimizer, prepare(batch, resolve(config)), config).loss for _ in range(8)]
     assert float((sums / counts).sum()) == pytest.approx(losses[0], rel=1e-6)
     assert losses[-1] < 0.7 * losses[0]

@@ -1,4 +1,4 @@
-"""A study's runs, their lengths, states and locks; questions drawn again; the Slurm array; the report."""
+"""A study's runs, their lengths, states and locks; resampled questions; the Slurm array; the report."""
 
 import itertools
 import json
@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from preprocess_material import CODES, make_vocabulary
 
 from megatron_ext.analysis.bootstrap import interval
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
-from megatron_ext.evaluation.pictures import PictureScorer
+from megatron_ext.evaluation.picture_scorer import PictureScorer
 from megatron_ext.evaluation.registry import BENCHMARKS
 from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.files import read_json, write_json
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import collect, grid, questions, report, slurm, state, status, steps, study_file
 from megatron_ext.training.metrics import MetricsFile
+from support.data_sets import write_pairs, write_texts
+from support.vocabularies import make_vocabulary
 
 OTHER = {"yes": "no", "no": "yes"}
 NOTHING = {"benchmarks": [], "evaluate_as": {}}
@@ -33,17 +33,9 @@ NOTHING = {"benchmarks": [], "evaluate_as": {}}
 def data(tmp_path_factory) -> dict:
     """A configuration's data: pairs for both tasks, some texts; generation is 60 % of the documents with images."""
     folder = tmp_path_factory.mktemp("data")
-    words = make_vocabulary(folder / "vocabulary")
-    random = np.random.default_rng(0)
-    images = {"fingerprint": "none", "grid": [4, 4], "codebook_size": CODES}
-    text = np.array(words.encode("a red circle"), np.int32)
-    with DatasetWriter(folder / "pairs", words.fingerprint, images, {"made": "by a test"}) as writer:
-        for _ in range(50):
-            codes = words.image_ids(random.integers(0, CODES, 16)).astype(np.int32)
-            writer.add([(IMAGE, codes), (TEXT, text), (ANSWER, text)])
-    with DatasetWriter(folder / "texts", words.fingerprint, None, {"made": "by a test"}) as writer:
-        for _ in range(50):
-            writer.add([(TEXT, text)])
+    vocabulary = make_vocabulary(folder / "vocabulary")
+    write_pairs(folder / "pairs", vocabulary, [["a red circle", "a red circle"]] * 50, grid=(4, 4))
+    write_texts(folder / "texts", vocabulary, ["a red circle"] * 50)
     sources = [
         {"path": str(folder / "pairs"), "task": "understanding", "weight": 2},
         {"path": str(folder / "pairs"), "task": "generation", "weight": 3},
@@ -59,7 +51,7 @@ def data(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def measured() -> dict:
-    """What planning has measured, for all tests."""
+    """The measurements of planning, shared by all tests."""
     return {}
 
 
@@ -80,10 +72,10 @@ def study(data, measured, tmp_path):
     return make
 
 
-def test_runs_keep_the_sources_of_their_task_and_validate_on_all(study, measured):
-    made = study(seeds=[3])
-    runs = {run.method.name: run for run in grid.runs(made)}
-    measured["plan"] = read_json(Path(made.output) / "plan.json")
+def test_runs_keep_the_sources_of_their_tasks_and_validate_on_all(study, measured):
+    example = study(seeds=[3])
+    runs = {run.method.name: run for run in grid.runs(example)}
+    measured["plan"] = read_json(Path(example.output) / "plan.json")
     tasks = {name: [s.task for s in run.config.data.train] for name, run in runs.items()}
     assert tasks["dense"] == ["understanding", "generation", "text"]
     assert tasks["himix-u"] == ["understanding", "text"] and tasks["hmgen-g"] == ["generation", "text"]
@@ -138,7 +130,7 @@ def test_equal_tokens_steps_and_flops(study):
         assert flops * ratios[name] == pytest.approx(tokens, abs=1)
 
 
-def test_what_is_measured_of_the_data_is_measured_once(study, monkeypatch):
+def test_the_data_are_measured_once(study, monkeypatch):
     before = grid.runs(study())
     monkeypatch.setattr(grid, "Lengths", None)
     assert [run.iterations for run in grid.runs(study())] == [run.iterations for run in before]
@@ -169,37 +161,37 @@ def test_a_configuration_that_cannot_run_is_refused_before_any_run(study):
         grid.runs(study(sizes=sizes))
 
 
-def test_who_is_compared_with_whom_is_settled_in_the_study_file(study):
+def test_an_ambiguous_partner_run_is_refused(study):
     single = {"trained_on": "understanding", "partner_group": "a"}
     unified = {"name": "both", "trained_on": "unified", "partner_group": ["a", "b"]}
     with pytest.raises(
-        UserError, match="one and two share a partner group with both, which can have one partner for und"
+        UserError, match="one and two share a partner_group with both, which can have one partner run for und"
     ):
         study(methods=[unified, {"name": "one", **single}, {"name": "two", **single}])
     with pytest.raises(UserError, match="two methods trained on understanding are labelled 'x'; give each a label"):
         study(methods=[{"name": "one", "label": "x", **single}, {"name": "x", **single}])
 
 
-def test_what_evaluation_would_stumble_over_is_refused_before_training(study, tmp_path):
-    write_benchmarks(tmp_path / "made", BenchmarkConfig(pictures=3, size=16))
-    pope = {"name": "pope", "data": str(tmp_path / "made" / "pope")}
-    made = {"vq": str(tmp_path), "benchmarks": [pope], "evaluate_as": {"trained": []}}
+def test_evaluation_is_checked_before_training(study, tmp_path):
+    write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=3, size=16))
+    pope = {"name": "pope", "data": str(tmp_path / "benchmarks" / "pope")}
+    valid = {"vq": str(tmp_path), "benchmarks": [pope], "evaluate_as": {"trained": []}}
     for changes, message in (
         ({"benchmarks": [pope | {"parts": "popular,none"}]}, "none"),
-        ({"benchmarks": [pope | {"data": str(tmp_path / "no")}]}, "no: there is no such folder .benchmark pope"),
+        ({"benchmarks": [pope | {"data": str(tmp_path / "no")}]}, "no: no such folder .benchmark pope"),
         ({"evaluate_as": {"trained": [], "other": ["plan.presett=dense"]}}, "evaluate_as.other, run .*plan.presett"),
     ):
-        changed = study(evaluation=made | changes)
+        changed = study(evaluation=valid | changes)
         with pytest.raises(UserError, match=message):
             steps.check(grid.runs(changed), changed.evaluation)
     with pytest.raises(UserError, match="'evaluation.evaluate_as' needs an entry of"):
-        study(evaluation=made | {"evaluate_as": {"dense": ["plan.preset=dense"]}})
-    good = study(evaluation=made)
+        study(evaluation=valid | {"evaluate_as": {"dense": ["plan.preset=dense"]}})
+    good = study(evaluation=valid)
     steps.check(grid.runs(good), good.evaluation)
 
 
 def finish(run, loss=2.0) -> None:
-    """As training leaves a run, by its files."""
+    """Write the files of a finished training."""
     state.begin(run)
     write_json(run.folder / "FINISHED", {"iteration": run.iterations})
     losses = {f"validation_loss_{task}": loss for task in ("understanding", "generation")}
@@ -207,7 +199,7 @@ def finish(run, loss=2.0) -> None:
     MetricsFile(run.folder / "metrics.jsonl").write({"iteration": run.iterations} | cost | losses)
 
 
-def test_a_run_is_as_far_as_its_folder_says(study):
+def test_the_state_of_a_run_is_read_from_its_folder(study):
     run = grid.runs(study())[0]
     assert state.of(run, NOTHING).kind == "waiting"
     descriptor = state.lock(run)
@@ -224,32 +216,35 @@ def test_another_configuration_in_the_same_folder_is_refused_but_another_layout_
     settings = {"logging": {"interval": 5}, "checkpoint": {"keep": 1}}
     state.begin(grid.runs(study(settings=settings))[0])
     changed = grid.runs(study(settings={"optimizer": {"lr": 0.5}}))[0]
-    with pytest.raises(UserError, match="was begun with optimizer.lr = 0.0003, the study file now says 0.5; remove"):
+    with pytest.raises(UserError, match="was started with optimizer.lr = 0.0003, the study file now says 0.5; remove"):
         state.begin(changed)
     assert state.of(changed, NOTHING).kind == "changed"
 
 
 def test_figures_of_another_configuration_data_or_evaluation_are_not_collected(study, data, tmp_path):
-    write_benchmarks(tmp_path / "made", BenchmarkConfig(pictures=3, size=16))
-    pope = {"name": "pope", "data": str(tmp_path / "made" / "pope")}
+    write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=3, size=16))
+    pope = {"name": "pope", "data": str(tmp_path / "benchmarks" / "pope")}
     evaluation = {"vq": str(tmp_path), "benchmarks": [pope], "evaluate_as": {"trained": []}}
     runs = grid.runs(study(evaluation=evaluation))
 
     def collected(**changes) -> int:
-        made = study(**({"evaluation": evaluation} | changes))
-        return len(collect.collect(made, grid.runs(made)).rows)
+        example = study(**({"evaluation": evaluation} | changes))
+        return len(collect.collect(example, grid.runs(example)).rows)
 
     for run in runs:
         finish(run)
-        found = {"iterations": 1, "tokens": 1, "flops": 1.0, "flops_ratio": 1.0, "losses": {"generation loss": 2.0}}
-        asked = steps.fingerprint(run, study(evaluation=evaluation).evaluation)
-        write_json(run.folder / "result.json", found | {"evaluated": {"trained": {}}, "evaluation": asked})
+        figures = {"iterations": 1, "tokens": 1, "flops": 1.0, "flops_ratio": 1.0, "losses": {"generation loss": 2.0}}
+        fingerprint = steps.fingerprint(run, study(evaluation=evaluation).evaluation)
+        write_json(run.folder / "result.json", figures | {"evaluated": {"trained": {}}, "evaluation": fingerprint})
     assert collected() == len(runs)
     assert collected(settings={"optimizer": {"lr": 0.5}}) == 0
     of_generation_alone = sum(run.tasks == ("generation",) for run in runs)
-    for changes in ({"vq": str(tmp_path / "made")}, {"benchmarks": [pope | {"options": ["--max-new-tokens", "3"]}]}):
+    for changes in (
+        {"vq": str(tmp_path / "benchmarks")},
+        {"benchmarks": [pope | {"options": ["--max-new-tokens", "3"]}]},
+    ):
         assert collected(evaluation=evaluation | changes) == of_generation_alone
-    questions = tmp_path / "made" / "pope" / "coco_pope_random.json"
+    questions = tmp_path / "benchmarks" / "pope" / "coco_pope_random.json"
     questions.write_text(questions.read_text().replace("Is there", "Do you see"))
     steps._checksum.cache_clear()  # kept as long as the program runs
     assert collected() == of_generation_alone
@@ -262,17 +257,17 @@ def test_figures_of_another_configuration_data_or_evaluation_are_not_collected(s
         metadata.write_text(before)
 
 
-def test_a_failure_is_told_by_the_line_that_says_what_was_wrong(tmp_path):
+def test_a_failure_is_described_by_the_error_line_of_the_log(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("== training: x\na.py: old\n== evaluation: y\n[rank1]: evaluate.py: x.json: no such file\n=======\n")
     assert state.last_line(log) == "evaluate.py: x.json: no such file"
     log.write_text("== training: x\nfine\ndisk: no room\n-----\n")
     assert state.last_line(log) == "disk: no room"
     log.write_text("== training: x\n")
-    assert state.last_line(log) == "it said nothing"
+    assert state.last_line(log) == "no output"
 
 
-def test_a_program_that_was_started_keeps_the_lock_of_a_study_that_is_gone(study):
+def test_a_running_program_keeps_the_lock_of_a_killed_study(study):
     run = grid.runs(study())[0]
     descriptor = state.lock(run)
     program = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
@@ -283,17 +278,17 @@ def test_a_program_that_was_started_keeps_the_lock_of_a_study_that_is_gone(study
     assert not state.locked(run)
 
 
-def test_the_report_names_what_is_missing_and_states_what_it_rests_on(study):
+def test_the_report_names_unfinished_runs_and_its_uncertainty(study):
     from megatron_ext.study import outcome
 
-    made = study(seeds=[1, 2], replicates=50)
-    runs = grid.runs(made)
+    example = study(seeds=[1, 2], replicates=50)
+    runs = grid.runs(example)
     for run in runs[:-2]:
         finish(run, loss=2.0 + 0.1 * run.seed * len(run.tasks))
-        outcome.write(run, made.evaluation)
+        outcome.write(run, example.evaluation)
     write_json(runs[-1].folder / "failed.json", {"step": "training", "returncode": 1, "error": "no room"})
-    numbers = report.write(made, runs)
-    text = (Path(made.output) / "report.md").read_text()
+    numbers = report.write(example, runs)
+    text = (Path(example.output) / "report.md").read_text()
     assert "- 10 of 12 runs are complete" in text and "seeds 1, 2" in text
     assert f"- {runs[-1].name}: failed at iteration 0 of 100 (training: no room)" in text
     assert f"- {runs[-2].name}: waiting at iteration 0 of 100" in text
@@ -303,15 +298,15 @@ def test_the_report_names_what_is_missing_and_states_what_it_rests_on(study):
     assert effect["metric"] == "understanding loss" and effect["seeds"] == [1, 2]
     assert effect["gain"] == pytest.approx((single - unified) / single)
     assert effect["gain_interval"] == pytest.approx([-0.2 / 2.2, -0.1 / 2.1])
-    assert status.failed(made, runs) == [runs[-1].name]
-    assert (Path(made.output) / "figures" / "synergy-tokens-tiny.svg").is_file()
+    assert status.failed(example, runs) == [runs[-1].name]
+    assert (Path(example.output) / "figures" / "synergy-tokens-tiny.svg").is_file()
 
 
-def test_questions_are_drawn_by_picture_and_alike_for_every_model(tmp_path):
+def test_questions_are_resampled_by_picture_and_equally_for_every_model(tmp_path):
     write_benchmarks(tmp_path / "data", BenchmarkConfig(pictures=8, size=16))
-    drawn = questions._Drawings(200)
+    samples = questions._Resamples(200)
     for name in ("pope", "mme"):
-        benchmark = study_file.Benchmark(name, str(tmp_path / "data" / name))
+        benchmark = study_file.StudyBenchmark(name, str(tmp_path / "data" / name))
         items = BENCHMARKS[name].read(tmp_path / "data" / name, None)
         wrong = set(np.random.default_rng(0).permutation(len(items))[: len(items) // 3])
         figures = []
@@ -323,46 +318,46 @@ def test_questions_are_drawn_by_picture_and_alike_for_every_model(tmp_path):
                 for n, i in enumerate(items)
             ]
             (folder / f"{name}.jsonl").write_text("".join(lines))
-            figures.append(questions._replicates(folder, benchmark, drawn))
+            figures.append(questions._replicates(folder, benchmark, samples))
         assert figures[0] == figures[1]
         score = score_file(BENCHMARKS[name], items, tmp_path / "one" / f"{name}.jsonl", "").scores.headline
         for column, values in figures[0].items():
             assert len(values) == 200
             bounds = interval(np.array([0, *values]))
             assert bounds[0] < score[column] < bounds[1] and bounds[1] - bounds[0] > 1
-        for pairs in itertools.islice(drawn.resampled(benchmark), 5):
-            times, of = Counter(item.id for item, _ in pairs), {}
+        for pairs in itertools.islice(samples.resampled(benchmark), 5):
+            times, counts_of = Counter(item.id for item, _ in pairs), {}
             for item in items:
-                of.setdefault((item.groups if name == "mme" else (), item.image), []).append(times[item.id])
-            assert all(len(set(counts)) == 1 for counts in of.values())  # a picture comes with all its questions
-            assert len({counts[0] for counts in of.values()}) > 2
-            for stratum in {stratum for stratum, _ in of}:
-                mine = [counts[0] for (other, _), counts in of.items() if other == stratum]
-                assert sum(mine) == len(mine)
+                counts_of.setdefault((item.groups if name == "mme" else (), item.image), []).append(times[item.id])
+            assert all(len(set(counts)) == 1 for counts in counts_of.values())  # a picture comes with all its questions
+            assert len({counts[0] for counts in counts_of.values()}) > 2
+            for stratum in {stratum for stratum, _ in counts_of}:
+                in_stratum = [counts[0] for (other, _), counts in counts_of.items() if other == stratum]
+                assert sum(in_stratum) == len(in_stratum)
 
 
-def test_likelihoods_and_pictures_are_drawn_again_too(tmp_path):
+def test_likelihoods_and_pictures_are_resampled_too(tmp_path):
     write_benchmarks(tmp_path / "data", BenchmarkConfig(pictures=8, size=54))
-    drawn = questions._Drawings(50)
+    samples = questions._Resamples(50)
     items = BENCHMARKS["seed"].read(tmp_path / "data" / "seed", None)
     with (tmp_path / "seed.jsonl").open("w") as file:
         for number, item in enumerate(items):  # every third is wrong
             ranked = [0.0 if letter == item.answer and number % 3 else -1.0 - n for n, letter in enumerate("ABCD")]
             file.write(json.dumps({"id": item.id, "answer": "", "likelihoods": ranked}) + "\n")
-    benchmark = study_file.Benchmark("seed", str(tmp_path / "data" / "seed"))
-    figures = questions._replicates(tmp_path, benchmark, drawn)
+    benchmark = study_file.StudyBenchmark("seed", str(tmp_path / "data" / "seed"))
+    figures = questions._replicates(tmp_path, benchmark, samples)
     score = score_file(BENCHMARKS["seed"], items, tmp_path / "seed.jsonl", "").scores.headline
     low, high = interval(np.array([0, *figures["SEED-likelihood"]]))
     assert low < score["SEED-likelihood"] < high and set(figures["SEED"]) == {0.0}
 
-    # As if drawn by a model: the reference pictures, each for the next prompt in half of the cases.
+    # As if generated by a model: the reference pictures, in half of the cases that of the next prompt.
     prompts = mjhq.read(tmp_path / "data" / "mjhq")
     for number, prompt in enumerate(prompts):
         shown = mjhq.image_file(tmp_path / "data" / "mjhq", prompts[number - number % 2])
         (tmp_path / "mjhq" / prompt.category).mkdir(parents=True, exist_ok=True)
         Image.open(shown).save(tmp_path / "mjhq" / prompt.category / f"{prompt.id}.png")
-    benchmark = study_file.Benchmark("mjhq", str(tmp_path / "data" / "mjhq"))
-    figures = questions._replicates(tmp_path, benchmark, drawn)
+    benchmark = study_file.StudyBenchmark("mjhq", str(tmp_path / "data" / "mjhq"))
+    figures = questions._replicates(tmp_path, benchmark, samples)
     (scored,) = PictureScorer(None, None, None).score(Path(benchmark.data), None, tmp_path / "mjhq", "")[1:]
     assert figures.keys() == scored.scores.headline.keys()
     for column, values in figures.items():
@@ -370,40 +365,40 @@ def test_likelihoods_and_pictures_are_drawn_again_too(tmp_path):
         assert low < scored.scores.headline[column] < high and high - low > 1, column
 
 
-def test_roles_that_are_the_same_are_evaluated_once(study):
-    evaluation = study_file.Evaluation(
-        "vq", [study_file.Benchmark("pope", "data")], {"trained": [], "dense": ["plan.preset=dense"]}
+def test_equal_roles_are_evaluated_once(study):
+    evaluation = study_file.StudyEvaluation(
+        "vq", [study_file.StudyBenchmark("pope", "data")], {"trained": [], "dense": ["plan.preset=dense"]}
     )
     runs = {run.method.name: run for run in grid.runs(study())}
-    wanted = {name: [step.name for step in steps.steps(run, evaluation)] for name, run in runs.items()}
-    assert wanted["dense"] == ["training", "evaluation (trained)"]
-    assert wanted["share-all"] == ["training", "evaluation (trained)", "evaluation (dense)"]
-    assert wanted["hmgen-g"] == ["training"]  # is asked no questions
+    names = {name: [step.name for step in steps.steps(run, evaluation)] for name, run in runs.items()}
+    assert names["dense"] == ["training", "evaluation (trained)"]
+    assert names["share-all"] == ["training", "evaluation (trained)", "evaluation (dense)"]
+    assert names["hmgen-g"] == ["training"]  # has no benchmarks
 
 
 def test_evaluations_keep_apart_and_are_not_done_while_answers_are_missing(study, tmp_path):
-    write_benchmarks(tmp_path / "made", BenchmarkConfig(pictures=3, size=16))
+    write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=3, size=16))
     shares = {f"share-{share}": [f"plan.himix_start={layer}"] for layer, share in enumerate((0.5, 0.25))}
-    pope = study_file.Benchmark("pope", str(tmp_path / "made" / "pope"))
-    evaluation = study_file.Evaluation("vq", [pope], {"trained": [], **shares})
+    pope = study_file.StudyBenchmark("pope", str(tmp_path / "benchmarks" / "pope"))
+    evaluation = study_file.StudyEvaluation("vq", [pope], {"trained": [], **shares})
     run = next(run for run in grid.runs(study()) if run.method.name == "share-all")
-    _, *asked = steps.steps(run, evaluation)
-    files = [Path(step.command[step.command.index("--json") + 1]) for step in asked]
+    _, *evaluations = steps.steps(run, evaluation)
+    files = [Path(step.command[step.command.index("--json") + 1]) for step in evaluations]
     assert len(files) > 1 and len({file.name for file in files}) == len(files)
     for missing in (2, 0):
         for file in files:
             write_json(file, {"files": [{"file": "pope.jsonl", "benchmark": "POPE", "scores": {"missing": missing}}]})
         if missing:
             with pytest.raises(UserError, match="pope.jsonl: 2 of POPE are missing"):
-                asked[0].finish()
+                evaluations[0].finish()
         else:
-            asked[0].finish()
-        assert [step.is_done() for step in asked] == [not missing] + [False] * (len(asked) - 1)
+            evaluations[0].finish()
+        assert [step.is_done() for step in evaluations] == [not missing] + [False] * (len(evaluations) - 1)
 
 
-def test_a_slurm_array_does_every_run_and_requeues_what_is_not_complete(study, tmp_path, monkeypatch):
-    made = study()
-    runs = grid.runs(made)
+def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_path, monkeypatch):
+    example = study()
+    runs = grid.runs(example)
     (tmp_path / "bin").mkdir()
     finished = (
         f'case "$*" in *--status) case "$*" in *{runs[1].name}*) echo 1 finished;; *) echo 1 stopped;; esac;; esac'
@@ -419,8 +414,8 @@ def test_a_slurm_array_does_every_run_and_requeues_what_is_not_complete(study, t
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setattr(slurm.sys, "executable", "python")
     monkeypatch.chdir(tmp_path)
-    made.slurm = ["--time=4:00:00"]
-    assert slurm.submit(made, tmp_path / "study.yaml", runs) == "77"
+    example.slurm = ["--time=4:00:00"]
+    assert slurm.submit(example, tmp_path / "study.yaml", runs) == "77"
     script = (tmp_path / "submitted.sh").read_text()
     assert f"#SBATCH --array=1-{len(runs)}\n" in script and "#SBATCH --time=4:00:00\n" in script
     for task, run in enumerate(runs[:2], start=1):
@@ -428,22 +423,22 @@ def test_a_slurm_array_does_every_run_and_requeues_what_is_not_complete(study, t
         environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_JOB_ID": "77"}
         done = subprocess.run(["bash", "submitted.sh"], capture_output=True, text=True, env=environment, timeout=60)
         assert done.returncode == 0, done.stderr
-        does, asks = Path("called").read_text().splitlines()
-        assert does.endswith(f"scaling_study.py {tmp_path}/study.yaml --out {made.output} --run {run.name}")
-        assert asks == f"{does} --status"
+        run_command, status_command = Path("called").read_text().splitlines()
+        assert run_command.endswith(f"scaling_study.py {tmp_path}/study.yaml --out {example.output} --run {run.name}")
+        assert status_command == f"{run_command} --status"
     assert (tmp_path / "requeued").read_text() == "requeue 77_1\n"
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on this machine; .*slurm.sh is written"):
-        slurm.submit(made, tmp_path / "study.yaml", runs)
+        slurm.submit(example, tmp_path / "study.yaml", runs)
 
 
-def test_the_study_of_the_picture_world_has_a_partner_for_every_unified_method():
-    made = study_file.read(Path(__file__).parents[2] / "examples/studies/picture_world.yaml")
-    for method in made.methods:
+def test_every_unified_method_of_the_picture_world_study_has_partner_runs():
+    example = study_file.read(Path(__file__).parents[2] / "examples/studies/picture_world.yaml")
+    for method in example.methods:
         if method.trained_on == "unified":
             for task in ("understanding", "generation"):
-                mine = set(method.partner_groups)
-                assert any(m.trained_on == task and mine & set(m.partner_groups) for m in made.methods), (
+                groups = set(method.partner_groups)
+                assert any(m.trained_on == task and groups & set(m.partner_groups) for m in example.methods), (
                     method.name,
                     task,
                 )

@@ -1,11 +1,10 @@
-"""Synergy: the paper's derived figures from its tables, what is compared with what, resampling, fits, tables."""
+"""Synergy: the paper's derived figures, reference runs, resampling, fits, tables."""
 
 import csv
 import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from megatron_ext.analysis import fit, results, synergy, tables
 from megatron_ext.analysis.bootstrap import Bootstrap, interval
 from megatron_ext.analysis.results import Metric, Results, Row
 from megatron_ext.errors import UserError
-
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
 
 # (unified - single) / |single| in percent, worked out by hand from the printed tables.
 PAPER = {
@@ -78,7 +76,7 @@ def gqa(*rows: Row) -> Results:
     return Results("a test", {"GQA": Metric("understanding")}, list(rows))
 
 
-def test_partners_share_an_accelerator_and_seeds_are_averaged_over_those_that_both_have():
+def test_reference_runs_share_a_partner_group_and_seeds_are_averaged_over_those_that_both_have():
     rows = [row("dense", "understanding", ["dense", "half"], 40.0, seed) for seed in (1, 2)]
     rows += [row("fast u", "understanding", "fast", 20.0, seed) for seed in (1, 2, 3)]
     rows += [row("dense", "unified", "dense", 50.0, 1), row("dense", "unified", "dense", 54.0, 2)]
@@ -103,10 +101,10 @@ def test_a_gain_over_nothing_is_no_number():
     rows = [row("dense", "understanding", "dense", 0.0), row("dense", "unified", "dense", 5.0)]
     (dense,) = synergy.compare(gqa(*rows))
     assert np.isnan(dense.effect("GQA").gain[0]) and not dense.averages
-    assert tables.gains([dense]).rows == [["dense", "-", "-"]]
+    assert tables.gains([dense]).values.tolist() == [["dense", "-", "-"]]
 
 
-def test_two_partners_of_one_seed_are_refused():
+def test_two_reference_runs_of_one_seed_are_refused():
     rows = [row(name, "understanding", "fast", 1.0) for name in ("a", "b")] + [row("c", "unified", "fast", 1.0)]
     with pytest.raises(UserError, match="two rows are understanding alone with the partner_group fast: 'a' and 'b'"):
         synergy.compare(gqa(*rows))
@@ -156,8 +154,8 @@ def test_one_seed_and_no_questions_give_no_interval():
 
 
 def test_replicates_over_questions_reach_the_gain():
-    drawn = np.array([39.0, 40.0, 41.0])
-    questions = {("u", None, "GQA"): drawn, ("all", None, "GQA"): drawn * 1.1}
+    replicates = np.array([39.0, 40.0, 41.0])
+    questions = {("u", None, "GQA"): replicates, ("all", None, "GQA"): replicates * 1.1}
     rows = [row("dense", "understanding", "dense", 40.0, run="u"), row("dense", "unified", "dense", 50.0, run="all")]
     (dense,) = synergy.compare(gqa(*rows), Bootstrap(3, questions=questions))
     assert np.allclose(dense.effect("GQA").gain, [0.25, 0.1, 0.1, 0.1])

@@ -1,4 +1,4 @@
-"""An installation of Transformer Engine that does not fit is said in one line, before Megatron-Core is imported."""
+"""A broken installation of Transformer Engine is one line of error, before Megatron-Core is imported."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
+
 UNDEFINED = "libtransformer_engine.so: undefined symbol: cublasLtGroupedMatrixLayoutInit_internal"
 
 
@@ -43,32 +44,32 @@ NO_TORCH_PART = ["2.12.0", "No module named 'transformer_engine_torch'"]
         ("2.10.0", "raise SystemExit('was imported')", None, ["2.10.0", "2.11 is the oldest"]),
     ],
 )
-def test_what_does_not_fit_is_one_line_with_a_way_out(tmp_path, version, body, cublas, parts):
+def test_a_broken_installation_is_one_line_with_a_remedy(tmp_path, version, body, cublas, parts):
     install(tmp_path, version, body, cublas)
-    ended = python(tmp_path, str(ROOT / "pretrain_unified.py"), "--config", str(ROOT / "examples/configs/tiny.yaml"))
-    assert ended.returncode == 1
-    assert ended.stderr.count("\n") == 1, ended.stderr
+    process = python(tmp_path, str(ROOT / "pretrain_unified.py"), "--config", str(ROOT / "examples/configs/tiny.yaml"))
+    assert process.returncode == 1
+    assert process.stderr.count("\n") == 1, process.stderr
     for part in [*parts, "transformer-engine[pytorch]==2.12.*", "pip uninstall transformer-engine{"]:
-        assert part in ended.stderr
+        assert part in process.stderr
 
 
-def test_without_an_import_of_megatron_it_is_not_touched(tmp_path):
+def test_without_an_import_of_megatron_it_is_not_imported(tmp_path):
     install(tmp_path, "2.13.0", "raise OSError('was imported')")
-    ended = python(tmp_path, str(ROOT / "pretrain_unified.py"), "--help")
-    assert ended.returncode == 0, ended.stderr
+    process = python(tmp_path, str(ROOT / "pretrain_unified.py"), "--help")
+    assert process.returncode == 0, process.stderr
 
 
-def test_megatron_is_refused_again_by_a_second_import(tmp_path):
+def test_a_second_import_of_megatron_fails_the_same_way(tmp_path):
     install(tmp_path, "2.13.0", "raise OSError('broken')")
     attempt = "try:\n    import megatron.core\nexcept Exception as error:\n    print(type(error).__name__)\n"
-    ended = python(tmp_path, "-c", "import megatron_ext\n" + 2 * attempt)
-    assert ended.stdout.split() == ["UserError", "UserError"], ended.stderr
+    process = python(tmp_path, "-c", "import megatron_ext\n" + 2 * attempt)
+    assert process.stdout.split() == ["UserError", "UserError"], process.stderr
 
 
-def test_an_installation_is_left_alone_on_request(tmp_path, monkeypatch):
+def test_an_installation_can_be_ignored(tmp_path, monkeypatch):
     install(tmp_path, "2.13.0", "raise OSError('broken')")
     monkeypatch.setenv("WITHOUT_TRANSFORMER_ENGINE", "1")
-    ended = python(
+    process = python(
         tmp_path, "-c", "import megatron_ext, megatron.core.transformer.transformer_layer; print('imported')"
     )
-    assert ended.stdout.strip() == "imported", ended.stderr
+    assert process.stdout.strip() == "imported", process.stderr

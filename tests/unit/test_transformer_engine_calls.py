@@ -1,7 +1,7 @@
-"""Every call that we and Megatron-Core's wrappers make of Transformer Engine fits its signatures, in two versions.
+"""Every call of Transformer Engine by this package and Megatron-Core fits its signatures, in two versions.
 
-Transformer Engine has no build for CPUs. Its Python sources (a wheel of 1 MB, unpacked and never installed) say what it
-takes; the calls are read from the sources that make them.
+Transformer Engine has no build for CPUs, so signatures are read from its Python sources (a wheel of 1 MB, unpacked and
+never installed), and calls from the sources of the callers.
 """
 
 import hashlib
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import megatron.core
 import pytest
-from source_calls import Caller
-from source_signatures import Sources
 
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT
+from support.source_calls import Caller
+from support.source_signatures import Sources
+
 SITE = Path(megatron.core.__file__).parents[2]
 
 WHEELS = {
@@ -44,12 +45,12 @@ OURS = sorted(
     if "transformer_engine" in path.read_text() and path.name != "__init__.py"
 )
 
-# Megatron-Core asks for these in vain and goes on without them; nothing here uses what they are for.
+# Megatron-Core works without these where they are missing, and this project does not use what they serve.
 DISPENSABLE = {
     "_SplitAlongDim",
     "_SplitAlongDim.apply",
     "get_workspace",
-    # Of Megatron-Core 0.19 over Transformer Engine 2.12: grouped tensors, the fused MLP, clipping of gradients.
+    # Megatron-Core 0.19 over Transformer Engine 2.12: grouped tensors, the fused MLP, clipping of gradients.
     "GroupedTensor",
     "te.pytorch.ops.GroupedLinear",
     "te.pytorch.ops.ScaledSwiGLU",
@@ -67,17 +68,17 @@ def sources(request) -> Sources:
 
 
 def download(version: str, folder: Path) -> None:
-    """Unpack a version's wheel into ``folder``, whole or not at all."""
+    """Unpack a version's wheel into ``folder``, atomically."""
     package = f"transformer-engine=={version}"
     settings = {k: v for k, v in os.environ.items() if k not in ("PIP_TARGET", "PIP_REQUIRE_HASHES", "PIP_CONSTRAINT")}
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "-d", scratch]
-        ended = subprocess.run([*command, package], env=settings, capture_output=True, text=True, timeout=300)
+        process = subprocess.run([*command, package], env=settings, capture_output=True, text=True, timeout=300)
         wheels = list(Path(scratch).glob("*.whl"))
         if not wheels:
-            reason = ended.stderr.strip().rpartition("\n")[2]
-            pytest.fail(f"{package} has to be read, and pip download could not fetch it: {reason}", pytrace=False)
+            reason = process.stderr.strip().rpartition("\n")[2]
+            pytest.fail(f"{package} is needed, and pip download could not fetch it: {reason}", pytrace=False)
         if (digest := hashlib.sha256(wheels[0].read_bytes()).hexdigest()) != WHEELS[version]:
             pytest.fail(f"{wheels[0].name} has sha256 {digest}, must be {WHEELS[version]}", pytrace=False)
         zipfile.ZipFile(wheels[0]).extractall(Path(scratch) / "unpacked")

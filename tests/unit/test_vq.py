@@ -11,8 +11,8 @@ from PIL import Image
 
 from megatron_ext import vq
 from megatron_ext.errors import UserError
-from megatron_ext.vq.pictures import load_pictures
-from megatron_ext.vq.train import TrainConfig, quality, train
+from megatron_ext.vq.training import VQTrainingConfig, quality, train
+from megatron_ext.vq.training_images import load_images
 
 COMMON = {"embed_dim": 8, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1}
 JANUS = {**COMMON, "num_embeddings": 64, "channel_multiplier": [1, 1, 1], "num_patches": 8}
@@ -53,7 +53,7 @@ def test_codes_and_pictures_are_those_of_the_published_network(tmp_path, kind, g
     if kind != "janus":  # its latents are compared at unit length here, as LlamaGen's are
         assert torch.equal(codes, expected)
     if kind == "chameleon":
-        with pytest.raises(UserError, match="no decoder"):
+        with pytest.raises(UserError, match="without a decoder"):
             adapter.decode(codes)
         return
     pictures = adapter.decode(codes)
@@ -77,7 +77,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config.json: not found"):
         vq.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="'llama' is no VQ tokenizer known here"):
+    with pytest.raises(UserError, match="'llama' is not a known VQ tokenizer"):
         vq.load(tmp_path)
     network("janus").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"short")
@@ -94,7 +94,7 @@ def test_wrong_sizes_are_refused(tmp_path):
         adapter.decode(torch.zeros(1, 63, dtype=torch.int64))
 
 
-SMALL = TrainConfig(image_size=16, grid=4, codebook_size=32, steps=60, batch_size=8, held_out=8)
+SMALL = VQTrainingConfig(image_size=16, grid=4, codebook_size=32, steps=60, batch_size=8, held_out=8)
 
 
 def two_colored_pictures(count: int) -> torch.Tensor:
@@ -138,9 +138,9 @@ def test_a_local_code_depends_on_its_own_patch(tmp_path):
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     pictures = two_colored_pictures(60)
     whole = train(pictures, tmp_path / "whole", SMALL)
-    from megatron_ext.vq import train as module
+    from megatron_ext.vq import training as module
 
-    step, calls = module._Training.train_step, []
+    step, calls = module._Trainer.train_step, []
 
     def fails_late(self, pictures):
         calls.append(None)
@@ -148,7 +148,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return step(self, pictures)
 
-    monkeypatch.setattr(module._Training, "train_step", fails_late)
+    monkeypatch.setattr(module._Trainer, "train_step", fails_late)
     with pytest.raises(KeyboardInterrupt):
         train(pictures, tmp_path / "cut", SMALL, save_every=20)
     monkeypatch.undo()
@@ -161,15 +161,15 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
 
 def test_impossible_settings_and_pictures_are_refused(tmp_path):
     with pytest.raises(UserError, match="power of two"):
-        TrainConfig(image_size=48, grid=8)
+        VQTrainingConfig(image_size=48, grid=8)
     with pytest.raises(UserError, match="local: image size / patch / grid must be 1, it is 2"):
         replace(SMALL, image_size=32, local=True)
     with pytest.raises(UserError, match="multiple of 32"):
-        TrainConfig(channels=48)
+        VQTrainingConfig(channels=48)
     with pytest.raises(UserError, match="held out"):
         train(two_colored_pictures(8), tmp_path, SMALL)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(UserError, match="no picture that can be decoded"):
-        load_pictures([tmp_path], 16, 10)
+    with pytest.raises(UserError, match="no image that can be decoded"):
+        load_images([tmp_path], 16, 10)
     with pytest.raises(UserError, match=r"absent.tar: No such file"):
-        load_pictures([tmp_path / "absent.tar"], 16, 10)
+        load_images([tmp_path / "absent.tar"], 16, 10)

@@ -1,18 +1,16 @@
-"""Which implementation of the kernels a device has."""
+"""Which backend computes on a device."""
 
 import functools
 import importlib.util
-import os
 from types import ModuleType
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton runs its kernels on CPUs, one operation after the other: for tests."""
+from megatron_ext.transformer.kernels import INTERPRETED
 
 
 def backend_of(tensor: torch.Tensor) -> ModuleType:
-    """The module whose functions compute where ``tensor`` is; ``meta`` takes the path of a GPU."""
+    """The backend for the device of ``tensor``; ``meta`` takes a GPU's. Without Triton all devices take the CPU's."""
     return _backend(tensor.device.type)
 
 
@@ -22,6 +20,6 @@ def _backend(device: str) -> ModuleType:
         from megatron_ext.transformer.kernels import triton_backend
 
         return triton_backend
-    from megatron_ext.transformer.kernels import torch_backend
+    from megatron_ext.transformer.kernels import cpu_backend
 
-    return torch_backend
+    return cpu_backend

@@ -1,71 +1,71 @@
-"""The autograd functions that layers are made of, whatever computes them.
+"""Autograd functions that the layers call, the same on every device.
 
-Rows are [n, 1, ...]. Where hidden states go on beside their norm, the function hands them on itself: so the gradient of
-the residual stream is added inside the norm's backward pass and not in one of its own.
+Rows are [n, 1, ...]. The norms of a layer also return the hidden states that they norm, for the residual stream: so the
+norm's backward pass adds that stream's gradient, instead of a pass of its own.
 """
 
 import torch
 from torch import Tensor
 
 from megatron_ext.routing.permutation import Permutation
-from megatron_ext.transformer.function import Function
+from megatron_ext.transformer.autograd_function import Function
 from megatron_ext.transformer.kernels.backend import backend_of
-from megatron_ext.transformer.rotary import Rotary
+from megatron_ext.transformer.rotary import RotaryAngles
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x`` [..., h] over its root mean square, times ``weight`` [h]."""
-    return _Norm.of(x, None, weight, eps)[2]
+    return _Norm.call(x, None, weight, eps)[2]
 
 
 def input_norm(
     full: Tensor, kv_only: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Two kinds of rows [n, 1, h] and [m, 1, h] as they are, then normed: ``kv_only`` without the weight, as the next
-    matrix takes it upon itself."""
-    return _Norm.of(full, kv_only, weight, eps)
+    """``full`` [n, 1, h] and ``kv_only`` [m, 1, h], unchanged, then normed. The norm of ``kv_only`` leaves the weight
+    to the next matrix."""
+    return _Norm.call(full, kv_only, weight, eps)
 
 
 def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``residual + x``, [n, 1, h], and its norm."""
-    return _AddNorm.of(residual, x, weight, eps)
+    """``residual + x``, [n, 1, h], and the norm of this sum."""
+    return _AddNorm.call(residual, x, weight, eps)
 
 
 def query_key_value(
-    mixed: Tensor, kv_only: Tensor | None, queries: Permutation | None, keys: Permutation | None, rotary: Rotary
+    mixed: Tensor, kv_only: Tensor | None, queries: Permutation | None, keys: Permutation | None, rotary: RotaryAngles
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, turned by their positions, and values, in attention's order.
+    """Queries and keys, rotated by their positions, and values, in attention's order.
 
     Args:
-        mixed: of n FULL rows, [n, 1, groups, q + 2, d]: of each group q queries, a key and a value.
-        kv_only: of m KV_ONLY rows, [m, 1, groups, 2, d]; None: no such rows.
-        queries: order of queries; None: as the FULL rows stand.
-        keys: order of keys and values, from the n + m rows; None: as the FULL rows stand.
+        mixed: [n, 1, groups, q + 2, d] of n FULL rows: each group has q queries, a key and a value.
+        kv_only: [m, 1, groups, 2, d] of m KV_ONLY rows: a key and a value; None: no such rows.
+        queries: permutation from the FULL rows to queries; None: the same order.
+        keys: permutation from the n + m rows to keys and values; None: the order of the FULL rows.
 
     Returns:
-        [queries, 1, groups * q, d], and twice [keys, 1, groups, d].
+        Queries [queries, 1, groups * q, d], keys and values [keys, 1, groups, d].
     """
-    return _QueryKeyValue.of(mixed, kv_only, queries, keys, rotary)
+    return _QueryKeyValue.call(mixed, kv_only, queries, keys, rotary)
 
 
-def permute(by: Permutation | None, rows: Tensor) -> Tensor:
-    """``rows`` [inputs, ...] as [outputs, ...] in the order of ``by``; None: as they are."""
-    return rows if by is None else _Permute.of(by, rows)
+def permute(permutation: Permutation | None, rows: Tensor) -> Tensor:
+    """``rows`` [inputs, ...] in the order of ``permutation``, [outputs, ...]; None: unchanged."""
+    return rows if permutation is None else _Permute.call(permutation, rows)
 
 
-def unpermute(by: Permutation | None, rows: Tensor) -> Tensor:
-    """What :func:`permute` by the same map brought into order, [outputs, ...], back in its place,
-    [inputs, ...]; rows that went nowhere are zeros."""
-    return rows if by is None else _Unpermute.of(by, rows)
+def unpermute(permutation: Permutation | None, rows: Tensor) -> Tensor:
+    """The inverse of :func:`permute`: [outputs, ...] back to [inputs, ...]. Input rows without an output row are
+    zeros."""
+    return rows if permutation is None else _Unpermute.call(permutation, rows)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2 f], gate first, to [..., f]."""
-    return _SwiGLU.of(gate_up)
+    return _SwiGLU.call(gate_up)
 
 
 class _Norm(Function):
-    """Keeps the rows with a weight, and of those without one what comes out: the next product keeps that anyway."""
+    """Saves the input of FULL rows, and the output of KV_ONLY rows, which the next product saves anyway."""
 
     @staticmethod
     def forward(ctx, full: Tensor, kv_only: Tensor | None, weight: Tensor, eps: float) -> tuple:
@@ -76,19 +76,19 @@ class _Norm(Function):
         return full, kv_only, normed, normed_kv_only
 
     @staticmethod
-    def backward(ctx, of_full, of_kv_only, of_normed, of_normed_kv_only) -> tuple:
+    def backward(ctx, grad_full, grad_kv_only, grad_normed, grad_normed_kv_only) -> tuple:
         full, normed_kv_only, weight, *scales = ctx.saved_tensors
-        of_full, of_kv_only, of_weight = backend_of(full).norm_backward(
-            _gradient(of_normed, full),
-            None if normed_kv_only is None else _gradient(of_normed_kv_only, normed_kv_only),
-            _contiguous(of_full),
-            _contiguous(of_kv_only),
+        grad_full, grad_kv_only, grad_weight = backend_of(full).norm_backward(
+            _grad_or_zeros(grad_normed, full),
+            None if normed_kv_only is None else _grad_or_zeros(grad_normed_kv_only, normed_kv_only),
+            _contiguous(grad_full),
+            _contiguous(grad_kv_only),
             full,
             normed_kv_only,
             weight,
             *scales,
         )
-        return of_full, of_kv_only, of_weight, None
+        return grad_full, grad_kv_only, grad_weight, None
 
 
 class _AddNorm(Function):
@@ -100,52 +100,52 @@ class _AddNorm(Function):
         return total, normed
 
     @staticmethod
-    def backward(ctx, of_total: Tensor | None, of_normed: Tensor | None) -> tuple:
+    def backward(ctx, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple:
         total, weight, scale = ctx.saved_tensors
-        of_total, _, of_weight = backend_of(total).norm_backward(
-            _gradient(of_normed, total), None, _contiguous(of_total), None, total, None, weight, scale, None
+        grad_total, _, grad_weight = backend_of(total).norm_backward(
+            _grad_or_zeros(grad_normed, total), None, _contiguous(grad_total), None, total, None, weight, scale, None
         )
-        return of_total, of_total, of_weight, None
+        return grad_total, grad_total, grad_weight, None
 
 
 class _QueryKeyValue(Function):
-    """Every row is written once, where it belongs, and so is its gradient. Nothing is kept."""
+    """Writes every row, and every gradient, once and in its final place. Saves no tensor."""
 
     @staticmethod
-    def forward(ctx, mixed: Tensor, kv_only: Tensor | None, queries, keys, rotary: Rotary) -> tuple:
-        ctx.maps, ctx.rotary = (queries, keys), rotary
-        ctx.rows = mixed.shape[0], None if kv_only is None else kv_only.shape[0]
+    def forward(ctx, mixed: Tensor, kv_only: Tensor | None, queries, keys, rotary: RotaryAngles) -> tuple:
+        ctx.permutations, ctx.rotary = (queries, keys), rotary
+        ctx.row_counts = mixed.shape[0], None if kv_only is None else kv_only.shape[0]
         return backend_of(mixed).query_key_value_forward(mixed, kv_only, queries, keys, rotary)
 
     @staticmethod
-    def backward(ctx, of_query: Tensor, of_key: Tensor, of_value: Tensor) -> tuple:
-        gradients = (gradient.contiguous() for gradient in (of_query, of_key, of_value))
-        of_mixed, of_kv_only = backend_of(of_query).query_key_value_backward(
-            *gradients, *ctx.maps, ctx.rotary, *ctx.rows
+    def backward(ctx, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple:
+        grads = (grad.contiguous() for grad in (grad_query, grad_key, grad_value))
+        grad_mixed, grad_kv_only = backend_of(grad_query).query_key_value_backward(
+            *grads, *ctx.permutations, ctx.rotary, *ctx.row_counts
         )
-        return of_mixed, of_kv_only, None, None, None
+        return grad_mixed, grad_kv_only, None, None, None
 
 
 class _Permute(Function):
     @staticmethod
-    def forward(ctx, by: Permutation, rows: Tensor) -> Tensor:
-        ctx.by, ctx.inputs = by, rows.shape[0]
-        return backend_of(rows).gather(by, rows.contiguous())
+    def forward(ctx, permutation: Permutation, rows: Tensor) -> Tensor:
+        ctx.permutation, ctx.inputs = permutation, rows.shape[0]
+        return backend_of(rows).permute(permutation, rows.contiguous())
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, backend_of(gradient).gather_back(ctx.by, gradient.contiguous(), ctx.inputs)
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        return None, backend_of(grad).unpermute(ctx.permutation, grad.contiguous(), ctx.inputs)
 
 
 class _Unpermute(Function):
     @staticmethod
-    def forward(ctx, by: Permutation, rows: Tensor) -> Tensor:
-        ctx.by = by
-        return backend_of(rows).gather_back(by, rows.contiguous(), by.inverse.shape[0])
+    def forward(ctx, permutation: Permutation, rows: Tensor) -> Tensor:
+        ctx.permutation = permutation
+        return backend_of(rows).unpermute(permutation, rows.contiguous(), permutation.inverse.shape[0])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, backend_of(gradient).gather(ctx.by, gradient.contiguous())
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        return None, backend_of(grad).permute(ctx.permutation, grad.contiguous())
 
 
 class _SwiGLU(Function):
@@ -155,14 +155,14 @@ class _SwiGLU(Function):
         return backend_of(gate_up).swiglu_forward(gate_up)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        return backend_of(gate_up).swiglu_backward(gradient.contiguous(), gate_up)
+        return backend_of(gate_up).swiglu_backward(grad.contiguous(), gate_up)
 
 
-def _gradient(gradient: Tensor | None, of: Tensor) -> Tensor:
-    return torch.zeros_like(of) if gradient is None else gradient.contiguous()
+def _grad_or_zeros(grad: Tensor | None, output: Tensor) -> Tensor:
+    return torch.zeros_like(output) if grad is None else grad.contiguous()
 
 
-def _contiguous(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

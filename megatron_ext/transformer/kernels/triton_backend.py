@@ -1,7 +1,7 @@
-"""The steps as operators of torch, ``torch.ops.megatron_ext``, that launch one Triton kernel each.
+"""The steps as torch operators, ``torch.ops.megatron_ext``, that launch one Triton kernel each.
 
-An operator allocates what it returns and launches; on ``meta`` it only allocates, so a trace there counts what a GPU is
-given. Nothing is read from the device.
+An operator allocates its outputs and launches the kernel; on ``meta`` it only allocates, so a trace there counts a
+GPU's launches. No operator reads from the device.
 """
 
 import functools
@@ -14,21 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_ext.routing.permutation import Permutation
+from megatron_ext.transformer.kernels import INTERPRETED, triton_rotary
 from megatron_ext.transformer.kernels import triton_kernels as kernels
-from megatron_ext.transformer.kernels import triton_rotary
-from megatron_ext.transformer.kernels.backend import INTERPRETED
-from megatron_ext.transformer.rotary import Rotary
+from megatron_ext.transformer.rotary import RotaryAngles
 
 _library = torch.library.Library("megatron_ext", "DEF")
 _DEVICES = ("CUDA", "Meta", "CPU") if INTERPRETED else ("CUDA", "Meta")
 _COLUMNS = 1024
-"""Of a row that one program moves or activates."""
+"""Of a row, per program, in kernels that permute or activate."""
 _PROGRAMS_PER_PROCESSOR = 4
-"""Of the norms' backward pass: enough to hide the memory's latency, few enough for short sums at the end."""
+"""In the norms' backward pass: enough to hide the memory's latency, few enough to keep the final sum short."""
 
 
 def _operator(schema: str) -> Callable:
-    """Register a function under its ``schema``; it then goes through torch's dispatcher."""
+    """Register a function as the torch operator of a ``schema``."""
 
     def register(function: Callable) -> Callable:
         name = schema.partition("(")[0]
@@ -43,57 +42,57 @@ def _operator(schema: str) -> Callable:
 def norm_forward(
     full: Tensor, kv_only: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """See :func:`~megatron_ext.transformer.kernels.torch_backend.norm_forward`."""
+    """See :func:`~megatron_ext.transformer.kernels.cpu_backend.norm_forward`."""
     normed, normed_kv_only, scale, kv_only_scale = _norm(full, kv_only, weight, eps)
     return (normed, None, scale, None) if kv_only is None else (normed, normed_kv_only, scale, kv_only_scale)
 
 
 def add_norm_forward(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`~megatron_ext.transformer.kernels.torch_backend.add_norm_forward`."""
+    """See :func:`~megatron_ext.transformer.kernels.cpu_backend.add_norm_forward`."""
     return _add_norm(residual, x, weight, eps)
 
 
 def norm_backward(
-    of_normed: Tensor,
-    of_normed_kv_only: Tensor | None,
-    of_full: Tensor | None,
-    of_kv_only: Tensor | None,
+    grad_normed: Tensor,
+    grad_normed_kv_only: Tensor | None,
+    grad_full: Tensor | None,
+    grad_kv_only: Tensor | None,
     full: Tensor,
     normed_kv_only: Tensor | None,
     weight: Tensor,
     scale: Tensor,
     kv_only_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See :func:`~megatron_ext.transformer.kernels.torch_backend.norm_backward`."""
-    of_full, of_kv_only, of_weight = _norm_backward(
-        of_normed, of_normed_kv_only, of_full, of_kv_only, full, normed_kv_only, weight, scale, kv_only_scale
+    """See :func:`~megatron_ext.transformer.kernels.cpu_backend.norm_backward`."""
+    grad_full, grad_kv_only, grad_weight = _norm_backward(
+        grad_normed, grad_normed_kv_only, grad_full, grad_kv_only, full, normed_kv_only, weight, scale, kv_only_scale
     )
-    return of_full, None if normed_kv_only is None else of_kv_only, of_weight
+    return grad_full, None if normed_kv_only is None else grad_kv_only, grad_weight
 
 
 def query_key_value_forward(
-    mixed: Tensor, kv_only: Tensor | None, queries: Permutation | None, keys: Permutation | None, rotary: Rotary
+    mixed: Tensor, kv_only: Tensor | None, queries: Permutation | None, keys: Permutation | None, rotary: RotaryAngles
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`~megatron_ext.transformer.kernels.functions.query_key_value`."""
-    indices = (None if by is None else by.index for by in (queries, keys))
+    indices = (None if permutation is None else permutation.index for permutation in (queries, keys))
     return _query_key_value(mixed, kv_only, *indices, rotary.table, rotary.query_positions, rotary.key_positions)
 
 
 def query_key_value_backward(
-    of_query: Tensor,
-    of_key: Tensor,
-    of_value: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
     queries: Permutation | None,
     keys: Permutation | None,
-    rotary: Rotary,
+    rotary: RotaryAngles,
     full_rows: int,
     kv_only_rows: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`~megatron_ext.transformer.kernels.torch_rotary.query_key_value_backward`."""
-    of_mixed, of_kv_only = _query_key_value_backward(
-        of_query,
-        of_key,
-        of_value,
+    """See :func:`~megatron_ext.transformer.kernels.cpu_rotary.query_key_value_backward`."""
+    grad_mixed, grad_kv_only = _query_key_value_backward(
+        grad_query,
+        grad_key,
+        grad_value,
         None if queries is None else queries.inverse,
         *((None, None, None) if keys is None else (keys.inverse, keys.starts, keys.uses)),
         rotary.table,
@@ -102,24 +101,26 @@ def query_key_value_backward(
         full_rows,
         kv_only_rows or 0,
     )
-    return of_mixed, None if kv_only_rows is None else of_kv_only
+    return grad_mixed, None if kv_only_rows is None else grad_kv_only
 
 
-def gather(by: Permutation, rows: Tensor) -> Tensor:
-    """See :func:`~megatron_ext.transformer.kernels.torch_rows.gather`."""
-    return _gather(rows, by.index)
+def permute(permutation: Permutation, rows: Tensor) -> Tensor:
+    """See :func:`~megatron_ext.transformer.kernels.cpu_permutation.permute`."""
+    return _gather(rows, permutation.index)
 
 
-def gather_back(by: Permutation, rows: Tensor, inputs: int) -> Tensor:
-    """See :func:`~megatron_ext.transformer.kernels.torch_rows.gather_back`."""
-    return _sum_rows(rows, by.starts, by.uses) if by.inverse is None else _gather(rows, by.inverse)
+def unpermute(permutation: Permutation, rows: Tensor, inputs: int) -> Tensor:
+    """See :func:`~megatron_ext.transformer.kernels.cpu_permutation.unpermute`."""
+    if permutation.inverse is None:
+        return _sum_rows(rows, permutation.starts, permutation.uses)
+    return _gather(rows, permutation.inverse)
 
 
 @_operator("norm(Tensor full, Tensor? kv_only, Tensor weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)")
 def _norm(full: Tensor, kv_only: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = full[:0] if kv_only is None else kv_only
-    normed, normed_kv_only = torch.empty_like(full), torch.empty_like(given)
-    scale, kv_only_scale = _scale_of(full), _scale_of(given)
+    kv_only_rows = full[:0] if kv_only is None else kv_only
+    normed, normed_kv_only = torch.empty_like(full), torch.empty_like(kv_only_rows)
+    scale, kv_only_scale = _empty_scale(full), _empty_scale(kv_only_rows)
     outputs = normed, normed_kv_only, scale, kv_only_scale
     grid = (scale.numel() + kv_only_scale.numel(),)
     _launch(kernels.norm, grid, full, kv_only, weight, *outputs, scale.numel(), EPS=eps, **_row(full))
@@ -128,18 +129,19 @@ def _norm(full: Tensor, kv_only: Tensor | None, weight: Tensor, eps: float) -> t
 
 @_operator("add_norm(Tensor residual, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
 def _add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = torch.empty_like(x), torch.empty_like(x), _scale_of(x)
+    outputs = torch.empty_like(x), torch.empty_like(x), _empty_scale(x)
     _launch(kernels.add_norm, (outputs[2].numel(),), residual, x, weight, *outputs, EPS=eps, **_row(x))
     return outputs
 
 
 @_operator(
-    "norm_backward(Tensor of_normed, Tensor? of_normed_kv_only, Tensor? of_full, Tensor? of_kv_only, Tensor full, "
-    "Tensor? normed_kv_only, Tensor weight, Tensor scale, Tensor? kv_only_scale) -> (Tensor, Tensor, Tensor)"
+    "norm_backward(Tensor grad_normed, Tensor? grad_normed_kv_only, Tensor? grad_full, Tensor? grad_kv_only, "
+    "Tensor full, Tensor? normed_kv_only, Tensor weight, Tensor scale, Tensor? kv_only_scale) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 def _norm_backward(
-    of_normed: Tensor,
-    of_normed_kv_only: Tensor | None,
+    grad_normed: Tensor,
+    grad_normed_kv_only: Tensor | None,
     residual: Tensor | None,
     kv_only_residual: Tensor | None,
     full: Tensor,
@@ -148,15 +150,25 @@ def _norm_backward(
     scale: Tensor,
     kv_only_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_full = torch.empty_like(full)
-    of_kv_only = torch.empty_like(full[:0] if normed_kv_only is None else normed_kv_only)
+    grad_full = torch.empty_like(full)
+    grad_kv_only = torch.empty_like(full[:0] if normed_kv_only is None else normed_kv_only)
     rows, kv_only_rows = scale.numel(), 0 if kv_only_scale is None else kv_only_scale.numel()
     programs = max(1, min(max(rows, kv_only_rows), _PROGRAMS_PER_PROCESSOR * _processors(full.device)))
     parts = scale.new_empty(programs, weight.numel())
-    given = of_normed, of_normed_kv_only, residual, kv_only_residual, full, normed_kv_only, weight, scale, kv_only_scale
+    inputs = (
+        grad_normed,
+        grad_normed_kv_only,
+        residual,
+        kv_only_residual,
+        full,
+        normed_kv_only,
+        weight,
+        scale,
+        kv_only_scale,
+    )
     counts = rows, kv_only_rows
-    _launch(kernels.norm_backward, (programs,), *given, of_full, of_kv_only, parts, *counts, **_row(full))
-    return of_full, of_kv_only, parts.sum(0).to(weight.dtype)
+    _launch(kernels.norm_backward, (programs,), *inputs, grad_full, grad_kv_only, parts, *counts, **_row(full))
+    return grad_full, grad_kv_only, parts.sum(0).to(weight.dtype)
 
 
 @_operator(
@@ -172,26 +184,26 @@ def _query_key_value(
     query_positions: Tensor,
     key_positions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, one, groups, width, d = mixed.shape
+    n, batch, groups, width, d = mixed.shape
     query_rows, key_rows = (n if index is None else index.numel() for index in (query_index, key_index))
-    query = mixed.new_empty(query_rows, one, groups * (width - 2), d)
-    key, value = (mixed.new_empty(key_rows, one, groups, d) for _ in range(2))
-    given = mixed, kv_only, query_index, key_index, table, query_positions, key_positions
+    query = mixed.new_empty(query_rows, batch, groups * (width - 2), d)
+    key, value = (mixed.new_empty(key_rows, batch, groups, d) for _ in range(2))
+    inputs = mixed, kv_only, query_index, key_index, table, query_positions, key_positions
     counts = query_rows, n, table.shape[1]
     grid = (query_rows + key_rows,)
-    _launch(triton_rotary.query_key_value, grid, *given, query, key, value, *counts, **_heads(groups, width - 2, d))
+    _launch(triton_rotary.query_key_value, grid, *inputs, query, key, value, *counts, **_heads(groups, width - 2, d))
     return query, key, value
 
 
 @_operator(
-    "query_key_value_backward(Tensor of_query, Tensor of_key, Tensor of_value, Tensor? query_inverse, "
+    "query_key_value_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor? query_inverse, "
     "Tensor? key_inverse, Tensor? key_starts, Tensor? key_uses, Tensor table, Tensor query_positions, "
     "Tensor key_positions, int full_rows, int kv_only_rows) -> (Tensor, Tensor)"
 )
 def _query_key_value_backward(
-    of_query: Tensor,
-    of_key: Tensor,
-    of_value: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
     query_inverse: Tensor | None,
     key_inverse: Tensor | None,
     key_starts: Tensor | None,
@@ -202,15 +214,15 @@ def _query_key_value_backward(
     full_rows: int,
     kv_only_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    _, one, groups, d = of_key.shape
-    queries = of_query.shape[2] // groups
-    of_mixed = of_key.new_empty(full_rows, one, groups, queries + 2, d)
-    of_kv_only = of_key.new_empty(kv_only_rows, one, groups, 2, d)
-    given = of_query, of_key, of_value, query_inverse, key_inverse, key_starts, key_uses, table
-    places = query_positions, key_positions, of_mixed, of_kv_only, full_rows, table.shape[1]
+    _, batch, groups, d = grad_key.shape
+    queries = grad_query.shape[2] // groups
+    grad_mixed = grad_key.new_empty(full_rows, batch, groups, queries + 2, d)
+    grad_kv_only = grad_key.new_empty(kv_only_rows, batch, groups, 2, d)
+    inputs = grad_query, grad_key, grad_value, query_inverse, key_inverse, key_starts, key_uses, table
+    outputs = query_positions, key_positions, grad_mixed, grad_kv_only, full_rows, table.shape[1]
     grid = (full_rows + kv_only_rows,)
-    _launch(triton_rotary.query_key_value_backward, grid, *given, *places, **_heads(groups, queries, d))
-    return of_mixed, of_kv_only
+    _launch(triton_rotary.query_key_value_backward, grid, *inputs, *outputs, **_heads(groups, queries, d))
+    return grad_mixed, grad_kv_only
 
 
 @_operator("gather(Tensor rows, Tensor index) -> Tensor")
@@ -233,7 +245,7 @@ def _sum_rows(rows: Tensor, starts: Tensor, uses: Tensor) -> Tensor:
 
 @_operator("swiglu(Tensor gate_up) -> Tensor")
 def swiglu_forward(gate_up: Tensor) -> Tensor:
-    """See :func:`~megatron_ext.transformer.kernels.torch_backend.swiglu_forward`."""
+    """See :func:`~megatron_ext.transformer.kernels.cpu_backend.swiglu_forward`."""
     *rows, width = gate_up.shape
     out = gate_up.new_empty(*rows, width // 2)
     grid, options = _blocks(math.prod(rows), width // 2)
@@ -241,24 +253,24 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     return out
 
 
-@_operator("swiglu_backward(Tensor gradient, Tensor gate_up) -> Tensor")
-def swiglu_backward(gradient: Tensor, gate_up: Tensor) -> Tensor:
-    """See :func:`~megatron_ext.transformer.kernels.torch_backend.swiglu_backward`."""
-    *rows, width = gradient.shape
+@_operator("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor")
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """See :func:`~megatron_ext.transformer.kernels.cpu_backend.swiglu_backward`."""
+    *rows, width = grad.shape
     out = torch.empty_like(gate_up)
     grid, options = _blocks(math.prod(rows), width)
-    _launch(kernels.swiglu_backward, grid, gradient, gate_up, out, F=width, WIDE=_wide(out), **options)
+    _launch(kernels.swiglu_backward, grid, grad, gate_up, out, F=width, WIDE=_wide(out), **options)
     return out
 
 
 def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Nothing is launched for no rows, nor on ``meta``."""
+    """Launch, unless there are no rows or the tensors are on ``meta``."""
     if all(grid) and not arguments[0].is_meta:
         kernel[grid](*arguments, **options)
 
 
-def _scale_of(rows: Tensor) -> Tensor:
-    """Room for a factor of each row, [..., 1]."""
+def _empty_scale(rows: Tensor) -> Tensor:
+    """An empty tensor for a factor per row, [..., 1]."""
     return rows.new_empty(*rows.shape[:-1], 1, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
@@ -267,14 +279,15 @@ def _wide(rows: Tensor) -> tl.dtype:
 
 
 def _row(rows: Tensor) -> dict:
-    """How the norms see rows [..., h]: whole."""
+    """Options of the norms' kernels for rows [..., h]: a program does whole rows."""
     h = rows.shape[-1]
     block = triton.next_power_of_2(h)
     return {"H": h, "WIDE": _wide(rows), "BLOCK": block, "num_warps": _warps(block)}
 
 
 def _heads(groups: int, queries: int, d: int) -> dict:
-    """How many heads are turned at once: registers hold so many halves of 2048 numbers, or four of 1024."""
+    """Options of the kernels of queries, keys and values: registers hold two halves of 2048 numbers, or four of 1024,
+    at once."""
     half = triton.next_power_of_2(d // 2)
     query_block = min(triton.next_power_of_2(groups * queries), max(1, 2048 // half))
     key_block = min(triton.next_power_of_2(groups), max(1, 1024 // half))
@@ -283,13 +296,13 @@ def _heads(groups: int, queries: int, d: int) -> dict:
 
 
 def _blocks(rows: int, width: int) -> tuple[tuple[int, int], dict]:
-    """A grid over rows of ``width`` numbers that are done a block at a time."""
+    """Grid and options of kernels that do a block of a row of ``width`` numbers per program."""
     block = min(triton.next_power_of_2(width), _COLUMNS)
     return (rows, triton.cdiv(width, block)), {"BLOCK": block, "num_warps": _warps(block)}
 
 
 def _warps(numbers: int) -> int:
-    """16 numbers for each thread."""
+    """16 numbers per thread."""
     return min(max(numbers // 512, 1), 16)
 
 

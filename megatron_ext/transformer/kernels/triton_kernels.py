@@ -1,9 +1,9 @@
-"""Triton kernels of norms, rows and the gated activation.
+"""Triton kernels of norms, permutations of rows and SwiGLU.
 
-A program does a row (norms: rows one after the other), or a block of its columns. Row numbers are int32; where they
-meet a stride they become int64. Rows are contiguous; ``H``, ``WIDTH`` and ``F`` are their real widths, ``BLOCK`` is a
-power of two. Arithmetic is in ``WIDE``, float32 or float64, and rounded where a row is stored. Sums run in a fixed
-order: there are no atomics.
+A program does one row, or a block of its columns (the norms' backward pass: several rows in turn). Row numbers are
+int32, and int64 where they are multiplied by a stride. Rows are contiguous; ``H``, ``WIDTH`` and ``F`` are the widths
+of rows, ``BLOCK`` is a power of two. Arithmetic is in ``WIDE``, float32 or float64, and rounded where a row is stored.
+Sums run in a fixed order: there are no atomics.
 """
 
 import triton
@@ -56,7 +56,7 @@ def add_norm(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The norm of the sum as it is stored."""
+    """The sum, and the norm of the sum as rounded for storage."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < H
@@ -72,8 +72,8 @@ def add_norm(
 
 @triton.jit(do_not_specialize=["full_rows", "kv_only_rows"])
 def norm_backward(
-    of_normed,
-    of_normed_kv_only,
+    grad_normed,
+    grad_normed_kv_only,
     residual,
     kv_only_residual,
     full,
@@ -81,16 +81,16 @@ def norm_backward(
     weight,
     scale,
     kv_only_scale,
-    of_full,
-    of_kv_only,
-    of_weight,
+    grad_full,
+    grad_kv_only,
+    grad_weight,
     full_rows,
     kv_only_rows,
     H: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Every program has an equal share of the rows and writes its part of the weight's gradient, [programs, H]."""
+    """A program does an equal share of the rows and writes its part of the weight's gradient, [programs, H]."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < H
@@ -98,18 +98,18 @@ def norm_backward(
     part = tl.zeros([BLOCK], WIDE)
     for row in range(program, full_rows, programs):
         at = tl.cast(row, tl.int64) * H + columns
-        g = tl.load(of_normed + at, inside, 0).to(WIDE)
+        g = tl.load(grad_normed + at, inside, 0).to(WIDE)
         s = tl.load(scale + row)
         y = tl.load(full + at, inside, 0).to(WIDE) * s
         part += g * y
-        _store_gradient(of_full, residual, at, inside, g * w, y, s, H, WIDE)
-    tl.store(of_weight + program * H + columns, part, inside)
+        _store_gradient(grad_full, residual, at, inside, g * w, y, s, H, WIDE)
+    tl.store(grad_weight + program * H + columns, part, inside)
     if normed_kv_only is not None:
         for row in range(program, kv_only_rows, programs):
             at = tl.cast(row, tl.int64) * H + columns
-            g = tl.load(of_normed_kv_only + at, inside, 0).to(WIDE)
+            g = tl.load(grad_normed_kv_only + at, inside, 0).to(WIDE)
             y = tl.load(normed_kv_only + at, inside, 0).to(WIDE)
-            _store_gradient(of_kv_only, kv_only_residual, at, inside, g, y, tl.load(kv_only_scale + row), H, WIDE)
+            _store_gradient(grad_kv_only, kv_only_residual, at, inside, g, y, tl.load(kv_only_scale + row), H, WIDE)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def _store_gradient(out, residual, at, inside, g, y, s, H: tl.constexpr, WIDE: t
 
 @triton.jit
 def gather(rows, index, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of columns of a row in another order; -1: zeros."""
+    """A block of columns of an output row, which is input row ``index``; -1: zeros."""
     row, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(index + row).to(tl.int64)
     x = tl.load(rows + source * WIDTH + columns, columns < tl.where(source >= 0, WIDTH, 0), 0)
@@ -137,7 +137,7 @@ def gather(rows, index, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_rows(rows, starts, uses, out, WIDTH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of columns of the sum of all uses of a row."""
+    """A block of columns of the sum of all output rows that an input row became."""
     row, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     total = tl.zeros([BLOCK], WIDE)
@@ -157,14 +157,14 @@ def swiglu(gate_up, out, F: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def swiglu_backward(gradient, gate_up, out, F: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Both gradients: g up sigmoid (1 + gate (1 - sigmoid)) and g gate sigmoid."""
+def swiglu_backward(grad, gate_up, out, F: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradients of gate and up: g up sigmoid (1 + gate (1 - sigmoid)) and g gate sigmoid."""
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < F
     at = row * (2 * F) + columns
     gate = tl.load(gate_up + at, inside, 0).to(WIDE)
     up = tl.load(gate_up + at + F, inside, 0).to(WIDE)
-    g = tl.load(gradient + row * F + columns, inside, 0).to(WIDE)
+    g = tl.load(grad + row * F + columns, inside, 0).to(WIDE)
     share = tl.sigmoid(gate)
     tl.store(out + at, g * up * share * (1 + gate * (1 - share)), inside)
     tl.store(out + at + F, g * gate * share, inside)

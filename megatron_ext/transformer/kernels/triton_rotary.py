@@ -1,9 +1,9 @@
-"""Triton kernels of queries, keys and values: gathered, turned and split in one pass, and back.
+"""Triton kernels of queries, keys and values: permuted, rotated and split in one pass, and their gradients back.
 
-A program does a row. Row numbers are int32; where they meet a stride they become int64. Rows are contiguous. The halves
-of ``QUERY_BLOCK`` or ``KEY_BLOCK`` heads are done at once, ``BLOCK`` columns each, of which ``D // 2`` are real.
-Arithmetic is in the table's precision and rounded where a row is stored; keys that are used several times are summed in
-the order of their uses, without atomics.
+A program does one row. Row numbers are int32, and int64 where they are multiplied by a stride. Rows are contiguous. The
+halves of ``QUERY_BLOCK`` or ``KEY_BLOCK`` heads are done at once, ``BLOCK`` columns each, of which the first ``D // 2``
+count. Arithmetic is in the table's precision and rounded where a row is stored; gradients of repeated keys are summed
+in the order of their uses, without atomics.
 """
 
 import triton
@@ -41,7 +41,7 @@ def query_key_value(
         for start in range(0, GROUPS * QUERIES, QUERY_BLOCK):
             head = start + tl.arange(0, QUERY_BLOCK)[:, None]
             mask = inside & (head < GROUPS * QUERIES)
-            # A group has its key and its value after its queries.
+            # In a group, the key and the value follow the queries.
             at = mixed + source * (GROUPS * (QUERIES + 2) * D) + (head + 2 * (head // QUERIES)) * D + columns
             a, b = _halves(at, inside & (head < heads), D, cosine.dtype)
             out = query + row.to(tl.int64) * (GROUPS * QUERIES * D) + head * D + columns
@@ -64,7 +64,7 @@ def query_key_value(
                 at = kv_only + (source - full_rows) * (GROUPS * 2 * D) + group * (2 * D) + columns
                 c, d = _halves(at, there, D, cosine.dtype)
                 w, x = _halves(at + D, there, D, cosine.dtype)
-                a, b, v, u = a + c, b + d, v + w, u + x  # of either, one is zeros
+                a, b, v, u = a + c, b + d, v + w, u + x  # one of the two summands is zeros
             out = row.to(tl.int64) * (GROUPS * D) + group * D + columns
             tl.store(key + out, a * cosine - b * sine, mask)
             tl.store(key + out + D // 2, b * cosine + a * sine, mask)
@@ -74,9 +74,9 @@ def query_key_value(
 
 @triton.jit(do_not_specialize=["full_rows", "positions"])
 def query_key_value_backward(
-    of_query,
-    of_key,
-    of_value,
+    grad_query,
+    grad_key,
+    grad_value,
     query_inverse,
     key_inverse,
     key_starts,
@@ -84,8 +84,8 @@ def query_key_value_backward(
     table,
     query_positions,
     key_positions,
-    of_mixed,
-    of_kv_only,
+    grad_mixed,
+    grad_kv_only,
     full_rows,
     positions,
     GROUPS: tl.constexpr,
@@ -95,18 +95,18 @@ def query_key_value_backward(
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):
-    """A program writes the gradient of one FULL or, after those, KV_ONLY row: turned back, and of a key that is used
-    several times the sum."""
+    """A program writes the gradient of a FULL row or, after those, of a KV_ONLY row: rotated back, and summed over the
+    uses of a repeated key."""
     row = tl.program_id(0)
-    mixed_row = of_mixed + row.to(tl.int64) * (GROUPS * (QUERIES + 2) * D)
+    mixed_row = grad_mixed + row.to(tl.int64) * (GROUPS * (QUERIES + 2) * D)
     if row < full_rows:
         source = _row_of(query_inverse, row)
-        heads = tl.where(source >= 0, GROUPS * QUERIES, 0)  # of a row that nothing became: zeros
+        heads = tl.where(source >= 0, GROUPS * QUERIES, 0)  # zeros for a row without a query
         cosine, sine, columns, inside = _angles(table, query_positions, source, positions, D, BLOCK)
         for start in range(0, GROUPS * QUERIES, QUERY_BLOCK):
             head = start + tl.arange(0, QUERY_BLOCK)[:, None]
             mask = inside & (head < GROUPS * QUERIES)
-            at = of_query + source * (GROUPS * QUERIES * D) + head * D + columns
+            at = grad_query + source * (GROUPS * QUERIES * D) + head * D + columns
             a, b = _halves(at, inside & (head < heads), D, cosine.dtype)
             out = mixed_row + (head + 2 * (head // QUERIES)) * D + columns
             tl.store(out, a * cosine + b * sine, mask)
@@ -116,7 +116,7 @@ def query_key_value_backward(
     else:
         source = tl.full([], -1, tl.int64)
         first, end = tl.load(key_starts + row), tl.load(key_starts + row + 1)
-        if first < end:  # every use of a key has its position
+        if first < end:  # all uses of a key have its position
             source = tl.load(key_uses + first).to(tl.int64)
     groups = tl.where(source >= 0, GROUPS, 0)
     cosine, sine, columns, inside = _angles(table, key_positions, source, positions, D, BLOCK)
@@ -124,17 +124,17 @@ def query_key_value_backward(
         group = start + tl.arange(0, KEY_BLOCK)[:, None]
         mask = inside & (group < GROUPS)
         at = source * (GROUPS * D) + group * D + columns
-        a, b = _halves(of_key + at, inside & (group < groups), D, cosine.dtype)
-        v, u = _halves(of_value + at, inside & (group < groups), D, cosine.dtype)
+        a, b = _halves(grad_key + at, inside & (group < groups), D, cosine.dtype)
+        v, u = _halves(grad_value + at, inside & (group < groups), D, cosine.dtype)
         if key_starts is not None:
             for use in range(first + 1, end):
                 at = tl.load(key_uses + use).to(tl.int64) * (GROUPS * D) + group * D + columns
-                c, d = _halves(of_key + at, mask, D, cosine.dtype)
-                w, x = _halves(of_value + at, mask, D, cosine.dtype)
+                c, d = _halves(grad_key + at, mask, D, cosine.dtype)
+                w, x = _halves(grad_value + at, mask, D, cosine.dtype)
                 a, b, v, u = a + c, b + d, v + w, u + x
         out = mixed_row + (group * (QUERIES + 2) + QUERIES) * D + columns
         if row >= full_rows:
-            out = of_kv_only + (row - full_rows).to(tl.int64) * (GROUPS * 2 * D) + group * (2 * D) + columns
+            out = grad_kv_only + (row - full_rows).to(tl.int64) * (GROUPS * 2 * D) + group * (2 * D) + columns
         tl.store(out, a * cosine + b * sine, mask)
         tl.store(out + D // 2, b * cosine - a * sine, mask)
         tl.store(out + D, v, mask)
@@ -153,7 +153,8 @@ def _row_of(index, row):
 
 @triton.jit
 def _angles(table, positions_of, row, positions, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Cosines and sines [1, BLOCK] of the row's position, and which columns [1, BLOCK] there are; of row -1 zeros."""
+    """Cosines and sines [1, BLOCK] of the row's position (for row -1 those of position 0), the columns [1, BLOCK] and
+    which of them count."""
     columns = tl.arange(0, BLOCK)[None, :]
     inside = columns < D // 2
     position = tl.load(positions_of + row, row >= 0, 0).to(tl.int64)

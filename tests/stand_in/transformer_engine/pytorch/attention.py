@@ -25,14 +25,14 @@ class DotProductAttention(torch.nn.Module):
     ):
         assert qkv_format == "thd" and attn_mask_type == "padding_causal_bottom_right" and not pad_between_seqs
         repeats = query_layer.shape[1] // key_layer.shape[1]
-        cuts = [x.diff().tolist() for x in (cu_seqlens_q, cu_seqlens_kv)]
-        queries = query_layer[: sum(cuts[0])].split(cuts[0])
-        keys, values = (x[: sum(cuts[1])].split(cuts[1]) for x in (key_layer, value_layer))
-        made = []
+        lengths = [x.diff().tolist() for x in (cu_seqlens_q, cu_seqlens_kv)]
+        queries = query_layer[: sum(lengths[0])].split(lengths[0])
+        keys, values = (x[: sum(lengths[1])].split(lengths[1]) for x in (key_layer, value_layer))
+        outputs = []
         for q, k, v in zip(queries, keys, values):
             k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
             scores = torch.einsum("qhd,khd->hqk", q, k) * self._scale
-            later = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).triu(k.shape[0] - q.shape[0] + 1)
-            made.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -math.inf).softmax(-1), v))
-        fillers = query_layer.new_zeros(query_layer.shape[0] - sum(cuts[0]), *query_layer.shape[1:])
-        return torch.cat([*made, fillers]).flatten(1)
+            hidden = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).triu(k.shape[0] - q.shape[0] + 1)
+            outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), v))
+        fillers = query_layer.new_zeros(query_layer.shape[0] - sum(lengths[0]), *query_layer.shape[1:])
+        return torch.cat([*outputs, fillers]).flatten(1)

@@ -1,4 +1,4 @@
-"""The global state of FP8: what is enabled, and the histories of delayed scaling."""
+"""The global state of FP8: whether it is enabled, and the histories of delayed scaling."""
 
 from contextlib import contextmanager
 

@@ -13,7 +13,7 @@ class _Module(torch.nn.Module):
         self._groups, self._cached, self.fp8_meta = groups, {}, {}
 
     def _prepare(self, rows: torch.Tensor, splits: list[int], weights: list[torch.Tensor], first: bool | None):
-        """The weights as FP8 has them: of the step's first micro-batch, where they may be kept."""
+        """The weights that FP8 computes with: those of the step's first micro-batch, where they may be cached."""
         assert [rows.shape[0]] == [sum(splits)] and len(weights) == self._groups
         state = FP8GlobalStateManager
         if not state.enabled:

@@ -1,0 +1,43 @@
+"""Losses on the validation data."""
+
+import dataclasses
+
+from megatron_ext.data import step_batches
+from megatron_ext.token_classes import Task
+from megatron_ext.training.callback import Callback, StepRecord, is_due
+from megatron_ext.training.run import Run
+from megatron_ext.training.step import evaluate_step, evaluation_mode
+
+
+class Validation(Callback):
+    """Validates every ``training.validation_interval`` iterations where there is validation data."""
+
+    def after_step(self, run: Run, record: StepRecord) -> None:
+        if run.validation_data and is_due(record.iteration, run.config.training.validation_interval, run.config):
+            record.metrics |= validation_losses(run)
+            record.log_now = True
+
+
+def validation_losses(run: Run) -> dict[str, float]:
+    """Losses over the first ``validation_batches`` global batches of the validation data, always the same rows.
+
+    Returns:
+        "validation_loss", the objective, and "validation_loss_<task>" for each task that has loss tokens.
+    """
+    config = run.config
+    steps = step_batches(
+        run.validation_data,
+        dataclasses.replace(config.data, loader="plain", workers=0),
+        config.training.global_batch_size,
+        0,
+        num_steps=config.training.validation_batches,
+        prepare=run.preparation(training=False),
+    )
+    with evaluation_mode(run.chunks):
+        sums, counts = map(sum, zip(*(evaluate_step(run.chunks, step, config) for step in steps)))
+    steps.close()
+    losses = {
+        task.name.lower(): total / tokens for task, total, tokens in zip(Task, sums.tolist(), counts.tolist()) if tokens
+    }
+    objective = sum(getattr(config.training.task_weights, name) * loss for name, loss in losses.items())
+    return {"validation_loss": objective} | {f"validation_loss_{name}": loss for name, loss in losses.items()}

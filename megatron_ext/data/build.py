@@ -1,0 +1,82 @@
+"""Building the mixture of a run: opening its sources and checking them against each other and the vocabulary."""
+
+import dataclasses
+
+import torch.distributed as dist
+
+from megatron_ext.config import DataConfig, SourceConfig
+from megatron_ext.data.mixture import Mixture
+from megatron_ext.data.packed_tokens import MAX_VOCABULARY
+from megatron_ext.data.rank_info import RankInfo
+from megatron_ext.data.rendering import SpecialTokens
+from megatron_ext.data.source import Source
+from megatron_ext.errors import UserError
+
+VALIDATION_SEED = 0
+"""Validation rows do not depend on the seed of the run, so that runs can be compared."""
+
+
+def build_mixture(sources: list[SourceConfig], data_config: DataConfig, vocabulary, train: bool) -> Mixture:
+    """Open the sources and check them against the run. Collective.
+
+    Every reader opens the files itself; the other ranks receive their description.
+
+    Args:
+        train: for training (caption dropout, the seed of the run) or for validation.
+
+    Raises:
+        UserError: on every rank, if any reader cannot use a source (see :meth:`Source.open`), or if readers found
+            different data.
+    """
+    special = SpecialTokens.of(vocabulary)
+    seed, dropout = (data_config.seed, data_config.caption_dropout) if train else (VALIDATION_SEED, 0.0)
+    opened, error = None, None
+    if RankInfo.here().reads:
+        try:
+            opened = _open("data.train" if train else "data.validation", sources, data_config, vocabulary)
+        except UserError as refusal:
+            error = str(refusal)
+    shared = _share(opened, error)
+    return Mixture(opened or shared, special, seed, dropout)
+
+
+def _open(key: str, sources: list[SourceConfig], data_config: DataConfig, vocabulary) -> list[Source]:
+    if not sources:
+        raise UserError(f"config: '{key}' is empty; name at least one data set")
+    if vocabulary.size > MAX_VOCABULARY:
+        raise UserError(f"{vocabulary.folder}: {vocabulary.size} token ids, at most {MAX_VOCABULARY} are possible")
+    if data_config.sequence_length < 2:
+        raise UserError(f"config: 'data.sequence_length' is {data_config.sequence_length}, must be at least 2")
+    opened = [
+        Source.open(f"{key}[{i}]", source, vocabulary.fingerprint, data_config.sequence_length)
+        for i, source in enumerate(sources)
+    ]
+    with_images = [source for source in opened if source.metadata["vq"]]
+    for source in with_images[1:]:
+        if source.metadata["vq"] != with_images[0].metadata["vq"]:
+            raise UserError(
+                f"{source.path}: images were encoded with VQ model {source.metadata['vq']['fingerprint']}, those of "
+                f"{with_images[0].path} with {with_images[0].metadata['vq']['fingerprint']}; encode one of them again"
+            )
+    return opened
+
+
+def _share(opened: list[Source] | None, error: str | None) -> list[Source]:
+    """The sources that rank 0 opened, without their open files; raises on all ranks if opening failed on any."""
+    if not dist.is_initialized():
+        if error:
+            raise UserError(error)
+        return opened
+    files = [source.metadata["files"] for source in opened] if opened else None
+    outcomes = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (error, files))
+    for rank, (refusal, rank_files) in enumerate(outcomes):
+        if refusal:
+            raise UserError(refusal)
+        if rank_files and rank_files != outcomes[0][1]:
+            raise UserError(
+                f"data: rank {rank} found other files than rank 0 at the same paths; copy the data sets again"
+            )
+    shared = [[dataclasses.replace(source, dataset=None) for source in opened] if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]

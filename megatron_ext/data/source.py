@@ -1,0 +1,81 @@
+"""A source: one data set used for one task, opened and checked."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ext.config import SourceConfig
+from megatron_ext.data.format import Dataset
+from megatron_ext.data.rendering import lay_out
+from megatron_ext.errors import UserError
+from megatron_ext.token_classes import Task
+
+_CHUNK = 1 << 17  # documents checked at once
+
+
+@dataclass
+class Source:
+    """One data set used for one task.
+
+    Attributes:
+        path: prefix of the data set.
+        metadata: its metadata (:mod:`megatron_ext.data.format`).
+        tokens: tokens of one epoch of the data set as this task renders it, captions included.
+        dataset: the open data set; None on a rank that does not read.
+    """
+
+    path: str
+    task: Task
+    weight: float
+    metadata: dict
+    tokens: int
+    dataset: Dataset | None
+
+    @classmethod
+    def open(cls, name: str, config: SourceConfig, vocabulary_fingerprint: str, row_length: int) -> "Source":
+        """Open and check a source; ``name`` is its key in the configuration, for messages.
+
+        Raises:
+            UserError: files are damaged, the token ids belong to another vocabulary, a document is useless for the
+                task, or a document with images is longer than a row.
+        """
+        name = f"{name} ({config.path})"
+        if config.weight <= 0:
+            raise UserError(f"{name}: weight {config.weight} must be positive")
+        dataset = Dataset(config.path)
+        fingerprint = dataset.metadata["vocabulary"]
+        if fingerprint != vocabulary_fingerprint:
+            raise UserError(
+                f"{name}: was prepared with vocabulary {fingerprint}, this run has {vocabulary_fingerprint}; "
+                "prepare it again or set data.vocabulary to the one it was made with"
+            )
+        task = Task[config.task.upper()]
+        tokens = 0
+        for start in range(0, len(dataset), _CHUNK):
+            documents = np.arange(start, min(start + _CHUNK, len(dataset)))
+            tokens += _check_documents(name, dataset, documents, task, row_length)
+        return cls(config.path, task, config.weight, dataset.metadata, tokens, dataset)
+
+
+def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, task: Task, row_length: int) -> int:
+    """Check documents and count their rendered tokens."""
+    layout = lay_out(dataset, documents, np.zeros(len(documents), dtype=bool), task)
+    images, answers = (np.bincount(layout.owner, kind, len(documents)) for kind in (layout.image, layout.answer))
+    lengths = layout.length
+    useless, reason = {
+        Task.UNDERSTANDING: (answers == 0, "holds no answer or caption to learn"),
+        Task.GENERATION: (images == 0, "holds no image"),
+        Task.TEXT: (images > 0, "holds an image"),
+    }[task]
+    if useless.any():
+        raise UserError(
+            f"{name}: document {documents[useless.argmax()]} {reason}; not usable for task {task.name.lower()}"
+        )
+    too_long = (images > 0) & (lengths > row_length)
+    if too_long.any():
+        worst = too_long.argmax()
+        raise UserError(
+            f"{name}: document {documents[worst]} is {lengths[worst]} tokens long and holds an image, so it cannot be "
+            f"cut; raise data.sequence_length ({row_length})"
+        )
+    return int(lengths.sum())

@@ -1,0 +1,141 @@
+"""A model's answers to the questions of a benchmark, saved as they are generated.
+
+Each replica answers every n-th question and writes a part beside the answers file. At the end, and when a stopped run
+resumes, the parts are merged into the file. A question with an answer is not asked again.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext import command_line
+from megatron_ext.distributed import from_rank_zero
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation import manifest
+from megatron_ext.evaluation.answers import AnswersWriter, read_answers
+from megatron_ext.evaluation.benchmark import Item
+from megatron_ext.generation import prompts
+from megatron_ext.generation.likelihood import log_likelihoods
+from megatron_ext.generation.sampling import Sampling
+from megatron_ext.generation.session import Session
+
+GREEDY = Sampling(temperature=0)
+
+
+def claim(
+    session: Session, checkpoint: Path, items: Sequence[Item], file: Path, max_new_tokens: int, set_aside: bool = False
+) -> None:
+    """Claim ``file`` for this model's answers to these questions, new or to be resumed. Collective.
+
+    The manifest ``<name>.manifest.json`` records what the answers depend on, and every line identifies its question.
+    New questions, of further splits for example, may be added.
+
+    Args:
+        checkpoint: ``.../iter_NNNNNNN`` from which the session was loaded.
+        set_aside: move answers of other settings away instead of refusing.
+
+    Raises:
+        UserError: the file holds answers of other settings, or to other questions.
+    """
+    settings = {**manifest.model_settings(session, checkpoint), "max_new_tokens": max_new_tokens}
+
+    def claim_on_rank_zero() -> None:
+        _merge_parts(file)
+        before, other = read_answers(file).records, None
+        for item in items:
+            if item.id in before and before[item.id].get("asked") != question_fingerprint(item):
+                other = f"question {item.id} has changed since it was answered"
+                break
+        manifest.claim(file, file.with_suffix(".manifest.json"), settings, other, set_aside)
+
+    from_rank_zero(claim_on_rank_zero)
+
+
+def question_fingerprint(item: Item) -> str:
+    """8 hexadecimal digits that change with the question, its choices, and the name and size of its image."""
+    size = item.image.stat().st_size if item.image.is_file() else None
+    description = [item.image.name, size, item.question, item.choices, item.bare]
+    return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:8]
+
+
+def answer(session: Session, items: Sequence[Item], file: Path, max_new_tokens: int) -> int:
+    """Answer the questions that ``file`` does not answer yet, by greedy decoding. Collective.
+
+    For questions with choices, the log-likelihood of each choice as the whole answer to the bare question is stored
+    too.
+
+    Args:
+        max_new_tokens: most tokens of an answer.
+
+    Returns:
+        Number of items whose image cannot be read; each is named on standard error and stays unanswered.
+    """
+    from_rank_zero(lambda: _merge_parts(file))
+    answered = read_answers(file).records
+    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    todo = [item for item in items if item.id not in answered][replica::replicas]
+    writes = parallel_state.get_tensor_model_parallel_rank() == 0
+    unreadable = 0
+    with command_line.progress(total=len(todo), desc=file.stem, unit=" questions") as bar:
+        writer = AnswersWriter(_part(file, replica)) if writes and todo else None
+        for start in range(0, len(todo), session.batch_size):
+            batch = todo[start : start + session.batch_size]
+            readable, codes = [], {}
+            for item in batch:
+                try:
+                    if item.image not in codes:
+                        codes[item.image] = session.encode(item.image)
+                    readable.append(item)
+                except UserError as error:
+                    unreadable += 1
+                    if writes:
+                        print(f"{error}; {item.id} stays unanswered", file=sys.stderr)
+            vocabulary = session.trained.vocabulary
+            requests = [
+                prompts.answer(vocabulary, codes[item.image], item.question, max_new_tokens) for item in readable
+            ]
+            answers = session.generator(requests, GREEDY) if requests else []
+            likelihoods = _likelihoods(session, readable, codes)
+            for item, tokens in zip(readable, answers):
+                if writer:
+                    fingerprint, more = question_fingerprint(item), likelihoods.get(item.id, {})
+                    writer.write(item.id, vocabulary.decode(tokens), asked=fingerprint, **more)
+            bar.update(len(batch))
+        if writer:
+            writer.close()
+    dist.barrier()
+    from_rank_zero(lambda: _merge_parts(file))
+    counts = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, unreadable if writes else 0)
+    return sum(counts)
+
+
+def _likelihoods(session: Session, items: Sequence[Item], codes: dict[Path, list[int]]) -> dict[str, dict]:
+    """``{"likelihoods": log-likelihoods of the choices, each with <eod>}`` by the id of each item with choices."""
+    vocabulary, likelihoods = session.trained.vocabulary, {}
+    for item in items:
+        if item.choices:
+            prompt = prompts.answer(vocabulary, codes[item.image], item.bare, 0)
+            choices = [[*vocabulary.encode(choice), vocabulary.eod] for choice in item.choices]
+            values = log_likelihoods(session.generator, [prompt] * len(choices), choices)
+            likelihoods[item.id] = {"likelihoods": values}
+    return likelihoods
+
+
+def _part(file: Path, replica: int) -> Path:
+    return file.with_name(f"{file.stem}.part{replica}.jsonl")
+
+
+def _merge_parts(file: Path) -> None:
+    """Merge the parts of replicas, of this run or an earlier one, into the answers file."""
+    with AnswersWriter(file) as writer:
+        for part in sorted(file.parent.glob(f"{file.stem}.part*.jsonl")):
+            for record in read_answers(part).records.values():
+                if record["id"] not in writer.answered:
+                    writer.write(**record)
+            part.unlink()

@@ -1,0 +1,13 @@
+"""The attributes of objects and backgrounds, and the names of places."""
+
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "moon")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
+SIZES = ("small", "large")
+PLACES = (
+    ("top left", "top center", "top right"),
+    ("center left", "center", "center right"),
+    ("bottom left", "bottom center", "bottom right"),
+)
+"""Names of the grid's cells, by row and column."""
+BACKGROUND_COLORS = ("gray", "beige", "mint", "lavender", "navy")
+BACKGROUND_PATTERNS = ("plain", "striped", "checkered", "dotted", "shaded")

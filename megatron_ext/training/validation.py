@@ -1,0 +1,64 @@
+"""Refuse a run that cannot be trained, before anything is built.
+
+Each section is checked beside what it configures; here are the checks of the training section and the optimizer, and
+the order of them all.
+"""
+
+from megatron_ext.config import Config
+from megatron_ext.data.validation import validate_data
+from megatron_ext.errors import UserError, check_at_least_one, check_divisible
+from megatron_ext.routing.plan import validate_plan
+from megatron_ext.transformer.validation import validate_implementation, validate_layout, validate_model
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse a configuration that cannot run on ``world_size`` processes.
+
+    The evaluation section has a check of its own, :func:`megatron_ext.evaluation.validation.validate_evaluation`.
+
+    Raises:
+        UserError: names the key, its value and what would do.
+    """
+    validate_model(config)
+    plan = validate_plan(config.plan, config.model.num_layers, config.parallel.tensor)
+    validate_implementation(config)
+    if config.training.fp8 != "none":
+        from megatron_ext.transformer import fp8  # Imported late: it loads torch, which other checks do not need.
+
+        fp8.validate(config, plan)
+    validate_layout(config, world_size)
+    _validate_training(config, world_size)
+    validate_data(config.data)
+    _validate_optimizer(config)
+    check_at_least_one("logging", config.logging, "interval")
+
+
+def _validate_training(config: Config, world_size: int) -> None:
+    training, parallel = config.training, config.parallel
+    counts = ("iterations", "micro_batch_size", "global_batch_size", "row_multiple")
+    check_at_least_one("training", training, *counts)
+    replicas = config.data_parallel(world_size)
+    check_divisible(
+        "training.global_batch_size",
+        training.global_batch_size,
+        f"training.micro_batch_size x data parallel size {replicas}",
+        training.micro_batch_size * replicas,
+    )
+    if parallel.virtual_pipeline > 1:
+        micro_batches = config.micro_batches(world_size)
+        interleaved = "parallel.pipeline (interleaved schedule)"
+        check_divisible("micro-batches per step", micro_batches, interleaved, parallel.pipeline)
+
+
+def _validate_optimizer(config: Config) -> None:
+    optimizer, iterations = config.optimizer, config.training.iterations
+    if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_decay_iterations <= iterations:
+        raise UserError(
+            f"config: 'optimizer.wsd_decay_iterations' is {optimizer.wsd_decay_iterations}, "
+            f"must lie in 1 .. training.iterations ({iterations})"
+        )
+    if optimizer.warmup_iterations >= iterations:
+        raise UserError(
+            f"config: 'optimizer.warmup_iterations' is {optimizer.warmup_iterations}, "
+            f"must be less than training.iterations ({iterations})"
+        )

@@ -1,0 +1,65 @@
+"""Checks of the model's shape and of its layout over processes, made before anything is built."""
+
+from megatron_ext.config import Config
+from megatron_ext.errors import UserError, check_at_least_one, check_divisible
+
+
+def validate_model(config: Config) -> None:
+    """Refuse a model that has no consistent shape, or whose heads and matrices tensor parallelism cannot cut.
+
+    Raises:
+        UserError: names the key, its value and what would do.
+    """
+    model, tensor = config.model, config.parallel.tensor
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    check_at_least_one("model", model, *sizes)
+    check_at_least_one("parallel", config.parallel, "tensor", "pipeline", "virtual_pipeline")
+    heads = ("model.num_attention_heads", model.num_attention_heads)
+    groups = ("model.num_query_groups", model.num_query_groups)
+    check_divisible("model.hidden_size", model.hidden_size, *heads)
+    check_divisible(*heads, *groups)
+    check_divisible(*heads, "parallel.tensor", tensor)
+    check_divisible(*groups, "parallel.tensor", tensor)
+    check_divisible("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", tensor)
+    if model.max_image_tokens < 0:
+        raise UserError(f"config: 'model.max_image_tokens' is {model.max_image_tokens}, must be at least 0")
+    head_size = model.hidden_size // model.num_attention_heads
+    if head_size % 2:
+        raise UserError(
+            f"config: head size {head_size} (model.hidden_size / model.num_attention_heads) is odd; rotary positions "
+            "need an even one"
+        )
+
+
+def validate_implementation(config: Config) -> None:
+    """Refuse kernels that cannot compute in ``training.precision``.
+
+    Raises:
+        UserError: names the key, its value and what would do.
+    """
+    if config.model.implementation == "transformer_engine" and config.training.precision == "float32":
+        raise UserError(
+            "config: 'model.implementation' is transformer_engine, whose float32 products are TF32; take "
+            "training.precision=bf16, or model.implementation=local"
+        )
+
+
+def validate_layout(config: Config, world_size: int) -> None:
+    """Refuse a layout that does not fit the layers or ``world_size`` processes.
+
+    Raises:
+        UserError: names the key, its value and what would do.
+    """
+    parallel = config.parallel
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    check_divisible(
+        "model.num_layers", config.model.num_layers, "parallel.pipeline x parallel.virtual_pipeline", stages
+    )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UserError(
+            f"config: 'parallel.virtual_pipeline' is {parallel.virtual_pipeline}, needs parallel.pipeline > 1"
+        )
+    processes = parallel.tensor * parallel.pipeline
+    check_divisible("number of processes", world_size, "parallel.tensor x parallel.pipeline", processes)
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("config: 'parallel.sequence' is true, needs parallel.tensor > 1")

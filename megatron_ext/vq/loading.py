@@ -1,0 +1,44 @@
+"""Loading the VQ tokenizer that a local folder holds."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_ext import files
+from megatron_ext.errors import UserError
+from megatron_ext.vq.model import VQModel
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VQModel:
+    """Load the VQ tokenizer in a local folder onto ``device``; nothing is downloaded.
+
+    The folder is in the form of transformers' ``save_pretrained``: the VQ network alone, or a whole Janus, Emu3 or
+    Chameleon checkpoint, of which only the VQ network is read.
+
+    Raises:
+        UserError: the folder holds no such tokenizer, or weights are missing.
+    """
+    # Importing transformers takes seconds, and many users of this package only need the type.
+    from megatron_ext.vq.adapters import ADAPTERS
+
+    folder = Path(folder)
+    config = _read_config(folder)
+    # A whole checkpoint keeps the tokenizer's configuration in a section of its own.
+    config = config.get("vq_config") or config
+    adapter = ADAPTERS.get(config.get("model_type"))
+    if adapter is None:
+        raise UserError(
+            f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not a known VQ tokenizer; "
+            f"expected one of {', '.join(ADAPTERS)}, or a checkpoint with such a 'vq_config'"
+        )
+    return adapter.from_folder(folder, config).to(device, dtype)
+
+
+def _read_config(folder: Path) -> dict:
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"{file}: not found; a VQ folder holds config.json and model.safetensors")
+    config = files.read_json(file)
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return config

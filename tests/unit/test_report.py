@@ -1,0 +1,94 @@
+"""The page about a run: self-contained, escaped, complete without data, vocabulary or evaluations."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ext import config_file
+from megatron_ext.config import Config
+from megatron_ext.errors import UserError
+from megatron_ext.report.chart import MAX_POINTS, Series, line_chart, number, smooth, thin
+from megatron_ext.report.write import write_report
+
+SPIKE = 1e6
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run's folder whose data sets, vocabulary and environment are gone."""
+    sources = [{"path": "gone/<b>&|", "task": task} for task in ("understanding", "generation")]
+    overrides = ["model.num_layers=3", "plan.preset=hmgen", f"data.train={json.dumps(sources)}"]
+    folder = tmp_path / "a <run>"
+    folder.mkdir()
+    config = config_file.load(Config, [], [*overrides, "data.vocabulary=gone", f"output={folder}"])
+    config_file.write_yaml(folder / "config.yaml", config)
+    records = [
+        {
+            "iteration": i,
+            "consumed_tokens": 100 * i,
+            "skipped_steps": 0,
+            "mfu": None,
+            **dict.fromkeys(("loss_understanding", "loss_generation"), 5 / i if i != 7 else float("nan")),
+            **({"validation_loss_generation": 5.5 / i} if i % 5 == 0 else {}),
+            **dict.fromkeys(("step_seconds", "data_wait_seconds", "grad_norm", "learning_rate"), 0.5),
+            "tokens_per_second": 200.0,
+        }
+        for i in range(1, 11)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_page_is_one_escaped_file(run, tmp_path):
+    paths = write_report(run, None, tmp_path / "out" / "page.html")
+    page, text = Path(paths["html"]).read_text(), Path(paths["markdown"]).read_text()
+    assert "<h1>a &lt;run&gt;</h1>" in page and "gone/&lt;b&gt;&amp;|" in page and "<b>&" not in page
+    assert not re.search(r"<script|<link|@import|src=\"(?!data:)", page)
+    assert "prefers-color-scheme: dark" in page and "#0000" not in page
+    assert "iteration 10\ntraining, smoothed: 0.5\nvalidation: 0.55" in page
+    assert "layer 2, generation, image\n" in page
+    assert "`gone/<b>&|` 50 % (no longer there)" in text and "# a <run>" in text
+    assert "| generation | 5.000 | 0.500 | 0.550 | 1.73 | – |" in text
+    for name in re.findall(r"\]\(page_files/(.*?)\)", text):
+        assert (tmp_path / "out" / "page_files" / name).read_text().startswith("<svg"), name
+
+
+def test_what_is_no_run_or_no_page_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="ends in .html"):
+        write_report(run, None, tmp_path / "page.pdf")
+    with pytest.raises(UserError, match="no config.yaml"):
+        write_report(tmp_path, None, tmp_path / "page.html")
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="nothing logged yet"):
+        write_report(run, None, tmp_path / "page.html")
+
+
+def test_long_curves_become_means():
+    points = np.column_stack([np.arange(1000.0), np.ones(1000)])
+    assert thin(points[:5]).tolist() == points[:5].tolist()
+    assert len(thin(points)) == MAX_POINTS and thin(points)[-1].tolist() == [999, 1]
+    points[500, 1] = SPIKE
+    smoothed = smooth(points)
+    assert smoothed[0, 1] == smoothed[-1, 1] == 1 and smoothed[500, 1] == pytest.approx((SPIKE + 60) / 61)
+    assert len(smooth(np.empty((0, 2)))) == 0
+
+
+def test_spikes_of_faint_lines_do_not_flatten_a_chart():
+    points = np.column_stack([np.arange(100.0), np.linspace(1, 2, 100)])
+    points[50, 1] = SPIKE
+    ticks = re.findall(r">([\d.]+)</text>", line_chart("x", "y", [Series("a", "ink", points, "faint")]).plot)
+    assert max(map(float, ticks)) <= 100
+
+
+def test_an_empty_chart_has_no_curve():
+    assert line_chart("x", "y", [Series("a", "ink", np.empty((0, 2)))]).bands == []
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0, "0"), (3717.2, "3717"), (81920, "81.9k"), (5.32e6, "5.32M"), (3e-4, "3.0e-4")]
+)
+def test_numbers_are_short(value, text):
+    assert number(value) == text
