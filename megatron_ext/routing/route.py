@@ -41,7 +41,7 @@ class Route:
     Attributes:
         tokens: [1, T] token ids as stored, int32.
         layers: the route of each layer of the whole model, by its number from 0.
-        head: the slices that hold the tokens whose logits are wanted; their gathered rows become the targets' by
+        head: the slices that hold the tokens with logits; their gathered rows become the targets' by
             ``head_rows``.
         targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None where
             nobody asks any more.
@@ -82,7 +82,7 @@ class Route:
         ranks: int = 1,
         multiple: int = 1,
         fixed_length: bool = False,
-        wanted: np.ndarray | None = None,
+        logit_mask: np.ndarray | None = None,
         cached: bool = False,
         selection: Selection | None = None,
         places: np.ndarray | None = None,
@@ -94,7 +94,7 @@ class Route:
             ranks: over how many ranks the hidden states are cut (sequence parallelism).
             multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels want one).
             fixed_length: T depends on b * s alone, as the messages between pipeline stages must.
-            wanted: where logits are wanted, bool [b, s]; None: where the loss counts. Padding has none.
+            logit_mask: where to compute logits, bool [b, s]; None: where the loss counts. Padding has none.
             cached: each row is the next piece of a document whose earlier keys are kept. Keys are then all the keys of
                 a piece, in order.
             selection: this step's selection of the plan's dense share; None: as in evaluation.
@@ -115,8 +115,8 @@ class Route:
         by_roles = {
             roles: layer_route(rows, [*roles, *[Role.SKIP] * fixed_length], cached) for roles in set(groups.roles)
         }
-        wanted = (batch.loss_mask > 0) if wanted is None else np.asarray(wanted)
-        targets = np.flatnonzero(wanted.ravel() & real)
+        mask = (batch.loss_mask > 0) if logit_mask is None else np.asarray(logit_mask)
+        targets = np.flatnonzero(mask.ravel() & real)
         needed = np.isin(np.arange(len(sizes)), group[targets])
         head = row_slices(sizes, [Role.FULL if n else Role.SKIP for n in needed], groups.components)
         gathered = rows.gathered(head.full, head.sizes)[targets]

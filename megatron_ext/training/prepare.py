@@ -1,7 +1,6 @@
-"""What a training step needs of its rows, worked out ahead of it on the host: routes, labels, FLOPs.
+"""The input of a training step, prepared ahead on the host: routes, labels, FLOPs.
 
-Nothing here waits for torch: it runs in the worker processes that pack rows, while the device is busy with earlier
-steps.
+The worker processes that pack rows prepare it, without importing torch, while the device computes earlier steps.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ if TYPE_CHECKING:
     from megatron_ext.transformer.resolved import ResolvedConfig, RowLayout
 
 NO_TASK = len(Task)
-"""In place of the task of a target that only fills up: its cross-entropy counts nowhere."""
+"""The task of a filler target, whose cross-entropy counts nowhere."""
 
 
 @dataclass
 class MicroBatch:
-    """What a forward pass needs of its rows: the route, and label and task of each of its n targets, int64 [n]."""
+    """The input of a forward pass: the route, and label and task of each of its n targets, int64 [n]."""
 
     route: Route
     labels: np.ndarray
@@ -41,7 +40,7 @@ class MicroBatch:
 
 @dataclass
 class StepInput:
-    """What one step needs of a replica's rows; arrays on the host, tensors on a device.
+    """The input of one step of a replica: arrays on the host, tensors on a device.
 
     Attributes:
         loss_tokens: targets of each task, float64 [tasks].
@@ -58,7 +57,7 @@ class StepInput:
     stored_length: int
 
     def to(self, device: torch.device | str) -> StepInput:
-        """The same on ``device``, in one copy that the host does not wait for."""
+        """Copy everything to ``device`` at once, without waiting for the copy."""
         from megatron_ext.data.transfer import to_device
 
         return to_device(self, device)
@@ -66,7 +65,7 @@ class StepInput:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Makes the :class:`StepInput` of rows; small, and the same for every step of a run.
+    """Turns packed rows into a :class:`StepInput`; small, and the same for every step of a run.
 
     Attributes:
         vocab_size: for the FLOPs of the output head.
@@ -102,12 +101,12 @@ class Preparation:
         )
 
     def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
-        """Of packed tokens, int32 [rows, s], in a step counted from 0."""
+        """Prepare packed tokens, int32 [rows, s], for a step counted from 0."""
         selection = None if self.iterations is None else self.plan.selection(step, self.iterations)
         return self.step_input(unpack(packed_tokens, self.pad), selection)
 
     def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
-        """Of a batch on the host; ``selection`` None: as in evaluation."""
+        """Prepare a batch on the host; ``selection`` None: as in evaluation."""
         batch = batch.arrays()
         if self.by_task:
             order = np.argsort(batch.task[:, 0], kind="stable")
@@ -137,7 +136,7 @@ class Preparation:
         )
         targets, fillers = route.targets, -route.targets.size % rows.fill
         labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.task))
-        # Only the host asks for these.
+        # The device does not need these.
         route.targets = route.order = None
         if not self.model.max_image_tokens:
             route.image_places = None
