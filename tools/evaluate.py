@@ -63,15 +63,7 @@ def _arguments() -> argparse.Namespace:
     add("--label", action="append", metavar="NAME", help="label of the answers (default: the file's folder)")
     add("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
     add("overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles that the model uses")
-    pictures = parser.add_argument_group("pictures (mjhq)")
-    add = pictures.add_argument
-    add("--temperature", type=float, default=1.0, help="0: the most likely token (default: %(default)s)")
-    add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all (default)")
-    add("--top-p", type=float, default=1.0, help="only the most likely tokens of this total probability")
-    add("--guidance", type=float, default=3.0, help="scale of classifier-free guidance; 1: none (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the pictures (together with the prompt's number)")
-    add("--inception", type=Path, metavar="FILE", help="inception-2015-12-05.pt, for FID (default: built-in features)")
-    add("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it, for the CLIP score")
+    _add_picture_options(parser)
     arguments = parser.parse_args()
     if arguments.checkpoint:
         if arguments.score or not (arguments.vq and arguments.out):
@@ -86,6 +78,17 @@ def _arguments() -> argparse.Namespace:
         setattr(arguments, name, _each(parser, arguments, name))
     arguments.parts = [None if parts in (None, "all") else parts.split(",") for parts in arguments.parts]
     return arguments
+
+
+def _add_picture_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("pictures (mjhq)").add_argument
+    add("--temperature", type=float, default=1.0, help="0: the most likely token (default: %(default)s)")
+    add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all (default)")
+    add("--top-p", type=float, default=1.0, help="only the most likely tokens of this total probability")
+    add("--guidance", type=float, default=3.0, help="scale of classifier-free guidance; 1: none (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the pictures (together with the prompt's number)")
+    add("--inception", type=Path, metavar="FILE", help="inception-2015-12-05.pt, for FID (default: built-in features)")
+    add("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it, for the CLIP score")
 
 
 def _each(parser: argparse.ArgumentParser, arguments: argparse.Namespace, name: str) -> list:

@@ -1,5 +1,6 @@
 """Make the picture world: procedural scenes with captions, questions and texts, in the formats of real data."""
 
+import argparse
 from pathlib import Path
 
 from megatron_ext import command_line, files
@@ -13,6 +14,19 @@ from megatron_ext.picture_world.world import World
 
 
 def main() -> None:
+    arguments = _arguments()
+    world = World(arguments.kinds_of_things, arguments.most_objects, arguments.variation)
+    if arguments.sheet:
+        write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, world)
+        print(f"{arguments.sheet}: written")
+    manifests = {split: _write_split(split, arguments, world) for split in (SPLITS if arguments.out else ())}
+    if arguments.benchmarks:
+        manifests["benchmarks"] = _write_benchmarks(arguments, world)
+    if arguments.json:
+        files.write_json(arguments.json, manifests)
+
+
+def _arguments() -> argparse.Namespace:
     parser = command_line.parser(
         __doc__, "python tools/make_scenes.py --out data/scenes --train 20000 --validation 1000 --test 1000 --workers 8"
     )
@@ -34,6 +48,27 @@ def main() -> None:
     parser.add_argument(
         "--most-objects", type=int, default=6, metavar="N", help="most objects in a scene, 2 .. 6 (default: 6)"
     )
+    _add_question_options(parser)
+    parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["tar", "text"], help="default: tar text")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write a PNG of some scenes with their texts")
+    _add_benchmark_options(parser)
+    arguments = parser.parse_args()
+    if not arguments.out and not arguments.sheet and not arguments.benchmarks:
+        parser.error("give at least one of --out, --sheet, --benchmarks")
+    if arguments.size < 16:
+        raise UserError(f"--size {arguments.size}: must be at least 16")
+    for option in ("with_choices", "with_instruction"):
+        if not 0 <= getattr(arguments, option) <= 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: must be from 0 to 1")
+    if arguments.benchmark_pictures < 1:
+        raise UserError(f"--benchmark-pictures {arguments.benchmark_pictures}: must be at least 1")
+    return arguments
+
+
+def _add_question_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, default=3, help="per picture (default: 3)")
     parser.add_argument(
         "--kinds",
@@ -57,11 +92,9 @@ def main() -> None:
         metavar="SHARE",
         help="share of the other short questions with a benchmark's instruction (default: 0.3)",
     )
-    parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["tar", "text"], help="default: tar text")
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write a PNG of some scenes with their texts")
+
+
+def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--benchmarks",
         type=Path,
@@ -77,53 +110,42 @@ def main() -> None:
     parser.add_argument(
         "--benchmark-pictures", type=int, default=60, metavar="N", help="per benchmark and MME subtask (default: 60)"
     )
-    arguments = parser.parse_args()
-    if not arguments.out and not arguments.sheet and not arguments.benchmarks:
-        parser.error("give at least one of --out, --sheet, --benchmarks")
-    if arguments.size < 16:
-        raise UserError(f"--size {arguments.size}: must be at least 16")
-    for option in ("with_choices", "with_instruction"):
-        if not 0 <= getattr(arguments, option) <= 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: must be from 0 to 1")
-    if arguments.benchmark_pictures < 1:
-        raise UserError(f"--benchmark-pictures {arguments.benchmark_pictures}: must be at least 1")
-    world = World(arguments.kinds_of_things, arguments.most_objects, arguments.variation)
-    if arguments.sheet:
-        write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, world)
-        print(f"{arguments.sheet}: written")
-    manifests = {}
-    for split in SPLITS if arguments.out else ():
-        count = getattr(arguments, split)
-        config = SplitConfig(
-            split=split,
-            count=count,
-            texts=round(count * arguments.texts_per_scene),
-            size=arguments.size,
-            world=world,
-            questions=arguments.questions,
-            kinds=tuple(arguments.kinds),
-            with_choices=arguments.with_choices,
-            with_instruction=arguments.with_instruction,
-            seed=arguments.seed,
-            forms=tuple(arguments.forms),
-        )
-        manifests[split] = manifest = write_split(arguments.out, config, arguments.workers)
-        state = "made" if manifest["created"] else "already complete"
-        print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({manifest['fingerprint']})")
-    if arguments.benchmarks:
-        config = BenchmarkConfig(
-            arguments.benchmark_pictures,
-            arguments.size,
-            arguments.seed,
-            arguments.benchmark_split,
-            world,
-        )
-        manifests["benchmarks"] = manifest = write_benchmarks(arguments.benchmarks, config)
-        items = ", ".join(f"{count} of {name}" for name, count in manifest["items"].items())
-        state = "made" if manifest["created"] else "already complete"
-        print(f"{arguments.benchmarks}: {items}, {state} ({manifest['fingerprint']})")
-    if arguments.json:
-        files.write_json(arguments.json, manifests)
+
+
+def _write_split(split: str, arguments: argparse.Namespace, world: World) -> dict:
+    count = getattr(arguments, split)
+    config = SplitConfig(
+        split=split,
+        count=count,
+        texts=round(count * arguments.texts_per_scene),
+        size=arguments.size,
+        world=world,
+        questions=arguments.questions,
+        kinds=tuple(arguments.kinds),
+        with_choices=arguments.with_choices,
+        with_instruction=arguments.with_instruction,
+        seed=arguments.seed,
+        forms=tuple(arguments.forms),
+    )
+    manifest = write_split(arguments.out, config, arguments.workers)
+    state = "made" if manifest["created"] else "already complete"
+    print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({manifest['fingerprint']})")
+    return manifest
+
+
+def _write_benchmarks(arguments: argparse.Namespace, world: World) -> dict:
+    config = BenchmarkConfig(
+        arguments.benchmark_pictures,
+        arguments.size,
+        arguments.seed,
+        arguments.benchmark_split,
+        world,
+    )
+    manifest = write_benchmarks(arguments.benchmarks, config)
+    items = ", ".join(f"{count} of {name}" for name, count in manifest["items"].items())
+    state = "made" if manifest["created"] else "already complete"
+    print(f"{arguments.benchmarks}: {items}, {state} ({manifest['fingerprint']})")
+    return manifest
 
 
 if __name__ == "__main__":

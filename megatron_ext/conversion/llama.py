@@ -75,12 +75,7 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
         Checkpointer(out, keep=0).save(0, [model], None, state)
     finally:
         distributed.shut_down()
-    section = identity["model"] | {"init_std": llama.model.init_std}
-    files.write_text(
-        out / "model.yaml",
-        f"# The shape of {folder.name}, to be laid over a configuration that starts from its weights.\n"
-        + yaml.safe_dump({"model": section}, sort_keys=False),
-    )
+    _write_model_section(out / "model.yaml", folder.name, identity["model"] | {"init_std": llama.model.init_std})
     of_llama = vocabulary.text_size + (_end(vocabulary) is not None)
     return {
         "checkpoint": str(out / "iter_0000000"),
@@ -95,6 +90,11 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
         },
         "new_rows_std": spread,
     }
+
+
+def _write_model_section(file: Path, name: str, section: dict) -> None:
+    header = f"# The shape of {name}, to be laid over a configuration that starts from its weights.\n"
+    files.write_text(file, header + yaml.safe_dump({"model": section}, sort_keys=False))
 
 
 def _require_same_text(vocabulary: Vocabulary, llama: LlamaFolder) -> None:

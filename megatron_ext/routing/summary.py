@@ -31,7 +31,7 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
     Args:
         all_logits: compute the output head for all tokens that are FULL in the last layer instead of those with loss.
     """
-    model, parallel, training = config.model, config.parallel, config.training
+    model, training = config.model, config.training
     plan = Plan.of(config.plan, model.num_layers)
     reference = dense(plan)
     counts, dense_counts = count(batch, plan), count(batch, reference)
@@ -58,8 +58,6 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
     flops = forward_flops(model, vocab_size, plan, counts)
     dense_flops = forward_flops(model, vocab_size, reference, dense_counts)
     head, dense_head = head_flops(model, vocab_size, counts), head_flops(model, vocab_size, dense_counts)
-    cut = (parallel.pipeline, parallel.virtual_pipeline)
-    stages = stage_flops(model, vocab_size, plan, counts, *cut)
     image_parameters = image_parameter_count(model, plan.projections)
     return {
         "plan": plan.name,
@@ -71,15 +69,7 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         "ratio": flops / dense_flops,
         "layers": layers,
         "head": {"flops": TRAINING_PER_FORWARD * head, "ratio": head / dense_head if dense_head else 1.0},
-        "stages": [
-            {
-                "layers": chosen,
-                "flops": TRAINING_PER_FORWARD * n,
-                "of_mean": n * len(stages) / flops,
-                "activation_bytes": sum(kept[layer] for layer in chosen),
-            }
-            for chosen, n in zip(stage_layers(model.num_layers, *cut), stages)
-        ],
+        "stages": _stages(config, stage_flops(model, vocab_size, plan, counts, *_cut(config)), kept),
         "parameters": {
             "text": parameter_count(model, vocab_size, plan.projections) - image_parameters,
             "image": image_parameters,
@@ -88,6 +78,23 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         "activation_bytes": sum(kept),
         "dense_activation_bytes": sum(dense_kept),
     }
+
+
+def _stages(config: Config, stages: list[int], kept: list[int]) -> list[dict]:
+    """The pipeline stages, from the FLOPs of a forward pass on each and the bytes that each layer keeps."""
+    return [
+        {
+            "layers": layers,
+            "flops": TRAINING_PER_FORWARD * flops,
+            "of_mean": flops * len(stages) / sum(stages),
+            "activation_bytes": sum(kept[layer] for layer in layers),
+        }
+        for layers, flops in zip(stage_layers(config.model.num_layers, *_cut(config)), stages)
+    ]
+
+
+def _cut(config: Config) -> tuple[int, int]:
+    return config.parallel.pipeline, config.parallel.virtual_pipeline
 
 
 def describe(summary: dict) -> str:
