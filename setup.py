@@ -37,7 +37,7 @@ setup(
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0"],
         # Newer libraries of Transformer Engine do not load with the cuBLAS of torch's wheels for CUDA 13.0; older ones
-        # have no attention for packed documents (README, With GPUs).
+        # have no attention for packed documents (docs/installation.md).
         "gpu": ["transformer-engine[pytorch]>=2.11,<2.13", "nvidia-dali-cuda130>=2.0"],
         "gpu-cuda12": ["transformer-engine[pytorch]>=2.11,<2.13", "nvidia-dali-cuda120>=2.0"],
         "wandb": ["wandb"],

@@ -59,11 +59,11 @@ def why_unreadable(versions: Mapping[str, str]) -> str | None:
     )
 
 
-# Logged whenever a model is built or a checkpoint is saved. Both are this package's choice, so a user can do nothing
-# about it.
+# Logged whenever a model is built, a checkpoint saved, or one of before 0.19 loaded. A user can do nothing about them.
 _DEPRECATIONS = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # from 0.19 on
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # from 0.17 on
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",  # from 0.19 on
 }
 
 

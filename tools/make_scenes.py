@@ -19,7 +19,7 @@ def main() -> None:
     if arguments.sheet:
         write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, world)
         print(f"{arguments.sheet}: written")
-    manifests = {split: _write_split(split, arguments, world) for split in (SPLITS if arguments.out else ())}
+    manifests = {split: _write_split(arguments, split, world) for split in SPLITS} if arguments.out else {}
     if arguments.benchmarks:
         manifests["benchmarks"] = _write_benchmarks(arguments, world)
     if arguments.json:
@@ -30,6 +30,23 @@ def _arguments() -> argparse.Namespace:
     parser = command_line.parser(
         __doc__, "python tools/make_scenes.py --out data/scenes --train 20000 --validation 1000 --test 1000 --workers 8"
     )
+    _add_scene_options(parser)
+    _add_text_options(parser)
+    _add_other_outputs(parser)
+    arguments = parser.parse_args()
+    if not arguments.out and not arguments.sheet and not arguments.benchmarks:
+        parser.error("give at least one of --out, --sheet, --benchmarks")
+    if arguments.size < 16:
+        raise UserError(f"--size {arguments.size}: must be at least 16")
+    for option in ("with_choices", "with_instruction"):
+        if not 0 <= getattr(arguments, option) <= 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: must be from 0 to 1")
+    if arguments.benchmark_pictures < 1:
+        raise UserError(f"--benchmark-pictures {arguments.benchmark_pictures}: must be at least 1")
+    return arguments
+
+
+def _add_scene_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="gets one folder per split")
     parser.add_argument("--train", type=int, default=2000, help="scenes of the training split (default: 2000)")
     parser.add_argument("--validation", type=int, default=200, help="default: 200")
@@ -48,27 +65,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--most-objects", type=int, default=6, metavar="N", help="most objects in a scene, 2 .. 6 (default: 6)"
     )
-    _add_question_options(parser)
-    parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["tar", "text"], help="default: tar text")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write a PNG of some scenes with their texts")
-    _add_benchmark_options(parser)
-    arguments = parser.parse_args()
-    if not arguments.out and not arguments.sheet and not arguments.benchmarks:
-        parser.error("give at least one of --out, --sheet, --benchmarks")
-    if arguments.size < 16:
-        raise UserError(f"--size {arguments.size}: must be at least 16")
-    for option in ("with_choices", "with_instruction"):
-        if not 0 <= getattr(arguments, option) <= 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: must be from 0 to 1")
-    if arguments.benchmark_pictures < 1:
-        raise UserError(f"--benchmark-pictures {arguments.benchmark_pictures}: must be at least 1")
-    return arguments
 
 
-def _add_question_options(parser: argparse.ArgumentParser) -> None:
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, default=3, help="per picture (default: 3)")
     parser.add_argument(
         "--kinds",
@@ -92,9 +94,11 @@ def _add_question_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the other short questions with a benchmark's instruction (default: 0.3)",
     )
+    parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
 
 
-def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
+def _add_other_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write a PNG of some scenes with their texts")
     parser.add_argument(
         "--benchmarks",
         type=Path,
@@ -112,7 +116,7 @@ def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _write_split(split: str, arguments: argparse.Namespace, world: World) -> dict:
+def _write_split(arguments: argparse.Namespace, split: str, world: World) -> dict:
     count = getattr(arguments, split)
     config = SplitConfig(
         split=split,
@@ -128,24 +132,22 @@ def _write_split(split: str, arguments: argparse.Namespace, world: World) -> dic
         forms=tuple(arguments.forms),
     )
     manifest = write_split(arguments.out, config, arguments.workers)
-    state = "made" if manifest["created"] else "already complete"
-    print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {state} ({manifest['fingerprint']})")
+    print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {_state(manifest)}")
     return manifest
 
 
 def _write_benchmarks(arguments: argparse.Namespace, world: World) -> dict:
     config = BenchmarkConfig(
-        arguments.benchmark_pictures,
-        arguments.size,
-        arguments.seed,
-        arguments.benchmark_split,
-        world,
+        arguments.benchmark_pictures, arguments.size, arguments.seed, arguments.benchmark_split, world
     )
     manifest = write_benchmarks(arguments.benchmarks, config)
     items = ", ".join(f"{count} of {name}" for name, count in manifest["items"].items())
-    state = "made" if manifest["created"] else "already complete"
-    print(f"{arguments.benchmarks}: {items}, {state} ({manifest['fingerprint']})")
+    print(f"{arguments.benchmarks}: {items}, {_state(manifest)}")
     return manifest
+
+
+def _state(manifest: dict) -> str:
+    return f"{'made' if manifest['created'] else 'already complete'} ({manifest['fingerprint']})"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ _CUBLAS_OF_NEWER = Version("13.2")
 13.1."""
 
 _REMEDY = (
-    "pip install --no-build-isolation 'transformer-engine[pytorch]==2.12.*' (README, With GPUs), or "
+    "pip install --no-build-isolation 'transformer-engine[pytorch]==2.12.*' (docs/installation.md), or "
     "pip uninstall transformer-engine{,-torch,-cu12,-cu13} to train with torch's layers"
 )
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from support.data_sets import write_pairs, write_texts
 from support.programs import launcher, run_program
 from support.tiny_vq import CODES, make_vq

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 from PIL import Image
 
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pope import POPE
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from support.data_sets import write_pairs
 from support.images import encoded
 from support.programs import launcher, run_program

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from megatron_ext.picture_world.benchmarks import BenchmarkConfig, write_benchmarks
 
 from megatron_ext.analysis import results
+from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import grid, state, steps, study_file
 from megatron_ext.training.metrics import read_metrics
 from support.data_sets import write_pairs
