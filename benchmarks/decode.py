@@ -33,7 +33,7 @@ from megatron_ext import command_line, config_file, files
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.generation.generator import Generator
-from megatron_ext.routing.cost import count, forward_flops
+from megatron_ext.routing.flops import count, forward_flops
 from megatron_ext.routing.plan import PRESETS, Plan
 from megatron_ext.training.validation import validate
 

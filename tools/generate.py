@@ -9,6 +9,38 @@ from megatron_ext.errors import UserError
 
 
 def main() -> None:
+    arguments = _arguments()
+    # Imported late: --help and bad usage should not wait for Megatron-Core.
+    from megatron_ext.generation.checkpoint import load
+    from megatron_ext.generation.session import Session
+
+    trained = load(arguments.checkpoint, arguments.overrides, arguments.vocabulary)
+    session = Session(trained, arguments.vq, arguments.batch_size)
+    results = []
+
+    def generate_pictures(captions: list[str]) -> None:
+        settings = {**_sampling(arguments, temperature=1.0), "guidance": arguments.guidance}
+        results.extend(session.generate_pictures(captions, arguments.out, settings, first_number=len(results)))
+
+    def answer(questions: list[str]) -> None:
+        settings = _sampling(arguments, temperature=0.0)
+        results.extend(session.ask(arguments.image, questions, arguments.max_new_tokens, settings))
+
+    try:
+        if arguments.prompt:
+            generate_pictures(arguments.prompt)
+        if arguments.question:
+            answer(arguments.question)
+        respond, prompt = (answer, "question") if arguments.image else (generate_pictures, "caption")
+        while arguments.interactive and (line := session.read_line(prompt)):
+            respond([line])
+        if arguments.json and session.is_reporting_rank:
+            files.write_json(arguments.json, results)
+    finally:
+        session.close()
+
+
+def _arguments() -> argparse.Namespace:
     parser = command_line.parser(
         __doc__,
         "python tools/generate.py --checkpoint runs/quickstart/training --vq runs/quickstart/vq \\\n"
@@ -35,40 +67,12 @@ def main() -> None:
     add("--max-new-tokens", type=int, default=32, help="maximum length of an answer")
     add("overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles of tokens")
     arguments = parser.parse_args()
-    captions = [*arguments.prompt, *_lines(arguments.prompts)]
-    if not (captions or arguments.question or arguments.interactive):
+    arguments.prompt += _lines(arguments.prompts)
+    if not (arguments.prompt or arguments.question or arguments.interactive):
         parser.error("nothing to do: give --prompt, --prompts, --image with --question, or --interactive")
     if arguments.question and not arguments.image:
         parser.error("--question needs --image")
-
-    # Imported late: --help and bad usage should not wait for Megatron-Core.
-    from megatron_ext.generation.checkpoint import load
-    from megatron_ext.generation.session import Session
-
-    trained = load(arguments.checkpoint, arguments.overrides, arguments.vocabulary)
-    session = Session(trained, arguments.vq, arguments.batch_size)
-    results = []
-
-    def generate_pictures(captions: list[str]) -> None:
-        settings = {**_sampling(arguments, temperature=1.0), "guidance": arguments.guidance}
-        results.extend(session.generate_pictures(captions, arguments.out, settings, first_number=len(results)))
-
-    def answer(questions: list[str]) -> None:
-        settings = _sampling(arguments, temperature=0.0)
-        results.extend(session.ask(arguments.image, questions, arguments.max_new_tokens, settings))
-
-    try:
-        if captions:
-            generate_pictures(captions)
-        if arguments.question:
-            answer(arguments.question)
-        respond, prompt = (answer, "question") if arguments.image else (generate_pictures, "caption")
-        while arguments.interactive and (line := session.read_line(prompt)):
-            respond([line])
-        if arguments.json and session.is_reporting_rank:
-            files.write_json(arguments.json, results)
-    finally:
-        session.close()
+    return arguments
 
 
 def _sampling(arguments: argparse.Namespace, temperature: float) -> dict:

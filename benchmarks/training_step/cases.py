@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from megatron_ext import config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, forward_flops
+from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, forward_flops
 from megatron_ext.routing.plan import Plan
 
 Build = Callable[[Config, int, Batch], Callable[[], float]]

@@ -27,7 +27,7 @@ from megatron_ext.config import Config, DataConfig, TrainingConfig
 from megatron_ext.conversion.hugging_face import EMBEDDING, HEAD, LlamaFolder, named_weights
 from megatron_ext.conversion.projections import alone
 from megatron_ext.errors import UserError
-from megatron_ext.routing.cost import parameter_count
+from megatron_ext.routing.flops import parameter_count
 from megatron_ext.training.run import Progress, identity_of
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import padded_vocab_size, resolve

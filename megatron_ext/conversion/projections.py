@@ -25,7 +25,7 @@ from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights
 from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.errors import UserError
-from megatron_ext.routing.cost import parameter_count
+from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Projections
 from megatron_ext.training.run import Progress
 from megatron_ext.training.setup import build_model, build_optimizer

@@ -24,7 +24,7 @@ keeps apart; embedding, logits and loss; tensor parallelism.
 from typing import Literal
 
 from megatron_ext.config import ModelConfig
-from megatron_ext.routing.cost import Counts, key_width, low_rank_modules, projection_shapes
+from megatron_ext.routing.flops import Counts, key_width, low_rank_modules, projection_shapes
 from megatron_ext.routing.plan import Plan, Projections, Role
 
 

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.cost import (
+from megatron_ext.routing.flops import (
     NUM_CLASSES,
     TRAINING_PER_FORWARD,
     class_flops,

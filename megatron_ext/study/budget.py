@@ -73,7 +73,7 @@ class Lengths:
             whole: the same with all sources.
         """
         # Imported late: a study whose lengths are in plan.json should not wait for torch.
-        from megatron_ext.routing.cost import count, dense, forward_flops, parameter_count
+        from megatron_ext.routing.flops import count, dense, forward_flops, parameter_count
         from megatron_ext.routing.plan import Plan, Projections
         from megatron_ext.vocabulary import Vocabulary
 

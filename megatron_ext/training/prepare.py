@@ -13,8 +13,8 @@ import numpy as np
 from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.packed_tokens import unpack
-from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.dense_share import Selection
+from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route

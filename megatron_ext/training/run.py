@@ -12,7 +12,7 @@ from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, re
 from megatron_ext.config import Config
 from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.errors import UserError
-from megatron_ext.routing.cost import parameter_count
+from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan, task_and_modality
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.prepare import Preparation

@@ -111,13 +111,7 @@ def query_key_value_backward(
             out = mixed_row + (head + 2 * (head // QUERIES)) * D + columns
             tl.store(out, a * cosine + b * sine, mask)
             tl.store(out + D // 2, b * cosine - a * sine, mask)
-    if key_starts is None:
-        source = _row_of(key_inverse, row)
-    else:
-        source = tl.full([], -1, tl.int64)
-        first, end = tl.load(key_starts + row), tl.load(key_starts + row + 1)
-        if first < end:  # all uses of a key have its position
-            source = tl.load(key_uses + first).to(tl.int64)
+    source, first, end = _uses_of(key_inverse, key_starts, key_uses, row)
     groups = tl.where(source >= 0, GROUPS, 0)
     cosine, sine, columns, inside = _angles(table, key_positions, source, positions, D, BLOCK)
     for start in range(0, GROUPS, KEY_BLOCK):
@@ -139,6 +133,20 @@ def query_key_value_backward(
         tl.store(out + D // 2, b * cosine - a * sine, mask)
         tl.store(out + D, v, mask)
         tl.store(out + D + D // 2, u, mask)
+
+
+@triton.jit
+def _uses_of(key_inverse, key_starts, key_uses, row):
+    """The first use of a key, -1 for none, and where its uses begin and end in ``key_uses`` (0 without repeated keys).
+    All uses of a key have its position."""
+    if key_starts is None:
+        source, first, end = _row_of(key_inverse, row), 0, 0
+    else:
+        source = tl.full([], -1, tl.int64)
+        first, end = tl.load(key_starts + row), tl.load(key_starts + row + 1)
+        if first < end:
+            source = tl.load(key_uses + first).to(tl.int64)
+    return source, first, end
 
 
 @triton.jit
