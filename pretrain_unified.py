@@ -20,10 +20,10 @@ def main() -> None:
     # Imported late: --help and mistakes in the configuration should not wait for Megatron-Core.
     from megatron_ext import distributed
     from megatron_ext.callbacks import build_callbacks, validate_callbacks
+    from megatron_ext.training.config_checks import validate
     from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
     from megatron_ext.training.run import build_run, describe
-    from megatron_ext.training.validation import validate
 
     validate(config, distributed.world_size())
     validate_callbacks(config)

@@ -35,7 +35,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.generation.generator import Generator
 from megatron_ext.routing.flops import count, forward_flops
 from megatron_ext.routing.plan import PRESETS, Plan
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 
 UNCACHED_TOKENS = 8
 

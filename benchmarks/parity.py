@@ -151,7 +151,7 @@ def against_references(
         store: the store through which ranks meet, see :func:`megatron_ext.distributed.initialize`.
     """
     from megatron_ext import distributed
-    from megatron_ext.training.validation import validate
+    from megatron_ext.training.config_checks import validate
 
     config = config_file.load(Config, [], BASE + settings + overrides(layout))
     validate(config, distributed.world_size())

@@ -1,7 +1,7 @@
 """Seconds and memory of a training step: plans against their FLOPs, and ours against others, in one run.
 
     python benchmarks/step_time.py
-    python benchmarks/step_time.py --json benchmarks/results/step_time.json
+    python benchmarks/step_time.py --json step_time.json
     python benchmarks/step_time.py --only himix,hmgen --profile hmgen
 
 A document has 256 image and 24 text tokens, a row holds one or as many as fit, and a step is a whole one: forward,
@@ -17,7 +17,7 @@ import argparse
 import torch
 
 from megatron_ext import command_line, cpu, files
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 from training_step.cases import CASES, Size, with_bases
 
 LLAMA_3_VOCABULARY = 128256

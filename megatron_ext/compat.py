@@ -37,8 +37,8 @@ def gradients_for_norm(optimizer) -> list[Tensor]:
 
 
 def save_options() -> dict:
-    """Options of ``dist_checkpointing.save`` with which the request it gives is Megatron-Core's own. From 0.17 on the
-    default is that of nvidia-resiliency-ext, a package that need not be there."""
+    """Options of ``dist_checkpointing.save`` that select Megatron-Core's own asynchronous save. From 0.17 on the default
+    requires nvidia-resiliency-ext, which may not be installed."""
     known = inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 

@@ -4,7 +4,7 @@ A run is configured by one YAML file, or several merged in order (a model size, 
 
     python pretrain_unified.py --config examples/configs/tiny.yaml parallel.tensor=2 training.iterations=50
 
-The checks are beside what each section configures; :func:`megatron_ext.training.validation.validate` calls them before
+The checks are beside what each section configures; :func:`megatron_ext.training.config_checks.validate` calls them before
 anything is built.
 """
 

@@ -11,12 +11,12 @@ from megatron_ext import config_file
 from megatron_ext.analysis import published_costs
 from megatron_ext.command_line import parser, run
 from megatron_ext.config import Config
-from megatron_ext.evaluation.validation import validate_evaluation
+from megatron_ext.evaluation.config_checks import validate_evaluation
 from megatron_ext.files import write_json
 from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.summary import describe, summarize
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 from megatron_ext.vocabulary import Vocabulary
 
 MIX = "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image"

@@ -14,6 +14,7 @@ from gpu.steps import Figure
 from gpu.tiny_run import write_config
 from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
+from megatron_ext.transformer.hidden_states import joined
 from megatron_ext.transformer.resolved import resolve
 
 ITERATIONS = 40
@@ -77,7 +78,7 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 
     def keep(layer, arguments, output) -> None:
         if layer.layer_number not in states:
-            stored = output[0].detach().squeeze(1).float().cpu()[order >= 0]  # without the dummies of FP8
+            stored = joined(output[0]).detach().squeeze(1).float().cpu()[order >= 0]  # without the dummies of FP8
             states[layer.layer_number] = stored[order[order >= 0].argsort()]
 
     for layer in unwrap_model(chunks[0]).decoder.layers:
@@ -90,10 +91,10 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 def losses(config_yaml: Path, output: Path, settings: list[str]) -> list[float]:
     """The losses of a run."""
     from megatron_ext.callbacks import build_callbacks
+    from megatron_ext.training.config_checks import validate
     from megatron_ext.training.loop import train
     from megatron_ext.training.metrics import read_metrics
     from megatron_ext.training.run import build_run
-    from megatron_ext.training.validation import validate
 
     overrides = [f"output={output}", f"training.iterations={ITERATIONS}", "logging.tensorboard=false"]
     config = config_file.load(Config, [str(config_yaml)], [*overrides, "checkpoint.resume=false", *settings])

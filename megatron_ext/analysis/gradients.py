@@ -37,10 +37,10 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.token_classes import Task
+from megatron_ext.training.config_checks import validate
 from megatron_ext.training.prepare import StepInput, prepare
 from megatron_ext.training.setup import build_model
 from megatron_ext.training.step import task_gradients
-from megatron_ext.training.validation import validate
 from megatron_ext.transformer.initialization import cut, global_parameters
 from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary

@@ -13,7 +13,7 @@ from megatron_ext.callbacks.profiling import Profiling
 from megatron_ext.callbacks.validation import Validation
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.validation import validate_evaluation
+from megatron_ext.evaluation.config_checks import validate_evaluation
 from megatron_ext.training.callback import Callback
 from megatron_ext.training.run import Run
 

@@ -10,7 +10,7 @@ from megatron_ext import config_file
 from megatron_ext.config import Config, ModelConfig
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 

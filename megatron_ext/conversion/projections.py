@@ -27,9 +27,9 @@ from megatron_ext.config import Config, ParallelConfig
 from megatron_ext.errors import UserError
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Projections
+from megatron_ext.training.config_checks import validate
 from megatron_ext.training.run import Progress
 from megatron_ext.training.setup import build_model, build_optimizer
-from megatron_ext.training.validation import validate
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
 

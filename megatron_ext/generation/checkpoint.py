@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import Plan, with_roles
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary
 

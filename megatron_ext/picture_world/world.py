@@ -131,10 +131,6 @@ class Scene:
         return ";".join(sorted(f"{o.size} {o.color} {o.shape} {o.row}{o.column}" for o in self.objects))
 
     @property
-    def held_out_share(self) -> float:
-        """Share of the objects that are held-out pairs; 0 outside test."""
-        return sum(o.held_out for o in self.objects) / len(self.objects)
-
     def speakable(self, shape: str | None, color: str | None) -> bool:
         """Whether texts of this scene's split may name the pair; only test may name held-out pairs."""
         return self.split == "test" or (shape, color) not in HELD_OUT

@@ -9,8 +9,8 @@ the hidden states and no copy; so are those that use one kind of weights. Within
 plan that treats all tokens alike stores them as they came. Padding is not stored.
 
 **Ranks.** Under sequence parallelism the rows are cut over R ranks, and each rank's share holds an R-th of every group:
-whatever takes part in a layer, the ranks have equally much to do and to gather. Rows that make up the numbers are
-dummies. Gathered rows stand rank after rank.
+so compute and communication are balanced across ranks in every layer. Padding rows are called dummies. Gathered rows
+are stored rank after rank.
 
 **Attention** needs documents; :mod:`~megatron_ext.routing.layer_route` brings rows into their order.
 """

@@ -12,11 +12,11 @@ from megatron_ext import config_file
 from megatron_ext.command_line import progress
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.validation import validate_evaluation
+from megatron_ext.evaluation.config_checks import validate_evaluation
 from megatron_ext.files import read_json, write_json
 from megatron_ext.study.budget import Length, Lengths
 from megatron_ext.study.study_file import Method, Size, Study
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 
 
 @dataclass(frozen=True)

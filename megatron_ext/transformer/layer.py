@@ -12,7 +12,7 @@ class UnifiedLayer(TransformerLayer):
     """Megatron-Core's layer, computed only for the tokens that take part in it.
 
     FULL tokens pass through attention and the FFN. KV_ONLY tokens are normed and projected to a key and a value. SKIP
-    tokens cost nothing. Tokens that are not FULL leave with the bits with which they came.
+    tokens cost nothing. Tokens that are not FULL pass through bit for bit.
     """
 
     def __init__(self, *arguments, passes_slices: bool = False, **options):

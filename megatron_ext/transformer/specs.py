@@ -55,7 +55,7 @@ def transformer_config(resolved: ResolvedConfig) -> TransformerConfig:
         # Batched sends and receives mix two neighbours up when both are the same rank (2 stages, interleaved).
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
-        # Only torch of long ago had to wait for the device after a batch of messages. Outputs are never deallocated
+        # Only very old versions of torch need a synchronization after batched sends and receives. Outputs are never deallocated
         # (deallocate_pipeline_outputs): before megatron-core 0.18 interleaved sends still read them.
         batch_p2p_sync=False,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -66,7 +66,7 @@ def transformer_config(resolved: ResolvedConfig) -> TransformerConfig:
         # For the output layer, which is Megatron-Core's own and needs Apex for it; see fuses_weight_gradient.
         gradient_accumulation_fusion=apex_fuses_weight_gradients(),
         # The fused kernels give gradients in bf16, whatever the logits are, and choose their order of summation by
-        # timing. Transformer Engine's are no choice: 2.12 subtracts 1 from a bf16 probability and waits for the device
+        # timing. Transformer Engine's fused loss is not an option: 2.12 subtracts 1 from a bf16 probability and waits for the device
         # in every backward pass, 2.20 refuses a micro-batch without loss tokens.
         cross_entropy_loss_fusion=bf16 and not on_cpu and not training.deterministic,
         deterministic_mode=training.deterministic,

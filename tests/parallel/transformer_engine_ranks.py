@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import state as checkpoint_state
 from megatron_ext.config import Config
+from megatron_ext.training.config_checks import validate
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
-from megatron_ext.training.validation import validate
 from megatron_ext.transformer import fp8, resolved
 from megatron_ext.transformer.resolved import resolve
 from parity import perturb

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ext import config_file, cpu, distributed
 from megatron_ext.config import Config
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 
 VIEWS = (
     "view",

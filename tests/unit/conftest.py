@@ -12,7 +12,7 @@ from support.data_sets import captions, mixture, texts
 def one_process():
     """A function that starts a world of one process for a configuration; the world ends with the test."""
     from megatron_ext import distributed
-    from megatron_ext.training.validation import validate
+    from megatron_ext.training.config_checks import validate
 
     def start(*overrides: str) -> Config:
         config = config_file.load(Config, [], overrides)

@@ -24,10 +24,10 @@ from megatron_ext.generation.checkpoint import load
 from megatron_ext.generation.session import Session
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.report.write import write_report
+from megatron_ext.training.config_checks import validate
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run
-from megatron_ext.training.validation import validate
 from support.data_sets import write_pairs
 from support.tiny_vq import GRID, make_vq
 from support.vocabularies import make_vocabulary

@@ -7,10 +7,10 @@ import pytest
 from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.validation import validate_evaluation
+from megatron_ext.evaluation.config_checks import validate_evaluation
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Projections
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 EVALUATED = ["evaluation.interval=5", "evaluation.vq=vq", "evaluation.prompts=[a circle]"]

@@ -21,9 +21,9 @@ from megatron_ext.errors import UserError
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
+from megatron_ext.training.config_checks import validate
 from megatron_ext.training.run import build_run, identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
-from megatron_ext.training.validation import validate
 from megatron_ext.transformer.resolved import resolve
 from megatron_ext.vocabulary import Vocabulary
 from support.data_sets import write_texts

@@ -10,10 +10,10 @@ from megatron_ext import config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.distributed import _local_device
 from megatron_ext.errors import UserError
+from megatron_ext.training.config_checks import validate
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
-from megatron_ext.training.validation import validate
 from megatron_ext.transformer import transformer_engine
 from megatron_ext.transformer.resolved import resolve
 from megatron_ext.transformer.specs import transformer_config

@@ -8,7 +8,7 @@ import torch
 from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 from megatron_ext.transformer import specs
 from megatron_ext.transformer.linear import FreshWeights
 from megatron_ext.transformer.resolved import resolve

@@ -14,11 +14,11 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Task
+from megatron_ext.training.config_checks import validate
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
-from megatron_ext.training.validation import validate
 from megatron_ext.transformer.resolved import resolve
 from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
 

@@ -9,7 +9,7 @@ from megatron_ext.config import Config, PlanConfig
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS, Plan, Role, with_roles
 from megatron_ext.token_classes import Modality, Task
-from megatron_ext.training.validation import validate
+from megatron_ext.training.config_checks import validate
 
 EXAMPLES = Path(__file__).parents[2] / "examples/configs"
 

@@ -5,16 +5,16 @@ the order of them all.
 """
 
 from megatron_ext.config import Config
-from megatron_ext.data.validation import validate_data
+from megatron_ext.data.config_checks import validate_data
 from megatron_ext.errors import UserError, check_at_least_one, check_divisible
 from megatron_ext.routing.plan import validate_plan
-from megatron_ext.transformer.validation import validate_implementation, validate_layout, validate_model
+from megatron_ext.transformer.config_checks import validate_implementation, validate_layout, validate_model
 
 
 def validate(config: Config, world_size: int) -> None:
     """Refuse a configuration that cannot run on ``world_size`` processes.
 
-    The evaluation section has a check of its own, :func:`megatron_ext.evaluation.validation.validate_evaluation`.
+    The evaluation section has a check of its own, :func:`megatron_ext.evaluation.config_checks.validate_evaluation`.
 
     Raises:
         UserError: names the key, its value and what would do.
