@@ -64,6 +64,7 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import train_step
+    from megatron_ext.transformer.hidden_states import joined
     from parity import VOCABULARY, packed_batch
     from training_step.random_rows import step_input, stored_order
 
@@ -77,7 +78,7 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 
     def keep(layer, arguments, output) -> None:
         if layer.layer_number not in states:
-            stored = output[0].detach().squeeze(1).float().cpu()[order >= 0]  # without the dummies of FP8
+            stored = joined(output[0]).detach().squeeze(1).float().cpu()[order >= 0]  # without the dummies of FP8
             states[layer.layer_number] = stored[order[order >= 0].argsort()]
 
     for layer in unwrap_model(chunks[0]).decoder.layers:
