@@ -65,6 +65,7 @@ def hidden_states(settings: list[str]) -> list[torch.Tensor]:
 
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import train_step
+    from megatron_ext.transformer.hidden_states import joined
     from parity import VOCABULARY, packed_batch
     from training_step.random_rows import step_input, stored_order
 
