@@ -37,8 +37,8 @@ def gradients_for_norm(optimizer) -> list[Tensor]:
 
 
 def save_options() -> dict:
-    """Options of ``dist_checkpointing.save`` that select Megatron-Core's own asynchronous save. From 0.17 on the default
-    requires nvidia-resiliency-ext, which may not be installed."""
+    """Options of ``dist_checkpointing.save`` that select Megatron-Core's own asynchronous save. From 0.17 on the
+    default requires nvidia-resiliency-ext, which may not be installed."""
     known = inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 

@@ -4,8 +4,8 @@ A run is configured by one YAML file, or several merged in order (a model size, 
 
     python pretrain_unified.py --config examples/configs/tiny.yaml parallel.tensor=2 training.iterations=50
 
-The checks are beside what each section configures; :func:`megatron_ext.training.config_checks.validate` calls them before
-anything is built.
+The checks are beside what each section configures; :func:`megatron_ext.training.config_checks.validate` calls them
+before anything is built.
 """
 
 from dataclasses import dataclass, field

@@ -130,7 +130,6 @@ class Scene:
         """The objects and their cells as a canonical text; splits have no arrangement in common."""
         return ";".join(sorted(f"{o.size} {o.color} {o.shape} {o.row}{o.column}" for o in self.objects))
 
-    @property
     def speakable(self, shape: str | None, color: str | None) -> bool:
         """Whether texts of this scene's split may name the pair; only test may name held-out pairs."""
         return self.split == "test" or (shape, color) not in HELD_OUT

@@ -55,19 +55,19 @@ def transformer_config(resolved: ResolvedConfig) -> TransformerConfig:
         # Batched sends and receives mix two neighbours up when both are the same rank (2 stages, interleaved).
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
-        # Only very old versions of torch need a synchronization after batched sends and receives. Outputs are never deallocated
-        # (deallocate_pipeline_outputs): before megatron-core 0.18 interleaved sends still read them.
+        # Only very old versions of torch need a synchronization after batched sends and receives. Outputs are never
+        # deallocated (deallocate_pipeline_outputs): before megatron-core 0.18 interleaved sends still read them.
         batch_p2p_sync=False,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
-        # The weights are drawn afterwards, the same for every layout (see initialization.py).
+        # The weights are initialized afterwards, the same for every layout (see initialization.py).
         perform_initialization=False,
         # For the output layer, which is Megatron-Core's own and needs Apex for it; see fuses_weight_gradient.
         gradient_accumulation_fusion=apex_fuses_weight_gradients(),
         # The fused kernels give gradients in bf16, whatever the logits are, and choose their order of summation by
-        # timing. Transformer Engine's fused loss is not an option: 2.12 subtracts 1 from a bf16 probability and waits for the device
-        # in every backward pass, 2.20 refuses a micro-batch without loss tokens.
+        # timing. Transformer Engine's fused loss is not an option: 2.12 subtracts 1 from a bf16 probability and waits for
+        # the device in every backward pass, 2.20 refuses a micro-batch without loss tokens.
         cross_entropy_loss_fusion=bf16 and not on_cpu and not training.deterministic,
         deterministic_mode=training.deterministic,
         bias_activation_fusion=False,
