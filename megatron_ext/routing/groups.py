@@ -1,4 +1,4 @@
-"""Classes of tokens that a plan treats alike: what the stored order of a micro-batch is made of."""
+"""Groups of token classes that a plan treats alike, from which the stored order of a micro-batch is built."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,7 @@ from megatron_ext.token_classes import Modality, Task
 
 
 def stored_length(tokens: int, plan: Plan, ranks: int = 1, multiple: int = 1) -> int:
-    """T for a micro-batch of ``tokens`` tokens when it must not depend on what they are."""
+    """T for a micro-batch of ``tokens`` tokens where it must not depend on their classes."""
     step = ranks * multiple
     return (tokens + len(plan_groups(plan).members) * (step - 1)) // step * step
 
@@ -21,11 +21,11 @@ def token_classes(batch: Batch, plan: Plan, selection: Selection | None) -> np.n
     """Class of each token of a batch of arrays, int64 [b, s]: its index in each of ``plan.roles``.
 
     Args:
-        selection: the step's selection of the plan's dense share; None: as in evaluation.
+        selection: the step's selection of the plan's dense share; None: that of evaluation.
     """
     classes = class_index(batch.task.astype(np.int64), batch.modality)
     if plan.dense_share:
-        classes += len(Task) * len(Modality) * plan.dense_share.taken(batch, selection)
+        classes += len(Task) * len(Modality) * plan.dense_share.selected(batch, selection)
     return classes
 
 
@@ -36,8 +36,8 @@ class Groups:
     Attributes:
         members: the class indices in each group.
         of_class: the group of each class index.
-        components: which weights each group uses; 0 is W.
-        roles: for each layer the role of each group.
+        components: the weights that each group uses; 0 is W.
+        roles: for each layer, the role of each group.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -48,7 +48,7 @@ class Groups:
 
 @lru_cache
 def plan_groups(plan: Plan) -> Groups:
-    """The groups of a plan, those that take part most often first, so that few slices hold what a layer needs."""
+    """The groups of a plan, those that take part most often first, so that a layer needs few slices."""
     alike = {}
     for index, roles in enumerate(zip(*plan.roles)):
         alike.setdefault((roles, plan.projections.component(*task_and_modality(index))), []).append(index)

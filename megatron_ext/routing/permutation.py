@@ -1,4 +1,4 @@
-"""Rows of hidden states in another order, as indices and, where they are long, as slices."""
+"""Permutations of rows of hidden states, as indices and, where runs are long, as slices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from itertools import accumulate
 import numpy as np
 
 SHORTEST_MEAN_RUN = 12
-"""Rows: with shorter runs than these on average, moving rows one by one is faster than by slices."""
+"""Rows: where runs are shorter than this on average, moving single rows is faster than moving slices."""
 
 
 @dataclass
 class Permutation:
-    """Rows of one tensor, or of several one after the other, in another order: ``out[i] = rows[index[i]]``.
+    """A new order for the rows of one tensor, or of several tensors in sequence: ``out[i] = rows[index[i]]``.
 
-    Every field but ``runs`` is int32: an array on the host, a tensor where the rows are.
+    Every field except ``runs`` is int32: an array on the host, a tensor on the device of the rows.
 
     Attributes:
         index: [outputs], the input row of each output row; -1: a filler, a row of zeros.
-        inverse: [inputs], the output row that each input row became, -1: none. None when a row is used more than once.
-        starts, uses: then the output rows of input row i are ``uses[starts[i] : starts[i + 1]]``; [inputs + 1] and
+        inverse: [inputs], the output row of each input row, -1: none. None when rows may be used more than once.
+        starts, uses: in that case, the output rows of input row i are ``uses[starts[i] : starts[i + 1]]``; [inputs + 1] and
             [outputs without fillers].
-        runs: the same as slices of the tensors, (tensor, first row, rows) in order; None when they are too short to be
-            worth it, and with fillers.
+        runs: the same permutation as slices of the tensors, (tensor, first row, rows) in order; None with fillers, and
+            where slices would be too short to pay off.
     """
 
     index: np.ndarray
@@ -35,14 +35,14 @@ class Permutation:
     def of(
         cls, index: np.ndarray, inputs: Sequence[int], repeated: bool = False, fillers: int = 0
     ) -> "Permutation | None":
-        """The map for ``index`` [outputs] into tensors of ``inputs`` rows; None for the identity of one tensor.
+        """The permutation for ``index`` [outputs] into tensors of ``inputs`` rows; None for the identity on one tensor.
 
         Args:
             repeated: whether a row may be used more than once.
-            fillers: rows of zeros that follow.
+            fillers: number of rows of zeros that follow.
         """
-        total, here = sum(inputs), np.arange(index.size)
-        if len(inputs) == 1 and not fillers and index.size == total and np.array_equal(index, here):
+        total, outputs = sum(inputs), np.arange(index.size)
+        if len(inputs) == 1 and not fillers and index.size == total and np.array_equal(index, outputs):
             return None
         runs = None if fillers else _runs(index, inputs)
         inverse = starts = uses = None
@@ -51,13 +51,13 @@ class Permutation:
             starts = np.concatenate([[0], np.bincount(index, minlength=total).cumsum()]).astype(np.int32)
         else:
             inverse = np.full(total, -1, dtype=np.int32)
-            inverse[index] = here
+            inverse[index] = outputs
         filled = np.concatenate([index, np.full(fillers, -1)]) if fillers else index
         return cls(filled.astype(np.int32), inverse, starts, uses, runs)
 
 
 def _runs(index: np.ndarray, inputs: Sequence[int]) -> list[tuple[int, int, int]] | None:
-    """Runs of consecutive rows of one tensor in ``index``, if they are long: (tensor, first row, rows)."""
+    """Runs of consecutive rows of one tensor in ``index``, as (tensor, first row, rows); None where they are short."""
     if not index.size:
         return None
     starts = np.array([0, *accumulate(inputs)])

@@ -1,7 +1,7 @@
-"""The plan: the role of every class of token in every layer, and which weights it uses.
+"""The plan: the role of every class of token in every layer, and the weights that it uses.
 
-The only module that knows methods by name. Layers ask for roles and components and never for a method. A method is a
-table in YAML, laid over a preset::
+This is the only module that knows methods by name; layers ask for roles and components. A new method is a table in YAML
+over a preset::
 
     plan:
       preset: dense
@@ -10,13 +10,12 @@ table in YAML, laid over a preset::
         - {layers: "3,5-6", task: generation, modality: image, role: skip}
       projections: {kind: delta, rank: 16}
 
-A new preset is a row of ``PRESETS`` where it mixes what is there: HiMix, HMGen, a kind of weights. Roles by another
-rule need a field of :class:`Preset` and the lines of :meth:`Plan.of` that read it.
+A preset that combines existing elements (HiMix, HMGen, a kind of weights) is a row of ``PRESETS``. Another rule for
+roles needs a field of :class:`Preset` and the lines of :meth:`Plan.of` that read it.
 
-What roles can depend on is the layer, a token's task and its modality. ``dense_share`` is the example of a choice by
-more than these: it, too, is made from integers that are known before the forward pass. A choice by hidden states, such
-as pruning by attention or merging, has no place yet: the route of a micro-batch is worked out once, before the first
-layer, on every stage alike.
+Roles depend on the layer and on a token's task and modality. ``dense_share`` shows how to add a further criterion; it,
+too, uses only integers that are known before the forward pass. Criteria based on hidden states, such as pruning by
+attention or merging, are not supported: every stage computes the route of a micro-batch once, before the first layer.
 """
 
 import re
@@ -34,8 +33,8 @@ from megatron_ext.token_classes import Modality, Task
 class Role(IntEnum):
     """What a token does in a layer.
 
-    FULL: query, key, value, FFN; its hidden state is updated. KV_ONLY: gives a key and a value, and leaves the layer
-    unchanged. SKIP: takes no part.
+    FULL: query, key, value, FFN; its hidden state is updated. KV_ONLY: only its key and value are computed; its hidden
+    state stays unchanged. SKIP: takes no part.
     """
 
     FULL = 0
@@ -45,12 +44,12 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Preset:
-    """A method by its name.
+    """A named method.
 
     Attributes:
         himix: image tokens of understanding documents are KV_ONLY from ``plan.himix_start`` on (arXiv 2606.01503).
         hmgen: image tokens of generation documents are SKIP in the shallow layers.
-        kind: which weights image tokens use, unless ``plan.projections.kind`` says otherwise.
+        kind: the weights that image tokens use, unless ``plan.projections.kind`` overrides it.
     """
 
     himix: bool = False
@@ -62,8 +61,8 @@ PRESETS = {
     "dense": Preset(),
     "himix": Preset(himix=True),
     "hmgen": Preset(hmgen=True, kind="separate"),
-    # The paper's Share All, in both readings: one projection for all tokens, or one for text and one for the image
-    # tokens of both tasks.
+    # Both readings of the paper's Share All: one projection for all tokens, or one for text and one for the image tokens
+    # of both tasks.
     "himix_hmgen_share_all": Preset(himix=True, hmgen=True),
     "himix_hmgen_share_all_separate": Preset(himix=True, hmgen=True, kind="separate"),
     "himix_hmgen_share_partial": Preset(himix=True, hmgen=True, kind="delta"),
@@ -72,10 +71,10 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Projections:
-    """Which weights tokens use in the projections named in ``modules`` (qkv, proj, fc1, fc2).
+    """The weights that tokens use in the projections named in ``modules`` (qkv, proj, fc1, fc2).
 
-    Text tokens use W. Image tokens use, by ``kind``: W (shared); a matrix of their own (separate); W + D, with D
-    whole or of rank ``rank`` (delta). With ``per_task`` each of the two tasks has its own matrix or D.
+    Text tokens use W. Image tokens use, by ``kind``: W (shared); a separate matrix (separate); W + D, where D has full
+    rank or rank ``rank`` (delta). With ``per_task`` each of the two tasks has its own matrix or D.
     """
 
     kind: str = "shared"
@@ -85,22 +84,22 @@ class Projections:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of what exists beside W."""
+        """Names of the weights beside W."""
         if self.kind == "shared":
             return ()
         return ("understanding", "generation") if self.per_task else ("image",)
 
     @property
     def identity(self) -> dict:
-        """What decides which parameters a model has, as plain data."""
+        """The settings that determine a model's parameters, as plain data."""
         if not self.components:
             return {"kind": "shared"}
         return {"kind": self.kind, "modules": sorted(self.modules), "rank": self.rank, "per_task": self.per_task}
 
     def component(self, task: Task, modality: Modality) -> int:
-        """Which weights a class of token uses: 0 for W, n for ``components[n - 1]``.
+        """The weights that a class of token uses: 0 for W, n for ``components[n - 1]``.
 
-        Images inside documents of the text task, whose loss is on every token, count as generated.
+        Images in documents of the text task, where every token has a loss, count as generated.
         """
         if modality == Modality.TEXT or not self.components:
             return 0
@@ -109,13 +108,13 @@ class Projections:
 
 @dataclass(frozen=True)
 class Plan:
-    """Role of (layer, task, modality), for every layer of a model, and the weights that image tokens use.
+    """The role of each (layer, task, modality) in a model, and the weights that image tokens use.
 
     Attributes:
         name: the preset's name, followed by ``+table`` where a table changes it.
-        roles: for each layer, the role of each class of token at :func:`class_index`; with a ``dense_share`` these are
-            followed by the roles of the tokens that it takes, in the same order.
-        dense_share: the share of the data that takes the dense roles; None: there is none.
+        roles: for each layer, the role of each class of token at :func:`class_index`; with a ``dense_share``, followed
+            by the roles of selected tokens in the same order.
+        dense_share: the share of the data that takes the dense roles, if any.
     """
 
     name: str
@@ -128,7 +127,7 @@ class Plan:
         """The plan that ``config`` describes, for a model of ``num_layers`` layers.
 
         Raises:
-            UserError: a preset, layer or entry that does not fit, named.
+            UserError: names a preset, layer or entry that is not valid.
         """
         if config.preset not in PRESETS:
             raise UserError(f"config: 'plan.preset' is {config.preset!r}, must be one of {', '.join(PRESETS)}")
@@ -147,16 +146,16 @@ class Plan:
             for layer in _layers(str(entry.layers), f"{where}.layers", num_layers):
                 for index in (class_index(t, m) for t in tasks for m in modalities):
                     roles[layer][index] = Role[entry.role.upper()]
-        chosen = config.projections
-        kind = preset.kind if chosen.kind == "preset" else chosen.kind
-        if chosen.rank is not None and kind != "delta":
+        settings = config.projections
+        kind = preset.kind if settings.kind == "preset" else settings.kind
+        if settings.rank is not None and kind != "delta":
             raise UserError(
-                f"config: 'plan.projections.rank' is {chosen.rank}, but plan.projections.kind is {kind}; "
+                f"config: 'plan.projections.rank' is {settings.rank}, but plan.projections.kind is {kind}; "
                 "only delta projections have a rank"
             )
-        if chosen.rank is not None and chosen.rank < 1:
-            raise UserError(f"config: 'plan.projections.rank' is {chosen.rank}, must be at least 1")
-        projections = Projections(kind, tuple(chosen.modules), chosen.rank, chosen.per_task)
+        if settings.rank is not None and settings.rank < 1:
+            raise UserError(f"config: 'plan.projections.rank' is {settings.rank}, must be at least 1")
+        projections = Projections(kind, tuple(settings.modules), settings.rank, settings.per_task)
         name = config.preset + ("+table" if config.table else "")
         share = _dense_share(config.dense_share)
         if share:
@@ -166,7 +165,7 @@ class Plan:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model, counted from 0."""
+        """Number of layers in the model."""
         return len(self.roles)
 
     @property
@@ -175,15 +174,15 @@ class Plan:
         return not self.projections.components and all(role == Role.FULL for roles in self.roles for role in roles)
 
     def role(self, layer: int, task: Task, modality: Modality) -> Role:
-        """What tokens of this task and modality do in ``layer`` (0-based), those of a dense share apart."""
+        """Role of tokens of this task and modality in ``layer`` (from 0), unless a dense share selects them."""
         return self.roles[layer][class_index(task, modality)]
 
     def selection(self, iteration: int, iterations: int) -> Selection | None:
-        """The selection of the dense share in an iteration of training, counted from 0; None where there is none."""
+        """The selection of the dense share in a training iteration, counted from 0; None without a dense share."""
         return self.dense_share and self.dense_share.selection(iteration, iterations)
 
     def table(self) -> str:
-        """The plan as text: a line per layer, a column per class of token."""
+        """The plan as text: one line per layer, one column per class of token."""
         mark = {Role.FULL: "full", Role.KV_ONLY: "kv", Role.SKIP: "-"}
         names = [f"{task.name.lower()} {modality.name.lower()}" for task, modality in CLASSES]
         lines = ["layer  " + "  ".join(names)]
@@ -207,26 +206,26 @@ CLASSES = (
     (Task.GENERATION, Modality.IMAGE),
     (Task.TEXT, Modality.TEXT),
 )
-"""The classes of tokens that training data hold, in the order in which they stand in a document. Images in documents
-of the text task are legal too, and FULL unless a table says otherwise."""
+"""The classes of tokens in training data, in document order. Images in documents of the text task are legal too, and
+FULL unless a table says otherwise."""
 
 
 def class_index(task: Task, modality: Modality) -> int:
-    """Number of a class of token; also right for tensors of tasks and modalities."""
+    """Index of a class of token; also accepts arrays and tensors of tasks and modalities."""
     return task * len(Modality) + modality
 
 
 def task_and_modality(index: int) -> tuple[Task, Modality]:
-    """Of a class of token by its number, of a dense share or not."""
+    """Task and modality of a class of token by its index, whether in a dense share or not."""
     task, modality = divmod(index % (len(Task) * len(Modality)), len(Modality))
     return Task(task), Modality(modality)
 
 
 def shallow_layers(config: PlanConfig, num_layers: int) -> list[int]:
-    """The layers that HMGen lets generated images skip.
+    """The layers that generated images skip under HMGen.
 
-    A list as given, or ``shallow_count`` layers, centred and contiguous or evenly spaced. The default count is the
-    paper's 3 of 16, rounded, and at least one.
+    Either the configured list, or ``shallow_count`` layers, centred and contiguous or evenly spaced. The default count
+    scales the paper's 3 of 16, rounded, and is at least one.
     """
     if config.shallow_layers:
         return sorted(
@@ -242,10 +241,10 @@ def shallow_layers(config: PlanConfig, num_layers: int) -> list[int]:
 
 
 def validate_plan(config: PlanConfig, num_layers: int, tensor: int) -> Plan:
-    """The plan for a model of ``num_layers`` layers, whose deltas ``tensor`` ranks can cut.
+    """The plan for a model of ``num_layers`` layers, whose low-rank deltas can be cut over ``tensor`` ranks.
 
     Raises:
-        UserError: names the key, its value and what would do.
+        UserError: names the key, its value and a valid choice.
     """
     plan = Plan.of(config, num_layers)
     if plan.projections.rank is not None:
@@ -254,8 +253,10 @@ def validate_plan(config: PlanConfig, num_layers: int, tensor: int) -> Plan:
 
 
 def with_roles(config: Config, overrides: Sequence[str]) -> Config:
-    """A trained model's configuration with ``section.key=value`` over it; its projections are those that were trained
-    unless an override names them, so that another preset gives it other roles and not other parameters.
+    """A trained model's configuration with overrides ``section.key=value``.
+
+    Unless an override names them, its projections stay those that were trained: another preset then changes the roles
+    but not the parameters.
 
     Raises:
         UserError: as for :func:`megatron_ext.config_file.override`.
@@ -292,7 +293,7 @@ def _layers(text: str, key: str, num_layers: int) -> list[int]:
     """Layers of an entry: ``all``, or numbers and ranges such as ``0,2-4,6-`` (to the last), both ends included."""
     if text == "all":
         return list(range(num_layers))
-    chosen = []
+    layers = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(-?)\s*(\d*)\s*", part)
         if not match or (match[3] and not match[2]):
@@ -301,8 +302,8 @@ def _layers(text: str, key: str, num_layers: int) -> list[int]:
         last = first if not match[2] else _checked(int(match[3]), key, num_layers) if match[3] else num_layers - 1
         if last < first:
             raise UserError(f"config: '{key}' is {text!r}; the range {part.strip()} runs backwards")
-        chosen += range(first, last + 1)
-    return chosen
+        layers += range(first, last + 1)
+    return layers
 
 
 def _checked(layer: int, key: str, num_layers: int) -> int:
