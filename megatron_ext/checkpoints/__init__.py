@@ -1,5 +1,5 @@
-"""Checkpoints: complete or absent, under any layout, in the background if asked.
+"""Checkpoints: complete or absent, loadable under any layout, optionally written in the background.
 
-``checkpointer.py`` saves and loads a run; ``folder.py`` the files, and when they count as a checkpoint; ``state.py``
-what of a run is stored; ``writer.py`` writes it.
+``checkpointer.py`` saves and loads a run; ``folder.py`` defines the files and when they count as a checkpoint;
+``state.py`` the parts of a run that are stored; ``writer.py`` writes them.
 """

@@ -1,8 +1,6 @@
-"""Saving and loading a run: complete or absent, under any layout, in the background if asked.
+"""Saving and loading a run, on top of Megatron-Core's ``dist_checkpointing``.
 
-Built on Megatron-Core's ``dist_checkpointing``. Three neighbours do the parts: ``checkpoint_folder`` the files and when
-they count as a checkpoint, ``checkpoint_state`` what of a run is stored, ``checkpoint_writer`` the writing. All ranks
-must see the same file system.
+All ranks must see the same file system.
 """
 
 import importlib.metadata
@@ -32,18 +30,18 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves a run's checkpoints into one folder, and loads them.
+    """Saves a run's checkpoints in one folder and loads them.
 
-    Every method is collective: all ranks call it, in the same order.
+    Every method is collective: all ranks call it in the same order.
     """
 
     def __init__(self, folder: Path, keep: int = 2, asynchronous: bool = False):
         """
         Args:
             folder: holds one ``iter_NNNNNNN`` per checkpoint.
-            keep: newest checkpoints kept; 0: all.
-            asynchronous: write in a forked process while training goes on. Call :meth:`poll` each iteration and
-                :meth:`finish` at the end: only they make a written checkpoint a complete one.
+            keep: number of newest checkpoints to keep; 0: all.
+            asynchronous: write in a forked process while training continues. Call :meth:`poll` each iteration and
+                :meth:`finish` at the end: a written checkpoint is completed only there.
         """
         self.folder = Path(folder)
         self.keep = keep
@@ -51,21 +49,21 @@ class Checkpointer:
         self._queue = AsyncCallsQueue()
 
     def save(self, iteration: int, model: list[nn.Module], optimizer, state: dict) -> None:
-        """Save everything that a run needs to go on bit for bit after ``iteration``.
+        """Save everything that a run needs to resume bit for bit after ``iteration``.
 
-        An earlier save that is still being written is waited for. Host memory needed: a copy of what this rank
-        stores; with the distributed optimizer also its replicas' share of the optimizer's state, since that is
+        Waits for an earlier save that is still being written. Needs host memory for a copy of the tensors that this
+        rank stores, and with the distributed optimizer also for its replicas' share of the optimizer's state, which is
         gathered.
 
         Args:
             iteration: iterations done.
             model: this rank's model chunks, wrapped for data parallelism or not.
-            optimizer: Megatron-Core's; None for weights alone, which a run can start from and not go on from.
-            state: whatever else belongs to the run, the same on every rank, as plain JSON data. It comes back from
-                :meth:`load`, and can be read without loading (:func:`read_state`).
+            optimizer: Megatron-Core's; None to save only weights, from which a run can start but not resume.
+            state: the rest of the run's state, the same on every rank, as plain JSON data. :meth:`load` returns it, and
+                :func:`read_state` reads it without loading.
 
         Raises:
-            UserError: it cannot be written (now or, of an asynchronous save, at a later call).
+            UserError: the checkpoint cannot be written (for an asynchronous save, possibly raised at a later call).
         """
         _require_plain(state, "state")
         self.finish()
@@ -92,45 +90,45 @@ class Checkpointer:
             self._reporting_failure(request.execute_sync)
 
     def poll(self) -> None:
-        """Complete an asynchronous save that all ranks have finished writing; returns at once if there is none."""
+        """Complete an asynchronous save once all ranks have written it; returns at once otherwise."""
         self._reporting_failure(self._queue.maybe_finalize_async_calls)
 
     def finish(self) -> None:
-        """Wait for an asynchronous save, and complete it."""
+        """Wait for an asynchronous save and complete it."""
         self._reporting_failure(lambda: self._queue.maybe_finalize_async_calls(blocking=True))
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint in the folder, the same on every rank; None: there is none.
 
-        A checkpoint that was complete once and is damaged now is still the newest: :meth:`load` refuses it.
+        A checkpoint that was damaged after its completion still counts; :meth:`load` refuses it.
         """
-        found = from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
-        return found[-1] if found else None
+        checkpoints = from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
+        return checkpoints[-1] if checkpoints else None
 
     def load(self, path: Path, model: list[nn.Module], optimizer, expected: dict | None = None) -> dict:
-        """Load what :meth:`save` saved, under the same layout or another one.
+        """Load a saved run under the same layout or another one.
 
-        Every file is first read whole by one rank, for its checksum, and then by each rank that needs some of it. The
-        random generators are restored under the same layout; under another one they stay as seeded, which is logged.
+        Every file is first read in full by one rank to verify its checksum, then by each rank that needs part of it.
+        Random generators are restored under the same layout; under another one they stay as seeded, which is logged.
 
         Args:
             path: the checkpoint's folder.
             model: this rank's model chunks; any tensor, pipeline, virtual pipeline and data parallel size.
-            optimizer: Megatron-Core's, distributed or not, whichever it was when saved.
-            expected: what the checkpoint's state must agree with, see :func:`check_compatible`.
+            optimizer: Megatron-Core's, distributed or not, however it was saved.
+            expected: sections that the checkpoint's state must match, see :func:`check_compatible`.
 
         Returns:
             The ``state`` that was saved.
 
         Raises:
-            UserError: a file of the checkpoint is missing or damaged, or what is in it does not fit.
+            UserError: a file of the checkpoint is missing or damaged, or its contents do not fit.
         """
         marker = _verified(path, expected)
         stored = _stored_shapes(path)
         if not any(key.startswith("optimizer.") for key in stored):
             raise UserError(
-                f"{path}: has weights alone, nothing to go on from; move it out of the run's folder, and start from it "
-                "with checkpoint.load"
+                f"{path}: has only weights, so a run cannot resume from it; move it out of the run's folder, and start "
+                "from it with checkpoint.load"
             )
         sharded = {"model": checkpoint_state.model_state(model)}
         _check_parameters(path, sharded["model"], stored)
@@ -146,14 +144,14 @@ class Checkpointer:
             checkpoint_state.load_random_state(loaded["random"])
         elif dist.get_rank() == 0:
             _log.warning(
-                "%s was saved under another layout (%s): the random generators start from the seed again",
+                "%s was saved under another layout (%s): the random generators restart from the seed",
                 path,
                 ", ".join(f"{k} {v}" for k, v in marker["layout"].items()),
             )
         return marker["state"]
 
     def _complete(self, partial: Path, description: dict, report: checkpoint_writer.Report) -> None:
-        """Runs on every rank once all of them have written everything."""
+        """Make the written files a complete checkpoint; runs on every rank once all ranks have written."""
         reports: list = [None] * dist.get_world_size()
         dist.all_gather_object(reports, report.files)
 
@@ -171,15 +169,15 @@ class Checkpointer:
         try:
             write()
         except CheckpointException as error:
-            # The cause is known on rank 0 alone.
+            # Only rank 0 knows the cause.
             causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
             raise UserError(f"{self.folder}: the checkpoint could not be written ({causes or 'see rank 0'})") from None
 
 
 def load_weights(path: Path, model: list[nn.Module], expected: dict | None = None) -> dict:
-    """Load the weights alone of a checkpoint, under any layout: to start a new run, or to evaluate. Collective.
+    """Load only the weights of a checkpoint, under any layout, to start a new run or to evaluate. Collective.
 
-    An optimizer built before must be told by its ``reload_model_params()``.
+    An optimizer that was built before needs a call of its ``reload_model_params()`` afterwards.
 
     Args, Returns, Raises:
         As for :meth:`Checkpointer.load`.
@@ -196,44 +194,44 @@ def read_state(path: Path) -> dict:
     """The ``state`` given to :meth:`Checkpointer.save`, without loading or checking anything else. Not collective.
 
     Raises:
-        UserError: no complete checkpoint is there.
+        UserError: ``path`` is not a complete checkpoint.
     """
     return checkpoint_folder.read_marker(Path(path))["state"]
 
 
 def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint") -> None:
-    """Refuse a checkpoint made for something else.
+    """Refuse a checkpoint whose state differs from what this run expects.
 
     Args:
-        state: a checkpoint's.
-        expected: sections of it as this run has them, such as
-            ``{"model": {"hidden_size": 128}, "fingerprints": {"vocabulary": "5f0c"}}``. Keys it does not name may
+        state: the checkpoint's state.
+        expected: sections of the state as this run has them, such as
+            ``{"model": {"hidden_size": 128}, "fingerprints": {"vocabulary": "5f0c"}}``. Other keys may
             differ.
-        path: for the message.
+        path: the checkpoint, for the message.
 
     Raises:
-        UserError: names the first key that differs, and both its values.
+        UserError: names the first key that differs and both values.
     """
     difference = _difference(state, json.loads(json.dumps(expected)), "")
     if difference:
-        key, theirs, ours = difference
+        key, saved, own = difference
         remedy = "; tools/convert_checkpoint.py can convert it" if key.startswith("plan.projections") else ""
-        raise UserError(f"{path}: its {key} is {theirs}, this run's is {ours}{remedy}")
+        raise UserError(f"{path}: its {key} is {saved}, this run's is {own}{remedy}")
 
 
-def _difference(theirs: Any, ours: Any, key: str) -> tuple[str, Any, Any] | None:
-    if not isinstance(ours, dict):
-        return None if theirs == ours else (key, theirs, ours)
-    for name, value in ours.items():
-        inner = theirs.get(name) if isinstance(theirs, dict) else None
-        found = _difference(inner, value, f"{key}.{name}" if key else name)
-        if found:
-            return found
+def _difference(saved: Any, expected: Any, key: str) -> tuple[str, Any, Any] | None:
+    if not isinstance(expected, dict):
+        return None if saved == expected else (key, saved, expected)
+    for name, value in expected.items():
+        inner = saved.get(name) if isinstance(saved, dict) else None
+        difference = _difference(inner, value, f"{key}.{name}" if key else name)
+        if difference:
+            return difference
     return None
 
 
 def _verified(path: Path, expected: dict | None) -> dict:
-    """The marker of a checkpoint whose files are all whole; the ranks share the reading."""
+    """The marker of a checkpoint whose files are all intact; the ranks share the reading."""
     path = Path(path)
     marker = from_rank_zero(lambda: checkpoint_folder.read_marker(path))
     if reason := compat.why_unreadable(marker["versions"]):
@@ -244,13 +242,13 @@ def _verified(path: Path, expected: dict | None) -> dict:
     damaged = [line for lines in _gathered(checkpoint_folder.damage(path, files, names)) for line in lines]
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        way_out = from_rank_zero(lambda: checkpoint_folder.way_out(path))
-        raise UserError(f"{sorted(damaged)[0]}{more}{way_out}")
+        remedy = from_rank_zero(lambda: checkpoint_folder.remedy(path))
+        raise UserError(f"{sorted(damaged)[0]}{more}{remedy}")
     return marker
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Whole shape of everything in the checkpoint by its key, but for what Megatron-Core keeps there for itself."""
+    """Global shape of every entry of the checkpoint by key, except for Megatron-Core's own entry."""
     stored = {v.key: tuple(v.global_shape) for v in load_sharded_metadata(str(path)).values()}
     stored.pop(compat.COMMON_STATE, None)
     return stored
@@ -258,24 +256,24 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _check_parameters(path: Path, model: dict, stored: dict[str, tuple[int, ...]]) -> None:
     """Refuse a checkpoint whose parameters are not exactly the model's."""
-    # The vocabulary's rows may be padded otherwise under another tensor-parallel size, and say so.
+    # Tensors that allow a shape mismatch are padded to the vocabulary, differently under another tensor-parallel size.
     local = {
         t.key: None if t.allow_shape_mismatch else tuple(t.global_shape) for t in checkpoint_state.parameters(model)
     }
-    wanted = {key: shape for shapes in _gathered(local) for key, shape in shapes.items()}
-    # Extra states are Transformer Engine's notes beside its parameters.
-    found = {k: s for k, s in stored.items() if not k.startswith("optimizer.") and "_extra_state" not in k}
-    found.pop("random")
+    expected = {key: shape for shapes in _gathered(local) for key, shape in shapes.items()}
+    # Extra states are Transformer Engine's metadata beside its parameters.
+    saved = {k: s for k, s in stored.items() if not k.startswith("optimizer.") and "_extra_state" not in k}
+    saved.pop("random")
     for absent, fault in (
-        (wanted.keys() - found, "lacks the parameter {}, which the model has"),
-        (found.keys() - wanted, "has the parameter {}, which the model has not"),
+        (expected.keys() - saved, "lacks the parameter {}, which the model has"),
+        (saved.keys() - expected, "has the parameter {}, which the model does not have"),
     ):
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise UserError(f"{path}: {fault.format(min(absent) + more)}")
-    for key, shape in wanted.items():
-        if shape not in (None, found[key]):
-            raise UserError(f"{path}: its parameter {key} has the shape {list(found[key])}, the model's {list(shape)}")
+    for key, shape in expected.items():
+        if shape not in (None, saved[key]):
+            raise UserError(f"{path}: its parameter {key} has the shape {list(saved[key])}, the model's {list(shape)}")
 
 
 def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict:
@@ -286,10 +284,10 @@ def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict
     return dist_checkpointing.load(sharded, str(path))
 
 
-def _gathered(mine) -> list:
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+def _gathered(value) -> list:
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _require_plain(value, where: str) -> None:

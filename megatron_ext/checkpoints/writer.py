@@ -1,11 +1,12 @@
 """Megatron-Core's checkpoint writer, without its helper processes.
 
-Megatron-Core writes through forked processes and hands back what they wrote through another one (a multiprocessing
-manager). Those outlive a killed rank: they hold its connections open, so that the other ranks wait for it until the
-collective timeout, and some wait for ever for its locks. Here a save is written by the rank itself, an asynchronous
-one by one forked process that waits for nobody and reports through a file. Checksums are taken there, too.
+Megatron-Core writes through forked processes, which return their results through a further process (a multiprocessing
+manager). These processes outlive a killed rank: they hold its connections open, so that the other ranks wait until the
+collective timeout, and some wait forever for its locks. Here the rank itself writes a synchronous save, and one forked
+process writes an asynchronous save, waits for no other process and reports through a file. The writer also computes the
+checksums.
 
-This is the one place that touches private names of Megatron-Core; checked against 0.16.1 and 0.19.2.
+This is the only module that uses private names of Megatron-Core; checked against 0.16.1 and 0.19.2.
 """
 
 import gc
@@ -27,10 +28,10 @@ from megatron_ext.checkpoints.folder import fingerprint
 
 
 class Report:
-    """A queue for one item from the writer to its rank; a file carries it where the writer is a forked process.
+    """A queue for one item from the writer to its rank, passed through a file if the writer is a forked process.
 
     Attributes:
-        files: once the item was got: fingerprint of each file that the writer wrote, by name.
+        files: fingerprint of each written file by name, available after :meth:`get_nowait`.
     """
 
     def __init__(self, folder: Path, rank: int):
@@ -41,7 +42,7 @@ class Report:
         self._item = None
 
     def put(self, results) -> None:
-        """Called by the writer with {number of the file: [WriteResult]} when all is written, or with the error."""
+        """Called by the writer at the end, with {file number: [WriteResult]} or the error."""
         files = {}
         if not isinstance(results, Exception):
             names = {r.storage_data.relative_path for written in results.values() for r in written}
@@ -53,7 +54,7 @@ class Report:
             os.replace(temporary, self._path)
 
     def get_nowait(self):
-        """Called by the rank when the writer has ended; raises ``queue.Empty`` if it ended without a report."""
+        """Called by the rank after the writer has ended; raises ``queue.Empty`` if it left no report."""
         if self._item is None:
             if not self._path.exists():
                 raise queue.Empty
@@ -64,10 +65,10 @@ class Report:
 
 
 def prepare(state: dict, folder: Path, rank: int, data_parallel_group) -> tuple[AsyncRequest, Report]:
-    """Plan the writing of the sharded ``state``, spread over data-parallel replicas. Collective over all ranks.
+    """Plan how data-parallel replicas share the writing of the sharded ``state``. Collective over all ranks.
 
     Returns:
-        The request that writes when it is executed or scheduled, and its report, to be read once it is finalised.
+        The request that writes when executed or scheduled, and its report, to be read once the request is finalised.
     """
     report = Report(folder, rank)
     filesystem_async._results_queue = report
@@ -81,15 +82,15 @@ def prepare(state: dict, folder: Path, rank: int, data_parallel_group) -> tuple[
 
 
 def _write(transforms: list, rank: int, buckets: list, report: Report) -> None:
-    """Write each bucket into its file, and report."""
+    """Write each bucket to its file, then report."""
     collecting = gc.isenabled()
     gc.disable()  # in a forked process, collecting the parent's tensors would touch its GPU
     results = {}
     for number, bucket in enumerate(buckets):
-        done, turn = queue.Queue(), queue.Queue()
-        turn.put(number)
-        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, done, turn, use_fsync=True)
-        _, result = done.get_nowait()
+        outcomes, pending = queue.Queue(), queue.Queue()
+        pending.put(number)
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, outcomes, pending, use_fsync=True)
+        _, result = outcomes.get_nowait()
         if isinstance(result, Exception):
             results = result
             break

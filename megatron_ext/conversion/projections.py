@@ -271,5 +271,5 @@ def _vocab_size(checkpoint: Path, marker: dict) -> int:
     # The files beside the tensors' are unpickled, so they must be the ones that were written.
     unpickled = sorted(name for name in marker["files"] if not name.endswith(".distcp"))
     if damage := checkpoint_folder.damage(checkpoint, marker["files"], unpickled):
-        raise UserError(damage[0] + checkpoint_folder.way_out(checkpoint))
+        raise UserError(damage[0] + checkpoint_folder.remedy(checkpoint))
     return load_sharded_metadata(str(checkpoint))["embedding.word_embeddings.weight"].global_shape[0]

@@ -48,9 +48,7 @@ def _documents(text: str) -> list[tuple[Task, list[tuple[int, str]]]]:
     for run in match[2].split(","):
         length_and_kind = re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", run)
         if not length_and_kind or length_and_kind[2] not in _KINDS:
-            raise UserError(
-                f"mix {text!r}: {run.strip()!r} is not a run of tokens; write 256 image, 64 text or 8 answer"
-            )
+            raise UserError(f"mix {text!r}: {run.strip()!r} is not a run; write 256 image, 64 text or 8 answer")
         runs.append((int(length_and_kind[1]), length_and_kind[2]))
     task = Task[match[1].upper()]
     if task != Task.UNDERSTANDING and any(kind == "answer" for _, kind in runs):

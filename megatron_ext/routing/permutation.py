@@ -19,8 +19,8 @@ class Permutation:
     Attributes:
         index: [outputs], the input row of each output row; -1: a filler, a row of zeros.
         inverse: [inputs], the output row of each input row, -1: none. None when rows may be used more than once.
-        starts, uses: in that case, the output rows of input row i are ``uses[starts[i] : starts[i + 1]]``; [inputs + 1] and
-            [outputs without fillers].
+        starts, uses: in that case, the output rows of input row i are ``uses[starts[i] : starts[i + 1]]``; [inputs + 1]
+            and [outputs without fillers].
         runs: the same permutation as slices of the tensors, (tensor, first row, rows) in order; None with fillers, and
             where slices would be too short to pay off.
     """

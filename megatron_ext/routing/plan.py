@@ -61,8 +61,8 @@ PRESETS = {
     "dense": Preset(),
     "himix": Preset(himix=True),
     "hmgen": Preset(hmgen=True, kind="separate"),
-    # Both readings of the paper's Share All: one projection for all tokens, or one for text and one for the image tokens
-    # of both tasks.
+    # Both readings of the paper's Share All: one projection for all tokens, or one for text and one for the image
+    # tokens of both tasks.
     "himix_hmgen_share_all": Preset(himix=True, hmgen=True),
     "himix_hmgen_share_all_separate": Preset(himix=True, hmgen=True, kind="separate"),
     "himix_hmgen_share_partial": Preset(himix=True, hmgen=True, kind="delta"),

@@ -142,7 +142,7 @@ def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
     Where a document is cut within an image, places restart at 1, as the document's positions restart.
 
     Args:
-        before: [b], where rows are pieces of documents: number of image tokens right before the first token of each row.
+        before: [b], where rows are pieces of documents: image tokens right before the first token of each row.
     """
     image, column = batch.modality == Modality.IMAGE, np.arange(batch.shape[1])
     first = image.copy()

@@ -109,7 +109,7 @@ def test_what_is_damaged_or_does_not_fit_is_refused_on_every_rank_with_one_line(
     assert first == second, "the ranks disagree"
     newest, older = (
         tmp_path / "checkpoints" / "iter_0000002",
-        "; to go on from the older iter_0000001, move iter_0000002 away",
+        "; to resume from the older iter_0000001, move iter_0000002 away",
     )
     data = newest / "__1_0.distcp"
     expected = {

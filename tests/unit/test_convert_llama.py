@@ -176,7 +176,7 @@ def test_a_run_cannot_go_on_from_weights_alone(one_process, vocabulary, tmp_path
     distributed.initialize(config)
     chunks = build_model(resolve(config, 384))
     path = tmp_path / "start" / "iter_0000000"
-    with pytest.raises(UserError, match="iter_0000000: has weights alone, .* checkpoint.load"):
+    with pytest.raises(UserError, match="iter_0000000: has only weights, .* checkpoint.load"):
         Checkpointer(path.parent).load(
             path, chunks, build_optimizer(config, chunks), identity_of(resolve(config), vocabulary)
         )
