@@ -1,16 +1,16 @@
-"""A checkpoint to start from with the weights of a Hugging Face Llama.
+"""Converts a Hugging Face Llama to a checkpoint from which training can start.
 
 ::
 
-    row of embedding and head       starts as
-    text 0 .. text_size-1           Llama's row of the same id: a vocabulary takes its pieces' ids as they are
+    row of embedding and head       initial value
+    text 0 .. text_size-1           Llama's row of the same id: a vocabulary keeps the ids of Llama's pieces
     <eod>                           Llama's row of </s>, which ended documents in its training
-    <pad> <boi> <eoi>, VQ codes,    this project's initial weights (of the seed and the parameter's name), scaled to the
-    rows of padding                 standard deviation of Llama's text rows, in embedding and head each
+    <pad> <boi> <eoi>, VQ codes,    this project's initial weights (from the seed and the parameter's name), scaled to
+    rows of padding                 the standard deviation of Llama's text rows, separately in embedding and head
 
-Initial weights have the spread that a model started at random wants (``init_std``), which need not be that of trained
-rows. Of another size they would enter the stack fainter or louder than text does, and their logits would spread
-less or more than those of text.
+Initial weights have the standard deviation for training from scratch (``init_std``), which can differ from that of
+trained rows. Without the scaling, new tokens would enter the first layer with a smaller or larger norm than text, and
+their logits would spread less or more than those of text.
 """
 
 import dataclasses
@@ -37,25 +37,25 @@ from megatron_ext.vocabulary import Vocabulary
 def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) -> dict:
     """Write a Llama's weights as ``out``/iter_0000000 and its shape as ``out``/model.yaml.
 
-    The checkpoint has weights alone, in bf16 where all of Llama's are, else in float32. Llama's weights are read one by
-    one; the model is held in memory once, and its matrices of gate and up twice while they are written, half the model
-    again. Joins a process group of its own, of this process alone, and leaves it.
+    The checkpoint holds only weights, in bf16 if all of Llama's have it, else in float32. Llama's weights are read one
+    by one. Memory holds the model once, and its gate and up matrices (half the model) a second time during the save.
+    Joins and leaves a process group of this process only.
 
     Args:
         folder: config.json and safetensors of ``LlamaForCausalLM``.
-        vocabulary: has Llama's text pieces.
+        vocabulary: a vocabulary with Llama's text pieces.
         out: a folder without checkpoints.
-        seed: of the rows that Llama has not.
+        seed: seed of the rows that Llama does not have.
 
     Returns:
-        "checkpoint" and "config" that were written, "parameters", "precision", the number of "rows" of each kind, and
-        the standard deviation of new rows in each table, "new_rows_std".
+        The written "checkpoint" and "config", the number of "parameters", the "precision", the number of "rows" of each
+        kind, and the standard deviation of new rows in each table, "new_rows_std".
 
     Raises:
-        UserError: what cannot be converted, named.
+        UserError: names the file or setting that cannot be converted.
     """
     if present := checkpoint_folder.checkpoints(out):
-        raise UserError(f"{out}: holds checkpoints already, such as {present[-1].name}; name another folder")
+        raise UserError(f"{out}: already holds checkpoints, such as {present[-1].name}; name another folder")
     llama = LlamaFolder(folder)
     _require_same_text(vocabulary, llama)
     config = Config(
@@ -71,82 +71,83 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
     distributed.initialize(resolved.config)
     try:
         (model,) = build_chunks(resolved)
-        spread = _fill(model, llama, vocabulary)
+        stds = _fill(model, llama, vocabulary)
         Checkpointer(out, keep=0).save(0, [model], None, state)
     finally:
         distributed.shut_down()
     _write_model_section(out / "model.yaml", folder.name, identity["model"] | {"init_std": llama.model.init_std})
-    of_llama = vocabulary.text_size + (_end(vocabulary) is not None)
+    llama_rows = vocabulary.text_size + (_end_of_document(vocabulary) is not None)
     return {
         "checkpoint": str(out / "iter_0000000"),
         "config": str(out / "model.yaml"),
         "parameters": parameter_count(llama.model, vocab_size, resolved.plan.projections),
         "precision": llama.precision,
         "rows": {
-            "llama": of_llama,
-            "new": vocabulary.size - of_llama,
+            "llama": llama_rows,
+            "new": vocabulary.size - llama_rows,
             "padding": vocab_size - vocabulary.size,
             "left_out": llama.vocab_size - vocabulary.text_size,
         },
-        "new_rows_std": spread,
+        "new_rows_std": stds,
     }
 
 
 def _write_model_section(file: Path, name: str, section: dict) -> None:
-    header = f"# The shape of {name}, to be laid over a configuration that starts from its weights.\n"
+    header = f"# The shape of {name}: lay it over a configuration that starts from its weights.\n"
     files.write_text(file, header + yaml.safe_dump({"model": section}, sort_keys=False))
 
 
 def _require_same_text(vocabulary: Vocabulary, llama: LlamaFolder) -> None:
-    """Refuse a vocabulary whose text ids mean something else to Llama."""
+    """Refuse a vocabulary whose text ids stand for other pieces in Llama."""
     size, rows = vocabulary.text_size, llama.vocab_size
     differ = f"{vocabulary.folder}: has {size} text pieces, the embedding of {llama.folder} {rows} rows"
     if size > rows:
         raise UserError(
-            f"{differ}; make a vocabulary of its tokenizer.model with tools/train_tokenizer.py --from-model"
+            f"{differ}; create a vocabulary from its tokenizer.model with tools/train_tokenizer.py --from-model"
         )
     tokenizer = llama.pieces()
     if tokenizer is None:
         if size < rows:
-            raise UserError(f"{differ}, and no tokenizer.model is there to tell which; add it")
+            raise UserError(f"{differ}, and no tokenizer.model shows which rows are pieces; add it")
         return
     file, pieces = tokenizer
     for i in range(size):
-        ours, theirs = vocabulary.text.id_to_piece(i), pieces.get(i)
-        if ours != theirs:
+        own_piece, llama_piece = vocabulary.text.id_to_piece(i), pieces.get(i)
+        if own_piece != llama_piece:
             raise UserError(
-                f"{vocabulary.folder}: its text piece {i} is {ours!r}, that of {file} "
-                f"{'missing' if theirs is None else repr(theirs)}; a vocabulary must have Llama's own pieces "
-                "(tools/train_tokenizer.py --from-model, of a SentencePiece model)"
+                f"{vocabulary.folder}: its text piece {i} is {own_piece!r}, that of {file} "
+                f"{'missing' if llama_piece is None else repr(llama_piece)}; a vocabulary must have Llama's own pieces "
+                "(tools/train_tokenizer.py --from-model, with its SentencePiece model)"
             )
 
 
 @torch.no_grad()
 def _fill(model: torch.nn.Module, llama: LlamaFolder, vocabulary: Vocabulary) -> dict[str, float]:
-    """Give ``model`` Llama's weights; the standard deviation of new rows in each table."""
-    parameters, spread = dict(model.named_parameters()), {}
+    """Copy Llama's weights into ``model``. Returns the standard deviation of new rows in each table."""
+    parameters, stds = dict(model.named_parameters()), {}
     weights = named_weights(llama, llama.model)
     for name, weight in command_line.progress(weights, total=len(parameters), desc="weights", unit="parameter"):
         if name in (EMBEDDING, HEAD):
-            spread[name] = _fill_rows(parameters[name], weight, vocabulary, llama.model.init_std)
+            stds[name] = _fill_rows(parameters[name], weight, vocabulary, llama.model.init_std)
         else:
             parameters[name].copy_(weight)
-    return spread
+    return stds
 
 
-def _fill_rows(table: Tensor, theirs: Tensor, vocabulary: Vocabulary, init_std: float) -> float:
-    """Give ``table``, which holds initial weights, Llama's rows; the standard deviation that the others get."""
-    text = theirs[: vocabulary.text_size]
+def _fill_rows(table: Tensor, llama_table: Tensor, vocabulary: Vocabulary, init_std: float) -> float:
+    """Copy Llama's rows into ``table`` and scale its other rows, which hold initial weights. Returns their standard
+    deviation."""
+    text = llama_table[: vocabulary.text_size]
     std = float(text.float().std())
     table.mul_(std / init_std)
     table[: vocabulary.text_size] = text
-    end = _end(vocabulary)
+    end = _end_of_document(vocabulary)
     if end is not None:
         table[vocabulary.eod] = text[end]
     return std
 
 
-def _end(vocabulary: Vocabulary) -> int | None:
-    """Llama's end of a document, None where its pieces have none."""
+def _end_of_document(vocabulary: Vocabulary) -> int | None:
+    """Id of Llama's </s>; None if its pieces have none."""
     end = vocabulary.text.eos_id()
     return end if end >= 0 else None
