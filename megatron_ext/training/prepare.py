@@ -1,6 +1,6 @@
-"""What a training step needs of its rows, worked out ahead of it on the host: routes, labels, FLOPs.
+"""Prepares the input of a training step from its rows on the host: routes, labels, FLOPs.
 
-Nothing here waits for torch: it runs in the worker processes that pack rows, while the device is busy with earlier
+This module does not import torch: it runs in the worker processes that pack rows, while the device is busy with earlier
 steps.
 """
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from megatron_ext.transformer.resolved import ResolvedConfig, RowLayout
 
 NO_TASK = len(Task)
-"""In place of the task of a target that only fills up: its cross-entropy counts nowhere."""
+"""Stands for the task of a filler target, whose cross-entropy does not count."""
 
 
 @dataclass
 class MicroBatch:
-    """What a forward pass needs of its rows: the route, and label and task of each of its n targets, int64 [n]."""
+    """The input of a forward pass: the route, and label and task of each of its n targets, int64 [n]."""
 
     route: Route
     labels: np.ndarray
@@ -41,12 +41,12 @@ class MicroBatch:
 
 @dataclass
 class StepInput:
-    """What one step needs of a replica's rows; arrays on the host, tensors on a device.
+    """The input of one step from a replica's rows; arrays on the host, tensors on a device.
 
     Attributes:
-        loss_tokens: targets of each task, float64 [tasks].
+        loss_tokens: number of targets of each task, float64 [tasks].
         flops, dense_flops: training FLOPs under the plan and under the dense plan; padding has none.
-        tokens: tokens without padding.
+        tokens: number of tokens without padding.
         stored_length: T of the hidden states that pipeline stages exchange, over all ranks.
     """
 
@@ -58,7 +58,7 @@ class StepInput:
     stored_length: int
 
     def to(self, device: torch.device | str) -> StepInput:
-        """The same on ``device``, in one copy that the host does not wait for."""
+        """The same input on ``device``, in one copy that the host does not wait for."""
         from megatron_ext.data.transfer import to_device
 
         return to_device(self, device)
@@ -66,13 +66,13 @@ class StepInput:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Makes the :class:`StepInput` of rows; small, and the same for every step of a run.
+    """Turns rows into a :class:`StepInput`; small, and the same for every step of a run.
 
     Attributes:
         vocab_size: for the FLOPs of the output head.
-        by_task: rows hold one task each, and rows of one task are put together.
+        by_task: each row holds one task; rows of one task are placed together.
         pad: id of the padding token.
-        iterations: of the run, for a dense share that changes during training; None: as in evaluation.
+        iterations: length of the run, for a dense share that changes during training; None: the share of evaluation.
     """
 
     plan: Plan
@@ -87,7 +87,7 @@ class Preparation:
 
     @classmethod
     def of(cls, resolved: ResolvedConfig, vocab_size: int = 0, pad: int = 0, training: bool = True) -> Preparation:
-        """The preparation of a run's steps, in training or in evaluation."""
+        """The preparation for a run's steps in training or evaluation."""
         config = resolved.config
         return cls(
             plan=resolved.plan,
@@ -102,12 +102,12 @@ class Preparation:
         )
 
     def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
-        """Of packed tokens, int32 [rows, s], in a step counted from 0."""
+        """The input of a step, counted from 0, from packed tokens, int32 [rows, s]."""
         selection = None if self.iterations is None else self.plan.selection(step, self.iterations)
         return self.step_input(unpack(packed_tokens, self.pad), selection)
 
     def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
-        """Of a batch on the host; ``selection`` None: as in evaluation."""
+        """The input of a step from a batch on the host; ``selection`` None: that of evaluation."""
         batch = batch.arrays()
         if self.by_task:
             order = np.argsort(batch.task[:, 0], kind="stable")
@@ -137,7 +137,7 @@ class Preparation:
         )
         targets, fillers = route.targets, -route.targets.size % rows.fill
         labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.task))
-        # Only the host asks for these.
+        # Only the host uses these.
         route.targets = route.order = None
         if not self.model.max_image_tokens:
             route.image_places = None
@@ -149,6 +149,6 @@ class Preparation:
 
 
 def prepare(batch: Batch, resolved: ResolvedConfig, device: torch.device | str = "cpu") -> StepInput:
-    """The input, on ``device``, of a step over a batch on the host, with the dense share of evaluation. FLOPs leave out
+    """The input, on ``device``, of a step over a batch on the host, with the dense share of evaluation. FLOPs exclude
     the output head."""
     return Preparation.of(resolved, training=False).step_input(batch).to(device)

@@ -1,4 +1,4 @@
-"""Model and optimizer of a run, both of them Megatron-Core's."""
+"""Builds a run's model and its Megatron-Core optimizer."""
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -15,10 +15,10 @@ from megatron_ext.transformer.resolved import ResolvedConfig
 
 
 class DataParallel(DistributedDataParallel):
-    """Megatron-Core's, so that no weight is read before it is whole.
+    """Megatron-Core's class, with the guarantee that no weight is read before it is gathered.
 
-    Where new weights are gathered while the next forward pass goes on (the distributed optimizer with overlap), a
-    replica has only its own share of them after a step.
+    With the distributed optimizer and overlap, new weights are gathered during the next forward pass: after a step, a
+    replica has only its own share of them.
     """
 
     def __init__(self, *args, **options):
@@ -28,12 +28,12 @@ class DataParallel(DistributedDataParallel):
                 layer.register_forward_pre_hook(self._wait_for_weights)
 
     def _wait_for_weights(self, layer: UnifiedLayer, inputs: tuple) -> None:
-        """Megatron-Core waits when a module is called; a layer also uses weights of modules that it does not call."""
+        """Megatron-Core waits when a module is called, but a layer also uses weights of modules it never calls."""
         for group in dict.fromkeys(self.param_to_bucket_group[p] for p in layer.parameters()):
             group.finish_param_sync()
 
     def train(self, mode: bool = True) -> "DataParallel":
-        """In evaluation replicas need not call the same layers, nor as often: the weights are gathered before it."""
+        """Gather the weights before evaluation, where replicas may call different layers, or not equally often."""
         if not mode:
             gather_weights([self])
         return super().train(mode)
@@ -68,24 +68,26 @@ def build_model(resolved: ResolvedConfig) -> list[DistributedDataParallel]:
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
-    """AdamW, fused when Transformer Engine or Apex is there, with float32 master weights under bf16."""
-    wanted, bf16 = config.optimizer, config.training.precision == "bf16"
-    made = MegatronOptimizerConfig(
+    """AdamW, fused where Transformer Engine or Apex is installed, with float32 master weights under bf16."""
+    settings, bf16 = config.optimizer, config.training.precision == "bf16"
+    megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
-        lr=wanted.lr,
-        min_lr=wanted.min_lr,
-        weight_decay=wanted.weight_decay,
-        adam_beta1=wanted.beta1,
-        adam_beta2=wanted.beta2,
-        adam_eps=wanted.eps,
-        clip_grad=wanted.clip_grad,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=_gathers_ahead(config),
     )
-    optimizer = get_megatron_optimizer(made, chunks, config_overrides=get_standard_config_overrides(made))
+    optimizer = get_megatron_optimizer(
+        megatron_config, chunks, config_overrides=get_standard_config_overrides(megatron_config)
+    )
     if isinstance(single_optimizer(optimizer).optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in optimizer.param_groups:
-            group["fused"] = True  # torch's one-pass kernel, which Megatron-Core does not ask for
+            group["fused"] = True  # torch's one-pass kernel, which Megatron-Core does not enable
     return optimizer
