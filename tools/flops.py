@@ -38,8 +38,8 @@ def main() -> None:
         "--logits",
         choices=("loss", "all"),
         default="loss",
-        help="positions of the output head: tokens with a loss, as in training (default), or all tokens that are FULL in the "
-        "last layer",
+        help="positions of the output head: tokens with a loss, as in training (default), or all tokens that are "
+        "FULL in the last layer",
     )
     output = arguments.add_mutually_exclusive_group()
     output.add_argument("--plan", action="store_true", help="only show the table of roles")

@@ -99,7 +99,7 @@ def complete(partial: Path, description: dict, files: dict[str, dict]) -> Path:
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint; if killed half-way, the remains no longer carry a checkpoint's name."""
+    """Remove a checkpoint; if killed halfway, the remains no longer carry a checkpoint's name."""
     hidden = _rename_away(path)
     _sync(path.parent)
     shutil.rmtree(hidden, ignore_errors=True)

@@ -25,7 +25,7 @@ from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer
 from megatron_ext.config import Config, DataConfig, TrainingConfig
 from megatron_ext.conversion.hugging_face import EMBEDDING, HEAD, LlamaFolder, named_weights
-from megatron_ext.conversion.projections import alone
+from megatron_ext.conversion.projections import single_process
 from megatron_ext.errors import UserError
 from megatron_ext.routing.cost import parameter_count
 from megatron_ext.training.run import Progress, identity_of
@@ -65,7 +65,7 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
         training=TrainingConfig(precision=llama.precision, seed=seed),
     )
     vocab_size = padded_vocab_size(config, vocabulary)
-    resolved = resolve(alone(config), vocab_size)
+    resolved = resolve(single_process(config), vocab_size)
     identity = identity_of(resolved, vocabulary)
     state = {"progress": dataclasses.asdict(Progress()), "config": dataclasses.asdict(config), "data": None, **identity}
     distributed.initialize(resolved.config)

@@ -62,7 +62,7 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         raise UserError(f"{out}: already holds checkpoints, such as {present[-1].name}; name another folder")
     before = config_file.from_tree(Config, marker["state"]["config"])
     after = _with_overrides(before, overrides)
-    source, target = (resolve(alone(config)).plan.projections for config in (before, after))
+    source, target = (resolve(single_process(config)).plan.projections for config in (before, after))
     if source.identity == target.identity:
         raise UserError(f"{checkpoint}: with {' '.join(overrides)} its projections stay as they are")
     vocab_size = _vocab_size(checkpoint, marker)
@@ -71,12 +71,12 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         "config": dataclasses.asdict(after),
         "plan": {"projections": target.identity},
     }
-    distributed.initialize(alone(after))
+    distributed.initialize(single_process(after))
     try:
-        chunks = build_model(resolve(alone(after), vocab_size))
-        originals = build_chunks(resolve(alone(before), vocab_size))
+        chunks = build_model(resolve(single_process(after), vocab_size))
+        originals = build_chunks(resolve(single_process(before), vocab_size))
         _fill(chunks[0].module, checkpoint, originals, source, target, tolerance)
-        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(alone(after), chunks), state)
+        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(single_process(after), chunks), state)
     finally:
         distributed.shut_down()
     numbers = {
@@ -259,7 +259,7 @@ def _with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return changed
 
 
-def alone(config: Config) -> Config:
+def single_process(config: Config) -> Config:
     """The same model for one process, in a form that builds on any hardware."""
     model = dataclasses.replace(config.model, implementation="local")
     training = dataclasses.replace(config.training, fp8="none")

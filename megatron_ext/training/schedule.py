@@ -13,8 +13,8 @@ def build_scheduler(
     """A scheduler that has already set the learning rate for iteration ``done_iterations + 1``.
 
     Call ``step(1)`` after each iteration. The rate rises linearly over ``warmup_iterations`` (starting at 1/warmup of
-    the peak in the first iteration). Then it is constant, or falls along a cosine to ``min_lr`` at the last iteration, or
-    (wsd) stays at its peak and falls by 1 - sqrt in the last ``wsd_decay_iterations``.
+    the peak in the first iteration). Then it is constant, or falls along a cosine to ``min_lr`` at the last iteration,
+    or (wsd) stays at its peak and falls by 1 - sqrt in the last ``wsd_decay_iterations``.
 
     The rate depends only on the iteration and the configuration, so checkpoints do not store it: a run resumed with
     more iterations follows the longer schedule. Build the scheduler after loading the optimizer's state, whose

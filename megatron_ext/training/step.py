@@ -115,11 +115,11 @@ def evaluate_step(chunks: list, step: StepInput, config: Config) -> tuple[Tensor
 def task_gradients(chunks: list, step: StepInput, config: Config, task: Task) -> None:
     """Forward and backward pass for one task's mean cross-entropy over the global batch.
 
-    Afterwards ``main_grad`` of every parameter (this rank's slice of it) is its gradient, complete on every replica, even
-    if the optimizer is sharded over replicas. Nothing else has changed: the next step zeroes these buffers.
+    Afterwards ``main_grad`` of every parameter (this rank's slice of it) is its gradient, complete on every replica,
+    even if the optimizer is sharded over replicas. Nothing else has changed: the next step zeroes these buffers.
     """
-    alone = TaskWeights(**{other.name.lower(): float(other == task) for other in Task})
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, task_weights=alone))
+    task_weights = TaskWeights(**{other.name.lower(): float(other == task) for other in Task})
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, task_weights=task_weights))
     for chunk in chunks:
         chunk.zero_grad_buffer()
         # The optimizer's last step may have left the buffers in .grad too; gradients would be added to them twice.
