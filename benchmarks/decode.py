@@ -33,7 +33,7 @@ from megatron_ext import command_line, config_file, files
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.generation.generator import Generator
-from megatron_ext.routing.cost import count, forward_flops
+from megatron_ext.routing.flops import count, forward_flops
 from megatron_ext.routing.plan import PRESETS, Plan
 from megatron_ext.training.validation import validate
 
@@ -50,7 +50,7 @@ def flops(config: Config, kind: str, new: int) -> tuple[int, int]:
     """FLOPs per row up to the first token, and those of the ``new - 1`` tokens after it."""
     (request,) = requests(kind, 1)
     follows = [TokenIds.image_offset if kind == "picture" else TokenIds.eod] * (new - 1)
-    plan = Plan.of(config.plan, config.model.num_layers)
+    plan = Plan.from_config(config)
 
     def forward(tokens: Sequence[int], asked: int) -> int:
         return forward_flops(config.model, TokenIds.size, plan, count(document_rows(kind, [tokens], asked), plan))

@@ -54,7 +54,7 @@ def main() -> None:
         numbers = {"paper": published_costs.compare()}
         text = published_costs.describe(numbers["paper"])
     elif options.plan:
-        plan = Plan.of(config.plan, config.model.num_layers)
+        plan = Plan.from_config(config)
         numbers = {"plan": plan.name, "roles": [[role.name.lower() for role in roles] for roles in plan.roles]}
         text = plan.table()
     else:

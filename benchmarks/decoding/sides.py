@@ -87,7 +87,7 @@ def build_generator(config: Config, llama) -> Generator:
 
     (model,) = build_chunks(resolve(config, TokenIds.size))
     model.load_state_dict(from_llama(llama.state_dict(), config.model), strict=False)
-    return Generator(model.eval(), Plan.of(config.plan, config.model.num_layers), TokenIds, documents.GRID)
+    return Generator(model.eval(), Plan.from_config(config), TokenIds, documents.GRID)
 
 
 def decode_cached(generator: Generator, kind: str, rows: int) -> Continued:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from megatron_ext import config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, forward_flops
+from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, forward_flops
 from megatron_ext.routing.plan import Plan
 
 Build = Callable[[Config, int, Batch], Callable[[], float]]
@@ -123,7 +123,7 @@ class Size:
     def flops(self, case: Case, batch: Batch) -> int:
         """FLOPs of a training step of the model under the case's plan."""
         config = self.configuration(case.plan)
-        plan = Plan.of(config.plan, config.model.num_layers)
+        plan = Plan.from_config(config)
         return TRAINING_PER_FORWARD * forward_flops(config.model, self.vocab_size, plan, count(batch, plan))
 
 

@@ -24,7 +24,7 @@ class MaskedStep(OurStep):
     """A training step with dense roles in which a layer changes only the FULL tokens of the plan."""
 
     def __init__(self, config: Config, vocab_size: int, batch: Batch):
-        plan = Plan.of(config.plan, config.model.num_layers)
+        plan = Plan.from_config(config)
         projections = dataclasses.replace(config.plan.projections, kind=plan.projections.kind)
         dense = dataclasses.replace(config.plan, preset="dense", projections=projections)
         super().__init__(dataclasses.replace(config, plan=dense), vocab_size, batch)

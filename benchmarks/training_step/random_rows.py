@@ -7,7 +7,7 @@ from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-from megatron_ext.training.prepare import Preparation, StepInput, prepare
+from megatron_ext.training.prepare import StepInput, prepare
 from megatron_ext.transformer.resolved import resolve
 
 IMAGE, TEXT = 256, 24
@@ -21,8 +21,8 @@ def step_input(batch: Batch, config: Config) -> StepInput:
 
 def stored_order(batch: Batch, config: Config) -> torch.Tensor:
     """For each stored token of a micro-batch its flat index into the rows [b, s], [T]; -1 for a dummy."""
-    preparation = Preparation.of(resolve(config), training=False)
-    route = Route.arrays(batch, preparation.plan, *preparation.alignment, fill=preparation.fill)
+    resolved = resolve(config)
+    route = Route.arrays(batch, resolved.plan, **vars(resolved.rows))
     return torch.as_tensor(route.order)
 
 

@@ -92,7 +92,7 @@ class Allocation:
                 row_batch = host.rows(row, row + 1)
                 tokens = TokenSets.of(row_batch, self._special)
                 self._tokens = TokenSets(*(x.to(self._device) for x in vars(tokens).values()))
-                self._route = Route.of(row_batch, self._plan, wanted=no_logits).to(self._device)
+                self._route = Route.of(row_batch, self._plan, logit_mask=no_logits).to(self._device)
                 self._model(self._route)
 
     def result(self) -> dict:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from megatron_ext.analysis import results
 from megatron_ext.config import ModelConfig, PlanConfig
-from megatron_ext.routing.cost import count, dense, forward_flops, with_all_logits
 from megatron_ext.routing.document_mix import mix_batch
+from megatron_ext.routing.flops import count, dense, forward_flops, with_all_logits
 from megatron_ext.routing.plan import Plan
 
 MODEL = ModelConfig(

@@ -82,7 +82,7 @@ class Decoder:
         if single and key in self._single_token_routes:
             return _with_tokens(self._single_token_routes[key], batch, places)
         targets = last.numpy()[:, None] & (np.arange(batch.shape[1]) == lengths[:, None] - 1)
-        route = Route.of(batch, self._plan, *self._alignment, wanted=targets, cached=True, places=places)
+        route = Route.of(batch, self._plan, *self._alignment, logit_mask=targets, cached=True, places=places)
         route = route.to(next(self._model.parameters()).device)
         if single:
             self._single_token_routes[key] = route

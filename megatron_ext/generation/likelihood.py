@@ -28,7 +28,7 @@ def log_likelihoods(
     first, end = (torch.tensor([len(row) - 1 for row in rows])[:, None] for rows in (prompts, documents))
     predicts = (column >= first) & (column < end)
     device = next(model.parameters()).device
-    route = Route.of(batch, generator.plan, *row_alignment_of(model), wanted=predicts).to(device)
+    route = Route.of(batch, generator.plan, *row_alignment_of(model), logit_mask=predicts).to(device)
     losses = model.token_losses(model(route), batch.labels[predicts].to(device)).cpu().double()
     row = predicts.nonzero()[:, 0]
     return (-torch.zeros(len(documents), dtype=torch.float64).index_add_(0, row, losses)).tolist()

@@ -9,7 +9,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
 from megatron_ext.report.documents import Card, documents
 from megatron_ext.report.evaluation import NewestEvaluation, newest_evaluation
-from megatron_ext.routing.cost import parameter_count
+from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan
 from megatron_ext.training.finished import finished_file
 from megatron_ext.training.metrics import read_metrics
@@ -78,7 +78,7 @@ def gather(run: str | Path, vq: str | Path | None = None) -> RunData:
     return RunData(
         folder=run,
         config=config,
-        plan=Plan.of(config.plan, config.model.num_layers),
+        plan=Plan.from_config(config),
         records=records,
         finished=finished_file(run).is_file(),
         environment=_read_if_there(run / "environment.json") or {},

@@ -1,8 +1,8 @@
-"""Documents described by their lengths, to compute the cost of a plan on data that need not exist.
+"""Documents described by their lengths, to compute the cost of a plan without data.
 
-``understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image x 3`` stands for one document that asks
-about an image and three that generate one. Each entry gives a task, its runs of tokens in order and the number of
-documents. Loss is on the answers in understanding, on the image tokens in generation, on every token in text.
+``understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image x 3`` is one document with a question
+about an image and three with a caption and its image: a task, runs of tokens in order, and the number of documents.
+Loss is on answers in understanding, on image tokens in generation, and on all tokens in text.
 """
 
 import re
@@ -20,22 +20,22 @@ def mix_batch(mix: str) -> Batch:
     """The documents of a mix, end to end in one row [1, t] without padding, as arrays; all token ids are 0.
 
     Raises:
-        UserError: a part of the mix cannot be parsed; quotes it.
+        UserError: quotes the part of the mix that cannot be read.
     """
     documents = [document for part in mix.split(";") if part.strip() for document in _documents(part.strip())]
     if not documents:
-        raise UserError(f"mix {mix!r}: has no document; write for example 'generation: 30 text, 256 image'")
-    pieces = {name: [] for name in ("loss_mask", "positions", "modality", "task", "document")}
+        raise UserError(f"mix {mix!r}: no document in it; write for example 'generation: 30 text, 256 image'")
+    fields = {name: [] for name in ("loss_mask", "positions", "modality", "task", "document")}
     for number, (task, runs) in enumerate(documents):
         length = sum(n for n, _ in runs)
-        pieces["positions"].append(np.arange(length))
-        pieces["task"].append(np.full(length, task))
-        pieces["document"].append(np.full(length, number))
+        fields["positions"].append(np.arange(length))
+        fields["task"].append(np.full(length, task))
+        fields["document"].append(np.full(length, number))
         for n, kind in runs:
-            pieces["modality"].append(np.full(n, _KINDS[kind]))
-            pieces["loss_mask"].append(np.full(n, _has_loss(task, kind)))
-    pieces["tokens"] = pieces["labels"] = [np.zeros_like(p) for p in pieces["positions"]]
-    return Batch(**{name: np.concatenate(parts)[None].astype(Batch.DTYPES[name]) for name, parts in pieces.items()})
+            fields["modality"].append(np.full(n, _KINDS[kind]))
+            fields["loss_mask"].append(np.full(n, _has_loss(task, kind)))
+    fields["tokens"] = fields["labels"] = [np.zeros_like(p) for p in fields["positions"]]
+    return Batch(**{name: np.concatenate(parts)[None].astype(Batch.DTYPES[name]) for name, parts in fields.items()})
 
 
 def _documents(text: str) -> list[tuple[Task, list[tuple[int, str]]]]:
@@ -46,10 +46,10 @@ def _documents(text: str) -> list[tuple[Task, list[tuple[int, str]]]]:
         raise UserError(f"mix {text!r}: write TASK: RUNS, or TASK: RUNS x NUMBER, with a task of {tasks}")
     runs = []
     for run in match[2].split(","):
-        length_and_kind = re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", run)
-        if not length_and_kind or length_and_kind[2] not in _KINDS:
-            raise UserError(f"mix {text!r}: {run.strip()!r} is not a run; write 256 image, 64 text or 8 answer")
-        runs.append((int(length_and_kind[1]), length_and_kind[2]))
+        run_match = re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", run)
+        if not run_match or run_match[2] not in _KINDS:
+            raise UserError(f"mix {text!r}: {run.strip()!r} is no run of tokens; write 256 image, 64 text or 8 answer")
+        runs.append((int(run_match[1]), run_match[2]))
     task = Task[match[1].upper()]
     if task != Task.UNDERSTANDING and any(kind == "answer" for _, kind in runs):
         raise UserError(f"mix {text!r}: only understanding documents have an answer; write text")

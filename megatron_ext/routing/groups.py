@@ -1,4 +1,4 @@
-"""Groups of token classes that a plan treats alike, from which the stored order of a micro-batch is built."""
+"""Groups of token classes that a plan treats alike, which form the stored order of a micro-batch."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,7 +48,7 @@ class Groups:
 
 @lru_cache
 def plan_groups(plan: Plan) -> Groups:
-    """The groups of a plan, those that take part most often first, so that a layer needs few slices."""
+    """The groups of a plan, those that take part in most layers first, so that a layer needs few slices."""
     alike = {}
     for index, roles in enumerate(zip(*plan.roles)):
         alike.setdefault((roles, plan.projections.component(*task_and_modality(index))), []).append(index)

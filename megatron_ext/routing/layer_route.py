@@ -195,12 +195,12 @@ def row_slices(sizes: list[int], roles: Sequence[Role], components: Sequence[int
     groups = [(role, size, c) for role, size, c in zip(roles, sizes, [*components, 0]) if size]
     runs = [(role, list(run)) for role, run in groupby(groups, key=lambda g: g[0])]
 
-    def slices_and_splits(role: Role) -> tuple[list[int], list[tuple[int, int]]]:
-        members = [(c, size) for group_role, size, c in groups if group_role == role]
-        splits = [(c, sum(n for _, n in run)) for c, run in groupby(members, key=lambda split: split[0])]
-        return [i for i, (run_role, _) in enumerate(runs) if run_role == role], splits
+    def slices_with(own_role: Role) -> tuple[list[int], list[tuple[int, int]]]:
+        chosen = [(c, size) for role, size, c in groups if role == own_role]
+        splits = [(c, sum(n for _, n in run)) for c, run in groupby(chosen, key=lambda split: split[0])]
+        return [i for i, (role, _) in enumerate(runs) if role == own_role], splits
 
-    (full, full_splits), (kv_only, kv_only_splits) = slices_and_splits(Role.FULL), slices_and_splits(Role.KV_ONLY)
+    (full, full_splits), (kv_only, kv_only_splits) = slices_with(Role.FULL), slices_with(Role.KV_ONLY)
     return RowSlices([sum(n for _, n, _ in run) for _, run in runs], full, kv_only, full_splits, kv_only_splits)
 
 

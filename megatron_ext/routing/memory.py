@@ -24,7 +24,7 @@ embedding, logits and loss; tensor parallelism.
 from typing import Literal
 
 from megatron_ext.config import ModelConfig
-from megatron_ext.routing.cost import Counts, key_width, low_rank_modules, projection_shapes
+from megatron_ext.routing.flops import Counts, key_width, low_rank_modules, projection_shapes
 from megatron_ext.routing.plan import Plan, Projections, Role
 
 
@@ -65,7 +65,7 @@ def _full(model: ModelConfig, without_core: bool) -> int:
 
 
 def _matrices(model: ModelConfig, projections: Projections, kv_only: bool) -> int:
-    """Elements of matrices that are computed as sums or rows of parameters."""
+    """Elements of the matrices that are computed from parameters, as sums or rows of them."""
     h, kv_rows, rank, components = (
         model.hidden_size,
         2 * key_width(model),

@@ -163,6 +163,11 @@ class Plan:
             roles = [layer + [Role.FULL] * len(layer) for layer in roles]
         return cls(name, tuple(map(tuple, roles)), projections, share)
 
+    @classmethod
+    def from_config(cls, config: Config) -> "Plan":
+        """The plan of a whole configuration; raises as :meth:`of`."""
+        return cls.of(config.plan, config.model.num_layers)
+
     @property
     def num_layers(self) -> int:
         """Number of layers in the model."""
@@ -263,7 +268,7 @@ def with_roles(config: Config, overrides: Sequence[str]) -> Config:
     """
     changed = config_file.override(config, overrides)
     if changed.plan.projections == config.plan.projections:
-        kind = Plan.of(config.plan, config.model.num_layers).projections.kind
+        kind = Plan.from_config(config).projections.kind
         changed.plan.projections = replace(changed.plan.projections, kind=kind)
     return changed
 

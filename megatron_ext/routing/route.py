@@ -39,16 +39,15 @@ class Route:
 
     Attributes:
         tokens: [1, T] token ids as stored, int32.
-        layers: the route of each layer of the whole model, indexed from 0.
-        head: the slices that hold the tokens whose logits are wanted; ``head_rows`` brings their gathered rows into the
-            order of the targets.
-        targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None once no
-            longer needed.
-        order: [T] flat index into b * s of each stored row, -1 for a dummy. None once no longer needed.
-        image_places: [T] place of each stored row in its image, from 1; 0 outside of images (see
-            :func:`image_places`).
-        longest_image: the largest image place.
-        longest_document: the largest position of a token, plus one.
+        layers: the route of each layer of the whole model, by its number from 0.
+        head: the slices that hold the tokens with logits; their gathered rows become the targets' by
+            ``head_rows``.
+        targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None where
+            nobody asks any more.
+        order: [T] flat index into b * s of each stored row, -1 for a dummy; likewise None.
+        image_places: [T] which token of its image each stored row is, from 1; 0: of none (see :func:`image_places`).
+        longest_image: the largest of them.
+        longest_document: one more than the largest position of a token.
     """
 
     tokens: np.ndarray
@@ -82,7 +81,7 @@ class Route:
         ranks: int = 1,
         multiple: int = 1,
         fixed_length: bool = False,
-        wanted: np.ndarray | None = None,
+        logit_mask: np.ndarray | None = None,
         cached: bool = False,
         selection: Selection | None = None,
         places: np.ndarray | None = None,
@@ -91,14 +90,14 @@ class Route:
         """The route of one micro-batch of [b, s] tokens on the host, as arrays.
 
         Args:
-            ranks: number of ranks that the hidden states are cut over (sequence parallelism).
-            multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels need one).
-            fixed_length: make T depend on b * s alone, as messages between pipeline stages require.
-            wanted: where logits are wanted, bool [b, s]; None: where the loss counts. Padding has none.
-            cached: each row is the next piece of a document whose earlier keys are cached. Keys are then all the keys
-                of a piece, in order.
-            selection: this step's selection of the plan's dense share; None: that of evaluation.
-            places: [b, s], result of :func:`image_places`; None: computed for whole documents.
+            ranks: over how many ranks the hidden states are cut (sequence parallelism).
+            multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels want one).
+            fixed_length: T depends on b * s alone, as the messages between pipeline stages must.
+            logit_mask: where to compute logits, bool [b, s]; None: where the loss counts. Padding has none.
+            cached: each row is the next piece of a document whose earlier keys are kept. Keys are then all the keys of
+                a piece, in order.
+            selection: this step's selection of the plan's dense share; None: as in evaluation.
+            places: [b, s], of :func:`image_places`; None: of whole documents.
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
@@ -115,8 +114,8 @@ class Route:
         by_roles = {
             roles: layer_route(rows, [*roles, *[Role.SKIP] * fixed_length], cached) for roles in set(groups.roles)
         }
-        wanted = (batch.loss_mask > 0) if wanted is None else np.asarray(wanted)
-        targets = np.flatnonzero(wanted.ravel() & real)
+        mask = (batch.loss_mask > 0) if logit_mask is None else np.asarray(logit_mask)
+        targets = np.flatnonzero(mask.ravel() & real)
         needed = np.isin(np.arange(len(sizes)), group[targets])
         head = row_slices(sizes, [Role.FULL if n else Role.SKIP for n in needed], groups.components)
         gathered = rows.gathered(head.full, head.sizes)[targets]

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.cost import (
+from megatron_ext.routing.flops import (
     NUM_CLASSES,
     TRAINING_PER_FORWARD,
     class_flops,
@@ -31,8 +31,8 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
     Args:
         all_logits: compute the output head for all tokens that are FULL in the last layer instead of those with loss.
     """
-    model, training = config.model, config.training
-    plan = Plan.of(config.plan, model.num_layers)
+    model, parallel, training = config.model, config.parallel, config.training
+    plan = Plan.from_config(config)
     reference = dense(plan)
     counts, dense_counts = count(batch, plan), count(batch, reference)
     if all_logits:
@@ -58,6 +58,8 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
     flops = forward_flops(model, vocab_size, plan, counts)
     dense_flops = forward_flops(model, vocab_size, reference, dense_counts)
     head, dense_head = head_flops(model, vocab_size, counts), head_flops(model, vocab_size, dense_counts)
+    split = (parallel.pipeline, parallel.virtual_pipeline)
+    stages = stage_flops(model, vocab_size, plan, counts, *split)
     image_parameters = image_parameter_count(model, plan.projections)
     return {
         "plan": plan.name,
@@ -69,7 +71,7 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         "ratio": flops / dense_flops,
         "layers": layers,
         "head": {"flops": TRAINING_PER_FORWARD * head, "ratio": head / dense_head if dense_head else 1.0},
-        "stages": _stages(config, stage_flops(model, vocab_size, plan, counts, *_cut(config)), kept),
+        "stages": _stages(stage_layers(model.num_layers, *split), stages, kept),
         "parameters": {
             "text": parameter_count(model, vocab_size, plan.projections) - image_parameters,
             "image": image_parameters,
@@ -80,21 +82,18 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
     }
 
 
-def _stages(config: Config, stages: list[int], kept: list[int]) -> list[dict]:
-    """The pipeline stages, from the FLOPs of a forward pass on each and the bytes that each layer keeps."""
+def _stages(layers: list[list[int]], flops: list[int], kept: list[int]) -> list[dict]:
+    """The figures of each pipeline stage, from its layers, its forward FLOPs and the bytes that each layer keeps."""
+    total = sum(flops)
     return [
         {
-            "layers": layers,
-            "flops": TRAINING_PER_FORWARD * flops,
-            "of_mean": flops * len(stages) / sum(stages),
-            "activation_bytes": sum(kept[layer] for layer in layers),
+            "layers": numbers,
+            "flops": TRAINING_PER_FORWARD * stage,
+            "of_mean": stage * len(flops) / total,
+            "activation_bytes": sum(kept[layer] for layer in numbers),
         }
-        for layers, flops in zip(stage_layers(config.model.num_layers, *_cut(config)), stages)
+        for numbers, stage in zip(layers, flops)
     ]
-
-
-def _cut(config: Config) -> tuple[int, int]:
-    return config.parallel.pipeline, config.parallel.virtual_pipeline
 
 
 def describe(summary: dict) -> str:

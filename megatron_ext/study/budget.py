@@ -73,12 +73,12 @@ class Lengths:
             whole: the same with all sources.
         """
         # Imported late: a study whose lengths are in plan.json should not wait for torch.
-        from megatron_ext.routing.cost import count, dense, forward_flops, parameter_count
+        from megatron_ext.routing.flops import count, dense, forward_flops, parameter_count
         from megatron_ext.routing.plan import Plan, Projections
         from megatron_ext.vocabulary import Vocabulary
 
         vocabulary = Vocabulary(config.data.vocabulary)
-        plan = Plan.of(config.plan, config.model.num_layers)
+        plan = Plan.from_config(config)
         batches = self._batches_of(config, vocabulary)
         flops = dense_flops = 0
         for number, batch in enumerate(batches):

@@ -147,7 +147,7 @@ def _checksum(folder: Path) -> str:
 
 def _roles(run: StudyRun, overrides: list[str]) -> tuple:
     config = with_roles(run.config, overrides)
-    plan = Plan.of(config.plan, config.model.num_layers)
+    plan = Plan.from_config(config)
     return plan.roles, plan.projections, plan.dense_share
 
 

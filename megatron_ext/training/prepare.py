@@ -1,7 +1,6 @@
-"""Prepares the input of a training step from its rows on the host: routes, labels, FLOPs.
+"""The input of a training step, prepared ahead on the host: routes, labels, FLOPs.
 
-This module does not import torch: it runs in the worker processes that pack rows, while the device is busy with earlier
-steps.
+The worker processes that pack rows prepare it, without importing torch, while the device computes earlier steps.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import numpy as np
 from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.packed_tokens import unpack
-from megatron_ext.routing.cost import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.dense_share import Selection
+from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_ext.transformer.resolved import ResolvedConfig, RowLayout
 
 NO_TASK = len(Task)
-"""Stands for the task of a filler target, whose cross-entropy does not count."""
+"""The task of a filler target, whose cross-entropy counts nowhere."""
 
 
 @dataclass
@@ -41,7 +40,7 @@ class MicroBatch:
 
 @dataclass
 class StepInput:
-    """The input of one step from a replica's rows; arrays on the host, tensors on a device.
+    """The input of one step of a replica: arrays on the host, tensors on a device.
 
     Attributes:
         loss_tokens: number of targets of each task, float64 [tasks].
@@ -58,7 +57,7 @@ class StepInput:
     stored_length: int
 
     def to(self, device: torch.device | str) -> StepInput:
-        """The same input on ``device``, in one copy that the host does not wait for."""
+        """Copy everything to ``device`` at once, without waiting for the copy."""
         from megatron_ext.data.transfer import to_device
 
         return to_device(self, device)
@@ -66,7 +65,7 @@ class StepInput:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Turns rows into a :class:`StepInput`; small, and the same for every step of a run.
+    """Turns packed rows into a :class:`StepInput`; small, and the same for every step of a run.
 
     Attributes:
         vocab_size: for the FLOPs of the output head.
@@ -102,12 +101,12 @@ class Preparation:
         )
 
     def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
-        """The input of a step, counted from 0, from packed tokens, int32 [rows, s]."""
+        """Prepare packed tokens, int32 [rows, s], for a step counted from 0."""
         selection = None if self.iterations is None else self.plan.selection(step, self.iterations)
         return self.step_input(unpack(packed_tokens, self.pad), selection)
 
     def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
-        """The input of a step from a batch on the host; ``selection`` None: that of evaluation."""
+        """Prepare a batch on the host; ``selection`` None: as in evaluation."""
         batch = batch.arrays()
         if self.by_task:
             order = np.argsort(batch.task[:, 0], kind="stable")
@@ -137,7 +136,7 @@ class Preparation:
         )
         targets, fillers = route.targets, -route.targets.size % rows.fill
         labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.task))
-        # Only the host uses these.
+        # The device does not need these.
         route.targets = route.order = None
         if not self.model.max_image_tokens:
             route.image_places = None

@@ -12,7 +12,7 @@ from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, re
 from megatron_ext.config import Config
 from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.errors import UserError
-from megatron_ext.routing.cost import parameter_count
+from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan, task_and_modality
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.prepare import Preparation
@@ -130,7 +130,7 @@ def identity_of(resolved: ResolvedConfig, vocabulary: Vocabulary) -> dict:
 def _require_same_roles(run: Run, path: Path) -> None:
     """Refuse to resume another method's run: both would look like one."""
     config = config_file.from_tree(Config, distributed.from_rank_zero(lambda: read_state(path))["config"])
-    trained = Plan.of(config.plan, config.model.num_layers)
+    trained = Plan.from_config(config)
     for layer, (old_roles, new_roles) in enumerate(zip(trained.roles, run.plan.roles)):
         for index, (old, new) in enumerate(zip(old_roles, new_roles)):
             if old != new:

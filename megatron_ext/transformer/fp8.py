@@ -1,12 +1,13 @@
-"""FP8 by Transformer Engine: recipes, what they ask of sizes and plans, and grouped GEMMs for split projections.
+"""FP8 by Transformer Engine: recipes, their requirements on sizes and plans, and grouped GEMMs for split projections.
 
-Megatron-Core enters Transformer Engine's FP8 context around every layer; inside it Transformer Engine's linear layers
-compute in FP8 by themselves. The products of split projections are grouped ones over weights that may be computed on
-the way (W + D, keys and values alone), so Transformer Engine's grouped linear layer is given them with every call.
+Megatron-Core enters Transformer Engine's FP8 context around every layer, in which Transformer Engine's linear layers
+compute in FP8. Split projections use grouped GEMMs over weights that may be computed for each micro-batch (W + D, or
+only keys and values), so these are passed to Transformer Engine's grouped linear layer with every call.
 
-Which of these products a micro-batch has depends on its tokens. Recipes that scale by the tensor at hand do not mind.
-Delayed scaling does: every module that is called adds its history of maxima to one tensor, which is reduced over all
-replicas, so they must have called the same modules. It is refused where a plan does not always need the same ones.
+The tokens of a micro-batch decide which of these GEMMs it has. This does not matter to recipes that scale by the
+current tensor. It matters to delayed scaling: every module that is called adds its history of maxima to one tensor,
+which is reduced over all replicas, so all replicas must call the same modules. Plans that do not ensure this are
+refused.
 """
 
 from collections.abc import Sequence
@@ -33,18 +34,18 @@ def settings(recipe: str) -> dict:
 
 
 def row_multiple(recipe: str) -> int:
-    """What the rows of every GEMM must be a multiple of."""
+    """The number of which the rows of every GEMM must be a multiple."""
     return _MULTIPLES[recipe]
 
 
 def row_multiple_of(transformer) -> int:
-    """The same for a model built with these settings of Megatron-Core's."""
-    wanted = transformer.fp8_recipe if transformer.fp8 else None
-    return next((row_multiple(name) for name, recipe in _RECIPES.items() if recipe == wanted), 1)
+    """:func:`row_multiple` for a model built with this configuration of Megatron-Core."""
+    recipe = transformer.fp8_recipe if transformer.fp8 else None
+    return next((row_multiple(name) for name, value in _RECIPES.items() if value == recipe), 1)
 
 
 def why_not(recipe: str) -> str | None:
-    """Why a recipe cannot be had on this machine; None when it can."""
+    """Why a recipe is not available on this machine; None if it is."""
     return "there is no GPU" if cpu.available() else transformer_engine.why_no_fp8(recipe)
 
 
@@ -62,11 +63,11 @@ def validate(config: Config, plan: Plan) -> None:
             "config: 'logging.gradient_alignment_interval' would change the FP8 scales that training.fp8=delayed "
             "learns from every pass; take current or mxfp8, or 0"
         )
-    for what, size in _gemm_sizes(config).items():
+    for name, size in _gemm_sizes(config).items():
         if size % multiple:
             raise UserError(
                 f"config: 'training.fp8' is {recipe}, whose matrices need multiples of {multiple} on every "
-                f"tensor-parallel rank; {what} is {size}; change it, or set training.fp8=none"
+                f"tensor-parallel rank; {name} is {size}; change it, or set training.fp8=none"
             )
     if recipe == "delayed" and not plan.is_dense:
         raise UserError(
@@ -76,7 +77,7 @@ def validate(config: Config, plan: Plan) -> None:
 
 
 def _gemm_sizes(config: Config) -> dict[str, int]:
-    """Inner and outer sizes of a rank's matrices, each under the keys that it is made of."""
+    """Inner and outer sizes of a rank's matrices, named by their keys."""
     model, tensor = config.model, config.parallel.tensor
     kv_width = model.hidden_size // model.num_attention_heads * model.num_query_groups
     return {
@@ -94,7 +95,7 @@ def grouped_linear(module: torch.nn.Module, rows: Tensor, counts: Sequence[int],
     """
     if not module.config.fp8:
         return plain_grouped_linear(rows, counts, weights)
-    # Not submodules: they have no weights to be saved, and nothing of one call is of use to the next.
+    # Not submodules: they have neither weights to save nor state between calls.
     kernels = module.__dict__.setdefault("_fp8_kernels", {})
     shape = (len(weights), *weights[0].shape)
     if shape not in kernels:

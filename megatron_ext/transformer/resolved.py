@@ -72,7 +72,7 @@ def resolve(config: Config, padded_vocab_size: int = 0) -> ResolvedConfig:
         fixed_length=config.parallel.pipeline > 1,
         fill=config.training.row_multiple,
     )
-    plan = Plan.of(config.plan, config.model.num_layers)
+    plan = Plan.from_config(config)
     return ResolvedConfig(config, plan, padded_vocab_size, implementation, recipe, why_no_fp8, rows)
 
 

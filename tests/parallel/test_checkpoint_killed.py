@@ -1,4 +1,4 @@
-"""Ranks killed with SIGKILL at every step of a save and at random: a complete checkpoint is left to go on from."""
+"""Ranks killed with SIGKILL at every step of a save and at random: a complete checkpoint is left to resume from."""
 
 import os
 import random

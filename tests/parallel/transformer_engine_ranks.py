@@ -19,7 +19,7 @@ from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
 from megatron_ext.training.validation import validate
-from megatron_ext.transformer import fp8, specs
+from megatron_ext.transformer import fp8, resolved
 from megatron_ext.transformer.resolved import resolve
 from parity import perturb
 from support.labelled_rows import VOCABULARY, generation, rows_of, text, understanding
@@ -61,7 +61,7 @@ def model_and_rows(overrides: list[str]):
 
 def over(implementation: str) -> None:
     """Build models from here on over torch's layers (local) or over the stand-in's (transformer_engine)."""
-    specs.implementation = lambda config: implementation
+    resolved._implementation = lambda config: implementation
 
 
 def gradients(overrides: list[str]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.validation import validate_evaluation
-from megatron_ext.routing.cost import parameter_count
+from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Projections
 from megatron_ext.training.validation import validate
 

@@ -68,7 +68,7 @@ def logits_of_both(model, llama) -> tuple[torch.Tensor, torch.Tensor]:
     batch = Batch.zeros(*tokens.shape)
     batch.tokens, batch.positions = tokens, torch.arange(40).repeat(2, 1)
     everywhere = torch.ones(tokens.shape, dtype=torch.bool)
-    route = Route.of(batch, Plan.of(Config().plan, model.config.num_layers), wanted=everywhere)
+    route = Route.of(batch, Plan.of(Config().plan, model.config.num_layers), logit_mask=everywhere)
     return model(route).view(*tokens.shape, -1)[..., :TEXT_SIZE], llama(tokens).logits[..., :TEXT_SIZE]
 
 

@@ -54,7 +54,7 @@ def full_logits(model, plan: Plan, tokens: list[list[int]], tasks: list[Task]) -
         batch.task[row] = tasks[row]
     batch.modality[batch.tokens >= 40] = Modality.IMAGE
     with torch.no_grad():
-        route = Route.of(batch, plan, wanted=torch.ones(batch.shape, dtype=torch.bool))
+        route = Route.of(batch, plan, logit_mask=torch.ones(batch.shape, dtype=torch.bool))
         return list(model(route).squeeze(1).split([len(ids) for ids in tokens]))
 
 

@@ -8,9 +8,9 @@ from test_routing import filled, random_rows
 from megatron_ext.config import DenseShareConfig, ModelConfig, PlanConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
-from megatron_ext.routing.cost import count, dense, forward_flops
 from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.document_mix import mix_batch
+from megatron_ext.routing.flops import count, dense, forward_flops
 from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import Modality
 

@@ -40,7 +40,7 @@ def logits_of(model, batch: Batch) -> torch.Tensor:
 
 def dense_route(batch: Batch, model) -> Route:
     everywhere = torch.ones(batch.shape, dtype=torch.bool)
-    return Route.of(batch, Plan.of(PlanConfig(), model.config.num_layers), wanted=everywhere)
+    return Route.of(batch, Plan.of(PlanConfig(), model.config.num_layers), logit_mask=everywhere)
 
 
 def losses_of(model, batch: Batch) -> torch.Tensor:

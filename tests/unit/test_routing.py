@@ -215,11 +215,11 @@ def test_logits_of_any_wanted_positions_equal_the_reference(one_process, overrid
     for seed in range(3):
         batch = random_rows(seed)
         rate = (0.1, 0.5, 1.0)[seed]
-        wanted = filled(batch) & (torch.rand(batch.shape, generator=torch.Generator().manual_seed(seed)) < rate)
-        route = Route.of(batch, plan, wanted=wanted)
-        assert torch.equal(route.targets, wanted.flatten().nonzero()[:, 0])
+        mask = filled(batch) & (torch.rand(batch.shape, generator=torch.Generator().manual_seed(seed)) < rate)
+        route = Route.of(batch, plan, logit_mask=mask)
+        assert torch.equal(route.targets, mask.flatten().nonzero()[:, 0])
         with torch.no_grad():
-            expected = reference.logits(weights_of(model), config.model, plan, batch)[wanted]
+            expected = reference.logits(weights_of(model), config.model, plan, batch)[mask]
             assert_near(model(route)[:, 0], expected, 1e-9, f"rows {seed}")
 
 
@@ -290,7 +290,7 @@ def test_tokens_that_are_not_full_leave_every_layer_with_the_bits_they_came_with
 def component_gradients(model, config: Config, batch: Batch) -> dict[str, float]:
     """Largest entry of the gradient of each image-specific parameter."""
     model.zero_grad()
-    route = Route.of(batch, plan_of(config), wanted=filled(batch))
+    route = Route.of(batch, plan_of(config), logit_mask=filled(batch))
     cross_entropy(model(route)[:, 0], batch.labels.flatten()[route.targets]).backward()
     names = {name for name, _ in model.named_parameters() if is_component(name)}
     assert names
@@ -314,7 +314,7 @@ def test_text_tokens_never_touch_what_is_for_images(one_process, split, modality
     assert len(batch.task[filled(batch)].unique()) == len(Task)
     assert not any(component_gradients(model, config, batch).values())
     with torch.no_grad():
-        route = Route.of(batch, plan_of(config), wanted=filled(batch))
+        route = Route.of(batch, plan_of(config), logit_mask=filled(batch))
         before = model(route)
         for name, parameter in model.named_parameters():
             if is_component(name):
@@ -337,7 +337,7 @@ def test_a_document_alone_equals_the_document_in_a_packed_row(one_process, overr
 
     def losses(batch: Batch) -> torch.Tensor:
         """Of every token that is no padding."""
-        route = Route.of(batch, plan_of(config), wanted=filled(batch))
+        route = Route.of(batch, plan_of(config), logit_mask=filled(batch))
         return cross_entropy(model(route)[:, 0], batch.labels.flatten()[route.targets], reduction="none")
 
     rows = random_rows(4)

@@ -17,7 +17,8 @@ from megatron_ext import distributed
 from megatron_ext.config import ModelConfig, PlanConfig, ProjectionConfig
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
-from megatron_ext.routing.cost import (
+from megatron_ext.routing.document_mix import mix_batch
+from megatron_ext.routing.flops import (
     class_flops,
     count,
     dense,
@@ -29,7 +30,6 @@ from megatron_ext.routing.cost import (
     stage_layers,
     with_all_logits,
 )
-from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.memory import activation_bytes
 from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_index
 from megatron_ext.routing.route import Route

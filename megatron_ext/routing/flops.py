@@ -1,4 +1,4 @@
-"""The cost of a plan on given data: FLOPs of the model itself (the numerator of the MFU) and its parameters.
+"""The cost of a plan on given data: FLOPs of the model (the numerator of the MFU) and parameters.
 
 Multiply-adds of a layer for one token, hidden size h, key/value width g, FFN width f (gated)::
 
@@ -6,10 +6,10 @@ Multiply-adds of a layer for one token, hidden size h, key/value width g, FFN wi
     KV_ONLY   2*h*g
     SKIP      0
 
-plus h*V for the logits of a position. A multiply-add is two FLOPs; the backward pass costs twice the forward pass. A
-low-rank delta (LoRA) costs another r*(in + out) for every token that uses it. A full-rank delta is added to the
-weights, not to the activations, so it costs no product per token. Recomputation is not counted, since it is not work of
-the model; nor are norms, activations and the embedding.
+plus h*V for the logits of a position. Two FLOPs each; the backward pass costs twice the forward pass. A difference of
+rank r (delta projections) costs r*(in + out) more for every token that uses it; a whole one is added to the
+weights, not to the activations, and costs no product per token. Recomputation, norms, activations and the embedding are
+not counted.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ NUM_CLASSES = len(Task) * len(Modality)
 
 @dataclass(frozen=True)
 class Counts:
-    """The counts in packed rows that determine their cost under a plan, without padding. Counts can be added.
+    """What the cost of packed rows under a plan depends on, without padding. Counts can be added.
 
     Attributes:
         tokens: tokens of each class, in the order of :attr:`~megatron_ext.routing.plan.Plan.roles`.
@@ -52,12 +52,12 @@ class Counts:
 
 
 def dense(plan: Plan) -> Plan:
-    """The same model without the plan: every token FULL in every layer, one set of weights."""
+    """The dense plan of the same model: every token FULL in every layer, one set of weights."""
     return Plan("dense", ((Role.FULL,) * NUM_CLASSES,) * plan.num_layers, Projections())
 
 
 def count(batch: Batch, plan: Plan, selection: Selection | None = None) -> Counts:
-    """The counts of rows [b, s] on the host, with logits for the positions whose loss counts.
+    """Count rows [b, s] on the host, with logits for the positions with loss.
 
     Args:
         selection: the step's selection of the plan's dense share; None: that of evaluation.
@@ -75,7 +75,7 @@ def count(batch: Batch, plan: Plan, selection: Selection | None = None) -> Count
 
 
 def with_all_logits(counts: Counts, plan: Plan) -> Counts:
-    """``counts`` with logits for every token that is FULL in the last layer, whether or not its loss counts."""
+    """The counts with logits for every token that is FULL in the last layer, with or without loss."""
     return replace(counts, logits=sum(n for n, role in zip(counts.tokens, plan.roles[-1]) if role == Role.FULL))
 
 
@@ -116,7 +116,7 @@ def stage_flops(
 
 
 def stage_layers(num_layers: int, pipeline: int, virtual: int = 1) -> list[list[int]]:
-    """Layers of each pipeline stage: ``virtual`` chunks of equal size per stage, dealt to the stages in turn."""
+    """Layers of each pipeline stage, split evenly into ``virtual`` chunks per stage in round-robin order."""
     size = num_layers // (pipeline * virtual)
     return [
         [(chunk * pipeline + stage) * size + n for chunk in range(virtual) for n in range(size)]
@@ -125,7 +125,7 @@ def stage_layers(num_layers: int, pipeline: int, virtual: int = 1) -> list[list[
 
 
 def parameter_count(model: ModelConfig, vocab_size: int, projections: Projections) -> int:
-    """Parameters of the whole model over all ranks, those used only by image tokens included."""
+    """Parameters of the whole model, over all ranks, including those that only image tokens use."""
     h = model.hidden_size
     embeddings = ((1 if model.tie_embeddings else 2) * vocab_size + model.max_image_tokens) * h
     per_layer = sum(i * o for i, o in projection_shapes(model).values()) + 2 * h
@@ -133,7 +133,7 @@ def parameter_count(model: ModelConfig, vocab_size: int, projections: Projection
 
 
 def image_parameter_count(model: ModelConfig, projections: Projections) -> int:
-    """Parameters that text tokens never use; every layer has them, whatever its roles."""
+    """Parameters that text tokens never use, in all layers whatever their roles."""
     rank = projections.rank
     shapes = [projection_shapes(model)[module] for module in projections.modules]
     component = sum(i * o if rank is None else rank * (i + o) for i, o in shapes)
