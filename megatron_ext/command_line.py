@@ -13,7 +13,7 @@ from megatron_ext.errors import UserError
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
-    """An argument parser whose ``--help`` ends in a worked example, with the ``--json FILE`` that every tool has."""
+    """An argument parser whose ``--help`` ends with an example, with the ``--json FILE`` that every tool has."""
     result = argparse.ArgumentParser(
         description=description,
         epilog=f"example:\n  {example}",

@@ -48,7 +48,7 @@ def _documents(text: str) -> list[tuple[Task, list[tuple[int, str]]]]:
     for run in match[2].split(","):
         run_match = re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", run)
         if not run_match or run_match[2] not in _KINDS:
-            raise UserError(f"mix {text!r}: {run.strip()!r} is no run of tokens; write 256 image, 64 text or 8 answer")
+            raise UserError(f"mix {text!r}: {run.strip()!r} is not a run; write 256 image, 64 text or 8 answer")
         runs.append((int(run_match[1]), run_match[2]))
     task = Task[match[1].upper()]
     if task != Task.UNDERSTANDING and any(kind == "answer" for _, kind in runs):

@@ -6,10 +6,10 @@ Multiply-adds of a layer for one token, hidden size h, key/value width g, FFN wi
     KV_ONLY   2*h*g
     SKIP      0
 
-plus h*V for the logits of a position. Two FLOPs each; the backward pass costs twice the forward pass. A difference of
-rank r (delta projections) costs r*(in + out) more for every token that uses it; a whole one is added to the
-weights, not to the activations, and costs no product per token. Recomputation, norms, activations and the embedding are
-not counted.
+plus h*V for the logits of a position. A multiply-add is two FLOPs; the backward pass costs twice the forward pass. A
+low-rank delta (LoRA) costs another r*(in + out) for every token that uses it. A full-rank delta is added to the
+weights, not to the activations, so it costs no product per token. Recomputation is not counted, since it is not work of
+the model; nor are norms, activations and the embedding.
 """
 
 from collections.abc import Sequence

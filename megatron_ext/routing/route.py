@@ -39,15 +39,16 @@ class Route:
 
     Attributes:
         tokens: [1, T] token ids as stored, int32.
-        layers: the route of each layer of the whole model, by its number from 0.
-        head: the slices that hold the tokens with logits; their gathered rows become the targets' by
-            ``head_rows``.
-        targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None where
-            nobody asks any more.
-        order: [T] flat index into b * s of each stored row, -1 for a dummy; likewise None.
-        image_places: [T] which token of its image each stored row is, from 1; 0: of none (see :func:`image_places`).
-        longest_image: the largest of them.
-        longest_document: one more than the largest position of a token.
+        layers: the route of each layer of the whole model, indexed from 0.
+        head: the slices that hold the tokens with logits; ``head_rows`` brings their gathered rows into the order of
+            the targets.
+        targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None once no
+            longer needed.
+        order: [T] flat index into b * s of each stored row, -1 for a dummy. None once no longer needed.
+        image_places: [T] place of each stored row in its image, from 1; 0 outside of images (see
+            :func:`image_places`).
+        longest_image: the largest image place.
+        longest_document: the largest position of a token, plus one.
     """
 
     tokens: np.ndarray
@@ -90,14 +91,14 @@ class Route:
         """The route of one micro-batch of [b, s] tokens on the host, as arrays.
 
         Args:
-            ranks: over how many ranks the hidden states are cut (sequence parallelism).
-            multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels want one).
-            fixed_length: T depends on b * s alone, as the messages between pipeline stages must.
+            ranks: number of ranks that the hidden states are cut over (sequence parallelism).
+            multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels need one).
+            fixed_length: make T depend on b * s alone, as messages between pipeline stages require.
             logit_mask: where to compute logits, bool [b, s]; None: where the loss counts. Padding has none.
-            cached: each row is the next piece of a document whose earlier keys are kept. Keys are then all the keys of
-                a piece, in order.
-            selection: this step's selection of the plan's dense share; None: as in evaluation.
-            places: [b, s], of :func:`image_places`; None: of whole documents.
+            cached: each row is the next piece of a document whose earlier keys are cached. Keys are then all the keys
+                of a piece, in order.
+            selection: this step's selection of the plan's dense share; None: that of evaluation.
+            places: [b, s], result of :func:`image_places`; None: computed for whole documents.
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
