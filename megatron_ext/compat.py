@@ -1,7 +1,7 @@
-"""What differs between the versions of Megatron-Core that are supported: a function per difference.
+"""Differences between the supported versions of Megatron-Core, one function each.
 
-Each looks at a signature or an attribute, not at the number of the version. Checked against 0.16.1, 0.17.1, 0.18.2 and
-0.19.2. What Megatron-Core wants on CPUs, in any version, is in :mod:`megatron_ext.cpu`.
+Functions inspect a signature or an attribute, not the version number. Checked against 0.16.1, 0.17.1, 0.18.2 and
+0.19.2. :mod:`megatron_ext.cpu` has the adaptations to CPUs, which all versions need.
 """
 
 import inspect
@@ -17,20 +17,20 @@ from packaging.version import Version
 from torch import Tensor
 
 COMMON_STATE = "common_state"
-"""Key of what is the same on every rank in a checkpoint of 0.19 and later; before, it is the file ``common.pt``."""
+"""Key of the state that all ranks share, in checkpoints of 0.19 and later; older ones have a file ``common.pt``."""
 
 _FIRST_WITH_COMMON_STATE = Version("0.19.0.dev0")
 
 
 def mlp(submodules: MLPSubmodules):
-    """The MLP in a layer's spec. From 0.18 on a layer calls what it is given there, and warns of a ``ModuleSpec``."""
+    """The MLP in a layer's spec. From 0.18 on a layer calls this object, and warns about a ``ModuleSpec``."""
     if hasattr(MLP, "as_mlp_submodule"):
         return partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
 def gradients_for_norm(optimizer) -> list[Tensor]:
-    """This rank's part of the gradients that the norm is over, each of which is some rank's once. Renamed in 0.19."""
+    """This rank's part of the gradients in the norm; each gradient belongs to one rank. Renamed in 0.19."""
     if hasattr(optimizer, "get_grads_for_grad_norm"):
         return optimizer.get_grads_for_grad_norm()
     return optimizer.get_main_grads_for_grad_norm()
@@ -44,18 +44,18 @@ def save_options() -> dict:
 
 
 def reads_common_state() -> bool:
-    """Whether checkpoints with :data:`COMMON_STATE` can be read; those with ``common.pt`` always can."""
+    """Whether checkpoints with :data:`COMMON_STATE` can be read; ``common.pt`` is always readable."""
     return "common_strategy" not in inspect.signature(dist_checkpointing.save).parameters
 
 
 def why_unreadable(versions: Mapping[str, str]) -> str | None:
-    """Why a checkpoint cannot be read here, by the ``versions`` in its marker; None when it can."""
+    """Why the installed version cannot read a checkpoint with these ``versions`` in its marker; None if it can."""
     writer = versions["megatron-core"]
     if Version(writer) < _FIRST_WITH_COMMON_STATE or reads_common_state():
         return None
     return (
         f"written with megatron-core {writer}, which {metadata.version('megatron-core')} cannot read; "
-        "install megatron-core>=0.19, which wants Python 3.12 or later"
+        "install megatron-core>=0.19, which needs Python 3.12 or later"
     )
 
 

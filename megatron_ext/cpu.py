@@ -1,8 +1,8 @@
 """Megatron-Core on CPUs, over gloo.
 
-Megatron-Core trains correctly on CPUs, except that it names the CUDA device explicitly. :func:`enter` makes these names
-mean the CPU, once per process and before any model is built; it must never be called on a machine with a GPU. It does
-not replace Megatron-Core's arithmetic, schedules or communication. Checked against megatron-core 0.16.1 and 0.19.2.
+Megatron-Core trains correctly on CPUs, except that it hard-codes the CUDA device. :func:`enter` makes these names mean
+the CPU, once per process and before any model is built; it must not be called on a machine with a GPU. Megatron-Core's
+arithmetic, schedules and communication are unchanged. Checked against megatron-core 0.16.1 and 0.19.2.
 """
 
 import functools
@@ -14,8 +14,8 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "ran
 _LIKE_FACTORIES = ("empty_like", "zeros_like", "ones_like", "full_like")
 
 DEVICE = torch.device("cpu")
-"""The device that ``cuda`` means. On ``meta`` a step can be traced: operators have shapes but no data, and every
-operation that would make the host wait for a device fails."""
+"""The device that ``cuda`` means. On ``meta`` a step can be traced: tensors have shapes but no data, and any operation
+that would make the host wait for a device fails."""
 
 _entered = False
 
@@ -29,7 +29,7 @@ def enter() -> None:
     """Make ``cuda`` mean the CPU for this process. A second call does nothing.
 
     Raises:
-        RuntimeError: there is a GPU.
+        RuntimeError: a GPU is visible.
     """
     global _entered
     if _entered:
@@ -43,8 +43,8 @@ def enter() -> None:
 
 
 class _Stream:
-    """What ``cuda.current_stream`` gives: on the CPU there is nothing to wait for. Every reduction of gradients asks
-    for it from 0.19 on."""
+    """The result of ``cuda.current_stream``: on the CPU there is nothing to wait for. From 0.19 on, every reduction of
+    gradients uses it."""
 
     def wait_event(self, event) -> None:
         pass
@@ -64,7 +64,7 @@ def _redirect_device_calls() -> None:
 
     @functools.wraps(tensor_type)
     def type_(self, *args, **kwargs):
-        """The optimizers sort parameters by the name of their type, and only know the CUDA names."""
+        """The optimizers sort parameters by the name of their type and know only the CUDA names."""
         result = tensor_type(self, *args, **kwargs)
         return f"torch.cuda.{result.rpartition('.')[2]}" if isinstance(result, str) else result
 
@@ -72,11 +72,11 @@ def _redirect_device_calls() -> None:
 
 
 def _redirect_factories() -> None:
-    # At the first `with torch.device(...)` torch records the functions that such a block affects. It must record these
-    # and not their replacements, or a block would do nothing (transformers' from_pretrained builds models in one).
+    # On its first use `with torch.device(...)` records the functions that it affects. It must record the originals, not
+    # their wrappers, or it would have no effect (transformers' from_pretrained builds models in such a block).
     with torch.device("cpu"):
         torch.empty(0)
-    # Wrapping these few functions costs nothing elsewhere; a TorchFunctionMode would slow down every operation.
+    # Wrapping a few factories costs nothing elsewhere; a TorchFunctionMode would slow down every operation.
     for name in _FACTORIES + _LIKE_FACTORIES:
         setattr(torch, name, _redirected(getattr(torch, name)))
 
@@ -105,7 +105,7 @@ def _redirect_random_state() -> None:
     torch.cuda.manual_seed = torch.manual_seed
     tensor_parallel_random._get_cuda_rng_state = get_state
     tensor_parallel_random._set_cuda_rng_state = set_state
-    # There is only one generator here, so every fork of the tracker is meant to advance the CPU's.
+    # There is only one generator, so it is intended that every fork of the tracker changes the CPU's.
     logging.getLogger(tensor_parallel_random.__name__).addFilter(
         lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
     )

@@ -1,4 +1,4 @@
-"""Processes, groups and seeds, and what ranks do together outside of a step."""
+"""Processes, groups and seeds, and collective operations outside of a step."""
 
 import datetime
 import os
@@ -16,17 +16,17 @@ from megatron_ext.errors import UserError
 
 
 def world_size() -> int:
-    """Processes in this run, from torchrun's (or the launch script's) environment; 1 without it."""
+    """Number of processes in this run, from the environment of torchrun or the launch script; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def initialize(config: Config, store: dist.Store | None = None) -> None:
-    """Join the process group (nccl with a GPU, gloo without), cut it as ``config.parallel`` says, seed the generators.
+    """Join the process group (nccl with a GPU, gloo without), split it by ``config.parallel``, seed the generators.
 
-    Alone, without torchrun, a process is a world of one.
+    Without torchrun, the process forms a world of size 1.
 
     Args:
-        store: where the ranks meet; None: torchrun's.
+        store: the rendezvous of the ranks; None: torchrun's.
     """
     _set_arithmetic(config.training.deterministic)
     on_cpu = cpu.available()
@@ -61,32 +61,32 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
 
 
 def _set_arithmetic(deterministic: bool) -> None:
-    """What torch and the libraries below it are told of exactness, before CUDA is initialised."""
+    """Configure precision and determinism of torch and its libraries, before CUDA is initialised."""
     torch.set_float32_matmul_precision("highest")  # no TF32, even where the environment's default allows it
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory that is written next
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill memory that is overwritten next
         os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
-        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # switches add in the order of arrival
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # switches add in order of arrival
 
 
 def _local_device(local_rank: int, visible: int) -> int:
     """The GPU of the process ``local_rank`` on this machine, among the ``visible`` ones.
 
-    A process that sees one GPU has it to itself (Slurm's --gpus-per-task): nccl refuses two ranks on one.
+    A process that sees a single GPU owns it (Slurm's --gpus-per-task): nccl refuses two ranks on one GPU.
     """
     if visible == 1:
         return 0
     if local_rank >= visible:
         raise UserError(
-            f"LOCAL_RANK is {local_rank}, but {visible} GPUs are visible; start one process for each of them, or let "
-            "every process see its own alone"
+            f"LOCAL_RANK is {local_rank}, but {visible} GPUs are visible; start one process for each GPU, or make "
+            "only its own GPU visible to each process"
         )
     return local_rank
 
 
 def shut_down() -> None:
-    """Leave the groups; safe to call when there are none."""
+    """Leave the process groups; safe to call without any."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -98,26 +98,26 @@ def device() -> torch.device:
 
 
 def is_logging_rank() -> bool:
-    """The one rank that writes metrics: the last of the world, which holds the last pipeline stage's losses."""
+    """Whether this is the rank that writes metrics: the last one, which has the losses of the last pipeline stage."""
     return dist.get_rank() == dist.get_world_size() - 1
 
 
 def from_rank_zero(make: Callable):
-    """The result of ``make()`` on rank 0, or its error, on every rank. Alone where there is no process group."""
+    """The result (or error) of ``make()`` on rank 0, on every rank. Without a process group, simply ``make()``."""
     if not dist.is_initialized():
         return make()
-    answer: list = [None, None]
+    result_and_error: list = [None, None]
     if dist.get_rank() == 0:
         try:
-            answer[0] = make()
+            result_and_error[0] = make()
         except UserError as error:
-            answer[1] = error
+            result_and_error[1] = error
         except OSError as error:
-            answer[1] = UserError(f"{error.filename}: {error.strerror}")
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+            result_and_error[1] = UserError(f"{error.filename}: {error.strerror}")
+    dist.broadcast_object_list(result_and_error, src=0)
+    if result_and_error[1] is not None:
+        raise result_and_error[1]
+    return result_and_error[0]
 
 
 def report(line: str) -> None:
@@ -127,7 +127,7 @@ def report(line: str) -> None:
 
 
 def gather_weights(chunks: list[torch.nn.Module]) -> None:
-    """Make the weights of ``chunks`` whole on every replica. Collective; nothing to do unless gathering overlaps."""
+    """Complete the weights of ``chunks`` on every replica. Collective; a no-op unless gathering overlaps."""
     for chunk in chunks:
         if getattr(chunk, "use_forward_hook", False):
             chunk.start_param_sync(force_sync=True)

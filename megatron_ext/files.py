@@ -1,4 +1,4 @@
-"""JSON and text files, written atomically: whole or not at all."""
+"""JSON and text files, written atomically."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from megatron_ext.errors import UserError
 
 
 def write_json(path: Path, value) -> None:
-    """Write ``value`` as JSON; whole or not at all, as :func:`write_text` does."""
+    """Write ``value`` as JSON, atomically like :func:`write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees either the whole file or none: a temporary file, then a rename."""
+    """Write ``text`` to a temporary file, then rename it: a reader sees the complete file or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

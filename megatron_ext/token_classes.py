@@ -1,7 +1,7 @@
-"""Modality and task: the two things a token is known by, everywhere in the code base.
+"""Modality and task, the two properties that classify a token throughout the code.
 
-Both are small integers so that they travel in a batch. A role table (``routing/plan.py``) is indexed by them, the
-loss is averaged per task, and nothing else about a token decides how it is routed.
+Both are small integers that fit in a batch. They index the table of roles (``routing/plan.py``), the loss is averaged
+per task, and no other property of a token decides its route, except for the choice of a dense share.
 """
 
 from enum import IntEnum

@@ -1,4 +1,4 @@
-"""Training a small SentencePiece model on the texts of a project's own data."""
+"""Trains a small SentencePiece model on the texts of the training data."""
 
 import io
 import json
@@ -15,13 +15,13 @@ MAX_SENTENCE_BYTES = 1 << 20
 
 
 def texts(file: str | Path) -> Iterator[str]:
-    """The texts in a file, by its kind.
+    """The texts in a file, according to its suffix.
 
     ``.tar`` (WebDataset): members ``*.txt`` and the conversations of ``*.json``. ``.json``: a list of LLaVA samples.
-    ``.jsonl``: ``text`` or ``caption`` of each line. Anything else: one text a line.
+    ``.jsonl``: ``text`` or ``caption`` of each line. Any other file: one text per line.
 
     Raises:
-        UserError: the file cannot be read, or a line of it is not what it should be.
+        UserError: the file cannot be read, or a line does not have the expected form.
     """
     file, number = Path(file), 0
     try:
@@ -38,14 +38,14 @@ def texts(file: str | Path) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, tarfile.TarError) as error:
-        where = f"{file}:{number}" if number else file
-        raise UserError(f"{where}: not a text of the expected form ({error!r})") from None
+        location = f"{file}:{number}" if number else file
+        raise UserError(f"{location}: not a text of the expected form ({error!r})") from None
 
 
 def train(files: list[Path], model_file: Path, vocab_size: int) -> int:
-    """Train a model with LLaMA's conventions: ``<unk> <s> </s>`` first, digits apart, bytes for unknown characters.
+    """Train a model with LLaMA's conventions: ``<unk> <s> </s>`` first, digits split, bytes for unknown characters.
 
-    The same files in the same order give the same model. The model file appears only when it is whole.
+    The same files in the same order give the same model. The model file is written atomically.
 
     Returns:
         Number of texts read.
@@ -79,7 +79,9 @@ def train(files: list[Path], model_file: Path, vocab_size: int) -> int:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"cannot make {vocab_size} pieces of {count} texts: {str(error).rsplit(') ', 1)[-1]}") from None
+        raise UserError(
+            f"cannot make {vocab_size} pieces from {count} texts: {str(error).rsplit(') ', 1)[-1]}"
+        ) from None
     model_file.parent.mkdir(parents=True, exist_ok=True)
     temporary = model_file.with_name(f".{model_file.name}.{os.getpid()}.tmp")
     temporary.write_bytes(model.getvalue())

@@ -5,9 +5,9 @@
     0 ............ text_size          text_size + 4 ................ size      (padded for tensor parallelism)
     | SentencePiece pieces | <pad> <eod> <boi> <eoi> | VQ codes 0 .. codebook_size-1 |  never used  |
 
-A vocabulary is a folder with ``tokenizer.model`` (any SentencePiece model; LLaMA's loads as it is) and
-``vocabulary.json``. Its fingerprint travels in data sets and checkpoints, so that token ids are never read under
-another meaning.
+A vocabulary is a folder with ``tokenizer.model`` (any SentencePiece model; LLaMA's works unchanged) and
+``vocabulary.json``. Data sets and checkpoints record its fingerprint, so that token ids are never read with another
+vocabulary.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Vocabulary:
         image_offset: id of VQ code 0.
         codebook_size: number of VQ codes.
         size: number of ids in use; the embedding may be padded beyond it.
-        bos: id that opens every document (SentencePiece's own).
+        bos: id that starts every document (SentencePiece's own).
         pad, eod, boi, eoi: ids of the special tokens.
     """
 
@@ -41,19 +41,19 @@ class Vocabulary:
         """Load the vocabulary in ``folder``.
 
         Raises:
-            UserError: a file is missing, damaged, or not the one that ``vocabulary.json`` was made with.
+            UserError: a file is missing, damaged, or not the one that ``vocabulary.json`` was created with.
         """
         self.folder = Path(folder)
         metadata_file, model_file = self.folder / "vocabulary.json", self.folder / "tokenizer.model"
         for file in (metadata_file, model_file):
             if not file.is_file():
-                raise UserError(f"{file}: not found (make a vocabulary with tools/train_tokenizer.py)")
+                raise UserError(f"{file}: not found (create a vocabulary with tools/train_tokenizer.py)")
         try:
             metadata = json.loads(metadata_file.read_text())
             self.codebook_size = int(metadata["codebook_size"])
             expected = metadata["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{metadata_file}: not a vocabulary metadata ({error!r})") from None
+            raise UserError(f"{metadata_file}: not the metadata of a vocabulary ({error!r})") from None
         try:
             self.text = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
         except (RuntimeError, OSError) as error:
@@ -67,13 +67,13 @@ class Vocabulary:
         self.size = self.image_offset + self.codebook_size
         if expected != self.fingerprint:
             raise UserError(
-                f"{metadata_file}: fingerprint {expected} is not that of the files beside it ({self.fingerprint}); "
+                f"{metadata_file}: fingerprint {expected} does not match the files beside it ({self.fingerprint}); "
                 "the tokenizer or the metadata was changed"
             )
 
     @classmethod
     def create(cls, folder: str | Path, tokenizer_model: str | Path, codebook_size: int) -> "Vocabulary":
-        """Make a vocabulary folder from a SentencePiece model file and the size of a VQ codebook."""
+        """Create a vocabulary folder from a SentencePiece model file and the size of a VQ codebook."""
         folder, tokenizer_model = Path(folder), Path(tokenizer_model)
         if not tokenizer_model.is_file():
             raise UserError(f"{tokenizer_model}: not found")
@@ -97,7 +97,7 @@ class Vocabulary:
         return _fingerprint(self.folder / "tokenizer.model", self.codebook_size)
 
     def padded_size(self, divisible_by: int) -> int:
-        """Rows of the embedding table: ``size`` rounded up so that tensor-parallel ranks get equal shares."""
+        """Rows of the embedding table: ``size`` rounded up to equal shares for tensor-parallel ranks."""
         return -(-self.size // divisible_by) * divisible_by
 
     def encode(self, text: str) -> list[int]:
@@ -117,7 +117,7 @@ class Vocabulary:
         return ids - self.image_offset
 
     def is_image(self, ids):
-        """Where ids (any integer array or tensor) are VQ codes."""
+        """Whether each id (any integer array or tensor) is a VQ code."""
         return (ids >= self.image_offset) & (ids < self.size)
 
 

@@ -1,7 +1,7 @@
-"""Write a checkpoint as one of the same model with other projections (plan.projections), to start a run from.
+"""Convert a checkpoint to other projections of the same model (plan.projections), as the start of a new run.
 
-The new model computes what the old one did; where its projections cannot express that, nothing is written. Its
-optimizer starts anew.
+The converted model computes the same function; if the new projections cannot express it, nothing is written. The
+optimizer starts from scratch.
 """
 
 from pathlib import Path
@@ -16,16 +16,18 @@ def main() -> None:
         "plan.projections.kind=separate",
     )
     parser.add_argument(
-        "overrides", nargs="+", metavar="plan.projections.key=value", help="over those of the checkpoint"
+        "overrides", nargs="+", metavar="plan.projections.key=value", help="override those of the checkpoint"
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="saved under any layout")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets the checkpoint iter_0000000")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="receives the checkpoint iter_0000000"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-6,
         metavar="SHARE",
-        help="matrices count as the same when they differ by at most this share of the shared one (default: 1e-6)",
+        help="matrices count as equal if they differ by at most this share of the shared matrix (default: 1e-6)",
     )
     arguments = parser.parse_intermixed_args()
     # Imported late: --help should not wait for Megatron-Core.
@@ -35,7 +37,7 @@ def main() -> None:
     if arguments.json:
         files.write_json(arguments.json, numbers)
     print(
-        f"{numbers['parameters']:,} parameters, before {numbers['source']['parameters']:,}; train on with\n"
+        f"{numbers['parameters']:,} parameters, before {numbers['source']['parameters']:,}; continue training with\n"
         f"  checkpoint.load={numbers['checkpoint']} {' '.join(arguments.overrides)} output=..."
     )
 

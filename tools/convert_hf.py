@@ -1,8 +1,8 @@
-"""Write a Hugging Face Llama as a checkpoint to start from, and its shape as YAML to lay over a configuration.
+"""Convert a Hugging Face Llama to a checkpoint to start from, and write its shape as YAML to lay over a configuration.
 
-Text keeps Llama's rows of embedding and head, <eod> gets that of </s>. The other new rows (VQ codes, <pad>, <boi>,
-<eoi>) get initial weights of this project, which depend on --seed, scaled to the standard deviation of Llama's rows.
-The vocabulary is to have Llama's own text pieces: make it with tools/train_tokenizer.py --from-model. Nothing is
+Text keeps Llama's rows of embedding and head; <eod> gets the row of </s>. The other new rows (VQ codes, <pad>, <boi>,
+<eoi>) get this project's initial weights, which depend on --seed, scaled to the standard deviation of Llama's rows.
+The vocabulary must have Llama's own text pieces: create it with tools/train_tokenizer.py --from-model. Nothing is
 downloaded.
 """
 
@@ -20,11 +20,15 @@ def main() -> None:
     parser.add_argument(
         "--llama", type=Path, required=True, metavar="FOLDER", help="config.json and safetensors of LlamaForCausalLM"
     )
-    parser.add_argument("--vocabulary", type=Path, required=True, metavar="FOLDER", help="of tools/train_tokenizer.py")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="gets the checkpoint iter_0000000 and model.yaml"
+        "--vocabulary", type=Path, required=True, metavar="FOLDER", help="from tools/train_tokenizer.py"
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the rows that Llama has not (default: 1234)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="receives the checkpoint iter_0000000 and model.yaml"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="seed of the rows that Llama does not have (default: 1234)"
+    )
     arguments = parser.parse_args()
     # Imported late: --help should not wait for Megatron-Core.
     from megatron_ext.conversion.llama import convert_llama

@@ -1,8 +1,9 @@
-"""What a plan costs: FLOPs per layer, class of token and pipeline stage, against dense; parameters; activations.
+"""Compute the cost of a plan: FLOPs per layer, class of token and pipeline stage, relative to dense; parameters;
+activations.
 
-The data are a mix of documents, for example
+The data is a mix of documents, for example
 "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image x 3":
-tasks, runs of tokens in the order in which they stand, how many such documents.
+each entry gives a task, its runs of tokens in order and the number of documents.
 """
 
 from pathlib import Path
@@ -31,18 +32,18 @@ def main() -> None:
         "--vocabulary",
         type=int,
         metavar="SIZE",
-        help=f"rows of the output head (default: of data.vocabulary, or {published_costs.VOCABULARY} without one)",
+        help=f"rows of the output head (default: that of data.vocabulary, or {published_costs.VOCABULARY})",
     )
     arguments.add_argument(
         "--logits",
         choices=("loss", "all"),
         default="loss",
-        help="where the output head is computed: for the tokens with loss, as training does (default), or for all that "
-        "are FULL in the last layer",
+        help="positions of the output head: tokens with a loss, as in training (default), or all tokens that are "
+        "FULL in the last layer",
     )
-    shown = arguments.add_mutually_exclusive_group()
-    shown.add_argument("--plan", action="store_true", help="show only the table of roles")
-    shown.add_argument("--paper", action="store_true", help="compare only with the published FLOPs (arXiv 2606.01503)")
+    output = arguments.add_mutually_exclusive_group()
+    output.add_argument("--plan", action="store_true", help="only show the table of roles")
+    output.add_argument("--paper", action="store_true", help="only compare with published FLOPs (arXiv 2606.01503)")
     options = arguments.parse_intermixed_args()
 
     settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it

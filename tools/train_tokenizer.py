@@ -1,4 +1,4 @@
-"""Make a vocabulary: a SentencePiece model, trained here or taken as it is, and the VQ codes beside it."""
+"""Create a vocabulary from a SentencePiece model, trained now or existing, and the codes of a VQ tokenizer."""
 
 from pathlib import Path
 
@@ -17,11 +17,13 @@ def main() -> None:
     source.add_argument(
         "--texts", type=Path, nargs="+", metavar="FILE", help="WebDataset tars, LLaVA .json, .jsonl, or plain text"
     )
-    source.add_argument("--from-model", type=Path, metavar="FILE", help="a SentencePiece model, LLaMA's for example")
+    source.add_argument("--from-model", type=Path, metavar="FILE", help="a SentencePiece model, for example LLaMA's")
     codes = parser.add_mutually_exclusive_group(required=True)
-    codes.add_argument("--vq", type=Path, metavar="FOLDER", help="VQ tokenizer that the images are encoded with")
-    codes.add_argument("--codebook-size", type=int, metavar="N", help="or its number of codes")
-    parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of a trained model (default: 1024)")
+    codes.add_argument("--vq", type=Path, metavar="FOLDER", help="VQ tokenizer that encodes the images")
+    codes.add_argument("--codebook-size", type=int, metavar="N", help="number of VQ codes, instead of --vq")
+    parser.add_argument(
+        "--vocab-size", type=int, default=1024, help="number of pieces of a trained model (default: 1024)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args()
 

@@ -14,7 +14,6 @@ from gpu.steps import Figure
 from gpu.tiny_run import write_config
 from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
-from megatron_ext.transformer.hidden_states import joined
 from megatron_ext.transformer.resolved import resolve
 
 ITERATIONS = 40

@@ -1,4 +1,7 @@
-"""Save and load a run over Megatron-Core's ``dist_checkpointing``. All ranks must see the same file system."""
+"""Saving and loading a run, on top of Megatron-Core's ``dist_checkpointing``.
+
+All ranks must see the same file system.
+"""
 
 import importlib.metadata
 import json
@@ -27,18 +30,18 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves a run's checkpoints into one folder, and loads them.
+    """Saves a run's checkpoints in one folder and loads them.
 
-    Every method is collective: all ranks call it, in the same order.
+    Every method is collective: all ranks call it in the same order.
     """
 
     def __init__(self, folder: Path, keep: int = 2, asynchronous: bool = False):
         """
         Args:
             folder: holds one ``iter_NNNNNNN`` per checkpoint.
-            keep: newest checkpoints kept; 0: all.
-            asynchronous: write in a forked process during training. Call :meth:`poll` each iteration and
-                :meth:`finish` at the end: they complete a checkpoint once it is written.
+            keep: number of newest checkpoints to keep; 0: all.
+            asynchronous: write in a forked process while training continues. Call :meth:`poll` each iteration and
+                :meth:`finish` at the end: a written checkpoint is completed only there.
         """
         self.folder = Path(folder)
         self.keep = keep
@@ -48,18 +51,19 @@ class Checkpointer:
     def save(self, iteration: int, model: list[nn.Module], optimizer, state: dict) -> None:
         """Save everything that a run needs to resume bit for bit after ``iteration``.
 
-        Waits for an earlier save that is still being written. Needs host memory for a copy of what this rank stores;
-        with the distributed optimizer also for its replicas' share of the optimizer's state, which is gathered.
+        Waits for an earlier save that is still being written. Needs host memory for a copy of the tensors that this
+        rank stores, and with the distributed optimizer also for its replicas' share of the optimizer's state, which is
+        gathered.
 
         Args:
             iteration: iterations done.
             model: this rank's model chunks, wrapped for data parallelism or not.
             optimizer: Megatron-Core's; None to save only weights, from which a run can start but not resume.
-            state: further state of the run, the same on every rank, as plain JSON data. :meth:`load` returns it, and
+            state: the rest of the run's state, the same on every rank, as plain JSON data. :meth:`load` returns it, and
                 :func:`read_state` reads it without loading.
 
         Raises:
-            UserError: it cannot be written; an asynchronous save raises at a later call.
+            UserError: the checkpoint cannot be written (for an asynchronous save, possibly raised at a later call).
         """
         _require_plain(state, "state")
         self.finish()
@@ -86,32 +90,32 @@ class Checkpointer:
             self._reporting_failure(request.execute_sync)
 
     def poll(self) -> None:
-        """Complete an asynchronous save that all ranks have written; returns at once if there is none."""
+        """Complete an asynchronous save once all ranks have written it; returns at once otherwise."""
         self._reporting_failure(self._queue.maybe_finalize_async_calls)
 
     def finish(self) -> None:
-        """Wait for an asynchronous save, and complete it."""
+        """Wait for an asynchronous save and complete it."""
         self._reporting_failure(lambda: self._queue.maybe_finalize_async_calls(blocking=True))
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint in the folder, the same on every rank; None if there is none.
+        """The newest complete checkpoint in the folder, the same on every rank; None: there is none.
 
-        This may be a checkpoint that has been damaged since, which :meth:`load` refuses.
+        A checkpoint that was damaged after its completion still counts; :meth:`load` refuses it.
         """
-        paths = from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
-        return paths[-1] if paths else None
+        checkpoints = from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
+        return checkpoints[-1] if checkpoints else None
 
     def load(self, path: Path, model: list[nn.Module], optimizer, expected: dict | None = None) -> dict:
-        """Load a checkpoint of :meth:`save`, under the same or another layout.
+        """Load a saved run under the same layout or another one.
 
-        One rank reads each file whole for its checksum, before the ranks read the parts that they need. The random
-        generators are restored under the same layout; under another one they stay as seeded, which is logged.
+        Every file is first read in full by one rank to verify its checksum, then by each rank that needs part of it.
+        Random generators are restored under the same layout; under another one they stay as seeded, which is logged.
 
         Args:
             path: the checkpoint's folder.
             model: this rank's model chunks; any tensor, pipeline, virtual pipeline and data parallel size.
-            optimizer: Megatron-Core's, distributed or not, independent of the saved one.
-            expected: see :func:`check_compatible`.
+            optimizer: Megatron-Core's, distributed or not, however it was saved.
+            expected: sections that the checkpoint's state must match, see :func:`check_compatible`.
 
         Returns:
             The ``state`` that was saved.
@@ -123,7 +127,7 @@ class Checkpointer:
         stored = _stored_shapes(path)
         if not any(key.startswith("optimizer.") for key in stored):
             raise UserError(
-                f"{path}: has only weights, so no run can resume from it; move it out of the run's folder, and start "
+                f"{path}: has only weights, so a run cannot resume from it; move it out of the run's folder, and start "
                 "from it with checkpoint.load"
             )
         sharded = {"model": checkpoint_state.model_state(model)}
@@ -140,14 +144,14 @@ class Checkpointer:
             checkpoint_state.load_random_state(loaded["random"])
         elif dist.get_rank() == 0:
             _log.warning(
-                "%s was saved under another layout (%s): the random generators start from the seed again",
+                "%s was saved under another layout (%s): the random generators restart from the seed",
                 path,
                 ", ".join(f"{k} {v}" for k, v in marker["layout"].items()),
             )
         return marker["state"]
 
     def _complete(self, partial: Path, description: dict, report: checkpoint_writer.Report) -> None:
-        """Publish a checkpoint that all ranks have written; called on every rank."""
+        """Make the written files a complete checkpoint; runs on every rank once all ranks have written."""
         reports: list = [None] * dist.get_world_size()
         dist.all_gather_object(reports, report.files)
 
@@ -171,9 +175,9 @@ class Checkpointer:
 
 
 def load_weights(path: Path, model: list[nn.Module], expected: dict | None = None) -> dict:
-    """Load only the weights of a checkpoint, under any layout: to start a new run, or to evaluate. Collective.
+    """Load only the weights of a checkpoint, under any layout, to start a new run or to evaluate. Collective.
 
-    Call ``reload_model_params()`` of an optimizer that exists already.
+    An optimizer that was built before needs a call of its ``reload_model_params()`` afterwards.
 
     Args, Returns, Raises:
         As for :meth:`Checkpointer.load`.
@@ -187,47 +191,47 @@ def load_weights(path: Path, model: list[nn.Module], expected: dict | None = Non
 
 
 def read_state(path: Path) -> dict:
-    """Read the ``state`` of a checkpoint, without loading or checking anything else. Not collective.
+    """The ``state`` given to :meth:`Checkpointer.save`, without loading or checking anything else. Not collective.
 
     Raises:
-        UserError: there is no complete checkpoint.
+        UserError: ``path`` is not a complete checkpoint.
     """
     return checkpoint_folder.read_marker(Path(path))["state"]
 
 
 def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint") -> None:
-    """Refuse a checkpoint of another model or data.
+    """Refuse a checkpoint whose state differs from what this run expects.
 
     Args:
-        state: a checkpoint's.
-        expected: sections of it as this run has them, such as
-            ``{"model": {"hidden_size": 128}, "fingerprints": {"vocabulary": "5f0c"}}``. Keys it does not name may
+        state: the checkpoint's state.
+        expected: sections of the state as this run has them, such as
+            ``{"model": {"hidden_size": 128}, "fingerprints": {"vocabulary": "5f0c"}}``. Other keys may
             differ.
-        path: for the message.
+        path: the checkpoint, for the message.
 
     Raises:
-        UserError: names the first key that differs, and both its values.
+        UserError: names the first key that differs and both values.
     """
     difference = _difference(state, json.loads(json.dumps(expected)), "")
     if difference:
-        key, stored, own = difference
+        key, saved, own = difference
         remedy = "; tools/convert_checkpoint.py can convert it" if key.startswith("plan.projections") else ""
-        raise UserError(f"{path}: its {key} is {stored}, this run's is {own}{remedy}")
+        raise UserError(f"{path}: its {key} is {saved}, this run's is {own}{remedy}")
 
 
-def _difference(stored: Any, expected: Any, key: str) -> tuple[str, Any, Any] | None:
-    """The first key below ``key`` whose stored value is not the expected one, and both values."""
+def _difference(saved: Any, expected: Any, key: str) -> tuple[str, Any, Any] | None:
     if not isinstance(expected, dict):
-        return None if stored == expected else (key, stored, expected)
+        return None if saved == expected else (key, saved, expected)
     for name, value in expected.items():
-        inner = stored.get(name) if isinstance(stored, dict) else None
-        if difference := _difference(inner, value, f"{key}.{name}" if key else name):
+        inner = saved.get(name) if isinstance(saved, dict) else None
+        difference = _difference(inner, value, f"{key}.{name}" if key else name)
+        if difference:
             return difference
     return None
 
 
 def _verified(path: Path, expected: dict | None) -> dict:
-    """The marker of a checkpoint, after the ranks together have checked all of its files."""
+    """The marker of a checkpoint whose files are all intact; the ranks share the reading."""
     path = Path(path)
     marker = from_rank_zero(lambda: checkpoint_folder.read_marker(path))
     if reason := compat.why_unreadable(marker["versions"]):
@@ -238,13 +242,13 @@ def _verified(path: Path, expected: dict | None) -> dict:
     damaged = [line for lines in _gathered(checkpoint_folder.damage(path, files, names)) for line in lines]
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        way_out = from_rank_zero(lambda: checkpoint_folder.way_out(path))
-        raise UserError(f"{sorted(damaged)[0]}{more}{way_out}")
+        remedy = from_rank_zero(lambda: checkpoint_folder.remedy(path))
+        raise UserError(f"{sorted(damaged)[0]}{more}{remedy}")
     return marker
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Global shape of everything in the checkpoint by its key, without Megatron-Core's own entries."""
+    """Global shape of every entry of the checkpoint by key, except for Megatron-Core's own entry."""
     stored = {v.key: tuple(v.global_shape) for v in load_sharded_metadata(str(path)).values()}
     stored.pop(compat.COMMON_STATE, None)
     return stored
@@ -252,26 +256,24 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _check_parameters(path: Path, model: dict, stored: dict[str, tuple[int, ...]]) -> None:
     """Refuse a checkpoint whose parameters are not exactly the model's."""
-    # Rows of the vocabulary may be padded differently under another tensor-parallel size.
+    # Tensors that allow a shape mismatch are padded to the vocabulary, differently under another tensor-parallel size.
     local = {
         t.key: None if t.allow_shape_mismatch else tuple(t.global_shape) for t in checkpoint_state.parameters(model)
     }
     expected = {key: shape for shapes in _gathered(local) for key, shape in shapes.items()}
-    # Extra states are Transformer Engine's own, beside its parameters.
-    present = {k: s for k, s in stored.items() if not k.startswith("optimizer.") and "_extra_state" not in k}
-    present.pop("random")
+    # Extra states are Transformer Engine's metadata beside its parameters.
+    saved = {k: s for k, s in stored.items() if not k.startswith("optimizer.") and "_extra_state" not in k}
+    saved.pop("random")
     for absent, fault in (
-        (expected.keys() - present, "lacks the parameter {}, which the model has"),
-        (present.keys() - expected, "has the parameter {}, which the model lacks"),
+        (expected.keys() - saved, "lacks the parameter {}, which the model has"),
+        (saved.keys() - expected, "has the parameter {}, which the model does not have"),
     ):
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise UserError(f"{path}: {fault.format(min(absent) + more)}")
     for key, shape in expected.items():
-        if shape not in (None, present[key]):
-            raise UserError(
-                f"{path}: its parameter {key} has the shape {list(present[key])}, the model's {list(shape)}"
-            )
+        if shape not in (None, saved[key]):
+            raise UserError(f"{path}: its parameter {key} has the shape {list(saved[key])}, the model's {list(shape)}")
 
 
 def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict:
@@ -283,7 +285,6 @@ def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict
 
 
 def _gathered(value) -> list:
-    """The values of all ranks, in order."""
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

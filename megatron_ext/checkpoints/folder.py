@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and when it counts as complete. This module does not know of models or ranks.
+"""Checkpoints as files: their layout on disk and when they count as complete. Independent of models and ranks.
 
 ::
 
@@ -9,8 +9,8 @@
         COMPLETE.json                   written last: iteration, layout, state, size and checksum of every file
       .iter_0000020.5f0c9a1e.partial/   being written, or left over from a killed save
 
-A checkpoint gets its name by one rename, after all of its bytes are on the disk, and loses it by one rename before
-any of its files is deleted. So every ``iter_N`` was complete once; its checksums tell whether it still is.
+One rename gives a checkpoint its name once every byte is on disk, and one rename takes the name away before any file is
+deleted. A folder called ``iter_N`` was therefore complete once; its checksums tell whether it still is.
 """
 
 import json
@@ -32,34 +32,34 @@ _CHUNK = 1 << 22
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in ``folder`` by rising iteration."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted((p for p in paths if _COMPLETE.fullmatch(p.name) and p.is_dir()), key=iteration_of)
+    """The checkpoints in ``folder`` by rising iteration, without those being written or left by a killed save."""
+    paths = [p for p in folder.iterdir() if _COMPLETE.fullmatch(p.name) and p.is_dir()] if folder.is_dir() else []
+    return sorted(paths, key=iteration_of)
 
 
 def of_run(folder: Path) -> Path:
-    """``folder`` itself if its name or its files make it a checkpoint, else the newest checkpoint of the run in it.
+    """``folder`` itself if it is a checkpoint by name or marker, else the newest complete checkpoint of its run.
 
     Raises:
-        UserError: the run has none.
+        UserError: the run has no complete checkpoint.
     """
     if _COMPLETE.fullmatch(folder.name) or (folder / MARKER).is_file():
         return folder
-    complete_checkpoints = checkpoints(folder / "checkpoints")
-    if not complete_checkpoints:
+    paths = checkpoints(folder / "checkpoints")
+    if not paths:
         raise UserError(f"{folder}: no complete checkpoint in {folder / 'checkpoints'}")
-    return complete_checkpoints[-1]
+    return paths[-1]
 
 
 def iteration_of(path: Path) -> int:
-    """20 for ``iter_0000020``."""
+    """The iteration in a checkpoint's name: 20 for ``iter_0000020``."""
     return int(_COMPLETE.fullmatch(path.name)[1])
 
 
 def begin(folder: Path, iteration: int) -> Path:
-    """Make an empty folder to write the checkpoint of ``iteration`` into, and remove left-overs of killed saves.
+    """Create an empty folder to write the checkpoint of ``iteration`` into, and remove left-overs of killed saves.
 
-    Its name is never used twice: a writer that outlived its killed run cannot write into the next run's files.
+    Its name is never reused, so a writer that outlives its killed run cannot write into the next run's files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
@@ -71,12 +71,12 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def complete(partial: Path, description: dict, files: dict[str, dict]) -> Path:
-    """Turn the files in ``partial`` into a complete checkpoint.
+    """Turn the folder ``partial`` into a complete checkpoint.
 
     Args:
-        partial: a folder of :func:`begin`.
-        description: plain data for the marker, with the "iteration".
-        files: known :func:`fingerprint` of files by name; the other files are read.
+        partial: the folder from :func:`begin`, with the files written.
+        description: goes into the marker; plain data, with the "iteration".
+        files: known :func:`fingerprint` of files by name; other files are read for their fingerprints.
 
     Returns:
         The checkpoint's folder.
@@ -99,7 +99,7 @@ def complete(partial: Path, description: dict, files: dict[str, dict]) -> Path:
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint, first its name: a deletion killed half-way leaves no damaged checkpoint."""
+    """Remove a checkpoint; if killed halfway, the remains no longer carry a checkpoint's name."""
     hidden = _rename_away(path)
     _sync(path.parent)
     shutil.rmtree(hidden, ignore_errors=True)
@@ -112,7 +112,7 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def read_marker(path: Path) -> dict:
-    """The marker of the checkpoint ``path``: "iteration", "state", "layout", "files" ...
+    """The marker that :func:`complete` wrote for the checkpoint ``path``: "iteration", "state", "layout", "files" ...
 
     Raises:
         UserError: there is no checkpoint, or its marker is missing, damaged or of another format.
@@ -126,18 +126,18 @@ def read_marker(path: Path) -> dict:
         body = json.loads(marker.read_text())
         checksum = body.pop("checksum")
     except FileNotFoundError:
-        raise UserError(f"{marker}: missing, so this is not a complete checkpoint{way_out(path)}") from None
+        raise UserError(f"{marker}: missing, so this is not a complete checkpoint{remedy(path)}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{marker}: damaged, cannot be read{way_out(path)}") from None
+        raise UserError(f"{marker}: damaged, cannot be read{remedy(path)}") from None
     if body.get("format") != FORMAT:
         raise UserError(f"{marker}: checkpoint format {body.get('format')}, this version reads {FORMAT}")
     if _checksum_of(body) != checksum:
-        raise UserError(f"{marker}: damaged, its checksum is wrong{way_out(path)}")
+        raise UserError(f"{marker}: damaged, its checksum is wrong{remedy(path)}")
     return body
 
 
 def damage(path: Path, files: dict[str, dict], names: Iterable[str]) -> list[str]:
-    """One line for each of ``names`` in the checkpoint ``path`` that differs from its fingerprint in ``files``."""
+    """One line for each of ``names`` in the checkpoint ``path`` that does not match its fingerprint in ``files``."""
     lines = []
     for name in names:
         file, expected = path / name, files[name]
@@ -154,8 +154,8 @@ def damage(path: Path, files: dict[str, dict], names: Iterable[str]) -> list[str
     return lines
 
 
-def way_out(path: Path) -> str:
-    """The end of an error about the checkpoint ``path``: which older one could be resumed, and how."""
+def remedy(path: Path) -> str:
+    """The end of a message that refuses the checkpoint ``path``: which older one a run can resume from, and how."""
     for older in reversed(checkpoints(path.parent)):
         if _COMPLETE.fullmatch(path.name) and iteration_of(older) < iteration_of(path) and _looks_whole(older):
             return f"; to resume from the older {older.name}, move {path.name} away"
@@ -163,7 +163,7 @@ def way_out(path: Path) -> str:
 
 
 def fingerprint(file: Path) -> dict:
-    """Size and CRC-32 of a file. CRC-32 detects accidents, though no manipulation, at several GB/s."""
+    """Size and CRC-32 of a file. CRC-32 detects accidental damage, as intended, at several GB/s."""
     crc, size = 0, 0
     with open(file, "rb") as stream:
         while chunk := stream.read(_CHUNK):

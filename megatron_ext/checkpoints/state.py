@@ -1,10 +1,10 @@
 """A run's tensors as Megatron-Core's sharded state, in a form that does not depend on the layout.
 
-Every layer's weights have their own key, numbered over the whole model, so that pipeline and virtual pipeline stages
-can be split differently; tensors know their offset in the global tensor, so that tensor parallelism can change. The
+Every layer's weights have their own keys, numbered over the whole model, so that pipeline and virtual pipeline stages
+can change; every tensor records its place in the global tensor, so that the tensor-parallel size can change. The
 optimizer is stored as its moments and float32 master weights in the shape of the weights, under the same keys with and
-without the distributed optimizer, and as the number of steps it has taken. Its hyperparameters belong to the
-configuration and are not stored.
+without the distributed optimizer, and the number of steps taken. Its hyperparameters belong to the configuration and
+are not stored.
 """
 
 import random
@@ -30,7 +30,7 @@ _MASTER_UNDISTRIBUTED = "optimizer.state.fp32_param."
 
 
 def layout(chunks: list[nn.Module]) -> dict:
-    """Parallel sizes and the kind of device, on which it depends whether random generators can be restored."""
+    """How the model is cut over processes, and the kind of device; random generators are restored only if all match."""
     return {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
@@ -47,25 +47,25 @@ def model_state(chunks: list[nn.Module]) -> dict:
 
 
 def parameters(model: dict) -> list[ShardedTensor]:
-    """The tensors in a result of :func:`model_state`; those that are stored in parts, as their parts."""
+    """The tensors in a :func:`model_state`; a tensor that is stored in parts is split into them."""
     built = [v.build() if isinstance(v, ShardedTensorFactory) else [v] for v in nested_values(model)]
     return [t for values in built for t in nested_values(values) if isinstance(t, ShardedTensor)]
 
 
 def load_model_state(chunks: list[nn.Module], loaded: dict) -> None:
     for i, chunk in enumerate(chunks):
-        # Missing and unexpected keys are refused before the load (see checkpointer.py).
+        # The checkpointer verifies the keys before the load.
         unwrap_model(chunk).load_state_dict(loaded[f"chunk{i}"], strict=False)
 
 
 def optimizer_state(optimizer, model: dict, stored: Container[str] | None = None) -> dict:
-    """Sharded state of a Megatron-Core optimizer, of which only tensors are stored.
+    """Sharded state of a Megatron-Core optimizer: only tensors are stored, everything else stays local.
 
     Args:
         optimizer: from ``get_megatron_optimizer``.
-        model: a result of :func:`model_state`.
-        stored: the checkpoint's keys, for loading; None for saving. A checkpoint without master weights has float32
-            weights, from which they are loaded.
+        model: the :func:`model_state`.
+        stored: the keys in the checkpoint, to load; None to save. A checkpoint without master weights has float32
+            weights, and the model's parameters take their place.
     """
     optimizer = single_optimizer(optimizer)
     _initialize(optimizer)
@@ -84,12 +84,12 @@ def optimizer_state(optimizer, model: dict, stored: Container[str] | None = None
 
 
 def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
-    """Load a filled :func:`optimizer_state` into the optimizer, after the model has its weights.
+    """Give the optimizer its loaded :func:`optimizer_state`; the model's weights must be loaded before.
 
     Args:
-        optimizer: the one whose state was loaded.
+        optimizer: the optimizer that the state belongs to.
         loaded: the state with its tensors filled.
-        steps: steps taken when it was saved.
+        steps: steps taken at the time of the save.
     """
     optimizer = single_optimizer(optimizer)
     inner, body = optimizer.optimizer, loaded.get("optimizer", loaded)
@@ -100,8 +100,8 @@ def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
     moments = loaded.pop("param_state", None)
     optimizer.load_state_dict(loaded)
     if moments is not None:
-        # torch's Adam counts steps in a tensor per parameter. The distributed optimizer would take it for a moment
-        # while it loads, and would make all parameters share one counter.
+        # torch's Adam counts steps in one tensor per parameter. The distributed optimizer would look for this tensor
+        # among the loaded moments and fail, and would let all parameters share one tensor.
         counting = [state for state in inner.state.values() if state.pop("step", None) is not None]
         optimizer.load_parameter_state_from_fully_reshardable(moments)
         for state in counting:
@@ -109,7 +109,7 @@ def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
 
 
 def single_optimizer(optimizer):
-    """Unwrap the result of ``get_megatron_optimizer``, which may be a chain of one optimizer."""
+    """The one optimizer in the result of ``get_megatron_optimizer``, which may be a chain of one."""
     (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
     return single
 
@@ -124,7 +124,7 @@ def steps_taken(optimizer) -> int:
 
 
 def random_state() -> ShardedObject:
-    """The states of this rank's generators: Python, NumPy, PyTorch, the device, Megatron-Core's tracker."""
+    """States of this rank's random generators: Python, NumPy, PyTorch, the device, Megatron-Core's tracker."""
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -147,15 +147,15 @@ def _metadata() -> dict:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
-        # Layers may have different parameters, so each has its own keys.
+        # Layers may have different parameters, so each layer has its own keys.
         "non_homogeneous_layers": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
 
 def _initialize(optimizer) -> None:
-    """Create the state of an optimizer that has taken no step, to be saved or loaded into. Megatron-Core's own
-    initialisation leaves out the step count of torch's Adam."""
+    """Create the initial state of an optimizer that has taken no step, so that it can be saved or loaded into.
+    Megatron-Core's initialisation leaves out the step count of torch's Adam."""
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     if isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
         for state in optimizer.optimizer.state.values():

@@ -1,2 +1,2 @@
-"""Checkpoints from other checkpoints: of another kind of projections (``projections.py``), or of a Llama in Hugging
-Face's format (``llama.py``, read by ``hugging_face.py``)."""
+"""Conversion of checkpoints: to other projections (``projections.py``), and from a Llama in Hugging Face's format
+(``llama.py``, read by ``hugging_face.py``)."""

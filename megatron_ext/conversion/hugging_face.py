@@ -1,4 +1,4 @@
-"""Read a Hugging Face Llama, and rename its weights to this model's."""
+"""Hugging Face's Llama: its folder, and its weights in this model's layout."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,39 +14,39 @@ from megatron_ext.training.config_checks import validate
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
-# Settings of config.json that this model supports with one value only, which is also the default.
-_ONE_FORM = {
+# Keys of config.json for which this model supports a single value, which is also the default.
+_SUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "quantization_config": None,
 }
-# Megatron-Core's Llama 3 scaling of rotary frequencies, of which only the factor can be chosen.
+# Llama 3's scaling of rotary frequencies as Megatron-Core implements it: only its factor can be set.
 _LLAMA3_ROTARY = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 class LlamaFolder(Mapping[str, Tensor]):
     """``LlamaForCausalLM`` as ``save_pretrained`` writes it: config.json and safetensors, in one file or in shards.
 
-    A mapping from parameter names to values, which are read on access.
+    A mapping from parameter names to values, each read on access.
 
     Attributes:
-        model: its shape as this project's configuration.
+        model: its shape as a ``model`` section.
         vocab_size: rows of its embedding.
-        precision: ``bf16`` if all weights are, else ``float32``, which holds them exactly.
+        precision: ``bf16`` if all weights have it, else ``float32``, which holds them exactly.
     """
 
     def __init__(self, folder: Path):
         """
         Raises:
-            UserError: names a file that is missing or damaged, or a setting that this project's model cannot express.
+            UserError: names a missing or damaged file, or a setting that this project's model cannot express.
         """
         self.folder = Path(folder)
         file = self.folder / "config.json"
         config = read_json(file)
         self.model, self.vocab_size = model_config(config, file), config["vocab_size"]
-        self._files = self._where()
-        types = self._require_expected()
+        self._files = self._locate()
+        types = self._check_tensors()
         self.precision = "bf16" if types == {"BF16"} else "float32"
 
     def __getitem__(self, name: str) -> Tensor:
@@ -60,7 +60,7 @@ class LlamaFolder(Mapping[str, Tensor]):
         return len(self._files)
 
     def pieces(self) -> tuple[Path, dict[int, str]] | None:
-        """The tokenizer file and its pieces by token id; None if the folder has no tokenizer."""
+        """The folder's tokenizer file and its pieces by token id; None if there is no tokenizer."""
         file = self.folder / "tokenizer.model"
         if file.is_file():
             import sentencepiece
@@ -80,8 +80,8 @@ class LlamaFolder(Mapping[str, Tensor]):
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: not a tokenizer with a vocabulary ({error!r})") from None
 
-    def _where(self) -> dict[str, Path]:
-        """The file of each tensor."""
+    def _locate(self) -> dict[str, Path]:
+        """The file of each tensor by name."""
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
         if index.is_file():
             try:
@@ -92,61 +92,61 @@ class LlamaFolder(Mapping[str, Tensor]):
             files = [single]
         else:
             raise UserError(
-                f"{self.folder}: has neither {single.name} nor {index.name}; other formats become them by "
+                f"{self.folder}: has neither {single.name} nor {index.name}; convert other formats with "
                 "from_pretrained and save_pretrained of transformers"
             )
-        where = {}
+        locations = {}
         for path in files:
             with _opened(path) as file:
-                where |= dict.fromkeys(file.keys(), path)
-        return where
+                locations |= dict.fromkeys(file.keys(), path)
+        return locations
 
-    def _require_expected(self) -> set[str]:
-        """Refuse a folder whose tensors do not fit its config.json; returns the dtypes of its tensors."""
+    def _check_tensors(self) -> set[str]:
+        """Refuse a folder whose tensors do not match its config.json. Returns the types of their elements."""
         expected, types = _shapes(self.model, self.vocab_size), set()
         for name, shape in expected.items():
             if name not in self._files:
                 raise UserError(f"{self.folder}: lacks the parameter {name}")
             with _opened(self._files[name]) as file:
-                stored = file.get_slice(name)
-                types.add(stored.get_dtype())
-                if tuple(stored.get_shape()) != shape:
+                tensor = file.get_slice(name)
+                types.add(tensor.get_dtype())
+                if tuple(tensor.get_shape()) != shape:
                     raise UserError(
-                        f"{self._files[name]}: {name} has the shape {list(stored.get_shape())}, by config.json it is "
+                        f"{self._files[name]}: {name} has the shape {list(tensor.get_shape())}, by config.json it is "
                         f"{list(shape)}"
                     )
         if other := types - {"BF16", "F16", "F32"}:
             raise UserError(f"{self.folder}: has parameters of the type {min(other)}, must be BF16, F16 or F32")
         unknown = [n for n in self._files if n not in expected and not n.endswith("rotary_emb.inv_freq")]
         for name in unknown:
-            # A tied head may be stored; it is the embedding.
+            # A tied head may be stored; it then equals the embedding.
             if not (name == "lm_head.weight" and torch.equal(self[name], self["model.embed_tokens.weight"])):
                 raise UserError(
-                    f"{self._files[name]}: has the parameter {name}, which a Llama of this config.json has not"
+                    f"{self._files[name]}: has the parameter {name}, which a Llama of this config.json does not have"
                 )
         return types
 
 
 def model_config(config: dict, file: Path) -> ModelConfig:
-    """The ``model`` section that says what a Llama's ``config.json`` says, of this or an older transformers.
+    """The ``model`` section for a Llama's ``config.json``, from the current or an older transformers.
 
     Raises:
-        UserError: this project's model cannot express it; names ``file`` and the key.
+        UserError: this project's model cannot express a setting; names ``file`` and the key.
     """
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         kind = config.get("model_type") if isinstance(config, dict) else config
         raise UserError(f"{file}: 'model_type' is {kind!r}, must be 'llama'")
-    for key, form in _ONE_FORM.items():
-        if (config.get(key) or form) != form:
-            raise UserError(f"{file}: '{key}' is {config[key]!r}, this model can have {form!r} alone")
+    for key, supported in _SUPPORTED.items():
+        if (config.get(key) or supported) != supported:
+            raise UserError(f"{file}: '{key}' is {config[key]!r}, this model supports only {supported!r}")
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if type(config.get(key)) is not int or config[key] < 1:
             raise UserError(f"{file}: '{key}' is {config.get(key)!r}, must be a whole number, at least 1")
     heads, size = config["num_attention_heads"], config["hidden_size"]
     if (config.get("head_dim") or size // heads) * heads != size:
         raise UserError(
-            f"{file}: 'head_dim' is {config.get('head_dim')}, this model can have hidden_size / num_attention_heads "
-            f"({size} / {heads}) alone"
+            f"{file}: 'head_dim' is {config.get('head_dim')}, this model supports only hidden_size / "
+            f"num_attention_heads ({size} / {heads})"
         )
     base, scaling = _rotary(config, file)
     section = {
@@ -170,8 +170,8 @@ def model_config(config: dict, file: Path) -> ModelConfig:
 
 
 def _rotary(config: dict, file: Path) -> tuple[float, float | None]:
-    """Base of the rotary frequencies, and the factor of Llama 3's scaling."""
-    # transformers 5 puts the base among the parameters, older versions beside them.
+    """Base of the rotary frequencies, and the factor of Llama 3's scaling, if used."""
+    # transformers 5 keeps the base among the rotary parameters, older versions beside them.
     rotary = {"rope_theta": config.get("rope_theta")}
     rotary |= (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     base = rotary["rope_theta"] or 10000.0
@@ -181,47 +181,46 @@ def _rotary(config: dict, file: Path) -> tuple[float, float | None]:
     if kind == "default":
         return base, None
     if kind != "llama3":
-        raise UserError(f"{file}: 'rope_type' is {kind!r}, this model can have 'default' or 'llama3'")
+        raise UserError(f"{file}: 'rope_type' is {kind!r}, this model supports 'default' and 'llama3'")
     for key, value in _LLAMA3_ROTARY.items():
         if rotary.get(key) != value:
-            raise UserError(f"{file}: '{key}' of 'llama3' is {rotary.get(key)}, this model can have {value} alone")
+            raise UserError(f"{file}: '{key}' of 'llama3' is {rotary.get(key)}, this model supports only {value}")
     if rotary.get("factor") is None:
         raise UserError(f"{file}: 'factor' of 'llama3' is missing")
     return base, rotary["factor"]
 
 
 def from_llama(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Rename the state of ``LlamaForCausalLM`` to this model's parameters (local implementation, one process)."""
+    """The weights of ``LlamaForCausalLM`` under this model's parameter names (local implementation, one process)."""
     return dict(named_weights(weights, model))
 
 
 def named_weights(weights: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of :func:`from_llama` one by one, reading ``weights`` as needed.
+    """The parameters of :func:`from_llama` one by one; ``weights`` are accessed only when needed.
 
-    Megatron-Core stores query, key and value of one key/value group together, group after group, and gate and up
-    of the FFN in one matrix.
+    Megatron-Core stores query, key and value together per key/value group, and gate and up of the FFN in one matrix.
     """
     yield EMBEDDING, weights["model.embed_tokens.weight"]
     for layer in range(model.num_layers):
-        source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        llama, own = f"model.layers.{layer}.", f"decoder.layers.{layer}."
         groups = [
-            weights[f"{source}self_attn.{name}_proj.weight"].view(model.num_query_groups, -1, model.hidden_size)
+            weights[f"{llama}self_attn.{name}_proj.weight"].view(model.num_query_groups, -1, model.hidden_size)
             for name in "qkv"
         ]
-        yield f"{target}self_attention.linear_qkv.weight", torch.cat(groups, dim=1).flatten(0, 1)
-        yield f"{target}self_attention.linear_proj.weight", weights[f"{source}self_attn.o_proj.weight"]
-        gate_up = [weights[f"{source}mlp.{name}_proj.weight"] for name in ("gate", "up")]
-        yield f"{target}mlp.linear_fc1.weight", torch.cat(gate_up)
-        yield f"{target}mlp.linear_fc2.weight", weights[f"{source}mlp.down_proj.weight"]
-        yield f"{target}input_layernorm.weight", weights[f"{source}input_layernorm.weight"]
-        yield f"{target}pre_mlp_layernorm.weight", weights[f"{source}post_attention_layernorm.weight"]
+        yield f"{own}self_attention.linear_qkv.weight", torch.cat(groups, dim=1).flatten(0, 1)
+        yield f"{own}self_attention.linear_proj.weight", weights[f"{llama}self_attn.o_proj.weight"]
+        gate_up = [weights[f"{llama}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        yield f"{own}mlp.linear_fc1.weight", torch.cat(gate_up)
+        yield f"{own}mlp.linear_fc2.weight", weights[f"{llama}mlp.down_proj.weight"]
+        yield f"{own}input_layernorm.weight", weights[f"{llama}input_layernorm.weight"]
+        yield f"{own}pre_mlp_layernorm.weight", weights[f"{llama}post_attention_layernorm.weight"]
     yield "decoder.final_layernorm.weight", weights["model.norm.weight"]
     if not model.tie_embeddings:
         yield HEAD, weights["lm_head.weight"]
 
 
 def _shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of ``LlamaForCausalLM``."""
+    """The shape of each parameter of ``LlamaForCausalLM``."""
     h, f = model.hidden_size, model.ffn_hidden_size
     keys = h // model.num_attention_heads * model.num_query_groups
     layer = {f"self_attn.{name}_proj": (rows, h) for name, rows in (("q", h), ("k", keys), ("v", keys), ("o", h))}
@@ -236,7 +235,7 @@ def _shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
 
 
 def _opened(path: Path):
-    """Open a safetensors file, whose tensors are then read one by one."""
+    """A safetensors file, opened so that single tensors can be read."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,13 +1,14 @@
-"""Convert a checkpoint to other projections of the same function.
+"""Converts a checkpoint to other projections of the same model.
 
-Training that began with one matrix for all tokens continues with more, or the other way round::
+Training that started with one matrix for all tokens can continue with more, or the other way round. The model computes
+the same function::
 
-    shared      -> any kind        image tokens get copies of W, or differences of zero
-    separate   <-> delta           W + D = W_image
-    any kind    -> rank r          if every difference has at most rank r
-    one         -> one per task    both tasks get the matrix that they shared
-    any kind    -> shared,         if the matrices to be merged are equal
-    one per task -> one
+    shared          -> any kind        image tokens get copies of W, or deltas that are zero
+    separate       <-> delta           W + D = W_image
+    any kind        -> rank r          if every difference has at most rank r
+    both tasks      -> one per task    each task gets the matrix that both used
+    any kind        -> shared,         if the merged matrices are equal
+    one per task    -> both tasks
 """
 
 import dataclasses
@@ -41,27 +42,27 @@ _KEY = "plan.projections"
 def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: float = TOLERANCE) -> dict:
     """Write the model of ``checkpoint`` with other projections as iteration 0 of a run, into ``out``/iter_0000000.
 
-    Its optimizer has taken no step, and its configuration is the source's with the overrides. The conversion runs in a
-    process group of this process alone.
+    Its optimizer has taken no step; its configuration is the source's with the overrides. Joins and leaves a process
+    group of this process only.
 
     Args:
         checkpoint: a complete checkpoint, saved under any layout.
         out: a folder without checkpoints.
-        overrides: ``plan.projections.key=value`` over the source's configuration.
+        overrides: ``plan.projections.key=value`` for the source's configuration.
         tolerance: see :func:`converted`.
 
     Returns:
-        The new "checkpoint", its "projections" and its number of "parameters"; the same for the "source".
+        The new "checkpoint", its "projections" and its number of "parameters"; the same of the "source".
 
     Raises:
-        UserError: names the checkpoint, folder, override or weight that cannot be converted.
+        UserError: names the checkpoint, folder, override or weight at fault.
     """
     marker = checkpoint_folder.read_marker(checkpoint)
     if present := checkpoint_folder.checkpoints(out):
-        raise UserError(f"{out}: holds checkpoints already, such as {present[-1].name}; name another folder")
+        raise UserError(f"{out}: already holds checkpoints, such as {present[-1].name}; name another folder")
     before = config_file.from_tree(Config, marker["state"]["config"])
     after = _with_overrides(before, overrides)
-    source, target = (resolve(alone(config)).plan.projections for config in (before, after))
+    source, target = (resolve(single_process(config)).plan.projections for config in (before, after))
     if source.identity == target.identity:
         raise UserError(f"{checkpoint}: with {' '.join(overrides)} its projections stay as they are")
     vocab_size = _vocab_size(checkpoint, marker)
@@ -70,12 +71,12 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         "config": dataclasses.asdict(after),
         "plan": {"projections": target.identity},
     }
-    distributed.initialize(alone(after))
+    distributed.initialize(single_process(after))
     try:
-        chunks = build_model(resolve(alone(after), vocab_size))
-        trained = build_chunks(resolve(alone(before), vocab_size))
-        _fill(chunks[0].module, checkpoint, trained, source, target, tolerance)
-        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(alone(after), chunks), state)
+        chunks = build_model(resolve(single_process(after), vocab_size))
+        originals = build_chunks(resolve(single_process(before), vocab_size))
+        _fill(chunks[0].module, checkpoint, originals, source, target, tolerance)
+        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(single_process(after), chunks), state)
     finally:
         distributed.shut_down()
     numbers = {
@@ -95,15 +96,15 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
 def _fill(
     model: torch.nn.Module,
     checkpoint: Path,
-    trained: list[torch.nn.Module],
+    originals: list[torch.nn.Module],
     source: Projections,
     target: Projections,
     tolerance: float,
 ) -> None:
-    """Load a checkpoint into ``trained``, and copy its converted weights into ``model``."""
-    load_weights(checkpoint, trained)
+    """Load a checkpoint into ``originals`` and copy its converted weights into ``model``."""
+    load_weights(checkpoint, originals)
     parameters = dict(model.named_parameters())
-    weights = converted(dict(trained[0].named_parameters()), source, target, parameters, tolerance)
+    weights = converted(dict(originals[0].named_parameters()), source, target, parameters, tolerance)
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
 
@@ -116,21 +117,21 @@ def converted(
     fresh: Mapping[str, Tensor],
     tolerance: float = TOLERANCE,
 ) -> dict[str, Tensor]:
-    """Convert a model's weights to other projections of the same function.
+    """The parameters that compute the same function with other projections.
 
     Args:
-        weights: the model's parameters by name, in one process.
-        source: the model's projections.
-        target: the projections to convert to.
-        fresh: initial parameters of the target model. Where a difference needs less than rank r, the rest of its
-            ``down`` comes from here, and the rest of its ``up`` is zero.
-        tolerance: matrices count as equal if they differ by at most this share of W, in Frobenius norm.
+        weights: the source model's parameters by name, in one process.
+        source: the source model's projections.
+        target: the target model's projections.
+        fresh: initial parameters of the target model. Where a difference needs less than rank r, the unused rows of
+            ``down`` keep their initial values, and the unused columns of ``up`` are zero.
+        tolerance: matrices count as the same when they differ by at most this share of W, in Frobenius norm.
 
     Returns:
-        The parameters of the target model, with the dtypes of the source.
+        The parameters of the target model, in the types of the source.
 
     Raises:
-        UserError: names a matrix that the target projections cannot express, and its relative difference.
+        UserError: names a matrix that the target projections cannot express, with its relative difference.
     """
     parameters = {}
     for name, weight in weights.items():
@@ -140,23 +141,23 @@ def converted(
         parameters[name] = weight
         if match:
             prefix, module, _ = match.groups()
-            old, new = (p if module in p.modules else Projections() for p in (source, target))
-            parameters |= _Projection(prefix, weights, old, tolerance).converted(new, fresh)
+            before, after = (p if module in p.modules else Projections() for p in (source, target))
+            parameters |= _Projection(prefix, weights, before, tolerance).converted(after, fresh)
     return parameters
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """One projection of one layer of the source; computes in float64."""
+    """One projection of one layer of the source model; computes in float64."""
 
     prefix: str
     weights: Mapping[str, Tensor]
-    own: Projections
+    source: Projections
     tolerance: float
 
     def converted(self, target: Projections, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The target's parameters beside W."""
-        components = self.own.components
+        """The target's parameters other than W."""
+        components = self.source.components
         if not target.components:
             for component in components:
                 self._require_same(component, None)
@@ -172,9 +173,9 @@ class _Projection:
     def _as(
         self, target: Projections, component: str, origin: str | None, fresh: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The parameters of a component of the target, made from the source's ``origin``, or from W."""
+        """The parameters of a target component that replaces the source's ``origin``, or W."""
         dtype = self._weight.dtype
-        if origin and (self.own.kind, self.own.rank) == (target.kind, target.rank):
+        if origin and (self.source.kind, self.source.rank) == (target.kind, target.rank):
             return {kind: self._parameter(origin, kind).clone() for kind in _parameters(target)}
         if target.kind == "separate":
             return {"weight": (self._weight.double() + self._difference(origin)).to(dtype)}
@@ -191,14 +192,14 @@ class _Projection:
         if self._relative(difference) <= self.tolerance:
             return down, up
         left, values, right = torch.linalg.svd(difference, full_matrices=False)
-        # Element k is the norm of the difference without its k largest singular values.
+        # Element k is the relative norm of the error without all but the k largest values.
         left_out = values.square().flip(0).cumsum(0).flip(0).sqrt() / self._norm
         needed = int((left_out > self.tolerance).sum())
         if needed > rank:
             raise UserError(
                 f"{self._name(component)}: differs from W by a matrix of rank {needed}, of which rank {rank} leaves "
                 f"out {float(left_out[rank]):.1e} of W (tolerance {self.tolerance:.0e}); take {_KEY}.rank={needed} or "
-                f"more, or null for a whole matrix, or {_KEY}.kind=separate"
+                f"more, or null for full rank, or {_KEY}.kind=separate"
             )
         root = values[:needed].sqrt()
         down[:needed], up[:, :needed] = root[:, None] * right[:needed], left[:, :needed] * root
@@ -206,11 +207,11 @@ class _Projection:
 
     def _require_same(self, component: str, other: str | None) -> None:
         difference = self._relative(self._difference(component) - self._difference(other))
-        if not difference <= self.tolerance:  # so that NaN is refused, too
+        if not difference <= self.tolerance:  # also refuses NaN
             remedy = f"set {_KEY}.per_task=true" if other else f"take {_KEY}.kind=separate or delta"
             raise UserError(
                 f"{self._name(component)}: its matrix differs from {f'that of {other}' if other else 'W'} by "
-                f"{difference:.1e} of W (tolerance {self.tolerance:.0e}); they cannot be merged: {remedy}, "
+                f"{difference:.1e} of W (tolerance {self.tolerance:.0e}), so they cannot be merged; {remedy}, "
                 f"with {self.prefix.rsplit('_', 1)[1]} in {_KEY}.modules"
             )
 
@@ -218,10 +219,10 @@ class _Projection:
         """A component's matrix minus W."""
         if component is None:
             return torch.zeros_like(self._weight, dtype=torch.float64)
-        own = [self._parameter(component, kind).double() for kind in _parameters(self.own)]
-        if self.own.kind == "separate":
-            return own[0] - self._weight.double()
-        return own[0] if self.own.rank is None else own[1] @ own[0]
+        parameters = [self._parameter(component, kind).double() for kind in _parameters(self.source)]
+        if self.source.kind == "separate":
+            return parameters[0] - self._weight.double()
+        return parameters[0] if self.source.rank is None else parameters[1] @ parameters[0]
 
     def _relative(self, difference: Tensor) -> float:
         return float(difference.norm() / self._norm)
@@ -238,11 +239,11 @@ class _Projection:
         return self.weights[f"{self.prefix}.{component}_{kind}"]
 
     def _name(self, component: str) -> str:
-        return f"{self.prefix}.{component}_{_parameters(self.own)[-1]}"
+        return f"{self.prefix}.{component}_{_parameters(self.source)[-1]}"
 
 
 def _parameters(projections: Projections) -> tuple[str, ...]:
-    """Names of a component's parameters."""
+    """The names of a component's parameters."""
     if projections.kind == "separate":
         return ("weight",)
     return ("delta",) if projections.rank is None else ("down", "up")
@@ -258,17 +259,17 @@ def _with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return changed
 
 
-def alone(config: Config) -> Config:
-    """The same model in one process, over layers that every machine can build."""
+def single_process(config: Config) -> Config:
+    """The same model for one process, in a form that builds on any hardware."""
     model = dataclasses.replace(config.model, implementation="local")
     training = dataclasses.replace(config.training, fp8="none")
     return dataclasses.replace(config, model=model, training=training, parallel=ParallelConfig())
 
 
 def _vocab_size(checkpoint: Path, marker: dict) -> int:
-    """Rows of the embedding table as saved, which depend on the layout."""
-    # Files other than the tensors' are unpickled, so they must be intact.
+    """Rows of the saved embedding table, whose padding depends on the layout."""
+    # All files but those of tensors are unpickled, so verify that they are as written.
     unpickled = sorted(name for name in marker["files"] if not name.endswith(".distcp"))
     if damage := checkpoint_folder.damage(checkpoint, marker["files"], unpickled):
-        raise UserError(damage[0] + checkpoint_folder.way_out(checkpoint))
+        raise UserError(damage[0] + checkpoint_folder.remedy(checkpoint))
     return load_sharded_metadata(str(checkpoint))["embedding.word_embeddings.weight"].global_shape[0]

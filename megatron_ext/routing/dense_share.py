@@ -46,8 +46,9 @@ class DenseShare:
         part = min(max((progress - self.begin_at) / span, 0.0), 1.0) if span else float(progress >= self.end_at)
         return Selection(self.start + part * (self.end - self.start), iteration + 1)
 
-    def taken(self, batch: Batch, selection: Selection | None) -> np.ndarray:
-        """Which tokens of rows on the host take the dense roles, bool [b, s]; ``selection`` None: as in evaluation."""
+    def selected(self, batch: Batch, selection: Selection | None) -> np.ndarray:
+        """Whether each token of rows on the host takes the dense roles, bool [b, s]; ``selection`` None: that of
+        evaluation."""
         batch, selection = batch.arrays(), selection or Selection(self.evaluation)
         by_token = self.of == "image_tokens"
         if selection.share in (0.0, 1.0):

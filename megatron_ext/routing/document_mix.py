@@ -39,7 +39,7 @@ def mix_batch(mix: str) -> Batch:
 
 
 def _documents(text: str) -> list[tuple[Task, list[tuple[int, str]]]]:
-    """The documents of one part: a task with (length, kind) runs, as often as it says."""
+    """The documents of one part: a task with (length, kind) runs, repeated as the part says."""
     match = re.fullmatch(r"(\w+)\s*:\s*(.*?)\s*(?:\bx\s*([1-9]\d*))?", text)
     if not match or match[1].upper() not in Task.__members__:
         tasks = ", ".join(task.name.lower() for task in Task)
@@ -48,7 +48,7 @@ def _documents(text: str) -> list[tuple[Task, list[tuple[int, str]]]]:
     for run in match[2].split(","):
         run_match = re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", run)
         if not run_match or run_match[2] not in _KINDS:
-            raise UserError(f"mix {text!r}: {run.strip()!r} is no run of tokens; write 256 image, 64 text or 8 answer")
+            raise UserError(f"mix {text!r}: {run.strip()!r} is not a run; write 256 image, 64 text or 8 answer")
         runs.append((int(run_match[1]), run_match[2]))
     task = Task[match[1].upper()]
     if task != Task.UNDERSTANDING and any(kind == "answer" for _, kind in runs):

@@ -6,10 +6,10 @@ Multiply-adds of a layer for one token, hidden size h, key/value width g, FFN wi
     KV_ONLY   2*h*g
     SKIP      0
 
-plus h*V for the logits of a position. Two FLOPs each; the backward pass costs twice the forward pass. A difference of
-rank r (delta projections) costs r*(in + out) more for every token that uses it; a whole one is added to the
-weights, not to the activations, and costs no product per token. Recomputation, norms, activations and the embedding are
-not counted.
+plus h*V for the logits of a position. A multiply-add is two FLOPs; the backward pass costs twice the forward pass. A
+low-rank delta (LoRA) costs another r*(in + out) for every token that uses it. A full-rank delta is added to the
+weights, not to the activations, so it costs no product per token. Recomputation is not counted, since it is not work of
+the model; nor are norms, activations and the embedding.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ class Counts:
     """What the cost of packed rows under a plan depends on, without padding. Counts can be added.
 
     Attributes:
-        tokens: tokens of each class, as :attr:`~megatron_ext.routing.plan.Plan.roles` counts them.
-        visible: for each layer and class of query, the (query, key) pairs that attention goes over.
+        tokens: tokens of each class, in the order of :attr:`~megatron_ext.routing.plan.Plan.roles`.
+        visible: for each layer and class of query, the (query, key) pairs that attention computes.
         logits: positions for which the output head is computed.
     """
 
@@ -60,7 +60,7 @@ def count(batch: Batch, plan: Plan, selection: Selection | None = None) -> Count
     """Count rows [b, s] on the host, with logits for the positions with loss.
 
     Args:
-        selection: a step's selection of the plan's dense share; None: as in evaluation.
+        selection: the step's selection of the plan's dense share; None: that of evaluation.
     """
     batch = batch.arrays()
     real = (batch.document != PADDING_DOCUMENT).ravel()
@@ -80,7 +80,7 @@ def with_all_logits(counts: Counts, plan: Plan) -> Counts:
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, plan: Plan, counts: Counts) -> int:
-    """FLOPs of one forward pass over what was counted."""
+    """FLOPs of one forward pass over the counted tokens."""
     return sum(layer_flops(model, plan, counts)) + head_flops(model, vocab_size, counts)
 
 
@@ -90,7 +90,7 @@ def layer_flops(model: ModelConfig, plan: Plan, counts: Counts) -> list[int]:
 
 
 def class_flops(model: ModelConfig, plan: Plan, counts: Counts) -> list[list[int]]:
-    """FLOPs of one forward pass for each layer and class of token; attention counts for the query's class."""
+    """FLOPs of one forward pass by layer and class of token; attention counts towards the query's class."""
     return [
         [
             2 * (n * _multiply_adds(model, plan.projections, index, role) + 2 * model.hidden_size * pairs)
@@ -108,9 +108,9 @@ def head_flops(model: ModelConfig, vocab_size: int, counts: Counts) -> int:
 def stage_flops(
     model: ModelConfig, vocab_size: int, plan: Plan, counts: Counts, pipeline: int, virtual: int = 1
 ) -> list[int]:
-    """FLOPs of one forward pass on each pipeline stage; the last one has the output head."""
+    """FLOPs of one forward pass on each pipeline stage; the last stage has the output head."""
     layers = layer_flops(model, plan, counts)
-    stages = [sum(layers[n] for n in chosen) for chosen in stage_layers(plan.num_layers, pipeline, virtual)]
+    stages = [sum(layers[n] for n in numbers) for numbers in stage_layers(plan.num_layers, pipeline, virtual)]
     stages[-1] += head_flops(model, vocab_size, counts)
     return stages
 
@@ -141,44 +141,44 @@ def image_parameter_count(model: ModelConfig, projections: Projections) -> int:
 
 
 def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the projections of a layer."""
+    """(inputs, outputs) of each projection of a layer."""
     h, f = model.hidden_size, model.ffn_hidden_size
     return {"qkv": (h, h + 2 * key_width(model)), "proj": (h, h), "fc1": (h, 2 * f), "fc2": (f, h)}
 
 
 def key_width(model: ModelConfig) -> int:
-    """Width of all keys of a token, and of all values."""
+    """Width of a token's keys over all groups, which is also that of its values."""
     return model.hidden_size // model.num_attention_heads * model.num_query_groups
 
 
 def products(model: ModelConfig, role: Role) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the projections that a layer computes for a token of this role."""
+    """(inputs, outputs) of the projections that a layer computes for a token with this role."""
     if role == Role.KV_ONLY:
         return {"qkv": (model.hidden_size, 2 * key_width(model))}
     return projection_shapes(model) if role == Role.FULL else {}
 
 
 def low_rank_modules(projections: Projections, index: int, role: Role) -> list[str]:
-    """The projections in which a token of the class with this index uses a difference of rank r."""
+    """The projections in which a token of class ``index`` uses a low-rank delta."""
     if projections.rank is None or not projections.component(*task_and_modality(index)):
         return []
     return [m for m in projections.modules if role == Role.FULL or (role == Role.KV_ONLY and m == "qkv")]
 
 
 def _multiply_adds(model: ModelConfig, projections: Projections, index: int, role: Role) -> int:
-    """Multiply-adds of a layer's projections for one token of the class with this index."""
+    """Multiply-adds of a layer's projections for one token of class ``index``."""
     shapes = products(model, role)
     low_rank = [shapes[module] for module in low_rank_modules(projections, index, role)]
     return sum(i * o for i, o in shapes.values()) + sum(projections.rank * (i + o) for i, o in low_rank)
 
 
 def _visible(kind: np.ndarray, first: np.ndarray, roles: Sequence[Role]) -> tuple[int, ...]:
-    """(query, key) pairs of each class of query in a layer.
+    """(query, key) pairs in a layer, by class of query.
 
     Args:
         kind: class of each token, [t].
-        first: where a document begins, [t].
-        roles: of each class.
+        first: whether a document begins at each token, [t].
+        roles: role of each class.
     """
     role = np.array(roles)[kind]
     is_key = (role != Role.SKIP).astype(np.int64)

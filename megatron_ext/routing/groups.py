@@ -21,11 +21,11 @@ def token_classes(batch: Batch, plan: Plan, selection: Selection | None) -> np.n
     """Class of each token of a batch of arrays, int64 [b, s]: its index in each of ``plan.roles``.
 
     Args:
-        selection: the step's selection of the plan's dense share; None: as in evaluation.
+        selection: the step's selection of the plan's dense share; None: that of evaluation.
     """
     classes = class_index(batch.task.astype(np.int64), batch.modality)
     if plan.dense_share:
-        classes += len(Task) * len(Modality) * plan.dense_share.taken(batch, selection)
+        classes += len(Task) * len(Modality) * plan.dense_share.selected(batch, selection)
     return classes
 
 
@@ -36,8 +36,8 @@ class Groups:
     Attributes:
         members: the class indices in each group.
         of_class: the group of each class index.
-        components: which weights each group uses; 0 is W.
-        roles: for each layer the role of each group.
+        components: the weights that each group uses; 0 is W.
+        roles: for each layer, the role of each group.
     """
 
     members: tuple[tuple[int, ...], ...]

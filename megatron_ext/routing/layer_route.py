@@ -1,8 +1,8 @@
-"""What one layer does with a micro-batch: which rows take part, in which order attention wants them, and where
-documents begin and end.
+"""How one layer processes a micro-batch: the rows that take part, their order in attention, and where documents begin
+and end.
 
-A run of FULL tokens without a KV_ONLY token between attends all keys of its document up to its own end, causally: a
-segment of q queries and k >= q keys whose last query sees all k (bottom-right aligned).
+A run of FULL tokens without a KV_ONLY token in between attends causally to all keys of its document up to the end of
+the run: a segment of q queries and k >= q keys whose last query sees all k (bottom-right aligned).
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from megatron_ext.routing.permutation import Permutation
 from megatron_ext.routing.plan import Role
 
 SEGMENTS_MULTIPLE = 16
-"""Attention kernels are told a multiple of this many segments, and the longest length rounded up to a power of two, so
-that what they plan for one micro-batch serves for the next."""
+"""Attention kernels receive a multiple of this many segments, and the longest length rounded up to a power of two, so
+that their execution plans can be reused for the next micro-batch."""
 
 
 @dataclass
@@ -40,14 +40,14 @@ class RowSlices:
 
 @dataclass
 class CachePlaces:
-    """Where queries and keys belong when keys of earlier tokens are kept: every row is a piece of one document. Always
-    on the host.
+    """Places of queries and keys when the keys of earlier tokens are cached: every row is a piece of one document.
+    Always on the host.
 
     Attributes:
-        query_rows, key_rows: row of each query and key of this piece, in attention's order.
+        query_rows, key_rows: row of each query and key of this piece, in the order of attention.
         query_visible: keys of this piece that each query sees, its own included.
-        query_ranks, key_ranks: queries and keys of its row before each query and key of this piece.
-        query_counts, key_counts: of each row.
+        query_ranks, key_ranks: for each query and key of this piece, the queries and keys before it in its row.
+        query_counts, key_counts: queries and keys of each row.
     """
 
     on_host: ClassVar[bool] = True
@@ -63,18 +63,17 @@ class CachePlaces:
 
 @dataclass
 class LayerRoute:
-    """What one layer does with a micro-batch. Layers with the same roles share one.
+    """How one layer processes a micro-batch; layers with the same roles share one route.
 
-    Arrays on the host, tensors once the route is on a device. With ``fillers``, orders end in rows that belong to no
-    segment.
+    Arrays on the host, tensors on a device. With ``fillers``, orders end in rows that belong to no segment.
 
     Attributes:
         slices: the rows that take part.
-        queries: from gathered FULL rows to attention's order; None: the same.
+        queries: from gathered FULL rows to the order of attention; None: they are in that order already.
         keys: from gathered FULL and gathered KV_ONLY rows to the order of keys; None without KV_ONLY rows, when keys
-            are ordered like queries.
-        query_lengths, key_lengths: of each segment.
-        query_positions, key_positions: rotary positions in attention's order, int32; 0 for fillers.
+            have the order of the queries.
+        query_lengths, key_lengths: queries and keys of each segment.
+        query_positions, key_positions: rotary positions in the order of attention, int32; 0 for fillers.
         cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments.
         max_query_length, max_key_length: bounds of the lengths, powers of two.
     """
@@ -94,7 +93,7 @@ class LayerRoute:
 
 @dataclass
 class CachedLayerRoute(LayerRoute):
-    """What one layer does with the next pieces of documents whose earlier keys are in a cache.
+    """How one layer processes the next pieces of documents whose earlier keys are in a cache.
 
     Attributes:
         places: the places of queries and keys in the cache (``generation/cache.py``).
@@ -105,15 +104,15 @@ class CachedLayerRoute(LayerRoute):
 
 @dataclass
 class StoredRows:
-    """A micro-batch [b, s] of t tokens as its rows are stored.
+    """A micro-batch [b, s] of t tokens in stored order.
 
     Attributes:
-        batch: of arrays.
+        batch: the micro-batch, as arrays.
         group, stored: [t], group and stored row of each token; the group of padding comes after the last.
         document: [t], number of the document over the whole micro-batch.
         sizes: rows of each group on a rank.
-        ranks: over how many ranks the rows are cut.
-        components: which weights each group uses.
+        ranks: number of ranks that the rows are cut over.
+        components: the weights that each group uses.
         multiple: queries, keys and targets are filled up to a multiple of this.
     """
 
@@ -127,8 +126,8 @@ class StoredRows:
     multiple: int
 
     def gathered(self, chosen: list[int], sizes: list[int]) -> np.ndarray:
-        """[t] row of each token when only the ``chosen`` of slices of ``sizes`` rows are kept and gathered from all
-        ranks; -1 for tokens elsewhere."""
+        """[t] row of each token once the ``chosen`` slices, out of slices of ``sizes`` rows, are gathered from all
+        ranks; -1 for tokens of other slices."""
         offsets, start, kept = np.full(sum(sizes), -1), 0, 0
         for i, size in enumerate(sizes):
             if i in chosen:
@@ -141,7 +140,7 @@ class StoredRows:
         return np.where((self.stored >= 0) & (offset >= 0), rank * kept + offset, -1)
 
     def fillers(self, rows: int) -> int:
-        """How many fillers follow ``rows`` rows."""
+        """Number of fillers that follow ``rows`` rows."""
         return -rows % self.multiple
 
 
@@ -206,13 +205,17 @@ def row_slices(sizes: list[int], roles: Sequence[Role], components: Sequence[int
 
 
 def row_count(splits: list[tuple[int, int]]) -> int:
-    """Rows of all ``splits`` together."""
+    """Total rows of ``splits``."""
     return sum(n for _, n in splits)
 
 
 def _segments(document: np.ndarray, full: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of keys with their document and whether they are FULL: where each run of FULL ones begins and ends among them,
-    and where its document begins."""
+    """For each run of FULL keys, the indices of the keys at which it begins, it ends and its document begins.
+
+    Args:
+        document: document of each key.
+        full: whether each key is FULL.
+    """
     new = np.ones_like(full)
     new[1:] = document[1:] != document[:-1]
     before, after = np.roll(full, 1) & ~new, np.roll(full, -1) & ~np.roll(new, -1)
@@ -235,12 +238,12 @@ def _cumulative(lengths: np.ndarray) -> np.ndarray:
 
 
 def _power_of_two(lengths: np.ndarray) -> int:
-    """At least 64: some of cuDNN's kernels want a multiple of it."""
+    """The longest length rounded up; at least 64, since some cuDNN kernels need a multiple of 64."""
     return 1 << (int(lengths.max(initial=64)) - 1).bit_length()
 
 
 def _cache_places(key: np.ndarray, full: np.ndarray, rows: int, s: int) -> CachePlaces:
-    """Of the flat indices of the keys in ``rows`` rows of s, and which of them are queries too."""
+    """The places of keys, given as flat indices into ``rows`` rows of s; ``full``: which of them are also queries."""
     row = key // s
     query_counts, key_counts = (np.bincount(x, minlength=rows) for x in (row[full], row))
     ranks = np.arange(key.size) - (key_counts.cumsum() - key_counts)[row]

@@ -1,24 +1,24 @@
-"""Activation memory of a plan: what the layers keep of a micro-batch until its backward pass.
+"""Activation memory of a plan: the elements of a micro-batch that layers keep until its backward pass.
 
 Elements that a layer keeps in one process, hidden size h, key/value width g, FFN width f, heads a::
 
-    every token    h                          the layer's input, whole, where roles are not those of the layer before:
-                                              those who take part are slices of it
+    every token    h                          the layer's whole input, where its roles differ from the layer before: the
+                                              rows that take part are slices of it
     KV_ONLY        2*g                        key and value
-                   h + 1                      normed input; norm; where roles are not those of the layer before: rows
-                                              that do not change are normed once
+                   h + 1                      normed input and norm, where roles differ from the layer before: rows that
+                                              do not change are normed once
     FULL           7*h + 2*g + 3*f + a + 2    input, normed inputs (2*h), query, attention's output as computed and as
                                               put together (2*h), residual; key and value; gate, up and their product;
-                                              softmax sums; norms. The input once, where it is a slice
-    a token        r                          for each difference of rank r that it uses
+                                              softmax sums; norms. An input that is a slice is kept once
+    a token        r                          for each low-rank delta that it uses
 
-Beside them stand the matrices that a layer makes for a micro-batch: the sums W + D of whole differences, and where
-tokens are KV_ONLY the key/value rows of its qkv matrices, without and with the norm's weight. Selective recomputation
-drops attention's output as computed and the softmax sums; full recomputation keeps the layer's input alone.
+A layer also keeps the matrices that it computes for a micro-batch: the sums W + D with full-rank deltas, and, where
+tokens are KV_ONLY, the key/value rows of its qkv matrices, without and with the norm's weight. Selective recomputation
+drops attention's output as computed and the softmax sums; full recomputation keeps only the layer's input.
 
-Left out: rotary tables (the layers share them), masks of attention on CPUs, keys that stand twice because a document
-has text before and after an image that is KV_ONLY, copies of rows that a layer needs together and the stored order
-keeps apart; embedding, logits and loss; tensor parallelism.
+Left out: rotary tables (shared by the layers); attention masks on CPUs; keys stored twice because a document has text
+before and after a KV_ONLY image; copies of rows that a layer needs together but the stored order keeps apart;
+embedding, logits and loss; tensor parallelism.
 """
 
 from typing import Literal
@@ -40,7 +40,7 @@ def activation_bytes(
 
     Args:
         element_size: bytes of an element; 4 for float32, 2 for bf16.
-        times: how often the micro-batch holds what was counted.
+        times: how many times the micro-batch holds the counted tokens.
         recompute: ``training.recompute``.
     """
     elements = []

@@ -1,18 +1,17 @@
-"""One micro-batch under a plan: what every layer needs to know of it, worked out once from integers.
+"""The route of one micro-batch under a plan: the index data of every layer, computed once from integers.
 
-Every pipeline stage and every tensor-parallel rank holds the same :class:`~megatron_ext.data.batch.Batch`, so each
-works out the same route for itself; nothing of it travels with hidden states.
+Every pipeline stage and every tensor-parallel rank holds the same :class:`~megatron_ext.data.batch.Batch` and computes
+the same route from it; no part of the route travels with hidden states.
 
 **Stored order.** Tokens that the plan treats alike in every layer form a group, and the hidden states of a
 micro-batch, [T, 1, h], are stored group after group. The tokens that take part in a layer are then a few slices of
-the hidden states and no copy; so are those that use one kind of weights. Within a group tokens keep their order, and a
-plan that treats all tokens alike stores them as they came. Padding is not stored.
+the hidden states, without a copy; so are the tokens that share weights. Within a group tokens keep their order, so a
+plan that treats all tokens alike keeps the order of the batch. Padding is not stored.
 
-**Ranks.** Under sequence parallelism the rows are cut over R ranks, and each rank's share holds an R-th of every group:
-so compute and communication are balanced across ranks in every layer. Padding rows are called dummies. Gathered rows
-are stored rank after rank.
+**Ranks.** Under sequence parallelism the rows are cut over R ranks, each of which holds an R-th of every group: ranks
+compute and gather equal amounts in every layer. Dummy rows make groups divisible. Gathered rows are ordered by rank.
 
-**Attention** needs documents; :mod:`~megatron_ext.routing.layer_route` brings rows into their order.
+**Attention** needs whole documents; :mod:`~megatron_ext.routing.layer_route` brings rows into document order.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from megatron_ext.routing.permutation import Permutation
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
 
-if TYPE_CHECKING:  # worker processes, which make routes of arrays, do not wait for torch
+if TYPE_CHECKING:  # worker processes build routes of arrays and need not import torch
     import torch
 
 
@@ -40,15 +39,16 @@ class Route:
 
     Attributes:
         tokens: [1, T] token ids as stored, int32.
-        layers: the route of each layer of the whole model, by its number from 0.
-        head: the slices that hold the tokens with logits; their gathered rows become the targets' by
-            ``head_rows``.
-        targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None where
-            nobody asks any more.
-        order: [T] flat index into b * s of each stored row, -1 for a dummy; likewise None.
-        image_places: [T] which token of its image each stored row is, from 1; 0: of none (see :func:`image_places`).
-        longest_image: the largest of them.
-        longest_document: one more than the largest position of a token.
+        layers: the route of each layer of the whole model, indexed from 0.
+        head: the slices that hold the tokens with logits; ``head_rows`` brings their gathered rows into the order of
+            the targets.
+        targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None once no
+            longer needed.
+        order: [T] flat index into b * s of each stored row, -1 for a dummy. None once no longer needed.
+        image_places: [T] place of each stored row in its image, from 1; 0 outside of images (see
+            :func:`image_places`).
+        longest_image: the largest image place.
+        longest_document: the largest position of a token, plus one.
     """
 
     tokens: np.ndarray
@@ -69,7 +69,7 @@ class Route:
         return to_device(cls.arrays(batch, plan, *alignment, **options), "cpu")
 
     def to(self, device: torch.device) -> Route:
-        """The same route on ``device``; what layers share stays shared."""
+        """The same route on ``device``; layers keep sharing their routes."""
         from megatron_ext.data.transfer import to_device
 
         return self if device.type == "cpu" else to_device(self, device)
@@ -88,17 +88,17 @@ class Route:
         places: np.ndarray | None = None,
         fill: int = 1,
     ) -> Route:
-        """The route of one micro-batch of [b, s] tokens on the host, of arrays.
+        """The route of one micro-batch of [b, s] tokens on the host, as arrays.
 
         Args:
-            ranks: over how many ranks the hidden states are cut (sequence parallelism).
-            multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels want one).
-            fixed_length: T depends on b * s alone, as the messages between pipeline stages must.
+            ranks: number of ranks that the hidden states are cut over (sequence parallelism).
+            multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels need one).
+            fixed_length: make T depend on b * s alone, as messages between pipeline stages require.
             logit_mask: where to compute logits, bool [b, s]; None: where the loss counts. Padding has none.
-            cached: each row is the next piece of a document whose earlier keys are kept. Keys are then all the keys of
-                a piece, in order.
-            selection: this step's selection of the plan's dense share; None: as in evaluation.
-            places: [b, s], of :func:`image_places`; None: of whole documents.
+            cached: each row is the next piece of a document whose earlier keys are cached. Keys are then all the keys
+                of a piece, in order.
+            selection: this step's selection of the plan's dense share; None: that of evaluation.
+            places: [b, s], result of :func:`image_places`; None: computed for whole documents.
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
@@ -137,10 +137,9 @@ class Route:
 
 
 def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
-    """[b, s]: which token of its image each token of a batch of arrays is, from 1 in the order of the document; 0 for
-    text.
+    """[b, s]: place of each token in its image, from 1 in document order; 0 for text. ``batch`` holds arrays.
 
-    An image that a document's cut divides begins anew, as the document's positions do.
+    Where a document is cut within an image, places restart at 1, as the document's positions restart.
 
     Args:
         before: [b], where rows are pieces of documents: image tokens right before the first token of each row.
@@ -156,7 +155,7 @@ def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
 
 
 def _stored_order(group: np.ndarray, groups: Groups, ranks: int, multiple: int) -> tuple[np.ndarray, list[int]]:
-    """Flat index of each stored row, rank after rank, and the rows of each group on a rank."""
+    """Flat index of each stored row, ordered by rank, and the number of rows of each group on a rank."""
     members = [np.flatnonzero(group == g) for g in range(len(groups.members))]
     step = ranks * multiple
     sizes = [-(-m.size // step) * multiple for m in members]
@@ -165,5 +164,5 @@ def _stored_order(group: np.ndarray, groups: Groups, ranks: int, multiple: int) 
 
 
 def _document_numbers(batch: Batch) -> np.ndarray:
-    """[t] number of the run of equal values in ``batch.document`` that each token is in; rows never share a run."""
+    """[t] for each token, the number of its run of equal values in ``batch.document``; a run never crosses rows."""
     return batch.document_starts().ravel().cumsum()

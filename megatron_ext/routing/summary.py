@@ -25,8 +25,8 @@ from megatron_ext.routing.plan import CLASSES, Plan, class_index, task_and_modal
 
 
 def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = False) -> dict:
-    """What training on ``batch`` costs under ``config.plan``: FLOPs of forward and backward pass together, parameters
-    of the whole model, and the bytes that its layers keep between the two of a micro-batch full of such data.
+    """The cost of training on ``batch`` under ``config.plan``: FLOPs of forward and backward pass together, parameters
+    of the whole model, and the bytes that its layers keep between the two passes of a micro-batch full of such data.
 
     Args:
         all_logits: compute the output head for all tokens that are FULL in the last layer instead of those with loss.
@@ -97,7 +97,7 @@ def _stages(layers: list[list[int]], flops: list[int], kept: list[int]) -> list[
 
 
 def describe(summary: dict) -> str:
-    """The numbers of :func:`summarize` for a reader."""
+    """The numbers of :func:`summarize` as text."""
     tokens = ", ".join(f"{n} {name}" for name, n in summary["tokens"].items())
     parameters, kept, dense_kept = (summary[k] for k in ("parameters", "activation_bytes", "dense_activation_bytes"))
     lines = [
@@ -106,7 +106,7 @@ def describe(summary: dict) -> str:
         f"training FLOPs {_si(summary['flops'])}, dense {_si(summary['dense_flops'])}: {summary['ratio']:.3f} of dense",
         f"activations {_si(kept)}B, dense {_si(dense_kept)}B: {kept / dense_kept:.3f} of dense, "
         f"for a micro-batch of {summary['micro_batch_tokens']} tokens",
-        f"parameters {_si(parameters['text'])}, and {_si(parameters['image'])} for image tokens alone",
+        f"parameters {_si(parameters['text'])}, and {_si(parameters['image'])} for image tokens only",
         "",
         *_layer_table(summary),
     ]
@@ -116,7 +116,7 @@ def describe(summary: dict) -> str:
 
 
 def _layer_table(summary: dict) -> list[str]:
-    """A line for each run of layers that cost the same."""
+    """One line for each run of layers of the same cost."""
     names = list(summary["tokens"])
     rows = [["each of layers", *names, "all", "of dense", "activations"]]
     for _, same in groupby(summary["layers"], key=lambda layer: {**layer, "layer": None}):
@@ -137,11 +137,11 @@ def _stage_table(stages: list[dict]) -> list[str]:
         cells = [_ranges(stage["layers"]), _si(stage["flops"]), f"{stage['of_mean']:.3f}"]
         rows.append([str(number), *cells, f"{_si(stage['activation_bytes'])}B"])
     idle = 1 - 1 / max(stage["of_mean"] for stage in stages)
-    return [*_aligned(rows), f"the slowest stage sets the pace: on average a stage waits for it {idle:.0%} of the time"]
+    return [*_aligned(rows), f"the slowest stage sets the pace: on average a stage is idle {idle:.0%} of the time"]
 
 
 def _order(plan: Plan) -> list[int]:
-    """Class indices as they stand in documents, then those that training data do not hold, then a dense share's."""
+    """Class indices in document order, then those absent from training data, then those of a dense share."""
     first = [class_index(*c) for c in CLASSES]
     return first + [i for i in range(len(plan.roles[0])) if i not in first]
 
@@ -152,14 +152,14 @@ def _name(index: int) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 6, 7 as 0-2,6-7."""
+    """``0-2,6-7`` for 0, 1, 2, 6, 7."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends))
 
 
 def _si(number: float) -> str:
-    """1234567 as 1.23 M."""
+    """``1.23 M`` for 1234567."""
     for factor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:.2f} {unit}"

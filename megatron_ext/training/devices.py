@@ -1,13 +1,13 @@
-"""What a device could do at best: the yardstick of the MFU (model FLOPs utilisation).
+"""Peak throughput of devices, the reference for the MFU (model FLOPs utilisation).
 
-Dense bfloat16 tensor-core peaks, TFLOP/s, from NVIDIA's data sheets (whose headline figures are with 2:4 sparsity,
-twice these). A name that is not here has no MFU rather than a wrong one.
+Dense bfloat16 tensor-core peaks, TFLOP/s, from NVIDIA's data sheets (whose headline figures assume 2:4 sparsity and are
+twice as high). A device that is not listed has no MFU rather than a wrong one.
 """
 
 import re
 
 _DENSE_BF16_TFLOPS = (
-    # The first pattern that fits the device's name counts, so variants stand before their family.
+    # The first pattern that matches the device's name counts, so variants precede their family.
     (r"GB[23]00", 2500.0),
     (r"B[23]00", 2250.0),
     (r"B100", 1750.0),
@@ -26,10 +26,7 @@ _DENSE_BF16_TFLOPS = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 peak of a device in FLOP/s, by the name that ``torch.cuda.get_device_name`` gives.
-
-    None: not known.
-    """
+    """Dense bfloat16 peak of a device in FLOP/s, by its name from ``torch.cuda.get_device_name``; None: not known."""
     for pattern, tflops in _DENSE_BF16_TFLOPS:
         if re.search(rf"\b({pattern})\b", device_name):
             return tflops * 1e12
@@ -37,7 +34,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def model_flops_utilisation(flops: float, seconds: float, devices: int, device_name: str) -> float | None:
-    """Share of the devices' peak that ``flops`` (of the model, over all devices) done in ``seconds`` amount to.
+    """Share of the devices' peak, given the model's ``flops`` over all devices in ``seconds``.
 
     None: the device's peak is not known.
     """

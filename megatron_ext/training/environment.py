@@ -1,4 +1,4 @@
-"""The environment of a run, for ``environment.json``: processes, device, versions."""
+"""The environment of a run for ``environment.json``: processes, device, versions."""
 
 import os
 import platform

@@ -1,6 +1,7 @@
-"""The input of a training step, prepared ahead on the host: routes, labels, FLOPs.
+"""Prepares the input of a training step from its rows on the host: routes, labels, FLOPs.
 
-The worker processes that pack rows prepare it, without importing torch, while the device computes earlier steps.
+This module does not import torch: it runs in the worker processes that pack rows, while the device is busy with earlier
+steps.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from megatron_ext.transformer.resolved import ResolvedConfig, RowLayout
 
 NO_TASK = len(Task)
-"""The task of a filler target, whose cross-entropy counts nowhere."""
+"""Stands for the task of a filler target, whose cross-entropy does not count."""
 
 
 @dataclass
@@ -40,12 +41,12 @@ class MicroBatch:
 
 @dataclass
 class StepInput:
-    """The input of one step of a replica: arrays on the host, tensors on a device.
+    """The input of one step from a replica's rows; arrays on the host, tensors on a device.
 
     Attributes:
-        loss_tokens: targets of each task, float64 [tasks].
+        loss_tokens: number of targets of each task, float64 [tasks].
         flops, dense_flops: training FLOPs under the plan and under the dense plan; padding has none.
-        tokens: tokens without padding.
+        tokens: number of tokens without padding.
         stored_length: T of the hidden states that pipeline stages exchange, over all ranks.
     """
 
@@ -57,7 +58,7 @@ class StepInput:
     stored_length: int
 
     def to(self, device: torch.device | str) -> StepInput:
-        """Copy everything to ``device`` at once, without waiting for the copy."""
+        """The same input on ``device``, in one copy that the host does not wait for."""
         from megatron_ext.data.transfer import to_device
 
         return to_device(self, device)
@@ -65,13 +66,13 @@ class StepInput:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Turns packed rows into a :class:`StepInput`; small, and the same for every step of a run.
+    """Turns rows into a :class:`StepInput`; small, and the same for every step of a run.
 
     Attributes:
         vocab_size: for the FLOPs of the output head.
-        by_task: rows hold one task each, and rows of one task are put together.
+        by_task: each row holds one task; rows of one task are placed together.
         pad: id of the padding token.
-        iterations: of the run, for a dense share that changes during training; None: as in evaluation.
+        iterations: length of the run, for a dense share that changes during training; None: the share of evaluation.
     """
 
     plan: Plan
@@ -86,7 +87,7 @@ class Preparation:
 
     @classmethod
     def of(cls, resolved: ResolvedConfig, vocab_size: int = 0, pad: int = 0, training: bool = True) -> Preparation:
-        """The preparation of a run's steps, in training or in evaluation."""
+        """The preparation for a run's steps in training or evaluation."""
         config = resolved.config
         return cls(
             plan=resolved.plan,
@@ -101,12 +102,12 @@ class Preparation:
         )
 
     def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
-        """Prepare packed tokens, int32 [rows, s], for a step counted from 0."""
+        """The input of a step, counted from 0, from packed tokens, int32 [rows, s]."""
         selection = None if self.iterations is None else self.plan.selection(step, self.iterations)
         return self.step_input(unpack(packed_tokens, self.pad), selection)
 
     def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
-        """Prepare a batch on the host; ``selection`` None: as in evaluation."""
+        """The input of a step from a batch on the host; ``selection`` None: that of evaluation."""
         batch = batch.arrays()
         if self.by_task:
             order = np.argsort(batch.task[:, 0], kind="stable")
@@ -136,7 +137,7 @@ class Preparation:
         )
         targets, fillers = route.targets, -route.targets.size % rows.fill
         labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.task))
-        # The device does not need these.
+        # Only the host uses these.
         route.targets = route.order = None
         if not self.model.max_image_tokens:
             route.image_places = None
@@ -148,6 +149,6 @@ class Preparation:
 
 
 def prepare(batch: Batch, resolved: ResolvedConfig, device: torch.device | str = "cpu") -> StepInput:
-    """The input, on ``device``, of a step over a batch on the host, with the dense share of evaluation. FLOPs leave out
+    """The input, on ``device``, of a step over a batch on the host, with the dense share of evaluation. FLOPs exclude
     the output head."""
     return Preparation.of(resolved, training=False).step_input(batch).to(device)

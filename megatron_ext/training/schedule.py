@@ -10,15 +10,15 @@ _STYLES = {"cosine": "cosine", "wsd": "WSD", "constant": "constant"}
 def build_scheduler(
     optimizer, config: OptimizerConfig, iterations: int, done_iterations: int = 0
 ) -> OptimizerParamScheduler:
-    """A scheduler that has already set the learning rate of iteration ``done_iterations + 1``.
+    """A scheduler that has already set the learning rate for iteration ``done_iterations + 1``.
 
-    Call ``step(1)`` after each iteration. The rate rises linearly over ``warmup_iterations`` (the first iteration
-    already moves: 1/warmup of the peak), then is constant, or falls to ``min_lr`` at the last iteration along a
-    cosine, or (wsd) stays at its peak and falls by 1 - sqrt in the last ``wsd_decay_iterations``.
+    Call ``step(1)`` after each iteration. The rate rises linearly over ``warmup_iterations`` (starting at 1/warmup of
+    the peak in the first iteration). Then it is constant, or falls along a cosine to ``min_lr`` at the last iteration,
+    or (wsd) stays at its peak and falls by 1 - sqrt in the last ``wsd_decay_iterations``.
 
-    The rate is a function of the iteration and the configuration alone, so nothing of it belongs in a checkpoint: a
-    run resumed with more iterations follows the longer schedule. Build it after the optimizer's state is loaded,
-    whose parameter groups hold an old rate.
+    The rate depends only on the iteration and the configuration, so checkpoints do not store it: a run resumed with
+    more iterations follows the longer schedule. Build the scheduler after loading the optimizer's state, whose
+    parameter groups hold an old rate.
     """
     scheduler = OptimizerParamScheduler(
         optimizer,

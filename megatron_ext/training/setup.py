@@ -1,4 +1,4 @@
-"""Model and optimizer of a run, both of them Megatron-Core's."""
+"""Builds a run's model and its Megatron-Core optimizer."""
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -15,10 +15,10 @@ from megatron_ext.transformer.resolved import ResolvedConfig
 
 
 class DataParallel(DistributedDataParallel):
-    """Megatron-Core's wrapper, which also waits for gathered weights before each layer and each evaluation.
+    """Megatron-Core's class, with the guarantee that no weight is read before it is gathered.
 
-    Where new weights are gathered during the next forward pass (the distributed optimizer with overlap), a replica
-    has only its own share of them after a step.
+    With the distributed optimizer and overlap, new weights are gathered during the next forward pass: after a step, a
+    replica has only its own share of them.
     """
 
     def __init__(self, *args, **options):
@@ -28,12 +28,12 @@ class DataParallel(DistributedDataParallel):
                 layer.register_forward_pre_hook(self._wait_for_weights)
 
     def _wait_for_weights(self, layer: UnifiedLayer, inputs: tuple) -> None:
-        """Megatron-Core waits when a module is called; a layer also uses weights of modules that it does not call."""
+        """Megatron-Core waits when a module is called, but a layer also uses weights of modules it never calls."""
         for group in dict.fromkeys(self.param_to_bucket_group[p] for p in layer.parameters()):
             group.finish_param_sync()
 
     def train(self, mode: bool = True) -> "DataParallel":
-        """Gather the weights before an evaluation, in which replicas may call different layers."""
+        """Gather the weights before evaluation, where replicas may call different layers, or not equally often."""
         if not mode:
             gather_weights([self])
         return super().train(mode)
@@ -61,7 +61,7 @@ def build_model(resolved: ResolvedConfig) -> list[DistributedDataParallel]:
         DataParallel(chunk.config, data_parallel, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
     if parallel.overlap:
-        # Only the gradients of a step's last micro-batch are reduced as they become ready.
+        # Gradients are reduced as they become ready, but only those of a step's last micro-batch.
         no_sync = [chunk.no_sync for chunk in wrapped]
         chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
@@ -70,7 +70,7 @@ def build_model(resolved: ResolvedConfig) -> list[DistributedDataParallel]:
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
     """AdamW, fused where Transformer Engine or Apex is installed, with float32 master weights under bf16."""
     settings, bf16 = config.optimizer, config.training.precision == "bf16"
-    megatron_settings = MegatronOptimizerConfig(
+    megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
         min_lr=settings.min_lr,
@@ -85,9 +85,9 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
         overlap_param_gather=_gathers_ahead(config),
     )
     optimizer = get_megatron_optimizer(
-        megatron_settings, chunks, config_overrides=get_standard_config_overrides(megatron_settings)
+        megatron_config, chunks, config_overrides=get_standard_config_overrides(megatron_config)
     )
     if isinstance(single_optimizer(optimizer).optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in optimizer.param_groups:
-            group["fused"] = True  # torch's one-pass kernel, which Megatron-Core does not ask for
+            group["fused"] = True  # torch's one-pass kernel, which Megatron-Core does not enable
     return optimizer

@@ -25,14 +25,14 @@ from megatron_ext.training.prepare import MicroBatch, StepInput
 
 @dataclass
 class StepResult:
-    """The result of a step over the global batch, the same on every rank.
+    """The result of one step over the global batch, the same on every rank.
 
     Attributes:
         loss: the objective.
         task_losses: mean cross-entropy per task, for the tasks that had loss tokens.
-        grad_norm: global gradient norm before clipping; nan when there was no backward pass.
-        metrics: sums over the ranks of their ``metrics``.
-        applied: whether the optimizer applied the step.
+        grad_norm: global gradient norm before clipping; nan without a backward pass.
+        metrics: the ``metrics`` of all ranks, summed.
+        applied: whether the optimizer took the step.
     """
 
     loss: float
@@ -43,7 +43,7 @@ class StepResult:
 
 
 def configure(model_config) -> None:
-    """Make Megatron-Core's schedules sum gradients, since the objective is already normalised."""
+    """Make Megatron-Core's schedules sum gradients without scaling, since the objective is already normalised."""
     model_config.calculate_per_token_loss = True
     model_config.finalize_model_grads_func = lambda model, num_tokens, **groups: finalize_model_grads(
         model, None, **groups
@@ -66,9 +66,9 @@ def train_step(
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
         step: this replica's rows of the global batch, on the device, the same on all its ranks.
-        accept: decides from the loss and the gradient norm, which are the same on every rank, whether to apply the
-            step; it must decide alike on every rank.
-        metrics: numbers of this rank to be summed over all ranks (its stop flag, its share of the work).
+        accept: decides from the loss and the gradient norm whether to apply the step. Every rank passes the same
+            numbers and must get the same answer.
+        metrics: numbers of this rank to sum over all ranks in the same message (its stop flag, its share of the work).
         meanwhile: work for the host while the device computes the step.
     """
     for chunk in chunks:
@@ -90,7 +90,7 @@ def train_step(
 
 @contextmanager
 def evaluation_mode(chunks: list) -> Iterator[None]:
-    """Put the model into evaluation mode, and back into training mode afterwards."""
+    """Put the model in evaluation mode, and back in training mode afterwards."""
     for chunk in chunks:
         chunk.eval()
     try:
@@ -102,11 +102,11 @@ def evaluation_mode(chunks: list) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate_step(chunks: list, step: StepInput, config: Config) -> tuple[Tensor, Tensor]:
-    """Forward pass over the global batch, of which ``step`` holds this replica's rows, on the device.
+    """Forward pass over the global batch; ``step``: this replica's rows of it, on the device.
 
     Returns:
-        Sums [tasks] of cross-entropy over the global batch and the counts [tasks] of loss tokens, float64, the same
-        on every rank.
+        Sums [tasks] of cross-entropy over the global batch and counts [tasks] of loss tokens, float64, the same on
+        every rank.
     """
     counts, sums = _run(chunks, step, config, forward_only=True)
     return _sum_over_world(sums), counts
@@ -115,14 +115,14 @@ def evaluate_step(chunks: list, step: StepInput, config: Config) -> tuple[Tensor
 def task_gradients(chunks: list, step: StepInput, config: Config, task: Task) -> None:
     """Forward and backward pass for one task's mean cross-entropy over the global batch.
 
-    Afterwards ``main_grad`` of every parameter (this rank's slice of it) is its gradient, whole on every replica, also
-    where the optimizer is sharded over them. Nothing else changes: the next step zeroes these buffers.
+    Afterwards ``main_grad`` of every parameter (this rank's slice of it) is its gradient, complete on every replica,
+    even if the optimizer is sharded over replicas. Nothing else has changed: the next step zeroes these buffers.
     """
-    weights = TaskWeights(**{t.name.lower(): float(t == task) for t in Task})
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, task_weights=weights))
+    task_weights = TaskWeights(**{other.name.lower(): float(other == task) for other in Task})
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, task_weights=task_weights))
     for chunk in chunks:
         chunk.zero_grad_buffer()
-        # The optimizer's last step may have left the buffers here, too; gradients would then be added twice.
+        # The optimizer's last step may have left the buffers in .grad too; gradients would be added to them twice.
         chunk.zero_grad(set_to_none=True)
         chunk.force_all_reduce = True  # for gradients that are reduced as they become ready
     try:
@@ -142,7 +142,7 @@ def _run(chunks: list, step: StepInput, config: Config, forward_only: bool, **op
         data_iterator=[iter(step.micro_batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(step.micro_batches),
-        # The length of hidden states; the schedule itself splits it over the ranks of sequence parallelism.
+        # The schedule itself divides this length over the ranks of sequence parallelism.
         seq_length=step.stored_length,
         micro_batch_size=1,
         forward_only=forward_only,
@@ -161,7 +161,7 @@ def _forward(weights: Tensor, micro_batches: Iterator[MicroBatch], chunk) -> tup
 def _loss(
     micro_batch: MicroBatch, weights: Tensor, token_losses: Callable, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The share of the objective in this micro-batch. Called by the schedule on the last stage only."""
+    """This micro-batch's share of the objective. The schedule calls it on the last stage only."""
     losses = token_losses(logits, micro_batch.labels)
     objective = (losses * weights[micro_batch.tasks]).sum()
     return objective, torch.zeros((), dtype=torch.int, device=objective.device), task_sums(losses, micro_batch.tasks)
@@ -177,8 +177,8 @@ def _reduce(sums: Tensor, counts: Tensor, config: Config, metrics) -> tuple[floa
 
 
 def _gradient_norm(optimizer) -> float:
-    """Norm of the gradients of the whole model. Megatron-Core's own waits for the device once per parameter without
-    Transformer Engine and Apex."""
+    """Norm of the gradients of the whole model. Megatron-Core's own function waits for the device once per parameter if
+    neither Transformer Engine nor Apex is installed."""
     single = single_optimizer(optimizer)
     gradients = compat.gradients_for_norm(single)
     square = torch.zeros((), device=torch.cuda.current_device())
@@ -189,7 +189,7 @@ def _gradient_norm(optimizer) -> float:
 
 
 def _sum_over_world(sums: Tensor, *metrics: float) -> Tensor:
-    """Sums of the last stages added up over the replicas, and the metrics over all ranks, in one all-reduce."""
+    """Sums of the last stages added over the replicas, and metrics over all ranks, in one all-reduce."""
     is_reporting_rank = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     message = torch.cat([sums * float(is_reporting_rank), sums.new_tensor(metrics)])
     dist.all_reduce(message)

@@ -66,8 +66,8 @@ def transformer_config(resolved: ResolvedConfig) -> TransformerConfig:
         # For the output layer, which is Megatron-Core's own and needs Apex for it; see fuses_weight_gradient.
         gradient_accumulation_fusion=apex_fuses_weight_gradients(),
         # The fused kernels give gradients in bf16, whatever the logits are, and choose their order of summation by
-        # timing. Transformer Engine's fused loss is not an option: 2.12 subtracts 1 from a bf16 probability and waits for
-        # the device in every backward pass, 2.20 refuses a micro-batch without loss tokens.
+        # timing. Transformer Engine's fused loss is not an option: 2.12 subtracts 1 from a bf16 probability and waits
+        # for the device in every backward pass, 2.20 refuses a micro-batch without loss tokens.
         cross_entropy_loss_fusion=bf16 and not on_cpu and not training.deterministic,
         deterministic_mode=training.deterministic,
         bias_activation_fusion=False,

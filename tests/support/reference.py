@@ -130,8 +130,8 @@ def roles_of(plan: Plan, layer: int, batch: Batch, selection: Selection | None =
         for modality in Modality:
             role[tokens_of(task, modality, batch)] = int(plan.role(layer, task, modality))
     if plan.dense_share:
-        role[torch.from_numpy(plan.dense_share.taken(batch, selection)) & (batch.document != PADDING_DOCUMENT)] = int(
-            Role.FULL
+        role[torch.from_numpy(plan.dense_share.selected(batch, selection)) & (batch.document != PADDING_DOCUMENT)] = (
+            int(Role.FULL)
         )
     return role
 

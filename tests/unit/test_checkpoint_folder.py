@@ -99,11 +99,11 @@ def test_damage_names_each_file_that_is_not_as_it_was_written(tmp_path):
     ]
 
 
-def test_the_way_out_of_a_damaged_checkpoint_is_the_next_older_whole_one(tmp_path):
+def test_the_remedy_for_a_damaged_checkpoint_is_the_next_older_whole_one(tmp_path):
     paths = [save(tmp_path, iteration) for iteration in (10, 20, 30, 40)]
     (paths[2] / "data").write_bytes(b"short")
-    assert checkpoint_folder.way_out(paths[3]) == "; to resume from the older iter_0000020, move iter_0000040 away"
-    assert checkpoint_folder.way_out(paths[0]) == "; there is no older complete checkpoint beside it"
+    assert checkpoint_folder.remedy(paths[3]) == "; to resume from the older iter_0000020, move iter_0000040 away"
+    assert checkpoint_folder.remedy(paths[0]) == "; there is no older complete checkpoint beside it"
 
 
 @pytest.mark.parametrize(

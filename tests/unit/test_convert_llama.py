@@ -197,19 +197,19 @@ def write(file: Path, value: dict) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mistral"}, "'model_type' is 'mistral', must be 'llama'"),
-        ({"attention_bias": True}, "'attention_bias' is True, this model can have False alone"),
+        ({"attention_bias": True}, "'attention_bias' is True, this model supports only False"),
         ({"mlp_bias": True}, "'mlp_bias' is True"),
-        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', this model can have 'silu' alone"),
+        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', this model supports only 'silu'"),
         ({"quantization_config": {"bits": 4}}, "'quantization_config' is {'bits': 4}"),
-        ({"head_dim": 16}, r"'head_dim' is 16, this model can have hidden_size / num_attention_heads \(64 / 8\) alone"),
+        ({"head_dim": 16}, r"'head_dim' is 16, this model supports only hidden_size / num_attention_heads \(64 / 8\)"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) is not divisible by model.num_query_groups \(3\)"),
         ({"intermediate_size": None}, "'intermediate_size' is None, must be a whole number"),
         (
             {"rope_parameters": {"rope_type": "yarn"}},
-            "'rope_type' is 'yarn', this model can have 'default' or 'llama3'",
+            "'rope_type' is 'yarn', this model supports 'default' and 'llama3'",
         ),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "'rope_type' is 'linear'"),
-        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 8}}, "'high_freq_factor' of 'llama3' is 8, .* 4 alone"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 8}}, "'high_freq_factor' of 'llama3' is 8, .* only 4"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "'partial_rotary_factor' is 0.5"),
     ],
 )
@@ -287,5 +287,5 @@ def test_a_vocabulary_of_other_text_is_refused(saved, vocabulary, tmp_path):
 
 def test_other_checkpoints_are_never_replaced(saved, vocabulary, tmp_path):
     (tmp_path / "out" / "iter_0000003").mkdir(parents=True)
-    with pytest.raises(UserError, match="out: holds checkpoints already, such as iter_0000003"):
+    with pytest.raises(UserError, match="out: already holds checkpoints, such as iter_0000003"):
         convert_llama(saved, vocabulary, tmp_path / "out", seed=5)

@@ -283,5 +283,5 @@ def test_a_preset_that_implies_the_projections_is_understood(tmp_path):
 
 def test_other_checkpoints_are_never_replaced(tmp_path):
     checkpoint = marked(tmp_path / "run")
-    with pytest.raises(UserError, match="run: holds checkpoints already, such as iter_0000003"):
+    with pytest.raises(UserError, match="run: already holds checkpoints, such as iter_0000003"):
         convert(checkpoint, tmp_path / "run", ["plan.projections.kind=separate"])

@@ -26,8 +26,8 @@ def rows(count: int = 40) -> Batch:
 
 def test_documents_are_drawn_whole_and_image_tokens_one_by_one():
     batch = rows()
-    of_documents = plan(of="documents").dense_share.taken(batch, Selection(0.5, 3))
-    of_tokens = plan(of="image_tokens").dense_share.taken(batch, Selection(0.5, 3))
+    of_documents = plan(of="documents").dense_share.selected(batch, Selection(0.5, 3))
+    of_tokens = plan(of="image_tokens").dense_share.selected(batch, Selection(0.5, 3))
     mixed = {"documents": 0, "tokens": 0}
     for row in range(batch.shape[0]):
         for number in batch.document[row][filled(batch)[row]].unique():
@@ -41,17 +41,17 @@ def test_documents_are_drawn_whole_and_image_tokens_one_by_one():
 def test_as_many_are_drawn_as_the_share_says_and_others_in_each_step(of):
     batch, share = rows(400), plan(of=of).dense_share
     chosen = filled(batch) & (batch.positions == 0 if of == "documents" else batch.modality == Modality.IMAGE)
-    drawn = [np.mean([share.taken(batch, Selection(p, n))[chosen].mean() for n in range(20)]) for p in (0.2, 0.7)]
+    drawn = [np.mean([share.selected(batch, Selection(p, n))[chosen].mean() for n in range(20)]) for p in (0.2, 0.7)]
     assert drawn == pytest.approx([0.2, 0.7], abs=0.05)
-    assert not np.array_equal(share.taken(batch, Selection(0.5, 1)), share.taken(batch, Selection(0.5, 2)))
+    assert not np.array_equal(share.selected(batch, Selection(0.5, 1)), share.selected(batch, Selection(0.5, 2)))
 
 
 @pytest.mark.parametrize("of", ["documents", "image_tokens"])
 def test_how_a_batch_is_cut_does_not_change_who_is_drawn(of):
     batch, share = rows(), plan(of=of).dense_share
-    whole = share.taken(batch, Selection(0.5, 7))
+    whole = share.selected(batch, Selection(0.5, 7))
     assert 0 < whole.sum() < whole.size
-    parts = [share.taken(batch.rows(i, i + 5), Selection(0.5, 7)) for i in range(0, 40, 5)]
+    parts = [share.selected(batch.rows(i, i + 5), Selection(0.5, 7)) for i in range(0, 40, 5)]
     assert np.array_equal(np.concatenate(parts), whole)
 
 
@@ -64,7 +64,7 @@ def test_the_share_moves_in_a_straight_line_and_evaluation_has_its_own():
     assert plan(of="documents").dense_share.evaluation == 0
     assert plan(of="image_tokens", start=0.3).dense_share.evaluation == 0.3
     batch = rows(2)
-    assert not share.taken(batch, None).any() and step.taken(batch, None).all()
+    assert not share.selected(batch, None).any() and step.selected(batch, None).all()
 
 
 def test_what_is_drawn_costs_what_dense_costs():
@@ -78,7 +78,7 @@ def test_what_is_drawn_costs_what_dense_costs():
     assert flops(shared, Selection(1.0)) == flops(dense(shared)) > flops(shared, Selection(0.0))
     assert flops(shared, Selection(0.0)) == flops(shared) == flops(Plan.of(PlanConfig("himix_hmgen_share_all"), 4))
     some = plan(of="image_tokens", start=0.5)
-    taken = some.dense_share.taken(batch, None)
+    taken = some.dense_share.selected(batch, None)
     assert 0 < taken.sum() < 60 and (batch.modality[taken] == Modality.IMAGE).all()
     assert flops(shared) < flops(some) < flops(dense(shared))
 

@@ -311,8 +311,8 @@ def test_a_mix_is_documents_with_their_loss():
     [
         ("", "no document"),
         ("drawing: 4 image", "task of understanding, generation, text"),
-        ("generation: 4 pictures", "'4 pictures' is no run"),
-        ("generation: 0 image", "'0 image' is no run"),
+        ("generation: 4 pictures", "'4 pictures' is not a run"),
+        ("generation: 0 image", "'0 image' is not a run"),
         ("generation: 3 answer", "only understanding documents have an answer"),
     ],
 )

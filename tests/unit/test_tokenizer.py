@@ -51,7 +51,7 @@ def test_damaged_input_names_file_and_line(tmp_path):
 
 def test_too_little_text_is_said(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
-    with pytest.raises(UserError, match="cannot make 4000 pieces of 1 texts"):
+    with pytest.raises(UserError, match="cannot make 4000 pieces from 1 texts"):
         tokenizer.train([tmp_path / "text.txt"], tmp_path / "tokenizer.model", 4000)
     assert not (tmp_path / "tokenizer.model").exists()
 
