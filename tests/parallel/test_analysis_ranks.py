@@ -48,7 +48,7 @@ def _measure(layouts: dict[str, list[str]]):
     figures, losses = {}, {}
     for layout, overrides in layouts.items():
         config, chunks, batch = _model([*SETTINGS, RANK_4, *overrides])
-        alignment_figures = alignment(chunks, prepare(batch, resolve(config)), config)
+        alignment_figures = alignment(chunks, prepare(batch, resolve(config)), resolve(config))
         del alignment_figures["seconds"]
         figures[layout] = dict(_flat(alignment_figures))
         if config.parallel.pipeline == 1 and not config.parallel.sequence:
