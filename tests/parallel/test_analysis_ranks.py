@@ -103,7 +103,7 @@ def _two_steps(settings: list[str], measured: bool) -> list[float]:
     optimizer, losses, step = build_optimizer(config, chunks), [], prepare(batch, resolve(config))
     for _ in range(2):
         if measured:
-            alignment(chunks, step, config)
+            alignment(chunks, step, resolve(config))
         losses.append(train_step(chunks, optimizer, step, config).loss)
     return losses
 
