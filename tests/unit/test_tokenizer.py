@@ -76,9 +76,9 @@ def test_the_token_space_is_text_special_codes(tmp_path, model):
 
 
 def test_the_fingerprint_follows_the_meaning_of_ids(tmp_path, model):
-    one = Vocabulary.create(tmp_path / "one", model, codebook_size=50)
-    assert Vocabulary.create(tmp_path / "same", model, codebook_size=50).fingerprint == one.fingerprint
-    assert Vocabulary.create(tmp_path / "more", model, codebook_size=51).fingerprint != one.fingerprint
+    vocabulary = Vocabulary.create(tmp_path / "vocabulary", model, codebook_size=50)
+    assert Vocabulary.create(tmp_path / "same", model, codebook_size=50).fingerprint == vocabulary.fingerprint
+    assert Vocabulary.create(tmp_path / "more", model, codebook_size=51).fingerprint != vocabulary.fingerprint
 
 
 def test_a_changed_tokenizer_is_refused(tmp_path, model):
