@@ -104,7 +104,7 @@ def test_plain_text_needs_no_vq_and_is_verified(pictures, tmp_path):
         ('{"text": "a"', [], "lines.jsonl:1: Expecting"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(pictures, tmp_path, line, options, named):
+def test_a_mistake_is_one_line(pictures, tmp_path, line, options, named):
     (tmp_path / "a.png").write_bytes(encoded(0))
     (tmp_path / "lines.jsonl").write_text(line + "\n")
     common = ["--vocabulary", pictures / "vocabulary", "--out", tmp_path / "set"]

@@ -92,6 +92,6 @@ def test_selected_tokens_cost_what_dense_costs():
         ({"evaluation": 0.5}, "plan.dense_share.evaluation"),
     ],
 )
-def test_what_cannot_be_is_named(settings, named):
+def test_an_impossible_setting_is_named(settings, named):
     with pytest.raises(UserError, match=named.replace(".", r"\.")):
         plan(of="documents", **settings)

@@ -59,7 +59,7 @@ def test_a_question_without_the_suffix_gets_it(tmp_path):
     assert MME.read(tmp_path)[0].image == tmp_path / "OCR" / "1.jpg", "which need not exist"
 
 
-def test_the_folders_that_the_archive_makes_are_looked_into(tmp_path):
+def test_the_folders_of_the_archive_are_searched(tmp_path):
     release = tmp_path / "MME_Benchmark_release_version"
     nested(release / "MME_Benchmark", "scene", ["1"])
     flat(release, "OCR", ["2"])

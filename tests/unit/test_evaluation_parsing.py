@@ -6,7 +6,7 @@ from megatron_ext.evaluation.parsing import letter, normalised, yes_or_no
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("yes", "yes"),
         (" No.", "no"),

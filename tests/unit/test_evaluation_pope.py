@@ -65,7 +65,7 @@ def test_known_answers_have_known_scores(tmp_path):
     assert not scores.notes
 
 
-def test_a_split_that_is_left_out_is_said_and_is_not_averaged(tmp_path):
+def test_a_left_out_split_is_noted_and_not_averaged(tmp_path):
     items = POPE.read(release(tmp_path, {"random": ["yes", "no"]}), ["random"])
     scores = POPE.score(items, {"random/1": "yes", "random/2": "no"})
     assert scores.notes == ("POPE without the split popular, adversarial",)

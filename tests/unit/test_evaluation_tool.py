@@ -1,4 +1,4 @@
-"""tools/evaluate.py: several answers files side by side, with all that is wrong with them."""
+"""tools/evaluate.py: several answers files side by side, with all their defects."""
 
 import json
 import subprocess

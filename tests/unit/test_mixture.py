@@ -111,7 +111,7 @@ def test_a_document_with_an_image_that_is_longer_than_a_row_is_refused(tmp_path)
         mixture((path, "understanding", 1.0), length=31)
 
 
-def test_the_tree_tells_sizes_shares_and_epochs(tmp_path):
+def test_the_tree_lists_sizes_shares_and_epochs(tmp_path):
     pairs = write(tmp_path / "pairs", [[PICTURE, (ANSWER, [2] * 8)]] * 10)  # 20 tokens for understanding
     plain = write(tmp_path / "plain", [[(TEXT, [2] * 8)]] * 5)  # 10 tokens
     blend = mixture((pairs, "understanding", 3.0), (plain, "text", 1.0))

@@ -96,7 +96,7 @@ def test_components_of_image_tokens():
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, parts",
     [
         (["preset=himx"], ["plan.preset", "himx", "himix"]),
         (["preset=himix", "himix_start=16"], ["plan.himix_start", "layer 16", "0 .. 15"]),
@@ -110,7 +110,7 @@ def test_components_of_image_tokens():
         (["projections.modules=[qkv, fc3]"], ["plan.projections.modules[1]", "fc3", "fc1"]),
     ],
 )
-def test_what_does_not_fit_is_named(settings, parts):
+def test_an_invalid_setting_is_named(settings, parts):
     with pytest.raises(UserError) as refusal:
         plan(*settings)
     assert all(part in str(refusal.value) for part in parts), str(refusal.value)

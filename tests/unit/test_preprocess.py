@@ -108,7 +108,7 @@ def test_merging_names_the_part_that_is_missing(tmp_path, tars, vocabulary, vq):
     assert not (tmp_path / "set.json").exists()
 
 
-def test_a_join_that_was_killed_is_done_again(tmp_path, tars, vocabulary, vq, whole, monkeypatch):
+def test_a_killed_join_is_repeated(tmp_path, tars, vocabulary, vq, whole, monkeypatch):
     preprocess(small(tars, tmp_path / "set", shard=(1, 1)), vocabulary, vq)
     (tmp_path / ".set.4711.tmp.bin").write_bytes(b"left by a process that was killed")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -143,7 +143,7 @@ def test_a_finished_data_set_is_left_alone(tmp_path, tars, vocabulary, vq, whole
     assert contents(tmp_path / "set") == whole
 
 
-def test_a_finished_data_set_that_was_damaged_is_made_anew(tmp_path, tars, vocabulary, vq, whole, capsys):
+def test_a_damaged_data_set_is_written_again(tmp_path, tars, vocabulary, vq, whole, capsys):
     options = small(tars, tmp_path / "set")
     restore(whole, tmp_path)
     (tmp_path / "set.bin").write_bytes(b"")

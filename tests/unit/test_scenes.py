@@ -331,7 +331,7 @@ def test_the_files_are_what_they_should_be_and_a_complete_split_is_left_alone(tm
     assert not list(tmp_path.glob(".*"))
 
 
-def test_other_settings_make_the_split_anew(tmp_path):
+def test_other_settings_write_the_split_again(tmp_path):
     first = write_split(tmp_path, CONFIG, 1)
     second = write_split(tmp_path, replace(CONFIG, seed=CONFIG.seed + 1), 1)
     assert second["created"] and second["fingerprint"] != first["fingerprint"]

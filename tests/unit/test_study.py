@@ -377,7 +377,7 @@ def test_equal_roles_are_evaluated_once(study):
     assert names["hmgen-g"] == ["training"]  # has no benchmarks
 
 
-def test_evaluations_keep_apart_and_are_not_done_while_answers_are_missing(study, tmp_path):
+def test_evaluations_are_separate_and_incomplete_while_answers_are_missing(study, tmp_path):
     write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=3, size=16))
     shares = {f"share-{share}": [f"plan.himix_start={layer}"] for layer, share in enumerate((0.5, 0.25))}
     pope = study_file.StudyBenchmark("pope", str(tmp_path / "benchmarks" / "pope"))

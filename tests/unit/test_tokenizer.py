@@ -49,7 +49,7 @@ def test_damaged_input_names_file_and_line(tmp_path):
         list(tokenizer.texts(tmp_path / "absent.txt"))
 
 
-def test_too_little_text_is_said(tmp_path):
+def test_too_little_text_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
     with pytest.raises(UserError, match="cannot make 4000 pieces from 1 texts"):
         tokenizer.train([tmp_path / "text.txt"], tmp_path / "tokenizer.model", 4000)
