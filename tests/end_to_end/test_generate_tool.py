@@ -124,7 +124,7 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     assert "has changed since it was answered" in shown.splitlines()[-1]
 
 
-def test_what_does_not_fit_is_one_line(trained, tmp_path):
+def test_a_mismatch_is_one_line(trained, tmp_path):
     (tmp_path / "broken.png").write_bytes(encoded(3)[:40])
     broken = generate(trained, "--image", tmp_path / "broken.png", "--question", "?", check=False)
     assert broken.returncode == 1 and "Traceback" not in broken.stdout

@@ -87,7 +87,7 @@ def test_plain_text_needs_no_vq_and_is_verified(pictures, tmp_path):
     vocabulary = ["--vocabulary", pictures / "vocabulary"]
     run_program([*TOOL, tmp_path / "text.jsonl", *vocabulary, "--out", tmp_path / "set"])
     completed = run_program([*TOOL, "--verify", tmp_path / "set", *vocabulary])
-    assert "set: whole; 5 documents, 0 images" in completed.stdout
+    assert "set: complete and undamaged; 5 documents, 0 images" in completed.stdout
     (tmp_path / "set.bin").write_bytes((tmp_path / "set.bin").read_bytes()[:-1])
     completed = run_program([*TOOL, "--verify", tmp_path / "set"], check=False)
     assert completed.returncode == 1
@@ -104,7 +104,7 @@ def test_plain_text_needs_no_vq_and_is_verified(pictures, tmp_path):
         ('{"text": "a"', [], "lines.jsonl:1: Expecting"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(pictures, tmp_path, line, options, named):
+def test_a_mistake_is_one_line(pictures, tmp_path, line, options, named):
     (tmp_path / "a.png").write_bytes(encoded(0))
     (tmp_path / "lines.jsonl").write_text(line + "\n")
     common = ["--vocabulary", pictures / "vocabulary", "--out", tmp_path / "set"]

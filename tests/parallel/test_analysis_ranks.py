@@ -90,7 +90,7 @@ def _allocation(model, config, batch) -> dict:
 
     allocation = Allocation(model, Plan.of(config.plan, config.model.num_layers), SPECIAL)
     allocation.read(batch)
-    return {f"{name} allocation": of["layers"] for name, of in allocation.result().items()}
+    return {f"{name} allocation": queries["layers"] for name, queries in allocation.result().items()}
 
 
 def _two_steps(settings: list[str], measured: bool) -> list[float]:

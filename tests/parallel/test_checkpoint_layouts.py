@@ -1,4 +1,4 @@
-"""A run goes on from its checkpoint: bit for bit under the same layout, with equal losses under any other."""
+"""A run resumes from its checkpoint: bit for bit under the same layout, with equal losses under any other."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a set of ranks does with its checkpoints besides going on from them: asynchronous saves, keeping, refusing."""
+"""Checkpoints of several ranks, beyond resuming: asynchronous saves, which are kept, which are refused."""
 
 import time
 from pathlib import Path

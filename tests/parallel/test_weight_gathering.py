@@ -1,4 +1,4 @@
-"""Weights that are gathered while the next forward pass goes on are whole wherever they are read."""
+"""Weights that are gathered during the next forward pass are whole wherever they are read."""
 
 from functools import partial
 

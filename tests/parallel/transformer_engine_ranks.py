@@ -1,6 +1,6 @@
 """One rank of a world that trains over the stand-in for Transformer Engine; writes what it saw as JSON.
 
-Megatron-Core looks for Transformer Engine when it is imported, so this is a program of its own:
+Megatron-Core looks for Transformer Engine when it is imported, so this is a separate program:
 
     RANK=0 WORLD_SIZE=2 ... python transformer_engine_ranks.py OUT.json
 """

@@ -52,9 +52,9 @@ def rows_of(*rows: list[Document], length: int) -> tuple[Batch, list[str]]:
         for number, (task, kinds) in enumerate(documents):
             for place, kind in enumerate(kinds):
                 low, high = (40, 64) if kind == "image" else (2, 30)
-                drawn = int(torch.randint(low, high, (1,), generator=random))
+                token = int(torch.randint(low, high, (1,), generator=random))
                 here = row, start + place
-                batch.tokens[here] = IDS.get(kind.rstrip("123"), drawn)
+                batch.tokens[here] = IDS.get(kind.rstrip("123"), token)
                 batch.modality[here] = Modality.IMAGE if kind == "image" else Modality.TEXT
                 batch.positions[here], batch.document[here], batch.task[here] = place, number, task
                 batch.loss_mask[here] = place + 1 < len(kinds) and learnt(task, kinds[place + 1])
@@ -64,18 +64,18 @@ def rows_of(*rows: list[Document], length: int) -> tuple[Batch, list[str]]:
     return batch, names
 
 
-def allocate(attention: torch.Tensor, visible: torch.Tensor, batch: Batch, names: list[str], of: str) -> dict:
+def allocate(attention: torch.Tensor, visible: torch.Tensor, batch: Batch, names: list[str], queries: str) -> dict:
     """The figures of one layer by the definitions, one query after the other.
 
     Args:
         attention: [heads, t, t] of all tokens by flat index; a row without attention is no query.
         visible: bool [t, t].
-        of: the set of queries.
+        queries: the set of queries.
     """
     tasks, positions = batch.task.flatten().tolist(), batch.positions.flatten().tolist()
     mass, share, entropies, ratios = defaultdict(list), defaultdict(list), [], []
     for i in range(len(names)):
-        if not attention[:, i].any() or not _asks(of, i, names, tasks, positions):
+        if not attention[:, i].any() or not _is_query(queries, i, names, tasks, positions):
             continue
         turn = int(_next_turn(names[i:]))
         keys = visible[i].nonzero().flatten().tolist()
@@ -101,12 +101,12 @@ def allocate(attention: torch.Tensor, visible: torch.Tensor, batch: Batch, names
     }
 
 
-def _asks(of: str, i: int, names: list[str], tasks: list[int], positions: list[int]) -> bool:
-    if of == "image":
+def _is_query(queries: str, i: int, names: list[str], tasks: list[int], positions: list[int]) -> bool:
+    if queries == "image":
         return tasks[i] == Task.GENERATION and names[i] == "image"
     if tasks[i] != Task.UNDERSTANDING or names[i] == "padding":
         return False
-    if of == "answer":
+    if queries == "answer":
         after = names[i + 1] if i + 1 < len(names) and positions[i + 1] else "padding"
         return learnt(Task.UNDERSTANDING, after)
     return names[i] != "image" and "image" in names[i - positions[i] : i]

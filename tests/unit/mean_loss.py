@@ -1,4 +1,4 @@
-"""The callback of one's own that docs/training.md shows."""
+"""The custom callback that docs/training.md shows."""
 
 from megatron_ext.training.callback import Callback
 

@@ -56,8 +56,8 @@ def check(allocation: dict, layer: int, attention, visible, batch, names) -> Non
     def known(figures: dict) -> dict:
         return {name: value for name, value in figures.items() if value is not None}
 
-    for of in SETS:
-        expected, result = allocate(attention, visible, batch, names, of), allocation[of]["layers"][layer]
+    for queries in SETS:
+        expected, result = allocate(attention, visible, batch, names, queries), allocation[queries]["layers"][layer]
         for figure in ("mass", "over_uniform"):
             known_classes = {name: expected[figure].get(name) for name in result[figure]}
             assert known(result[figure]) == pytest.approx(known(known_classes), rel=1e-5, abs=1e-7)
@@ -100,7 +100,7 @@ def test_hand_set_attention(one_process, plan, factor):
         attention[role != Role.FULL] = 0
         check(allocation, layer, attention.expand(shape.num_attention_heads, -1, -1), visible, batch, names)
         if factor == 1.0:
-            ratios = [v for of in SETS for v in allocation[of]["layers"][layer]["over_uniform"].values()]
+            ratios = [v for queries in SETS for v in allocation[queries]["layers"][layer]["over_uniform"].values()]
             assert all(ratio is None or ratio == pytest.approx(1, rel=1e-5) for ratio in ratios)
 
 

@@ -150,8 +150,8 @@ def test_the_model_in_training_answers_as_its_checkpoint_does(evaluated, materia
 def test_the_report_shows_questions_pictures_and_scores(evaluated, material, tmp_path):
     write_report(evaluated.output, None, tmp_path / "report.html")
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
-    for said in (*CAPTIONS, "right: yes", "POPE: ", "MME, perception", "after iteration 4"):
-        assert said in page and said in text
+    for expected in (*CAPTIONS, "right: yes", "POPE: ", "MME, perception", "after iteration 4"):
+        assert expected in page and expected in text
     assert "figures of MME" in page and "Answer the question using" not in page
     files = {file.name for file in (tmp_path / "report_files").iterdir()}
     assert {"picture-0.png", "picture-1.png", "question-0.png", "scores-pope.svg"} <= files

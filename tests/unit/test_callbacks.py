@@ -1,4 +1,4 @@
-"""The list of callbacks, its order, and callbacks of one's own."""
+"""The list of callbacks, its order, and callbacks named in the configuration."""
 
 import json
 import re

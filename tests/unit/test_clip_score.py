@@ -82,7 +82,7 @@ def test_long_texts_are_cut_and_the_rest_of_the_batch_stays_as_it_is(tmp_path):
     assert together[1] == pytest.approx(together[2], abs=1e-4)
 
 
-def test_what_is_no_whole_model_is_refused_in_one_line(tmp_path):
+def test_an_incomplete_model_is_refused_in_one_line(tmp_path):
     folder = make_clip(tmp_path / "tiny")
     assert Clip(folder).name.startswith("CLIP of tiny (SHA-256 ")
     with pytest.raises(UserError, match="nowhere: no config.json"):

@@ -105,7 +105,7 @@ def test_impossible_combinations_are_refused(overrides, world_size, parts):
     assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_what_an_evaluation_would_need_is_not_asked_of_a_run_without_one():
+def test_a_run_without_evaluation_needs_none_of_its_settings():
     check(load("parallel.pipeline=2", "evaluation.prompts=[a circle]"), 2)
     check(load(*EVALUATED, benchmarks("{name: mme, data: x, parts: [count, OCR], limit: 20}")), 1)
 

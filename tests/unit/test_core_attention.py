@@ -103,7 +103,7 @@ def test_half_precision_off_the_cpu_is_one_variable_length_call():
 
 
 @pytest.mark.parametrize("size, dtype", [(SIZE, torch.float32), (6, torch.bfloat16), (264, torch.bfloat16)])
-def test_what_flash_attention_cannot_do_goes_segment_by_segment(size, dtype):
+def test_segments_that_flash_attention_cannot_compute_are_computed_singly(size, dtype):
     segments = SEGMENTS["queries fewer than keys"]
     inputs = rows(segments, 3, size, device="meta", dtype=dtype)
     with Seen() as seen:

@@ -15,6 +15,6 @@ assert torch.zeros(3, device="cuda").device.type == "cpu"
 
 
 def test_a_block_under_a_device_still_makes_its_tensors_there():
-    # In a process of its own: torch learns once what such a block is for.
+    # In a separate process: torch learns once what such a block is for.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, timeout=100)

@@ -1,4 +1,4 @@
-"""A share of the data with dense roles: who is drawn, how many, and when."""
+"""A share of the data with dense roles: which documents or tokens are selected, how many, and when."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def rows(count: int = 40) -> Batch:
     return Batch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in Batch.names()))
 
 
-def test_documents_are_drawn_whole_and_image_tokens_one_by_one():
+def test_documents_are_selected_whole_and_image_tokens_singly():
     batch = rows()
     of_documents = plan(of="documents").dense_share.selected(batch, Selection(0.5, 3))
     of_tokens = plan(of="image_tokens").dense_share.selected(batch, Selection(0.5, 3))
@@ -37,18 +37,18 @@ def test_documents_are_drawn_whole_and_image_tokens_one_by_one():
     assert mixed["documents"] == 0 and mixed["tokens"] > 20
 
 
-@pytest.mark.parametrize("of", ["documents", "image_tokens"])
-def test_as_many_are_drawn_as_the_share_says_and_others_in_each_step(of):
-    batch, share = rows(400), plan(of=of).dense_share
-    chosen = filled(batch) & (batch.positions == 0 if of == "documents" else batch.modality == Modality.IMAGE)
-    drawn = [np.mean([share.selected(batch, Selection(p, n))[chosen].mean() for n in range(20)]) for p in (0.2, 0.7)]
-    assert drawn == pytest.approx([0.2, 0.7], abs=0.05)
+@pytest.mark.parametrize("unit", ["documents", "image_tokens"])
+def test_the_selected_share_is_the_configured_share_and_each_step_selects_others(unit):
+    batch, share = rows(400), plan(of=unit).dense_share
+    chosen = filled(batch) & (batch.positions == 0 if unit == "documents" else batch.modality == Modality.IMAGE)
+    shares = [np.mean([share.selected(batch, Selection(p, n))[chosen].mean() for n in range(20)]) for p in (0.2, 0.7)]
+    assert shares == pytest.approx([0.2, 0.7], abs=0.05)
     assert not np.array_equal(share.selected(batch, Selection(0.5, 1)), share.selected(batch, Selection(0.5, 2)))
 
 
-@pytest.mark.parametrize("of", ["documents", "image_tokens"])
-def test_how_a_batch_is_cut_does_not_change_who_is_drawn(of):
-    batch, share = rows(), plan(of=of).dense_share
+@pytest.mark.parametrize("unit", ["documents", "image_tokens"])
+def test_the_selection_does_not_depend_on_how_a_batch_is_split(unit):
+    batch, share = rows(), plan(of=unit).dense_share
     whole = share.selected(batch, Selection(0.5, 7))
     assert 0 < whole.sum() < whole.size
     parts = [share.selected(batch.rows(i, i + 5), Selection(0.5, 7)) for i in range(0, 40, 5)]
@@ -67,12 +67,12 @@ def test_the_share_moves_in_a_straight_line_and_evaluation_has_its_own():
     assert not share.selected(batch, None).any() and step.selected(batch, None).all()
 
 
-def test_what_is_drawn_costs_what_dense_costs():
+def test_selected_tokens_cost_what_dense_costs():
     model = ModelConfig(4, 8, 4, 2, 16)
     batch = mix_batch("understanding: 30 image, 5 text, 2 answer; generation: 5 text, 30 image")
 
-    def flops(of: Plan, selection=None) -> int:
-        return forward_flops(model, 100, of, count(batch, of, selection))
+    def flops(measured: Plan, selection=None) -> int:
+        return forward_flops(model, 100, measured, count(batch, measured, selection))
 
     shared = plan(of="documents")
     assert flops(shared, Selection(1.0)) == flops(dense(shared)) > flops(shared, Selection(0.0))
@@ -92,6 +92,6 @@ def test_what_is_drawn_costs_what_dense_costs():
         ({"evaluation": 0.5}, "plan.dense_share.evaluation"),
     ],
 )
-def test_what_cannot_be_is_named(settings, named):
+def test_an_impossible_setting_is_named(settings, named):
     with pytest.raises(UserError, match=named.replace(".", r"\.")):
         plan(of="documents", **settings)

@@ -9,7 +9,7 @@ from megatron_ext.evaluation.answers import AnswersWriter, read_answers
 from megatron_ext.evaluation.benchmark import Item
 
 
-def test_what_is_written_is_read_with_further_keys_and_any_characters(tmp_path):
+def test_answers_are_read_as_written_with_further_keys_and_any_characters(tmp_path):
     with AnswersWriter(tmp_path / "new" / "a.jsonl") as writer:
         writer.write("1", "a\nb\u2028北", likelihoods=[-1.0, -2.0], seconds=0.5)
         assert read_answers(tmp_path / "new" / "a.jsonl").answers == {"1": "a\nb\u2028北"}, "flushed as it comes"
@@ -21,7 +21,7 @@ def test_what_is_written_is_read_with_further_keys_and_any_characters(tmp_path):
     assert (read.duplicates, read.malformed, read.cut_short) == ([], [], False)
 
 
-def test_cut_at_any_byte_a_file_can_be_gone_on_with(tmp_path):
+def test_a_file_cut_at_any_byte_can_be_resumed(tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     with AnswersWriter(whole) as writer:
         for id in ("x/1", "x/2", "x/3"):

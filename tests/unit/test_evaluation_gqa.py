@@ -73,11 +73,11 @@ def test_questions_without_types_have_an_overall_score_alone(tmp_path):
 
 
 def test_random_answers_score_as_a_few_lines_count_them(tmp_path):
-    draw = random.Random(5)
-    words = ["dog", "red car", "two", "no", "t-shirt"]
+    rng = random.Random(5)
+    answer_texts = ["dog", "red car", "two", "no", "t-shirt"]
     forms = ["{}", "The {}.", "{}!", "a  {}", "{} s"]
-    questions = {str(n): {"question": "?", "imageId": "n", "answer": draw.choice(words)} for n in range(300)}
-    answers = {id: draw.choice(forms).format(draw.choice(words)).upper() for id in questions if draw.random() < 0.9}
+    questions = {str(n): {"question": "?", "imageId": "n", "answer": rng.choice(answer_texts)} for n in range(300)}
+    answers = {id: rng.choice(forms).format(rng.choice(answer_texts)).upper() for id in questions if rng.random() < 0.9}
 
     def plain(text):
         return re.sub(r"\b(the|a)\b|[^a-z0-9]", "", text.lower().replace("two", "2"))

@@ -59,7 +59,7 @@ def test_a_question_without_the_suffix_gets_it(tmp_path):
     assert MME.read(tmp_path)[0].image == tmp_path / "OCR" / "1.jpg", "which need not exist"
 
 
-def test_the_folders_that_the_archive_makes_are_looked_into(tmp_path):
+def test_the_folders_of_the_archive_are_searched(tmp_path):
     release = tmp_path / "MME_Benchmark_release_version"
     nested(release / "MME_Benchmark", "scene", ["1"])
     flat(release, "OCR", ["2"])
@@ -104,11 +104,11 @@ def test_all_right_is_2000_and_800(tmp_path):
 
 
 def test_random_answers_score_as_a_few_lines_count_them(tmp_path):
-    draw = random.Random(3)
+    rng = random.Random(3)
     for subtask in PARTS:
-        flat(tmp_path, subtask, map(str, range(draw.randint(3, 9))))
+        flat(tmp_path, subtask, map(str, range(rng.randint(3, 9))))
     items = MME.read(tmp_path)
-    answers = {item.id: draw.choice(["Yes", "no", "No.", "yes!", "maybe"]) for item in items if draw.random() < 0.9}
+    answers = {item.id: rng.choice(["Yes", "no", "No.", "yes!", "maybe"]) for item in items if rng.random() < 0.9}
     totals = {PERCEPTION: 0.0, COGNITION: 0.0}
     for subtasks in totals:
         for subtask in subtasks:

@@ -6,7 +6,7 @@ from megatron_ext.evaluation.parsing import letter, normalised, yes_or_no
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("yes", "yes"),
         (" No.", "no"),
@@ -23,8 +23,8 @@ from megatron_ext.evaluation.parsing import letter, normalised, yes_or_no
         ("...", None),
     ],
 )
-def test_yes_or_no_is_the_first_word_or_the_only_one_of_the_two(text, said):
-    assert yes_or_no(text) == said
+def test_yes_or_no_is_the_first_word_or_the_only_one_of_the_two(text, expected):
+    assert yes_or_no(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ def test_a_letter_is_the_letter_even_where_it_is_another_options_text():
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [("The  T-shirt.", "t shirt"), ("two dogs", "2 Dogs"), ("women's", "womens"), ("An apple!", "apple")],
 )
-def test_answers_that_differ_in_form_alone_are_equal_once_normalised(one, other):
-    assert normalised(one) == normalised(other)
+def test_answers_that_differ_in_form_alone_are_equal_once_normalised(first, second):
+    assert normalised(first) == normalised(second)
 
 
 def test_normalising_keeps_what_distinguishes_answers():

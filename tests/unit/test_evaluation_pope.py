@@ -39,8 +39,8 @@ def test_the_released_files_are_read(tmp_path):
 def test_known_answers_have_known_scores(tmp_path):
     labels = {"random": ["yes"] * 4 + ["no"] * 4, "popular": ["yes", "no"], "adversarial": ["yes", "no"]}
     items = POPE.read(release(tmp_path, labels))
-    said = ["Yes", "yes.", "no", "perhaps", "No", "Yes, it is", "no", None]
-    answers = {f"random/{n}": text for n, text in enumerate(said, start=1) if text}
+    texts = ["Yes", "yes.", "no", "perhaps", "No", "Yes, it is", "no", None]
+    answers = {f"random/{n}": text for n, text in enumerate(texts, start=1) if text}
     answers |= {"popular/1": "yes", "popular/2": "no", "other/1": "yes"}
     scores = POPE.score(items, answers)
     assert scores.details["random"] == pytest.approx(
@@ -65,7 +65,7 @@ def test_known_answers_have_known_scores(tmp_path):
     assert not scores.notes
 
 
-def test_a_split_that_is_left_out_is_said_and_is_not_averaged(tmp_path):
+def test_a_left_out_split_is_noted_and_not_averaged(tmp_path):
     items = POPE.read(release(tmp_path, {"random": ["yes", "no"]}), ["random"])
     scores = POPE.score(items, {"random/1": "yes", "random/2": "no"})
     assert scores.notes == ("POPE without the split popular, adversarial",)
@@ -74,21 +74,21 @@ def test_a_split_that_is_left_out_is_said_and_is_not_averaged(tmp_path):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_answers_score_as_scikit_learn_says(tmp_path, seed):
-    draw = random.Random(seed)
-    labels = {split: draw.choices(["yes", "no"], k=draw.randint(1, 60)) for split in PARTS}
+    rng = random.Random(seed)
+    labels = {split: rng.choices(["yes", "no"], k=rng.randint(1, 60)) for split in PARTS}
     items = POPE.read(release(tmp_path, labels))
-    bias = draw.random()
-    # What is neither yes nor no is a class of its own for scikit-learn: wrong, and no yes.
-    said = {item.id: draw.choices(["yes", "no", "neither"], [bias, 1 - bias, 0.1])[0] for item in items}
+    bias = rng.random()
+    # scikit-learn counts an answer that is neither yes nor no as a third class: wrong, and not a yes.
+    choices = {item.id: rng.choices(["yes", "no", "neither"], [bias, 1 - bias, 0.1])[0] for item in items}
     written = {"yes": ["Yes", "yes.", "Yes, it is"], "no": ["No", "no, not one"], "neither": ["", "a dog", "maybe"]}
-    answers = {id: draw.choice(written[word]) for id, word in said.items()}
-    for id in [id for id, word in said.items() if word == "neither" and draw.random() < 0.5]:
+    answers = {id: rng.choice(written[word]) for id, word in choices.items()}
+    for id in [id for id, word in choices.items() if word == "neither" and rng.random() < 0.5]:
         del answers[id]
     scores = POPE.score(items, answers)
     columns = {"POPE-A": "accuracy", "POPE-P": "precision", "POPE-R": "recall", "POPE-F1": "f1", "POPE-yes": "yes"}
     expected = {}
     for split in PARTS:
-        predicted = [said[item.id] for item in items if item.groups == (split,)]
+        predicted = [choices[item.id] for item in items if item.groups == (split,)]
         of_yes = precision_recall_fscore_support(labels[split], predicted, labels=["yes"], zero_division=0)
         precision, recall, f1 = (float(figure[0]) for figure in of_yes[:3])
         accuracy, yes = accuracy_score(labels[split], predicted), predicted.count("yes") / len(predicted)
@@ -99,7 +99,7 @@ def test_random_answers_score_as_scikit_learn_says(tmp_path, seed):
     means = {column: sum(figures[name] for figures in expected.values()) / 3 for column, name in columns.items()}
     assert scores.headline == pytest.approx(means, abs=1e-9)
     assert scores.missing == len(items) - len(answers)
-    assert scores.missing + scores.invalid == list(said.values()).count("neither")
+    assert scores.missing + scores.invalid == list(choices.values()).count("neither")
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,11 @@ def test_the_likeliest_choice_is_the_answer(tmp_path):
 
 def test_likelihoods_in_an_answers_file_are_scored_beside_its_letters(tmp_path):
     items = SEED.read(release(tmp_path, [question("1", "A"), question("2", "B")]))
-    with AnswersWriter(tmp_path / "all.jsonl") as every, AnswersWriter(tmp_path / "one.jsonl") as one:
+    with AnswersWriter(tmp_path / "all.jsonl") as every, AnswersWriter(tmp_path / "one.jsonl") as partly:
         every.write("1", "A", likelihoods=[-1, -2, -3, -4])
         every.write("2", "C", likelihoods=[-2, -1, -3, -4])
-        one.write("1", "A", likelihoods=[-1, -2, -3, -4])
-        one.write("2", "B")
+        partly.write("1", "A", likelihoods=[-1, -2, -3, -4])
+        partly.write("2", "B")
     complete = score_file(SEED, items, tmp_path / "all.jsonl", "x").scores
     assert complete.headline == {"SEED": 50.0, "SEED-likelihood": 100.0}
     assert complete.details["Scene Understanding (SEED-likelihood)"] == {"accuracy": 100.0, "questions": 2}
@@ -97,16 +97,18 @@ def test_likelihoods_that_rank_nothing_are_invalid_and_wrong(tmp_path, unusable)
 
 
 def test_random_answers_score_as_a_few_lines_count_them(tmp_path):
-    draw = random.Random(11)
-    questions = [question(str(n), draw.choice("ABCD"), draw.choice([1, 5])) for n in range(200)]
+    rng = random.Random(11)
+    questions = [question(str(n), rng.choice("ABCD"), rng.choice([1, 5])) for n in range(200)]
     items = SEED.read(release(tmp_path, questions))
-    said = {q["question_id"]: draw.choice("ABCD") for q in questions if draw.random() < 0.9}
+    chosen = {q["question_id"]: rng.choice("ABCD") for q in questions if rng.random() < 0.9}
     forms = ["{0}", "{0}.", "({0})", "{0}: it", " {1}\n", "{0} {1}"]
-    answers = {id: draw.choice(forms).format(letter, f"Option {letter.lower()} of {id}") for id, letter in said.items()}
-    likelihoods = {id: [draw.uniform(-9, -1) for _ in "ABCD"] for id in said}
-    for id, letter in said.items():
+    answers = {
+        id: rng.choice(forms).format(letter, f"Option {letter.lower()} of {id}") for id, letter in chosen.items()
+    }
+    likelihoods = {id: [rng.uniform(-9, -1) for _ in "ABCD"] for id in chosen}
+    for id, letter in chosen.items():
         likelihoods[id]["ABCD".index(letter)] = -0.5
-    right = [said.get(q["question_id"]) == q["answer"] for q in questions]
+    right = [chosen.get(q["question_id"]) == q["answer"] for q in questions]
     scores = SEED.score(items, answers)
     assert 0 < sum(right) < 200
     assert scores.headline["SEED"] == pytest.approx(sum(right) / 2)

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: several answers files side by side, with all that is wrong with them."""
+"""tools/evaluate.py: several answers files side by side, with all their defects."""
 
 import json
 import subprocess
@@ -107,12 +107,12 @@ def test_failures_are_one_line_and_bad_usage_is_2(tmp_path, dense):
 
 def test_two_files_for_one_place_in_the_table_are_refused(tmp_path):
     items = BENCHMARKS["gqa"].read(gqa(tmp_path))
-    one, two = (
+    tables = [
         table.score_file(BENCHMARKS["gqa"], items, answers(tmp_path / name, {"id": "0", "answer": "dog"}), "dense")
         for name in ("one.jsonl", "two.jsonl")
-    )
+    ]
     with pytest.raises(UserError, match="two answers files for GQA are called 'dense'"):
-        table.markdown([one, two])
+        table.markdown(tables)
 
 
 def test_benchmarks_are_found_by_name_and_scoring_needs_no_torch():

@@ -33,7 +33,7 @@ def test_a_shift_adds_its_square_and_nothing_else():
     assert frechet_distance(a, 3 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(4 * np.cov(a, rowvar=False).trace())
 
 
-def test_covariances_without_full_rank_are_no_trouble():
+def test_covariances_need_not_have_full_rank():
     # Fewer images than features, as in every small trial: against the eigenvalues of the plain product.
     a, b = sample(0, 8, 30), sample(1, 9, 30)
     c, d = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -88,12 +88,12 @@ def darken(share: float):
 def test_images_of_several_sizes_and_unreadable_ones(tmp_path):
     files = save_all(tmp_path / "a", 70, sizes=[(32, 32)] * 40 + [(48, 24)] * 5)
     files[3].write_bytes(files[3].read_bytes()[:60])
-    made = features([*files, tmp_path / "absent.png"], ColorAndEdges())
-    assert made.unreadable == [files[3], tmp_path / "absent.png"]
-    assert made.files == [f for f in files if f != files[3]] and len(made.rows) == 69
+    extracted = features([*files, tmp_path / "absent.png"], ColorAndEdges())
+    assert extracted.unreadable == [files[3], tmp_path / "absent.png"]
+    assert extracted.files == [f for f in files if f != files[3]] and len(extracted.rows) == 69
     # One at a time or in batches, a file has the same features.
     alone = features([files[41]], ColorAndEdges()).rows[0]
-    assert np.allclose(made.rows[made.files.index(files[41])], alone)
+    assert np.allclose(extracted.rows[extracted.files.index(files[41])], alone)
 
 
 def test_absent_weights_are_refused_in_one_line(tmp_path):
@@ -103,15 +103,15 @@ def test_absent_weights_are_refused_in_one_line(tmp_path):
 
 
 class FeatureExtractor(torch.nn.Module):
-    """Takes what Inception's file takes, with few weights."""
+    """A small network with the interface of Inception's file."""
 
     def __init__(self, width: int):
         super().__init__()
         self.layer = torch.nn.Linear(3, width)
 
     def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        made = self.layer(images.float().mean((2, 3)))
-        return made if return_features else made.softmax(1)
+        result = self.layer(images.float().mean((2, 3)))
+        return result if return_features else result.softmax(1)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -122,9 +122,9 @@ def test_a_network_is_loaded_from_its_file_and_named_with_its_fingerprint(tmp_pa
     inception = feature_extractor(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert inception.name == f"Inception-v3, 2048 features ({file.name}, SHA-256 {digest[:16]})"
-    made = features(save_all(tmp_path / "a", 3), inception)
+    extracted = features(save_all(tmp_path / "a", 3), inception)
     mean = torch.from_numpy(np.asarray(picture(0), dtype=np.float32)).mean((0, 1))
-    assert np.allclose(made.rows[0], small.layer(mean).detach().numpy(), rtol=1e-4)
+    assert np.allclose(extracted.rows[0], small.layer(mean).detach().numpy(), rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")

@@ -43,14 +43,14 @@ def check(*overrides: str, processes: int = 1) -> None:
         (["training.fp8=delayed", "plan.projections.kind=separate"], 1, ["delayed", "plan.preset=dense"]),
     ],
 )
-def test_what_fp8_cannot_compute_is_refused(overrides, processes, parts):
+def test_settings_that_fp8_cannot_compute_are_refused(overrides, processes, parts):
     with pytest.raises(UserError) as error:
         check(*overrides, processes=processes)
     assert all(part in str(error.value) for part in parts), error.value
     assert "\n" not in str(error.value)
 
 
-def test_what_fp8_can_compute_is_not():
+def test_settings_that_fp8_can_compute_are_accepted():
     check("training.fp8=delayed")
     check("training.fp8=current", "plan.preset=himix_hmgen_share_partial")
     check("training.fp8=mxfp8", "parallel.tensor=4", processes=4)

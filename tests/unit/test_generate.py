@@ -121,7 +121,7 @@ def test_guidance_moves_the_logits_away_from_those_without_a_condition(one_proce
         generator([Request(PICTURE, Task.GENERATION, images=1)], Sampling(guidance=3.0))
 
 
-def test_memory_is_stated_before_it_is_taken(one_process):
+def test_memory_is_computed_before_it_is_allocated(one_process):
     one_process(*SHAPE)
     generator = generator_of(["plan.preset=hmgen", "plan.shallow_layers=[1, 2]"])
     # 5 layers, 2 groups of 8; 4 + 6 + 2 + 0 tokens, of which 6 are image tokens that skip two layers.

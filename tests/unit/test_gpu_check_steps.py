@@ -69,7 +69,7 @@ def run(tmp_path, monkeypatch):
     return run_steps
 
 
-def test_what_breaks_one_step_is_recorded_and_the_others_run(run):
+def test_an_exception_of_one_step_is_recorded_and_the_others_run(run):
     ended = run("raises", "killed", "absent", "wrong", "good")
     assert {name: (record.status, record.reason) for name, record in ended.items()} == {
         "raises": (FAILED, "RuntimeError: CUDA out of memory"),
@@ -95,7 +95,7 @@ def test_a_step_that_hangs_ends_with_its_time_box_and_takes_its_children_along(r
             time.sleep(0.1)
 
 
-def test_what_is_done_is_not_run_again_and_the_rest_is(run):
+def test_complete_steps_are_not_run_again_and_the_others_are(run):
     run("good", "raises")
     log = run.results / "gpu_check.log"
     first = log.read_text()

@@ -1,4 +1,4 @@
-"""A run hears signals and deadlines, and every rank derives the same reason from the sum of the stop flags."""
+"""A run responds to signals and deadlines, and every rank derives the same reason from the sum of the stop flags."""
 
 import os
 import signal
@@ -99,7 +99,7 @@ def test_closing_restores_the_signal_handlers(make):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_mark_of_a_complete_run_comes_and_goes(tmp_path):
+def test_the_mark_of_a_complete_run_is_set_and_removed(tmp_path):
     assert not finished_file(tmp_path).exists()
     clear_finished(tmp_path)
     mark_finished(tmp_path, 100)

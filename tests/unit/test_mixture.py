@@ -22,7 +22,7 @@ def blend(tmp_path):
     )
 
 
-def test_a_draw_depends_on_its_number_alone(blend):
+def test_a_sample_depends_on_its_number_alone(blend):
     whole = blend.samples(0, 3000)
     for start, stop in ((0, 1), (7, 2000), (2999, 3000)):
         part = blend.samples(start, stop)
@@ -54,23 +54,23 @@ def test_weights_that_have_no_short_round_are_rounded_to_a_long_one():
     assert counts[2] == 1
 
 
-def test_every_document_is_drawn_once_per_epoch_in_a_new_order(blend):
+def test_every_epoch_has_each_document_once_in_a_new_order(blend):
     samples = blend.samples(0, 4000)
     for number, documents in enumerate((30, 30, 17)):
-        drawn = samples.document[samples.source == number]
-        epochs = [drawn[start : start + documents] for start in range(0, len(drawn) - documents, documents)]
+        order = samples.document[samples.source == number]
+        epochs = [order[start : start + documents] for start in range(0, len(order) - documents, documents)]
         assert all(sorted(epoch) == list(range(documents)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs) > 10
-        np.testing.assert_array_equal(samples.epoch[samples.source == number], np.arange(len(drawn)) // documents)
+        np.testing.assert_array_equal(samples.epoch[samples.source == number], np.arange(len(order)) // documents)
 
 
-def test_two_sources_over_one_data_set_go_their_own_ways(blend):
+def test_two_sources_of_the_same_data_set_have_independent_orders(blend):
     samples = blend.samples(0, 700)
     generation, understanding = (samples.document[samples.source == number][:30] for number in (0, 1))
     assert not np.array_equal(generation, understanding)
 
 
-def test_captions_are_dropped_at_the_given_rate_from_generation_alone(blend):
+def test_captions_are_dropped_at_the_configured_rate_from_generation_alone(blend):
     samples = blend.samples(0, 70_000)
     assert samples.dropped[samples.source == 0].mean() == pytest.approx(0.1, abs=0.005)
     assert not samples.dropped[samples.source != 0].any()
@@ -111,7 +111,7 @@ def test_a_document_with_an_image_that_is_longer_than_a_row_is_refused(tmp_path)
         mixture((path, "understanding", 1.0), length=31)
 
 
-def test_the_tree_tells_sizes_shares_and_epochs(tmp_path):
+def test_the_tree_lists_sizes_shares_and_epochs(tmp_path):
     pairs = write(tmp_path / "pairs", [[PICTURE, (ANSWER, [2] * 8)]] * 10)  # 20 tokens for understanding
     plain = write(tmp_path / "plain", [[(TEXT, [2] * 8)]] * 5)  # 10 tokens
     blend = mixture((pairs, "understanding", 3.0), (plain, "text", 1.0))
@@ -122,7 +122,7 @@ def test_the_tree_tells_sizes_shares_and_epochs(tmp_path):
     assert blend.fingerprint in tree and "vocabulary tiny" in tree
 
 
-def test_the_fingerprint_changes_with_what_decides_the_draws(tmp_path):
+def test_the_fingerprint_changes_with_what_decides_the_samples(tmp_path):
     a, b = captions(tmp_path / "a", 5), captions(tmp_path / "b", 5, seed=1)
     fingerprints = [
         mixture((path, task, 1.0), (a, "generation", weight), seed=seed).fingerprint

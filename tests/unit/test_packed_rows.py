@@ -52,7 +52,7 @@ def test_every_document_is_in_the_rows_once_per_epoch(tmp_path):
     epochs = max(epoch for _, epoch in seen) - 1  # the last ones are still under way
     assert epochs >= 5
     assert all(seen[document, epoch] == 1 for document in range(90) for epoch in range(epochs))
-    # Documents drawn in order: rows of epoch 1 begin where those of epoch 0 end.
+    # Documents in order: rows of epoch 1 begin where those of epoch 0 end.
     assert len({document for row in range(10) for _, document, _ in rows.documents(row)}) == sum(
         len(rows.documents(row)) for row in range(10)
     )

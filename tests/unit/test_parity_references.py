@@ -1,4 +1,4 @@
-"""The references of benchmarks/parity.py: only a CPU makes them, and those that do not fit are refused."""
+"""The references of benchmarks/parity.py: only a CPU computes them, and mismatched ones are refused."""
 
 import os
 
@@ -19,7 +19,7 @@ def measured(scale: float = 1.0) -> Measured:
     return Measured(gradients, [scale * torch.ones(5, 1, 4)], [2.0 * scale, 1.0], [3.0, 3.0])
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_references_are_loaded_as_saved(tmp_path):
     references = References(tmp_path, NUMBERS)
     assert references.missing(["dense", "rank 4"]) == ["dense", "rank 4"]
     references.save("rank 4", measured())

@@ -1,4 +1,4 @@
-"""A folder of generated pictures belongs to the settings that it was begun with."""
+"""A folder of generated pictures belongs to the settings that it was started with."""
 
 import pytest
 from PIL import Image

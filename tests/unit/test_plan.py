@@ -1,4 +1,4 @@
-"""The table of roles: presets, tables of one's own, and what is refused."""
+"""The table of roles: presets, custom tables, and what is refused."""
 
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def test_components_of_image_tokens():
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, parts",
     [
         (["preset=himx"], ["plan.preset", "himx", "himix"]),
         (["preset=himix", "himix_start=16"], ["plan.himix_start", "layer 16", "0 .. 15"]),
@@ -110,10 +110,10 @@ def test_components_of_image_tokens():
         (["projections.modules=[qkv, fc3]"], ["plan.projections.modules[1]", "fc3", "fc1"]),
     ],
 )
-def test_what_does_not_fit_is_named(settings, words):
+def test_an_invalid_setting_is_named(settings, parts):
     with pytest.raises(UserError) as refusal:
         plan(*settings)
-    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+    assert all(part in str(refusal.value) for part in parts), str(refusal.value)
 
 
 def test_impossible_plans_are_refused_with_the_configuration():

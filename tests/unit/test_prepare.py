@@ -1,4 +1,4 @@
-"""What a step needs is made ahead of it in worker processes, arrives in one piece, and is what it would be here."""
+"""A step's input is prepared ahead in worker processes, arrives as a whole, and equals the input prepared here."""
 
 import dataclasses
 import subprocess

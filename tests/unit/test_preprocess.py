@@ -1,4 +1,4 @@
-"""Preprocessing: a run that is stopped, cut into shards or met by damaged images still gives the right bytes."""
+"""Preprocessing: a run that was stopped, ran in shards or met damaged images still gives the right bytes."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_a_run_makes_a_document_of_every_sample(whole, tmp_path, vocabulary):
 
 
 @pytest.mark.parametrize("batches", [1, 3, 8])
-def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path, tars, vocabulary, vq, whole, batches):
+def test_a_stopped_run_resumes_and_gives_the_same_bytes(tmp_path, tars, vocabulary, vq, whole, batches):
     options = small(tars, tmp_path / "set")
     with pytest.raises(KeyboardInterrupt):
         preprocess(options, vocabulary, Failing(vq, batches))
@@ -108,7 +108,7 @@ def test_merging_names_the_part_that_is_missing(tmp_path, tars, vocabulary, vq):
     assert not (tmp_path / "set.json").exists()
 
 
-def test_a_join_that_was_killed_is_done_again(tmp_path, tars, vocabulary, vq, whole, monkeypatch):
+def test_a_killed_join_is_repeated(tmp_path, tars, vocabulary, vq, whole, monkeypatch):
     preprocess(small(tars, tmp_path / "set", shard=(1, 1)), vocabulary, vq)
     (tmp_path / ".set.4711.tmp.bin").write_bytes(b"left by a process that was killed")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -143,7 +143,7 @@ def test_a_finished_data_set_is_left_alone(tmp_path, tars, vocabulary, vq, whole
     assert contents(tmp_path / "set") == whole
 
 
-def test_a_finished_data_set_that_was_damaged_is_made_anew(tmp_path, tars, vocabulary, vq, whole, capsys):
+def test_a_damaged_data_set_is_written_again(tmp_path, tars, vocabulary, vq, whole, capsys):
     options = small(tars, tmp_path / "set")
     restore(whole, tmp_path)
     (tmp_path / "set.bin").write_bytes(b"")
@@ -160,14 +160,14 @@ def test_a_finished_data_set_that_was_damaged_is_made_anew(tmp_path, tars, vocab
         ({"prefer": "caption"}, "as conversation, now caption"),
     ],
 )
-def test_going_on_with_other_options_is_refused(tmp_path, tars, vocabulary, vq, changed, named):
+def test_resuming_with_other_options_is_refused(tmp_path, tars, vocabulary, vq, changed, named):
     with pytest.raises(KeyboardInterrupt):
         preprocess(small(tars, tmp_path / "set"), vocabulary, Failing(vq, 3))
     with pytest.raises(UserError, match=rf"set\.parts: started with {named}; delete that folder, or choose another"):
         preprocess(small(tars, tmp_path / "set", **changed), vocabulary, vq)
 
 
-def test_going_on_with_other_inputs_is_refused(tmp_path, tars, vocabulary, vq):
+def test_resuming_with_other_inputs_is_refused(tmp_path, tars, vocabulary, vq):
     with pytest.raises(KeyboardInterrupt):
         preprocess(small(tars, tmp_path / "set"), vocabulary, Failing(vq, 3))
     with pytest.raises(UserError, match=r"other inputs \(3 files, now 2\)"):
@@ -303,12 +303,12 @@ def test_without_dali_pillow_decodes(tmp_path, tars, vocabulary, vq, whole, monk
     preprocess(small(tars, tmp_path / "pillow"), vocabulary, vq)
     assert "DALI is missing (pip install nvidia-dali-cuda130)" in capsys.readouterr().out
     (tmp_path / "dali").mkdir()
-    ours, theirs = Dataset(tmp_path / "pillow"), Dataset(restore(whole, tmp_path / "dali"))
-    assert ours.metadata["source"]["settings"]["decoder"] == "pillow"
-    codes = [np.stack([dataset.document(i)[0][1] for i in range(33)]) for dataset in (ours, theirs)]
+    by_pillow, by_dali = Dataset(tmp_path / "pillow"), Dataset(restore(whole, tmp_path / "dali"))
+    assert by_pillow.metadata["source"]["settings"]["decoder"] == "pillow"
+    codes = [np.stack([dataset.document(i)[0][1] for i in range(33)]) for dataset in (by_pillow, by_dali)]
     # A picture's pixels differ by a level or two, which moves a latent to another code now and then.
     assert (codes[0] == codes[1]).mean() > 0.9
-    if theirs.metadata["source"]["settings"]["decoder"] != "pillow":
+    if by_dali.metadata["source"]["settings"]["decoder"] != "pillow":
         monkeypatch.undo()
         with pytest.raises(UserError, match=r"pillow\.json: made with decoder pillow, now dali "):
             preprocess(small(tars, tmp_path / "pillow"), vocabulary, vq)

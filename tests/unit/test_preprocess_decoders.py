@@ -15,11 +15,11 @@ from support.images import encoded, picture
 SIZE = (32, 48)
 
 
-def decoders(resize):
-    made = [PillowDecoder(SIZE, resize, workers=2)]
+def all_decoders(resize):
+    decoders = [PillowDecoder(SIZE, resize, workers=2)]
     if dali_decoder.available():
-        made.append(dali_decoder.DaliDecoder(SIZE, resize, 2, 64, "cpu"))
-    return made
+        decoders.append(dali_decoder.DaliDecoder(SIZE, resize, 2, 64, "cpu"))
+    return decoders
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -62,7 +62,7 @@ def plain_squash(file: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("resize, plain", [("crop", plain_crop), ("squash", plain_squash)])
 def test_pixels_agree_with_pillow(resize, plain):
-    for decoder in decoders(resize):
+    for decoder in all_decoders(resize):
         for (name, file), pixels in zip(FILES.items(), decoder(list(FILES.values()))):
             assert pixels.shape == (*SIZE, 3) and pixels.dtype == torch.uint8, name
             difference = np.abs(pixels.numpy().astype(int) - plain(file))
@@ -76,7 +76,7 @@ def test_crop_takes_the_middle():
     assert centred(300, 100, (32, 32)) == (0, 100, 100, 200)
     assert centred(64, 96, SIZE) == (0, 0, 96, 64)
     stripes = Image.fromarray(np.repeat(np.repeat(np.array([[255, 0, 255]], np.uint8), 100, 0), 100, 1)).convert("RGB")
-    for decoder in decoders("crop"):
+    for decoder in all_decoders("crop"):
         [pixels] = decoder([saved(stripes, "PNG")])  # 100 x 300: white, black, white
         assert pixels[:, :7].min() == 255 and pixels[:, 9:39].max() == 0 and pixels[:, -7:].min() == 255
         decoder.close()
@@ -103,7 +103,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_file_is_found_and_its_neighbours_are_as_before(bad):
     good = list(FILES.values())
-    for decoder in decoders("crop"):
+    for decoder in all_decoders("crop"):
         before = decoder(good)
         *first, reason = decoder([*good[:5], BAD[bad]])
         after = decoder([BAD[bad], *good, BAD[bad]])
@@ -115,7 +115,7 @@ def test_a_bad_file_is_found_and_its_neighbours_are_as_before(bad):
         decoder.close()
 
 
-def test_what_is_whole_and_what_is_not_is_told_without_decoding():
+def test_whole_and_damaged_images_are_distinguished_without_decoding():
     assert all(evidently_whole(FILES[name]) for name in ("jpeg", "wide", "webp"))
     assert not any(evidently_whole(BAD[name]) for name in BAD if name not in ("altered png", "png of nothing"))
     assert evidently_whole(FILES["jpeg"] + b"appended by a camera")
@@ -123,12 +123,12 @@ def test_what_is_whole_and_what_is_not_is_told_without_decoding():
 
 def test_working_ahead_keeps_order_passes_errors_on_and_stops_when_closed():
     assert list(ahead(i for i in range(20))) == list(range(20))
-    made, closed = [], []
+    yielded, closed = [], []
 
     def endless():
         try:
             for i in range(10**9):
-                made.append(i)
+                yielded.append(i)
                 yield i
         finally:
             closed.append(True)
@@ -136,7 +136,7 @@ def test_working_ahead_keeps_order_passes_errors_on_and_stops_when_closed():
     items = ahead(endless(), depth=2)
     assert next(items) == 0
     items.close()
-    assert closed and len(made) < 10
+    assert closed and len(yielded) < 10
 
     def failing():
         yield 1

@@ -114,7 +114,7 @@ def test_plain_text_learns_everything(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["understanding", "generation"])
-def test_what_is_left_of_a_row_is_padding(tmp_path, task):
+def test_the_rest_of_a_row_is_padding(tmp_path, task):
     document = [(IMAGE, [110, 111, 112]), (ANSWER, [2, 3])]
     batch = render(tmp_path, document, task, 21)
     assert batch.document.tolist() == [[0] * 9 + [1] * 9 + [-1] * 3]

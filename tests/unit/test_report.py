@@ -56,7 +56,7 @@ def test_page_is_one_escaped_file(run, tmp_path):
         assert (tmp_path / "out" / "page_files" / name).read_text().startswith("<svg"), name
 
 
-def test_what_is_no_run_or_no_page_is_refused(run, tmp_path):
+def test_a_folder_without_a_run_and_a_file_that_is_no_page_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="ends in .html"):
         write_report(run, None, tmp_path / "page.pdf")
     with pytest.raises(UserError, match="no config.yaml"):

@@ -1,4 +1,4 @@
-"""The routed model against the plain reference, whatever the roles; and what must hold of any plan."""
+"""The routed model equals the plain reference under any roles, and the properties that hold for every plan."""
 
 import dataclasses
 
@@ -70,7 +70,7 @@ def plan_of(config: Config) -> Plan:
 
 
 def build(config: Config, seed: int = 0, dtype: torch.dtype = torch.float64):
-    """The model with every parameter drawn anew, so that no term of it is invisible."""
+    """The model with random values in every parameter, so that an error in any term shows."""
     (model,) = build_chunks(resolve(config, VOCABULARY))
     rng = np.random.default_rng(seed)
     for parameter in model.parameters():
@@ -154,16 +154,16 @@ def assert_equals_reference(
     weights = weights_of(model)
     targets = (batch.loss_mask > 0).flatten().nonzero()[:, 0]
     labels, tasks = batch.labels.flatten()[targets], batch.task.flatten()[targets]
-    theirs = reference.logits(weights, config.model, plan, batch, selection).flatten(0, 1)[targets]
-    expected = reference.objective(theirs, labels, tasks)
+    expected_logits = reference.logits(weights, config.model, plan, batch, selection).flatten(0, 1)[targets]
+    expected = reference.objective(expected_logits, labels, tasks)
     gradients = torch.autograd.grad(expected, tuple(weights.values()), allow_unused=True, materialize_grads=True)
 
     route = Route.of(batch, plan, selection=selection)
     assert torch.equal(route.targets, targets), case
     ours = model(route)
     assert ours.shape == (len(targets), 1, VOCABULARY), case
-    assert ours.dtype == theirs.dtype, case
-    assert_near(ours[:, 0], theirs, tolerance, f"{case} logits")
+    assert ours.dtype == expected_logits.dtype, case
+    assert_near(ours[:, 0], expected_logits, tolerance, f"{case} logits")
     value = reference.objective(ours[:, 0], labels, tasks)
     assert_near(value, expected, tolerance, f"{case} objective")
     model.zero_grad()
@@ -183,11 +183,11 @@ def test_every_method_equals_the_reference(one_process, overrides):
         assert_equals_reference(model, config, random_rows(seed), 1e-9, f"rows {seed}:")
 
 
-@pytest.mark.parametrize("of", ["documents", "image_tokens"])
-def test_any_role_table_with_a_dense_share_equals_the_reference(one_process, of):
+@pytest.mark.parametrize("unit", ["documents", "image_tokens"])
+def test_any_role_table_with_a_dense_share_equals_the_reference(one_process, unit):
     one_process(*SHAPE)
     for seed in range(8):
-        plan = dataclasses.replace(random_plan(seed), dense_share=DenseShareConfig(of))
+        plan = dataclasses.replace(random_plan(seed), dense_share=DenseShareConfig(unit))
         config, selection = dataclasses.replace(config_of(), plan=plan), Selection(0.5, seed)
         assert_equals_reference(build(config, seed), config, random_rows(seed), 1e-9, f"table {seed}:", selection)
 
@@ -199,8 +199,8 @@ def test_any_role_table_equals_the_reference(one_process, block):
         config = config_of(f"model.tie_embeddings={'true' if seed % 4 == 0 else 'false'}")
         config = dataclasses.replace(config, plan=random_plan(seed))
         case = f"table {seed}:"
-        drawn = {(int(e.layers), e.task, e.modality): e.role for e in config.plan.table}
-        for (layer, task, modality), role in drawn.items():
+        roles = {(int(e.layers), e.task, e.modality): e.role for e in config.plan.table}
+        for (layer, task, modality), role in roles.items():
             assert plan_of(config).role(layer, Task[task.upper()], Modality[modality.upper()]).name == role.upper()
         assert_equals_reference(build(config, seed), config, random_rows(1000 + seed), 1e-9, case)
         if seed % 5 == 0:
@@ -209,7 +209,7 @@ def test_any_role_table_equals_the_reference(one_process, block):
 
 
 @pytest.mark.parametrize("overrides", PLANS.values(), ids=PLANS)
-def test_logits_of_any_wanted_positions_equal_the_reference(one_process, overrides):
+def test_logits_of_any_chosen_positions_equal_the_reference(one_process, overrides):
     config = one_process(*SHAPE, *overrides)
     model, plan = build(config), plan_of(config)
     for seed in range(3):
@@ -401,8 +401,8 @@ class TestReference:
     def test_skipped_images_equal_llama_without_them(self):
         llama, batch = self.llama(), self.rows()
         ours = self.logits(llama, batch, "skip")
-        theirs = llama(batch.tokens[:, 15:], position_ids=batch.positions[:, 15:]).logits
-        assert_near(ours[:, 15:], theirs, 1e-5, "logits of text")
+        expected = llama(batch.tokens[:, 15:], position_ids=batch.positions[:, 15:]).logits
+        assert_near(ours[:, 15:], expected, 1e-5, "logits of text")
         untouched = llama.lm_head(llama.model.norm(llama.model.embed_tokens(batch.tokens[:, :15])))
         assert_near(ours[:, :15], untouched, 1e-5, "logits of images")
 
@@ -421,8 +421,8 @@ class TestReference:
                 for project in (layer.self_attn.k_proj, layer.self_attn.v_proj)
             )
             cache.update(apply_rotary_pos_emb(key, key, cos, sin)[0], value, number)
-        theirs = llama(batch.tokens[:, 15:], position_ids=batch.positions[:, 15:], past_key_values=cache).logits
-        assert_near(self.logits(llama, batch, "kv_only")[:, 15:], theirs, 1e-5, "logits of text")
+        expected = llama(batch.tokens[:, 15:], position_ids=batch.positions[:, 15:], past_key_values=cache).logits
+        assert_near(self.logits(llama, batch, "kv_only")[:, 15:], expected, 1e-5, "logits of text")
 
 
 def test_rows_that_do_not_change_are_normed_once(one_process, monkeypatch):

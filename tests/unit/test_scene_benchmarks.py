@@ -30,9 +30,9 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("benchmarks") / "world"
-    write_benchmarks(made, CONFIG)
-    return made
+    output = tmp_path_factory.mktemp("benchmarks") / "world"
+    write_benchmarks(output, CONFIG)
+    return output
 
 
 def scene_of(image: Path) -> Scene:
@@ -47,7 +47,7 @@ def choice_is_true(scene: Scene, question: str, choice: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ["pope", "mme", "gqa"])
-def test_the_readers_find_true_answers_and_the_pictures_that_they_are_about(folder, name):
+def test_the_readers_read_true_answers_and_their_pictures(folder, name):
     items = BENCHMARKS[name].read(folder / name)
     assert len(items) >= 4 * CONFIG.pictures
     for item in items:
@@ -77,10 +77,10 @@ def test_of_four_choices_exactly_one_is_true(folder):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_training_has_the_instructions_of_every_benchmark(folder, name):
-    said = [question for i in range(80) for question, _ in conversation(make_scene(5, "train", i), 8)]
+    asked = [question for i in range(80) for question, _ in conversation(make_scene(5, "train", i), 8)]
     for item in BENCHMARKS[name].read(folder / name, None):
         instruction = re.search(r"[\n ](Answer|Please).*$", item.question)[0]
-        assert any(question.endswith(instruction) for question in said), item.question
+        assert any(question.endswith(instruction) for question in asked), item.question
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -116,8 +116,8 @@ def test_pope_has_as_many_yes_as_no_and_harder_negatives_where_it_says_so(folder
 
     def kinship(split):
         """How many of color and shape are in the picture."""
-        words = [(scene, *text.removesuffix("?").split()[-2:]) for scene, text in negatives(split)]
-        return np.mean([bool(matching(s, f"{c} objects")) + bool(matching(s, shape)) for s, c, shape in words])
+        phrases = [(scene, *text.removesuffix("?").split()[-2:]) for scene, text in negatives(split)]
+        return np.mean([bool(matching(s, f"{c} objects")) + bool(matching(s, shape)) for s, c, shape in phrases])
 
     assert popularity("popular") > 1.5 * popularity("random")
     assert kinship("adversarial") > 1.3 * kinship("random")

@@ -1,4 +1,4 @@
-"""Looking at pictures: what is drawn is seen, what a caption says is read, and the one is held against the other."""
+"""The check of pictures: rendered objects are detected, captions are read, and the two are compared."""
 
 import io
 from collections import Counter
@@ -38,31 +38,31 @@ def objects(scene: Scene | DetectedScene, *attributes: str) -> Counter:
 
 
 def rates(scenes, size, degrade=lambda picture: picture) -> dict[str, float]:
-    """Shares of objects (and of backgrounds) that are seen as drawn, in their cell; the share of seen ones that are
-    drawn; and the share of pictures without any mistake."""
+    """Shares of rendered objects (and of backgrounds) that are detected as rendered, in their cell; the share of
+    detected objects that were rendered; and the share of pictures without any mistake."""
     totals = Counter()
     for scene in scenes:
         seen = detect(degrade(render(scene, size)))
-        drawn = objects(scene, "color", "shape", "row", "column")
-        found = objects(seen, "color", "shape", "row", "column")
+        rendered = objects(scene, "color", "shape", "row", "column")
+        detected = objects(seen, "color", "shape", "row", "column")
         sized = ("color", "shape", "row", "column", "size")
-        totals["drawn"] += drawn.total()
-        totals["seen"] += found.total()
-        totals["both"] += (drawn & found).total()
+        totals["rendered"] += rendered.total()
+        totals["seen"] += detected.total()
+        totals["both"] += (rendered & detected).total()
         totals["sized"] += (objects(scene, *sized) & objects(seen, *sized)).total()
         totals["backgrounds"] += seen.background == scene.background.color
-        totals["perfect"] += drawn == found
+        totals["perfect"] += rendered == detected
     return {
-        "found": totals["both"] / totals["drawn"],
+        "detected": totals["both"] / totals["rendered"],
         "true": totals["both"] / totals["seen"],
-        "sized": totals["sized"] / totals["drawn"],
+        "sized": totals["sized"] / totals["rendered"],
         "background": totals["backgrounds"] / len(scenes),
         "perfect": totals["perfect"] / len(scenes),
     }
 
 
 @pytest.mark.parametrize("size, scenes", [(48, SCENES), (64, SCENES), (48, PLAIN)], ids=["48", "64", "48 plain"])
-def test_what_is_drawn_is_seen(size, scenes):
+def test_rendered_objects_are_detected(size, scenes):
     measured = rates(scenes, size)
     assert min(measured.values()) > 0.97, measured
 
@@ -79,7 +79,7 @@ def test_what_is_drawn_is_seen(size, scenes):
 )
 def test_a_degraded_picture_is_still_read(degrade):
     measured = rates(SCENES[::3], 64, degrade)
-    assert min(measured["found"], measured["true"]) > 0.93, measured
+    assert min(measured["detected"], measured["true"]) > 0.93, measured
 
 
 def test_an_empty_picture_has_no_objects():
@@ -105,7 +105,7 @@ def test_a_picture_is_the_same_in_every_form():
             detect(wrong)
 
 
-def test_captions_are_read_as_they_are_meant():
+def test_captions_are_read_as_written():
     for split in ("train", "test"):
         for index in range(200):
             scene = make_scene(4, split, index)
@@ -145,16 +145,16 @@ ITEMS = (
 SAYING = "There are two red circles and a blue star at the top left. The blue star is large. The background is gray."
 
 
-def drawn(items, background="gray") -> Image.Image:
+def picture_of(items, background="gray") -> Image.Image:
     return render(Scene(0, "test", 0, Background(background, "striped", 1, 0.2), tuple(items)), 64)
 
 
 def wrong_kinds(verdict) -> set[str]:
-    return {kind for kind, (right, said) in verdict.facts.items() if right < said}
+    return {kind for kind, (right, stated) in verdict.facts.items() if right < stated}
 
 
 def test_a_picture_as_its_caption_says_is_all_right():
-    verdict = check(drawn(ITEMS), SAYING)
+    verdict = check(picture_of(ITEMS), SAYING)
     assert verdict.all_right and verdict.extra == 0 and not wrong_kinds(verdict)
     assert verdict.facts["object"] == verdict.facts["color"] == (3, 3)
     assert verdict.facts["count"] == (2, 2) and verdict.facts["place"] == verdict.facts["size"] == (1, 1)
@@ -163,17 +163,17 @@ def test_a_picture_as_its_caption_says_is_all_right():
 @pytest.mark.parametrize(
     ("picture", "wrong", "extra"),
     [
-        (drawn([*ITEMS[:2], replace(ITEMS[2], color="green")]), {"color", "count", "place", "size"}, 1),
-        (drawn(ITEMS[1:]), {"object", "color", "count"}, 0),
-        (drawn([*ITEMS, replace(ITEMS[1], column=0, x=0.17)]), {"count"}, 1),
-        (drawn([*ITEMS, SceneObject("moon", "pink", "small", 2, 0, 0.17, 0.83, 0.09, 0.0)]), set(), 1),
-        (drawn([*ITEMS[:2], replace(ITEMS[2], column=2, x=0.83)]), {"place"}, 0),
-        (drawn([*ITEMS[:2], replace(ITEMS[2], size="small", radius=0.09)]), {"size"}, 0),
-        (drawn(ITEMS, "navy"), {"background"}, 0),
+        (picture_of([*ITEMS[:2], replace(ITEMS[2], color="green")]), {"color", "count", "place", "size"}, 1),
+        (picture_of(ITEMS[1:]), {"object", "color", "count"}, 0),
+        (picture_of([*ITEMS, replace(ITEMS[1], column=0, x=0.17)]), {"count"}, 1),
+        (picture_of([*ITEMS, SceneObject("moon", "pink", "small", 2, 0, 0.17, 0.83, 0.09, 0.0)]), set(), 1),
+        (picture_of([*ITEMS[:2], replace(ITEMS[2], column=2, x=0.83)]), {"place"}, 0),
+        (picture_of([*ITEMS[:2], replace(ITEMS[2], size="small", radius=0.09)]), {"size"}, 0),
+        (picture_of(ITEMS, "navy"), {"background"}, 0),
     ],
-    ids=["color", "missing", "one too many", "unnamed", "place", "size", "background"],
+    ids=["color", "missing", "an extra object", "unnamed", "place", "size", "background"],
 )
-def test_what_is_wrong_with_a_picture_is_named(picture, wrong, extra):
+def test_mistakes_of_a_picture_are_named(picture, wrong, extra):
     verdict = check(picture, SAYING)
     assert wrong_kinds(verdict) == wrong and verdict.extra == extra and not verdict.all_right
 
@@ -182,8 +182,8 @@ def test_relations_are_by_place():
     facts = read_caption("A red circle and a blue star. The red circle is left of the blue star.")
     red = SceneObject("circle", "red", "large", 1, 0, 0.17, 0.5, 0.15, 0.0)
     blue = SceneObject("star", "blue", "large", 1, 2, 0.83, 0.5, 0.15, 0.0)
-    assert compare(detect(drawn([red, blue])), facts).all_right
-    swapped = compare(detect(drawn([replace(red, column=2, x=0.83), replace(blue, column=0, x=0.17)])), facts)
+    assert compare(detect(picture_of([red, blue])), facts).all_right
+    swapped = compare(detect(picture_of([replace(red, column=2, x=0.83), replace(blue, column=0, x=0.17)])), facts)
     assert wrong_kinds(swapped) == {"relation"}
 
 
@@ -199,7 +199,7 @@ def test_pictures_match_their_captions_and_not_those_of_others():
         assert own[kind]["facts"] == shuffled[kind]["facts"]
 
 
-def test_every_shape_in_every_color_is_told_apart():
+def test_every_shape_in_every_color_is_distinguished():
     for size in ("small", "large"):
         for i, shape in enumerate(SHAPES):
             items = [
@@ -216,7 +216,7 @@ def test_every_shape_in_every_color_is_told_apart():
                 )
                 for n, color in enumerate(COLORS)
             ]
-            seen = detect(drawn(items, ("gray", "navy", "beige", "mint", "lavender")[i % 5]))
+            seen = detect(picture_of(items, ("gray", "navy", "beige", "mint", "lavender")[i % 5]))
             assert objects(seen, "shape", "color", "size", "place") == Counter(
                 (shape, o.color, size, o.place) for o in items
             )

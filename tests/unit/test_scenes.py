@@ -27,7 +27,7 @@ SCENES = {split: [make_scene(7, split, index) for index in range(300)] for split
 ALL = [scene for scenes in SCENES.values() for scene in scenes]
 
 
-# A judge of its own: it reads a question or statement as English and looks it up in the scene's list of objects.
+# An independent judge: it parses the English of a question or statement and looks it up in the scene's objects.
 
 
 def singular(word: str) -> str:
@@ -36,13 +36,13 @@ def singular(word: str) -> str:
 
 def matching(scene: Scene, phrase: str) -> list:
     """Objects that a phrase such as ``red circles``, ``stars`` or ``blue objects`` is about."""
-    found = list(scene.objects)
+    matches = list(scene.objects)
     for word in phrase.split():
         if word in COLORS:
-            found = [o for o in found if o.color == word]
+            matches = [o for o in matches if o.color == word]
         elif word not in ("object", "objects"):
-            found = [o for o in found if o.shape == singular(word)]
-    return found
+            matches = [o for o in matches if o.shape == singular(word)]
+    return matches
 
 
 def the(scene: Scene, phrase: str):
@@ -70,8 +70,8 @@ def judge(scene: Scene, question: str) -> str:
     if question == "What is where?":
         cells = itertools.product(("top", "center", "bottom"), ("left", "center", "right"))
         named = {"center" if a == b == "center" else f"{a} {b}": i for i, (a, b) in enumerate(cells)}
-        found = {int(o.y * 3) * 3 + int(o.x * 3): f"{o.color} {o.shape}" for o in scene.objects}
-        return ", ".join(f"{place}: {found[cell]}" for place, cell in named.items() if cell in found)
+        by_cell = {int(o.y * 3) * 3 + int(o.x * 3): f"{o.color} {o.shape}" for o in scene.objects}
+        return ", ".join(f"{place}: {by_cell[cell]}" for place, cell in named.items() if cell in by_cell)
     if match := re.fullmatch(r"Is there an? ([\w ]+?) (and|or) an? ([\w ]+)\?", question):
         parts = [bool(matching(scene, match[i])) for i in (1, 3)]
         return yes(all(parts) if match[2] == "and" else any(parts))
@@ -103,8 +103,8 @@ def judge(scene: Scene, question: str) -> str:
     if match := re.fullmatch(r"Where is what, as seen from the ([\w ]+)\?", question):
         b, names = the(scene, match[1]), Counter(f"{o.color} {o.shape}" for o in scene.objects)
         others = sorted((int(o.y * 3), o.x, o) for o in scene.objects if o != b and names[f"{o.color} {o.shape}"] == 1)
-        said = [(f"the {o.color} {o.shape}", [w for w, holds in HOLDS.items() if holds(o, b)]) for _, _, o in others]
-        return ", ".join(" ".join([name, " and ".join(f"{word} it" for word in words)]) for name, words in said)
+        places = [(f"the {o.color} {o.shape}", [w for w, holds in HOLDS.items() if holds(o, b)]) for _, _, o in others]
+        return ", ".join(" ".join([name, " and ".join(f"{w} it" for w in held)]) for name, held in places)
     if match := re.fullmatch(r"Which (color|shape) is there most of\?", question):
         (most, n), (_, second), *_ = Counter(getattr(o, match[1]) for o in scene.objects).most_common()
         assert n > second
@@ -148,22 +148,22 @@ def test_conversations_are_true_whatever_the_instruction():
 
 def test_conversations_can_be_of_some_kinds_only():
     for scene in SCENES["train"][:50]:
-        said = [question for question, _ in conversation(scene, 8, ["layout", "background"], with_choices=0.0)]
-        assert {question.split("\n")[0] for question in said} == {"What is where?", "What color is the background?"}
+        turns = [question for question, _ in conversation(scene, 8, ["layout", "background"], with_choices=0.0)]
+        assert {question.split("\n")[0] for question in turns} == {"What is where?", "What color is the background?"}
     lettered = [q.endswith(LETTER) for s in SCENES["train"][:50] for q, _ in conversation(s, 8, with_choices=1.0)]
     assert sum(lettered) > 0.6 * len(lettered)  # the others are of kinds that a scene does not allow
 
 
-def test_what_tells_of_many_objects_is_asked_last():
+def test_questions_that_describe_many_objects_come_last():
     orders = [[question.kind in DESCRIPTIVE for question in questions(scene, 12)] for scene in SCENES["train"][:100]]
     assert all(order == sorted(order) for order in orders) and sum(map(sum, orders)) > 100
 
 
 def test_captions_name_every_object_and_lie_about_none():
     for scene in ALL:
-        said = caption(scene)
+        description = caption(scene)
         listed: Counter = Counter()
-        census = said.split(".")[0]
+        census = description.split(".")[0]
         pattern = (
             rf"\b(an?|{'|'.join(NUMBER)}) ({'|'.join(COLORS)}) (\w+)(?: at the ([a-z]+(?: [a-z]+)??)(?=,| and|$))?"
         )
@@ -171,35 +171,35 @@ def test_captions_name_every_object_and_lie_about_none():
             count = NUMBER.get(number.lower(), 1)
             listed[color, singular(shape)] += count
             if place:
-                assert the(scene, f"{color} {shape}").place == place, said
-        assert listed == Counter((o.color, o.shape) for o in scene.objects), said
-        check_statements(scene, said)
+                assert the(scene, f"{color} {shape}").place == place, description
+        assert listed == Counter((o.color, o.shape) for o in scene.objects), description
+        check_statements(scene, description)
 
 
 def test_texts_are_true_of_their_scenes():
     for scene in ALL:
-        said = text(scene)
-        check_statements(scene, said)
-        for one, a, other, b, total in re.findall(
-            r"There (?:is|are) (\w+) ([\w ]+) and (\w+) ([\w ]+), so together they are (\w+)", said
+        description = text(scene)
+        check_statements(scene, description)
+        for first, a, second, b, total in re.findall(
+            r"There (?:is|are) (\w+) ([\w ]+) and (\w+) ([\w ]+), so together they are (\w+)", description
         ):
-            assert [len(matching(scene, a)), len(matching(scene, b))] == [NUMBER[one], NUMBER[other]], said
-            assert NUMBER[one] + NUMBER[other] == NUMBER[total], said
+            assert [len(matching(scene, a)), len(matching(scene, b))] == [NUMBER[first], NUMBER[second]], description
+            assert NUMBER[first] + NUMBER[second] == NUMBER[total], description
 
 
-def check_statements(scene: Scene, said: str) -> None:
+def check_statements(scene: Scene, description: str) -> None:
     """Relations, sizes, comparisons and background."""
-    for a, word, b in re.findall(rf"[Tt]he ((?:\w+ ){{2}})is ({'|'.join(HOLDS)}) the (\w+ \w+)", said):
-        assert HOLDS[word](the(scene, a), the(scene, b)), said
-    for phrase, size in re.findall(r"The (\w+ \w+) is (small|large)\.", said):
-        assert the(scene, phrase).size == size, said
-    for size in re.findall(r"All objects are (\w+)\.", said):
-        assert {o.size for o in scene.objects} == {size}, said
-    for more, less in re.findall(r"There are more ([\w ]+) than ([\w ]+)\.", said):
-        assert len(matching(scene, more)) > len(matching(scene, less)), said
-    for background in re.findall(r"The background is ([\w ]+)\.", said):
-        assert background.split()[-1] == scene.background.color, said
-        assert background.split()[0] in (scene.background.pattern, scene.background.color), said
+    for a, word, b in re.findall(rf"[Tt]he ((?:\w+ ){{2}})is ({'|'.join(HOLDS)}) the (\w+ \w+)", description):
+        assert HOLDS[word](the(scene, a), the(scene, b)), description
+    for phrase, size in re.findall(r"The (\w+ \w+) is (small|large)\.", description):
+        assert the(scene, phrase).size == size, description
+    for size in re.findall(r"All objects are (\w+)\.", description):
+        assert {o.size for o in scene.objects} == {size}, description
+    for more, less in re.findall(r"There are more ([\w ]+) than ([\w ]+)\.", description):
+        assert len(matching(scene, more)) > len(matching(scene, less)), description
+    for background in re.findall(r"The background is ([\w ]+)\.", description):
+        assert background.split()[-1] == scene.background.color, description
+        assert background.split()[0] in (scene.background.pattern, scene.background.color), description
 
 
 def test_splits_share_no_arrangement_and_held_out_pairs_are_in_test_alone():
@@ -210,9 +210,9 @@ def test_splits_share_no_arrangement_and_held_out_pairs_are_in_test_alone():
         held_out = [any((o.shape, o.color) in HELD_OUT for o in scene.objects) for scene in scenes]
         assert all(held_out) if split == "test" else not any(held_out)
     for scene in SCENES["train"]:
-        words = " ".join([caption(scene), text(scene), *(q.text for kind in KINDS for q in asked(scene, kind))])
+        texts = " ".join([caption(scene), text(scene), *(q.text for kind in KINDS for q in asked(scene, kind))])
         for shape, color in HELD_OUT:
-            assert f"{color} {shape}" not in words
+            assert f"{color} {shape}" not in texts
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -243,9 +243,9 @@ def test_a_poorer_world_has_and_names_fewer_things():
         everything = [q for kind in KINDS for q in asked(scene, kind)]
         for question in everything:
             assert question.answer == judge(scene, question.text)
-            words = set(re.findall(r"\w+", question.text)) | {question.answer}
-            assert not words & {*COLORS} - {"orange", "green", "purple", "white"}
-            assert not words & {*SHAPES} - {"circle", "triangle", "star", "heart"}
+            mentioned = set(re.findall(r"\w+", question.text)) | {question.answer}
+            assert not mentioned & {*COLORS} - {"orange", "green", "purple", "white"}
+            assert not mentioned & {*SHAPES} - {"circle", "triangle", "star", "heart"}
     assert POOR.held_out == sorted((s, c) for s, c in HELD_OUT if s in POOR.shapes) and len(POOR.held_out) == 4
 
 
@@ -318,10 +318,10 @@ def test_the_files_are_what_they_should_be_and_a_complete_split_is_left_alone(tm
     assert [p.name for p in sorted(folder.glob("*.tar"))] == [f"train-{n:06}.tar" for n in range(3)]
     with tarfile.open(folder / "train-000001.tar") as archive:
         members = archive.getmembers()
-        image, said, record = (archive.extractfile(m).read() for m in members[:3])
+        image, text_bytes, record = (archive.extractfile(m).read() for m in members[:3])
     scene = make_scene(CONFIG.seed, "train", 5)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(render(scene, 32)))
-    assert said.decode() == caption(scene)
+    assert text_bytes.decode() == caption(scene)
     assert Scene.from_dict(json.loads(record)["scene"]) == scene
     llava = json.loads((folder / "llava.json").read_text())
     assert len(llava) == 12 and (folder / llava[3]["image"]).is_file()
@@ -331,7 +331,7 @@ def test_the_files_are_what_they_should_be_and_a_complete_split_is_left_alone(tm
     assert not list(tmp_path.glob(".*"))
 
 
-def test_other_settings_make_the_split_anew(tmp_path):
+def test_other_settings_write_the_split_again(tmp_path):
     first = write_split(tmp_path, CONFIG, 1)
     second = write_split(tmp_path, replace(CONFIG, seed=CONFIG.seed + 1), 1)
     assert second["created"] and second["fingerprint"] != first["fingerprint"]

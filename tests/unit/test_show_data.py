@@ -1,4 +1,4 @@
-"""tools/show_data.py: the tree, decoded rows with what is learnt, and the numbers."""
+"""tools/show_data.py: the tree, decoded rows with their learnt tokens, and the numbers."""
 
 import json
 import subprocess

@@ -86,7 +86,7 @@ def test_runs_keep_the_sources_of_their_tasks_and_validate_on_all(study, measure
     assert [s.task for s in without.config.data.train] == ["understanding"]
 
 
-def test_a_size_may_have_seeds_budgets_and_methods_of_its_own_and_a_method_budgets(study):
+def test_a_size_may_set_seeds_budgets_and_methods_and_a_method_budgets(study):
     size = {"settings": {"model": {"num_layers": 2}}}
     own = {"seeds": [7], "budgets": ["tokens"], "methods": ["dense", "dense-u", "dense-g"]}
     sizes = [{"name": "a", **size}, {"name": "b", **size, **own}]
@@ -120,8 +120,9 @@ def test_equal_tokens_steps_and_flops(study):
     assert {batches[name, "total"].global_batch_size for name in ("dense-u", "dense-g")} == {8}
     cut = [batches[name, "steps"] for name in ("dense-u", "dense-g")]
     rows = batches["dense", "tokens"].validation_batches * 8  # validated on, or those and some more
-    assert all(rows <= one.validation_batches * one.global_batch_size < rows + 8 for one in cut)
-    assert [(one.global_batch_size, one.micro_batch_size) for one in cut] == [(3, 1), (5, 1)]  # of 8 rows, by share
+    assert all(rows <= training.validation_batches * training.global_batch_size < rows + 8 for training in cut)
+    # Of 8 rows, by share.
+    assert [(training.global_batch_size, training.micro_batch_size) for training in cut] == [(3, 1), (5, 1)]
     ratios = {run.method.name: run.length.flops_ratio for run in runs}
     assert ratios["himix-u"] < ratios["share-all"] < ratios["hmgen-g"] < 1
     for name in ("himix-u", "hmgen-g", "share-all"):
@@ -376,7 +377,7 @@ def test_equal_roles_are_evaluated_once(study):
     assert names["hmgen-g"] == ["training"]  # has no benchmarks
 
 
-def test_evaluations_keep_apart_and_are_not_done_while_answers_are_missing(study, tmp_path):
+def test_evaluations_are_separate_and_incomplete_while_answers_are_missing(study, tmp_path):
     write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=3, size=16))
     shares = {f"share-{share}": [f"plan.himix_start={layer}"] for layer, share in enumerate((0.5, 0.25))}
     pope = study_file.StudyBenchmark("pope", str(tmp_path / "benchmarks" / "pope"))

@@ -47,7 +47,7 @@ def study(tmp_path, monkeypatch):
     return make
 
 
-def test_a_failed_run_is_named_with_its_last_line_and_stops_no_other(study, capsys):
+def test_a_failed_run_is_named_with_its_last_line_and_the_others_run(study, capsys):
     test_study, runs = study(a=TRAINS, b="echo fine; echo 'disk: no room' >&2; exit 3", c=TRAINS)
     scheduler.execute(runs, test_study.evaluation)
     assert status.failed(test_study, runs) == ["b"]
@@ -60,7 +60,7 @@ def test_a_failed_run_is_named_with_its_last_line_and_stops_no_other(study, caps
     assert result["losses"] == {"generation loss": 1.5}
 
 
-def test_what_failed_or_stopped_is_tried_again_and_what_is_finished_is_not(study, capsys):
+def test_failed_and_stopped_runs_are_tried_again_and_finished_ones_are_not(study, capsys):
     flaky = f"echo x >> tries; [ $(wc -l < tries) = 1 ] && exit 1; {TRAINS}"
     test_study, runs = study(a=f"echo x >> tries; {TRAINS}", b=flaky, c="echo stopped early")
     scheduler.execute(runs, test_study.evaluation)
@@ -79,7 +79,7 @@ def test_figures_that_are_missing_make_a_run_fail(study):
     assert (runs[2].folder / "result.json").is_file()
 
 
-def test_a_run_that_another_process_works_on_is_waited_for(study, capsys):
+def test_a_study_waits_for_a_run_of_another_process(study, capsys):
     test_study, (run,) = study(a=TRAINS)
     descriptor = state.lock(run)
     threading.Timer(0.5, os.close, [descriptor]).start()
@@ -103,7 +103,7 @@ def test_gpus_are_shared_out(study):
     assert [(run.folder / "gpus").read_text() for run in runs] == ["4\n", "4\n"]
 
 
-def test_a_signal_is_handed_on_and_nothing_new_is_started(study):
+def test_a_signal_is_passed_to_the_runs_and_no_new_run_starts(study):
     waits = "trap 'echo saved > saved; exit 0' TERM; touch at_work; for i in $(seq 600); do sleep 0.1; done"
     test_study, runs = study(a=waits, b=TRAINS)
     started: Path = runs[0].folder / "at_work"

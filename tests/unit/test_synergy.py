@@ -47,7 +47,7 @@ def test_synergy_loss_is_what_dense_gains_more(paper):
     assert 100 * average == pytest.approx(np.mean(understanding)) == pytest.approx(23.65, abs=0.05)
 
 
-def test_what_a_method_costs_is_against_dense_on_the_same_tasks():
+def test_the_cost_of_a_method_is_relative_to_dense_on_the_same_tasks():
     costs = {c.method: c for c in synergy.against_dense(results.published())}
     assert not [name for name in costs if name.startswith("dense")]
     himix, hmgen = costs["HiMix, understanding"], costs["HMGen, 3 shallow layers, generation"]

@@ -49,7 +49,7 @@ def test_damaged_input_names_file_and_line(tmp_path):
         list(tokenizer.texts(tmp_path / "absent.txt"))
 
 
-def test_too_little_text_is_said(tmp_path):
+def test_too_little_text_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
     with pytest.raises(UserError, match="cannot make 4000 pieces from 1 texts"):
         tokenizer.train([tmp_path / "text.txt"], tmp_path / "tokenizer.model", 4000)
@@ -76,9 +76,9 @@ def test_the_token_space_is_text_special_codes(tmp_path, model):
 
 
 def test_the_fingerprint_follows_the_meaning_of_ids(tmp_path, model):
-    one = Vocabulary.create(tmp_path / "one", model, codebook_size=50)
-    assert Vocabulary.create(tmp_path / "same", model, codebook_size=50).fingerprint == one.fingerprint
-    assert Vocabulary.create(tmp_path / "more", model, codebook_size=51).fingerprint != one.fingerprint
+    vocabulary = Vocabulary.create(tmp_path / "vocabulary", model, codebook_size=50)
+    assert Vocabulary.create(tmp_path / "same", model, codebook_size=50).fingerprint == vocabulary.fingerprint
+    assert Vocabulary.create(tmp_path / "more", model, codebook_size=51).fingerprint != vocabulary.fingerprint
 
 
 def test_a_changed_tokenizer_is_refused(tmp_path, model):

@@ -21,35 +21,35 @@ EMU3 |= {"attn_resolutions": [1], "hidden_size": 32, "temporal_downsample_factor
 CHAMELEON = {**COMMON, "num_embeddings": 64, "channel_multiplier": [1, 1, 1], "resolution": 32}
 
 
-def network(kind: str):
+def published(kind: str):
     torch.manual_seed(0)
     if kind == "janus":
-        made = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**JANUS))
-        weight = made.quantize.embedding.weight
+        janus = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**JANUS))
+        weight = janus.quantize.embedding.weight
         weight.data = torch.nn.functional.normalize(weight.data, dim=1)
-        return made.eval()
+        return janus.eval()
     if kind == "emu3":
         return transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(**EMU3)).eval()
     return transformers.ChameleonVQVAE(transformers.ChameleonVQVAEConfig(**CHAMELEON)).eval()
 
 
 @torch.no_grad()
-def their_codes(kind: str, made, images: torch.Tensor) -> torch.Tensor:
+def codes_of(kind: str, network, images: torch.Tensor) -> torch.Tensor:
     if kind == "emu3":
-        return torch.stack(made.encode(images, torch.tensor([[32, 16]] * len(images))).image_tokens).flatten(1)
-    return made.encode(images).image_tokens.view(len(images), -1)
+        return torch.stack(network.encode(images, torch.tensor([[32, 16]] * len(images))).image_tokens).flatten(1)
+    return network.encode(images).image_tokens.view(len(images), -1)
 
 
 @pytest.mark.parametrize("kind, grid", [("janus", (8, 8)), ("emu3", (16, 8)), ("chameleon", (8, 8))])
-def test_codes_and_pictures_are_those_of_the_published_network(tmp_path, kind, grid):
-    made = network(kind)
-    made.save_pretrained(tmp_path)
+def test_codes_and_pictures_equal_those_of_the_published_network(tmp_path, kind, grid):
+    network = published(kind)
+    network.save_pretrained(tmp_path)
     adapter = vq.load(tmp_path)
     assert (adapter.codebook_size, adapter.grid) == (64, grid)
     images = torch.rand(3, 3, *adapter.image_size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     codes = adapter.encode(images)
     assert codes.shape == (3, grid[0] * grid[1]) and codes.dtype == torch.int64
-    expected = their_codes(kind, made, images)
+    expected = codes_of(kind, network, images)
     if kind != "janus":  # its latents are compared at unit length here, as LlamaGen's are
         assert torch.equal(codes, expected)
     if kind == "chameleon":
@@ -58,35 +58,35 @@ def test_codes_and_pictures_are_those_of_the_published_network(tmp_path, kind, g
         return
     pictures = adapter.decode(codes)
     with torch.no_grad():
-        theirs = made.decode(codes) if kind == "janus" else made.decode(codes.view(3, *grid))
+        expected_pictures = network.decode(codes) if kind == "janus" else network.decode(codes.view(3, *grid))
     assert pictures.shape == images.shape
-    torch.testing.assert_close(pictures, theirs.clamp(-1, 1).view_as(pictures), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pictures, expected_pictures.clamp(-1, 1).view_as(pictures), atol=1e-4, rtol=1e-4)
 
 
 def test_the_fingerprint_follows_the_weights_and_not_their_storage(tmp_path):
-    made = network("janus")
-    made.save_pretrained(tmp_path / "one")
-    made.save_pretrained(tmp_path / "again", max_shard_size="100KB")
-    made.quant_conv.bias.data[0] += 1
-    made.save_pretrained(tmp_path / "other")
-    one, again, other = (vq.load(tmp_path / name).fingerprint for name in ("one", "again", "other"))
-    assert one == again != other
+    network = published("janus")
+    network.save_pretrained(tmp_path / "whole")
+    network.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    network.quant_conv.bias.data[0] += 1
+    network.save_pretrained(tmp_path / "changed")
+    whole, in_shards, changed = (vq.load(tmp_path / name).fingerprint for name in ("whole", "shards", "changed"))
+    assert whole == in_shards != changed
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config.json: not found"):
         vq.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="'llama' is not a known VQ tokenizer"):
         vq.load(tmp_path)
-    network("janus").save_pretrained(tmp_path)
+    published("janus").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="cannot be read as a JanusVQVAE"):
         vq.load(tmp_path)
 
 
 def test_wrong_sizes_are_refused(tmp_path):
-    network("janus").save_pretrained(tmp_path)
+    published("janus").save_pretrained(tmp_path)
     adapter = vq.load(tmp_path)
     with pytest.raises(ValueError, match="expected"):
         adapter.encode(torch.zeros(1, 3, 16, 32))
@@ -98,7 +98,7 @@ SMALL = VQTrainingConfig(image_size=16, grid=4, codebook_size=32, steps=60, batc
 
 
 def two_colored_pictures(count: int) -> torch.Tensor:
-    """Halves of flat colors: easy to code, impossible to draw without looking."""
+    """Halves of flat colors: easy to code, but no constant picture comes close to them."""
     random = torch.Generator().manual_seed(0)
     palette = torch.tensor([[220, 30, 30], [30, 60, 220], [250, 220, 40], [20, 20, 30]], dtype=torch.uint8)
     colors = palette[torch.randint(4, (count, 2), generator=random)]
@@ -107,7 +107,7 @@ def two_colored_pictures(count: int) -> torch.Tensor:
     return pictures.contiguous()
 
 
-def test_training_learns_to_draw_and_loads(tmp_path):
+def test_a_trained_tokenizer_reconstructs_and_loads(tmp_path):
     pictures = two_colored_pictures(100)
     numbers = train(pictures, tmp_path, SMALL)
     mean = pictures[8:].float().mean((0, 2, 3), keepdim=True).round().to(torch.uint8).expand(8, 3, 16, 16)
