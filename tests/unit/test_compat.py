@@ -8,6 +8,7 @@ from megatron_ext import compat
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights
 from megatron_ext.errors import UserError
 from megatron_ext.training.setup import build_model
+from megatron_ext.transformer.resolved import resolve
 
 TINY = ("model.num_layers=1", "model.hidden_size=16", "model.num_attention_heads=2", "model.ffn_hidden_size=32")
 
@@ -26,7 +27,7 @@ TINY = ("model.num_layers=1", "model.hidden_size=16", "model.num_attention_heads
 def test_a_checkpoint_of_a_newer_version_is_refused_with_one_line(
     tmp_path, one_process, monkeypatch, writer, newer_here, reason
 ):
-    chunks = build_model(one_process(*TINY), 32)
+    chunks = build_model(resolve(one_process(*TINY), 32))
     checkpointer = Checkpointer(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda package: writer)
@@ -42,6 +43,6 @@ def test_a_checkpoint_of_a_newer_version_is_refused_with_one_line(
 def test_nothing_is_logged_that_a_user_could_not_mend(tmp_path, one_process, caplog):
     config = one_process(*TINY)
     with caplog.at_level(logging.WARNING):
-        chunks = build_model(config, 32)
+        chunks = build_model(resolve(config, 32))
         Checkpointer(tmp_path).save(1, chunks, None, {})
     assert not [record.getMessage() for record in caplog.records]
