@@ -55,9 +55,10 @@ def _stock_chunk(config: Config, vocab_size: int):
 
     from megatron_ext.transformer.specs import transformer_config
 
-    settings = dataclasses.replace(transformer_config(resolve(config)), use_te_activation_func=False)
+    resolved = resolve(config)
+    settings = dataclasses.replace(transformer_config(resolved), use_te_activation_func=False)
     settings.finalize_model_grads_func = finalize_model_grads
-    if resolve(config).implementation == "transformer_engine":
+    if resolved.implementation == "transformer_engine":
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")

@@ -62,7 +62,8 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         raise UserError(f"{out}: already holds checkpoints, such as {present[-1].name}; name another folder")
     before = config_file.from_tree(Config, marker["state"]["config"])
     after = _with_overrides(before, overrides)
-    source, target = (resolve(single_process(config)).plan.projections for config in (before, after))
+    resolved_before, resolved_after = (resolve(single_process(config)) for config in (before, after))
+    source, target = resolved_before.plan.projections, resolved_after.plan.projections
     if source.identity == target.identity:
         raise UserError(f"{checkpoint}: with {' '.join(overrides)} its projections stay as they are")
     vocab_size = _vocab_size(checkpoint, marker)
@@ -71,12 +72,12 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         "config": dataclasses.asdict(after),
         "plan": {"projections": target.identity},
     }
-    distributed.initialize(single_process(after))
+    distributed.initialize(resolved_after.config)
     try:
-        chunks = build_model(resolve(single_process(after), vocab_size))
-        originals = build_chunks(resolve(single_process(before), vocab_size))
+        chunks = build_model(dataclasses.replace(resolved_after, padded_vocab_size=vocab_size))
+        originals = build_chunks(dataclasses.replace(resolved_before, padded_vocab_size=vocab_size))
         _fill(chunks[0].module, checkpoint, originals, source, target, tolerance)
-        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(single_process(after), chunks), state)
+        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(resolved_after.config, chunks), state)
     finally:
         distributed.shut_down()
     numbers = {
