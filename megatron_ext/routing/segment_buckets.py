@@ -13,7 +13,7 @@ import numpy as np
 STEPS_PER_OCTAVE = 4
 """Lengths within a quarter of an octave share a bucket; lengths below :data:`SHORT` do in steps of two."""
 SHORT = 8
-LONGEST = 256
+LONGEST = 128
 """Longer segments are not filled: the arithmetic of fillers would cost more than a call."""
 
 
