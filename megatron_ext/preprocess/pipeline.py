@@ -191,16 +191,15 @@ def _refuse_skipped(options: PreprocessOptions, skipped: list[dict]) -> None:
 
 
 def _decoder(options: PreprocessOptions, vq: VQModel):
-    device = next(vq.network.parameters()).device
     if dali_decoder.available():
-        return dali_decoder.DaliDecoder(vq.image_size, options.resize, options.workers, options.batch_size, device)
+        return dali_decoder.DaliDecoder(vq.image_size, options.resize, options.workers, options.batch_size, vq.device)
     print("DALI is missing (pip install nvidia-dali-cuda130): Pillow decodes the images, more slowly")
     return PillowDecoder(vq.image_size, options.resize, options.workers)
 
 
 def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None, decoder, units: int) -> dict:
     """Everything that the bytes of the data set depend on; runs with other values never share parts."""
-    parameter = next(vq.network.parameters()) if vq is not None else torch.empty(0)
+    device, dtype = (vq.device, vq.dtype) if vq is not None else (torch.device("cpu"), torch.float32)
     return {
         "inputs": [{"file": str(file), "bytes": file.stat().st_size} for file in options.inputs],
         "images": str(options.images) if options.images else None,
@@ -212,8 +211,8 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         "vocabulary": vocabulary.fingerprint,
         "vq": vq.metadata if vq is not None else None,
         "decoder": decoder.name if decoder is not None else None,
-        "device": parameter.device.type,
-        "precision": str(parameter.dtype).removeprefix("torch."),
+        "device": device.type,
+        "precision": str(dtype).removeprefix("torch."),
     }
 
 
