@@ -28,7 +28,7 @@ from megatron_ext.preprocess import PreprocessOptions, preprocess
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel
 from megatron_ext.vq.image_decoder import CROP, PillowDecoder
-from megatron_ext.vq.training import VQTrainingConfig
+from megatron_ext.vq.training_config import VQTrainingConfig
 
 WORDS = (
     "red",

@@ -12,6 +12,7 @@ last one; the result equals that of a single run, byte for byte.
 
 import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_ext import command_line, files
@@ -60,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         help="which one a sample with both becomes (default: conversation)",
     )
     parser.add_argument(
+        "--split-turns",
+        action="store_true",
+        help="each question with its answer becomes a document of its own, after the images before it",
+    )
+    parser.add_argument(
         "--resize",
         choices=("crop", "squash"),
         default="crop",
@@ -88,8 +94,7 @@ def _preprocess(arguments: argparse.Namespace) -> dict:
 
     vocabulary = Vocabulary(arguments.vocabulary)
     vq = _load(arguments.vq) if arguments.vq else None
-    names = ("inputs", "out", "images", "prefer", "resize", "batch_size", "part_samples", "workers", "strict", "shard")
-    options = PreprocessOptions(**{name: getattr(arguments, name) for name in names})
+    options = PreprocessOptions(**{field.name: getattr(arguments, field.name) for field in fields(PreprocessOptions)})
     summary = preprocess(options, vocabulary, vq)
     if summary.images:
         print(f"{summary.images:,} images encoded in {summary.seconds:.1f} s, {summary.speed:,.1f} images/s")

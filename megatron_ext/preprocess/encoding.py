@@ -186,5 +186,4 @@ def _decode(batches: Generator, decoder: Callable | None) -> Generator:
 @torch.inference_mode()
 def _codes(vq: VQModel, pixels: Tensor) -> Tensor:
     """uint8 [n, H, W, 3] to codes [n, h*w]."""
-    device = next(vq.network.parameters()).device
-    return vq.encode(from_bytes(pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)))
+    return vq.encode(from_bytes(pixels.to(vq.device, non_blocking=True).permute(0, 3, 1, 2)))

@@ -7,10 +7,13 @@ from itertools import islice
 
 import numpy as np
 
-from megatron_ext.data.format import IMAGE
+from megatron_ext.data.format import ANSWER, IMAGE
 from megatron_ext.preprocess import units
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions, Sample, Unit
 from megatron_ext.vocabulary import Vocabulary
+
+Document = list[tuple[int, "np.ndarray | ImageFile"]]
+"""(mode, token ids) and (IMAGE, ImageFile)."""
 
 
 @dataclass
@@ -22,7 +25,7 @@ class Part:
         last: whether it is the last part of its unit.
         samples: number of samples, unusable ones included.
         bytes: size of the samples in the input.
-        documents: name and (mode, token ids | ImageFile) sequences of each usable sample.
+        documents: name and documents of each usable sample.
         skipped: a description of each skipped sample.
     """
 
@@ -30,13 +33,14 @@ class Part:
     last: bool
     samples: int
     bytes: int
-    documents: list[tuple[str, list[tuple[int, "np.ndarray | ImageFile"]]]] = field(default_factory=list)
+    documents: list[tuple[str, list[Document]]] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
 
     @cached_property
     def images(self) -> list[ImageFile]:
         """Every image once, in order of appearance."""
-        return list(dict.fromkeys(item for _, document in self.documents for mode, item in document if mode == IMAGE))
+        documents = (document for _, documents in self.documents for document in documents)
+        return list(dict.fromkeys(item for document in documents for mode, item in document if mode == IMAGE))
 
 
 def part_name(unit: int, part: int) -> str:
@@ -52,12 +56,16 @@ def unit_parts(
     chunk = list(islice(samples, part_samples))
     while chunk or not done:
         following = list(islice(samples, part_samples))
-        yield tokenise(part_name(index, done), chunk, not following, vocabulary)
+        yield tokenise(part_name(index, done), chunk, not following, options.split_turns, vocabulary)
         chunk, done = following, done + 1
 
 
-def tokenise(name: str, samples: list[Sample], last: bool, vocabulary: Vocabulary) -> Part:
-    """A part of these samples; samples without text of the required mode are skipped."""
+def tokenise(name: str, samples: list[Sample], last: bool, split: bool, vocabulary: Vocabulary) -> Part:
+    """A part of these samples; samples without text of the required mode are skipped.
+
+    Args:
+        split: each question with its answer is a document of its own (:func:`split_turns`).
+    """
     part = Part(name, last, len(samples), sum(sample.bytes for sample in samples))
     texts = [item for sample in samples for mode, item in sample.segments if mode != IMAGE]
     ids = iter(vocabulary.text.encode(texts))  # all at once: SentencePiece takes a list in its own threads
@@ -70,7 +78,21 @@ def tokenise(name: str, samples: list[Sample], last: bool, vocabulary: Vocabular
         if reason is None and not any(mode == sample.required_mode for mode, _ in document):
             reason = "its text is empty"
         if reason is None:
-            part.documents.append((sample.name, document))
+            conversation = split and sample.required_mode == ANSWER
+            part.documents.append((sample.name, split_turns(document) if conversation else [document]))
         else:
             part.skipped.append({"sample": sample.name, "reason": reason})
     return part
+
+
+def split_turns(document: Document) -> list[Document]:
+    """A document for each question with its answer, after the images of the turns before it; what follows the last
+    answer is left out."""
+    turns, images, turn = [], [], []
+    for (mode, item), (following, _) in zip(document, [*document[1:], (None, None)]):
+        turn.append((mode, item))
+        if mode == ANSWER and following != ANSWER:
+            turns.append(images + turn)
+            images = images + [segment for segment in turn if segment[0] == IMAGE]
+            turn = []
+    return turns

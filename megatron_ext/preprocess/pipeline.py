@@ -29,6 +29,7 @@ class PreprocessOptions:
         out: prefix of the data set.
         images: folder of the images that JSON and JSONL files name; None for the folder of the file itself.
         prefer: "conversation" or "caption", for a sample with both.
+        split_turns: each question with its answer becomes a document of its own.
         resize: "crop" or "squash".
         batch_size: images that the VQ model encodes at once.
         part_samples: samples per part; a restart repeats at most one part.
@@ -41,6 +42,7 @@ class PreprocessOptions:
     out: Path
     images: Path | None = None
     prefer: str = "conversation"
+    split_turns: bool = False
     resize: str = CROP
     batch_size: int = 64
     part_samples: int = 1024
@@ -175,7 +177,7 @@ def _show(bar, batch: Encoded, summary: Summary) -> None:
 
 
 def _parts(todo: dict, options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None) -> Iterator[Part]:
-    read_options = ReadOptions(options.images, options.prefer)
+    read_options = ReadOptions(options.images, options.prefer, options.split_turns)
     for index, (unit, done) in todo.items():
         for part in unit_parts(index, unit, done, options.part_samples, read_options, vocabulary):
             if vq is None and part.images:
@@ -191,20 +193,20 @@ def _refuse_skipped(options: PreprocessOptions, skipped: list[dict]) -> None:
 
 
 def _decoder(options: PreprocessOptions, vq: VQModel):
-    device = next(vq.network.parameters()).device
     if dali_decoder.available():
-        return dali_decoder.DaliDecoder(vq.image_size, options.resize, options.workers, options.batch_size, device)
+        return dali_decoder.DaliDecoder(vq.image_size, options.resize, options.workers, options.batch_size, vq.device)
     print("DALI is missing (pip install nvidia-dali-cuda130): Pillow decodes the images, more slowly")
     return PillowDecoder(vq.image_size, options.resize, options.workers)
 
 
 def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None, decoder, units: int) -> dict:
     """Everything that the bytes of the data set depend on; runs with other values never share parts."""
-    parameter = next(vq.network.parameters()) if vq is not None else torch.empty(0)
+    device, dtype = (vq.device, vq.dtype) if vq is not None else (torch.device("cpu"), torch.float32)
     return {
         "inputs": [{"file": str(file), "bytes": file.stat().st_size} for file in options.inputs],
         "images": str(options.images) if options.images else None,
         "as": options.prefer,
+        **({"split_turns": True} if options.split_turns else {}),  # data sets made without it stay as they are
         "resize": options.resize,
         "batch_size": options.batch_size,
         "part_samples": options.part_samples,
@@ -212,8 +214,8 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         "vocabulary": vocabulary.fingerprint,
         "vq": vq.metadata if vq is not None else None,
         "decoder": decoder.name if decoder is not None else None,
-        "device": parameter.device.type,
-        "precision": str(parameter.dtype).removeprefix("torch."),
+        "device": device.type,
+        "precision": str(dtype).removeprefix("torch."),
     }
 
 

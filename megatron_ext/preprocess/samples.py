@@ -68,10 +68,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How records become samples: the folder of the images (None: that of the input file), and ``--as``."""
+    """How records become documents: the folder of the images (None: that of the input file), ``--as`` and
+    ``--split-turns``."""
 
     images: Path | None
     prefer: str
+    split_turns: bool = False
 
 
 class naming_errors:

@@ -68,12 +68,15 @@ class Store:
             The part's manifest.
         """
         documents, skipped = [], list(part.skipped)
-        for name, document in part.documents:
-            failed = [item for mode, item in document if mode == IMAGE and item in failures]
-            if failed:
+        for name, of_sample in part.documents:
+            images = [item for document in of_sample for mode, item in document if mode == IMAGE]
+            if failed := [image for image in images if image in failures]:
                 skipped.append({"sample": name, "image": failed[0].name, "reason": failures[failed[0]]})
             else:
-                documents.append([(m, codes[item] + offset if m == IMAGE else item) for m, item in document])
+                documents += [
+                    [(mode, codes[item] + offset if mode == IMAGE else item) for mode, item in document]
+                    for document in of_sample
+                ]
         if documents:
             source = {"made_by": TOOL, "part": part.name}
             prefix = self.folder / part.name

@@ -1,4 +1,4 @@
-"""Image <-> code tokens: published VQ tokenizers behind one interface, and the training of a small one.
+"""Image <-> code tokens: published VQ tokenizers behind one interface, and the training of small ones.
 
 ::
 
@@ -9,8 +9,11 @@
     loading.py            a folder -> a tokenizer
     model.py              the interface; the fingerprint and the metadata that data sets store
     adapters.py           Janus (LlamaGen's VQ-16), Emu3, Chameleon
-    codebook.py           nearest codes; k-means start and moving averages for training
-    training.py           training a small tokenizer
+    patch_dictionary.py   patches of pixels, without a network
+    codebook.py           nearest codes; k-means, and moving averages for training
+    training.py           training a small tokenizer; dictionary_training.py fits a patch dictionary
+    training_config.py    settings of both
+    trained_folder.py     what both write: the tokenizer, its quality on held-out images
     training_images.py    the images to train it on
     image_decoder.py      image files -> pixels of the tokenizer's size, with Pillow
 """

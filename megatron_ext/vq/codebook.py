@@ -25,12 +25,39 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
         codebook: [k, d].
 
     Returns:
-        int64 [m].
+        int64 [m]; the first of equally near rows.
     """
     # |v - c|^2 = |v|^2 - 2 v.c + |c|^2, and the first term is the same for every c.
     bias = codebook.square().sum(1) / 2
     rows = max(1, NEAREST_ELEMENTS // len(codebook))
     return torch.cat([(chunk @ codebook.T - bias).argmax(1) for chunk in vectors.split(rows)])
+
+
+def kmeans(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Weighted k-means (Lloyd), started by k-means++.
+
+    Args:
+        points: float32 [m, d], all different, m >= ``count``.
+        weights: [m], how often each point counts.
+
+    Returns:
+        Centers [count, d], by falling weight of the points nearest to them.
+    """
+    first = torch.multinomial(weights, 1, generator=generator)
+    centers = points[first]
+    square = (points - centers).square().sum(1)
+    while len(centers) < count:
+        new = points[torch.multinomial(weights * square, 1, generator=generator)]
+        centers = torch.cat([centers, new])
+        square = torch.minimum(square, (points - new).square().sum(1))
+    for _ in range(KMEANS_ITERATIONS):
+        codes = nearest(points, centers)
+        totals = torch.zeros(count).index_add_(0, codes, weights)
+        sums = torch.zeros_like(centers).index_add_(0, codes, points * weights[:, None])
+        # A center that no point is nearest to stays where it is.
+        centers = torch.where(totals[:, None] > 0, sums / totals[:, None].clamp(min=1), centers)
+    totals = torch.zeros(count).index_add_(0, nearest(points, centers), weights)
+    return centers[totals.argsort(descending=True, stable=True)]
 
 
 class MovingAverageCodebook:

@@ -7,29 +7,32 @@ import torch
 from megatron_ext import files
 from megatron_ext.errors import UserError
 from megatron_ext.vq.model import VQModel
+from megatron_ext.vq.patch_dictionary import PatchDictionary
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VQModel:
     """Load the VQ tokenizer in a local folder onto ``device``; nothing is downloaded.
 
-    The folder is in the form of transformers' ``save_pretrained``: the VQ network alone, or a whole Janus, Emu3 or
-    Chameleon checkpoint, of which only the VQ network is read.
+    The folder holds a patch dictionary, or is in the form of transformers' ``save_pretrained``: the VQ network alone,
+    or a whole Janus, Emu3 or Chameleon checkpoint, of which only the VQ network is read.
 
     Raises:
         UserError: the folder holds no such tokenizer, or weights are missing.
     """
-    # Importing transformers takes seconds, and many users of this package only need the type.
-    from megatron_ext.vq.adapters import ADAPTERS
-
     folder = Path(folder)
     config = _read_config(folder)
+    if config.get("model_type") == PatchDictionary.kind:
+        return PatchDictionary.from_folder(folder, config).to(device)
+    # Importing transformers takes seconds.
+    from megatron_ext.vq.adapters import ADAPTERS
+
     # A whole checkpoint keeps the tokenizer's configuration in a section of its own.
     config = config.get("vq_config") or config
     adapter = ADAPTERS.get(config.get("model_type"))
     if adapter is None:
         raise UserError(
             f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not a known VQ tokenizer; "
-            f"expected one of {', '.join(ADAPTERS)}, or a checkpoint with such a 'vq_config'"
+            f"expected one of {', '.join([PatchDictionary.kind, *ADAPTERS])}, or a checkpoint with such a 'vq_config'"
         )
     return adapter.from_folder(folder, config).to(device, dtype)
 

@@ -15,13 +15,14 @@ from megatron_ext.vq.codebook import nearest
 class VQModel(ABC):
     """A frozen VQ image tokenizer.
 
-    The networks may run in bfloat16. The codebook look-up is always float32: rounded distances select other codes.
+    The networks may run in bfloat16. The codebook look-up is float32 or more: rounded distances select other codes.
 
     Attributes:
         kind: ``model_type`` of the VQ network's configuration.
         codebook_size: number of codes.
         grid: (h, w), rows and columns of codes of an image.
         image_size: (H, W), pixels.
+        device, dtype: of the networks.
         fingerprint: 16 hexadecimal digits that change with the kind, the image size or any weight, but not with how the
             weights are stored or converted.
     """
@@ -34,14 +35,17 @@ class VQModel(ABC):
     def __init__(self, network: nn.Module, folder: Path, grid: tuple[int, int], image_size: tuple[int, int]):
         self.folder = folder
         self.grid, self.image_size = grid, image_size
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.network = network.eval().requires_grad_(False)
         self.codebook_size = len(self._codebook())
         self.fingerprint = _fingerprint(self.kind, image_size, network)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "VQModel":
         """Move the networks to ``device`` and ``dtype``; the codebook stays float32."""
-        self.network.to(device=device, dtype=dtype, memory_format=self.memory_format)
-        self.network.quantize.float()
+        self.device, self.dtype = torch.device(device), dtype
+        for name, module in self.network.named_children():
+            own_dtype = torch.float32 if name == "quantize" else dtype
+            module.to(device=device, dtype=own_dtype, memory_format=self.memory_format)
         return self
 
     @property
@@ -58,10 +62,10 @@ class VQModel(ABC):
         """
         if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.image_size:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected [n, 3, {self._size_text()}]")
-        parameter = next(self.network.encoder.parameters())
-        images = images.to(parameter.device, parameter.dtype).contiguous(memory_format=self.memory_format)
-        latents = self._latents(images).float()  # [n, d, h, w]
-        codes = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), self._codebook())
+        images = images.to(self.device, self.dtype).contiguous(memory_format=self.memory_format)
+        codebook = self._codebook()
+        latents = self._latents(images).to(codebook.dtype)  # [n, d, h, w]
+        codes = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), codebook)
         return codes.view(len(images), -1)
 
     @torch.no_grad()
@@ -77,15 +81,14 @@ class VQModel(ABC):
         height, width = self.grid
         if codes.ndim != 2 or codes.shape[1] != height * width:
             raise ValueError(f"codes of shape {tuple(codes.shape)}, expected [n, {height * width}]")
-        codes = codes.to(next(self.network.parameters()).device)
-        return self._images(codes).float().clamp(-1, 1)
+        return self._images(codes.to(self.device)).float().clamp(-1, 1)
 
     def _size_text(self) -> str:
         return f"{self.image_size[0]}, {self.image_size[1]}"
 
     @abstractmethod
     def _codebook(self) -> Tensor:
-        """The codebook, float32 [codebook_size, d]; the vector nearest to a latent is its code."""
+        """The codebook [codebook_size, d], float32 or float64; the vector nearest to a latent is its code."""
 
     @abstractmethod
     def _latents(self, images: Tensor) -> Tensor:

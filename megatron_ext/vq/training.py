@@ -4,72 +4,25 @@ Latents and codes are unit vectors (LlamaGen, arXiv 2406.06525, section 3.1). Th
 reconstruct without a codebook; then the codebook starts from its latents (:mod:`megatron_ext.vq.codebook`).
 """
 
+import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.janus.modeling_janus import JanusVQVAEAttnBlock
 
 from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
-from megatron_ext.files import write_json
 from megatron_ext.vq.codebook import MovingAverageCodebook, nearest
-from megatron_ext.vq.loading import load
-from megatron_ext.vq.model import VQModel
-from megatron_ext.vq.pixels import from_bytes, to_bytes
-
-
-@dataclass
-class VQTrainingConfig:
-    """The shape of a small tokenizer and its training.
-
-    Attributes:
-        image_size, grid: pixels and codes along a side.
-        patch: pixels along a side of the network's input patches; larger is faster and coarser.
-        local: the encoder sees only the patch of a code (and the norms' statistics of the image), so codes describe
-            what is in a patch, not what surrounds it. Needs a network without halvings. For images of many different
-            patches: on images of a few flat colors the norms remove too much.
-        channels: of the convolutions at the finest level; doubled once, at the first halving. At least 64: the norms
-            have 32 groups, and with one channel per group they would remove the colors.
-        warmup: fraction of the steps before the codebook starts.
-        commitment: weight of the distance between a latent and its code.
-    """
-
-    image_size: int = 64
-    grid: int = 8
-    patch: int = 4
-    codebook_size: int = 512
-    embed_dim: int = 8
-    channels: int = 64
-    steps: int = 2000
-    batch_size: int = 16
-    lr: float = 2e-3
-    local: bool = False
-    warmup: float = 0.3
-    commitment: float = 0.25
-    codebook_decay: float = 0.97
-    held_out: int = 128
-    seed: int = 1234
-
-    def __post_init__(self):
-        halvings = math.log2(self.image_size / self.patch / self.grid) if self.image_size % self.patch == 0 else 0.5
-        if halvings < 0 or halvings % 1:
-            raise UserError(
-                f"image size {self.image_size}, patch {self.patch}, grid {self.grid}: image size / patch / grid "
-                "must be a power of two"
-            )
-        if self.channels % 32 or self.channels < 64:
-            raise UserError(f"channels {self.channels}: must be a multiple of 32 (the groups of the norms), 64 or more")
-        if self.local and halvings:
-            raise UserError(f"local: image size / patch / grid must be 1, it is {2**halvings:g}")
-        self.multipliers = [1] + [2] * int(halvings)
+from megatron_ext.vq.pixels import from_bytes
+from megatron_ext.vq.trained_folder import evaluate, publish, split_held_out
+from megatron_ext.vq.training_config import VQTrainingConfig
 
 
 def train(images: Tensor, out: Path, config: VQTrainingConfig, save_every: int = 500) -> dict:
@@ -84,9 +37,7 @@ def train(images: Tensor, out: Path, config: VQTrainingConfig, save_every: int =
     Raises:
         UserError: there are too few images, or ``out`` holds a training with other settings.
     """
-    if len(images) <= config.held_out:
-        raise UserError(f"{len(images)} images are too few: {config.held_out} are held out for evaluation")
-    held_out, images = images[: config.held_out], images[config.held_out :]
+    held_out, images = split_held_out(images, config.held_out)
     trainer = _Trainer(config)
     state_file = out / ".training" / "state.pt"
     trainer.resume(state_file)
@@ -99,48 +50,10 @@ def train(images: Tensor, out: Path, config: VQTrainingConfig, save_every: int =
                 bar.set_postfix(loss=f"{sum(losses[-50:]) / 50:.4f}")
             if trainer.step % save_every == 0 and trainer.step < config.steps:
                 trainer.save(state_file)
-    _publish(trainer.network, out)
-    vq = load(out)
-    codes, reconstructed = reconstruct(vq, held_out)
-    numbers = {
-        **quality(held_out, reconstructed, codes, config.codebook_size),
-        "pictures": len(images),
-        "fingerprint": vq.fingerprint,
-        "settings": asdict(config),
-    }
-    save_reconstructions(held_out[:16], reconstructed[:16], out / "reconstructions.png")
-    write_json(out / "training.json", numbers)
+    publish(out, trainer.network.state_dict(), json.loads(trainer.network.config.to_json_string()))
+    numbers = evaluate(out, held_out, {"pictures": len(images), "settings": asdict(config)})
     shutil.rmtree(state_file.parent, ignore_errors=True)
     return numbers
-
-
-def reconstruct(vq: VQModel, images: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Codes [n, h*w] of images uint8 [n, 3, s, s], and the images decoded from them, uint8."""
-    codes = torch.cat([vq.encode(from_bytes(batch)) for batch in images.split(batch_size)])
-    decoded = torch.cat([vq.decode(batch) for batch in codes.split(batch_size)])
-    return codes, to_bytes(decoded).cpu()
-
-
-def quality(originals: Tensor, reconstructed: Tensor, codes: Tensor, codebook_size: int) -> dict:
-    """Peak signal-to-noise ratio (dB, mean over images), share of codes in use, and their perplexity."""
-    error = (originals.float() - reconstructed.float()).square().mean((1, 2, 3)).clamp(min=1e-3)
-    share = torch.bincount(codes.flatten().cpu(), minlength=codebook_size).double() / codes.numel()
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
-    return {
-        "psnr": float((10 * torch.log10(255**2 / error)).mean()),
-        "codebook_use": float((share > 0).double().mean()),
-        "codebook_perplexity": float(entropy.exp()),
-    }
-
-
-def save_reconstructions(originals: Tensor, reconstructed: Tensor, file: Path) -> None:
-    """Save a PNG of images uint8 [n, 3, s, s] beside their reconstructions, four pairs per row."""
-    from PIL import Image
-
-    pairs = torch.cat([originals, reconstructed], dim=3)
-    rows = [torch.cat(list(row), dim=2) for row in pairs.split(4) if len(row) == 4]
-    sheet = torch.cat(rows, dim=1).permute(1, 2, 0).contiguous()
-    Image.fromarray(sheet.numpy()).save(file)
 
 
 class _Trainer:
@@ -265,16 +178,3 @@ class _Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.codebook.counts, self.codebook.sums = state["counts"], state["sums"]
-
-
-def _publish(network, out: Path) -> None:
-    """Write the tokenizer to ``out``; config.json, without which it does not load, comes last."""
-    fresh = out / ".new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    network.config.save_pretrained(fresh)
-    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
-    for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, out / file.name)
-    fresh.rmdir()

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_ext import vq as vq_package
-from megatron_ext.data.format import ANSWER, IMAGE, Dataset, DatasetWriter
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, Dataset, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import PreprocessOptions, dali_decoder, merge_shards, preprocess, verify_data_set
+from megatron_ext.preprocess.parts import split_turns
 from support.images import caption_tar, encoded, write_tar
 from support.tiny_vq import CODES, GRID, make_vq
 from support.vocabularies import make_vocabulary
@@ -158,6 +159,7 @@ def test_a_damaged_data_set_is_written_again(tmp_path, tars, vocabulary, vq, who
         ({"batch_size": 2}, "batch_size 3, now 2"),
         ({"resize": "squash"}, "resize crop, now squash"),
         ({"prefer": "caption"}, "as conversation, now caption"),
+        ({"split_turns": True}, "split_turns None, now True"),
     ],
 )
 def test_resuming_with_other_options_is_refused(tmp_path, tars, vocabulary, vq, changed, named):
@@ -252,6 +254,43 @@ def test_checking_passes_what_is_right(tmp_path, whole, vocabulary, vq):
     restore(whole, tmp_path)
     assert verify_data_set(tmp_path / "set")["documents"] == 33
     assert verify_data_set(tmp_path / "set", vocabulary, vq.metadata)["images"] == 33
+
+
+@pytest.fixture
+def conversations(tmp_path) -> Path:
+    """Two samples of two questions, the second of which shows another image, and a text without a picture."""
+    ask = [{"from": "human", "value": "<image>\nred"}, {"from": "gpt", "value": "a"}]
+    ask += [{"from": "human", "value": "<image>\ngreen"}, {"from": "gpt", "value": "two"}]
+    records = [{"image": [f"{i}.png", f"{i + 1}.png"], "conversations": ask} for i in (0, 2)]
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i))
+    file = tmp_path / "conversations.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"text": "a picture"}]))
+    return file
+
+
+def test_split_turns_are_documents_with_the_images_before_them(tmp_path, conversations, vocabulary, vq):
+    preprocess(small([conversations], tmp_path / "joint"), vocabulary, vq)
+    summary = preprocess(small([conversations], tmp_path / "set", split_turns=True), vocabulary, vq)
+    assert summary.images == 4  # each is encoded once
+    joint, split = Dataset(tmp_path / "joint"), Dataset(tmp_path / "set")
+    assert (len(joint), len(split)) == (3, 5)
+    for sample in range(2):
+        first, question, answer, second, *last = [(mode, item.tolist()) for mode, item in joint.document(sample)]
+        turns = [[(m, item.tolist()) for m, item in split.document(2 * sample + turn)] for turn in range(2)]
+        assert turns == [[first, question, answer], [first, second, *last]]
+    assert [item.tolist() for _, item in split.document(4)] == [item.tolist() for _, item in joint.document(2)]
+
+
+def test_split_turns_leave_out_a_question_without_an_answer():
+    turn = [(IMAGE, "a"), (TEXT, "red"), (ANSWER, "yes"), (ANSWER, "no")]
+    assert split_turns([*turn, (TEXT, "green")]) == [turn]
+
+
+def test_a_damaged_image_skips_every_turn_of_its_sample_and_lists_it_once(tmp_path, conversations, vocabulary, vq):
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    summary = preprocess(small([conversations], tmp_path / "set", split_turns=True), vocabulary, vq)
+    assert summary.skipped == 1 and len(Dataset(tmp_path / "set")) == 3
 
 
 @pytest.mark.parametrize("kind", ["bin", "idx"])

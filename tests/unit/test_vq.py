@@ -11,7 +11,9 @@ from PIL import Image
 
 from megatron_ext import vq
 from megatron_ext.errors import UserError
-from megatron_ext.vq.training import VQTrainingConfig, quality, train
+from megatron_ext.vq.trained_folder import quality
+from megatron_ext.vq.training import train
+from megatron_ext.vq.training_config import VQTrainingConfig
 from megatron_ext.vq.training_images import load_images
 
 COMMON = {"embed_dim": 8, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1}
@@ -71,6 +73,13 @@ def test_the_fingerprint_follows_the_weights_and_not_their_storage(tmp_path):
     network.save_pretrained(tmp_path / "changed")
     whole, in_shards, changed = (vq.load(tmp_path / name).fingerprint for name in ("whole", "shards", "changed"))
     assert whole == in_shards != changed
+
+
+def test_the_codebook_stays_float32_under_bfloat16(tmp_path):
+    published("janus").save_pretrained(tmp_path)
+    exact, half = vq.load(tmp_path), vq.load(tmp_path, dtype=torch.bfloat16)
+    assert half.network.encoder.conv_in.weight.dtype == torch.bfloat16
+    assert torch.equal(half.network.quantize.embedding.weight, exact.network.quantize.embedding.weight)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -1,0 +1,77 @@
+"""A patch dictionary: an image tokenizer without a network.
+
+A code is the entry of the dictionary nearest to a patch of p x p pixels, by the sum of squared differences of its
+bytes, and decodes to that entry. The folder holds config.json (``model_type``, ``image_size`` and ``patch_size`` in
+pixels along a side) and model.safetensors with ``patches``, uint8 [codebook_size, 3, p, p]; all entries differ.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from megatron_ext.errors import UserError
+from megatron_ext.vq.model import VQModel
+from megatron_ext.vq.pixels import from_bytes, to_bytes
+
+
+class PatchDictionary(VQModel):
+    """A dictionary of patches. It computes in float32 and float64 whatever the dtype: bytes stay exact."""
+
+    kind = "patch_dictionary"
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: dict) -> "PatchDictionary":
+        """Read the patches in ``folder``.
+
+        Raises:
+            UserError: the files do not hold a patch dictionary.
+        """
+        size, patch = (_positive(folder, config, key) for key in ("image_size", "patch_size"))
+        if size % patch:
+            raise UserError(f"{folder / 'config.json'}: image_size {size} is not a multiple of patch_size {patch}")
+        network = nn.Module()
+        network.quantize = nn.Embedding.from_pretrained(from_bytes(_read_patches(folder, patch)).flatten(1))
+        return cls(network, folder, (size // patch, size // patch), (size, size))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "PatchDictionary":
+        """Move the dictionary to ``device``; it stays float32."""
+        super().to(device)
+        return self
+
+    def _codebook(self) -> Tensor:
+        # Sums of products of bytes are exact in float64, so equal patches always find each other.
+        return to_bytes(self.network.quantize.weight).double()
+
+    def _latents(self, images: Tensor) -> Tensor:
+        return F.pixel_unshuffle(to_bytes(images), self._patch_size)
+
+    def _images(self, codes: Tensor) -> Tensor:
+        patches = self.network.quantize(codes).unflatten(1, self.grid)  # [n, h, w, 3 p^2]
+        return F.pixel_shuffle(patches.permute(0, 3, 1, 2), self._patch_size)
+
+    @property
+    def _patch_size(self) -> int:
+        return self.image_size[0] // self.grid[0]
+
+
+def _positive(folder: Path, config: dict, key: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{folder / 'config.json'}: {key} is {value!r}, must be a positive integer")
+    return value
+
+
+def _read_patches(folder: Path, patch: int) -> Tensor:
+    file = folder / "model.safetensors"
+    try:
+        patches = load_file(file).get("patches")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    if patches is None or patches.dtype != torch.uint8 or patches.shape[1:] != (3, patch, patch) or not len(patches):
+        found = "no tensor of that name" if patches is None else f"{patches.dtype} {list(patches.shape)}"
+        raise UserError(f"{file}: patches must be uint8 [codes, 3, {patch}, {patch}], found {found}")
+    return patches
