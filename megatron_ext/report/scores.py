@@ -14,6 +14,8 @@ from megatron_ext.evaluation.gqa import GQA
 from megatron_ext.evaluation.kinds import Accuracy, by_kind
 from megatron_ext.evaluation.mjhq import Prompt
 from megatron_ext.evaluation.registry import PICTURES
+from megatron_ext.files import read_json
+from megatron_ext.picture_world.benchmark_files import MANIFEST
 from megatron_ext.picture_world.check import CheckedFact, compare
 from megatron_ext.picture_world.detection import DetectedScene
 from megatron_ext.report.cards import Card, question_card, read_png
@@ -57,10 +59,15 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a run; None for what was not evaluated."""
+    """Scores of a run; None for what was not evaluated.
+
+    Attributes:
+        unseen: the benchmarks are those of a split of the picture world that is not for training.
+    """
 
     questions: Questions | None
     pictures: Pictures | None
+    unseen: bool
 
 
 def read_scores(run: Path, benchmarks: Path, most_cards: int) -> Scores | None:
@@ -82,6 +89,7 @@ def read_scores(run: Path, benchmarks: Path, most_cards: int) -> Scores | None:
         if answers.is_file()
         else None,
         _pictures(prompts, pictures, most_cards) if prompts else None,
+        (benchmarks / MANIFEST).is_file() and read_json(benchmarks / MANIFEST)["settings"]["split"] != "train",
     )
     return scores if scores.questions or scores.pictures else None
 
@@ -118,8 +126,6 @@ def _spread(items: Sequence[Item]) -> list[Item]:
 
 def _pictures(prompts: Sequence[Prompt], folder: Path, most_cards: int) -> Pictures | None:
     files = {prompt.id: file for prompt in prompts if (file := mjhq.image_file(folder, prompt))}
-    if not files:
-        return None
     facts = scene_check.caption_facts(prompts)
     seen = detect_files({id: files[id] for id in facts if id in files}, saved_file(folder))
     checked = {id: compare(seen[id], facts[id]).checked for id in seen}
@@ -128,6 +134,8 @@ def _pictures(prompts: Sequence[Prompt], folder: Path, most_cards: int) -> Pictu
         if len(cards) <= most_cards and prompt.id in files and (png := read_png(files[prompt.id])):
             marks = tuple((fact.right, fact.words) for fact in checked.get(prompt.id, ()))
             cards.append(Card(png, _description(seen.get(prompt.id)), prompt.prompt, marks))
+    if not cards:
+        return None
     faithfulness = measure([seen.get(id) for id in facts], list(facts.values())) if facts else None
     return Pictures(cards, faithfulness, _examples(checked.values()))
 

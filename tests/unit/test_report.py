@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ext import config_file
-from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.report.chart import MAX_POINTS, Series, line_chart, number, smooth, thin
 from megatron_ext.report.write import write_report
+from support.run_folder import write_run
 
 SPIKE = 1e6
 
@@ -20,26 +19,7 @@ SPIKE = 1e6
 def run(tmp_path) -> Path:
     """A run's folder whose data sets, vocabulary and environment are gone."""
     sources = [{"path": "gone/<b>&|", "task": task} for task in ("understanding", "generation")]
-    overrides = ["model.num_layers=3", "plan.preset=hmgen", f"data.train={json.dumps(sources)}"]
-    folder = tmp_path / "a <run>"
-    folder.mkdir()
-    config = config_file.load(Config, [], [*overrides, "data.vocabulary=gone", f"output={folder}"])
-    config_file.write_yaml(folder / "config.yaml", config)
-    records = [
-        {
-            "iteration": i,
-            "consumed_tokens": 100 * i,
-            "skipped_steps": 0,
-            "mfu": None,
-            **dict.fromkeys(("loss_understanding", "loss_generation"), 5 / i if i != 7 else float("nan")),
-            **({"validation_loss_generation": 5.5 / i} if i % 5 == 0 else {}),
-            **dict.fromkeys(("step_seconds", "data_wait_seconds", "grad_norm", "learning_rate"), 0.5),
-            "tokens_per_second": 200.0,
-        }
-        for i in range(1, 16)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
+    return write_run(tmp_path / "a <run>", f"data.train={json.dumps(sources)}", "data.vocabulary=gone")
 
 
 def test_page_is_one_escaped_file(run, tmp_path):
