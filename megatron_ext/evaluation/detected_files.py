@@ -19,23 +19,23 @@ def saved_file(folder: Path) -> Path:
 
 
 def detect_files(files: Mapping[str, Path], saved: Path | None = None) -> dict[str, DetectedScene]:
-    """The contents of each picture file, by id.
+    """The contents of each picture file that can be read, by id.
 
     Args:
         saved: a JSON file that keeps the contents; a picture is only looked at if it is new or has changed.
 
     Raises:
-        UserError: a picture cannot be read, or does not have the shape of a picture of the picture world.
+        UserError: a picture does not have the shape of a picture of the picture world.
     """
     kept = _read(saved) if saved else {}
     digests = {id: hashlib.sha256(file.read_bytes()).hexdigest() for id, file in files.items()}
     new = {id: file for id, file in files.items() if digests[id] not in kept}
-    detected = detect_all(((id, read_picture(file)) for id, file in new.items()), len(new))
-    contents = kept | {digests[id]: scene for id, scene in detected.items()}
+    pictures = ((id, picture) for id, file in new.items() if (picture := read_picture(file)))
+    contents = kept | {digests[id]: scene for id, scene in detect_all(pictures, len(new)).items()}
     if saved and new:
-        used = {digest: asdict(contents[digest]) for digest in digests.values()}
+        used = {digest: asdict(contents[digest]) for digest in digests.values() if digest in contents}
         json_files.write_json(saved, {"detector": _detector(), "pictures": used})
-    return {id: contents[digest] for id, digest in digests.items()}
+    return {id: contents[digest] for id, digest in digests.items() if digest in contents}
 
 
 def detect_all(pictures: Iterable[tuple[str, object]], count: int) -> dict[str, DetectedScene]:

@@ -46,6 +46,11 @@ def test_a_changed_picture_and_another_detector_are_noticed(files, tmp_path, mon
         detect_files(files, saved)
 
 
+def test_an_unreadable_picture_is_left_out(files, tmp_path):
+    files["0"].write_text("no picture")
+    assert detect_files(files, saved_file(tmp_path / "mjhq")).keys() == {"1"}
+
+
 def test_a_picture_of_another_shape_is_named(tmp_path):
     Image.new("RGB", (40, 64)).save(tmp_path / "wide.png")
     with pytest.raises(UserError, match="a-wide-one"):
