@@ -1,10 +1,10 @@
 """The rows of what a model can do and of what it cost, for ``templates/content.j2``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.evaluation.faithfulness import NAMED, WHOLE
-from megatron_ext.evaluation.kinds import overall
+from megatron_ext.evaluation.kinds import Accuracy, overall
 from megatron_ext.report import costs
 from megatron_ext.report.chart import number
 from megatron_ext.report.gather import RunData
@@ -18,6 +18,7 @@ class Meter:
     Attributes:
         total: what ``right`` is a share of, such as ``40 questions``.
         low, high: 95 % interval of ``right``, or, around the baseline, of the difference.
+        held_out: ``right`` and its interval for held-out combinations; empty where they were not evaluated.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Meter:
     baseline: float
     low: float
     high: float
+    held_out: str = ""
 
     @property
     def above(self) -> bool:
@@ -49,9 +51,18 @@ def question_meters(questions: Questions) -> list[Meter]:
             questions.examples.get(kind, ""),
             f"{a.questions} questions",
             *(100 * share for share in (a.right, a.chance, a.low, a.high)),
+            _held_out(questions.held_out, kind),
         )
         for kind, a in rows.items()
     ]
+
+
+def _held_out(accuracies: Mapping[str, Accuracy], kind: str) -> str:
+    """``62 [51, 72]``; a dash for a kind without questions."""
+    if not accuracies or kind not in accuracies:
+        return "–" if accuracies else ""
+    right, low, high = (100 * share for share in (accuracies[kind].right, accuracies[kind].low, accuracies[kind].high))
+    return f"{right:.0f} [{low:.0f},\N{NO-BREAK SPACE}{high:.0f}]"
 
 
 def fact_meters(pictures: Pictures) -> list[Meter]:

@@ -1,4 +1,8 @@
-"""The answers and pictures that tools/evaluate.py left in ``RUN/scores``: questions by kind, captions fact by fact."""
+"""The answers and pictures that tools/evaluate.py left in ``RUN/scores``: questions by kind, captions fact by fact.
+
+Answers in ``RUN/scores-test``, for the benchmarks in a folder ``test`` beside the others, are those to questions about
+combinations of shape and color that training never showed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +24,8 @@ from megatron_ext.picture_world.check import CheckedFact, compare
 from megatron_ext.picture_world.detection import DetectedScene
 from megatron_ext.report.cards import Card, question_card, read_png
 
-FOLDER = "scores"
+FOLDER, HELD_OUT_FOLDER = "scores", "scores-test"
+ANSWERS = f"{GQA.name}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Questions:
 
     Attributes:
         accuracies: by kind of question.
+        held_out: the same for held-out combinations; empty without answers.
         examples: the first question of each kind.
         first: the first question in the order of the file that is not answered by yes or no, about another picture than
             that of the first caption; None without one.
@@ -37,6 +43,7 @@ class Questions:
     """
 
     accuracies: dict[str, Accuracy]
+    held_out: dict[str, Accuracy]
     examples: dict[str, str]
     first: Card | None
     cards: list[Card]
@@ -82,21 +89,18 @@ def read_scores(run: Path, benchmarks: Path, most_cards: int) -> Scores | None:
     """
     if not benchmarks.is_dir():
         raise UserError(f"{benchmarks}: no such folder; give the one that holds gqa/ and mjhq/")
-    answers, pictures = run / FOLDER / f"{GQA.name}.jsonl", run / FOLDER / PICTURES
+    answers, pictures = run / FOLDER / ANSWERS, run / FOLDER / PICTURES
     prompts = mjhq.read(benchmarks / PICTURES) if pictures.is_dir() else []
     scores = Scores(
-        _questions(benchmarks / GQA.name, answers, {p.id for p in prompts[:1]}, most_cards)
-        if answers.is_file()
-        else None,
+        _questions(run, benchmarks, {p.id for p in prompts[:1]}, most_cards) if answers.is_file() else None,
         _pictures(prompts, pictures, most_cards) if prompts else None,
         (benchmarks / MANIFEST).is_file() and read_json(benchmarks / MANIFEST)["settings"]["split"] != "train",
     )
     return scores if scores.questions or scores.pictures else None
 
 
-def _questions(data: Path, file: Path, shown: set[str], most_cards: int) -> Questions | None:
-    items, answers = GQA.read(data), read_answers(file).answers
-    accuracies = by_kind(GQA, items, answers)
+def _questions(run: Path, benchmarks: Path, shown: set[str], most_cards: int) -> Questions | None:
+    items, answers, accuracies = _answered(run / FOLDER, benchmarks)
     if not accuracies:
         return None
 
@@ -109,7 +113,15 @@ def _questions(data: Path, file: Path, shown: set[str], most_cards: int) -> Ques
     rest = [item for item in items if item.image.stem not in shown]
     first = next((item for item in rest if item.answer not in ("yes", "no") and item.image.is_file()), None)
     others = _spread([item for item in rest if first is None or item.image != first.image])[:most_cards]
-    return Questions(accuracies, examples, first and card(first), list(filter(None, map(card, others))))
+    has_held_out = (run / HELD_OUT_FOLDER / ANSWERS).is_file()
+    held_out = _answered(run / HELD_OUT_FOLDER, benchmarks.parent / "test")[2] if has_held_out else {}
+    return Questions(accuracies, held_out, examples, first and card(first), list(filter(None, map(card, others))))
+
+
+def _answered(folder: Path, benchmarks: Path) -> tuple[list[Item], dict[str, str], dict[str, Accuracy]]:
+    """The questions, their answers by id, and the accuracy by kind."""
+    items, answers = GQA.read(benchmarks / GQA.name), read_answers(folder / ANSWERS).answers
+    return items, answers, by_kind(GQA, items, answers)
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:

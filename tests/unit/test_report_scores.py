@@ -1,7 +1,9 @@
 """The page's part about what a model can do and what it costs: from answers, pictures and data on disk."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,20 @@ def test_questions_are_shown_by_kind_and_in_the_order_of_the_file(run, benchmark
     assert len(questions.cards) == 3
     place = next(item for item in items if item.kind == "place")
     assert questions.examples["place"] == place.question.partition("\n")[0]
+
+
+def test_held_out_combinations_have_a_column_of_their_own(run, benchmarks, tmp_path):
+    everything = tmp_path / "benchmarks"
+    shutil.copytree(benchmarks, everything / "validation")
+    write_benchmarks(everything / "test", replace(CONFIG, split="test"))
+    (run / "scores-test").mkdir()
+    lines = [json.dumps({"id": i.id, "answer": i.answer}) + "\n" for i in GQA.read(everything / "test" / "gqa")]
+    (run / "scores-test" / "gqa.jsonl").write_text("".join(lines))
+    questions = read_scores(run, everything / "validation", 3).questions
+    assert questions.accuracies["place"].right == 0 and questions.held_out["place"].right == 1
+    write_report(run, tmp_path / "page.html", benchmarks=everything / "validation")
+    (line,) = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| place | Where")]
+    assert re.search(r"\| 0 \| \d+ \| -.* \| 100 \[\d+,\N{NO-BREAK SPACE}100\] \|$", line)
 
 
 def test_every_fact_of_a_caption_is_marked(run, benchmarks):
