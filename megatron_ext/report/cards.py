@@ -33,7 +33,7 @@ class Card(NamedTuple):
 def question_card(png: bytes, item: Item, answer: str, right: bool, title: str = "") -> Card:
     """A picture with a question about it, the model's answer and, if that is wrong, the right one."""
     question = item.question.rpartition("\n")[0] or item.question  # the last line is the instruction
-    words = (answer or "(nothing)") + ("" if right else f" (right: {item.answer})")
+    words = (answer or "(empty)") + ("" if right else f" (right: {item.answer})")
     return Card(png, "the picture of the question", f"{title}{question}", ((right, words),))
 
 

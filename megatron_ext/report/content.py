@@ -71,7 +71,8 @@ def _headline(run: RunData, questions: Sequence[Meter], facts: Sequence[Meter]) 
             tiles.append((f"{training[-20:].mean():.3f}", f"training loss, {task}"))
     last = run.records[-1]
     tiles.append((number(last["consumed_tokens"]), "tokens trained on"))
-    tiles.append((duration(_values(run.records, "step_seconds").sum()), "in logged steps of training"))
+    seconds = _values(run.records, "step_seconds").mean() * last["iteration"]  # not every step need be logged
+    tiles.append((duration(seconds), "of training, without validation"))
     if len(mfu := _values(run.records, "mfu")):
         tiles.append((f"{100 * np.median(mfu):.1f} %", "of the devices' peak (MFU)"))
     if last["skipped_steps"]:

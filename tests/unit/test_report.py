@@ -32,6 +32,7 @@ def test_page_is_one_escaped_file(run, tmp_path):
     assert "layer 2, generation, image\n" in page
     assert "`gone/<b>&|` 50 % (no longer there)" in text and "/a <run>\n" in text
     assert "| generation | 5.000 | 0.333 | 0.367 | 1.44 | – |" in text
+    assert "- **0:08** of training" in text, "15 steps of half a second"
     for name in re.findall(r"\]\(page_files/(.*?)\)", text):
         assert (tmp_path / "out" / "page_files" / name).read_text().startswith("<svg"), name
 
