@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
-from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
+from megatron_ext.picture_world.benchmark_files import NAMES, BenchmarkConfig, write_benchmarks
 from megatron_ext.picture_world.contact_sheet import write_sheet
 from megatron_ext.picture_world.questions import KINDS
 from megatron_ext.picture_world.split_files import FORMS, SplitConfig, write_split
@@ -15,7 +15,7 @@ from megatron_ext.picture_world.world import World
 
 def main() -> None:
     arguments = _arguments()
-    world = World(arguments.kinds_of_things, arguments.most_objects, arguments.variation)
+    world = World(arguments.kinds_of_things, arguments.most_objects, arguments.variation, arguments.backgrounds)
     if arguments.sheet:
         write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, world)
         print(f"{arguments.sheet}: written")
@@ -64,6 +64,9 @@ def _add_scene_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--most-objects", type=int, default=6, metavar="N", help="most objects in a scene, 2 .. 6 (default: 6)"
+    )
+    parser.add_argument(
+        "--backgrounds", type=int, default=5, metavar="N", help="background colors, 2 .. 5 (default: 5)"
     )
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["tar", "text"], help="default: tar text")
     parser.add_argument("--seed", type=int, default=1234)
@@ -114,6 +117,9 @@ def _add_other_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--benchmark-pictures", type=int, default=60, metavar="N", help="per benchmark and MME subtask (default: 60)"
     )
+    parser.add_argument(
+        "--benchmark-names", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help="default: all five"
+    )
 
 
 def _write_split(arguments: argparse.Namespace, split: str, world: World) -> dict:
@@ -138,7 +144,12 @@ def _write_split(arguments: argparse.Namespace, split: str, world: World) -> dic
 
 def _write_benchmarks(arguments: argparse.Namespace, world: World) -> dict:
     config = BenchmarkConfig(
-        arguments.benchmark_pictures, arguments.size, arguments.seed, arguments.benchmark_split, world
+        arguments.benchmark_pictures,
+        arguments.size,
+        arguments.seed,
+        arguments.benchmark_split,
+        world,
+        tuple(arguments.benchmark_names),
     )
     manifest = write_benchmarks(arguments.benchmarks, config)
     items = ", ".join(f"{count} of {name}" for name, count in manifest["items"].items())

@@ -30,6 +30,8 @@ from megatron_ext.picture_world.captions import (
     NUMBERS,
     article,
     caption,
+    exactly,
+    number_of_groups,
     pair_name,
     plural,
     relation_words,
@@ -37,7 +39,7 @@ from megatron_ext.picture_world.captions import (
 )
 from megatron_ext.picture_world.conversations import YES_OR_NO
 from megatron_ext.picture_world.multiple_choice import absent_like
-from megatron_ext.picture_world.questions import ask, exactly, number_of_groups
+from megatron_ext.picture_world.questions import ask
 from megatron_ext.picture_world.render import render
 from megatron_ext.picture_world.split_files import fingerprint
 from megatron_ext.picture_world.splits import HELD_OUT
@@ -46,6 +48,7 @@ from megatron_ext.picture_world.world import OBJECT_COUNTS, RICHEST, Scene, Scen
 POPE_EACH = 3
 """Questions answered yes, and as many answered no, per picture (fewer if there are fewer kinds of objects)."""
 GQA_TYPES = {
+    "presence": ("verify", "obj"),
     "existence": ("verify", "obj"),
     "color": ("query", "attr"),
     "shape": ("query", "cat"),
@@ -53,6 +56,8 @@ GQA_TYPES = {
     "comparison": ("compare", "attr"),
     "relation": ("verify", "rel"),
     "logic": ("logical", "obj"),
+    "counting": ("query", "obj"),
+    "background": ("query", "global"),
 }
 """Kind of question -> GQA's structural and semantic type."""
 SEED_TYPES = {
@@ -67,21 +72,30 @@ SEED_TYPES = {
     "Text Understanding": 9,
 }
 COUNTS = (1, 2, 1, 3, 2)
-"""The smaller number in MME's questions about numbers, picture by picture; more than four equal objects are rare."""
+"""The smaller number in MME's questions about numbers, picture by picture, as far as the world has so many objects;
+more than four equal objects are rare."""
+MME_SCENES = 1000
+"""Most scenes that are searched for a picture of MME."""
 GQA_CANDIDATES = 8
 """Candidate questions per kind, of which the one with the least frequent answer so far is selected."""
+NAMES = ("pope", "mme", "gqa", "seed", "mjhq")
 MANIFEST = "benchmarks.json"
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """``pictures`` per benchmark (per subtask of MME), of ``size`` x ``size`` pixels, from a split."""
+    """``pictures`` per benchmark (per subtask of MME), of ``size`` x ``size`` pixels, from a split.
+
+    Attributes:
+        names: the benchmarks to write, of :data:`NAMES`.
+    """
 
     pictures: int = 60
     size: int = 64
     seed: int = 1234
     split: str = "test"
     world: World = RICHEST
+    names: tuple[str, ...] = NAMES
 
 
 def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
@@ -94,7 +108,7 @@ def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
     Raises:
         UserError: the folder holds other files.
     """
-    settings = asdict(config)
+    settings = json.loads(json.dumps(asdict(config)))
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and was not made by this program; name another folder")
     if (folder / MANIFEST).is_file() and (manifest := read_json(folder / MANIFEST))["settings"] == settings:
@@ -102,9 +116,9 @@ def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     counts = {}
-    for name, write in progress(WRITERS.items(), desc="benchmarks"):
+    for name in progress(config.names, desc="benchmarks"):
         (partial / name).mkdir(parents=True)
-        counts[name] = write(partial / name, config)
+        counts[name] = WRITERS[name](partial / name, config)
     manifest = {"settings": settings, "items": counts, "fingerprint": fingerprint(partial)}
     write_json(partial / MANIFEST, manifest)
     shutil.rmtree(folder, ignore_errors=True)  # its manifest shows that it was generated
@@ -176,9 +190,10 @@ def _negatives(
 
 def _mme(folder: Path, config: BenchmarkConfig) -> int:
     for subtask, make in MME.items():
-        scenes, count = _scenes(config), 0
-        while count < config.pictures:
-            scene = next(scenes)
+        count = 0
+        for scene in itertools.islice(_scenes(config), MME_SCENES * config.pictures):
+            if count == config.pictures:
+                break
             pair = make(scene, scene.random(f"mme {subtask}"), count)
             if not pair:
                 continue
@@ -186,6 +201,8 @@ def _mme(folder: Path, config: BenchmarkConfig) -> int:
             lines = [f"{q} {YES_OR_NO}\t{a}\n" for q, a in zip(pair, ("Yes", "No"))]
             (folder / subtask / f"{scene.key}.txt").write_text("".join(lines))
             count += 1
+        else:
+            raise UserError(f"MME, {subtask}: only {count} of {MME_SCENES * config.pictures} scenes of this world fit")
     return 2 * len(MME) * config.pictures
 
 
@@ -201,7 +218,8 @@ def _existence(scene: Scene, rng: random.Random, number: int) -> YesNoPair:
 
 def _count(scene: Scene, rng: random.Random, number: int) -> YesNoPair:
     """Two neighboring numbers; the correct one is the smaller in every other picture, the larger in the others."""
-    smaller = COUNTS[number // 2 % len(COUNTS)]
+    counts = [count for count in COUNTS if count < scene.world.objects]
+    smaller = counts[number // 2 % len(counts)]
     right, wrong = (smaller, smaller + 1) if number % 2 == 0 else (smaller + 1, smaller)
     names = number_of_groups(scene).get(right)
     if not names:

@@ -80,6 +80,21 @@ def unique_objects(scene: Scene) -> list[SceneObject]:
     return [item for item in scene.objects if counts[pair_name(item)] == 1]
 
 
+def number_of_groups(scene: Scene) -> dict[int, list[str]]:
+    """Number -> the groups of this size (objects of a color, of a shape, or all), named in the singular."""
+    colors, shapes = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
+    named = [(f"{c} object", n) for c, n in sorted(colors.items())] + sorted(shapes.items())
+    groups: dict[int, list[str]] = {}
+    for name, number in [*named, ("object", len(scene.objects))]:
+        groups.setdefault(number, []).append(name)
+    return groups
+
+
+def exactly(number: int, name: str) -> str:
+    """``Is there exactly one circle?``"""
+    return f"{'Is' if number == 1 else 'Are'} there exactly {NUMBERS[number]} {plural(name, number)}?"
+
+
 def _groups(scene: Scene) -> list[tuple[str, int]]:
     return sorted(Counter(pair_name(item) for item in scene.objects).items())
 

@@ -6,8 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from megatron_ext.picture_world.attributes import BACKGROUND_COLORS, PLACES
-from megatron_ext.picture_world.captions import NUMBERS, article, pair_name, plural, relation_words, unique_objects
+from megatron_ext.picture_world.attributes import PLACES
+from megatron_ext.picture_world.captions import (
+    NUMBERS,
+    article,
+    exactly,
+    number_of_groups,
+    pair_name,
+    plural,
+    relation_words,
+    unique_objects,
+)
 from megatron_ext.picture_world.world import Scene, SceneObject
 
 YES_NO = ("yes", "no")
@@ -57,6 +66,18 @@ Draft = tuple[str, str, tuple[str, ...]] | None
 """Text, answer and possible answers; None if the scene allows no question."""
 
 
+def _presence(scene: Scene, rng: random.Random) -> Draft:
+    """Whether there is a shape, or an object of a color: one attribute, so it is learnt before :func:`_existence`."""
+    answer = rng.choice(YES_NO)
+    attribute, values = rng.choice([("color", scene.world.colors), ("shape", scene.world.shapes)])
+    present = {getattr(o, attribute) for o in scene.objects}
+    candidates = [value for value in values if (value in present) == (answer == "yes")]
+    if not candidates:
+        return None
+    value = rng.choice(candidates)
+    return (f"Is there {article(value if attribute == 'shape' else f'{value} object')}?", answer, YES_NO)
+
+
 def _existence(scene: Scene, rng: random.Random) -> Draft:
     answer = rng.choice(YES_NO)
     pair = _present(scene, rng) if answer == "yes" else _absent(scene, rng)
@@ -91,15 +112,12 @@ def _place(scene: Scene, rng: random.Random) -> Draft:
     if not items:
         return None
     item = rng.choice(items)
-    return (
-        f"Where is the {_unique_name(scene, item, rng)}?",
-        item.place,
-        tuple(place for row in PLACES for place in row),
-    )
+    places = tuple(place for row in PLACES for place in row)
+    return (f"Where is the {_unique_name(scene, item, rng)}?", item.place, places)
 
 
 def _background(scene: Scene, rng: random.Random) -> Draft:
-    return ("What color is the background?", scene.background.color, BACKGROUND_COLORS)
+    return ("What color is the background?", scene.background.color, scene.world.background_colors)
 
 
 def _layout(scene: Scene, rng: random.Random) -> Draft:
@@ -129,11 +147,9 @@ def _comparison(scene: Scene, rng: random.Random) -> Draft:
 
 
 def _relation(scene: Scene, rng: random.Random) -> Draft:
-    items = unique_objects(scene)
-    pairs = [(a, b) for a in items for b in items if a is not b and relation_words(a, b)]
-    if not pairs:
+    if not (pair := _unique_pair(scene, rng)):
         return None
-    a, b = rng.choice(pairs)
+    a, b = pair
     word, inverse = rng.choice(relation_words(a, b))
     answer = rng.choice(YES_NO)
     names = [_unique_name(scene, item, rng) for item in (a, b)]
@@ -144,11 +160,9 @@ def _side(scene: Scene, rng: random.Random) -> Draft:
     """A relation that only uses the words "left of" and "above". If the inverse words were equally frequent, neither
     word nor place alone would carry information about the answer, and a small model would get no signal to start from.
     """
-    items = unique_objects(scene)
-    pairs = [(a, b) for a in items for b in items if relation_words(a, b)]
-    if not pairs:
+    if not (pair := _unique_pair(scene, rng)):
         return None
-    a, b = rng.choice(pairs)
+    a, b = pair
     word, inverse = rng.choice(relation_words(a, b))
     true = word in ("left of", "above")
     names = [_unique_name(scene, item, rng) for item in (a, b)]
@@ -157,11 +171,9 @@ def _side(scene: Scene, rng: random.Random) -> Draft:
 
 def _direction(scene: Scene, rng: random.Random) -> Draft:
     """The complete direction: two words for objects that share neither row nor column."""
-    items = unique_objects(scene)
-    pairs = [(a, b) for a in items for b in items if a is not b]
-    if not pairs:
+    if not (pair := _unique_pair(scene, rng)):
         return None
-    a, b = rng.choice(pairs)
+    a, b = pair
     words = [word for word, _ in relation_words(a, b)]
     straight = [[word] for word in ("left of", "right of", "above", "below")]
     diagonal = [[x, y] for x in ("left of", "right of") for y in ("above", "below")]
@@ -227,21 +239,6 @@ def _statement(scene: Scene, rng: random.Random) -> Draft:
     return (exactly(right if answer == "yes" else wrong, rng.choice(groups[right])), answer, YES_NO)
 
 
-def number_of_groups(scene: Scene) -> dict[int, list[str]]:
-    """Number -> the groups of this size (objects of a color, of a shape, or all), named in the singular."""
-    colors, shapes = (Counter(getattr(o, a) for o in scene.objects) for a in ("color", "shape"))
-    named = [(f"{c} object", n) for c, n in sorted(colors.items())] + sorted(shapes.items())
-    groups: dict[int, list[str]] = {}
-    for name, number in [*named, ("object", len(scene.objects))]:
-        groups.setdefault(number, []).append(name)
-    return groups
-
-
-def exactly(number: int, name: str) -> str:
-    """``Is there exactly one circle?``"""
-    return f"{'Is' if number == 1 else 'Are'} there exactly {NUMBERS[number]} {plural(name, number)}?"
-
-
 def _other_color(scene: Scene, rng: random.Random, answer: str) -> Draft:
     """Is there a circle that is not red? (No if all circles are red.)"""
     colors = {shape: {o.color for o in scene.objects if o.shape == shape} for shape in {o.shape for o in scene.objects}}
@@ -258,6 +255,7 @@ def _other_color(scene: Scene, rng: random.Random, answer: str) -> Draft:
 
 
 KINDS: dict[str, Callable[[Scene, random.Random], Draft]] = {
+    "presence": _presence,
     "existence": _existence,
     "counting": _counting,
     "color": _color,
@@ -276,6 +274,7 @@ KINDS: dict[str, Callable[[Scene, random.Random], Draft]] = {
 }
 
 SHARES = {
+    "presence": 1,
     "existence": 2,
     "counting": 2,
     "color": 1,
@@ -318,18 +317,26 @@ def _unique_name(scene: Scene, item: SceneObject, rng: random.Random) -> str:
     return rng.choice(names)
 
 
+def _unique_pair(scene: Scene, rng: random.Random) -> tuple[SceneObject, SceneObject] | None:
+    """Two different objects of :func:`unique_objects` in random order."""
+    items = unique_objects(scene)
+    return tuple(rng.sample(items, 2)) if len(items) > 1 else None
+
+
 def _present(scene: Scene, rng: random.Random) -> tuple[str, str]:
     item = rng.choice(scene.objects)
     return item.shape, item.color
 
 
 def _absent(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A (shape, color) that no object has. Half the time both are in the picture, on different objects."""
+    """A (shape, color) that no object has. Half the time it is a near miss: both are in the picture, on different
+    objects, or if there is no such pair, one of them is."""
     present = {(o.shape, o.color) for o in scene.objects}
-    shapes, colors = sorted({s for s, _ in present}), sorted({c for _, c in present})
-    near = [(s, c) for s in shapes for c in colors if (s, c) not in present and scene.speakable(s, c)]
+    shapes, colors = {s for s, _ in present}, {c for _, c in present}
     pairs = [(s, c) for s in scene.world.shapes for c in scene.world.colors]
     anywhere = [pair for pair in pairs if pair not in present and scene.speakable(*pair)]
+    near = [(s, c) for s, c in anywhere if s in shapes and c in colors]
+    near = near or [(s, c) for s, c in anywhere if s in shapes or c in colors]
     if scene.split == "test":
         # Held-out pairs are frequent in test pictures, so naming one must not imply yes.
         anywhere = sorted(set(scene.world.held_out) - present) or anywhere

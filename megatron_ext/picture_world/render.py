@@ -38,18 +38,22 @@ def render(scene: Scene, size: int) -> Image.Image:
     picture = _background(scene.background, size).resize((fine, fine), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
     for item in scene.objects:
-        _render_object(draw, item, fine)
+        _render_object(draw, item, fine, snapped=scene.world.variation == 0)
     return picture.reduce(SUPERSAMPLING)
 
 
-def _render_object(draw: ImageDraw.ImageDraw, item: SceneObject, fine: int) -> None:
+def _render_object(draw: ImageDraw.ImageDraw, item: SceneObject, fine: int, snapped: bool) -> None:
+    """Draw on the fine grid. Snapped: around the nearest corner of pixels, so that equal objects in different cells
+    have equal pixels."""
     cos, sin = math.cos(math.radians(item.rotation)), math.sin(math.radians(item.rotation))
     half = OUTLINE / 2
     scale = (item.radius - half) * fine
-    points = [
-        (item.x * fine + scale * (x * cos - y * sin), item.y * fine + scale * (x * sin + y * cos))
-        for x, y in OUTLINES[item.shape]
-    ]
+    center = [v * fine for v in (item.x, item.y)]
+    if snapped:
+        center = [SUPERSAMPLING * round(v / SUPERSAMPLING) for v in center]
+    # Offsets in units of 2^-10, so that adding them to whole pixels is exact.
+    offsets = [(scale * (x * cos - y * sin), scale * (x * sin + y * cos)) for x, y in OUTLINES[item.shape]]
+    points = [(center[0] + round(u * 1024) / 1024, center[1] + round(v * 1024) / 1024) for u, v in offsets]
     fill = RGB[item.color]
     draw.polygon(points, fill=fill)
     edge = tuple(c * 45 // 100 for c in fill)

@@ -32,11 +32,13 @@ class World:
             rotation, their radius within one size, and the share of backgrounds with a pattern. It does not change
             which captions and questions are true, but at 0 every pixel of an object follows from its description and
             its cell.
+        backgrounds: number of background colors, 2 .. 5.
     """
 
     kinds: int = len(SHAPES)
     objects: int = max(OBJECT_COUNTS)
     variation: float = 1.0
+    backgrounds: int = len(BACKGROUND_COLORS)
 
     def __post_init__(self):
         if self.kinds not in (len(SHAPES) // 2, len(SHAPES)):
@@ -45,6 +47,8 @@ class World:
             raise UserError(f"world: objects is {self.objects}, must be from 2 to {max(OBJECT_COUNTS)}")
         if not 0 <= self.variation <= 1:
             raise UserError(f"world: variation is {self.variation}, must be from 0 to 1")
+        if not 2 <= self.backgrounds <= len(BACKGROUND_COLORS):
+            raise UserError(f"world: backgrounds is {self.backgrounds}, must be from 2 to {len(BACKGROUND_COLORS)}")
 
     @property
     def shapes(self) -> tuple[str, ...]:
@@ -54,6 +58,11 @@ class World:
     def colors(self) -> tuple[str, ...]:
         step = len(COLORS) // self.kinds
         return COLORS[step - 1 :: step]
+
+    @property
+    def background_colors(self) -> tuple[str, ...]:
+        last, gaps = len(BACKGROUND_COLORS) - 1, self.backgrounds - 1
+        return tuple(BACKGROUND_COLORS[last * i // gaps] for i in range(self.backgrounds))
 
     @property
     def held_out(self) -> list[tuple[str, str]]:
@@ -159,7 +168,7 @@ def make_scene(seed: int, split: str, index: int, world: World = RICHEST) -> Sce
     rng = _random(seed, split, index, "world")
     patterned = _random(seed, split, index, "pattern").random() < world.variation
     while True:
-        scene = Scene(seed, split, index, _background(rng, patterned), _objects(rng, split, world), world)
+        scene = Scene(seed, split, index, _background(rng, patterned, world), _objects(rng, split, world), world)
         if split == "test" or split == split_of(scene.arrangement):
             return scene
 
@@ -169,8 +178,8 @@ def _random(seed: int, split: str, index: int, stream: str) -> random.Random:
     return random.Random(f"{seed}/{split}/{index}/{stream}")
 
 
-def _background(rng: random.Random, patterned: bool) -> Background:
-    color, pattern = rng.choice(BACKGROUND_COLORS), rng.choice(BACKGROUND_PATTERNS)
+def _background(rng: random.Random, patterned: bool, world: World) -> Background:
+    color, pattern = rng.choice(world.background_colors), rng.choice(BACKGROUND_PATTERNS)
     return Background(color, pattern if patterned else "plain", rng.randrange(4), round(rng.random(), 4))
 
 

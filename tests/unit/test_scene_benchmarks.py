@@ -22,7 +22,7 @@ from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.conversations import conversation
 from megatron_ext.picture_world.render import render
 from megatron_ext.picture_world.splits import HELD_OUT
-from megatron_ext.picture_world.world import Scene, make_scene
+from megatron_ext.picture_world.world import Scene, World, make_scene
 
 CONFIG = BenchmarkConfig(pictures=60, size=48, seed=5)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -187,6 +187,20 @@ def test_a_split_without_held_out_pairs_can_be_asked_about_too(tmp_path):
         for item in benchmark.read(tmp_path / "world" / name, None):
             assert item.image.name.startswith("validation")
             assert not [pair for pair in HELD_OUT if f"{pair[1]} {pair[0]}" in item.question]
+
+
+@pytest.mark.parametrize("objects", range(2, 7))
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_every_world_has_a_complete_mme(tmp_path, objects, split):
+    config = BenchmarkConfig(12, 48, 5, split, World(4, objects, 0.0, 2), names=("mme",))
+    assert write_benchmarks(tmp_path / "world", config)["items"] == {"mme": 2 * 4 * 12}
+    assert [path.name for path in (tmp_path / "world").iterdir() if path.is_dir()] == ["mme"]
+
+
+def test_a_world_that_does_not_fit_a_question_is_an_error_and_not_endless(tmp_path, monkeypatch):
+    monkeypatch.setitem(MME, "count", lambda scene, rng, number: None)
+    with pytest.raises(UserError, match="MME, count: only 0 of 2000 scenes"):
+        write_benchmarks(tmp_path / "world", BenchmarkConfig(pictures=2, names=("mme",)))
 
 
 def test_the_same_settings_give_the_same_bytes_and_leave_what_is_complete_alone(tmp_path):

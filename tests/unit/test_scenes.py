@@ -249,7 +249,9 @@ def test_a_poorer_world_has_and_names_fewer_things():
     assert POOR.held_out == sorted((s, c) for s, c in HELD_OUT if s in POOR.shapes) and len(POOR.held_out) == 4
 
 
-@pytest.mark.parametrize("wrong", [{"kinds": 5}, {"objects": 1}, {"objects": 7}, {"variation": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"kinds": 5}, {"objects": 1}, {"objects": 7}, {"variation": 1.5}, {"backgrounds": 1}]
+)
 def test_a_world_that_cannot_be_is_refused(wrong):
     with pytest.raises(UserError, match=f"world: {next(iter(wrong))} is"):
         World(**wrong)
@@ -263,6 +265,17 @@ def test_objects_do_not_overlap_and_lie_in_their_cells():
             assert (int(o.x * 3), int(o.y * 3)) == (o.column, o.row)
 
 
+@pytest.mark.parametrize("backgrounds", [2, 3, 5])
+def test_a_world_with_fewer_backgrounds_shows_and_names_those_alone(backgrounds):
+    world = World(backgrounds=backgrounds)
+    scenes = [make_scene(7, "train", index, world) for index in range(100)]
+    assert {scene.background.color for scene in scenes} == set(world.background_colors)
+    assert len(world.background_colors) == backgrounds
+    for scene in scenes:
+        (question,) = asked(scene, "background", times=1)
+        assert question.answer == judge(scene, question.text) and question.choices == world.background_colors
+
+
 def test_without_variation_the_same_is_said_of_pictures_whose_pixels_follow_from_it():
     looks = {}
     for scene in SCENES["train"]:
@@ -273,7 +286,7 @@ def test_without_variation_the_same_is_said_of_pictures_whose_pixels_follow_from
         pixels = np.asarray(render(plain, 48))
         for o in plain.objects:
             cell = pixels[16 * o.row : 16 * (o.row + 1), 16 * o.column : 16 * (o.column + 1)]
-            known = looks.setdefault((o.shape, o.color, o.size, o.place, plain.background.color), cell)
+            known = looks.setdefault((o.shape, o.color, o.size, plain.background.color), cell)
             assert np.array_equal(cell, known)
     patterned = [make_scene(7, "train", i, World(variation=0.5)).background.pattern != "plain" for i in range(300)]
     assert 0.3 < np.mean(patterned) < 0.5  # half of the four fifths that variation 1 has
