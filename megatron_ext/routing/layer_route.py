@@ -15,6 +15,7 @@ import numpy as np
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.permutation import Permutation
 from megatron_ext.routing.plan import Role
+from megatron_ext.routing.segment_buckets import Bucket, filled, in_order
 
 SEGMENTS_MULTIPLE = 16
 """Attention kernels receive a multiple of this many segments, and the longest length rounded up to a power of two, so
@@ -65,7 +66,8 @@ class CachePlaces:
 class LayerRoute:
     """How one layer processes a micro-batch; layers with the same roles share one route.
 
-    Arrays on the host, tensors on a device. With ``fillers``, orders end in rows that belong to no segment.
+    Arrays on the host, tensors on a device. Orders may have fillers, rows that belong to no token: after the last
+    segment, or, if segments are brought into buckets, after each.
 
     Attributes:
         slices: the rows that take part.
@@ -73,6 +75,7 @@ class LayerRoute:
         keys: from gathered FULL and gathered KV_ONLY rows to the order of keys; None without KV_ONLY rows, when keys
             have the order of the queries.
         query_lengths, key_lengths: queries and keys of each segment.
+        buckets: the segments that share a kernel call, in attention's order.
         query_positions, key_positions: rotary positions in the order of attention, int32; 0 for fillers.
         cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments.
         max_query_length, max_key_length: bounds of the lengths, powers of two.
@@ -83,6 +86,7 @@ class LayerRoute:
     keys: Permutation | None
     query_lengths: list[int]
     key_lengths: list[int]
+    buckets: list[Bucket]
     query_positions: np.ndarray
     key_positions: np.ndarray
     cu_seqlens_q: np.ndarray
@@ -114,6 +118,7 @@ class StoredRows:
         ranks: number of ranks that the rows are cut over.
         components: the weights that each group uses.
         multiple: queries, keys and targets are filled up to a multiple of this.
+        bucketed: whether attention's order has similar segments together, filled up to equal lengths.
     """
 
     batch: Batch
@@ -124,6 +129,7 @@ class StoredRows:
     ranks: int
     components: Sequence[int]
     multiple: int
+    bucketed: bool
 
     def gathered(self, chosen: list[int], sizes: list[int]) -> np.ndarray:
         """[t] row of each token once the ``chosen`` slices, out of slices of ``sizes`` rows, are gathered from all
@@ -139,9 +145,9 @@ class StoredRows:
         rank, offset = self.stored // offsets.size, offsets[self.stored % offsets.size]
         return np.where((self.stored >= 0) & (offset >= 0), rank * kept + offset, -1)
 
-    def fillers(self, rows: int) -> int:
-        """Number of fillers that follow ``rows`` rows."""
-        return -rows % self.multiple
+    def with_fillers(self, index: np.ndarray) -> np.ndarray:
+        """``index``, followed by as many fillers, -1, as ``multiple`` needs."""
+        return np.pad(index, (0, -index.size % self.multiple), constant_values=-1)
 
 
 def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerRoute:
@@ -156,12 +162,13 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
     full = role[key] == Role.FULL
     first, end, begin = _segments(rows.document[key], full)
     query_lengths, key_lengths = end - first, end - begin
+    order = filled(query_lengths, key_lengths) if rows.bucketed and not cached else None
 
     query, gathered_rows = key[full], rows.ranks * row_count(slices.full_splits)
+    query = rows.with_fillers(_select(query, order.query_index) if order else query)
     gathered = rows.gathered(slices.full, slices.sizes)
-    query_fillers = rows.fillers(query.size)
-    queries, keys = Permutation.of(gathered[query], [gathered_rows], fillers=query_fillers), None
-    query_positions = key_positions = _positions(rows.batch, query, query_fillers)
+    queries, keys = Permutation.of(_select(gathered, query), [gathered_rows]), None
+    query_positions = key_positions = _positions(rows.batch, query)
     if slices.kv_only:
         kv_rows = rows.ranks * row_count(slices.kv_only_splits)
         kv_gathered = rows.gathered(slices.kv_only, slices.sizes)
@@ -171,15 +178,16 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
             skipped = begin - (key_lengths.cumsum() - key_lengths)
             seen = key[np.arange(key_lengths.sum()) + skipped.repeat(key_lengths)]
             repeated = first.size > np.unique(begin).size
-        fillers = rows.fillers(seen.size)
-        keys = Permutation.of(gathered[seen], [gathered_rows, kv_rows], repeated, fillers)
-        key_positions = _positions(rows.batch, seen, fillers)
+        seen = rows.with_fillers(_select(seen, order.key_index) if order else seen)
+        keys = Permutation.of(_select(gathered, seen), [gathered_rows, kv_rows], repeated)
+        key_positions = _positions(rows.batch, seen)
     route = LayerRoute(
         slices=slices,
         queries=queries,
         keys=keys,
         query_lengths=query_lengths.tolist(),
         key_lengths=key_lengths.tolist(),
+        buckets=order.buckets if order else in_order(query_lengths, key_lengths),
         query_positions=query_positions,
         key_positions=key_positions,
         cu_seqlens_q=_cumulative(query_lengths),
@@ -224,10 +232,13 @@ def _segments(document: np.ndarray, full: np.ndarray) -> tuple[np.ndarray, np.nd
     return first, end, documents[np.searchsorted(documents, first, side="right") - 1]
 
 
-def _positions(batch: Batch, tokens: np.ndarray, fillers: int) -> np.ndarray:
-    positions = np.zeros(tokens.size + fillers, dtype=np.int32)
-    positions[: tokens.size] = batch.positions.ravel()[tokens]
-    return positions
+def _select(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """``values[index]``, -1 where ``index`` is -1."""
+    return np.where(index < 0, -1, values[index]) if values.size else np.full_like(index, -1)
+
+
+def _positions(batch: Batch, tokens: np.ndarray) -> np.ndarray:
+    return np.where(tokens < 0, 0, batch.positions.ravel()[tokens]).astype(np.int32)
 
 
 def _cumulative(lengths: np.ndarray) -> np.ndarray:

@@ -32,28 +32,26 @@ class Permutation:
     runs: list[tuple[int, int, int]] | None
 
     @classmethod
-    def of(
-        cls, index: np.ndarray, inputs: Sequence[int], repeated: bool = False, fillers: int = 0
-    ) -> "Permutation | None":
+    def of(cls, index: np.ndarray, inputs: Sequence[int], repeated: bool = False) -> "Permutation | None":
         """The permutation for ``index`` [outputs] into tensors of ``inputs`` rows; None for the identity on one tensor.
 
         Args:
+            index: input row of each output row; -1 for fillers.
             repeated: whether a row may be used more than once.
-            fillers: number of rows of zeros that follow.
         """
-        total, outputs = sum(inputs), np.arange(index.size)
-        if len(inputs) == 1 and not fillers and index.size == total and np.array_equal(index, outputs):
+        total, outputs = sum(inputs), np.flatnonzero(index >= 0)
+        rows = index[outputs]
+        if len(inputs) == 1 and index.size == rows.size == total and np.array_equal(rows, outputs):
             return None
-        runs = None if fillers else _runs(index, inputs)
+        runs = _runs(index, inputs) if rows.size == index.size else None
         inverse = starts = uses = None
         if repeated:
-            uses = np.argsort(index, kind="stable").astype(np.int32)
-            starts = np.concatenate([[0], np.bincount(index, minlength=total).cumsum()]).astype(np.int32)
+            uses = outputs[np.argsort(rows, kind="stable")].astype(np.int32)
+            starts = np.concatenate([[0], np.bincount(rows, minlength=total).cumsum()]).astype(np.int32)
         else:
             inverse = np.full(total, -1, dtype=np.int32)
-            inverse[index] = outputs
-        filled = np.concatenate([index, np.full(fillers, -1)]) if fillers else index
-        return cls(filled.astype(np.int32), inverse, starts, uses, runs)
+            inverse[rows] = outputs
+        return cls(index.astype(np.int32), inverse, starts, uses, runs)
 
 
 def _runs(index: np.ndarray, inputs: Sequence[int]) -> list[tuple[int, int, int]] | None:

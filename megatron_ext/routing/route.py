@@ -87,6 +87,7 @@ class Route:
         selection: Selection | None = None,
         places: np.ndarray | None = None,
         fill: int = 1,
+        bucketed: bool = False,
     ) -> Route:
         """The route of one micro-batch of [b, s] tokens on the host, as arrays.
 
@@ -100,6 +101,9 @@ class Route:
             selection: this step's selection of the plan's dense share; None: that of evaluation.
             places: [b, s], result of :func:`image_places`; None: computed for whole documents.
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
+            bucketed: bring similar segments of attention together and fill them up to equal lengths
+                (:mod:`~megatron_ext.routing.segment_buckets`); kernels for variable lengths need neither. Not with
+                ``cached``.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
         real = (batch.document != PADDING_DOCUMENT).ravel()
@@ -111,7 +115,9 @@ class Route:
             order = np.pad(order.reshape(ranks, -1), ((0, 0), (0, sizes[-1])), constant_values=-1).ravel()
         stored = np.full(real.size, -1)
         stored[order[order >= 0]] = np.flatnonzero(order >= 0)
-        rows = StoredRows(batch, group, stored, _document_numbers(batch), sizes, ranks, groups.components, fill)
+        rows = StoredRows(
+            batch, group, stored, _document_numbers(batch), sizes, ranks, groups.components, fill, bucketed
+        )
         by_roles = {
             roles: layer_route(rows, [*roles, *[Role.SKIP] * fixed_length], cached) for roles in set(groups.roles)
         }
@@ -125,9 +131,7 @@ class Route:
             tokens=batch.tokens.ravel()[order.clip(min=0)].astype(np.int32)[None],
             layers=[by_roles[roles] for roles in groups.roles],
             head=head,
-            head_rows=Permutation.of(
-                gathered, [ranks * row_count(head.full_splits)], fillers=rows.fillers(targets.size)
-            ),
+            head_rows=Permutation.of(rows.with_fillers(gathered), [ranks * row_count(head.full_splits)]),
             targets=targets,
             order=order,
             image_places=places[order.clip(min=0)].astype(np.int32),

@@ -8,7 +8,6 @@ fillers, whose outputs are not used.
 
 import inspect
 from collections.abc import Callable
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_ext.routing.layer_route import LayerRoute
+from megatron_ext.routing.segment_buckets import Bucket
 from megatron_ext.transformer.hidden_states import join
 
 try:
@@ -26,7 +26,7 @@ except ImportError:  # an older torch
 
 class DocumentAttention(torch.nn.Module):
     """Causal attention by torch's kernels: one variable-length call for all segments on a GPU in half precision; else a
-    call per segment, with neighbours of the same shape batched."""
+    call per bucket of segments."""
 
     def __init__(self, **unused):
         super().__init__()
@@ -45,9 +45,9 @@ class DocumentAttention(torch.nn.Module):
         route = packed_seq_params
         if not route.query_lengths:
             return no_attention(query, key, value)
-        if varlen_supports(query):
+        if varlen_supports(query.device.type, query.dtype, query.shape[-1]):
             return _varlen_attention(query, key, value, route)
-        return _segment_attention(query, key, value, route)
+        return _bucket_attention(query, key, value, route.buckets)
 
 
 def no_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -55,11 +55,10 @@ def no_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return 0 * (query.flatten(2) + key.sum() + value.sum())
 
 
-def varlen_supports(query: Tensor) -> bool:
+def varlen_supports(device_type: str, dtype: torch.dtype, head_size: int) -> bool:
     """Whether torch's variable-length attention fits: it is flash attention, for GPUs and half precision only."""
-    d = query.shape[-1]
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return varlen_attn is not None and query.device.type != "cpu" and half and d % 8 == 0 and d <= 256
+    half = dtype in (torch.bfloat16, torch.float16)
+    return varlen_attn is not None and device_type != "cpu" and half and head_size % 8 == 0 and head_size <= 256
 
 
 def causal_options(call: Callable) -> dict:
@@ -82,22 +81,18 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, route: LayerRou
     return output.flatten(1).unsqueeze(1)
 
 
-def _segment_attention(query: Tensor, key: Tensor, value: Tensor, route: LayerRoute) -> Tensor:
+def _bucket_attention(query: Tensor, key: Tensor, value: Tensor, buckets: list[Bucket]) -> Tensor:
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu":
         # Torch's kernel for CPUs is slower in bf16 than in float32, even with both conversions.
         query, key, value = query.float(), key.float(), value.float()
-    segments = zip(route.query_lengths, route.key_lengths)
-    shapes = [(q, k, len(list(same))) for (q, k), same in groupby(segments)]
-    queries = _split(query, [q * n for q, _, n in shapes])
-    keys, values = (_split(x, [k * n for _, k, n in shapes]) for x in (key, value))
+    queries = _split(query, [bucket.segments * bucket.queries for bucket in buckets])
+    keys, values = (_split(x, [bucket.segments * bucket.keys for bucket in buckets]) for x in (key, value))
     outputs = []
-    for (q, k, n), query_rows, key_rows, value_rows in zip(shapes, queries, keys, values):
-        batched_query = query_rows.view(n, q, *query.shape[2:])
-        batched_key, batched_value = (x.view(n, k, *key.shape[2:]) for x in (key_rows, value_rows))
-        output = _attend(*(x.transpose(1, 2) for x in (batched_query, batched_key, batched_value)))
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-    outputs += [torch.zeros_like(fillers) for fillers in queries[len(shapes) :]]
+    for bucket, *rows in zip(buckets, queries, keys, values):
+        heads_first = (x.unflatten(0, (bucket.segments, -1)).transpose(1, 2) for x in rows)
+        outputs.append(_attend(*heads_first, bucket).transpose(1, 2).flatten(0, 1))
+    outputs += [torch.zeros_like(fillers) for fillers in queries[len(buckets) :]]
     return join(outputs, outputs[0]).flatten(1).unsqueeze(1).to(dtype)
 
 
@@ -109,14 +104,16 @@ def _split(rows: Tensor, sizes: list[int]) -> list[Tensor]:
     return [rows] if len(sizes) == 1 else list(rows.split(sizes))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
     """[n, heads, q, d] of query [n, heads, q, d], key and value [n, groups, k, d]."""
-    q, k = query.shape[2], key.shape[2]
     if query.device.type != "cpu":  # with unequal heads these kernels would write out all scores
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-    mask = None if q == k else torch.ones(q, k, dtype=torch.bool, device=query.device).tril_(k - q)
+    mask = None
+    if bucket.offsets is not None:
+        last = bucket.offsets[:, None, None, None] + torch.arange(bucket.queries, device=query.device)[:, None]
+        mask = torch.arange(bucket.keys, device=query.device) <= last
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=q == k, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def transformer_engine_attention() -> type:

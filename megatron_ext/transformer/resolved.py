@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan
 from megatron_ext.transformer import fp8, transformer_engine
+from megatron_ext.transformer.core_attention import varlen_supports
 from megatron_ext.vocabulary import Vocabulary
 
 VOCABULARY_MULTIPLE = 128
@@ -24,12 +27,14 @@ class RowLayout:
         multiple: the rows of each group on a rank are rounded up to a multiple of this.
         fixed_length: whether T depends on the size of a micro-batch alone, as pipeline stages need.
         fill: queries, keys and targets are filled up to a multiple of this.
+        bucketed: whether attention gets similar segments together, filled up to equal lengths.
     """
 
     ranks: int = 1
     multiple: int = 1
     fixed_length: bool = False
     fill: int = 1
+    bucketed: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def resolve(config: Config, padded_vocab_size: int = 0) -> ResolvedConfig:
         multiple=math.lcm(fp8.row_multiple(recipe), config.training.row_multiple),
         fixed_length=config.parallel.pipeline > 1,
         fill=config.training.row_multiple,
+        bucketed=implementation == "local" and not _varlen(config),
     )
     plan = Plan.from_config(config)
     return ResolvedConfig(config, plan, padded_vocab_size, implementation, recipe, why_no_fp8, rows)
@@ -94,6 +100,13 @@ def _implementation(config: Config) -> str:
     if setting != "auto":
         return setting
     return "transformer_engine" if possible and config.training.precision == "bf16" else "local"
+
+
+def _varlen(config: Config) -> bool:
+    """Whether torch's kernel for variable lengths computes attention."""
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    head_size = config.model.hidden_size // config.model.num_attention_heads
+    return not cpu.available() and varlen_supports("cuda", dtype, head_size)
 
 
 def _why_no_fp8(recipe: str, implementation: str) -> str | None:

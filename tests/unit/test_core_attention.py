@@ -3,12 +3,17 @@
 import inspect
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_ext.data.transfer import to_device
+from megatron_ext.routing.permutation import Permutation
+from megatron_ext.routing.segment_buckets import filled, in_order
 from megatron_ext.transformer import core_attention
 from megatron_ext.transformer.core_attention import DocumentAttention, causal_options, varlen_attn
+from megatron_ext.transformer.kernels.functions import permute, unpermute
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 SEGMENTS = {
@@ -19,12 +24,13 @@ SEGMENTS = {
 }
 
 
-def route_of(segments: list[tuple[int, int]]) -> SimpleNamespace:
+def route_of(segments: list[tuple[int, int]], device: str = "cpu") -> SimpleNamespace:
     queries, keys = ([pair[i] for pair in segments] for i in (0, 1))
     cumulative = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (queries, keys)]
     return SimpleNamespace(
         query_lengths=queries,
         key_lengths=keys,
+        buckets=to_device(in_order(np.array(queries, dtype=int), np.array(keys, dtype=int)), torch.device(device)),
         cu_seqlens_q=cumulative[0],
         cu_seqlens_kv=cumulative[1],
         max_query_length=64,
@@ -69,6 +75,67 @@ def test_outputs_and_gradients_equal_dense_masked_attention(segments, fillers):
         torch.testing.assert_close(tensor.grad, reference.grad, rtol=0, atol=1e-12)
 
 
+def in_buckets(segments: list[tuple[int, int]]) -> SimpleNamespace:
+    """The buckets of segments, with their order as permutations of queries and of keys."""
+    lengths = np.array(segments)
+    order = filled(*lengths.T)
+    queries, keys = (
+        to_device(Permutation.of(index, [total]), torch.device("cpu"))
+        for index, total in zip((order.query_index, order.key_index), lengths.sum(0))
+    )
+    buckets = to_device(order.buckets, torch.device("cpu"))
+    return SimpleNamespace(query_lengths=lengths[:, 0].tolist(), buckets=buckets, queries=queries, keys=keys)
+
+
+BUCKETED = {
+    "documents": [(n, n) for n in (3, 14, 3, 15, 13, 40, 3, 16, 39)],
+    "queries fewer than keys": [(3, 7), (1, 5), (2, 6), (6, 6), (14, 44), (13, 41), (5, 5), (13, 44)],
+    "one query each": [(1, k) for k in (20, 21, 20, 19, 21)],
+    "long ones stay alone": [(n, n) for n in (300, 301, 300, 12, 13)],
+}
+
+
+@pytest.mark.parametrize("segments", BUCKETED.values(), ids=BUCKETED)
+def test_segments_in_buckets_equal_dense_masked_attention(segments):
+    inputs, reference_inputs = rows(segments, 0), rows(segments, 0)
+    route = in_buckets(segments)
+    assert len(route.buckets) < len(in_order(*np.array(segments).T))
+    query, key, value = (permute(p, x) for p, x in zip((route.queries, route.keys, route.keys), inputs))
+    output = unpermute(route.queries, DocumentAttention()(query, key, value, None, packed_seq_params=route))
+    expected = dense(*reference_inputs, segments)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(expected)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for tensor, reference in zip(inputs, reference_inputs):
+        torch.testing.assert_close(tensor.grad, reference.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_buckets_hold_every_row_once_and_few_fillers(seed):
+    random = np.random.default_rng(seed)
+    queries = random.integers(1, 400, 60)
+    keys = queries + random.choice([0, 36, 576], 60)
+    order = filled(queries, keys)
+    for index, lengths in ((order.query_index, queries), (order.key_index, keys)):
+        assert np.array_equal(np.sort(index[index >= 0]), np.arange(lengths.sum()))
+        assert index.size < 1.2 * lengths.sum()
+    # Within a bucket a segment is one stretch of consecutive rows, then fillers.
+    starts, place = set((queries.cumsum() - queries).tolist()), 0
+    for bucket in order.buckets:
+        for _ in range(bucket.segments):
+            segment = order.query_index[place : place + bucket.queries]
+            real = segment[segment >= 0]
+            assert real[0] in starts and np.array_equal(segment[: real.size], real) and (np.diff(real) == 1).all()
+            place += bucket.queries
+
+
+def test_nothing_is_filled_where_it_saves_no_call():
+    assert filled(np.array([12, 12, 12]), np.array([12, 12, 12])) is None
+    assert filled(np.array([12, 40]), np.array([48, 40])) is None
+    assert filled(np.array([], dtype=int), np.array([], dtype=int)) is None
+
+
 def test_bfloat16_on_the_cpu_comes_back_as_bfloat16():
     segments = SEGMENTS["queries fewer than keys"]
     output = DocumentAttention()(*rows(segments, 0, dtype=torch.bfloat16), None, packed_seq_params=route_of(segments))
@@ -107,7 +174,7 @@ def test_segments_that_flash_attention_cannot_compute_are_computed_singly(size, 
     segments = SEGMENTS["queries fewer than keys"]
     inputs = rows(segments, 3, size, device="meta", dtype=dtype)
     with Seen() as seen:
-        output = DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments))
+        output = DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments, "meta"))
         output.sum().backward()
     assert output.shape == (inputs[0].shape[0], 1, HEADS * size)
     assert not any("varlen" in name for name in seen.names)
@@ -117,7 +184,11 @@ def test_an_old_torch_goes_segment_by_segment(monkeypatch):
     monkeypatch.setattr(core_attention, "varlen_attn", None)
     segments = SEGMENTS["documents"]
     inputs = rows(segments, 0, device="meta", dtype=torch.bfloat16)
-    assert DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments)).shape == (11, 1, HEADS * SIZE)
+    assert DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments, "meta")).shape == (
+        11,
+        1,
+        HEADS * SIZE,
+    )
 
 
 def varlen_2_11(

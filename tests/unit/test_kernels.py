@@ -166,19 +166,25 @@ def test_swiglu(dtype, rows, f):
 
 
 def permutation(index: list[int], inputs: list[int]) -> Permutation:
-    """The permutation of ``index``, which has fillers (-1) only at its end."""
+    """The permutation of ``index``; -1 stands for a filler."""
     real = [i for i in index if i >= 0]
     repeated = len(set(real)) < len(real)
-    return to_device(
-        Permutation.of(np.array(real, dtype=int), inputs, repeated, fillers=len(index) - len(real)), DEVICE
-    )
+    return to_device(Permutation.of(np.array(index, dtype=int), inputs, repeated), DEVICE)
 
 
 @precisions
 @pytest.mark.parametrize(
     "index, inputs",
-    [([4, 0, 2, 1, 3], 5), ([3, 1], 6), ([0, 5, 2, -1, -1, -1], 6), ([2, 0, 2, 2, 1, 0, -1], 4), ([0, -1], 1)],
-    ids=["permutation", "some", "fillers", "repeated", "one"],
+    [
+        ([4, 0, 2, 1, 3], 5),
+        ([3, 1], 6),
+        ([0, 5, 2, -1, -1, -1], 6),
+        ([2, 0, 2, 2, 1, 0, -1], 4),
+        ([0, -1], 1),
+        ([3, -1, 0, -1, 1], 4),
+        ([2, -1, 2, -1, 0], 4),
+    ],
+    ids=["permutation", "some", "fillers", "repeated", "one", "fillers between", "repeated, fillers between"],
 )
 def test_rows_are_permuted_and_back(dtype, index, inputs):
     assert_permutes_like_plain(permutation(index, [inputs]), inputs, len(index), dtype)
@@ -233,6 +239,8 @@ CASES = {
     "order of many": Case(5, None, queries=[4, 2, 0, 1], keys=[4, 2, 0, 1], few=0),
     "some rows": Case(6, 4, queries=[5, 2, 0], keys=[8, 5, 2, 7, 0, 6]),
     "fillers": Case(6, 4, queries=[5, 2, 0, -1, -1], keys=[8, 5, 9, 2, 7, 0, 6, -1], groups=3, q=1, d=8),
+    "fillers between": Case(6, 4, queries=[5, -1, 2, 0, -1], keys=[8, -1, 5, 9, 2, -1, 7, 0, 6], groups=3, q=1, d=8),
+    "repeated, fillers between": Case(4, 3, queries=[3, -1, 0, 1], keys=[4, 5, -1, 3, 4, 5, 3, 0, -1, 4, 1], d=10),
     "repeated": Case(4, 3, queries=[3, 0, 1, 2], keys=[4, 5, 3, 4, 5, 3, 0, 6, 4, 1, 2], q=1),
     "repeated, fillers": Case(4, 3, queries=[3, 0, 1, -1], keys=[4, 5, 3, 4, 5, 3, 0, 4, 1, -1, -1], d=10),
     "runs": Case(4, 6, queries=[2, 3, 0, 1], keys=[4, 5, 6, 2, 3, 7, 8, 9, 0, 1], runs=True),

@@ -29,7 +29,8 @@ def random_rows(*shape: int) -> Tensor:
 
 def permutation(rows: int, inputs: list[int], repeated: bool = False, fillers: int = 0) -> Permutation:
     """The first rows in reverse order; more rows than there are repeat some."""
-    return Permutation.of(np.arange(rows)[::-1] % sum(inputs), inputs, repeated, fillers)
+    index = np.arange(rows)[::-1] % sum(inputs)
+    return Permutation.of(np.pad(index, (0, fillers), constant_values=-1), inputs, repeated)
 
 
 def query_key_value(kv_only: int | None, queries: Permutation | None, keys: Permutation | None) -> tuple:

@@ -158,21 +158,23 @@ def assert_equals_reference(
     expected = reference.objective(expected_logits, labels, tasks)
     gradients = torch.autograd.grad(expected, tuple(weights.values()), allow_unused=True, materialize_grads=True)
 
-    route = Route.of(batch, plan, selection=selection)
-    assert torch.equal(route.targets, targets), case
-    ours = model(route)
-    assert ours.shape == (len(targets), 1, VOCABULARY), case
-    assert ours.dtype == expected_logits.dtype, case
-    assert_near(ours[:, 0], expected_logits, tolerance, f"{case} logits")
-    value = reference.objective(ours[:, 0], labels, tasks)
-    assert_near(value, expected, tolerance, f"{case} objective")
-    model.zero_grad()
-    value.backward()
     # Where the true gradient is zero (a softmax over one key), either side may be left with rounding.
-    floor = 8 * torch.finfo(value.dtype).eps * float(torch.stack([g.norm() for g in gradients]).norm())
-    for (name, parameter), gradient in zip(model.named_parameters(), gradients):
-        actual = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad
-        assert_near(actual, gradient, tolerance, f"{case} gradient of {name}", floor)
+    floor = 8 * torch.finfo(expected.dtype).eps * float(torch.stack([g.norm() for g in gradients]).norm())
+    for bucketed in (False, True):
+        case = f"{case} in buckets:" if bucketed else case
+        route = Route.of(batch, plan, selection=selection, bucketed=bucketed)
+        assert torch.equal(route.targets, targets), case
+        ours = model(route)
+        assert ours.shape == (len(targets), 1, VOCABULARY), case
+        assert ours.dtype == expected_logits.dtype, case
+        assert_near(ours[:, 0], expected_logits, tolerance, f"{case} logits")
+        value = reference.objective(ours[:, 0], labels, tasks)
+        assert_near(value, expected, tolerance, f"{case} objective")
+        model.zero_grad()
+        value.backward()
+        for (name, parameter), gradient in zip(model.named_parameters(), gradients):
+            actual = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad
+            assert_near(actual, gradient, tolerance, f"{case} gradient of {name}", floor)
 
 
 @pytest.mark.parametrize("overrides", PLANS.values(), ids=PLANS)
