@@ -6,27 +6,25 @@ pictures against a control.
 
 Answers the picture world's benchmarks (by tools/evaluate.py, which resumes where it stopped) for new arrangements of
 known combinations and for held-out combinations of shape and color. Chance is the accuracy of guessing among the
-possible answers, which are balanced. Intervals are 95 % Wilson intervals.
+possible answers, which are balanced; for GQA, of the most frequent answer. Intervals are 95 % Wilson intervals.
 """
 
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import scene_check
 from megatron_ext.evaluation.answers import read_answers
+from megatron_ext.evaluation.kinds import Accuracy, by_kind
 from megatron_ext.evaluation.parsing import LETTERS
 from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES
-from megatron_ext.picture_world.attributes import PLACES
-from megatron_ext.picture_world.benchmark_files import MANIFEST
-from megatron_ext.picture_world.world import World
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {"validation": "new arrangements", "test": "held-out combinations"}
-Z = 1.96
 
 
 def evaluate(run: Path, data: Path, out: Path, options: list[str]) -> dict:
@@ -43,39 +41,26 @@ def evaluate(run: Path, data: Path, out: Path, options: list[str]) -> dict:
 
 
 def kinds(data: Path, out: Path) -> dict[str, dict]:
-    """By kind of question: ``right``, ``questions``, ``chance``, and ``low`` and ``high``, all shares of 1."""
-    outcomes: dict[str, list[tuple[bool, float]]] = defaultdict(list)
-    detailed = files.read_json(data / "gqa" / "testdev_balanced_questions.json")
-    world = World(**files.read_json(data / MANIFEST)["settings"]["world"])
-    answers = {"color": len(world.colors), "shape": len(world.shapes), "place": sum(map(len, PLACES))}
+    """By kind of question: the fields of :class:`Accuracy`."""
+    accuracies: dict[str, Accuracy] = {}
+    outcomes: dict[str, list[bool]] = defaultdict(list)
     for name, benchmark in BENCHMARKS.items():
-        read = read_answers(out / f"{name}.jsonl")
-        for item in benchmark.read(data / name, None):
+        read, items = read_answers(out / f"{name}.jsonl"), benchmark.read(data / name, None)
+        if name == "gqa":
+            accuracies |= {f"GQA, {kind}": a for kind, a in by_kind(benchmark, items, read.answers).items()}
+            continue
+        for item in items:
             right = item.id in read.answers and benchmark.right(item, read.answers[item.id])
-            if name == "gqa":
-                kind = detailed[item.id]["types"]["detailed"]
-                outcomes[f"GQA, {kind}"].append((right, 1 / answers.get(kind, 2)))
-            elif name == "seed":
+            if name == "seed":
                 likelihoods = read.likelihoods.get(item.id)
                 likeliest = likelihoods and LETTERS[likelihoods.index(max(likelihoods))] == item.answer
-                outcomes[f"SEED, {item.groups[0]}, by letter"].append((right, 1 / 4))
-                outcomes[f"SEED, {item.groups[0]}, by likelihood"].append((bool(likeliest), 1 / 4))
+                outcomes[f"SEED, {item.groups[0]}, by letter"].append(right)
+                outcomes[f"SEED, {item.groups[0]}, by likelihood"].append(bool(likeliest))
             else:
-                outcomes[f"{benchmark.title}, {item.groups[0]}"].append((right, 1 / 2))
-    return {kind: _share(results) for kind, results in outcomes.items()}
-
-
-def _share(results: list[tuple[bool, float]]) -> dict:
-    n, right = len(results), sum(r for r, _ in results) / len(results)
-    middle = (right + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * (right * (1 - right) / n + Z**2 / (4 * n**2)) ** 0.5
-    return {
-        "right": right,
-        "questions": n,
-        "chance": results[0][1],
-        "low": max(middle - half, 0.0),
-        "high": middle + half,
-    }
+                outcomes[f"{benchmark.title}, {item.groups[0]}"].append(right)
+    for kind, results in outcomes.items():
+        accuracies[kind] = Accuracy.of(sum(results), len(results), 1 / 4 if kind.startswith("SEED") else 1 / 2)
+    return {kind: asdict(accuracy) for kind, accuracy in accuracies.items()}
 
 
 def markdown(results: dict, budget: str) -> str:

@@ -85,7 +85,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         default=[],
         metavar="KIND",
-        help=f"only these kinds of questions: {', '.join(KINDS)}",
+        help=f"only these kinds of questions, in GQA too: {', '.join(KINDS)}",
     )
     parser.add_argument(
         "--with-choices",
@@ -154,6 +154,7 @@ def _write_benchmarks(arguments: argparse.Namespace, world: World) -> dict:
         arguments.benchmark_split,
         world,
         tuple(arguments.benchmark_names),
+        tuple(arguments.kinds),
     )
     manifest = write_benchmarks(arguments.benchmarks, config)
     items = ", ".join(f"{count} of {name}" for name, count in manifest["items"].items())

@@ -1,4 +1,4 @@
-"""A training run as one page: loss curves, speed, data, roles, VQ pictures, next commands."""
+"""A training run as one page: what the model can do, what that cost, how it was trained, next commands."""
 
 from pathlib import Path
 
@@ -9,15 +9,23 @@ from megatron_ext.report.write import write_report
 def main() -> None:
     parser = command_line.parser(
         "Write one self-contained HTML page about a training run, and the same in Markdown.",
-        "python tools/report.py --run runs/quickstart/training --vq runs/quickstart/vq",
+        "python tools/report.py --run runs/quickstart/training --vq runs/quickstart/vq \\\n"
+        "      --benchmarks runs/quickstart/benchmarks/validation",
     )
-    parser.add_argument(
-        "--run", type=Path, required=True, metavar="FOLDER", help="output folder of pretrain_unified.py"
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="FOLDER", help="output folder of pretrain_unified.py")
+    add("--vq", type=Path, metavar="FOLDER", help="the VQ tokenizer, to show pictures with")
+    add(
+        "--benchmarks",
+        type=Path,
+        metavar="FOLDER",
+        help="holds gqa/ and mjhq/, whose answers and pictures are in RUN/scores (tools/evaluate.py --out RUN/scores)",
     )
-    parser.add_argument("--vq", type=Path, metavar="FOLDER", help="the VQ tokenizer, to show pictures with")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the HTML file (default: RUN/report.html)")
+    add("--also", type=Path, nargs="+", default=[], metavar="RUN", help="other runs, compared in one line each")
+    add("--out", type=Path, metavar="FILE", help="the HTML file (default: RUN/report.html)")
     arguments = parser.parse_args()
-    numbers = write_report(arguments.run, arguments.vq, arguments.out or arguments.run / "report.html")
+    out = arguments.out or arguments.run / "report.html"
+    numbers = write_report(arguments.run, out, arguments.vq, arguments.benchmarks, arguments.also)
     if arguments.json:
         files.write_json(arguments.json, numbers)
     print(f"{numbers['html']}\n{numbers['markdown']}")

@@ -16,6 +16,7 @@ class Item:
     answer: str  # the correct one: a word or phrase (GQA), "yes" or "no" (MME, POPE), a letter (SEED-Bench)
     groups: tuple[str, ...] = ()  # the subtask, split or question types under which the item is reported
     choices: tuple[str, ...] = ()  # the options of a multiple-choice question, A first
+    kind: str = ""  # what the question asks for, finer than groups: GQA's detailed type
     bare: str = ""  # a multiple-choice question without options and suffix, to rank the options by likelihood
 
 

@@ -36,14 +36,18 @@ def _items(entries: dict, file: Path, folder: Path) -> Iterator[Item]:
             image=folder / "images" / f"{field(entry, 'imageId', where)}.jpg",
             question=with_suffix(field(entry, "question", where), SUFFIX),
             answer=field(entry, "answer", where),
-            groups=_groups(entry.get("types")),
+            groups=_groups(_types(entry)),
+            kind=_types(entry).get("detailed") or "",
         )
 
 
-def _groups(types) -> tuple[str, ...]:
+def _types(entry: dict) -> dict:
+    types = entry.get("types")
+    return types if isinstance(types, dict) else {}
+
+
+def _groups(types: dict) -> tuple[str, ...]:
     """Structural and semantic type, and open or binary, as published results report them; none without types."""
-    if not isinstance(types, dict):
-        return ()
     groups = [f"{kind}: {types[kind]}" for kind in ("structural", "semantic") if types.get(kind)]
     if types.get("structural"):
         groups.append("open" if types["structural"] == "query" else "binary")

@@ -12,6 +12,7 @@ from megatron_ext.command_line import progress
 from megatron_ext.evaluation import mjhq, scene_check
 from megatron_ext.evaluation.benchmark import Scores
 from megatron_ext.evaluation.clip import Clip
+from megatron_ext.evaluation.detected_files import saved_file
 from megatron_ext.evaluation.fid import BATCH, feature_extractor, read_picture
 from megatron_ext.evaluation.mjhq import ImageSet, Prompt
 from megatron_ext.evaluation.picture_folder import MANIFEST, read_manifest
@@ -75,7 +76,7 @@ class PictureScorer:
         counts = (len(generated.prompts), len(generated.missing), len(generated.unreadable))
         scores = Scores(headline, details, *counts, tuple(notes))
         scored = [Scored(label, mjhq.TITLE, str(folder), scores, duplicates, len(unknown), [], False, unusable)]
-        if agreement := scene_check.scores(reference, generated, self._vq):
+        if agreement := scene_check.scores(reference, generated, self._vq, saved_file(folder)):
             scored.append(Scored(label, scene_check.TITLE, str(folder), agreement, 0, 0, [], False))
         return scored
 

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.benchmark import Scores
+from megatron_ext.evaluation.detected_files import detect_all, detect_files
 from megatron_ext.evaluation.faithfulness import ALL, ROWS, Faithfulness, count_facts, measure, shares
-from megatron_ext.evaluation.fid import BATCH, read_picture
+from megatron_ext.evaluation.fid import BATCH
 from megatron_ext.evaluation.mjhq import ImageSet, Prompt
-from megatron_ext.picture_world.detection import DetectedScene, detect
+from megatron_ext.picture_world.detection import DetectedScene
 from megatron_ext.picture_world.facts import CaptionFacts, read_caption
 from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 from megatron_ext.vq.model import VQModel
@@ -26,13 +25,16 @@ COLUMN = "MJHQ-facts"
 OTHERS, DIFFERENCE = f"{COLUMN}, others' prompts", f"{COLUMN}, difference"
 
 
-def scores(reference: ImageSet, generated: ImageSet, vq: VQModel | None) -> Scores | None:
+def scores(reference: ImageSet, generated: ImageSet, vq: VQModel | None, saved: Path | None = None) -> Scores | None:
     """The share of facts of the prompts that the pictures show; the same with other pictures' prompts; and the best
     that can be reached: the reference pictures themselves, and as the VQ tokenizer reconstructs them.
 
     None if no prompt is a caption of the picture world.
+
+    Args:
+        saved: keeps the contents of the generated pictures, see :func:`~.detected_files.detect_files`.
     """
-    facts = _caption_facts(generated.prompts)
+    facts = caption_facts(generated.prompts)
     if not facts:
         return None
     counts = [len([id for id in ids if id in facts]) for ids in (generated.missing, generated.unreadable)]
@@ -40,7 +42,7 @@ def scores(reference: ImageSet, generated: ImageSet, vq: VQModel | None) -> Scor
     if others := len(generated.prompts) - len(facts):
         notes.append(f"{TITLE}: {others} prompts are not captions of the picture world and are left out")
     try:
-        seen = _detect_all(((id, read_picture(file)) for id, file in _files(generated, facts)), len(facts))
+        seen = detect_files(_files(generated, facts), saved)
     except UserError as error:
         return Scores({}, {}, len(facts), *counts, (*notes, f"{TITLE}: none, {error}"))
     result = measure([seen.get(id) for id in facts], list(facts.values()))
@@ -48,9 +50,11 @@ def scores(reference: ImageSet, generated: ImageSet, vq: VQModel | None) -> Scor
     files = _files(reference, facts)
     try:
         if files:
-            best["reference"] = _measure_reference(((id, read_picture(file)) for id, file in files), facts)
+            best["reference"] = _measure_reference(detect_files(files), facts)
         if files and vq:
-            best["reference through VQ"] = _measure_reference(_reconstructions(vq, files), facts)
+            best["reference through VQ"] = _measure_reference(
+                detect_all(_reconstructions(vq, list(files.items())), len(files)), facts
+            )
     except UserError as error:
         notes.append(f"{TITLE}: the best that can be reached is incomplete, {error}")
     headline = {COLUMN: result.right[ALL]}
@@ -76,11 +80,11 @@ def resample(
     Returns:
         An empty dictionary if no prompt is a caption of the picture world, or a picture does not have its shape.
     """
-    facts = _caption_facts(prompts)
+    facts = caption_facts(prompts)
     if not facts:
         return {}
     try:
-        seen = _detect_all(((id, read_picture(files[id])) for id in facts if id in files), len(facts))
+        seen = detect_files({id: files[id] for id in facts if id in files})
     except UserError:
         return {}
     own, other = count_facts([seen.get(id) for id in facts], list(facts.values()))
@@ -94,7 +98,7 @@ def resample(
     return {column: values.tolist() for column, values in figures.items()}
 
 
-def _caption_facts(prompts: Sequence[Prompt]) -> dict[str, CaptionFacts]:
+def caption_facts(prompts: Sequence[Prompt]) -> dict[str, CaptionFacts]:
     """The facts of the prompts that are captions of the picture world, by id."""
     facts = {}
     for prompt in prompts:
@@ -103,30 +107,12 @@ def _caption_facts(prompts: Sequence[Prompt]) -> dict[str, CaptionFacts]:
     return facts
 
 
-def _files(images: ImageSet, facts: dict[str, CaptionFacts]) -> list[tuple[str, Path]]:
-    return [(id, images.files[id]) for id in facts if id in images.files]
+def _files(images: ImageSet, facts: dict[str, CaptionFacts]) -> dict[str, Path]:
+    return {id: images.files[id] for id in facts if id in images.files}
 
 
-def _measure_reference(
-    pictures: Iterator[tuple[str, Image.Image | np.ndarray]], facts: dict[str, CaptionFacts]
-) -> Faithfulness:
-    seen = _detect_all(pictures, len(facts))
+def _measure_reference(seen: dict[str, DetectedScene], facts: dict[str, CaptionFacts]) -> Faithfulness:
     return measure(list(seen.values()), [facts[id] for id in seen], control=False)
-
-
-def _detect_all(pictures: Iterator[tuple[str, Image.Image | np.ndarray]], count: int) -> dict[str, DetectedScene]:
-    """The contents of each picture, by id.
-
-    Raises:
-        UserError: a picture does not have the shape of a picture of the picture world.
-    """
-    seen = {}
-    for id, picture in progress(pictures, desc="detecting", unit="picture", total=count):
-        try:
-            seen[id] = detect(picture)
-        except ValueError as error:
-            raise UserError(f"{id}: {error}") from None
-    return seen
 
 
 def _reconstructions(vq: VQModel, files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, np.ndarray]]:

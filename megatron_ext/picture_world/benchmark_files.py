@@ -88,6 +88,7 @@ class BenchmarkConfig:
 
     Attributes:
         names: the benchmarks to write, of :data:`NAMES`.
+        kinds: the kinds of questions in GQA, of :data:`GQA_TYPES`, and others that it does not have; empty: all.
     """
 
     pictures: int = 60
@@ -96,6 +97,7 @@ class BenchmarkConfig:
     split: str = "test"
     world: World = RICHEST
     names: tuple[str, ...] = NAMES
+    kinds: tuple[str, ...] = ()
 
 
 def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
@@ -269,6 +271,8 @@ def _gqa(folder: Path, config: BenchmarkConfig) -> int:
         rng = scene.random("gqa")
         _save(scene, config, folder / "images" / f"{scene.key}.jpg")
         for kind, (structural, semantic) in GQA_TYPES.items():
+            if config.kinds and kind not in config.kinds:
+                continue
             candidates = [question for question in (ask(scene, kind, rng) for _ in range(GQA_CANDIDATES)) if question]
             if candidates:
                 question = min(candidates, key=lambda q: answers[kind][q.answer])

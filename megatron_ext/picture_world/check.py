@@ -5,9 +5,11 @@ its caption.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from megatron_ext.picture_world.captions import NUMBERS, article, plural
 from megatron_ext.picture_world.detection import DetectedObject, DetectedScene, detect
 from megatron_ext.picture_world.facts import CaptionFacts, Pair, read_caption
 
@@ -15,18 +17,40 @@ KINDS = ("object", "color", "count", "place", "size", "relation", "background")
 
 
 @dataclass(frozen=True)
+class CheckedFact:
+    """One fact of a caption: its kind of :data:`KINDS`, in words (``red circle at the top left``), and whether the
+    picture shows it."""
+
+    kind: str
+    words: str
+    right: bool
+
+
+@dataclass(frozen=True)
 class Verdict:
     """How a picture compares with its caption.
 
     Attributes:
-        facts: (correct facts, facts) by kind of :data:`KINDS`.
+        checked: the caption's facts, in the order of :data:`KINDS`.
         extra: detected objects that the caption does not name.
-        all_right: every fact is correct and there is no extra object.
     """
 
-    facts: dict[str, tuple[int, int]]
+    checked: tuple[CheckedFact, ...]
     extra: int
-    all_right: bool
+
+    @property
+    def facts(self) -> dict[str, tuple[int, int]]:
+        """(correct facts, facts) by kind of :data:`KINDS`."""
+        counts = dict.fromkeys(KINDS, (0, 0))
+        for fact in self.checked:
+            right, total = counts[fact.kind]
+            counts[fact.kind] = (right + fact.right, total + 1)
+        return counts
+
+    @property
+    def all_right(self) -> bool:
+        """Whether every fact is correct and there is no extra object."""
+        return self.extra == 0 and all(fact.right for fact in self.checked)
 
 
 def check(picture, caption: str) -> Verdict:
@@ -53,18 +77,23 @@ def compare(seen: DetectedScene, facts: CaptionFacts) -> Verdict:
     for (_, shape), count in facts.counts.items():
         caption_shapes[shape] += count
     shapes = Counter(o.shape for o in seen.objects)
-    total = caption_pairs.total()
-    results = {
-        "object": ((caption_shapes & shapes).total(), total),
-        "color": ((caption_pairs & pairs).total(), total),
-        "count": _right(pairs[pair] == count for pair, count in caption_pairs.items()),
-        "place": _right(_all(seen, pair, "place", place) for pair, place in facts.places),
-        "size": _right(_all(seen, pair, "size", size) for pair, size in facts.sizes),
-        "relation": _right(_related(seen, *relation) for relation in facts.relations),
-        "background": _right([seen.background == facts.background] if facts.background else []),
-    }
-    extra = (pairs - caption_pairs).total()
-    return Verdict(results, extra, extra == 0 and all(right == count for right, count in results.values()))
+    checked = [
+        *_each("object", caption_shapes, shapes, str),
+        *_each("color", caption_pairs, pairs, _name),
+    ]
+    for pair, count in facts.counts.items():
+        checked.append(CheckedFact("count", f"{NUMBERS[count]} {plural(_name(pair), count)}", pairs[pair] == count))
+    for pair, place in facts.places:
+        checked.append(CheckedFact("place", f"{_name(pair)} at the {place}", _all(seen, pair, "place", place)))
+    for pair, size in facts.sizes:
+        words = f"{size} {_name(pair)}" if pair else f"only {size} objects"
+        checked.append(CheckedFact("size", words, _all(seen, pair, "size", size)))
+    for pair, word, other in facts.relations:
+        words = f"{_name(pair)} {word} {_name(other)}"
+        checked.append(CheckedFact("relation", words, _related(seen, pair, word, other)))
+    if facts.background:
+        checked.append(CheckedFact("background", f"{facts.background} background", seen.background == facts.background))
+    return Verdict(tuple(checked), (pairs - caption_pairs).total())
 
 
 def summary(verdicts: Iterable[Verdict]) -> dict:
@@ -88,9 +117,16 @@ def summary(verdicts: Iterable[Verdict]) -> dict:
     }
 
 
-def _right(checks: Iterable[bool]) -> tuple[int, int]:
-    checks = list(checks)
-    return sum(checks), len(checks)
+def _name(pair: Pair) -> str:
+    return " ".join(pair)
+
+
+def _each(kind: str, stated: Counter, detected: Counter, name: Callable[[Any], str]) -> Iterator[CheckedFact]:
+    """A fact for each object of the caption: as many are correct as are detected."""
+    for thing, count in stated.items():
+        for number in range(count):
+            words = f"another {name(thing)}" if number else article(name(thing))
+            yield CheckedFact(kind, words, number < detected[thing])
 
 
 def _matching(seen: DetectedScene, pair: Pair | None) -> list[DetectedObject]:

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 40
-MAX_POINTS = 240
+MIN_POINTS, MAX_POINTS = 3, 240
 
 _COLOURS = ("understanding", "generation", "text", "accent", "ink", "muted", "rule", "paper")  # variables of svg.css
 _PLACEHOLDERS = {name: f"#0000{i:02}" for i, name in enumerate(_COLOURS, start=1)}
@@ -69,9 +69,14 @@ class Chart:
 
 def line_chart(
     name: str, y_label: str, series: Sequence[Series], from_zero: bool = False, description: str = ""
-) -> Chart:
-    """A chart over iterations; the y axis starts at 0 (``from_zero``) or fits the values."""
-    series = [replace(s, points=thin(s.points)) for s in series if len(s.points)]
+) -> Chart | None:
+    """A chart over iterations; the y axis starts at 0 (``from_zero``) or fits the values.
+
+    Series of fewer than ``MIN_POINTS`` points show no course and are left out; None without any other.
+    """
+    series = [replace(s, points=thin(s.points)) for s in series if len(s.points) >= MIN_POINTS]
+    if not series:
+        return None
     with matplotlib.rc_context(_STYLE_COLOURS, _STYLE_FILE):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         size = ((WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT)
@@ -128,7 +133,7 @@ def _add_curve(axes, s: Series) -> None:
         axes.fill_between(x, y, color=colour, alpha=0.38, linewidth=0, label=label)
     elif s.style == "faint":
         axes.plot(x, y, color=colour, alpha=0.35, linewidth=1, label=label)
-    elif s.style == "dots" or len(x) == 1:
+    elif s.style == "dots":
         mark = {"marker": "o", "markersize": 6.4, "markeredgewidth": 1.6, "markerfacecolor": _PLACEHOLDERS["paper"]}
         axes.plot(x, y, color=colour, linewidth=1.3, label=label, clip_on=False, **mark)
     else:
@@ -139,7 +144,7 @@ def _y_range(series: list[Series], from_zero: bool) -> tuple[float, float]:
     """The range of all values except the largest 1 % of faint lines, whose spikes would flatten the rest."""
     values = [s.points[:, 1] for s in series if s.style != "faint"]
     values += [np.sort(s.points[:, 1])[: -(-len(s.points) * 99 // 100)] for s in series if s.style == "faint"]
-    values = np.concatenate(values) if values else np.array([0.0, 1.0])
+    values = np.concatenate(values)
     low, high = values.min(), values.max()
     if from_zero:
         return min(low, 0.0), high if high > 0 else 1.0
@@ -151,7 +156,7 @@ def _bands(axes, series: list[Series]) -> list[tuple[float, float, float, str]]:
     """Bands for ``Chart``: each x owns the width up to half-way to its neighbours."""
     values = [dict(s.points.tolist()) for s in series]
     xs = sorted(set().union(*values))
-    at = axes.transData.transform([(x, 0) for x in xs])[:, 0] / axes.figure.dpi * 72 if xs else np.empty(0)
+    at = axes.transData.transform([(x, 0) for x in xs])[:, 0] / axes.figure.dpi * 72
     edges = np.concatenate([at[:1], (at[:-1] + at[1:]) / 2, at[-1:]])
     bands = []
     for x, middle, left, right in zip(xs, at, edges, edges[1:]):

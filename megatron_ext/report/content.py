@@ -2,45 +2,77 @@
 
 import math
 import statistics
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from megatron_ext.command_line import duration
 from megatron_ext.evaluation.registry import benchmark_named
+from megatron_ext.report import results
 from megatron_ext.report.chart import Chart, Series, line_chart, number, smooth
 from megatron_ext.report.gather import RunData
+from megatron_ext.report.results import Meter
 from megatron_ext.routing.plan import CLASSES, Role
 from megatron_ext.token_classes import Task
 
+ABILITIES = {
+    "understanding": "answers questions about pictures",
+    "generation": "draws pictures from captions",
+    "text": "continues texts",
+}
 SCORE_COLOURS = ("ink", "understanding", "generation", "text", "accent")
 """The colours of a benchmark's figures."""
 
 
-def content(run: RunData) -> dict:
-    """The variables of the templates."""
+def content(run: RunData, others: Sequence[RunData]) -> dict:
+    """The variables of the templates.
+
+    Args:
+        others: runs to compare with.
+    """
+    questions, pictures = (run.scores.questions, run.scores.pictures) if run.scores else (None, None)
+    question_rows = results.question_meters(questions) if questions else []
+    fact_rows = results.fact_meters(pictures) if pictures else []
     return {
         "run": run,
-        "headline": _headline(run),
-        "losses": _losses(run),
-        "scores": _scores(run) if run.evaluation else None,
-        "speed": _speed(run.records),
+        "title": "/".join(run.folder.absolute().parts[-2:]),
+        "abilities": [ABILITIES[task] for task in run.tasks],
+        "headline": _headline(run, question_rows[:1], fact_rows[:1]),
+        "questions": questions,
+        "question_rows": question_rows[1:],
+        "pictures": pictures,
+        "fact_rows": fact_rows[1:],
         "roles": _roles(run),
+        "costs": results.cost_table(run.costs) if run.costs else None,
+        "comparison": results.comparison([run, *others]) if others else None,
+        "losses": _losses(run),
+        "evaluations": _evaluations(run) if run.evaluation else None,
+        "speed": _speed(run.records),
         "layout": _layout(run),
         "data": _data(run),
     }
 
 
-def _headline(run: RunData) -> list[tuple[str, str]]:
-    """(value, label) of the numbers at the top."""
+def _headline(run: RunData, questions: Sequence[Meter], facts: Sequence[Meter]) -> list[tuple[str, str]]:
+    """(value, label) of the numbers at the top: scores, or losses where there are none."""
     tiles = []
-    for task in run.tasks:
-        if len(validation := _values(run.records, f"validation_loss_{task}")):
-            tiles.append((f"{validation[-1]:.3f}", f"validation loss, {task}"))
+    for meters, what, baseline in (
+        (questions, "answered right", "by chance"),
+        (facts, "of the captions right in its pictures", "of other captions"),
+    ):
+        tiles += [
+            (f"{m.right:.0f} %", f"of {m.total} {what}; {baseline} {m.baseline:.0f} %, difference {m.difference}")
+            for m in meters
+        ]
+    for task in [] if tiles else run.tasks:
+        if (validation := run.last(f"validation_loss_{task}")) is not None:
+            tiles.append((f"{validation:.3f}", f"validation loss, {task}"))
         elif len(training := _values(run.records, f"loss_{task}")):
             tiles.append((f"{training[-20:].mean():.3f}", f"training loss, {task}"))
     last = run.records[-1]
     tiles.append((number(last["consumed_tokens"]), "tokens trained on"))
-    tiles.append((number(np.median(_values(run.records, "tokens_per_second"))), "tokens a second"))
+    seconds = _values(run.records, "step_seconds").mean() * last["iteration"]  # not every step need be logged
+    tiles.append((duration(seconds), "of training, without validation"))
     if len(mfu := _values(run.records, "mfu")):
         tiles.append((f"{100 * np.median(mfu):.1f} %", "of the devices' peak (MFU)"))
     if last["skipped_steps"]:
@@ -72,7 +104,11 @@ def _losses(run: RunData) -> dict:
                 _guessing(run, task),
             )
         )
-    return {"charts": charts, "rows": rows}
+    return {"charts": _drawn(charts), "rows": rows}
+
+
+def _drawn(charts: Iterable[Chart | None]) -> list[Chart]:
+    return [chart for chart in charts if chart]
 
 
 def _guessing(run: RunData, task: str) -> str:
@@ -83,7 +119,7 @@ def _guessing(run: RunData, task: str) -> str:
     return f"{math.log(choices):.3f}"
 
 
-def _scores(run: RunData) -> dict:
+def _evaluations(run: RunData) -> dict:
     charts, rows = [], []
     for settings in run.config.evaluation.benchmarks:
         benchmark = benchmark_named(settings.name)
@@ -94,43 +130,45 @@ def _scores(run: RunData) -> dict:
         charts.append(line_chart(f"scores-{benchmark.name}", benchmark.title, series, description=description))
         for figure, points in curves.items():
             rows.append((f"{benchmark.title}, {figure}", f"{points[0, 1]:.1f}", f"{points[-1, 1]:.1f}"))
-    return {"charts": charts, "rows": rows}
+    return {"charts": _drawn(charts), "rows": rows}
 
 
 def _speed(records: list[dict]) -> dict:
     step, wait = _values(records, "step_seconds"), _values(records, "data_wait_seconds")
+    charts = [
+        _smoothed_chart(records, "throughput", "tokens_per_second", "tokens a second, all processes", "tokens/s"),
+        line_chart(
+            "step-time",
+            "seconds",
+            [
+                Series("step", "muted", _points(records, "step_seconds"), "area"),
+                Series("waiting for data", "generation", _points(records, "data_wait_seconds"), "area"),
+            ],
+            from_zero=True,
+            description="seconds of each step, and of waiting for data in it",
+        ),
+        line_chart(
+            "learning-rate",
+            "learning rate",
+            [Series("learning rate", "accent", _points(records, "learning_rate"))],
+            from_zero=True,
+        ),
+        _smoothed_chart(
+            records, "gradient-norm", "grad_norm", "gradient norm, before clipping", "gradient norm", "muted"
+        ),
+    ]
     return {
-        "charts": [
-            _smoothed_chart(records, "throughput", "tokens_per_second", "tokens a second, all processes", "tokens/s"),
-            line_chart(
-                "step-time",
-                "seconds",
-                [
-                    Series("step", "muted", _points(records, "step_seconds"), "area"),
-                    Series("waiting for data", "generation", _points(records, "data_wait_seconds"), "area"),
-                ],
-                from_zero=True,
-            ),
-            line_chart(
-                "learning-rate",
-                "learning rate",
-                [Series("learning rate", "accent", _points(records, "learning_rate"))],
-                from_zero=True,
-            ),
-            _smoothed_chart(
-                records, "gradient-norm", "grad_norm", "gradient norm, before clipping", "gradient norm", "muted"
-            ),
-        ],
+        "charts": _drawn(charts),
+        "tokens": number(np.median(_values(records, "tokens_per_second"))),
         "median": statistics.median(step),
         "slowest": np.sort(step)[min(len(step) - 1, math.ceil(0.99 * len(step)))],
         "wait": 100 * wait.sum() / step.sum(),
-        "total": duration(step.sum()),
     }
 
 
 def _smoothed_chart(
     records: list[dict], name: str, key: str, y_label: str, label: str, colour: str = "accent"
-) -> Chart:
+) -> Chart | None:
     points = _points(records, key)
     series = [Series("", colour, points, "faint"), Series(f"{label}, smoothed", colour, smooth(points))]
     return line_chart(name, y_label, series, from_zero=True)

@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from PIL import Image
-
 from megatron_ext.config import Config, EvaluationBenchmark
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import training_folder
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.registry import benchmark_named
-from megatron_ext.report.documents import Card, enlarged
+from megatron_ext.report.cards import Card, question_card, read_png
 
 MAX_QUESTIONS = 8
-_MAX_SIZE = 384  # pixels; larger pictures are shown smaller
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,8 @@ def newest_evaluation(run: Path, config: Config, iteration: int) -> NewestEvalua
         return None
     folder, manifest = evaluation
     pictures = [
-        Card(_png(folder / picture["file"]), "generation", picture["caption"]) for picture in manifest["pictures"]
+        Card(read_png(folder / picture["file"]), "the picture drawn for this caption", picture["caption"])
+        for picture in manifest["pictures"]
     ]
     answered = [_answered(benchmark, folder) for benchmark in config.evaluation.benchmarks]
     # Benchmarks take turns, and within each benchmark right and wrong answers.
@@ -71,20 +69,7 @@ def _question_cards(turns: Iterable[tuple]) -> list[Card]:
     for benchmark, item, answer in turns:
         if len(cards) == MAX_QUESTIONS:
             break
-        if item.image not in seen and (png := _png(item.image)):
+        if item.image not in seen and (png := read_png(item.image)):
             seen.add(item.image)
-            question = item.question.rpartition("\n")[0] or item.question  # the last line is the instruction
-            mark = "✓" if benchmark.right(item, answer) else "✗"
-            text = f"{benchmark.title}: {question}\nright: {item.answer}\n{mark} {answer or '(nothing)'}"
-            cards.append(Card(png, "understanding", text))
+            cards.append(question_card(png, item, answer, benchmark.right(item, answer), f"{benchmark.title}: "))
     return cards
-
-
-def _png(file: Path) -> bytes | None:
-    try:
-        with Image.open(file) as picture:
-            picture = picture.convert("RGB")
-    except OSError:
-        return None
-    picture.thumbnail((_MAX_SIZE, _MAX_SIZE))
-    return enlarged(picture)

@@ -7,14 +7,19 @@ from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
-from megatron_ext.report.documents import Card, documents
+from megatron_ext.report.cards import Card
+from megatron_ext.report.costs import PlanCost, plan_costs
+from megatron_ext.report.documents import documents
 from megatron_ext.report.evaluation import NewestEvaluation, newest_evaluation
+from megatron_ext.report.scores import Scores, read_scores
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan
 from megatron_ext.training.finished import finished_file
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.vocabulary import Vocabulary
 
+MOST_CARDS = 8
+"""Questions, and pictures with their captions, that the page shows below the two at the top."""
 VQ_SHEET = "reconstructions.png"
 """File in a VQ folder: pictures beside their reconstructions."""
 
@@ -29,9 +34,13 @@ class RunData:
         environment: contents of ``environment.json``; empty without the file.
         dataset_metadata: of each data set of ``data.train``; None for a data set that is no longer there.
         vocabulary: None if its folder is no longer there.
+        costs: of the plan and of others; empty if the data or the vocabulary is no longer there.
+        vq: folder of the VQ tokenizer, if given.
         vq_sheet: PNG of pictures beside their VQ reconstructions.
         documents: a few validation (else training) documents.
         evaluation: the newest evaluation during training.
+        benchmarks: folder of the benchmarks, if given.
+        scores: of the answers and pictures in the run's folder; None without them or without ``benchmarks``.
     """
 
     folder: Path
@@ -42,9 +51,17 @@ class RunData:
     environment: dict
     dataset_metadata: list[dict | None]
     vocabulary: Vocabulary | None
+    costs: list[PlanCost]
+    vq: Path | None
     vq_sheet: bytes | None
     documents: list[Card]
     evaluation: NewestEvaluation | None
+    benchmarks: Path | None
+    scores: Scores | None
+
+    def last(self, metric: str) -> float | None:
+        """The newest value of a metric; None if it was never logged."""
+        return next((r[metric] for r in reversed(self.records) if r.get(metric) is not None), None)
 
     @property
     def parameters(self) -> int | None:
@@ -60,13 +77,12 @@ class RunData:
         return [name for name in names if any(source.task == name for source in self.config.data.train)]
 
 
-def gather(run: str | Path, vq: str | Path | None = None) -> RunData:
-    """Read a run's folder and, if given, the folder of the VQ tokenizer.
+def gather(run: Path, vq: Path | None = None, benchmarks: Path | None = None) -> RunData:
+    """Read a run's folder and, if given, the folders of the VQ tokenizer and of the benchmarks.
 
     Raises:
-        UserError: the folder holds no run, or nothing is logged yet.
+        UserError: the folder holds no run, nothing is logged yet, or the scores cannot be read.
     """
-    run = Path(run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: no config.yaml, so not the output folder of a training run")
     config = config_file.load(Config, [run / "config.yaml"])
@@ -75,18 +91,23 @@ def gather(run: str | Path, vq: str | Path | None = None) -> RunData:
         raise UserError(f"{run / 'metrics.jsonl'}: nothing logged yet")
     has_vocabulary = (Path(config.data.vocabulary) / "vocabulary.json").is_file()
     vocabulary = Vocabulary(config.data.vocabulary) if has_vocabulary else None
+    plan = Plan.from_config(config)
     return RunData(
         folder=run,
         config=config,
-        plan=Plan.from_config(config),
+        plan=plan,
         records=records,
         finished=finished_file(run).is_file(),
         environment=_read_if_there(run / "environment.json") or {},
         dataset_metadata=[_read_if_there(Path(f"{source.path}.json")) for source in config.data.train],
         vocabulary=vocabulary,
-        vq_sheet=(Path(vq) / VQ_SHEET).read_bytes() if vq and (Path(vq) / VQ_SHEET).is_file() else None,
-        documents=documents(config.data, vocabulary, Path(vq)) if vq and vocabulary else [],
+        costs=plan_costs(config, plan, vocabulary) if vocabulary else [],
+        vq=vq,
+        vq_sheet=(vq / VQ_SHEET).read_bytes() if vq and (vq / VQ_SHEET).is_file() else None,
+        documents=documents(config.data, vocabulary, vq) if vq and vocabulary else [],
         evaluation=newest_evaluation(run, config, records[-1]["iteration"]),
+        benchmarks=benchmarks,
+        scores=read_scores(run, benchmarks, MOST_CARDS) if benchmarks else None,
     )
 
 

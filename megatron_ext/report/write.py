@@ -3,7 +3,7 @@
 import base64
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,19 +14,28 @@ from megatron_ext.report.content import content
 from megatron_ext.report.gather import gather
 
 
-def write_report(run: Path, vq: Path | None, file: Path) -> dict:
+def write_report(
+    run: Path, file: Path, vq: Path | None = None, benchmarks: Path | None = None, also: Sequence[Path] = ()
+) -> dict:
     """Write ``file`` (HTML) and, beside it, the same page in Markdown with a folder ``<name>_files/`` of pictures.
+
+    Args:
+        vq: the VQ tokenizer; without it the page has no pictures of the data.
+        benchmarks: folder of the benchmarks that ``RUN/scores`` answers; without it the page has no scores.
+        also: further runs, one line each.
 
     Returns:
         The paths, and the last record of ``metrics.jsonl``.
 
     Raises:
-        UserError: ``run`` is not a run's folder, or ``file`` does not end in ``.html``.
+        UserError: ``run`` or one of ``also`` is not a run's folder, a file of the scores cannot be read, or ``file``
+            does not end in ``.html``.
     """
     if file.suffix != ".html":
         raise UserError(f"{file}: the page is HTML; give a name that ends in .html")
-    data = gather(run, vq)
-    values, markdown = content(data), file.with_suffix(".md")
+    data = gather(run, vq, benchmarks)
+    values = content(data, [gather(other, benchmarks=benchmarks) for other in also])
+    markdown = file.with_suffix(".md")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(_render("html", values, lambda _, png: f"data:image/png;base64,{base64.b64encode(png).decode()}"))
     folder = file.with_name(f"{file.stem}_files")

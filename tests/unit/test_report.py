@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ext import config_file
-from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.report.chart import MAX_POINTS, Series, line_chart, number, smooth, thin
 from megatron_ext.report.write import write_report
+from support.run_folder import write_run
 
 SPIKE = 1e6
 
@@ -20,50 +19,32 @@ SPIKE = 1e6
 def run(tmp_path) -> Path:
     """A run's folder whose data sets, vocabulary and environment are gone."""
     sources = [{"path": "gone/<b>&|", "task": task} for task in ("understanding", "generation")]
-    overrides = ["model.num_layers=3", "plan.preset=hmgen", f"data.train={json.dumps(sources)}"]
-    folder = tmp_path / "a <run>"
-    folder.mkdir()
-    config = config_file.load(Config, [], [*overrides, "data.vocabulary=gone", f"output={folder}"])
-    config_file.write_yaml(folder / "config.yaml", config)
-    records = [
-        {
-            "iteration": i,
-            "consumed_tokens": 100 * i,
-            "skipped_steps": 0,
-            "mfu": None,
-            **dict.fromkeys(("loss_understanding", "loss_generation"), 5 / i if i != 7 else float("nan")),
-            **({"validation_loss_generation": 5.5 / i} if i % 5 == 0 else {}),
-            **dict.fromkeys(("step_seconds", "data_wait_seconds", "grad_norm", "learning_rate"), 0.5),
-            "tokens_per_second": 200.0,
-        }
-        for i in range(1, 11)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
+    return write_run(tmp_path / "a <run>", f"data.train={json.dumps(sources)}", "data.vocabulary=gone")
 
 
 def test_page_is_one_escaped_file(run, tmp_path):
-    paths = write_report(run, None, tmp_path / "out" / "page.html")
+    paths = write_report(run, tmp_path / "out" / "page.html")
     page, text = Path(paths["html"]).read_text(), Path(paths["markdown"]).read_text()
-    assert "<h1>a &lt;run&gt;</h1>" in page and "gone/&lt;b&gt;&amp;|" in page and "<b>&" not in page
+    assert "/a &lt;run&gt;</h1>" in page and "gone/&lt;b&gt;&amp;|" in page and "<b>&" not in page
     assert not re.search(r"<script|<link|@import|src=\"(?!data:)", page)
     assert "prefers-color-scheme: dark" in page and "#0000" not in page
-    assert "iteration 10\ntraining, smoothed: 0.5\nvalidation: 0.55" in page
+    assert "iteration 15\ntraining, smoothed: 0.3333\nvalidation: 0.3667" in page
     assert "layer 2, generation, image\n" in page
-    assert "`gone/<b>&|` 50 % (no longer there)" in text and "# a <run>" in text
-    assert "| generation | 5.000 | 0.500 | 0.550 | 1.73 | – |" in text
+    assert "`gone/<b>&|` 50 % (no longer there)" in text and "/a <run>\n" in text
+    assert "| generation | 5.000 | 0.333 | 0.367 | 1.44 | – |" in text
+    assert "- **0:08** of training" in text, "15 steps of half a second"
     for name in re.findall(r"\]\(page_files/(.*?)\)", text):
         assert (tmp_path / "out" / "page_files" / name).read_text().startswith("<svg"), name
 
 
 def test_a_folder_without_a_run_and_a_file_that_is_no_page_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="ends in .html"):
-        write_report(run, None, tmp_path / "page.pdf")
+        write_report(run, tmp_path / "page.pdf")
     with pytest.raises(UserError, match="no config.yaml"):
-        write_report(tmp_path, None, tmp_path / "page.html")
+        write_report(tmp_path, tmp_path / "page.html")
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="nothing logged yet"):
-        write_report(run, None, tmp_path / "page.html")
+        write_report(run, tmp_path / "page.html")
 
 
 def test_long_curves_become_means():
@@ -83,8 +64,11 @@ def test_spikes_of_faint_lines_do_not_flatten_a_chart():
     assert max(map(float, ticks)) <= 100
 
 
-def test_an_empty_chart_has_no_curve():
-    assert line_chart("x", "y", [Series("a", "ink", np.empty((0, 2)))]).bands == []
+@pytest.mark.parametrize("points", [0, 2])
+def test_a_chart_needs_three_points(points):
+    series = Series("a", "ink", np.ones((points, 2)))
+    assert line_chart("x", "y", [series]) is None
+    assert "b: 1" in line_chart("x", "y", [series, Series("b", "ink", np.ones((3, 2)))]).bands[0][3]
 
 
 @pytest.mark.parametrize(

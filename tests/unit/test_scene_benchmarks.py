@@ -197,6 +197,12 @@ def test_every_world_has_a_complete_mme(tmp_path, objects, split):
     assert [path.name for path in (tmp_path / "world").iterdir() if path.is_dir()] == ["mme"]
 
 
+def test_gqa_can_be_of_some_kinds_only(tmp_path):
+    write_benchmarks(tmp_path / "world", BenchmarkConfig(10, names=("gqa",), kinds=("place", "layout", "presence")))
+    entries = json.loads((tmp_path / "world/gqa/testdev_balanced_questions.json").read_text()).values()
+    assert {entry["types"]["detailed"] for entry in entries} == {"place", "presence"}
+
+
 def test_a_world_that_does_not_fit_a_question_is_an_error_and_not_endless(tmp_path, monkeypatch):
     monkeypatch.setitem(MME, "count", lambda scene, rng, number: None)
     with pytest.raises(UserError, match="MME, count: only 0 of 2000 scenes"):

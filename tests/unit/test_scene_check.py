@@ -178,6 +178,24 @@ def test_mistakes_of_a_picture_are_named(picture, wrong, extra):
     assert wrong_kinds(verdict) == wrong and verdict.extra == extra and not verdict.all_right
 
 
+def test_every_fact_is_named_and_judged():
+    verdict = check(picture_of([*ITEMS[:2], replace(ITEMS[2], color="green")]), SAYING)
+    assert [(fact.kind, fact.words, fact.right) for fact in verdict.checked] == [
+        ("object", "a circle", True),
+        ("object", "another circle", True),
+        ("object", "a star", True),
+        ("color", "a red circle", True),
+        ("color", "another red circle", True),
+        ("color", "a blue star", False),
+        ("count", "two red circles", True),
+        ("count", "one blue star", False),
+        ("place", "blue star at the top left", False),
+        ("size", "large blue star", False),
+        ("background", "gray background", True),
+    ]
+    assert verdict.facts["color"] == (2, 3) and verdict.facts["relation"] == (0, 0)
+
+
 def test_relations_are_by_place():
     facts = read_caption("A red circle and a blue star. The red circle is left of the blue star.")
     red = SceneObject("circle", "red", "large", 1, 0, 0.17, 0.5, 0.15, 0.0)
