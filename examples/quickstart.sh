@@ -1,44 +1,82 @@
 #!/usr/bin/env bash
-# From nothing to a trained unified model and a report, on a laptop without a GPU, in some minutes.
+# From nothing to a trained unified model and a page about what it can do, on a laptop without a GPU, in minutes.
 #
 #   bash examples/quickstart.sh
 #
-# Makes pictures with captions and questions, trains a VQ tokenizer and a text tokenizer on them, turns them into data
-# sets, trains on two processes with tensor parallelism, and writes a report. Everything goes to runs/quickstart;
-# complete steps are skipped. Arguments override examples/configs/quickstart.yaml, such as training.iterations=1000.
-# Environment variables (defaults): PYTHON (Python 3.11), VENV (.venv), TP (2).
+# Makes pictures with captions and questions, a tokenizer of the images and one of the texts, data sets; trains on two
+# processes, each with its own rows; asks and draws; writes a report. Everything goes to runs/quickstart. What is
+# complete is skipped, and what was stopped (Ctrl-C) is continued by the same command. Arguments override
+# examples/configs/quickstart.yaml, such as training.iterations=1000.
+# Environment variables (defaults): PYTHON (Python 3.11), VENV (.venv), NPROC, processes that train (2; 1 on one core).
 set -euo pipefail
-started=$SECONDS
+started=$(date +%s)
 # shellcheck source-path=SCRIPTDIR source=_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
-# shellcheck source-path=SCRIPTDIR source=_picture_world.sh
-source examples/_picture_world.sh
+trap 'echo; echo "stopped; the same command goes on from here"; exit 130' INT
 
 OUT=runs/quickstart
-TP=${TP:-2}
+RUN=$OUT/training
+SCORES=$RUN/scores/scores.json
+NPROC=${NPROC:-$(($(nproc) < 2 ? 1 : 2))}
+CONFIG=examples/configs/quickstart.yaml
+export OMP_NUM_THREADS=1
 mkdir -p "$OUT"
-make_picture_world "$OUT"
-OMP_NUM_THREADS=$((n = $(nproc) / TP, n > 0 ? n : 1))
-export OMP_NUM_THREADS
-if [[ -f $OUT/training/FINISHED && $# == 0 ]]; then
+
+cpu_seconds() { # of the commands that have ended
+    times >"$OUT/.times" # in a pipe it would be a process of its own, without children
+    awk -F '[ms ]+' 'NR == 2 { printf "%.0f", 60 * $1 + $2 + 60 * $3 + $4 }' "$OUT/.times"
+}
+
+step() { # name, per cent of the whole before it, per cent that it is, command ...
+    local name=$1 whole=$started,$2,$3 begun=$SECONDS cpu
+    shift 3
+    echo "== $name"
+    cpu=$(cpu_seconds)
+    PROGRESS_OF_WHOLE=$whole "$@" || fail "$name failed; the command was: $*"
+    echo "   ($((SECONDS - begun)) s, $(($(cpu_seconds) - cpu)) CPU-seconds)"
+}
+
+launch=("$PY")
+((NPROC == 1)) || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+
+step "pictures, tokenizers, data sets" 0 10 \
+    "$PY" tools/prepare_picture_world.py examples/picture_worlds/quickstart.yaml --out "$OUT"
+if [[ -f $RUN/FINISHED && $# == 0 ]]; then
     echo "== training: complete"
 else
-    step "training, tensor parallel over $TP processes" 3600 "$PY" -m torch.distributed.run --standalone \
-        --nproc_per_node "$TP" pretrain_unified.py --config examples/configs/quickstart.yaml "parallel.tensor=$TP" "$@"
+    step "training on $NPROC processes" 10 75 "${launch[@]}" pretrain_unified.py --config "$CONFIG" "$@"
+    [[ -f $RUN/FINISHED ]] || fail "training stopped early; the same command continues it"
 fi
-step "report" 120 "$PY" tools/report.py --run "$OUT/training" --vq "$OUT/vq"
+if [[ $SCORES -nt $RUN/FINISHED ]]; then
+    echo "== questions and pictures: complete"
+else
+    step "questions and pictures" 85 12 "$PY" tools/evaluate.py --checkpoint "$RUN" --vq "$OUT/vq" --set-aside \
+        --benchmark gqa --data "$OUT/benchmarks/validation/gqa" \
+        --benchmark mjhq --data "$OUT/benchmarks/validation/mjhq" --out "$RUN/scores" --json "$SCORES"
+fi
+if [[ $RUN/report.html -nt $SCORES ]]; then
+    echo "== report: complete"
+else
+    step "report" 97 3 "$PY" tools/report.py --run "$RUN" --vq "$OUT/vq" --benchmarks "$OUT/benchmarks/validation"
+fi
 
 cat <<EOF
 
-Done in $((SECONDS - started)) s. Open $ROOT/$OUT/training/report.html in a browser.
+Done in $(($(date +%s) - started)) s, $(cpu_seconds) CPU-seconds. Open $ROOT/$RUN/report.html in a browser.
 
-Next:
-  source $VENV/bin/activate                                     for python and its packages
-  bash examples/quickstart.sh training.iterations=1000          train longer: resumes this run
-  python tools/show_data.py --config examples/configs/quickstart.yaml     the training data
-  python tools/generate.py --checkpoint $OUT/training --vq $OUT/vq --prompt "A picture of a red circle."     a picture
-  python tools/evaluate.py --checkpoint $OUT/training --vq $OUT/vq --benchmark gqa --data $OUT/benchmarks/test/gqa \\
-      --out $OUT/answers                                        scores on combinations that training never showed
-  TP=2 PP=2 CONFIG=examples/configs/quickstart.yaml bash examples/run_unified_tp4_pp2.sh evaluation.interval=0
-  less README.md                                                your own data, GPUs, Slurm
+Next, after: source $VENV/bin/activate
+  # the same model with token reduction (HiMix-HMGen), from the dense weights, and both on one page
+  python pretrain_unified.py --config $CONFIG examples/configs/methods/himix_hmgen_share_all.yaml \\
+      checkpoint.load=$RUN output=$OUT/himix_hmgen
+  python tools/report.py --run $RUN --vq $OUT/vq --benchmarks $OUT/benchmarks/validation --also $OUT/himix_hmgen
+  # a picture; an answer; the training data; more training
+  python tools/generate.py --checkpoint $RUN --vq $OUT/vq --prompt "A picture of a red circle."
+  python tools/show_data.py --config $CONFIG
+  bash examples/quickstart.sh training.iterations=1000
+  # tensor parallelism; a trained VQ network and a richer world, in an hour
+  torchrun --nproc_per_node 2 pretrain_unified.py --config $CONFIG parallel.tensor=2 output=$OUT/tensor_parallel
+  python tools/prepare_picture_world.py examples/picture_worlds/long.yaml --out runs/picture_world
+  python pretrain_unified.py --config examples/configs/picture_world.yaml
+  # your own data, GPUs, Slurm
+  less README.md
 EOF

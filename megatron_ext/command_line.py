@@ -1,10 +1,13 @@
-"""Shared parts of the command-line programs: exit codes, one-line errors, progress bars, ``--json FILE``."""
+"""Shared parts of the command-line programs: exit codes, one-line errors, progress, ``--json FILE``."""
 
 import argparse
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,8 +51,79 @@ def _joined() -> bool:
 
 
 def progress(items: Iterable | None = None, **options) -> tqdm:
-    """A ``tqdm`` bar on standard error; disabled without a terminal, to keep logs readable."""
-    return tqdm(items, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+    """A ``tqdm`` bar on standard error, with the state of the whole that it is a part of (:class:`Whole`); disabled
+    without a terminal, to keep logs readable."""
+    return _Bar(items, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+
+
+class Whole:
+    """How far a whole is that has several parts: processes, and steps of one process.
+
+    A script sets the environment variable ``PROGRESS_OF_WHOLE`` to "STARTED,DONE,SHARE" for each process: when the
+    whole started (seconds since 1970), the per cent of it done before this process, and the per cent that this process
+    is. A program divides its own share with :meth:`part`.
+
+    Raises:
+        UserError: the variable is malformed.
+    """
+
+    def __init__(self):
+        self.started, self._start, self._share = time.time(), 0.0, 0.0
+        if text := os.environ.get("PROGRESS_OF_WHOLE"):
+            try:
+                self.started, start, share = map(float, text.split(","))
+            except ValueError:
+                raise UserError(f"PROGRESS_OF_WHOLE={text}: expected STARTED,DONE,SHARE, three numbers") from None
+            self._start, self._share = start / 100, share / 100
+
+    def begin(self) -> None:
+        """Make this process a whole of its own, from now on, if no script says what it is a part of."""
+        if not self._share:
+            self.started, self._share = time.time(), 1.0
+
+    @contextmanager
+    def part(self, start: float, stop: float) -> Iterator[None]:
+        """What runs inside is the stretch from ``start`` to ``stop``, 0 .. 1, of what was the part before."""
+        before = self._start, self._share
+        self._start, self._share = self._start + start * self._share, (stop - start) * self._share
+        try:
+            yield
+        finally:
+            self._start, self._share = before
+
+    def state(self, fraction: float) -> str:
+        """Such as ``whole 62 %, 2:10 left``, when a ``fraction`` of the present part is done; empty without a whole."""
+        if not self._share:
+            return ""
+        done = min(1.0, self._start + fraction * self._share)
+        # At first the time tells nothing.
+        left = f", {duration((time.time() - self.started) * (1 - done) / done)} left" if done > 0.02 else ""
+        return f"whole {100 * done:.0f} %{left}"
+
+
+@cache
+def whole() -> Whole:
+    """The whole that this process is a part of."""
+    return Whole()
+
+
+class _Bar(tqdm):
+    """A bar that ends with the state of the whole."""
+
+    @property
+    def format_dict(self) -> dict:
+        values = super().format_dict
+        if values["ncols"]:
+            values["ncols"] -= len(self._state)
+        return values
+
+    def __str__(self) -> str:
+        return super().__str__() + self._state
+
+    @property
+    def _state(self) -> str:
+        state = whole().state(min(1.0, self.n / self.total) if self.total else 0.0)
+        return f" | {state}" if state else ""
 
 
 def duration(seconds: float) -> str:
@@ -57,3 +131,8 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process so far, and of its processes that have ended."""
+    return sum(os.times()[:4])

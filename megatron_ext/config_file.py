@@ -137,11 +137,11 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if value not in choices:
             raise UserError(f"config: '{path}' is {value!r}, must be one of {', '.join(map(str, choices))}")
         return value
-    if origin is list:
-        if not isinstance(value, list):
+    if origin in (list, tuple):  # a tuple is of any length: tuple[item, ...]
+        if not isinstance(value, list | tuple):
             raise UserError(f"config: '{path}' must be a list, got {value!r}")
-        (item,) = typing.get_args(kind)
-        return [_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value)]
+        item = typing.get_args(kind)[0]
+        return origin(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"config: '{path}' must be a mapping, got {value!r}")

@@ -124,14 +124,18 @@ def _generate(arguments: argparse.Namespace) -> bool:
     trained = load(checkpoint, arguments.overrides, arguments.vocabulary, arguments.tensor)
     session = Session(trained, arguments.vq, arguments.batch_size)
     try:
-        for name, data, items, out in zip(arguments.benchmark, arguments.data, items_of_each, arguments.score):
-            if name == PICTURES:
-                settings = picture_generation.picture_settings(session, checkpoint, mjhq.fingerprint(data), sampling)
-                picture_generation.generate(session, items, out, sampling, settings, arguments.set_aside)
-                continue
-            answer_generation.claim(session, checkpoint, items, out, arguments.max_new_tokens, arguments.set_aside)
-            if unreadable := answer_generation.answer(session, items, out, arguments.max_new_tokens):
-                print(f"{out}: {unreadable} images could not be read", flush=True)
+        jobs = list(zip(arguments.benchmark, arguments.data, items_of_each, arguments.score))
+        for number, (name, data, items, out) in enumerate(jobs):
+            with command_line.whole().part(number / len(jobs), (number + 1) / len(jobs)):
+                if name == PICTURES:
+                    settings = picture_generation.picture_settings(
+                        session, checkpoint, mjhq.fingerprint(data), sampling
+                    )
+                    picture_generation.generate(session, items, out, sampling, settings, arguments.set_aside)
+                    continue
+                answer_generation.claim(session, checkpoint, items, out, arguments.max_new_tokens, arguments.set_aside)
+                if unreadable := answer_generation.answer(session, items, out, arguments.max_new_tokens):
+                    print(f"{out}: {unreadable} images could not be read", flush=True)
         return dist.get_rank() == 0
     finally:
         session.close()

@@ -1,6 +1,7 @@
 """Make the picture world: procedural scenes with captions, questions and texts, in the formats of real data."""
 
 import argparse
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 from megatron_ext import command_line, files
@@ -8,7 +9,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.picture_world.benchmark_files import NAMES, BenchmarkConfig, write_benchmarks
 from megatron_ext.picture_world.contact_sheet import write_sheet
 from megatron_ext.picture_world.questions import KINDS
-from megatron_ext.picture_world.split_files import FORMS, SplitConfig, write_split
+from megatron_ext.picture_world.split_files import FORMS, SplitConfig, scene_workers, write_split
 from megatron_ext.picture_world.splits import SPLITS
 from megatron_ext.picture_world.world import World
 
@@ -19,7 +20,10 @@ def main() -> None:
     if arguments.sheet:
         write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, world)
         print(f"{arguments.sheet}: written")
-    manifests = {split: _write_split(arguments, split, world) for split in SPLITS} if arguments.out else {}
+    manifests = {}
+    if arguments.out:
+        with scene_workers(arguments.workers) as workers:
+            manifests = {split: _write_split(arguments, split, world, workers) for split in SPLITS}
     if arguments.benchmarks:
         manifests["benchmarks"] = _write_benchmarks(arguments, world)
     if arguments.json:
@@ -122,7 +126,7 @@ def _add_other_outputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _write_split(arguments: argparse.Namespace, split: str, world: World) -> dict:
+def _write_split(arguments: argparse.Namespace, split: str, world: World, workers: Pool | None) -> dict:
     count = getattr(arguments, split)
     config = SplitConfig(
         split=split,
@@ -137,7 +141,7 @@ def _write_split(arguments: argparse.Namespace, split: str, world: World) -> dic
         seed=arguments.seed,
         forms=tuple(arguments.forms),
     )
-    manifest = write_split(arguments.out, config, arguments.workers)
+    manifest = write_split(arguments.out, config, workers)
     print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {_state(manifest)}")
     return manifest
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_ext.analysis import gradients_report
-from megatron_ext.command_line import duration
+from megatron_ext.command_line import duration, whole
 from megatron_ext.config import Config
 from megatron_ext.config_file import to_tree
 from megatron_ext.distributed import is_logging_rank
@@ -156,6 +156,8 @@ def console_line(record: dict, iterations: int, seconds_left: float) -> str:
     if record.get("flops_ratio", 1.0) != 1.0:
         parts.append(f"FLOPs {record['flops_ratio']:.2f} of dense")
     parts.append(f"left {duration(seconds_left)}")
+    if state := whole().state(record["iteration"] / iterations):
+        parts.append(state)
     return " | ".join(parts)
 
 

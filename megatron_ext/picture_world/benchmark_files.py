@@ -118,7 +118,7 @@ def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     counts = {}
-    for name in progress(config.names, desc="benchmarks"):
+    for name in progress(config.names, desc="benchmarks", leave=False):
         (partial / name).mkdir(parents=True)
         counts[name] = WRITERS[name](partial / name, config)
     manifest = {"settings": settings, "items": counts, "fingerprint": fingerprint(partial)}

@@ -17,11 +17,13 @@ import io
 import json
 import os
 import shutil
+import signal
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 from megatron_ext.command_line import progress
@@ -86,8 +88,22 @@ def make_sample(config: SplitConfig, index: int) -> SceneSample:
     return SceneSample(scene.key, buffer.getvalue(), caption(scene), turns, scene.to_dict())
 
 
-def write_split(out: Path, config: SplitConfig, workers: int) -> dict:
+@contextmanager
+def scene_workers(count: int) -> Iterator[Pool | None]:
+    """Processes that make scenes for any number of splits; None for one process, this one."""
+    if count <= 1:
+        yield None
+        return
+    # An interrupt is for the process that started them, which then ends them.
+    with get_context("spawn").Pool(count, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield pool
+
+
+def write_split(out: Path, config: SplitConfig, workers: Pool | None = None) -> dict:
     """Write OUT/SPLIT, unless it is there with these settings; a split of other settings is replaced.
+
+    Args:
+        workers: of :func:`scene_workers`.
 
     Returns:
         The manifest (the settings, and a fingerprint of every byte written), with ``created``, whether this call wrote
@@ -107,7 +123,9 @@ def write_split(out: Path, config: SplitConfig, workers: int) -> dict:
     partial.mkdir(parents=True)
     with ExitStack() as stack:
         writers = [stack.enter_context(WRITERS[form](partial, config)) for form in config.forms if form in WRITERS]
-        for sample in progress(_samples(config, workers), total=config.count, desc=config.split, unit="scene"):
+        for sample in progress(
+            _samples(config, workers), total=config.count, desc=config.split, unit="scene", leave=False
+        ):
             for writer in writers:
                 writer.add(sample)
     if "text" in config.forms:
@@ -178,16 +196,14 @@ class _Folder:
 WRITERS = {"tar": _Tars, "folder": _Folder}
 
 
-def _samples(config: SplitConfig, workers: int) -> Iterator[SceneSample]:
+def _samples(config: SplitConfig, workers: Pool | None) -> Iterator[SceneSample]:
     """All samples in order."""
     if not WRITERS.keys() & set(config.forms):
         return
-    if workers <= 1:
+    if workers is None:
         yield from (make_sample(config, index) for index in range(config.count))
         return
-    with get_context("spawn").Pool(workers) as pool:
-        jobs = ((config, index) for index in range(config.count))
-        yield from pool.imap(_make, jobs, chunksize=64)
+    yield from workers.imap(_make, ((config, index) for index in range(config.count)), chunksize=64)
 
 
 def _make(job: tuple[SplitConfig, int]) -> SceneSample:

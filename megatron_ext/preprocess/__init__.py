@@ -13,10 +13,25 @@
 
 The batches that the VQ model encodes depend only on the inputs and the options, so work that is repeated after a
 restart, or on another machine, gives the same bytes.
+
+recipe.py and picture_world.py make the whole preparation of the picture world, from scenes to data sets.
+
+This package imports its members on first use: a complete preparation is recognized without torch.
 """
 
-from megatron_ext.preprocess.pipeline import PreprocessOptions, merge_shards, preprocess
-from megatron_ext.preprocess.store import skipped_file
-from megatron_ext.preprocess.verification import verify_data_set
+import importlib
 
-__all__ = ["PreprocessOptions", "merge_shards", "preprocess", "skipped_file", "verify_data_set"]
+_HOMES = {
+    "PreprocessOptions": "pipeline",
+    "merge_shards": "pipeline",
+    "preprocess": "pipeline",
+    "skipped_file": "store",
+    "verify_data_set": "verification",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

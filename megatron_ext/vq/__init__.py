@@ -16,9 +16,17 @@
     trained_folder.py     what both write: the tokenizer, its quality on held-out images
     training_images.py    the images to train it on
     image_decoder.py      image files -> pixels of the tokenizer's size, with Pillow
+
+This package imports its members on first use: settings and finished files are read without torch.
 """
 
-from megatron_ext.vq.loading import load
-from megatron_ext.vq.model import VQModel
+import importlib
 
-__all__ = ["VQModel", "load"]
+_HOMES = {"VQModel": "model", "load": "loading"}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ def load_images(sources: list[Path], image_size: int, limit: int, workers: int =
     """
     decoder = PillowDecoder((image_size, image_size), CROP, workers)
     decoded: list[Tensor] = []
-    with progress(desc="images", unit="") as bar:
+    with progress(desc="images", unit="", leave=False) as bar:
         files = islice((file for source in sources for file in _files(source)), limit)
         while batch := list(islice(files, DECODE_AT_ONCE)):
             decoded += [image for image in decoder(batch) if isinstance(image, Tensor)]

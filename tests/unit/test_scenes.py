@@ -18,7 +18,7 @@ from megatron_ext.picture_world.captions import caption, text
 from megatron_ext.picture_world.conversations import LETTER, SHORT, YES_OR_NO, conversation
 from megatron_ext.picture_world.questions import DESCRIPTIVE, KINDS, ask, questions
 from megatron_ext.picture_world.render import RGB, render
-from megatron_ext.picture_world.split_files import SplitConfig, write_split
+from megatron_ext.picture_world.split_files import SplitConfig, scene_workers, write_split
 from megatron_ext.picture_world.splits import HELD_OUT, SPLITS
 from megatron_ext.picture_world.world import Scene, World, make_scene
 
@@ -315,7 +315,10 @@ CONFIG = SplitConfig(split="train", count=12, texts=5, size=32, forms=("tar", "f
 
 
 def test_the_same_settings_give_the_same_bytes_with_any_number_of_workers(tmp_path):
-    manifests = [write_split(tmp_path / str(workers), CONFIG, workers) for workers in (1, 2)]
+    manifests = []
+    for count in (1, 2):
+        with scene_workers(count) as workers:
+            manifests.append(write_split(tmp_path / str(count), CONFIG, workers))
     assert manifests[0] == manifests[1]
     files = [sorted(p.relative_to(tmp_path / w) for p in (tmp_path / w).rglob("*")) for w in ("1", "2")]
     assert files[0] == files[1]
@@ -325,8 +328,8 @@ def test_the_same_settings_give_the_same_bytes_with_any_number_of_workers(tmp_pa
 
 
 def test_the_files_are_what_they_should_be_and_a_complete_split_is_left_alone(tmp_path):
-    assert write_split(tmp_path, CONFIG, 1)["created"]
-    assert not write_split(tmp_path, CONFIG, 1)["created"]
+    assert write_split(tmp_path, CONFIG)["created"]
+    assert not write_split(tmp_path, CONFIG)["created"]
     folder = tmp_path / "train"
     assert [p.name for p in sorted(folder.glob("*.tar"))] == [f"train-{n:06}.tar" for n in range(3)]
     with tarfile.open(folder / "train-000001.tar") as archive:
@@ -345,6 +348,6 @@ def test_the_files_are_what_they_should_be_and_a_complete_split_is_left_alone(tm
 
 
 def test_other_settings_write_the_split_again(tmp_path):
-    first = write_split(tmp_path, CONFIG, 1)
-    second = write_split(tmp_path, replace(CONFIG, seed=CONFIG.seed + 1), 1)
+    first = write_split(tmp_path, CONFIG)
+    second = write_split(tmp_path, replace(CONFIG, seed=CONFIG.seed + 1))
     assert second["created"] and second["fingerprint"] != first["fingerprint"]
