@@ -124,8 +124,9 @@ class _Preparation:
         yield from (vq, vocabulary)
         for split in ("train", "validation"):
             if split in scenes:
-                for kind in ("questions", "captions", "texts"):
-                    yield self._data_set(f"{kind}-{split}", kind, scenes[split], recipe.split(split), vocabulary)
+                config = recipe.split(split)
+                for kind in ("questions", "captions", *(["texts"] if "text" in config.forms else [])):
+                    yield self._data_set(f"{kind}-{split}", kind, scenes[split], config, vocabulary)
         for number in range(len(recipe.question_sets)):
             name, config = recipe.question_set(number)
             more = self._scenes_of(f"scenes with {name}", self.out / f"{name}-scenes", config)
@@ -152,7 +153,7 @@ class _Preparation:
     def _scenes_of(self, name: str, folder: Path, config: SplitConfig) -> Piece:
         def make() -> str:
             write_split(folder, config, self._workers)
-            return f"{config.count:,} pictures, {config.texts:,} texts"
+            return f"{config.count:,} pictures" + (f", {config.texts:,} texts" if "text" in config.forms else "")
 
         target = folder / config.split
         return Piece(name, _key(config), [target / "scenes.json", target], 2.5e-3 * config.count, make)
@@ -191,7 +192,7 @@ class _Preparation:
         size, folder = self.recipe.vocabulary_size, self.out / "vocabulary"
 
         def make() -> str:
-            texts = [*self._tars(train), train.outputs[1] / "text.jsonl"]
+            texts = [*self._tars(train), *train.outputs[1].glob("text.jsonl")]
             tokenizer.train(texts, folder / "tokenizer.model", size)
             Vocabulary.create(folder, folder / "tokenizer.model", self._vq.codebook_size)
             return f"{size} text pieces"
