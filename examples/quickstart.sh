@@ -17,23 +17,26 @@ trap 'echo; echo "stopped; the same command goes on from here"; exit 130' INT
 OUT=runs/quickstart
 RUN=$OUT/training
 SCORES=$RUN/scores/scores.json
-NPROC=${NPROC:-$(($(nproc) < 2 ? 1 : 2))}
+cores=$(env -u OMP_NUM_THREADS nproc) # which would count as the number of cores
+NPROC=${NPROC:-$((cores < 2 ? 1 : 2))}
 CONFIG=examples/configs/quickstart.yaml
 export OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 
-cpu_seconds() { # of the commands that have ended
-    times >"$OUT/.times" # in a pipe it would be a process of its own, without children
-    awk -F '[ms ]+' 'NR == 2 { printf "%.0f", 60 * $1 + $2 + 60 * $3 + $4 }' "$OUT/.times"
+measure_cpu() { # sets CPU, the seconds of the commands that have ended
+    times >"$OUT/.times" # in a process of its own it would not count them
+    CPU=$(awk -F '[ms ]+' 'NR == 2 { printf "%.0f", 60 * $1 + $2 + 60 * $3 + $4 }' "$OUT/.times")
 }
 
 step() { # name, per cent of the whole before it, per cent that it is, command ...
     local name=$1 whole=$started,$2,$3 begun=$SECONDS cpu
     shift 3
     echo "== $name"
-    cpu=$(cpu_seconds)
+    measure_cpu
+    cpu=$CPU
     PROGRESS_OF_WHOLE=$whole "$@" || fail "$name failed; the command was: $*"
-    echo "   ($((SECONDS - begun)) s, $(($(cpu_seconds) - cpu)) CPU-seconds)"
+    measure_cpu
+    echo "   ($((SECONDS - begun)) s, $((CPU - cpu)) CPU-seconds)"
 }
 
 launch=("$PY")
@@ -60,9 +63,10 @@ else
     step "report" 97 3 "$PY" tools/report.py --run "$RUN" --vq "$OUT/vq" --benchmarks "$OUT/benchmarks/validation"
 fi
 
+measure_cpu
 cat <<EOF
 
-Done in $(($(date +%s) - started)) s, $(cpu_seconds) CPU-seconds. Open $ROOT/$RUN/report.html in a browser.
+Done in $(($(date +%s) - started)) s, $CPU CPU-seconds. Open $ROOT/$RUN/report.html in a browser.
 
 Next, after: source $VENV/bin/activate
   # the same model with token reduction (HiMix-HMGen), from the dense weights, and both on one page
