@@ -133,7 +133,7 @@ Made by `{command}`.
 
 Every method trains the same model ({layers} layers, hidden size {hidden}) from the same weights on the same rows of the
 picture world: {iterations} iterations of {rows} rows of {length} tokens, {million:.2f} million tokens. A picture is
-{grid} tokens here (`GRID` of `examples/_picture_world.sh`). The losses are on the validation sets: answers for
+{grid} tokens here (`tokenizer.grid` of its recipe). The losses are on the validation sets: answers for
 understanding, image tokens for generation. One seed and this few tokens show that every method trains and what it
 costs; they do not rank the methods.
 

@@ -16,65 +16,90 @@ trap 'echo; echo "stopped; the same command goes on from here"; exit 130' INT
 
 OUT=runs/quickstart
 RUN=$OUT/training
-SCORES=$RUN/scores/scores.json
-NPROC=${NPROC:-$(($(nproc) < 2 ? 1 : 2))}
+REDUCED=$OUT/himix_hmgen
+cores=$(env -u OMP_NUM_THREADS nproc) # which would count as the number of cores
+NPROC=${NPROC:-$((cores < 2 ? 1 : 2))}
 CONFIG=examples/configs/quickstart.yaml
 export OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 
-cpu_seconds() { # of the commands that have ended
-    times >"$OUT/.times" # in a pipe it would be a process of its own, without children
-    awk -F '[ms ]+' 'NR == 2 { printf "%.0f", 60 * $1 + $2 + 60 * $3 + $4 }' "$OUT/.times"
+measure_cpu() { # sets CPU, the seconds of the commands that have ended
+    times >"$OUT/.times" # in a process of its own it would not count them
+    CPU=$(awk -F '[ms ]+' 'NR == 2 { printf "%.0f", 60 * $1 + $2 + 60 * $3 + $4 }' "$OUT/.times")
 }
 
 step() { # name, per cent of the whole before it, per cent that it is, command ...
     local name=$1 whole=$started,$2,$3 begun=$SECONDS cpu
     shift 3
     echo "== $name"
-    cpu=$(cpu_seconds)
+    measure_cpu
+    cpu=$CPU
     PROGRESS_OF_WHOLE=$whole "$@" || fail "$name failed; the command was: $*"
-    echo "   ($((SECONDS - begun)) s, $(($(cpu_seconds) - cpu)) CPU-seconds)"
+    measure_cpu
+    echo "   ($((SECONDS - begun)) s, $((CPU - cpu)) CPU-seconds)"
 }
 
 launch=("$PY")
 ((NPROC == 1)) || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
-step "pictures, tokenizers, data sets" 0 10 \
+train() { # name, per cent before, per cent, folder of the run, arguments ...
+    local name=$1 before=$2 share=$3 run=$4
+    shift 4
+    step "$name, $NPROC processes" "$before" "$share" "${launch[@]}" pretrain_unified.py --config "$CONFIG" "$@"
+    [[ -f $run/FINISHED ]] || fail "$name stopped early; the same command continues it"
+}
+
+evaluate() { # name, per cent before, per cent, folder of the run
+    local scores=$4/scores
+    if [[ $scores/scores.json -nt $4/FINISHED ]]; then
+        echo "== $1: complete"
+    else
+        step "$1" "$2" "$3" "$PY" tools/evaluate.py --checkpoint "$4" --vq "$OUT/vq" --set-aside --batch-size 64 \
+            --benchmark gqa --data "$OUT/benchmarks/validation/gqa" \
+            --benchmark mjhq --data "$OUT/benchmarks/validation/mjhq" --temperature 0.6 --guidance 1.5 \
+            --out "$scores" --json "$scores/scores.json"
+    fi
+}
+
+step "pictures, tokenizers, data sets" 0 14 \
     "$PY" tools/prepare_picture_world.py examples/picture_worlds/quickstart.yaml --out "$OUT"
 if [[ -f $RUN/FINISHED && $# == 0 ]]; then
     echo "== training: complete"
 else
-    step "training on $NPROC processes" 10 75 "${launch[@]}" pretrain_unified.py --config "$CONFIG" "$@"
-    [[ -f $RUN/FINISHED ]] || fail "training stopped early; the same command continues it"
+    train "training" 14 52 "$RUN" "$@"
 fi
-if [[ $SCORES -nt $RUN/FINISHED ]]; then
-    echo "== questions and pictures: complete"
+evaluate "questions and pictures" 66 8 "$RUN"
+if [[ $REDUCED/FINISHED -nt $RUN/FINISHED ]]; then
+    echo "== training with token reduction: complete"
 else
-    step "questions and pictures" 85 12 "$PY" tools/evaluate.py --checkpoint "$RUN" --vq "$OUT/vq" --set-aside \
-        --benchmark gqa --data "$OUT/benchmarks/validation/gqa" \
-        --benchmark mjhq --data "$OUT/benchmarks/validation/mjhq" --out "$RUN/scores" --json "$SCORES"
+    train "training with token reduction (HiMix-HMGen), from these weights" 74 14 "$REDUCED" \
+        examples/configs/methods/himix_hmgen_share_all.yaml checkpoint.load="$RUN" output="$REDUCED" \
+        training.iterations=300 optimizer.lr=1e-3 optimizer.wsd_decay_iterations=200
 fi
-if [[ $RUN/report.html -nt $SCORES ]]; then
+evaluate "questions and pictures with token reduction" 88 7 "$REDUCED"
+if [[ $RUN/report.html -nt $REDUCED/scores/scores.json && $RUN/report.html -nt $RUN/scores/scores.json ]]; then
     echo "== report: complete"
 else
-    step "report" 97 3 "$PY" tools/report.py --run "$RUN" --vq "$OUT/vq" --benchmarks "$OUT/benchmarks/validation"
+    step "report" 95 5 "$PY" tools/report.py --run "$RUN" --also "$REDUCED" --vq "$OUT/vq" \
+        --benchmarks "$OUT/benchmarks/validation"
 fi
 
+measure_cpu
 cat <<EOF
 
-Done in $(($(date +%s) - started)) s, $(cpu_seconds) CPU-seconds. Open $ROOT/$RUN/report.html in a browser.
+Done in $(($(date +%s) - started)) s, $CPU CPU-seconds. Open $ROOT/$RUN/report.html in a browser.
 
 Next, after: source $VENV/bin/activate
-  # the same model with token reduction (HiMix-HMGen), from the dense weights, and both on one page
-  python pretrain_unified.py --config $CONFIG examples/configs/methods/himix_hmgen_share_all.yaml \\
-      checkpoint.load=$RUN output=$OUT/himix_hmgen
-  python tools/report.py --run $RUN --vq $OUT/vq --benchmarks $OUT/benchmarks/validation --also $OUT/himix_hmgen
-  # a picture; an answer; the training data; more training
-  python tools/generate.py --checkpoint $RUN --vq $OUT/vq --prompt "A picture of a red circle."
+  # a picture; the training data; more training
+  python tools/generate.py --checkpoint $RUN --vq $OUT/vq --temperature 0.6 --prompt "A picture of a purple star."
   python tools/show_data.py --config $CONFIG
-  bash examples/quickstart.sh training.iterations=1000
-  # tensor parallelism; a trained VQ network and a richer world, in an hour
+  bash examples/quickstart.sh training.iterations=2400
+  # another method (examples/configs/methods), from the same weights
+  python pretrain_unified.py --config $CONFIG examples/configs/methods/himix.yaml checkpoint.load=$RUN \\
+      output=$OUT/himix training.iterations=300
+  # tensor parallelism
   torchrun --nproc_per_node 2 pretrain_unified.py --config $CONFIG parallel.tensor=2 output=$OUT/tensor_parallel
+  # a harder world, with more objects, all kinds of questions and a trained VQ network: an hour and a half
   python tools/prepare_picture_world.py examples/picture_worlds/long.yaml --out runs/picture_world
   python pretrain_unified.py --config examples/configs/picture_world.yaml
   # your own data, GPUs, Slurm

@@ -43,7 +43,7 @@ class Piece:
         name: of the piece.
         key: changes with everything that the piece is made from.
         outputs: its files and folders; the first of them is written last.
-        cost: estimated CPU-seconds.
+        cost: estimated seconds on two free cores.
         make: makes the piece, or the rest of it, and tells what it holds.
     """
 
@@ -156,7 +156,7 @@ class _Preparation:
             return f"{config.count:,} pictures" + (f", {config.texts:,} texts" if "text" in config.forms else "")
 
         target = folder / config.split
-        return Piece(name, _key(config), [target / "scenes.json", target], 2.5e-3 * config.count, make)
+        return Piece(name, _key(config), [target / "scenes.json", target], 1.2e-3 * config.count, make)
 
     def _benchmarks(self, split: str) -> Piece:
         config, folder = self.recipe.benchmark(split), self.out / "benchmarks" / split
@@ -165,7 +165,13 @@ class _Preparation:
             items = write_benchmarks(folder, config)["items"]
             return ", ".join(f"{count} of {name}" for name, count in items.items())
 
-        return Piece(f"benchmarks {split}", _key(config), [folder / MANIFEST, folder], 5e-3 * config.pictures, make)
+        return Piece(
+            f"benchmarks {split}",
+            _key(config),
+            [folder / MANIFEST, folder],
+            6e-3 * config.pictures * len(config.names),
+            make,
+        )
 
     def _image_tokenizer(self, scenes: dict[str, Piece]) -> Piece:
         settings, folder = self.recipe.tokenizer, self.out / "vq"
@@ -184,7 +190,7 @@ class _Preparation:
             return f"{numbers['codebook_size']} codes, PSNR {numbers['psnr']:.1f} dB on held-out pictures"
 
         pictures = min(settings.limit, sum(self.recipe.scenes[split] for split in settings.splits))
-        cost = 4 + 1e-3 * pictures + (0.0 if settings.kind == "dictionary" else 0.15 * config.steps)
+        cost = 2.5 + 2.5e-4 * pictures + (0.0 if settings.kind == "dictionary" else 0.05 * config.steps)
         key = _key(settings, config, [scenes[split].key for split in settings.splits])
         return Piece("image tokenizer", key, [folder / "training.json", folder], cost, make)
 
@@ -197,7 +203,7 @@ class _Preparation:
             Vocabulary.create(folder, folder / "tokenizer.model", self._vq.codebook_size)
             return f"{size} text pieces"
 
-        cost = 1 + 5e-4 * self.recipe.scenes["train"]
+        cost = 0.1 + 1.2e-4 * self.recipe.scenes["train"]
         return Piece("vocabulary", _key(size, train.key, vq.key), [folder / "vocabulary.json", folder], cost, make)
 
     def _data_set(self, name: str, kind: str, scenes: Piece, config: SplitConfig, vocabulary: Piece) -> Piece:
@@ -216,7 +222,7 @@ class _Preparation:
             return f"{numbers['documents']:,} documents, {numbers['tokens']:,} tokens"
 
         outputs = [Path(f"{prefix}{ending}") for ending in (".json", ".bin", ".idx", ".skipped.jsonl", ".parts")]
-        cost = 0.1 + (1e-4 if kind == "texts" else 1e-3) * config.count
+        cost = 0.1 + (7e-5 if kind == "texts" else 5e-4) * config.count
         return Piece(f"data set {name}", _key(kind, split_turns, scenes.key, vocabulary.key), outputs, cost, make)
 
     @staticmethod
