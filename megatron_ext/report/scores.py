@@ -144,12 +144,18 @@ def _pictures(prompts: Sequence[Prompt], folder: Path, most_cards: int) -> Pictu
     cards = []
     for prompt in prompts:
         if len(cards) <= most_cards and prompt.id in files and (png := read_png(files[prompt.id])):
-            marks = tuple((fact.right, fact.words) for fact in checked.get(prompt.id, ()))
+            marks = tuple((fact.right, fact.words) for fact in _shown(checked.get(prompt.id, ())))
             cards.append(Card(png, _description(seen.get(prompt.id)), prompt.prompt, marks))
     if not cards:
         return None
     faithfulness = measure([seen.get(id) for id in facts], list(facts.values())) if facts else None
     return Pictures(cards, faithfulness, _examples(checked.values()))
+
+
+def _shown(facts: Sequence[CheckedFact]) -> list[CheckedFact]:
+    """The facts without those about shapes alone if their colors are right, too: these say the same and more."""
+    all_colors = all(fact.right for fact in facts if fact.kind == "color")
+    return [fact for fact in facts if not (all_colors and fact.kind == "object")]
 
 
 def _examples(checked: Sequence[Sequence[CheckedFact]]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.gqa import GQA
+from megatron_ext.picture_world.attributes import SHAPES
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.report.costs import plan_costs
 from megatron_ext.report.scores import read_scores
@@ -84,6 +85,9 @@ def test_every_fact_of_a_caption_is_marked(run, benchmarks):
     wrong, right = pictures.cards[:2]
     assert (wrong.text, right.text) == (first.prompt, second.prompt) and len(pictures.cards) == 4
     assert all(mark for mark, _ in right.marks) and not all(mark for mark, _ in wrong.marks)
+    # Where all colors are right, a shape alone says nothing more.
+    shapes = {f"{a} {shape}" for a in ("a", "another") for shape in SHAPES}
+    assert not shapes & {words for _, words in right.marks} and shapes & {words for _, words in wrong.marks}
     assert wrong.png == right.png and wrong.description == right.description
     assert pictures.faithfulness.right["whole pictures"] == pytest.approx(
         100 - 100 / pictures.faithfulness.facts["whole pictures"]
