@@ -29,7 +29,7 @@ measure_cpu() { # sets CPU, the seconds of the commands that have ended
 }
 
 step() { # name, per cent of the whole before it, per cent that it is, command ...
-    local name=$1 whole=$started,$2,$3 begun=$SECONDS cpu
+    local name=$1 whole=$2,$3 begun=$SECONDS cpu
     shift 3
     echo "== $name"
     measure_cpu
@@ -37,6 +37,18 @@ step() { # name, per cent of the whole before it, per cent that it is, command .
     PROGRESS_OF_WHOLE=$whole "$@" || fail "$name failed; the command was: $*"
     measure_cpu
     echo "   ($((SECONDS - begun)) s, $((CPU - cpu)) CPU-seconds)"
+}
+
+train() { # a stopped launcher ends with a traceback, so standard error goes to a file
+    "${launch[@]}" pretrain_unified.py --config "$CONFIG" "$@" 2>"$OUT/training.log" ||
+        fail "$(grep '^pretrain_unified.py: ' "$OUT/training.log" || tail -n 20 "$OUT/training.log") (see $OUT/training.log)"
+}
+
+evaluate() {
+    "$PY" tools/evaluate.py --checkpoint "$RUN" --vq "$OUT/vq" --set-aside \
+        --benchmark gqa --data "$OUT/benchmarks/validation/gqa" \
+        --benchmark mjhq --data "$OUT/benchmarks/validation/mjhq" \
+        --out "$RUN/scores" --json "$SCORES" >"$RUN/scores/scores.md" # long tables; the report has their gist
 }
 
 launch=("$PY")
@@ -47,15 +59,14 @@ step "pictures, tokenizers, data sets" 0 10 \
 if [[ -f $RUN/FINISHED && $# == 0 ]]; then
     echo "== training: complete"
 else
-    step "training on $NPROC processes" 10 75 "${launch[@]}" pretrain_unified.py --config "$CONFIG" "$@"
+    step "training on $NPROC processes" 10 75 train "$@"
     [[ -f $RUN/FINISHED ]] || fail "training stopped early; the same command continues it"
 fi
 if [[ $SCORES -nt $RUN/FINISHED ]]; then
     echo "== questions and pictures: complete"
 else
-    step "questions and pictures" 85 12 "$PY" tools/evaluate.py --checkpoint "$RUN" --vq "$OUT/vq" --set-aside \
-        --benchmark gqa --data "$OUT/benchmarks/validation/gqa" \
-        --benchmark mjhq --data "$OUT/benchmarks/validation/mjhq" --out "$RUN/scores" --json "$SCORES"
+    mkdir -p "$RUN/scores"
+    step "questions and pictures" 85 12 evaluate
 fi
 if [[ $RUN/report.html -nt $SCORES ]]; then
     echo "== report: complete"
@@ -72,7 +83,8 @@ Next, after: source $VENV/bin/activate
   # the same model with token reduction (HiMix-HMGen), from the dense weights, and both on one page
   python pretrain_unified.py --config $CONFIG examples/configs/methods/himix_hmgen_share_all.yaml \\
       checkpoint.load=$RUN output=$OUT/himix_hmgen
-  python tools/report.py --run $RUN --vq $OUT/vq --benchmarks $OUT/benchmarks/validation --also $OUT/himix_hmgen
+  python tools/report.py --run $RUN --vq $OUT/vq --benchmarks $OUT/benchmarks/validation \\
+      --also $OUT/himix_hmgen
   # a picture; an answer; the training data; more training
   python tools/generate.py --checkpoint $RUN --vq $OUT/vq --prompt "A picture of a red circle."
   python tools/show_data.py --config $CONFIG
