@@ -29,7 +29,7 @@ measure_cpu() { # sets CPU, the seconds of the commands that have ended
 }
 
 step() { # name, per cent of the whole before it, per cent that it is, command ...
-    local name=$1 whole=$started,$2,$3 begun=$SECONDS cpu
+    local name=$1 whole=$2,$3 begun=$SECONDS cpu
     shift 3
     echo "== $name"
     measure_cpu
@@ -42,22 +42,31 @@ step() { # name, per cent of the whole before it, per cent that it is, command .
 launch=("$PY")
 ((NPROC == 1)) || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
+run_training() { # arguments; a stopped launcher ends with a traceback, so standard error goes to a file
+    "${launch[@]}" pretrain_unified.py --config "$CONFIG" "$@" 2>"$OUT/training.log" ||
+        fail "$(grep '^pretrain_unified.py: ' "$OUT/training.log" || tail -n 20 "$OUT/training.log") (see $OUT/training.log)"
+}
+
+run_evaluation() { # folder of the run; its tables are long, and the report has their gist
+    mkdir -p "$1/scores"
+    "$PY" tools/evaluate.py --checkpoint "$1" --vq "$OUT/vq" --set-aside --batch-size 64 \
+        --benchmark gqa --data "$OUT/benchmarks/validation/gqa" \
+        --benchmark mjhq --data "$OUT/benchmarks/validation/mjhq" --temperature 0.6 --guidance 1.5 \
+        --out "$1/scores" --json "$1/scores/scores.json" >"$1/scores/scores.md"
+}
+
 train() { # name, per cent before, per cent, folder of the run, arguments ...
     local name=$1 before=$2 share=$3 run=$4
     shift 4
-    step "$name, $NPROC processes" "$before" "$share" "${launch[@]}" pretrain_unified.py --config "$CONFIG" "$@"
+    step "$name, $NPROC processes" "$before" "$share" run_training "$@"
     [[ -f $run/FINISHED ]] || fail "$name stopped early; the same command continues it"
 }
 
 evaluate() { # name, per cent before, per cent, folder of the run
-    local scores=$4/scores
-    if [[ $scores/scores.json -nt $4/FINISHED ]]; then
+    if [[ $4/scores/scores.json -nt $4/FINISHED ]]; then
         echo "== $1: complete"
     else
-        step "$1" "$2" "$3" "$PY" tools/evaluate.py --checkpoint "$4" --vq "$OUT/vq" --set-aside --batch-size 64 \
-            --benchmark gqa --data "$OUT/benchmarks/validation/gqa" \
-            --benchmark mjhq --data "$OUT/benchmarks/validation/mjhq" --temperature 0.6 --guidance 1.5 \
-            --out "$scores" --json "$scores/scores.json"
+        step "$1" "$2" "$3" run_evaluation "$4"
     fi
 }
 

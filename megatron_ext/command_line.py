@@ -56,30 +56,35 @@ def progress(items: Iterable | None = None, **options) -> tqdm:
     return _Bar(items, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
 
 
+LEAST_GAIN = 0.01
+"""Part of a whole that a process does before it says what time is left."""
+
+
 class Whole:
     """How far a whole is that has several parts: processes, and steps of one process.
 
-    A script sets the environment variable ``PROGRESS_OF_WHOLE`` to "STARTED,DONE,SHARE" for each process: when the
-    whole started (seconds since 1970), the per cent of it done before this process, and the per cent that this process
-    is. A program divides its own share with :meth:`part`.
+    A script sets the environment variable ``PROGRESS_OF_WHOLE`` to "DONE,SHARE" for each process: the per cent of the
+    whole that is done before this process, and the per cent that this process is. A program divides its own share with
+    :meth:`part`. The time left is that of the whole at the speed of this process.
 
     Raises:
         UserError: the variable is malformed.
     """
 
     def __init__(self):
-        self.started, self._start, self._share = time.time(), 0.0, 0.0
+        self._start, self._share = 0.0, 0.0
+        self._first: tuple[float, float] | None = None  # (time, done) at first
         if text := os.environ.get("PROGRESS_OF_WHOLE"):
             try:
-                self.started, start, share = map(float, text.split(","))
+                start, share = map(float, text.split(","))
             except ValueError:
-                raise UserError(f"PROGRESS_OF_WHOLE={text}: expected STARTED,DONE,SHARE, three numbers") from None
+                raise UserError(f"PROGRESS_OF_WHOLE={text}: expected DONE,SHARE, two numbers of per cent") from None
             self._start, self._share = start / 100, share / 100
 
     def begin(self) -> None:
-        """Make this process a whole of its own, from now on, if no script says what it is a part of."""
-        if not self._share:
-            self.started, self._share = time.time(), 1.0
+        """Start the work; this process is a whole of its own if no script says what it is a part of."""
+        self._share = self._share or 1.0
+        self._first = (time.monotonic(), self._start)
 
     @contextmanager
     def part(self, start: float, stop: float) -> Iterator[None]:
@@ -95,9 +100,11 @@ class Whole:
         """Such as ``whole 62 %, 2:10 left``, when a ``fraction`` of the present part is done; empty without a whole."""
         if not self._share:
             return ""
-        done = min(1.0, self._start + fraction * self._share)
-        # At first the time tells nothing.
-        left = f", {duration((time.time() - self.started) * (1 - done) / done)} left" if done > 0.02 else ""
+        now, done = time.monotonic(), min(1.0, self._start + fraction * self._share)
+        self._first = self._first or (now, done)
+        first, done_at_first = self._first
+        gained = done - done_at_first
+        left = f", {duration((now - first) * (1 - done) / gained)} left" if gained >= LEAST_GAIN else ""
         return f"whole {100 * done:.0f} %{left}"
 
 
