@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.programs import launcher, run_program, start_program, wait_until
+from support.programs import start_program, torchrun, wait_until
 
 FIRST, LAST = 10, 20
 SHARDED = ["parallel.tensor=2", "parallel.sequence=true"]
@@ -38,12 +38,11 @@ def half_of(whole: Path, output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, material):
+def whole(tmp_path_factory, material, train):
     """An uninterrupted run of 20 iterations with TP 2 and sequence parallelism, evaluated twice. The runs that are
     compared with it have no evaluations, unless they say so."""
     output = tmp_path_factory.mktemp("whole")
-    command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={output}"]
-    run_program([*command, *SHARDED, *evaluation(material)])
+    train(output, *SHARDED, *evaluation(material), processes=2)
     return output
 
 
@@ -91,7 +90,7 @@ def test_resumed_at_the_same_layout_every_bit_is_the_same_whether_alignment_is_m
 
 @pytest.mark.parametrize(
     "processes, overrides, evaluates",
-    [(1, [], False), (2, ["parallel.pipeline=2"], False), (2, ["training.micro_batch_size=1"], True)],
+    [(None, [], False), (2, ["parallel.pipeline=2"], False), (2, ["training.micro_batch_size=1"], True)],
     ids=["alone", "pp2", "dp2"],
 )
 def test_resumed_under_another_layout_the_losses_are_the_same(
@@ -110,7 +109,7 @@ def test_resumed_under_another_layout_the_losses_are_the_same(
 
 
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(whole, tmp_path, train, material):
-    command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={tmp_path}"]
+    command = [*torchrun(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={tmp_path}"]
     command += [*SHARDED, "checkpoint.interval=3"]
     run = start_program(command, start_new_session=True)
     wait_until(lambda: (tmp_path / "checkpoints" / "iter_0000006").is_dir(), run)
