@@ -1,4 +1,4 @@
-"""tools/generate.py and tools/evaluate.py as a user runs them: pictures, answers, many ranks, and what is refused."""
+"""tools/generate.py and tools/evaluate.py as programs: pictures, answers, many ranks, and what is refused."""
 
 import json
 import sys

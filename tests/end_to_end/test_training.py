@@ -115,7 +115,7 @@ def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(wh
     wait_until(lambda: (tmp_path / "checkpoints" / "iter_0000006").is_dir(), run)
     rank = next(p for p in psutil.Process(run.pid).children() if "pretrain_unified.py" in p.cmdline())
     os.kill(rank.pid, signal.SIGKILL)
-    assert run.wait(timeout=120) != 0
+    assert run.wait(timeout=400) != 0
     output = train(tmp_path, *SHARDED, "checkpoint.interval=3", processes=2).stdout
     assert "resumed from" in output
     assert losses(tmp_path) == losses(whole)
@@ -126,7 +126,7 @@ def test_a_signal_saves_and_leaves_cleanly(whole, tmp_path, train, material):
     run = start_program([*command, f"output={tmp_path}", "training.iterations=2000", "checkpoint.interval=0"])
     wait_until(lambda: (tmp_path / "metrics.jsonl").is_file() and len(metrics(tmp_path)) > 2, run)
     run.send_signal(signal.SIGUSR1)
-    assert run.wait(timeout=120) == 0
+    assert run.wait(timeout=400) == 0
     last = metrics(tmp_path)[-1]["iteration"]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"iter_{last:07}"]
     assert not (tmp_path / "FINISHED").exists()

@@ -36,6 +36,7 @@ def run_forked(
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
+        output.touch()
         # Ranks meet at the launcher's store.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if processes else None
         environments = [_environment(rank, processes, store) for rank in range(processes)] if store else [{}]
@@ -77,7 +78,7 @@ def _wait_for(ranks: list[BaseProcess], seconds: float) -> int:
 def _program(command: list[str], output: Path, environment: dict[str, str]) -> None:
     os.chdir(ROOT)
     os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     sys.argv = command
