@@ -190,6 +190,16 @@ def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Pa
             files.write_json(result_file, known)
 
 
+def launch(size: int, arguments: list[str], minutes: float) -> None:
+    """Run this program in ``size`` processes, for so many minutes at most."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), __file__, *arguments]
+    subprocess.run(command, check=True, timeout=60 * minutes, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def compare(
     layouts: list[str],
     plans: list[str],
@@ -219,13 +229,8 @@ def compare(
             todo.insert(0, "tp1")
         for size in sorted(set(map(processes, todo))):
             group = list(dict.fromkeys(name for name in todo if processes(name) == size))
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size)]
-            command += ["--master_addr", "127.0.0.1", "--master_port", str(port), __file__, "--worker", str(folder)]
-            command += ["--layouts", ",".join(group), "--plans", ",".join(plans), "--json", str(result_file), *settings]
-            subprocess.run(command, check=True, timeout=60 * minutes, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            arguments = ["--worker", str(folder), "--layouts", ",".join(group), "--plans", ",".join(plans)]
+            launch(size, [*arguments, "--json", str(result_file), *settings], minutes)
         results = files.read_json(result_file)
     return {name: results[name] for name in layouts}
 

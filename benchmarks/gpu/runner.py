@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from gpu.logs import last_error
 from gpu.records import DONE, FAILED, NOT_RUN, RUNNING, Context, NotRun, Record, of_step
 from gpu.steps import Step, missed
@@ -65,6 +63,8 @@ def measure(step: Step, context: Context) -> None:
 def _why_not(step: Step, context: Context, deadline: float) -> str:
     """Why a step is not run; empty if it is."""
     if step.needs_transformer_engine:
+        import torch  # late: a step's process that needs no torch starts without it
+
         if not torch.cuda.is_available():
             return "no GPU"
         wait_for_build(deadline - 2 * SHORTEST)

@@ -9,6 +9,8 @@ All fields of a :class:`~megatron_ext.data.batch.Batch` follow from these bits (
 token of the same document, start bits count the documents, a position is the distance to the last start.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from megatron_ext.data.batch import Batch
@@ -53,3 +55,13 @@ def unpack(packed: np.ndarray, pad: int) -> Batch:
         "document": np.where(padding, PADDING_DOCUMENT, start.cumsum(axis=1) - 1),
     }
     return Batch(**{name: value.astype(Batch.DTYPES[name]) for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Unpack:
+    """What makes a step of its rows by default: their batch. Here, because worker processes must not import torch."""
+
+    pad: int
+
+    def __call__(self, packed_tokens: np.ndarray, step: int) -> Batch:
+        return unpack(packed_tokens, self.pad)

@@ -7,7 +7,6 @@ the buffer that a worker process made; from there one copy takes it to the devic
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,25 +14,14 @@ import torch.distributed as dist
 
 from megatron_ext.config import DataConfig
 from megatron_ext.data import dali_loader
-from megatron_ext.data.batch import Batch
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.packed_rows import PackedRows, StepRows
-from megatron_ext.data.packed_tokens import unpack
+from megatron_ext.data.packed_tokens import Unpack
 from megatron_ext.data.plain_loader import PlainLoader
 from megatron_ext.data.rank_info import RankInfo
 from megatron_ext.data.serialization import from_bytes
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
-
-
-@dataclass(frozen=True)
-class Unpack:
-    """The default ``prepare``: a step is the :class:`~megatron_ext.data.batch.Batch` of its rows."""
-
-    pad: int
-
-    def __call__(self, packed_tokens: np.ndarray, step: int) -> Batch:
-        return unpack(packed_tokens, self.pad)
 
 
 def step_batches(
@@ -45,8 +33,8 @@ def step_batches(
     num_steps: int | None = None,
     prepare: Callable[[np.ndarray, int], object] | None = None,
 ) -> "StepBatches":
-    """The steps of this process's replica, as ``prepare`` (default: :class:`Unpack`) makes them of its rows; see
-    :class:`StepBatches`."""
+    """The steps of this process's replica, as ``prepare`` makes them of its rows; see :class:`StepBatches`. The default
+    is :class:`~megatron_ext.data.packed_tokens.Unpack`."""
     prepare = prepare or Unpack(mixture.special.pad)
     return StepBatches(mixture, data_config, rows_per_step, start_step, prepare, num_steps)
 

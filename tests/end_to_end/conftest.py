@@ -9,7 +9,7 @@ import yaml
 
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from support.data_sets import write_pairs, write_texts
-from support.programs import launcher, run_program
+from support.forked_programs import run_forked
 from support.tiny_vq import CODES, make_vq
 from support.vocabularies import make_vocabulary
 
@@ -51,12 +51,14 @@ def material(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train(material):
     """A function (output, overrides, processes) that runs pretrain_unified.py and returns the completed process."""
 
-    def run(output: Path, *overrides: str, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-        command = [*launcher(processes), "pretrain_unified.py", "--config", str(material / "config.yaml")]
-        return run_program([*command, f"output={output}", *overrides], check)
+    def run(
+        output: Path, *overrides: str, processes: int | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess:
+        command = ["pretrain_unified.py", "--config", material / "config.yaml", f"output={output}", *overrides]
+        return run_forked(command, processes, check)
 
     return run

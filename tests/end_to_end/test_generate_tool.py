@@ -1,6 +1,7 @@
-"""tools/generate.py and tools/evaluate.py as a user runs them: pictures, answers, many ranks, and what is refused."""
+"""tools/generate.py and tools/evaluate.py as programs: pictures, answers, many ranks, and what is refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.pope import POPE
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from support.data_sets import write_pairs
+from support.forked_programs import run_forked
 from support.images import encoded
-from support.programs import launcher, run_program
+from support.programs import run_program
 from support.tiny_vq import CODES, GRID, make_vq
 from support.vocabularies import make_vocabulary
 
@@ -40,14 +42,13 @@ def trained(tmp_path_factory) -> Path:
         "optimizer": {"lr": 1e-2, "warmup_iterations": 1},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    run_program([*launcher(2), "pretrain_unified.py", "--config", folder / "config.yaml"])
+    run_forked(["pretrain_unified.py", "--config", folder / "config.yaml"], processes=2)
     (folder / "picture.png").write_bytes(encoded(3))
     return folder
 
 
-def generate(trained: Path, *options, processes: int = 1, check: bool = True):
-    command = [*launcher(processes), "tools/generate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
-    return run_program([*command, *options], check)
+def generator(trained: Path, *options) -> list:
+    return ["tools/generate.py", "--checkpoint", trained / "run", "--vq", trained / "vq", *options]
 
 
 def test_pictures_are_the_same_on_one_rank_and_on_two(trained, tmp_path):
@@ -56,7 +57,7 @@ def test_pictures_are_the_same_on_one_rank_and_on_two(trained, tmp_path):
     for processes in (1, 2):
         out = tmp_path / str(processes)
         options = [*prompts, "--temperature", 0, "--out", out, "--json", out / "pictures.json"]
-        done = generate(trained, *options, processes=processes)
+        done = run_forked(generator(trained, *options), processes)
         assert "cache of keys and values" in done.stdout
         results.append(json.loads((out / "pictures.json").read_text()))
         assert [r["caption"] for r in results[-1]] == CAPTIONS
@@ -70,17 +71,18 @@ def test_pictures_are_the_same_on_one_rank_and_on_two(trained, tmp_path):
 def test_questions_are_answered_in_text(trained, tmp_path):
     options = ["--image", trained / "picture.png", "--question", "is it red", "--question", "how many"]
     # Roles that it was not trained with, over the projections that it was trained with.
-    generate(trained, *options, "--json", tmp_path / "answers.json", "plan.preset=dense")
+    command = generator(trained, *options, "--json", tmp_path / "answers.json", "plan.preset=dense")
+    run_program([sys.executable, *command])
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert [a["question"] for a in answers] == ["is it red", "how many"]
     assert all(isinstance(a["answer"], str) for a in answers)
 
 
 def evaluate(trained: Path, data: Path, out: Path, processes: int, *options, check: bool = True) -> str:
-    command = [*launcher(processes), "tools/evaluate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
+    command = ["tools/evaluate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
     for name in ("pope", "seed", "mjhq"):
         command += ["--benchmark", name, "--data", data / name]
-    return run_program([*command, "--out", out, "--max-new-tokens", 3, *options], check=check).stdout
+    return run_forked([*command, "--out", out, "--max-new-tokens", 3, *options], processes, check).stdout
 
 
 def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stopped(trained, tmp_path):
@@ -126,9 +128,9 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
 
 def test_a_mismatch_is_one_line(trained, tmp_path):
     (tmp_path / "broken.png").write_bytes(encoded(3)[:40])
-    broken = generate(trained, "--image", tmp_path / "broken.png", "--question", "?", check=False)
+    broken = run_forked(generator(trained, "--image", tmp_path / "broken.png", "--question", "?"), check=False)
     assert broken.returncode == 1 and "Traceback" not in broken.stdout
     assert f"{tmp_path / 'broken.png'}: " in broken.stdout.splitlines()[-1]
     make_vocabulary(tmp_path / "other", codes=CODES * 2)
-    other = generate(trained, "--prompt", "a", "--vocabulary", tmp_path / "other", check=False)
+    other = run_forked(generator(trained, "--prompt", "a", "--vocabulary", tmp_path / "other"), check=False)
     assert other.returncode == 1 and "fingerprints.vocabulary" in other.stdout.splitlines()[-1]

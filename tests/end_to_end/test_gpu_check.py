@@ -17,8 +17,8 @@ def rehearse(tmp_path_factory):
     results = tmp_path_factory.mktemp("gpu_check")
 
     def run() -> subprocess.CompletedProcess:
-        command = ["bash", "benchmarks/gpu_check.sh", results, "--rehearse"]
-        return run_program(command, check=False, timeout=600, PYTHON=sys.executable)
+        command = ["bash", "benchmarks/gpu_check.sh", results, "--rehearse", "--minutes", 25]
+        return run_program(command, check=False, timeout=1800, PYTHON=sys.executable)
 
     run.results = results
     return run

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.programs import launcher, run_program, start_program, wait_until
+from support.programs import start_program, torchrun, wait_until
 
 FIRST, LAST = 10, 20
 SHARDED = ["parallel.tensor=2", "parallel.sequence=true"]
@@ -38,12 +38,11 @@ def half_of(whole: Path, output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, material):
+def whole(tmp_path_factory, material, train):
     """An uninterrupted run of 20 iterations with TP 2 and sequence parallelism, evaluated twice. The runs that are
     compared with it have no evaluations, unless they say so."""
     output = tmp_path_factory.mktemp("whole")
-    command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={output}"]
-    run_program([*command, *SHARDED, *evaluation(material)])
+    train(output, *SHARDED, *evaluation(material), processes=2)
     return output
 
 
@@ -91,7 +90,7 @@ def test_resumed_at_the_same_layout_every_bit_is_the_same_whether_alignment_is_m
 
 @pytest.mark.parametrize(
     "processes, overrides, evaluates",
-    [(1, [], False), (2, ["parallel.pipeline=2"], False), (2, ["training.micro_batch_size=1"], True)],
+    [(None, [], False), (2, ["parallel.pipeline=2"], False), (2, ["training.micro_batch_size=1"], True)],
     ids=["alone", "pp2", "dp2"],
 )
 def test_resumed_under_another_layout_the_losses_are_the_same(
@@ -110,13 +109,13 @@ def test_resumed_under_another_layout_the_losses_are_the_same(
 
 
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(whole, tmp_path, train, material):
-    command = [*launcher(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={tmp_path}"]
+    command = [*torchrun(2), "pretrain_unified.py", "--config", str(material / "config.yaml"), f"output={tmp_path}"]
     command += [*SHARDED, "checkpoint.interval=3"]
     run = start_program(command, start_new_session=True)
     wait_until(lambda: (tmp_path / "checkpoints" / "iter_0000006").is_dir(), run)
     rank = next(p for p in psutil.Process(run.pid).children() if "pretrain_unified.py" in p.cmdline())
     os.kill(rank.pid, signal.SIGKILL)
-    assert run.wait(timeout=120) != 0
+    assert run.wait(timeout=400) != 0
     output = train(tmp_path, *SHARDED, "checkpoint.interval=3", processes=2).stdout
     assert "resumed from" in output
     assert losses(tmp_path) == losses(whole)
@@ -127,7 +126,7 @@ def test_a_signal_saves_and_leaves_cleanly(whole, tmp_path, train, material):
     run = start_program([*command, f"output={tmp_path}", "training.iterations=2000", "checkpoint.interval=0"])
     wait_until(lambda: (tmp_path / "metrics.jsonl").is_file() and len(metrics(tmp_path)) > 2, run)
     run.send_signal(signal.SIGUSR1)
-    assert run.wait(timeout=120) == 0
+    assert run.wait(timeout=400) == 0
     last = metrics(tmp_path)[-1]["iteration"]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"iter_{last:07}"]
     assert not (tmp_path / "FINISHED").exists()

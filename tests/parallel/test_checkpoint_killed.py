@@ -67,7 +67,7 @@ def test_a_killed_writer_fails_the_save_on_every_rank_and_leaves_nothing(tmp_pat
 def _wait_for(processes) -> list[int]:
     """Exit codes, once all have ended; a rank that lost another one ends by itself."""
     for process in processes:
-        process.join(30)
+        process.join(120)
         assert process.exitcode is not None, "a rank outlived the one that was killed"
     return [process.exitcode for process in processes]
 

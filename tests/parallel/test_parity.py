@@ -1,12 +1,9 @@
 """The same global batch gives the same loss and gradients under every parallel layout and every plan."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from support.programs import ROOT
+import parity
+from support.forked_programs import run_forked
 
 
 @pytest.mark.parametrize(
@@ -21,13 +18,15 @@ from support.programs import ROOT
     ],
     ids=["untied", "tied-recomputed"],
 )
-def test_layouts_agree_with_one_process(tmp_path, layouts, plans, settings):
-    command = [sys.executable, "benchmarks/parity.py", "--layouts", layouts, "--plans", plans]
-    command += ["--json", str(tmp_path / "parity.json"), *settings]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=900)
-    results = json.loads((tmp_path / "parity.json").read_text())
-    assert set(results) == {"tp1", *layouts.split(",")}
+def test_layouts_agree_with_one_process(monkeypatch, layouts, plans, settings):
+    def launch(size: int, arguments: list[str], minutes: float) -> None:
+        run_forked(["benchmarks/parity.py", *arguments], size, seconds=60 * minutes)
+
+    monkeypatch.setattr(parity, "launch", launch)
+    layouts, plans = layouts.split(","), plans.split(",")
+    results = parity.compare(["tp1", *layouts], plans, settings, minutes=30)
+    assert set(results) == {"tp1", *layouts}
     for layout, of_plan in results.items():
-        assert set(of_plan) == set(plans.split(","))
+        assert set(of_plan) == set(plans)
         for plan, errors in of_plan.items():
             assert errors and all(error < 1e-5 for error in errors.values()), (layout, plan, errors)

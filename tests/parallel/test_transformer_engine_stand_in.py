@@ -25,7 +25,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     ]
     try:
         for rank, process in enumerate(processes):
-            assert process.wait(timeout=120) == 0, (folder / f"{rank}.log").read_text()[-3000:]
+            assert process.wait(timeout=400) == 0, (folder / f"{rank}.log").read_text()[-3000:]
     finally:
         for process in processes:
             process.kill()

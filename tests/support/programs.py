@@ -20,15 +20,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def launcher(processes: int) -> list[str]:
+def torchrun(processes: int) -> list[str]:
     """The beginning of a command that runs a program in this number of processes."""
-    if processes == 1:
-        return [sys.executable]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     return [*launch, "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
 
 
-def run_program(command: list, check: bool = True, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+def run_program(command: list, check: bool = True, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
     """Run a command from the repository's root; on an unexpected failure the test shows the end of the output.
 
     Args:
@@ -53,7 +51,7 @@ def start_program(command: list, **options) -> subprocess.Popen:
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, **options)
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 400) -> None:
     """Wait until a condition holds. The test fails after ``seconds``, or when ``process`` ends before."""
     deadline = time.monotonic() + seconds
     while not condition():

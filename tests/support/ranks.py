@@ -1,10 +1,9 @@
 """Small worlds of gloo ranks.
 
-A fork server imports Megatron-Core once, so a world starts in about a second and a test can afford to kill many.
+They are forked from a server, so a world starts in about a second and a test can afford to kill many.
 """
 
 import gc
-import multiprocessing
 import os
 import random
 import traceback
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from support import fork_server
 
 
 def world(size: int, function: Callable, *args, folder: Path) -> list:
@@ -32,11 +33,7 @@ def world(size: int, function: Callable, *args, folder: Path) -> list:
 
 def start_world(size: int, function: Callable, *args, folder: Path) -> tuple[list[BaseProcess], list[Connection]]:
     """Start the ranks of :func:`world` and return their processes, with the pipes that they send their results into."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["megatron_ext.checkpoints.checkpointer", "megatron.core.models.gpt.gpt_layer_specs"]
-    )
+    context = fork_server.context()
     store = folder / f"store_{random.randrange(1 << 60):x}"
     processes, pipes = [], []
     for rank in range(size):
@@ -49,7 +46,7 @@ def start_world(size: int, function: Callable, *args, folder: Path) -> tuple[lis
 
 
 def _result(pipe: Connection):
-    if not pipe.poll(120):
+    if not pipe.poll(400):
         raise TimeoutError("a rank did not answer")
     result, failure = pipe.recv()
     if failure:

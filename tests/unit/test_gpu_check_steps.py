@@ -57,10 +57,10 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", PYTHON_PATH)
     monkeypatch.setattr(runner, "SHORTEST", 0)
 
-    def run_steps(*names: str, minutes: float = 2, rehearsal: bool = False) -> dict:
+    def run_steps(*names: str, minutes: float = 20, rehearsal: bool = False) -> dict:
         context = Context(run_steps.results, tmp_path / "references", tmp_path, rehearsal)
         ended = {}
-        steps = [Step(name, name, "kernels", seconds=4 if name == "hangs" else 20) for name in names]
+        steps = [Step(name, name, "kernels", seconds=4 if name == "hangs" else 200) for name in names]
         runner.run(steps, context, minutes, lambda step, record: ended.update({step.name: record}))
         return ended
 

@@ -27,7 +27,7 @@ def install(folder: Path, version: str, body: str, cublas: str | None = None) ->
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=400)
 
 
 OLD_CUBLAS = ["2.13.0", UNDEFINED, "13.1.1.3", "nvidia-cublas>=13.2"]
