@@ -16,7 +16,7 @@ trap 'echo; echo "stopped; the same command goes on from here"; exit 130' INT
 
 OUT=runs/quickstart
 RUN=$OUT/training
-SCORES=$RUN/scores/scores.json
+REDUCED=$OUT/himix_hmgen
 cores=$(env -u OMP_NUM_THREADS nproc) # which would count as the number of cores
 NPROC=${NPROC:-$((cores < 2 ? 1 : 2))}
 CONFIG=examples/configs/quickstart.yaml
@@ -39,39 +39,60 @@ step() { # name, per cent of the whole before it, per cent that it is, command .
     echo "   ($((SECONDS - begun)) s, $((CPU - cpu)) CPU-seconds)"
 }
 
-train() { # a stopped launcher ends with a traceback, so standard error goes to a file
-    "${launch[@]}" pretrain_unified.py --config "$CONFIG" "$@" 2>"$OUT/training.log" ||
-        fail "$(grep '^pretrain_unified.py: ' "$OUT/training.log" || tail -n 20 "$OUT/training.log") (see $OUT/training.log)"
+launcher=("$PY")
+((NPROC == 1)) || launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+
+launch() { # a stopped launcher ends with a traceback, so standard error goes to a file
+    local log=$OUT/training.log
+    "${launcher[@]}" pretrain_unified.py --config "$CONFIG" "$@" 2>"$log" ||
+        fail "$(grep '^pretrain_unified.py: ' "$log" || tail -n 20 "$log") (see $log)"
 }
 
-evaluate() {
-    "$PY" tools/evaluate.py --checkpoint "$RUN" --vq "$OUT/vq" --set-aside \
+train() { # name, per cent before, per cent, folder of the run, arguments ...
+    local name=$1 before=$2 share=$3 run=$4
+    shift 4
+    step "$name, $NPROC processes" "$before" "$share" launch "$@"
+    [[ -f $run/FINISHED ]] || fail "$name stopped early; the same command continues it"
+}
+
+evaluate() { # name, per cent before, per cent, folder of the run
+    local scores=$4/scores
+    if [[ $scores/scores.json -nt $4/FINISHED ]]; then
+        echo "== $1: complete"
+    else
+        mkdir -p "$scores"
+        step "$1" "$2" "$3" ask_and_draw "$4" "$scores"
+    fi
+}
+
+ask_and_draw() { # folder of the run, folder of the scores; the tables are long, and the report has their gist
+    "$PY" tools/evaluate.py --checkpoint "$1" --vq "$OUT/vq" --set-aside --batch-size 64 \
         --benchmark gqa --data "$OUT/benchmarks/validation/gqa" \
-        --benchmark mjhq --data "$OUT/benchmarks/validation/mjhq" \
-        --out "$RUN/scores" --json "$SCORES" >"$RUN/scores/scores.md" # long tables; the report has their gist
+        --benchmark mjhq --data "$OUT/benchmarks/validation/mjhq" --temperature 0.6 --guidance 1.5 \
+        --out "$2" --json "$2/scores.json" >"$2/scores.md"
 }
 
-launch=("$PY")
-((NPROC == 1)) || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC")
-
-step "pictures, tokenizers, data sets" 0 10 \
+step "pictures, tokenizers, data sets" 0 14 \
     "$PY" tools/prepare_picture_world.py examples/picture_worlds/quickstart.yaml --out "$OUT"
 if [[ -f $RUN/FINISHED && $# == 0 ]]; then
     echo "== training: complete"
 else
-    step "training on $NPROC processes" 10 75 train "$@"
-    [[ -f $RUN/FINISHED ]] || fail "training stopped early; the same command continues it"
+    train "training" 14 52 "$RUN" "$@"
 fi
-if [[ $SCORES -nt $RUN/FINISHED ]]; then
-    echo "== questions and pictures: complete"
+evaluate "questions and pictures" 66 8 "$RUN"
+if [[ $REDUCED/FINISHED -nt $RUN/FINISHED ]]; then
+    echo "== training with token reduction: complete"
 else
-    mkdir -p "$RUN/scores"
-    step "questions and pictures" 85 12 evaluate
+    train "training with token reduction (HiMix-HMGen), from these weights" 74 14 "$REDUCED" \
+        examples/configs/methods/himix_hmgen_share_all.yaml checkpoint.load="$RUN" output="$REDUCED" \
+        training.iterations=300 optimizer.lr=1e-3 optimizer.wsd_decay_iterations=200
 fi
-if [[ $RUN/report.html -nt $SCORES ]]; then
+evaluate "questions and pictures with token reduction" 88 7 "$REDUCED"
+if [[ $RUN/report.html -nt $REDUCED/scores/scores.json && $RUN/report.html -nt $RUN/scores/scores.json ]]; then
     echo "== report: complete"
 else
-    step "report" 97 3 "$PY" tools/report.py --run "$RUN" --vq "$OUT/vq" --benchmarks "$OUT/benchmarks/validation"
+    step "report" 95 5 "$PY" tools/report.py --run "$RUN" --also "$REDUCED" --vq "$OUT/vq" \
+        --benchmarks "$OUT/benchmarks/validation"
 fi
 
 measure_cpu
@@ -80,17 +101,16 @@ cat <<EOF
 Done in $(($(date +%s) - started)) s, $CPU CPU-seconds. Open $ROOT/$RUN/report.html in a browser.
 
 Next, after: source $VENV/bin/activate
-  # the same model with token reduction (HiMix-HMGen), from the dense weights, and both on one page
-  python pretrain_unified.py --config $CONFIG examples/configs/methods/himix_hmgen_share_all.yaml \\
-      checkpoint.load=$RUN output=$OUT/himix_hmgen
-  python tools/report.py --run $RUN --vq $OUT/vq --benchmarks $OUT/benchmarks/validation \\
-      --also $OUT/himix_hmgen
-  # a picture; an answer; the training data; more training
-  python tools/generate.py --checkpoint $RUN --vq $OUT/vq --prompt "A picture of a red circle."
+  # a picture; the training data; more training
+  python tools/generate.py --checkpoint $RUN --vq $OUT/vq --temperature 0.6 --prompt "A picture of a purple star."
   python tools/show_data.py --config $CONFIG
-  bash examples/quickstart.sh training.iterations=1000
-  # tensor parallelism; a trained VQ network and a richer world, in an hour
+  bash examples/quickstart.sh training.iterations=2400
+  # another method (examples/configs/methods), from the same weights
+  python pretrain_unified.py --config $CONFIG examples/configs/methods/himix.yaml checkpoint.load=$RUN \\
+      output=$OUT/himix training.iterations=300
+  # tensor parallelism
   torchrun --nproc_per_node 2 pretrain_unified.py --config $CONFIG parallel.tensor=2 output=$OUT/tensor_parallel
+  # a harder world, with more objects, all kinds of questions and a trained VQ network: an hour and a half
   python tools/prepare_picture_world.py examples/picture_worlds/long.yaml --out runs/picture_world
   python pretrain_unified.py --config examples/configs/picture_world.yaml
   # your own data, GPUs, Slurm

@@ -68,8 +68,7 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None] = print) -> di
     """
     record_file = out / RECORD
     record = read_json(record_file) if record_file.is_file() else {}
-    whole().begin()
-    with ExitStack() as stack:
+    with whole().work(), ExitStack() as stack:
         pieces = list(_Preparation(recipe, out, stack).pieces())
         todo = [piece for piece in pieces if not _complete(piece, record.get(piece.name))]
         total, done = sum(piece.cost for piece in todo), 0.0
@@ -124,8 +123,9 @@ class _Preparation:
         yield from (vq, vocabulary)
         for split in ("train", "validation"):
             if split in scenes:
-                for kind in ("questions", "captions", "texts"):
-                    yield self._data_set(f"{kind}-{split}", kind, scenes[split], recipe.split(split), vocabulary)
+                config = recipe.split(split)
+                for kind in ("questions", "captions", *(["texts"] if "text" in config.forms else [])):
+                    yield self._data_set(f"{kind}-{split}", kind, scenes[split], config, vocabulary)
         for number in range(len(recipe.question_sets)):
             name, config = recipe.question_set(number)
             more = self._scenes_of(f"scenes with {name}", self.out / f"{name}-scenes", config)
@@ -152,7 +152,7 @@ class _Preparation:
     def _scenes_of(self, name: str, folder: Path, config: SplitConfig) -> Piece:
         def make() -> str:
             write_split(folder, config, self._workers)
-            return f"{config.count:,} pictures, {config.texts:,} texts"
+            return f"{config.count:,} pictures" + (f", {config.texts:,} texts" if "text" in config.forms else "")
 
         target = folder / config.split
         return Piece(name, _key(config), [target / "scenes.json", target], 1.2e-3 * config.count, make)
@@ -197,7 +197,7 @@ class _Preparation:
         size, folder = self.recipe.vocabulary_size, self.out / "vocabulary"
 
         def make() -> str:
-            texts = [*self._tars(train), train.outputs[1] / "text.jsonl"]
+            texts = [*self._tars(train), *train.outputs[1].glob("text.jsonl")]
             tokenizer.train(texts, folder / "tokenizer.model", size)
             Vocabulary.create(folder, folder / "tokenizer.model", self._vq.codebook_size)
             return f"{size} text pieces"

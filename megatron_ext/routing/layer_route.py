@@ -74,7 +74,8 @@ class LayerRoute:
         queries: from gathered FULL rows to the order of attention; None: they are in that order already.
         keys: from gathered FULL and gathered KV_ONLY rows to the order of keys; None without KV_ONLY rows, when keys
             have the order of the queries.
-        query_lengths, key_lengths: queries and keys of each segment.
+        query_lengths, key_lengths: queries and keys of each segment, in document order. They and the cumulative lengths
+            describe attention's order only where segments are not brought into buckets.
         buckets: the segments that share a kernel call, in attention's order.
         query_positions, key_positions: rotary positions in the order of attention, int32; 0 for fillers.
         cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments.

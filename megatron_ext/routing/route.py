@@ -102,8 +102,7 @@ class Route:
             places: [b, s], result of :func:`image_places`; None: computed for whole documents.
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
             bucketed: bring similar segments of attention together and fill them up to equal lengths
-                (:mod:`~megatron_ext.routing.segment_buckets`); kernels for variable lengths need neither. Not with
-                ``cached``.
+                (:mod:`~megatron_ext.routing.segment_buckets`). Not with ``cached``.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
         real = (batch.document != PADDING_DOCUMENT).ravel()
@@ -123,15 +122,13 @@ class Route:
         }
         mask = (batch.loss_mask > 0) if logit_mask is None else np.asarray(logit_mask)
         targets = np.flatnonzero(mask.ravel() & real)
-        needed = np.isin(np.arange(len(sizes)), group[targets])
-        head = row_slices(sizes, [Role.FULL if n else Role.SKIP for n in needed], groups.components)
-        gathered = rows.gathered(head.full, head.sizes)[targets]
+        head, head_rows = _head(rows, targets)
         places = (image_places(batch) if places is None else np.asarray(places)).ravel()
         return cls(
             tokens=batch.tokens.ravel()[order.clip(min=0)].astype(np.int32)[None],
             layers=[by_roles[roles] for roles in groups.roles],
             head=head,
-            head_rows=Permutation.of(rows.with_fillers(gathered), [ranks * row_count(head.full_splits)]),
+            head_rows=head_rows,
             targets=targets,
             order=order,
             image_places=places[order.clip(min=0)].astype(np.int32),
@@ -156,6 +153,14 @@ def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
     if before is not None:
         places = places + np.where(start == 0, before[:, None], 0)
     return np.where(image, places, 0)
+
+
+def _head(rows: StoredRows, targets: np.ndarray) -> tuple[RowSlices, Permutation | None]:
+    """The slices that hold the tokens ``targets`` [n], and the way from their gathered rows to the targets' order."""
+    needed = np.isin(np.arange(len(rows.sizes)), rows.group[targets])
+    head = row_slices(rows.sizes, [Role.FULL if n else Role.SKIP for n in needed], rows.components)
+    gathered = rows.gathered(head.full, head.sizes)[targets]
+    return head, Permutation.of(rows.with_fillers(gathered), [rows.ranks * row_count(head.full_splits)])
 
 
 def _stored_order(group: np.ndarray, groups: Groups, ranks: int, multiple: int) -> tuple[np.ndarray, list[int]]:
