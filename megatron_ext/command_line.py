@@ -81,10 +81,15 @@ class Whole:
                 raise UserError(f"PROGRESS_OF_WHOLE={text}: expected DONE,SHARE, two numbers of per cent") from None
             self._start, self._share = start / 100, share / 100
 
-    def begin(self) -> None:
-        """Start the work; this process is a whole of its own if no script says what it is a part of."""
-        self._share = self._share or 1.0
-        self._first = (time.monotonic(), self._start)
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What runs inside is a whole of its own if no script says what this process is a part of."""
+        before = self._share, self._first
+        self._share, self._first = self._share or 1.0, (time.monotonic(), self._start)
+        try:
+            yield
+        finally:
+            self._share, self._first = before
 
     @contextmanager
     def part(self, start: float, stop: float) -> Iterator[None]:

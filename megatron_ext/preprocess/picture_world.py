@@ -68,8 +68,7 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None] = print) -> di
     """
     record_file = out / RECORD
     record = read_json(record_file) if record_file.is_file() else {}
-    whole().begin()
-    with ExitStack() as stack:
+    with whole().work(), ExitStack() as stack:
         pieces = list(_Preparation(recipe, out, stack).pieces())
         todo = [piece for piece in pieces if not _complete(piece, record.get(piece.name))]
         total, done = sum(piece.cost for piece in todo), 0.0

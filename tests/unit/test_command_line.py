@@ -46,10 +46,11 @@ def test_without_a_whole_nothing_is_said_until_a_process_is_one(monkeypatch, clo
     whole = Whole()
     assert whole.state(0.5) == ""
     clock(100)
-    whole.begin()
-    assert whole.state(0.005) == "whole 0 %"  # too early to tell the time
-    clock(130)
-    assert whole.state(0.5) == "whole 50 %, 0:30 left"
+    with whole.work():
+        assert whole.state(0.005) == "whole 0 %"  # too early to tell the time
+        clock(130)
+        assert whole.state(0.5) == "whole 50 %, 0:30 left"
+    assert whole.state(0.5) == ""
 
 
 def test_a_malformed_whole_is_named(monkeypatch):
@@ -60,9 +61,9 @@ def test_a_malformed_whole_is_named(monkeypatch):
 
 def test_bars_end_with_the_state_of_the_whole_and_keep_their_width(second_part, clock):
     clock(1000)
-    second_part.begin()
-    clock(1060)
-    bar = command_line._Bar(total=4, ncols=80, file=io.StringIO())
-    bar.update(1)
-    assert str(bar).endswith("| whole 30 %, 7:00 left") and len(str(bar)) <= 80
-    bar.close()
+    with second_part.work():
+        clock(1060)
+        bar = command_line._Bar(total=4, ncols=80, file=io.StringIO())
+        bar.update(1)
+        assert str(bar).endswith("| whole 30 %, 7:00 left") and len(str(bar)) <= 80
+        bar.close()

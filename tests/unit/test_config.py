@@ -110,12 +110,6 @@ def test_a_run_without_evaluation_needs_none_of_its_settings():
     check(load(*EVALUATED, benchmarks("{name: mme, data: x, parts: [count, OCR], limit: 20}")), 1)
 
 
-def test_the_quickstart_ends_with_an_evaluation():
-    config = config_file.load(Config, [EXAMPLES / "quickstart.yaml"])
-    check(config, 1)
-    assert config.training.iterations % config.evaluation.interval == 0
-
-
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match="absent.yaml"):
         config_file.load(Config, [tmp_path / "absent.yaml"])
@@ -128,7 +122,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     "name, world_size, millions",
     [
         ("tiny", 1, 0.329),
-        ("quickstart", 1, 2.56),
+        ("quickstart", 2, 0.54),
         ("llama-3.2-1b", 8, 1236),
         ("llama-2-7b", 8, 6738),
         ("llama-2-13b", 16, 13016),
