@@ -42,7 +42,7 @@ def content(run: RunData, others: Sequence[RunData]) -> dict:
         "question_rows": question_rows[1:],
         "pictures": pictures,
         "fact_rows": fact_rows[1:],
-        "roles": _roles(run),
+        "role_tables": list(map(_roles, {r.plan.roles: r for r in reversed([run, *others])}.values()))[::-1],
         "costs": results.cost_table(run.costs) if run.costs else None,
         "comparison": results.comparison([run, *others]) if others else None,
         "losses": _losses(run),
@@ -175,7 +175,7 @@ def _smoothed_chart(
 
 
 def _roles(run: RunData) -> dict:
-    """The role of each class of token in each layer, and the roles that occur."""
+    """The name of the plan, the role of each class of token in each layer, and the roles that occur."""
     rows = []
     for task, modality in CLASSES:
         if task.name.lower() in run.tasks:
@@ -183,7 +183,7 @@ def _roles(run: RunData) -> dict:
             roles = [run.plan.role(layer, task, modality).name for layer in range(run.plan.num_layers)]
             rows.append({"name": name, "task": task.name.lower(), "roles": roles})
     occurring = set().union(*(row["roles"] for row in rows))
-    return {"rows": rows, "used": [role.name for role in Role if role.name in occurring]}
+    return {"plan": run.plan.name, "rows": rows, "used": [role.name for role in Role if role.name in occurring]}
 
 
 def _layout(run: RunData) -> str:

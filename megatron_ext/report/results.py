@@ -106,8 +106,9 @@ def _method(run: RunData, tasks: Sequence[str]) -> tuple[str, ...]:
     losses = [run.last(f"validation_loss_{task}") for task in tasks]
     questions = run.scores and run.scores.questions and question_meters(run.scores.questions)[0].difference
     facts = run.scores and run.scores.pictures and fact_meters(run.scores.pictures)
+    start = run.config.checkpoint.load
     return (
-        str(run.folder),
+        f"{run.folder}, from {start}" if start else str(run.folder),
         run.plan.name,
         f"{flops / dense_flops:.2f}" if dense_flops else "–",
         *("–" if loss is None else f"{loss:.3f}" for loss in losses),
