@@ -83,7 +83,7 @@ if [[ $REDUCED/FINISHED -nt $RUN/FINISHED ]]; then
 else
     train "training with token reduction (HiMix-HMGen), from these weights" 74 14 "$REDUCED" \
         examples/configs/methods/himix_hmgen_share_all.yaml checkpoint.load="$RUN" output="$REDUCED" \
-        training.iterations=300 optimizer.lr=1e-3 optimizer.wsd_decay_iterations=200
+        training.iterations=200 optimizer.lr=1e-3 optimizer.wsd_decay_iterations=150
 fi
 evaluate "questions and pictures with token reduction" 88 7 "$REDUCED"
 if [[ $RUN/report.html -nt $REDUCED/scores/scores.json && $RUN/report.html -nt $RUN/scores/scores.json ]]; then
@@ -102,7 +102,7 @@ Next, after: source $VENV/bin/activate
   # a picture; the training data; more training
   python tools/generate.py --checkpoint $RUN --vq $OUT/vq --temperature 0.6 --prompt "A picture of a purple star."
   python tools/show_data.py --config $CONFIG
-  bash examples/quickstart.sh training.iterations=2400
+  bash examples/quickstart.sh training.iterations=1600
   # another method (examples/configs/methods), from the same weights
   python pretrain_unified.py --config $CONFIG examples/configs/methods/himix.yaml checkpoint.load=$RUN \\
       output=$OUT/himix training.iterations=300
