@@ -1,10 +1,9 @@
 """Speed of preprocessing: images per second from image files to a data set, and of the encoder alone.
 
 Whole: reading a tar, decoding, resizing, encoding, tokenising, writing, joining. Alone: the same VQ model in a loop
-over the same pictures, decoded beforehand. The rounds alternate, so that a busy machine slows both alike; the ratio is
-the median of the rounds' ratios. The VQ model has random weights and the size of the quickstart's; the pictures are
-random. Without a GPU both need the same cores, so the ratio shows how much of them decoding takes beside a small
-encoder.
+over the same pictures, decoded beforehand. The rounds alternate, so that a busy machine slows both alike; the ratio
+is the median of the rounds' ratios. The VQ model is small and has random weights; the pictures are random. Without a
+GPU both need the same cores, so the ratio shows how much of them decoding takes beside a small encoder.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Training curves of all methods on the picture world: the same model, data, seed and number of tokens.
 
     python benchmarks/training_curves.py --markdown docs/training_curves.md
-    python benchmarks/training_curves.py --presets dense,himix --out runs/curves training.iterations=100
+    python benchmarks/training_curves.py --presets dense,himix --out runs/curves training.iterations=600
 
 Needs the data of examples/quickstart.sh. Complete runs are not repeated; the others resume where they stopped.
 """

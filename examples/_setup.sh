@@ -31,7 +31,7 @@ make_environment() {
     [[ -x $PY && $(cat "$stamp" 2>/dev/null) == "$key" ]] && return
     echo "making the environment $VENV (some minutes, once)"
     if [[ $("$PY" -V 2>&1) != "$version" ]] || ! "$PY" -m pip --version >/dev/null 2>&1; then
-        timeout 120 "$python" -m venv --clear "$VENV" ||
+        timeout --foreground 120 "$python" -m venv --clear "$VENV" ||
             fail "$python -m venv failed; on Debian or Ubuntu: apt-get install python3-venv"
     fi
     rm -f "$stamp"
@@ -39,9 +39,9 @@ make_environment() {
     unset PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_HASHES PIP_CONSTRAINT
     export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
     {
-        timeout 1800 "$PY" -m pip install --progress-bar off -r requirements/cpu.txt -c "$CONSTRAINTS" &&
+        timeout --foreground 1800 "$PY" -m pip install --progress-bar off -r requirements/cpu.txt -c "$CONSTRAINTS" &&
             # setuptools is installed by now, so building this package downloads nothing.
-            timeout 300 "$PY" -m pip install --no-deps --no-build-isolation -e .
+            timeout --foreground 300 "$PY" -m pip install --no-deps --no-build-isolation -e .
     } >"$log" 2>&1 || fail "$(grep -m1 -iE '^ *error' "$log" || tail -n 1 "$log") (see $log)"
     echo "$key" >"$stamp"
 }

@@ -6,8 +6,12 @@
 # Makes pictures with captions and questions, a tokenizer of the images and one of the texts, data sets; trains on two
 # processes, each with its own rows; asks and draws; writes a report. Everything goes to runs/quickstart. What is
 # complete is skipped, and what was stopped (Ctrl-C) is continued by the same command. Arguments override
-# examples/configs/quickstart.yaml, such as training.iterations=1000.
-# Environment variables (defaults): PYTHON (Python 3.11), VENV (.venv), NPROC, processes that train (2; 1 on one core).
+# examples/configs/quickstart.yaml, such as training.iterations=2400.
+#
+#   METHOD=himix_hmgen_share_all bash examples/quickstart.sh
+#
+# then trains the same model from these weights with a method of examples/configs/methods; both are on the page.
+# Environment variables (defaults): PYTHON (python3), VENV (.venv), NPROC, processes that train (2; 1 on one core).
 set -euo pipefail
 started=$(date +%s)
 # shellcheck source-path=SCRIPTDIR source=_setup.sh
@@ -16,10 +20,13 @@ trap 'echo; echo "stopped; the same command goes on from here"; exit 130' INT
 
 OUT=runs/quickstart
 RUN=$OUT/training
-REDUCED=$OUT/himix_hmgen
+METHOD=${METHOD:-}
 cores=$(env -u OMP_NUM_THREADS nproc) # which would count as the number of cores
 NPROC=${NPROC:-$((cores < 2 ? 1 : 2))}
 CONFIG=examples/configs/quickstart.yaml
+[[ $NPROC == [12] ]] || fail "NPROC=$NPROC: must be 1 or 2"
+[[ -z $METHOD || -f examples/configs/methods/$METHOD.yaml ]] ||
+    fail "METHOD=$METHOD: no such file in examples/configs/methods"
 export OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 
@@ -58,6 +65,8 @@ run_evaluation() { # folder of the run; its tables are long, and the report has 
 train() { # name, per cent before, per cent, folder of the run, arguments ...
     local name=$1 before=$2 share=$3 run=$4
     shift 4
+    [[ ! -f $run/FINISHED || $OUT/preparation.json -ot $run/FINISHED ]] ||
+        fail "$run was trained on earlier data; remove it to train again"
     step "$name, $NPROC processes" "$before" "$share" run_training "$@"
     [[ -f $run/FINISHED ]] || fail "$name stopped early; the same command continues it"
 }
@@ -70,27 +79,43 @@ evaluate() { # name, per cent before, per cent, folder of the run
     fi
 }
 
+# Per cent of the whole are those of the first model; a further method only adds its own part.
 step "pictures, tokenizers, data sets" 0 14 \
     "$PY" tools/prepare_picture_world.py examples/picture_worlds/quickstart.yaml --out "$OUT"
-if [[ -f $RUN/FINISHED && $# == 0 ]]; then
+if [[ -f $RUN/FINISHED && $RUN/FINISHED -nt $OUT/preparation.json && ($# == 0 || -n $METHOD) ]]; then
     echo "== training: complete"
 else
-    train "training" 14 52 "$RUN" "$@"
+    [[ -z $METHOD ]] || fail "$RUN is not complete; first: bash examples/quickstart.sh"
+    train "training" 14 77 "$RUN" "$@"
 fi
-evaluate "questions and pictures" 66 8 "$RUN"
-if [[ $REDUCED/FINISHED -nt $RUN/FINISHED ]]; then
-    echo "== training with token reduction: complete"
-else
-    train "training with token reduction (HiMix-HMGen), from these weights" 74 14 "$REDUCED" \
-        examples/configs/methods/himix_hmgen_share_all.yaml checkpoint.load="$RUN" output="$REDUCED" \
-        training.iterations=200 optimizer.lr=1e-3 optimizer.wsd_decay_iterations=150
+evaluate "questions and pictures" 91 8 "$RUN"
+if [[ -n $METHOD ]]; then
+    reduced=$OUT/$METHOD
+    # Trained from weights that are no longer those of the first model.
+    [[ ! -f $reduced/FINISHED || $reduced/FINISHED -nt $RUN/FINISHED ]] || rm -r "$reduced"
+    if [[ -f $reduced/FINISHED && $# == 0 ]]; then
+        echo "== training with $METHOD: complete"
+    else
+        train "training with $METHOD, from these weights" 20 50 "$reduced" "examples/configs/methods/$METHOD.yaml" \
+            checkpoint.load="$RUN" output="$reduced" training.iterations=300 optimizer.lr=1e-3 \
+            optimizer.wsd_decay_iterations=200 "$@"
+    fi
+    evaluate "questions and pictures with $METHOD" 70 20 "$reduced"
 fi
-evaluate "questions and pictures with token reduction" 88 7 "$REDUCED"
-if [[ $RUN/report.html -nt $REDUCED/scores/scores.json && $RUN/report.html -nt $RUN/scores/scores.json ]]; then
+
+also=()
+for run in "$OUT"/*/; do
+    [[ ! -f ${run}FINISHED || ${run%/} == "$RUN" ]] || also+=("${run%/}")
+done
+complete=true
+for scores in "$OUT"/*/scores/scores.json; do
+    [[ $RUN/report.html -nt $scores ]] || complete=false
+done
+if $complete; then
     echo "== report: complete"
 else
-    step "report" 95 5 "$PY" tools/report.py --run "$RUN" --also "$REDUCED" --vq "$OUT/vq" \
-        --benchmarks "$OUT/benchmarks/validation"
+    step "report" 99 1 "$PY" tools/report.py --run "$RUN" --vq "$OUT/vq" --benchmarks "$OUT/benchmarks/validation" \
+        ${also:+--also "${also[@]}"}
 fi
 
 measure_cpu
@@ -98,17 +123,17 @@ cat <<EOF
 
 Done in $(($(date +%s) - started)) s, $CPU CPU-seconds. Open $ROOT/$RUN/report.html in a browser.
 
-Next, after: source $VENV/bin/activate
+Next:
+  # the same model with token reduction, from these weights, beside this one on the same page: a minute or two
+  METHOD=himix_hmgen_share_all bash examples/quickstart.sh
   # a picture; the training data; more training
+  source ${VENV@Q}/bin/activate
   python tools/generate.py --checkpoint $RUN --vq $OUT/vq --temperature 0.6 --prompt "A picture of a purple star."
   python tools/show_data.py --config $CONFIG
-  bash examples/quickstart.sh training.iterations=1600
-  # another method (examples/configs/methods), from the same weights
-  python pretrain_unified.py --config $CONFIG examples/configs/methods/himix.yaml checkpoint.load=$RUN \\
-      output=$OUT/himix training.iterations=300
+  bash examples/quickstart.sh training.iterations=2400
   # tensor parallelism
   torchrun --nproc_per_node 2 pretrain_unified.py --config $CONFIG parallel.tensor=2 output=$OUT/tensor_parallel
-  # a harder world, with more objects, all kinds of questions and a trained VQ network: an hour and a half
+  # a harder world, with more objects, all kinds of questions and a trained VQ network: two hours (docs/picture_world.md)
   python tools/prepare_picture_world.py examples/picture_worlds/long.yaml --out runs/picture_world
   python pretrain_unified.py --config examples/configs/picture_world.yaml
   # your own data, GPUs, Slurm

@@ -1,4 +1,6 @@
-"""The exception whose message is meant for the user, and the two most common checks that raise it."""
+"""The exception whose message is meant for the user, and the most common checks that raise it."""
+
+from collections.abc import Collection, Iterable
 
 
 class UserError(Exception):
@@ -24,3 +26,10 @@ def check_divisible(name: str, value: int, by: str, divisor: int) -> None:
             f"config: {name} ({value}) is not divisible by {by} ({divisor}); "
             f"take a multiple of {divisor} for the first, or one of {', '.join(map(str, divisors))} for the second"
         )
+
+
+def check_names(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise a UserError for the first of ``names`` that is not ``known``."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"{what}: unknown name {name!r}, must be of {', '.join(known)}")

@@ -9,7 +9,7 @@ from megatron_ext import files as json_files
 from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.fid import read_picture
-from megatron_ext.picture_world import detection, render
+from megatron_ext.picture_world import attributes, detection, render, world
 from megatron_ext.picture_world.detection import DetectedObject, DetectedScene, detect
 
 
@@ -65,5 +65,5 @@ def _read(saved: Path) -> dict[str, DetectedScene]:
 
 def _detector() -> str:
     """Changes with the code that detects."""
-    code = [Path(module.__file__).read_bytes() for module in (detection, render)]
+    code = [Path(module.__file__).read_bytes() for module in (attributes, world, render, detection)]
     return hashlib.sha256(b"".join(code)).hexdigest()

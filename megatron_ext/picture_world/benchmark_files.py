@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_ext.command_line import progress
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, check_names
 from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world import multiple_choice
 from megatron_ext.picture_world.captions import (
@@ -39,7 +39,7 @@ from megatron_ext.picture_world.captions import (
 )
 from megatron_ext.picture_world.conversations import YES_OR_NO
 from megatron_ext.picture_world.multiple_choice import absent_like
-from megatron_ext.picture_world.questions import ask
+from megatron_ext.picture_world.questions import KINDS, ask
 from megatron_ext.picture_world.render import render
 from megatron_ext.picture_world.split_files import fingerprint
 from megatron_ext.picture_world.splits import HELD_OUT
@@ -88,7 +88,7 @@ class BenchmarkConfig:
 
     Attributes:
         names: the benchmarks to write, of :data:`NAMES`.
-        kinds: the kinds of questions in GQA, of :data:`GQA_TYPES`, and others that it does not have; empty: all.
+        kinds: the kinds of questions in GQA, of :data:`GQA_TYPES`; others are ignored. Empty: all of them.
     """
 
     pictures: int = 60
@@ -98,6 +98,10 @@ class BenchmarkConfig:
     world: World = RICHEST
     names: tuple[str, ...] = NAMES
     kinds: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_names("benchmarks", self.names, NAMES)
+        check_names("kinds", self.kinds, KINDS)
 
 
 def write_benchmarks(folder: Path, config: BenchmarkConfig) -> dict:
@@ -284,6 +288,8 @@ def _gqa(folder: Path, config: BenchmarkConfig) -> int:
                     "isBalanced": True,
                     "types": {"structural": structural, "semantic": semantic, "detailed": kind},
                 }
+    if not entries:
+        raise UserError(f"GQA: no question of the kinds {', '.join(config.kinds)} about {config.pictures} pictures")
     write_json(folder / "testdev_balanced_questions.json", entries)
     return len(entries)
 

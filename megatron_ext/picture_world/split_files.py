@@ -27,9 +27,11 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 
 from megatron_ext.command_line import progress
+from megatron_ext.errors import UserError, check_names
 from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.captions import caption, text
 from megatron_ext.picture_world.conversations import conversation
+from megatron_ext.picture_world.questions import KINDS
 from megatron_ext.picture_world.render import render
 from megatron_ext.picture_world.splits import SPLIT_RULE
 from megatron_ext.picture_world.world import RICHEST, World, make_scene
@@ -63,6 +65,16 @@ class SplitConfig:
     forms: tuple[str, ...] = ("tar", "text")
     per_tar: int = 1000
 
+    def __post_init__(self):
+        check_names("kinds", self.kinds, KINDS)
+        check_names("forms", self.forms, FORMS)
+        for name in ("count", "texts", "questions"):
+            if getattr(self, name) < 0:
+                raise UserError(f"scenes: {name} is {getattr(self, name)}, must be 0 or more")
+        for name in ("with_choices", "with_instruction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"scenes: {name} is {getattr(self, name)}, must be from 0 to 1")
+
 
 @dataclass(frozen=True)
 class SceneSample:
@@ -94,8 +106,11 @@ def scene_workers(count: int) -> Iterator[Pool | None]:
     if count <= 1:
         yield None
         return
-    # An interrupt is for the process that started them, which then ends them.
-    with get_context("spawn").Pool(count, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    # An interrupt is for the process that started them, which then ends them. They inherit that it is ignored.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pool = get_context("spawn").Pool(count)
+    signal.signal(signal.SIGINT, handler)
+    with pool:
         yield pool
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from megatron_ext import tokenizer
 from megatron_ext.command_line import cpu_seconds, whole
+from megatron_ext.errors import UserError
 from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmark_files import MANIFEST, write_benchmarks
 from megatron_ext.picture_world.split_files import SplitConfig, scene_workers, write_split
@@ -64,10 +65,12 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None] = print) -> di
         Per piece: ``made`` (by this run), ``seconds``, ``cpu_seconds`` (of this process alone) and ``holds``.
 
     Raises:
-        UserError: a piece cannot be made.
+        UserError: a piece cannot be made, or ``out`` holds data of another program.
     """
     record_file = out / RECORD
     record = read_json(record_file) if record_file.is_file() else {}
+    if not record and out.is_dir() and any((out / name).exists() for name in ("scenes", "vq", "data")):
+        raise UserError(f"{out}: holds data that another program made; remove it or name another folder")
     with whole().work(), ExitStack() as stack:
         pieces = list(_Preparation(recipe, out, stack).pieces())
         todo = [piece for piece in pieces if not _complete(piece, record.get(piece.name))]
@@ -177,10 +180,13 @@ class _Preparation:
         config = settings.config(self.recipe.size)
 
         def make() -> str:
+            import torch
+
             from megatron_ext.vq.training_images import load_images
 
-            tars = [tar for split in settings.splits for tar in self._tars(scenes[split])]
-            images = load_images(tars, config.image_size, settings.limit, self.recipe.workers)
+            each = settings.limit // len(settings.splits)
+            tars = (self._tars(scenes[split]) for split in settings.splits)
+            images = torch.cat([load_images(t, config.image_size, each, self.recipe.workers) for t in tars])
             if settings.kind == "dictionary":
                 from megatron_ext.vq.dictionary_training import train_dictionary as train
             else:

@@ -111,11 +111,16 @@ def read_recipe(file: str | Path) -> Recipe:
     for split in SPLITS:
         if type(recipe.scenes.setdefault(split, 0)) is not int:
             raise UserError(f"config: 'scenes.{split}' must be int, got {recipe.scenes[split]!r}")
-        recipe.split(split)
+        if recipe.scenes[split] and "tar" not in recipe.split(split).forms:
+            raise UserError("config: 'scenes.forms' must have tar, which the data sets are made from")
     if not recipe.scenes["train"]:
         raise UserError("config: 'scenes.train' is 0; a preparation needs training scenes")
+    names = ["questions", "captions", "texts"]
     for number in range(len(recipe.question_sets)):
-        recipe.question_set(number)
+        name, _ = recipe.question_set(number)
+        if not isinstance(name, str) or name in names:
+            raise UserError(f"config: 'question_sets[{number}].name' is {name!r}, must be a name of its own")
+        names.append(name)
     recipe.tokenizer.config(recipe.size)
     for split in recipe.benchmark_splits():
         if split not in SPLITS:

@@ -37,7 +37,7 @@ class Meter:
 
     @property
     def difference(self) -> str:
-        """``+41.2 [33, 49]``."""
+        """``+41.2 [+33, +49]``."""
         difference, low, high = (value - self.baseline for value in (self.right, self.low, self.high))
         return f"{difference:+.1f} [{low:+.0f},\N{NO-BREAK SPACE}{high:+.0f}]"
 

@@ -4,7 +4,6 @@ A call per segment costs more than its arithmetic where documents are short, so 
 together and filled up to the longest of them. Fillers stand at the end of a segment, where causality hides them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -71,7 +70,7 @@ def filled(query_lengths: np.ndarray, key_lengths: np.ndarray) -> BucketOrder | 
         for m in members
     ]
     query_index, key_index = (
-        np.concatenate([rows for m, n in zip(members, longest) for rows in _places(lengths, m, n)])
+        np.concatenate([_places(lengths, m, n) for m, n in zip(members, longest)])
         for lengths, longest in (
             (query_lengths, [bucket.queries for bucket in buckets]),
             (key_lengths, [bucket.keys for bucket in buckets]),
@@ -93,8 +92,8 @@ def _length_class(lengths: np.ndarray) -> np.ndarray:
     return np.where(lengths > LONGEST, lengths, -(-lengths // step) * step)
 
 
-def _places(lengths: np.ndarray, members: np.ndarray, longest: int) -> Iterator[np.ndarray]:
+def _places(lengths: np.ndarray, members: np.ndarray, longest: int) -> np.ndarray:
     """The rows of the segments ``members``, each filled up with -1 to ``longest``."""
     starts = lengths.cumsum() - lengths
     place = np.arange(longest)
-    yield np.where(place < lengths[members, None], starts[members, None] + place, -1).ravel()
+    return np.where(place < lengths[members, None], starts[members, None] + place, -1).ravel()

@@ -1,7 +1,7 @@
 """The project's Python programs in processes of the fork server, where importing Megatron-Core costs nothing.
 
-For tests of what a program does. Tests of how it starts, of one-line errors and of torchrun use
-:mod:`support.programs`, which starts it as a user does.
+For tests of what a program does. Tests of how it starts and of torchrun use :mod:`support.programs`,
+which starts it as a user does.
 """
 
 import os
