@@ -122,7 +122,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     "name, world_size, millions",
     [
         ("tiny", 1, 0.329),
-        ("quickstart", 2, 0.54),
+        ("quickstart", 2, 0.435),
         ("llama-3.2-1b", 8, 1236),
         ("llama-2-7b", 8, 6738),
         ("llama-2-13b", 16, 13016),
