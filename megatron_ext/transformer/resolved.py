@@ -106,7 +106,7 @@ def _varlen(config: Config) -> bool:
     """Whether torch's kernel for variable lengths computes attention."""
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     head_size = config.model.hidden_size // config.model.num_attention_heads
-    return not cpu.available() and varlen_supports("cuda", dtype, head_size)
+    return varlen_supports(cpu.DEVICE.type if cpu.available() else "cuda", dtype, head_size)
 
 
 def _why_no_fp8(recipe: str, implementation: str) -> str | None:
