@@ -14,7 +14,9 @@ def main() -> None:
     arguments = _arguments()
     if arguments.checkpoint and not _generate(arguments):
         return
-    scored = _scored(arguments)
+    # Scoring is as long a part of the whole as one benchmark.
+    with command_line.whole().part(_share(arguments, len(arguments.benchmark)) if arguments.checkpoint else 0.0, 1.0):
+        scored = _scored(arguments)
     text = table.markdown(scored)
     if arguments.json:
         files.write_json(arguments.json, table.as_json(scored))
@@ -126,7 +128,7 @@ def _generate(arguments: argparse.Namespace) -> bool:
     try:
         jobs = list(zip(arguments.benchmark, arguments.data, items_of_each, arguments.score))
         for number, (name, data, items, out) in enumerate(jobs):
-            with command_line.whole().part(number / len(jobs), (number + 1) / len(jobs)):
+            with command_line.whole().part(_share(arguments, number), _share(arguments, number + 1)):
                 if name == PICTURES:
                     settings = picture_generation.picture_settings(
                         session, checkpoint, mjhq.fingerprint(data), sampling
@@ -139,6 +141,11 @@ def _generate(arguments: argparse.Namespace) -> bool:
         return dist.get_rank() == 0
     finally:
         session.close()
+
+
+def _share(arguments: argparse.Namespace, benchmarks: int) -> float:
+    """The share of the whole that so many benchmarks are, before scoring."""
+    return benchmarks / (len(arguments.benchmark) + 1)
 
 
 def _scored(arguments: argparse.Namespace) -> list[table.Scored]:
