@@ -70,11 +70,13 @@ class Scores:
 
     Attributes:
         unseen: the benchmarks are those of a split of the picture world that is not for training.
+        iterations: those of the checkpoints that were scored, as far as the results say.
     """
 
     questions: Questions | None
     pictures: Pictures | None
     unseen: bool
+    iterations: list[int]
 
 
 def read_scores(run: Path, benchmarks: Path, most_cards: int) -> Scores | None:
@@ -95,8 +97,14 @@ def read_scores(run: Path, benchmarks: Path, most_cards: int) -> Scores | None:
         _questions(run, benchmarks, {p.id for p in prompts[:1]}, most_cards) if answers.is_file() else None,
         _pictures(prompts, pictures, most_cards) if prompts else None,
         (benchmarks / MANIFEST).is_file() and read_json(benchmarks / MANIFEST)["settings"]["split"] != "train",
+        _iterations(run / FOLDER / f"{GQA.name}.manifest.json", pictures / "settings.json"),
     )
     return scores if scores.questions or scores.pictures else None
+
+
+def _iterations(*manifests: Path) -> list[int]:
+    names = [read_json(file)["checkpoint"].split(" ")[0] for file in manifests if file.is_file()]
+    return sorted({int(name.removeprefix("iter_")) for name in names})
 
 
 def _questions(run: Path, benchmarks: Path, shown: set[str], most_cards: int) -> Questions | None:

@@ -19,6 +19,7 @@ from megatron_ext.report.costs import plan_costs
 from megatron_ext.report.scores import read_scores
 from megatron_ext.report.write import write_report
 from megatron_ext.routing.plan import Plan
+from megatron_ext.training.metrics import read_metrics
 from support.data_sets import write_pairs, write_texts
 from support.run_folder import write_run
 from support.vocabularies import make_vocabulary
@@ -114,6 +115,16 @@ def test_the_page_begins_with_the_first_caption_and_compares_runs(run, benchmark
     ]
     unlabelled = [tag for tag in page.split("<img ")[1:] if 'alt=""' in tag or not tag.startswith("alt=")]
     assert not unlabelled and page.count('<th scope="col">') > 8
+
+
+def test_the_page_says_when_training_has_gone_on_since_the_scores(run, benchmarks, tmp_path):
+    last = read_metrics(run / "metrics.jsonl")[-1]["iteration"]
+    for iteration, says_so in ((last, False), (last - 1, True)):
+        manifest = {"checkpoint": f"iter_{iteration:07} (0123)"}
+        (run / "scores" / "gqa.manifest.json").write_text(json.dumps(manifest))
+        write_report(run, tmp_path / "page.html", benchmarks=benchmarks)
+        line = f"Scored after iteration {iteration}; training has gone on to {last}"
+        assert (line in (tmp_path / "page.md").read_text()) == says_so
 
 
 def test_a_run_without_scores_has_no_such_part(run, benchmarks, tmp_path):
