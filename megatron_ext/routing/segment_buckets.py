@@ -14,6 +14,8 @@ STEPS_PER_OCTAVE = 4
 SHORT = 8
 LONGEST = 128
 """Longer segments are not filled: the arithmetic of fillers would cost more than a call."""
+LONGEST_MEAN = 48
+"""Queries of a segment on average above which fewer calls do not pay for bringing rows into another order."""
 
 
 @dataclass
@@ -53,11 +55,13 @@ def in_order(query_lengths: np.ndarray, key_lengths: np.ndarray) -> list[Bucket]
 
 
 def filled(query_lengths: np.ndarray, key_lengths: np.ndarray) -> BucketOrder | None:
-    """Buckets of similar segments; None if that would not save a call against :func:`in_order`.
+    """Buckets of similar segments; None if they would not pay off against :func:`in_order`.
 
     Args:
         query_lengths, key_lengths: rows of each segment, int [segments].
     """
+    if query_lengths.sum() > LONGEST_MEAN * query_lengths.size:
+        return None
     classes = np.stack([_length_class(query_lengths), _length_class(key_lengths), key_lengths != query_lengths])
     _, bucket_of = np.unique(classes, axis=1, return_inverse=True)
     bucket_of = bucket_of.ravel()

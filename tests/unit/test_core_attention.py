@@ -91,7 +91,7 @@ BUCKETED = {
     "documents": [(n, n) for n in (3, 14, 3, 15, 13, 40, 3, 16, 39)],
     "queries fewer than keys": [(3, 7), (1, 5), (2, 6), (6, 6), (14, 44), (13, 41), (5, 5), (13, 44)],
     "one query each": [(1, k) for k in (20, 21, 20, 19, 21)],
-    "long ones stay alone": [(n, n) for n in (300, 301, 300, 12, 13)],
+    "long ones stay alone": [(n, n) for n in (130, 131, 130, *10 * [12, 13])],
 }
 
 
@@ -114,8 +114,8 @@ def test_segments_in_buckets_equal_dense_masked_attention(segments):
 @pytest.mark.parametrize("seed", range(20))
 def test_buckets_hold_every_row_once_and_few_fillers(seed):
     random = np.random.default_rng(seed)
-    queries = random.integers(1, 160, 60)
-    keys = queries + random.choice([0, 36, 200], 60)
+    queries = random.integers(1, 50, 120)
+    keys = queries + random.choice([0, 12], 120)
     order = filled(queries, keys)
     for index, lengths in ((order.query_index, queries), (order.key_index, keys)):
         assert np.array_equal(np.sort(index[index >= 0]), np.arange(lengths.sum()))
@@ -130,9 +130,10 @@ def test_buckets_hold_every_row_once_and_few_fillers(seed):
             place += bucket.queries
 
 
-def test_nothing_is_filled_where_it_saves_no_call():
+def test_nothing_is_filled_where_it_saves_few_calls():
     assert filled(np.array([12, 12, 12]), np.array([12, 12, 12])) is None
     assert filled(np.array([12, 40]), np.array([48, 40])) is None
+    assert filled(np.array([100, 30, 100]), np.array([100, 30, 100])) is None
     assert filled(np.array([], dtype=int), np.array([], dtype=int)) is None
 
 
