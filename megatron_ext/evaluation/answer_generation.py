@@ -4,8 +4,6 @@ Each replica answers every n-th question and writes a part beside the answers fi
 resumes, the parts are merged into the file. A question with an answer is not asked again.
 """
 
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from megatron_ext import command_line
 from megatron_ext.distributed import from_rank_zero
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import manifest
-from megatron_ext.evaluation.answers import AnswersWriter, read_answers
+from megatron_ext.evaluation.answers import AnswersWriter, question_fingerprint, read_answers
 from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.generation import prompts
 from megatron_ext.generation.likelihood import log_likelihoods
@@ -54,13 +52,6 @@ def claim(
         manifest.claim(file, file.with_suffix(".manifest.json"), settings, other, set_aside)
 
     from_rank_zero(claim_on_rank_zero)
-
-
-def question_fingerprint(item: Item) -> str:
-    """8 hexadecimal digits that change with the question, its choices, and the name and size of its image."""
-    size = item.image.stat().st_size if item.image.is_file() else None
-    description = [item.image.name, size, item.question, item.choices, item.bare]
-    return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:8]
 
 
 def answer(session: Session, items: Sequence[Item], file: Path, max_new_tokens: int) -> int:

@@ -1,12 +1,12 @@
 """An answers file: one JSON object per line, with an item's ``id`` and the ``answer`` as the model wrote it.
 
 Lines may have more keys. ``likelihoods`` (a log-likelihood per choice) is scored by benchmarks that rank choices,
-``asked`` identifies the question (:func:`~megatron_ext.evaluation.answer_generation.question_fingerprint`), other keys
-are ignored. A line is written and flushed at once, so a killed run leaves at most one incomplete last line; resuming
-drops it and answers the remaining questions. If an id occurs twice the first line counts, so appending to a file never
-changes its score.
+``asked`` identifies the question (:func:`question_fingerprint`), other keys are ignored. A line is written and flushed
+at once, so a killed run leaves at most one incomplete last line; resuming drops it and answers the remaining questions.
+If an id occurs twice the first line counts, so appending to a file never changes its score.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -15,6 +15,14 @@ from pathlib import Path
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.benchmark import Item
+
+
+def question_fingerprint(item: Item) -> str:
+    """8 hexadecimal digits that change with the question, its choices, and the name and size of its image."""
+    size = item.image.stat().st_size if item.image.is_file() else None
+    description = [item.image.name, size, item.question, item.choices, item.bare]
+    return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:8]
+
 
 _START = b'{"id": '  # of every line that is written
 
@@ -40,6 +48,12 @@ class AnswersFile:
         """The ids that belong to no item."""
         known = {item.id for item in items}
         return [id for id in self.records if id not in known]
+
+    def outdated(self, items: Iterable[Item]) -> list[str]:
+        """The ids of items whose questions have changed since they were answered; answers of other programs do not say
+        what was asked."""
+        known = {item.id: question_fingerprint(item) for item in items if item.id in self.records}
+        return [id for id, asked in known.items() if self.records[id].get("asked", asked) != asked]
 
 
 def read_answers(file: str | Path) -> AnswersFile:

@@ -128,8 +128,10 @@ def _questions(run: Path, benchmarks: Path, shown: set[str], most_cards: int) ->
 
 def _answered(folder: Path, benchmarks: Path) -> tuple[list[Item], dict[str, str], dict[str, Accuracy]]:
     """The questions, their answers by id, and the accuracy by kind."""
-    items, answers = GQA.read(benchmarks / GQA.name), read_answers(folder / ANSWERS).answers
-    return items, answers, by_kind(GQA, items, answers)
+    items, read = GQA.read(benchmarks / GQA.name), read_answers(folder / ANSWERS)
+    if outdated := read.outdated(items):
+        raise UserError(f"{folder / ANSWERS}: question {outdated[0]} of {benchmarks} has changed since; score it again")
+    return items, read.answers, by_kind(GQA, items, read.answers)
 
 
 def _spread(items: Sequence[Item]) -> list[Item]:

@@ -12,6 +12,7 @@ from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
+from megatron_ext.evaluation.answers import question_fingerprint
 from megatron_ext.evaluation.gqa import GQA
 from megatron_ext.picture_world.attributes import SHAPES
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
@@ -115,6 +116,17 @@ def test_the_page_begins_with_the_first_caption_and_compares_runs(run, benchmark
     ]
     unlabelled = [tag for tag in page.split("<img ")[1:] if 'alt=""' in tag or not tag.startswith("alt=")]
     assert not unlabelled and page.count('<th scope="col">') > 8
+
+
+def test_answers_to_other_questions_are_refused(run, benchmarks):
+    items, file = GQA.read(benchmarks / "gqa"), run / "scores" / "gqa.jsonl"
+    lines = [{"id": item.id, "answer": item.answer, "asked": question_fingerprint(item)} for item in items]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_scores(run, benchmarks, 3).questions
+    lines[1]["asked"] = lines[0]["asked"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=f"question {items[1].id} of .* has changed since; score it again"):
+        read_scores(run, benchmarks, 3)
 
 
 def test_the_page_says_when_training_has_gone_on_since_the_scores(run, benchmarks, tmp_path):
