@@ -89,8 +89,7 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None] = print) -> di
             numbers = {"seconds": seconds, "cpu_seconds": cpu_seconds() - cpu_started, "holds": holds}
             record[piece.name] = {"key": piece.key, **numbers}
             write_json(record_file, record)
-    made = {piece.name for piece in todo}
-    return {piece.name: {"made": piece.name in made, **record[piece.name]} for piece in pieces}
+    return {piece.name: {"made": piece in todo, **record[piece.name]} for piece in pieces}
 
 
 def _complete(piece: Piece, recorded: dict | None) -> bool:

@@ -61,18 +61,24 @@ def dense(query: Tensor, key: Tensor, value: Tensor, segments: list[tuple[int, i
     return torch.einsum("nqk,knd->qnd", share, value).flatten(1).unsqueeze(1)
 
 
+def assert_equal_with_gradients(
+    output: Tensor, expected: Tensor, inputs: list[Tensor], references: list[Tensor]
+) -> None:
+    """Outputs, and the gradients of ``inputs`` and ``references`` that a random weighting of them gives."""
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(expected)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for tensor, reference in zip(inputs, references):
+        torch.testing.assert_close(tensor.grad, reference.grad, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("fillers", [0, 3])
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
 def test_outputs_and_gradients_equal_dense_masked_attention(segments, fillers):
     inputs, reference_inputs = rows(segments, fillers), rows(segments, fillers)
     output = DocumentAttention()(*inputs, None, packed_seq_params=route_of(segments))
-    expected = dense(*reference_inputs, segments)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
-    weights = torch.randn_like(expected)
-    (output * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for tensor, reference in zip(inputs, reference_inputs):
-        torch.testing.assert_close(tensor.grad, reference.grad, rtol=0, atol=1e-12)
+    assert_equal_with_gradients(output, dense(*reference_inputs, segments), inputs, reference_inputs)
 
 
 def in_buckets(segments: list[tuple[int, int]]) -> SimpleNamespace:
@@ -102,13 +108,7 @@ def test_segments_in_buckets_equal_dense_masked_attention(segments):
     assert len(route.buckets) < len(in_order(*np.array(segments).T))
     query, key, value = (permute(p, x) for p, x in zip((route.queries, route.keys, route.keys), inputs))
     output = unpermute(route.queries, DocumentAttention()(query, key, value, None, packed_seq_params=route))
-    expected = dense(*reference_inputs, segments)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
-    weights = torch.randn_like(expected)
-    (output * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for tensor, reference in zip(inputs, reference_inputs):
-        torch.testing.assert_close(tensor.grad, reference.grad, rtol=0, atol=1e-12)
+    assert_equal_with_gradients(output, dense(*reference_inputs, segments), inputs, reference_inputs)
 
 
 @pytest.mark.parametrize("seed", range(20))
