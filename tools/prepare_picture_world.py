@@ -18,14 +18,14 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.perf_counter()
     pieces = prepare(read_recipe(arguments.recipe), arguments.out, lambda line: print(line, flush=True))
-    made = [(name, piece) for name, piece in pieces.items() if piece["made"]]
+    new_pieces = [(name, piece) for name, piece in pieces.items() if piece["made"]]
     seconds, cpu_seconds = time.perf_counter() - started, command_line.cpu_seconds()
-    if made:
+    if new_pieces:
         print(f"\n{'piece':32}{'seconds':>9}{'CPU-seconds':>13}")
-        for name, piece in made:
+        for name, piece in new_pieces:
             print(f"{name:32}{piece['seconds']:9.1f}{piece['cpu_seconds']:13.1f}")
         print(f"{'in all, with scene processes':32}{seconds:9.1f}{cpu_seconds:13.1f}")
-    print(f"{arguments.out}: {len(made)} of {len(pieces)} pieces made, the others kept, in {seconds:.1f} s")
+    print(f"{arguments.out}: {len(new_pieces)} of {len(pieces)} pieces made, the others kept, in {seconds:.1f} s")
     if arguments.json:
         files.write_json(arguments.json, {"seconds": seconds, "cpu_seconds": cpu_seconds, "pieces": pieces})
 

@@ -36,7 +36,7 @@ A trainer needs two calls. To resume, it needs only the number of the next step,
 This package imports its members on first use, because the worker processes must not import torch.
 """
 
-import importlib
+from megatron_ext.lazy_members import lazy_members
 
 _HOMES = {
     "build_mixture": "build",
@@ -46,9 +46,4 @@ _HOMES = {
     "Batch": "batch",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_members(__name__, _HOMES)

@@ -19,7 +19,7 @@ recipe.py and picture_world.py make the whole preparation of the picture world, 
 This package imports its members on first use: a complete preparation is recognized without torch.
 """
 
-import importlib
+from megatron_ext.lazy_members import lazy_members
 
 _HOMES = {
     "PreprocessOptions": "pipeline",
@@ -29,9 +29,4 @@ _HOMES = {
     "verify_data_set": "verification",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_members(__name__, _HOMES)

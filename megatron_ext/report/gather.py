@@ -1,6 +1,7 @@
 """The contents of the page, read from the run's own files."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megatron_ext import config_file
@@ -34,7 +35,6 @@ class RunData:
         environment: contents of ``environment.json``; empty without the file.
         dataset_metadata: of each data set of ``data.train``; None for a data set that is no longer there.
         vocabulary: None if its folder is no longer there.
-        costs: of the plan and of others; empty if the data or the vocabulary is no longer there.
         vq: folder of the VQ tokenizer, if given.
         vq_sheet: PNG of pictures beside their VQ reconstructions.
         documents: a few validation (else training) documents.
@@ -51,7 +51,6 @@ class RunData:
     environment: dict
     dataset_metadata: list[dict | None]
     vocabulary: Vocabulary | None
-    costs: list[PlanCost]
     vq: Path | None
     vq_sheet: bytes | None
     documents: list[Card]
@@ -62,6 +61,11 @@ class RunData:
     def last(self, metric: str) -> float | None:
         """The newest value of a metric; None if it was never logged."""
         return next((r[metric] for r in reversed(self.records) if r.get(metric) is not None), None)
+
+    @cached_property
+    def costs(self) -> list[PlanCost]:
+        """Costs of the plan and of others; empty if the data or the vocabulary is no longer there."""
+        return plan_costs(self.config, self.plan, self.vocabulary) if self.vocabulary else []
 
     @property
     def parameters(self) -> int | None:
@@ -91,17 +95,15 @@ def gather(run: Path, vq: Path | None = None, benchmarks: Path | None = None) ->
         raise UserError(f"{run / 'metrics.jsonl'}: nothing logged yet")
     has_vocabulary = (Path(config.data.vocabulary) / "vocabulary.json").is_file()
     vocabulary = Vocabulary(config.data.vocabulary) if has_vocabulary else None
-    plan = Plan.from_config(config)
     return RunData(
         folder=run,
         config=config,
-        plan=plan,
+        plan=Plan.from_config(config),
         records=records,
         finished=finished_file(run).is_file(),
         environment=_read_if_there(run / "environment.json") or {},
         dataset_metadata=[_read_if_there(Path(f"{source.path}.json")) for source in config.data.train],
         vocabulary=vocabulary,
-        costs=plan_costs(config, plan, vocabulary) if vocabulary else [],
         vq=vq,
         vq_sheet=(vq / VQ_SHEET).read_bytes() if vq and (vq / VQ_SHEET).is_file() else None,
         documents=documents(config.data, vocabulary, vq) if vq and vocabulary else [],

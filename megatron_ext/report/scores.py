@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.checkpoints.folder import iteration_of
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq, scene_check
 from megatron_ext.evaluation.answers import read_answers
@@ -104,7 +105,7 @@ def read_scores(run: Path, benchmarks: Path, most_cards: int) -> Scores | None:
 
 def _iterations(*manifests: Path) -> list[int]:
     names = [read_json(file)["checkpoint"].split(" ")[0] for file in manifests if file.is_file()]
-    return sorted({int(name.removeprefix("iter_")) for name in names})
+    return sorted({iteration_of(Path(name)) for name in names})
 
 
 def _questions(run: Path, benchmarks: Path, shown: set[str], most_cards: int) -> Questions | None:

@@ -132,16 +132,7 @@ class Preparation:
 
     def _micro_batch(self, part: Batch, selection: Selection | None) -> MicroBatch:
         rows = self.row_layout
-        route = Route.arrays(
-            part,
-            self.plan,
-            rows.ranks,
-            rows.multiple,
-            rows.fixed_length,
-            selection=selection,
-            fill=rows.fill,
-            bucketed=rows.bucketed,
-        )
+        route = Route.arrays(part, self.plan, selection=selection, **vars(rows))
         targets, fillers = route.targets, -route.targets.size % rows.fill
         labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.task))
         # Only the host uses these.

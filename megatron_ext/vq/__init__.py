@@ -20,13 +20,8 @@
 This package imports its members on first use: settings and finished files are read without torch.
 """
 
-import importlib
+from megatron_ext.lazy_members import lazy_members
 
 _HOMES = {"VQModel": "model", "load": "loading"}
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_members(__name__, _HOMES)

@@ -50,6 +50,7 @@ def distinct_patches(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """The distinct patches uint8 [m, 3, p, p] of images uint8 [n, 3, s, s], the most frequent first, and how often each
     occurs, float32 [m]."""
     flat = F.pixel_unshuffle(images, patch_size).permute(0, 2, 3, 1).flatten(0, 2).contiguous()  # [n h w, 3 p^2]
-    found = Counter(row.tobytes() for row in flat.numpy()).most_common()
-    rows = np.frombuffer(b"".join(patch for patch, _ in found), np.uint8).reshape(len(found), 3, patch_size, patch_size)
-    return torch.from_numpy(rows.copy()), torch.tensor([float(count) for _, count in found])
+    occurrences = Counter(row.tobytes() for row in flat.numpy()).most_common()
+    rows = np.frombuffer(b"".join(patch for patch, _ in occurrences), np.uint8)
+    patches = torch.from_numpy(rows.copy()).view(-1, 3, patch_size, patch_size)
+    return patches, torch.tensor([float(count) for _, count in occurrences])

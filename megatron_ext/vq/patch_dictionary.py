@@ -72,6 +72,6 @@ def _read_patches(folder: Path, patch: int) -> Tensor:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     if patches is None or patches.dtype != torch.uint8 or patches.shape[1:] != (3, patch, patch) or not len(patches):
-        found = "no tensor of that name" if patches is None else f"{patches.dtype} {list(patches.shape)}"
-        raise UserError(f"{file}: patches must be uint8 [codes, 3, {patch}, {patch}], found {found}")
+        content = "no tensor of that name" if patches is None else f"{patches.dtype} {list(patches.shape)}"
+        raise UserError(f"{file}: patches must be uint8 [codes, 3, {patch}, {patch}], found {content}")
     return patches

@@ -137,14 +137,14 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path, changed, message):
     ],
 )
 def test_the_recipes_make_what_the_configurations_read(name, out, configs):
-    made = read_recipe(EXAMPLES / "picture_worlds" / f"{name}.yaml")
-    kinds = KINDS if "text" in made.split("train").forms else KINDS[:2]
+    recipe = read_recipe(EXAMPLES / "picture_worlds" / f"{name}.yaml")
+    kinds = KINDS if "text" in recipe.split("train").forms else KINDS[:2]
     data_sets = {f"{kind}-{split}" for kind in kinds for split in ("train", "validation")}
-    data_sets |= {f"{made.question_set(number)[0]}-train" for number in range(len(made.question_sets))}
+    data_sets |= {f"{recipe.question_set(number)[0]}-train" for number in range(len(recipe.question_sets))}
     for files in configs:
         config = config_file.load(Config, [EXAMPLES / "configs" / f"{file}.yaml" for file in files])
         sources = [*config.data.train, *config.data.validation]
         assert {source.path for source in sources} <= {f"{out}/data/{data_set}" for data_set in data_sets}
         assert config.data.vocabulary == f"{out}/vocabulary"
-        benchmarks = {f"{out}/benchmarks/{s}/{n}" for s in made.benchmark_splits() for n in made.benchmark(s).names}
+        benchmarks = {f"{out}/benchmarks/{s}/{n}" for s in recipe.benchmark_splits() for n in recipe.benchmark(s).names}
         assert {benchmark.data for benchmark in config.evaluation.benchmarks} <= benchmarks
