@@ -7,13 +7,13 @@ from itertools import islice
 
 import numpy as np
 
-from megatron_ext.data.format import ANSWER, IMAGE
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, is_image
 from megatron_ext.preprocess import units
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions, Sample, Unit
 from megatron_ext.vocabulary import Vocabulary
 
 Document = list[tuple[int, "np.ndarray | ImageFile"]]
-"""(mode, token ids) and (IMAGE, ImageFile)."""
+"""(mode, token ids) and (IMAGE or DRAWN, ImageFile)."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Part:
     def images(self) -> list[ImageFile]:
         """Every image once, in order of appearance."""
         documents = (document for _, documents in self.documents for document in documents)
-        return list(dict.fromkeys(item for document in documents for mode, item in document if mode == IMAGE))
+        return list(dict.fromkeys(item for document in documents for mode, item in document if is_image(mode)))
 
 
 def part_name(unit: int, part: int) -> str:
@@ -67,15 +67,15 @@ def tokenise(name: str, samples: list[Sample], last: bool, split: bool, vocabula
         split: each question with its answer is a document of its own (:func:`split_turns`).
     """
     part = Part(name, last, len(samples), sum(sample.bytes for sample in samples))
-    texts = [item for sample in samples for mode, item in sample.segments if mode != IMAGE]
+    texts = [item for sample in samples for mode, item in sample.segments if not is_image(mode)]
     ids = iter(vocabulary.text.encode(texts))  # all at once: SentencePiece takes a list in its own threads
     for sample in samples:
         document = [
-            (mode, item if mode == IMAGE else np.asarray(next(ids), np.int32)) for mode, item in sample.segments
+            (mode, item if is_image(mode) else np.asarray(next(ids), np.int32)) for mode, item in sample.segments
         ]
         document = [(mode, item) for mode, item in document if len(item)]
         reason = sample.unusable
-        if reason is None and not any(mode == sample.required_mode for mode, _ in document):
+        if reason is None and not any(mode in (sample.required_mode, DRAWN) for mode, _ in document):
             reason = "its text is empty"
         if reason is None:
             conversation = split and sample.required_mode == ANSWER
@@ -86,13 +86,13 @@ def tokenise(name: str, samples: list[Sample], last: bool, split: bool, vocabula
 
 
 def split_turns(document: Document) -> list[Document]:
-    """A document for each question with its answer, after the images of the turns before it; what follows the last
-    answer is left out."""
+    """A document for each question with its answer, which may be a drawn image, after the images of the turns before
+    it, which are given there; what follows the last answer is left out."""
     turns, images, turn = [], [], []
     for (mode, item), (following, _) in zip(document, [*document[1:], (None, None)]):
         turn.append((mode, item))
-        if mode == ANSWER and following != ANSWER:
+        if mode in (ANSWER, DRAWN) and following not in (ANSWER, DRAWN):
             turns.append(images + turn)
-            images = images + [segment for segment in turn if segment[0] == IMAGE]
+            images = images + [(IMAGE, image) for of_image, image in turn if is_image(of_image)]
             turn = []
     return turns

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT
 from megatron_ext.errors import UserError
 
 PLACEHOLDER = "<image>"
@@ -32,8 +32,8 @@ class Sample:
 
     Attributes:
         name: the input file and the position in it, for messages.
-        segments: (mode, text) and (IMAGE, ImageFile), in the document's order.
-        required_mode: a document without text of this mode, ANSWER or TEXT, is skipped.
+        segments: (mode, text) and (IMAGE or DRAWN, ImageFile), in the document's order.
+        required_mode: a document without text of this mode, ANSWER or TEXT, and without a drawn image is skipped.
         unusable: why the sample cannot become a document, or None.
         bytes: approximate size in the input file, for the progress bar.
     """
@@ -155,7 +155,8 @@ def _caption(name: str, caption: str, images: Sequence[ImageFile]) -> Sample:
 
 
 def _conversation(name: str, turns, images: Sequence[ImageFile]) -> Sample:
-    """Each placeholder is replaced by the next image; without placeholders the images come first."""
+    """Each placeholder is replaced by the next image, which is drawn where an answer has it and given elsewhere;
+    without placeholders the images come first."""
     if not isinstance(turns, list):
         raise ValueError("'conversations' is not a list")
     texts = [_turn(turn) for turn in turns]
@@ -170,7 +171,7 @@ def _conversation(name: str, turns, images: Sequence[ImageFile]) -> Sample:
         before, *after_images = text.split(PLACEHOLDER)
         segments.append((mode, before.strip()))
         for after in after_images:
-            segments += [(IMAGE, next(remaining)), (mode, after.strip())]
+            segments += [(DRAWN if mode == ANSWER else IMAGE, next(remaining)), (mode, after.strip())]
     return Sample(name, tuple(segment for segment in segments if segment[1]))
 
 
