@@ -257,7 +257,8 @@ class CheckpointConfig:
     resume: bool = True
     """Resume from the newest complete checkpoint in the output folder, if there is one."""
     load: str | None = None
-    """Checkpoint, or folder of a run, whose weights a new run starts from, at step 0; ignored when a run resumes."""
+    """Whose weights a new run starts from, at step 0: a checkpoint, the folder of a run, or the folder of a published
+    model (docs/published_models.md); ignored when a run resumes."""
 
 
 @dataclass

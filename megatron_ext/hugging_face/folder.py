@@ -96,7 +96,11 @@ class ModelFolder:
             raise UserError(f"{self.folder}: has parameters of the type {min(other)}, must be BF16, F16 or F32")
         for name in self._tensors.keys() - expected:
             # A tied head may be stored; it then equals the embedding.
-            if name.endswith("rotary_emb.inv_freq") or name == HEAD and torch.equal(self.rows(name), self.rows(EMBEDDING)):
+            if (
+                name.endswith("rotary_emb.inv_freq")
+                or name == HEAD
+                and torch.equal(self.rows(name), self.rows(EMBEDDING))
+            ):
                 continue
             raise UserError(
                 f"{self._tensors[name][0]}: has the parameter {name}, which a model of this config.json does not have"

@@ -55,8 +55,14 @@ def load_published(
     """
     require_same_shape(source, model)
     distributed.from_rank_zero(lambda: require_same_text(source, vocabulary))
-    stds = {name: distributed.from_rank_zero(lambda: _text_std(source, tensor, vocabulary)) for name, tensor in _tables(model)}
-    rank, size = (f() for f in (parallel_state.get_tensor_model_parallel_rank, parallel_state.get_tensor_model_parallel_world_size))
+    stds = {
+        name: distributed.from_rank_zero(lambda: _text_std(source, tensor, vocabulary))
+        for name, tensor in _tables(model)
+    }
+    rank, size = (
+        f()
+        for f in (parallel_state.get_tensor_model_parallel_rank, parallel_state.get_tensor_model_parallel_world_size)
+    )
     parameters = [pair for chunk in chunks for pair in global_parameters(unwrap_model(chunk))]
     for name, parameter in command_line.progress(parameters, desc="weights", unit=" parameters"):
         if name in TABLES:
