@@ -46,8 +46,8 @@ def main() -> None:
     rows = numbers["rows"]
     left_out = f", {rows['left_out']:,} of the model's left out" if rows["left_out"] else ""
     print(
-        f"{numbers['parameters']:,} parameters in {numbers['precision']}; of {rows['published'] + rows['new']:,} tokens "
-        f"{rows['published']:,} start as the model's, {rows['new']:,} are new{left_out}; train with\n"
+        f"{numbers['parameters']:,} parameters in {numbers['precision']}; of {rows['published'] + rows['new']:,} "
+        f"tokens {rows['published']:,} start as the model's, {rows['new']:,} are new{left_out}; train with\n"
         f"  --config my.yaml {numbers['config']} checkpoint.load={numbers['checkpoint']}"
     )
 

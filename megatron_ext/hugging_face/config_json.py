@@ -88,8 +88,8 @@ def _refuse_windows(config: dict, file: Path) -> None:
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 0)
     if window and window < longest and config["model_type"] == "mistral":
         raise UserError(
-            f"{file}: 'sliding_window' is {window}, below 'max_position_embeddings' ({longest}); attention has no window "
-            "here"
+            f"{file}: 'sliding_window' is {window}, below 'max_position_embeddings' ({longest}); this model's "
+            "attention has no window"
         )
 
 

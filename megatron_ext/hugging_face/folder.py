@@ -1,17 +1,17 @@
 """A folder of a published model as ``save_pretrained`` writes it: config.json and safetensors, whole or in shards."""
 
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_ext import text_model
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
 from megatron_ext.hugging_face.config_json import model_config
 from megatron_ext.model_config import ModelConfig
-from megatron_ext.text_model import TextModel, text_model_in
+from megatron_ext.text_model import SENTENCEPIECE, TOKENIZER_JSON, TextModel
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -41,7 +41,7 @@ class ModelFolder:
         config = read_json(file)
         self.model, self.vocab_size = model_config(config, file), config["vocab_size"]
         # Files stay open: a model has hundreds of tensors.
-        self._tensors = {name: (path, opened) for path, opened in self._files() for name in opened.keys()}
+        self._tensors = {name: (path, opened) for path, opened in self._files() for name in list(opened.keys())}
         types = self._check_tensors()
         self.precision = "bf16" if types == {"BF16"} else "float32"
 
@@ -53,10 +53,12 @@ class ModelFolder:
         """Columns of a matrix."""
         return self._slice(name)[:, begin:end]
 
-    @cached_property
-    def text(self) -> TextModel | None:
-        """The folder's own tokenizer; None if it has none."""
-        return text_model_in(self.folder)
+    def text(self, preferred: str) -> TextModel | None:
+        """The folder's own tokenizer, from the file ``preferred`` if it has both of tokenizer.model and tokenizer.json;
+        None if it has neither."""
+        names = sorted((SENTENCEPIECE, TOKENIZER_JSON), key=lambda name: name != preferred)
+        file = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
+        return text_model.load(file) if file else None
 
     def _slice(self, name: str):
         return self._tensors[name][1].get_slice(name)

@@ -55,10 +55,9 @@ def load_published(
     """
     require_same_shape(source, model)
     distributed.from_rank_zero(lambda: require_same_text(source, vocabulary))
-    stds = {
-        name: distributed.from_rank_zero(lambda: _text_std(source, tensor, vocabulary))
-        for name, tensor in _tables(model)
-    }
+    stds = distributed.from_rank_zero(
+        lambda: {name: _text_std(source, tensor, vocabulary) for name, tensor in _tables(model)}
+    )
     rank, size = (
         f()
         for f in (parallel_state.get_tensor_model_parallel_rank, parallel_state.get_tensor_model_parallel_world_size)
@@ -129,12 +128,13 @@ def require_same_text(source: ModelFolder, vocabulary: Vocabulary) -> None:
     differ = f"{vocabulary.folder}: has {size} text tokens, the embedding of {source.folder} {rows} rows"
     if size > rows:
         raise UserError(f"{differ}; create a vocabulary with tools/train_tokenizer.py --from-model {source.folder}")
-    if source.text is None:
+    text = source.text(vocabulary.text_file.name)
+    if text is None:
         if size < rows:
             raise UserError(f"{differ}, and no tokenizer file shows which rows are tokens; add it")
         return
     for i in range(size):
-        own, published = vocabulary.text.piece(i), source.text.piece(i)
+        own, published = vocabulary.text.piece(i), text.piece(i)
         if own != published:
             raise UserError(
                 f"{vocabulary.folder}: its text token {i} is {own!r}, that of {source.folder} "

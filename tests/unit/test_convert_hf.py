@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -188,9 +189,8 @@ def test_rows_beyond_the_text_pieces_are_left_out(one_process, vocabulary, tmp_p
     llama = make_published(tmp_path / "llama", rows=TEXT_SIZE + 24)
     with pytest.raises(UserError, match="has 40 text tokens, the embedding of .*llama 64 rows, and no tokenizer file"):
         convert_published(tmp_path / "llama", vocabulary, tmp_path / "start", seed=5)
-    pieces = {vocabulary.text.piece(i): i for i in range(TEXT_SIZE)}
-    added = [{"id": TEXT_SIZE, "content": "<|user|>"}]
-    write(tmp_path / "llama" / "tokenizer.json", {"model": {"vocab": pieces}, "added_tokens": added})
+    pieces = [vocabulary.text.piece(i) for i in range(TEXT_SIZE)]
+    write_tokenizer(tmp_path / "llama" / "tokenizer.json", pieces, ["<|user|>"])
     assert convert_published(tmp_path / "llama", vocabulary, tmp_path / "start", seed=5)["rows"]["left_out"] == 24
     trained = load(tmp_path / "start" / "iter_0000000", [])
     torch.testing.assert_close(*logits_of_both(trained.model, llama), atol=1e-5, rtol=1e-5)
@@ -223,6 +223,12 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "llama"
     make_published(folder)
     return folder
+
+
+def write_tokenizer(file: Path, pieces: list[str], added: list[str] = ()) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.add_special_tokens(list(added))
+    tokenizer.save(str(file))
 
 
 def write(file: Path, value: dict) -> None:
@@ -318,13 +324,11 @@ def test_a_vocabulary_of_other_text_is_refused(saved, vocabulary, tmp_path):
     llama = shutil.copytree(saved, tmp_path / "llama")
     other = small_vocabulary(tmp_path, "green boxes above", "black dots")
     shutil.copy(other.folder / "tokenizer.model", llama)
-    with pytest.raises(
-        UserError, match=r"its text token \d+ is '.+', that of .*tokenizer.model '.+'; a vocabulary must"
-    ):
+    with pytest.raises(UserError, match=r"its text token \d+ is '.+', that of .*llama '.+'; a vocabulary must"):
         convert_published(llama, vocabulary, tmp_path / "out", seed=5)
     (llama / "tokenizer.model").unlink()
-    write(llama / "tokenizer.json", {"model": {"vocab": {"<unk>": 0}}})
-    with pytest.raises(UserError, match="its text token 1 is '<s>', that of .*tokenizer.json missing"):
+    write_tokenizer(llama / "tokenizer.json", ["<unk>"])
+    with pytest.raises(UserError, match="its text token 1 is '<s>', that of .*llama missing"):
         convert_published(llama, vocabulary, tmp_path / "out", seed=5)
 
 
