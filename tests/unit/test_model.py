@@ -17,6 +17,7 @@ from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.norm import RMSNorm
 from megatron_ext.transformer.resolved import resolve
+from megatron_ext.transformer.rotary import rotary_table
 from megatron_ext.transformer.specs import transformer_config
 
 VOCABULARY = 160
@@ -78,13 +79,16 @@ def test_learned_positions_are_added_to_image_tokens_alone(one_process):
         logits_of(model, batch)
 
 
-def test_logits_equal_stock_megatron(one_process):
-    config = one_process(*SHAPE, "data.sequence_length=40")
+@pytest.mark.parametrize(
+    "features", [[], ["model.qkv_bias=true", "model.qk_norm=true", "model.head_size=12"]], ids=["llama", "qwen"]
+)
+def test_logits_equal_stock_megatron(one_process, features):
+    config = one_process(*SHAPE, *features, "data.sequence_length=40")
     (model,) = build_chunks(resolve(config, VOCABULARY))
     randomize(model)
     stock = GPTModel(
         config=dataclasses.replace(model.config, use_te_activation_func=False),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=bool(features)),
         vocab_size=VOCABULARY,
         max_sequence_length=40,
         position_embedding_type="rope",
@@ -94,6 +98,27 @@ def test_logits_equal_stock_megatron(one_process):
     causal = torch.ones(40, 40, dtype=torch.bool).triu(1)[None, None]
     expected = stock(batch.tokens, batch.positions, causal)
     torch.testing.assert_close(logits_of(model, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [(8, 1, 4, 8192), (32, 1, 4, 8192), (4, 2, 16, 256)])
+@pytest.mark.parametrize("head_size", [8, 128])
+def test_scaled_frequencies_are_those_of_transformers_bit_for_bit(one_process, scaling, head_size):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    parameters = dict(zip(keys, scaling))
+    config = one_process(
+        *SHAPE, f"model.head_size={head_size}", f"model.rotary_scaling={parameters}", "model.rotary_base=500000"
+    )
+    (model,) = build_chunks(resolve(config, VOCABULARY))
+    llama = LlamaConfig(
+        head_dim=head_size, rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **parameters}
+    )
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](llama, torch.device("cpu"))
+    assert torch.equal(model.rotary_pos_emb.inv_freq, expected)
+    table = rotary_table(expected, 40)
+    assert torch.equal(model._rotary_table_for(dense_route(one_document_rows(1, 40), model))[:, :40], table)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
