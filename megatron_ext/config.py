@@ -15,7 +15,7 @@ from typing import Literal
 
 from megatron_ext.model_config import ModelConfig
 
-TaskName = Literal["understanding", "generation", "text"]
+LayoutName = Literal["understanding", "generation", "text", "interleaved"]
 
 
 @dataclass
@@ -102,11 +102,12 @@ class ParallelConfig:
 
 @dataclass
 class SourceConfig:
-    """One data set used for one task."""
+    """One data set and its use."""
 
     path: str
     """Prefix of a prepared data set: PATH.bin, PATH.idx, PATH.json."""
-    task: TaskName
+    task: LayoutName
+    """What it is used for. interleaved: documents in which some images are given and others are drawn."""
     weight: float = 1.0
     """Relative number of documents sampled from this source."""
 
@@ -123,7 +124,8 @@ class DataConfig:
     """mixed: documents of all tasks share rows. by_task: a row holds one task, as does a micro-batch where possible, so
     that shapes repeat with training.row_multiple; costs a little more padding."""
     caption_dropout: float = 0.1
-    """Probability of dropping the caption of a generation document, for classifier-free guidance."""
+    """Probability of dropping the text of a document in which only images are learnt: the caption of a generation
+    document, the instruction of an edit. For classifier-free guidance."""
     seed: int = 1234
     loader: Literal["auto", "dali", "plain"] = "auto"
     """auto: DALI if it is installed. Both loaders give the same rows bit for bit."""

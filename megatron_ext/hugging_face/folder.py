@@ -10,10 +10,11 @@ from megatron_ext import text_model
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
 from megatron_ext.hugging_face.config_json import model_config
+from megatron_ext.hugging_face.weights import TABLES
 from megatron_ext.model_config import ModelConfig
 from megatron_ext.text_model import SENTENCEPIECE, TOKENIZER_JSON, TextModel
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = TABLES.values()
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -22,13 +22,12 @@ from torch import Tensor
 
 from megatron_ext import command_line, distributed
 from megatron_ext.errors import UserError
-from megatron_ext.hugging_face.folder import EMBEDDING, HEAD, ModelFolder
-from megatron_ext.hugging_face.weights import read_parameter
+from megatron_ext.hugging_face.folder import ModelFolder
+from megatron_ext.hugging_face.weights import HEAD, TABLES, read_parameter
 from megatron_ext.model_config import ModelConfig
 from megatron_ext.transformer.initialization import global_parameters
 from megatron_ext.vocabulary import Vocabulary
 
-TABLES = {"embedding.word_embeddings.weight": EMBEDDING, "output_layer.weight": HEAD}
 _BLOCK = 8192
 """Rows of a table that are read at once."""
 
@@ -73,7 +72,7 @@ def load_published(
 
 
 def _tables(model: ModelConfig) -> list[tuple[str, str]]:
-    return [item for item in TABLES.items() if not (model.tie_embeddings and item[1] == HEAD)]
+    return [item for item in TABLES.items() if not (model.tie_embeddings and item[0] == HEAD)]
 
 
 def _text_std(source: ModelFolder, tensor: str, vocabulary: Vocabulary) -> float:

@@ -10,11 +10,18 @@ so a rank reads nothing but its share::
 """
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_ext.hugging_face.folder import ModelFolder
+from megatron_ext.model_config import ModelConfig
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+TABLES = {EMBEDDING: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
+"""Names of the tables of embedding and head, here and there."""
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _WHOLE = {
@@ -25,7 +32,47 @@ _WHOLE = {
 }
 
 
-def read_parameter(source: ModelFolder, name: str, rank: int = 0, size: int = 1) -> Tensor | None:
+class Source(Protocol):
+    """A published model's shape, and its tensors by name."""
+
+    model: ModelConfig
+
+    def rows(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
+        """Rows of a tensor, or elements of a vector."""
+
+    def columns(self, name: str, begin: int, end: int) -> Tensor:
+        """Columns of a matrix."""
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """A :class:`Source` in memory."""
+
+    tensors: Mapping[str, Tensor]
+    model: ModelConfig
+
+    def rows(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
+        return self.tensors[name][begin:end]
+
+    def columns(self, name: str, begin: int, end: int) -> Tensor:
+        return self.tensors[name][:, begin:end]
+
+
+def parameters_of(source: Source) -> dict[str, Tensor]:
+    """All parameters of a model of one process with the published model's vocabulary."""
+    inner = [f"self_attention.linear_{name}.weight" for name in ("qkv", "proj")]
+    inner += [f"mlp.linear_{name}.weight" for name in ("fc1", "fc2")]
+    inner += [name for name in _WHOLE if source.model.qk_norm or "self_attention" not in name]
+    inner += ["self_attention.linear_qkv.bias"] * source.model.qkv_bias
+    names = [f"decoder.layers.{layer}.{name}" for layer in range(source.model.num_layers) for name in inner]
+    parameters = {name: read_parameter(source, name) for name in [*names, "decoder.final_layernorm.weight"]}
+    tables = dict(TABLES)
+    if source.model.tie_embeddings:
+        del tables[HEAD]
+    return parameters | {name: source.rows(tensor) for name, tensor in tables.items()}
+
+
+def read_parameter(source: Source, name: str, rank: int = 0, size: int = 1) -> Tensor | None:
     """Rank ``rank`` of ``size``'s slice of a parameter, other than embedding and head.
 
     A separate matrix of image tokens is W's copy. None: the published model has nothing for this parameter, which

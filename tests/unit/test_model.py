@@ -121,46 +121,6 @@ def test_scaled_frequencies_are_those_of_transformers_bit_for_bit(one_process, s
     assert torch.equal(model._rotary_table_for(dense_route(one_document_rows(1, 40), model))[:, :40], table)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("scaling", [None, 32.0], ids=["plain-rotary", "llama3-rotary"])
-def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from megatron_ext.conversion.hugging_face import from_llama
-
-    length = 40
-    config = one_process(
-        *SHAPE,
-        f"data.sequence_length={length}",
-        f"model.tie_embeddings={str(tied).lower()}",
-        f"model.rotary_scaling_factor={scaling or 'null'}",
-        "model.rotary_base=500000",
-    )
-    rotary = {"rope_type": "default", "rope_theta": 500000.0}
-    if scaling:
-        rotary |= {"rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        rotary |= {"original_max_position_embeddings": 8192}
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=config.model.ffn_hidden_size,
-            num_hidden_layers=3,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            rms_norm_eps=config.model.norm_epsilon,
-            tie_word_embeddings=tied,
-            rope_parameters=rotary,
-        )
-    )
-    randomize(llama)
-    (model,) = build_chunks(resolve(config, VOCABULARY))
-    model.load_state_dict(from_llama(llama.state_dict(), config.model), strict=False)
-    batch = one_document_rows(2, length)
-    with torch.no_grad():
-        torch.testing.assert_close(logits_of(model, batch), llama(batch.tokens).logits, atol=1e-5, rtol=1e-5)
-
-
 def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):
     config = one_process(*SHAPE, "data.sequence_length=48")
     (model,) = build_chunks(resolve(config, VOCABULARY))
