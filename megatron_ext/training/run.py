@@ -1,6 +1,5 @@
 """A training run: its parts, built from the configuration, and the checkpoint it resumes from."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,11 +116,8 @@ def build_run(config: Config) -> Run:
 
 def identity_of(resolved: ResolvedConfig, vocabulary: Vocabulary) -> dict:
     """What a checkpoint and the run that loads it must agree on."""
-    model = dataclasses.asdict(resolved.config.model)
-    for free in ("implementation", "init_std"):
-        del model[free]
     return {
-        "model": model,
+        "model": resolved.config.model.identity,
         "plan": {"projections": resolved.plan.projections.identity},
         "fingerprints": {"vocabulary": vocabulary.fingerprint},
     }

@@ -44,8 +44,8 @@ class UnifiedModel(GPTModel):
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=config.model.rotary_base,
-            rope_scaling=config.model.rotary_scaling_factor is not None,
-            rope_scaling_factor=config.model.rotary_scaling_factor or 1.0,
+            rope_scaling=config.model.rotary_scaling is not None,
+            rope_scaling_factor=config.model.rotary_scaling.factor if config.model.rotary_scaling else 1.0,
             vp_stage=vp_stage,
         )
         self._rotary_table: Tensor | None = None

@@ -19,6 +19,7 @@ from megatron_ext.conversion.projections import convert
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.generation.checkpoint import load
+from megatron_ext.model_config import RotaryScalingConfig
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.training.config_checks import validate
@@ -229,7 +230,11 @@ def test_older_configurations_are_understood(saved, vocabulary, tmp_path):
     write(llama / "config.json", config | {"rope_theta": 500000, "rope_scaling": LLAMA3, "torch_dtype": "float32"})
     convert_llama(llama, vocabulary, tmp_path / "out", seed=5)
     model = config_file.load(Config, [tmp_path / "out" / "model.yaml"]).model
-    assert (model.rotary_base, model.rotary_scaling_factor, model.tie_embeddings) == (500000.0, 8.0, False)
+    assert (model.rotary_base, model.rotary_scaling, model.tie_embeddings) == (
+        500000.0,
+        RotaryScalingConfig(8.0),
+        False,
+    )
 
 
 @pytest.mark.parametrize(
