@@ -20,10 +20,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import vq_unified as vq
 from .cache_unified import UnifiedCache
 from .configuration_unified import FULL, GENERATION, KV_ONLY, SKIP, TEXT, UNDERSTANDING, UnifiedConfig
 from .generation_unified import UnifiedGenerationMixin
+from .vq_unified import ImageTokensMixin, build_network
 
 ROLES = {FULL: 0, KV_ONLY: 1, SKIP: 2}
 
@@ -72,6 +72,13 @@ class SplitLinear(nn.Linear):
         return output if self.bias is None else output + self.bias
 
 
+def split_linear(config, name, in_features, out_features, bias=False):
+    """A layer's linear layer, with components if ``config.projections`` names it."""
+    split = config.projections
+    components = split["components"] if name in split["modules"] else []
+    return SplitLinear(in_features, out_features, bias, components, split["rank"])
+
+
 @dataclass
 class Tokens:
     """Some of b rows of n tokens, and the columns that hold any of them.
@@ -106,42 +113,31 @@ class Tokens:
         return grid.transpose(1, 2).flatten(0, 1)[self.cells]
 
 
-class UnifiedLayer(nn.Module):
-    """Llama's layer, computed for the tokens that take part in it."""
+class UnifiedAttention(nn.Module):
+    """Queries of full tokens attend to the keys of full and kv_only tokens."""
 
     def __init__(self, config):
         super().__init__()
-        h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
+        h, d = config.hidden_size, config.head_dim
         q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-        self.head_dim, split = d, config.projections
-
-        def linear(name, in_features, out_features, bias=False):
-            components = split["components"] if name in split["modules"] else []
-            return SplitLinear(in_features, out_features, bias, components, split["rank"])
-
-        self.input_layernorm = RMSNorm(h, config.rms_norm_eps)
-        self.q_proj = linear("q_proj", h, q, config.qkv_bias)
-        self.k_proj = linear("k_proj", h, kv, config.qkv_bias)
-        self.v_proj = linear("v_proj", h, kv, config.qkv_bias)
+        self.head_dim = d
+        self.q_proj = split_linear(config, "q_proj", h, q, config.qkv_bias)
+        self.k_proj = split_linear(config, "k_proj", h, kv, config.qkv_bias)
+        self.v_proj = split_linear(config, "v_proj", h, kv, config.qkv_bias)
+        self.o_proj = split_linear(config, "o_proj", q, h)
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.o_proj = linear("o_proj", q, h)
-        self.post_attention_layernorm = RMSNorm(h, config.rms_norm_eps)
-        self.gate_proj, self.up_proj = linear("gate_proj", h, f), linear("up_proj", h, f)
-        self.down_proj = linear("down_proj", f, h)
 
-    def forward(self, x, queries, keys, component, angles, cached):
-        """Hidden states [b * n, h] before the layer to those after it.
+    def forward(self, normed, queries, keys, component, angles, cached):
+        """Normed hidden states [keys, h] to the outputs of queries, [queries, h].
 
         Args:
-            queries, keys: :class:`Tokens` that are full; full or kv_only.
+            queries, keys: :class:`Tokens` that are full; that are full or kv_only.
             component: [b * n], the matrices that each token uses.
-            angles: cosines and sines, [b * n, 1, d / 2] each.
-            cached: the layer of the cache, or None.
+            angles: cosines and sines of each token, [b * n, 1, d / 2].
+            cached: the :class:`LayerCache`, or None.
         """
-        if not len(keys.index):
-            return x
-        normed, uses = self.input_layernorm(x[keys.index]), component[keys.index]
+        uses = component[keys.index]
         key = self.k_norm(self.k_proj(normed, uses).unflatten(-1, (-1, self.head_dim)))
         key = keys.grid(rotate(key, angles, keys.index))
         value = keys.grid(self.v_proj(normed, uses).unflatten(-1, (-1, self.head_dim)))
@@ -149,7 +145,7 @@ class UnifiedLayer(nn.Module):
         if cached is not None:
             key, value, columns, present = cached.append(key, value, columns, present)
         if not len(queries.index):
-            return x
+            return normed[:0]
 
         normed, uses = normed[torch.searchsorted(keys.index, queries.index)], component[queries.index]
         query = self.q_norm(self.q_proj(normed, uses).unflatten(-1, (-1, self.head_dim)))
@@ -157,11 +153,40 @@ class UnifiedLayer(nn.Module):
         visible = (columns <= queries.columns[:, None]) & present[:, None]  # [b, query columns, key columns]
         visible = visible | ~visible.any(-1, keepdim=True)  # cells without a query must see something, lest they be NaN
         attended = F.scaled_dot_product_attention(query, key, value, visible[:, None], enable_gqa=True)
+        return self.o_proj(queries.rows(attended).flatten(1), uses)
 
-        full = x[queries.index] + self.o_proj(queries.rows(attended).flatten(1), uses)
-        normed = self.post_attention_layernorm(full)
-        full = full + self.down_proj(F.silu(self.gate_proj(normed, uses)) * self.up_proj(normed, uses), uses)
-        return x.index_copy(0, queries.index, full)
+
+class UnifiedMLP(nn.Module):
+    """The FFN of full tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        h, f = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = split_linear(config, "gate_proj", h, f), split_linear(config, "up_proj", h, f)
+        self.down_proj = split_linear(config, "down_proj", f, h)
+
+    def forward(self, rows, component):
+        return self.down_proj(F.silu(self.gate_proj(rows, component)) * self.up_proj(rows, component), component)
+
+
+class UnifiedLayer(nn.Module):
+    """Llama's layer, computed for the tokens that take part in it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = UnifiedAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = UnifiedMLP(config)
+
+    def forward(self, x, queries, keys, component, angles, cached):
+        """Hidden states [b * n, h] before the layer to those after it; arguments as in :class:`UnifiedAttention`."""
+        if not len(keys.index):
+            return x
+        normed = self.input_layernorm(x[keys.index])
+        full = x[queries.index] + self.self_attn(normed, queries, keys, component, angles, cached)
+        full = full + self.mlp(self.post_attention_layernorm(full), component[queries.index])
+        return x.index_copy(0, queries.index, full)  # kv_only and skip: as it was
 
 
 def rotate(x, angles, index):
@@ -238,7 +263,7 @@ def image_places(image, before):
     return (count - at_last_text) * image
 
 
-class UnifiedForConditionalGeneration(UnifiedGenerationMixin, PreTrainedModel):
+class UnifiedForConditionalGeneration(UnifiedGenerationMixin, ImageTokensMixin, PreTrainedModel):
     """The decoder with its head and the VQ image tokenizer."""
 
     config_class = UnifiedConfig
@@ -256,7 +281,7 @@ class UnifiedForConditionalGeneration(UnifiedGenerationMixin, PreTrainedModel):
         self.model = UnifiedDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.vq_config is not None:
-            self.vqmodel = vq.build(config.vq_config, config.codebook_size)
+            self.vqmodel = build_network(config.vq_config, config.codebook_size)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -312,25 +337,6 @@ class UnifiedForConditionalGeneration(UnifiedGenerationMixin, PreTrainedModel):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-
-    def fill_placeholders(self, input_ids, pixel_values):
-        """Ids [b, n] with the codes of pictures in the places of ``image_token_id``."""
-        placeholder = input_ids == self.config.image_token_id
-        if pixel_values is None or not placeholder.any():
-            return input_ids
-        codes = self.get_image_tokens(pixel_values).flatten()
-        if placeholder.sum() != len(codes):
-            raise ValueError(f"{int(placeholder.sum())} placeholders for {len(codes)} codes of images")
-        return input_ids.masked_scatter(placeholder, codes)
-
-    def get_image_tokens(self, pixel_values):
-        """Pictures [n, 3, H, W] in [-1, 1] as tokens [n, h * w]."""
-        return vq.encode(self.vqmodel, pixel_values) + self.config.image_offset
-
-    def decode_image_tokens(self, tokens):
-        """Tokens [n, h * w] of images as pictures [n, 3, H, W] in [-1, 1], float32."""
-        config = self.config
-        return vq.decode(self.vqmodel, tokens - config.image_offset, tuple(config.grid), tuple(config.image_size))
 
 
 __all__ = ["GENERATION", "TEXT", "UNDERSTANDING", "UnifiedCache", "UnifiedForConditionalGeneration"]

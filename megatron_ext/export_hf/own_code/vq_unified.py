@@ -23,7 +23,7 @@ class PatchDictionary(nn.Module):
         self.register_buffer("patches", torch.zeros(codes, 3, patch_size, patch_size, dtype=torch.uint8))
 
 
-def build(vq_config, codes):
+def build_network(vq_config, codes):
     """The network of a configuration, without weights."""
     if vq_config["model_type"] == "patch_dictionary":
         return PatchDictionary(codes, vq_config["patch_size"])
@@ -94,3 +94,26 @@ def _patch(network):
 
 def _bytes(pixels):
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class ImageTokensMixin:
+    """Pictures and their tokens, for a model with ``config`` and ``vqmodel``."""
+
+    def fill_placeholders(self, input_ids, pixel_values):
+        """Ids [b, n] with the codes of pictures in the places of ``image_token_id``."""
+        placeholder = input_ids == self.config.image_token_id
+        if pixel_values is None or not placeholder.any():
+            return input_ids
+        codes = self.get_image_tokens(pixel_values).flatten()
+        if placeholder.sum() != len(codes):
+            raise ValueError(f"{int(placeholder.sum())} placeholders for {len(codes)} codes of images")
+        return input_ids.masked_scatter(placeholder, codes)
+
+    def get_image_tokens(self, pixel_values):
+        """Pictures [n, 3, H, W] in [-1, 1] as tokens [n, h * w]."""
+        return encode(self.vqmodel, pixel_values) + self.config.image_offset
+
+    def decode_image_tokens(self, tokens):
+        """Tokens [n, h * w] of images as pictures [n, 3, H, W] in [-1, 1], float32."""
+        config = self.config
+        return decode(self.vqmodel, tokens - config.image_offset, tuple(config.grid), tuple(config.image_size))
