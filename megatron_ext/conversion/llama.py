@@ -76,7 +76,7 @@ def convert_llama(folder: Path, vocabulary: Vocabulary, out: Path, seed: int) ->
     finally:
         distributed.shut_down()
     _write_model_section(out / "model.yaml", folder.name, identity["model"] | {"init_std": llama.model.init_std})
-    llama_rows = vocabulary.text_size + (_end_of_document(vocabulary) is not None)
+    llama_rows = vocabulary.text_size + (vocabulary.text.end is not None)
     return {
         "checkpoint": str(out / "iter_0000000"),
         "config": str(out / "model.yaml"),
@@ -112,7 +112,7 @@ def _require_same_text(vocabulary: Vocabulary, llama: LlamaFolder) -> None:
         return
     file, pieces = tokenizer
     for i in range(size):
-        own_piece, llama_piece = vocabulary.text.id_to_piece(i), pieces.get(i)
+        own_piece, llama_piece = vocabulary.text.piece(i), pieces.get(i)
         if own_piece != llama_piece:
             raise UserError(
                 f"{vocabulary.folder}: its text piece {i} is {own_piece!r}, that of {file} "
@@ -141,13 +141,7 @@ def _fill_rows(table: Tensor, llama_table: Tensor, vocabulary: Vocabulary, init_
     std = float(text.float().std())
     table.mul_(std / init_std)
     table[: vocabulary.text_size] = text
-    end = _end_of_document(vocabulary)
+    end = vocabulary.text.end
     if end is not None:
         table[vocabulary.eod] = text[end]
     return std
-
-
-def _end_of_document(vocabulary: Vocabulary) -> int | None:
-    """Id of Llama's </s>; None if its pieces have none."""
-    end = vocabulary.text.eos_id()
-    return end if end >= 0 else None

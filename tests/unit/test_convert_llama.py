@@ -124,7 +124,7 @@ def test_new_rows_are_initial_weights_with_the_spread_of_llama_s(one_process, vo
     numbers = json.loads(numbers.read_text())
     for name, table in tables.items():
         assert torch.equal(table[:TEXT_SIZE], llama_tables[name])
-        assert torch.equal(table[vocabulary.eod], llama_tables[name][vocabulary.text.eos_id()])
+        assert torch.equal(table[vocabulary.eod], llama_tables[name][vocabulary.text.end])
         std = float(llama_tables[name].std())
         assert numbers["new_rows_std"][name] == pytest.approx(std)
         new = [vocabulary.pad, vocabulary.boi, vocabulary.eoi, *range(vocabulary.image_offset, len(table))]
@@ -153,7 +153,7 @@ def test_rows_beyond_the_text_pieces_are_left_out(one_process, vocabulary, tmp_p
     llama = make_llama(tmp_path / "llama", rows=TEXT_SIZE + 24)
     with pytest.raises(UserError, match="has 40 text pieces, the embedding of .*llama 64 rows, and no tokenizer.model"):
         convert_llama(tmp_path / "llama", vocabulary, tmp_path / "start", seed=5)
-    pieces = {vocabulary.text.id_to_piece(i): i for i in range(TEXT_SIZE)}
+    pieces = {vocabulary.text.piece(i): i for i in range(TEXT_SIZE)}
     added = [{"id": TEXT_SIZE, "content": "<|user|>"}]
     write(tmp_path / "llama" / "tokenizer.json", {"model": {"vocab": pieces}, "added_tokens": added})
     assert convert_llama(tmp_path / "llama", vocabulary, tmp_path / "start", seed=5)["rows"]["left_out"] == 24
