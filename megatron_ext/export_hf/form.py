@@ -6,7 +6,7 @@ from typing import Literal
 from megatron_ext.errors import UserError
 from megatron_ext.export_hf.weights import MODULES
 from megatron_ext.model_config import ModelConfig
-from megatron_ext.routing.plan import Plan, Role
+from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import Modality, Task
 from megatron_ext.vocabulary import Vocabulary
 
@@ -47,7 +47,7 @@ class Exported:
 def why_not_stock(exported: Exported) -> str | None:
     """Why no class of transformers computes what the model does; None: one does."""
     model, plan = exported.model, exported.plan
-    if any(role != Role.FULL for roles in plan.roles for role in roles):
+    if any(role != "full" for layer in evaluation_roles(plan) for task in layer for role in task):
         return f"its plan ({plan.name}) has tokens that are not FULL"
     if plan.projections.components:
         return "image tokens have projections of their own (plan.projections)"
