@@ -26,7 +26,7 @@ class ModelConfig:
     """A decoder-only Transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 
     Raises:
-        UserError: a key that is left to its default has none under the others.
+        UserError: both forms of the rotary scaling are given.
     """
 
     num_layers: int = 4
@@ -34,10 +34,10 @@ class ModelConfig:
     num_attention_heads: int = 4
     num_query_groups: int | None = None
     """Key/value heads; None: one per attention head."""
-    head_size: int | None = None
-    """Width of an attention head; None: hidden_size / num_attention_heads."""
     ffn_hidden_size: int | None = None
     """Width of the SwiGLU FFN; None: 8/3 of hidden_size, rounded up to a multiple of 64."""
+    head_size: int | None = None
+    """Width of an attention head; None: hidden_size / num_attention_heads."""
     qkv_bias: bool = False
     """A bias in the query, key and value projection (Qwen2). One bias serves text and image tokens."""
     qk_norm: bool = False
@@ -60,13 +60,9 @@ class ModelConfig:
     def __post_init__(self):
         self.num_query_groups = self.num_query_groups or self.num_attention_heads
         self.ffn_hidden_size = self.ffn_hidden_size or -(-self.hidden_size * 8 // 3 // 64) * 64
-        if self.head_size is None and self.num_attention_heads > 0:
-            self.head_size, rest = divmod(self.hidden_size, self.num_attention_heads)
-            if rest:
-                raise UserError(
-                    f"config: model.hidden_size ({self.hidden_size}) is not divisible by model.num_attention_heads "
-                    f"({self.num_attention_heads}); change one of them, or set model.head_size"
-                )
+        heads = self.num_attention_heads
+        if self.head_size is None and heads > 0 and self.hidden_size % heads == 0:  # else validation refuses it
+            self.head_size = self.hidden_size // heads
         if self.rotary_scaling_factor is not None:
             if self.rotary_scaling is not None:
                 raise UserError(

@@ -2,7 +2,8 @@
 
 Every rank samples each whole parameter from a generator seeded by (seed, global name) and keeps its tensor-parallel
 slice, so the same seed starts the same model on 1 process and on 512. Weights are normal with ``init_std``; projections
-that write into the residual stream have ``init_std / sqrt(2 * layers)`` (GPT-2, section 2.3); norms are ones.
+that write into the residual stream have ``init_std / sqrt(2 * layers)`` (GPT-2, section 2.3); norms are ones, biases
+zeros.
 """
 
 import hashlib
@@ -35,12 +36,12 @@ def initialize(chunks: list[torch.nn.Module], model: ModelConfig, seed: int) -> 
     """
     for chunk in chunks:
         for name, parameter in global_parameters(chunk):
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
             module, kind = name.split(".")[-2:]
             _mark_as_cut(parameter, name)
-            if kind.endswith(("_delta", "_up")):
+            if parameter.dim() == 1 and kind != "bias":
+                parameter.fill_(1.0)
+                continue
+            if kind.endswith(("bias", "_delta", "_up")):
                 parameter.zero_()
                 continue
             if kind.endswith("_weight"):

@@ -65,6 +65,16 @@ def config_of(*overrides: str) -> Config:
     return config_file.load(Config, [], [*SHAPE, *overrides])
 
 
+def features(seed: int) -> list[str]:
+    """Bias, norms of queries and keys, and another head size than the default: any combination."""
+    bias, norm, head_size = (bool(seed >> bit & 1) for bit in range(3))
+    return [
+        f"model.qkv_bias={str(bias).lower()}",
+        f"model.qk_norm={str(norm).lower()}",
+        f"model.head_size={12 if head_size else 'null'}",
+    ]
+
+
 def plan_of(config: Config) -> Plan:
     return Plan.of(config.plan, config.model.num_layers)
 
@@ -198,7 +208,7 @@ def test_any_role_table_with_a_dense_share_equals_the_reference(one_process, uni
 def test_any_role_table_equals_the_reference(one_process, block):
     one_process(*SHAPE)
     for seed in range(25 * block, 25 * (block + 1)):
-        config = config_of(f"model.tie_embeddings={'true' if seed % 4 == 0 else 'false'}")
+        config = config_of(f"model.tie_embeddings={'true' if seed % 4 == 0 else 'false'}", *features(seed))
         config = dataclasses.replace(config, plan=random_plan(seed))
         case = f"table {seed}:"
         roles = {(int(e.layers), e.task, e.modality): e.role for e in config.plan.table}
