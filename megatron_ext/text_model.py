@@ -14,12 +14,16 @@ A vocabulary holds one file, copied byte for byte: ``tokenizer.model`` (:class:`
 - ``piece(i)``, ``id(piece)``: a piece of an id and the other way round; None if there is none.
 """
 
-from collections.abc import Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
 from megatron_ext.errors import UserError
 
@@ -52,7 +56,34 @@ class SentencePieceModel:
         return self._model.encode(text)  # takes a list in threads of its own
 
     def encode_template(self, text: str) -> tuple[list[int], Offsets]:
-        raise NotImplementedError
+        """SentencePiece does not look for control pieces in text, so they are cut out first. Only text at the start
+        gets the space that the model puts before a text."""
+        ids, offsets, place = [], [], 0
+        for part in self._control_pieces.split(text):
+            if part and (i := self._control_ids.get(part)) is not None:
+                ids.append(i)
+                offsets.append((place, place + len(part)))
+            elif part:
+                model = self._without_prefix if ids else self._model
+                for i, begin, end in _pieces(model, part):
+                    ids.append(i)
+                    offsets.append((place + begin, place + end))
+            place += len(part)
+        return ids, offsets
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        return {piece: i for i, piece in self.control.items()}
+
+    @cached_property
+    def _control_pieces(self) -> re.Pattern:
+        return any_of(self._control_ids)
+
+    @cached_property
+    def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._model.serialized_model_proto())
+        model.normalizer_spec.add_dummy_prefix = False
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids))
@@ -139,6 +170,21 @@ def segment_prefix(model: TextModel) -> str:
     begins every text with the mark of a space, else a space."""
     ids = model.encode("a")
     return "" if ids and (model.piece(ids[0]) or "").startswith("\u2581") else " "
+
+
+def any_of(strings: Iterable[str]) -> re.Pattern:
+    """Matches any of the strings, the longest first, as its only group."""
+    longest_first = sorted(strings, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def _pieces(model: sentencepiece.SentencePieceProcessor, text: str) -> Iterator[tuple[int, int, int]]:
+    """(id, begin, end) of each piece of a text, by characters."""
+    sizes = [len(character.encode()) for character in text]
+    characters = list(accumulate(sizes, initial=0))  # byte at which each character begins
+    encoded = sentencepiece_pb2.SentencePieceText.FromString(model.encode(text, out_type="serialized_proto"))
+    for piece in encoded.pieces:
+        yield piece.id, bisect_left(characters, piece.begin), bisect_left(characters, piece.end)
 
 
 def _tokenizer(file: Path) -> tokenizers.Tokenizer:

@@ -109,10 +109,12 @@ class Vocabulary:
         if chat_template is not None and answer_end is None:
             raise UserError("a chat template without a token that ends answers (--answer-end TOKEN)")
         target = folder / (TOKENIZER_JSON if text_file.suffix == ".json" else SENTENCEPIECE)
-        model.end = model.end if end is None else token_id(model, text_file, end)
+        own_end = model.end
+        if end is not None:
+            model.end = token_id(model, text_file, end)
         metadata = {"codebook_size": codebook_size, "special_tokens": list(SPECIAL_TOKENS)}
         layout = _layout(model, text_file, bos, answer_end)
-        if model.bos is not None and layout == _sentencepiece_layout(model, text_file) and end is None:
+        if model.bos is not None and layout == _sentencepiece_layout(model, text_file) and model.end == own_end:
             layout = None  # the metadata and the fingerprint of all vocabularies before there were others
         else:
             metadata |= {**layout, "end": model.end}
@@ -182,9 +184,7 @@ def token_id(model: TextModel, file: Path, token: str) -> int:
 def _sentencepiece_layout(model: TextModel, file: Path) -> dict:
     """What rendering adds where the metadata does not say it."""
     if model.bos is None:
-        raise UserError(
-            f"{file}: has no beginning-of-sentence piece; train it with bos_id >= 0, or use --bos"
-        )
+        raise UserError(f"{file}: has no beginning-of-sentence piece; train it with bos_id >= 0, or use --bos")
     return dict(zip(_LAYOUT, (model.bos, model.size + SPECIAL_TOKENS.index("<eod>"), "")))
 
 

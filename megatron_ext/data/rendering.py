@@ -11,12 +11,13 @@
     text            bos TEXT <eod>                                                        learnt: all after bos
 
 For generation each image moves behind the text that follows it in stored order, up to the next image; text before the
-first image stays in front. A learnt token is one whose prediction counts: the loss bit is set at the token *before* it.
+first image stays in front. ``<eod>`` after an answer is the vocabulary's ``answer_end``, where that is another token.
+A learnt token is one whose prediction counts: the loss bit is set at the token *before* it.
 
 Many documents are rendered together: Python loops over sequences only to copy them, the rest is vectorised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -34,11 +35,12 @@ class SpecialTokens:
     eod: int
     boi: int
     eoi: int
+    answer_end: int
 
     @classmethod
     def of(cls, vocabulary) -> "SpecialTokens":
         """The special tokens of a :class:`~megatron_ext.vocabulary.Vocabulary`."""
-        return cls(vocabulary.bos, vocabulary.pad, vocabulary.eod, vocabulary.boi, vocabulary.eoi)
+        return cls(**{field.name: getattr(vocabulary, field.name) for field in fields(cls)})
 
 
 class TokenBuffer:
@@ -159,7 +161,7 @@ def render(buffer: TokenBuffer, dataset: Dataset, pieces: DocumentPieces, task: 
     put(owner[image], end[image], special.eoi)
     if task == Task.UNDERSTANDING:
         learnt_owner, learnt_begin, learnt_end = owner[layout.answer], begin[layout.answer], end[layout.answer] + 1
-        put(learnt_owner, learnt_end - 1, special.eod)
+        put(learnt_owner, learnt_end - 1, special.answer_end)
     else:
         put(documents, layout.length - 1, special.eod)
         if task == Task.GENERATION:

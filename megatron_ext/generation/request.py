@@ -14,7 +14,8 @@ class Request:
         tokens: the prompt, ``bos`` included; texts and images in any order. A picture follows a prompt that ends in
             ``<boi>``.
         task: of the document; it decides how the tokens are routed.
-        text_tokens: most text tokens to generate; generation also ends at ``<eod>``.
+        text_tokens: most text tokens to generate; generation also ends at ``<eod>`` and at the end of
+            an answer.
         images: most pictures to generate; generation ends after the last one.
         unconditional: the prompt without its condition, for classifier-free guidance.
         number: with the seed it decides which tokens are sampled.
