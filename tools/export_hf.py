@@ -18,11 +18,18 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write")
-    add("--vq", type=Path, metavar="FOLDER", help="the VQ tokenizer that the model was trained with (own code needs it)")
+    add(
+        "--vq", type=Path, metavar="FOLDER", help="the VQ tokenizer that the model was trained with (own code needs it)"
+    )
     add("--vocabulary", type=Path, metavar="FOLDER", help="the run's vocabulary, if it was moved")
     add("--form", choices=("auto", "plain", "own"), default="auto", help="default: auto")
     add("--dtype", choices=("trained", "float32", "bfloat16", "float16"), default="trained", help="default: trained")
-    add("--shard-size", default="5GB", metavar="SIZE", help="most bytes of a file of weights, as 5GB or 200MB (default: 5GB)")
+    add(
+        "--shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="most bytes of a file of weights, as 5GB or 200MB (default: 5GB)",
+    )
     add("overrides", nargs="*", metavar="plan.key=value", help="changes the roles of tokens")
     arguments = parser.parse_args()
     shard_size = _bytes(arguments.shard_size)

@@ -46,7 +46,9 @@ class StoredWeights(Mapping[str, Tensor]):
         self._stored = {
             _own_name(key): (key, entry)
             for key, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.") and "_extra_state" not in key
+            if isinstance(entry, TensorStorageMetadata)
+            and not key.startswith("optimizer.")
+            and "_extra_state" not in key
         }
         (self.dtype,) = {entry.properties.dtype for _, entry in self._stored.values()}
 

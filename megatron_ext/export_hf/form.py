@@ -128,8 +128,10 @@ def own_config(exported: Exported, vq: dict) -> dict:
 def evaluation_roles(plan: Plan) -> list[list[list[str]]]:
     """[layer][task][modality] names of roles in evaluation."""
     share = plan.dense_share
-    taken = (lambda modality: False) if share is None or not share.evaluation else (
-        lambda modality: share.of == "documents" or modality == Modality.IMAGE
+    taken = (
+        (lambda modality: False)
+        if share is None or not share.evaluation
+        else (lambda modality: share.of == "documents" or modality == Modality.IMAGE)
     )
     classes = len(Task) * len(Modality)
 

@@ -44,7 +44,7 @@ def _plain(exported: Exported) -> str:
     )
 
 
-_OWN = '''\
+_OWN = """\
 Needs transformers >= 5.0, torch and Pillow. The model is in plain torch in `modeling_unified.py`, so loading it takes
 `trust_remote_code=True`.
 
@@ -66,4 +66,4 @@ processor.post_process_multimodal_output(model.decode_image_tokens(tokens), gene
 
 `guidance_scale`, `temperature`, `top_k`, `top_p`, `seed` and `numbers` give the same pictures as this project's
 `tools/generate.py`. `generation_mode="interleaved"` writes text and pictures in turn.
-'''
+"""

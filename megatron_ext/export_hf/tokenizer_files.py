@@ -1,50 +1,52 @@
-"""The tokenizer of an exported folder: the text model with the special tokens and VQ codes, and a chat template.
-
-Every string of a prompt gets the ids that training gave it (:class:`Glue`).
-"""
+"""The tokenizer of an exported folder: the text model with the special tokens and VQ codes, and a chat template."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_ext.errors import UserError
+from megatron_ext.export_hf.chat_format import IMAGE_TOKEN, Glue, exported_chat_template
 from megatron_ext.export_hf.sentencepiece_json import tokenizer_of
 from megatron_ext.files import write_json, write_text
 from megatron_ext.text_model import SentencePieceModel
 from megatron_ext.vocabulary import SPECIAL_TOKENS, Vocabulary
 
-IMAGE_TOKEN = "<image>"
 
-
-def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, with_images: bool) -> None:
+def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, with_images: bool) -> Glue:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
     Args:
         with_images: add ``<image>``, which stands for the codes of a picture.
+
+    Returns:
+        What stands before texts in prompts.
 
     Raises:
         UserError: the text model cannot be expressed as a tokenizer.json.
     """
     tokenizer = exported_tokenizer(vocabulary, with_images)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = SPECIAL_TOKENS + ((IMAGE_TOKEN,) if with_images else ())
-    pad, _, boi, eoi, *image = names
+    bos, end = (token_string(vocabulary, i) for i in (vocabulary.bos, vocabulary.answer_end))
+    pad, _, boi, eoi = SPECIAL_TOKENS
     config = {
         # By this name no class of transformers rebuilds the tokenizer from code of its own.
         "tokenizer_class": "TokenizersBackend",
-        "bos_token": token_string(vocabulary, vocabulary.bos),
-        "eos_token": token_string(vocabulary, vocabulary.answer_end),
+        "bos_token": bos,
+        "eos_token": end,
         "pad_token": pad,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": sequence_length,
         "model_input_names": ["input_ids", "attention_mask"],
-        "extra_special_tokens": {"boi_token": boi, "eoi_token": eoi} | ({"image_token": image[0]} if image else {}),
+        "extra_special_tokens": {"boi_token": boi, "eoi_token": eoi},
     }
+    if with_images:
+        config["extra_special_tokens"]["image_token"] = IMAGE_TOKEN
     write_json(folder / "tokenizer_config.json", config)
-    write_text(folder / "chat_template.jinja", chat_template(vocabulary, tokenizer))
+    glue = Glue.of(vocabulary, tokenizer, bos, end)
+    write_text(folder / "chat_template.jinja", exported_chat_template(vocabulary, glue, bos, end))
+    return glue
 
 
 def exported_tokenizer(vocabulary: Vocabulary, with_images: bool) -> Tokenizer:
@@ -82,69 +84,3 @@ def token_string(vocabulary: Vocabulary, token: int) -> str:
     if token < vocabulary.text_size:
         return vocabulary.text.piece(token)
     return SPECIAL_TOKENS[token - vocabulary.text_size]
-
-
-@dataclass(frozen=True)
-class Glue:
-    """What to write before a text so that the tokenizer gives it the ids that it has when encoded by itself.
-
-    Attributes:
-        opening, after_image, after_text, after_answer: by what stands before it.
-    """
-
-    opening: str
-    after_image: str
-    after_text: str
-    after_answer: str
-
-    @classmethod
-    def of(cls, vocabulary: Vocabulary, tokenizer: Tokenizer) -> "Glue":
-        """Found by trial.
-
-        Raises:
-            UserError: nothing gives the ids of training.
-        """
-        first, later = vocabulary.encode("a"), vocabulary.encode_segment("a")
-        bos, end = vocabulary.bos, vocabulary.answer_end
-
-        def find(before: str, before_ids: list[int], expected: list[int]) -> str:
-            for glue in ("", " "):
-                ids = tokenizer.encode(f"{before}{glue}a", add_special_tokens=False).ids
-                if ids == before_ids + expected:
-                    return glue
-            raise UserError(f"{vocabulary.text_file}: a text after {before!r} does not get the ids of training")
-
-        return cls(
-            opening=find(token_string(vocabulary, bos), [bos], first),
-            after_image=find("", [], later),  # the processor encodes what stands between images by itself
-            after_text=find("a", first, later),
-            after_answer=find(token_string(vocabulary, end), [end], later),
-        )
-
-
-def chat_template(vocabulary: Vocabulary, tokenizer: Tokenizer) -> str:
-    """A Jinja template that writes conversations as training documents are written."""
-    glue = Glue.of(vocabulary, tokenizer)
-    return _PLAIN_LAYOUT.format(**{name: json.dumps(value) for name, value in vars(glue).items()})
-
-
-_PLAIN_LAYOUT = """\
-{{%- set state = namespace(glue={opening}) -%}}
-{{{{- bos_token -}}}}
-{{%- for message in messages -%}}
-{{%- set parts = [{{"type": "text", "text": message.content}}] if message.content is string else message.content -%}}
-{{%- for part in parts -%}}
-{{%- if part.type == "text" and part.text -%}}
-{{{{- state.glue + part.text -}}}}
-{{%- set state.glue = {after_text} -%}}
-{{%- elif part.type != "text" -%}}
-{{{{- "<image>" -}}}}
-{{%- set state.glue = {after_image} -%}}
-{{%- endif -%}}
-{{%- endfor -%}}
-{{%- if message.role == "assistant" -%}}
-{{{{- eos_token -}}}}
-{{%- set state.glue = {after_answer} -%}}
-{{%- endif -%}}
-{{%- endfor -%}}
-"""

@@ -83,4 +83,3 @@ def _parts(name: str, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
         groups = tensor.unflatten(0, (model.num_query_groups, queries + 2, model.head_size))
         return [part.flatten(0, 2) for part in groups.split((queries, 1, 1), 1)]
     return list(tensor.chunk(2)) if name == "fc1" else [tensor]
-

@@ -83,13 +83,14 @@ def export(
     if form == "own":
         numbers = write_shards(out, _joined(vq_tensors(tokenizer), stream), shard_size)
         description = own_config(exported, vq_keys(tokenizer))
-        _write_processor(out, tokenizer)
         for file in OWN_CODE.glob("*_unified.py"):
             shutil.copyfile(file, out / file.name)
     else:
         numbers = write_shards(out, stream, shard_size)
         description = plain_config(exported)
-    write_tokenizer(out, trained_vocabulary, exported.sequence_length, with_images=form == "own")
+    glue = write_tokenizer(out, trained_vocabulary, exported.sequence_length, with_images=form == "own")
+    if form == "own":
+        _write_processor(out, tokenizer, glue.alone)
     files.write_json(out / "generation_config.json", _generation_config(exported))
     files.write_text(out / "README.md", readme.text(exported, form, path, tokenizer))
     files.write_json(out / "config.json", description)
@@ -110,13 +111,14 @@ def _vq(folder: Path, vocabulary: Vocabulary) -> VQModel:
     return vq
 
 
-def _write_processor(out: Path, vq: VQModel) -> None:
+def _write_processor(out: Path, vq: VQModel, text_prefix: str) -> None:
     auto_map = {
         "AutoProcessor": "processing_unified.UnifiedProcessor",
         "AutoImageProcessor": "processing_unified.UnifiedImageProcessor",
     }
     names = {"processor_class": "UnifiedProcessor", "auto_map": auto_map}
-    files.write_json(out / "processor_config.json", {**names, "image_length": vq.grid[0] * vq.grid[1]})
+    processor = {"image_length": vq.grid[0] * vq.grid[1], "text_prefix": text_prefix}
+    files.write_json(out / "processor_config.json", names | processor)
     image_processor = {"image_processor_type": "UnifiedImageProcessor", "image_size": list(vq.image_size)}
     files.write_json(out / "preprocessor_config.json", names | image_processor)
 

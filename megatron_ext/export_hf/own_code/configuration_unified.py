@@ -43,6 +43,7 @@ class UnifiedConfig(PreTrainedConfig):
         head_dim=None,
         rms_norm_eps=1e-5,
         rope_parameters=None,
+        max_position_embeddings=2048,
         qkv_bias=False,
         qk_norm=False,
         roles=None,
@@ -70,6 +71,7 @@ class UnifiedConfig(PreTrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.rms_norm_eps = rms_norm_eps
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.max_position_embeddings = max_position_embeddings
         self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
         self.roles = roles or [[[FULL, FULL] for _ in range(3)] for _ in range(num_hidden_layers)]
         self.projections = projections or {"components": [], "modules": [], "rank": None}

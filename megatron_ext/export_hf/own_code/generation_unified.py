@@ -151,9 +151,11 @@ class UnifiedGenerationMixin(GenerationMixin):
             ids, mask, uses = (_stack_left_padded(*pair) for pair in zip((ids, mask, uses), negative))
         cache, allowed = UnifiedCache(self.config.num_hidden_layers), self._kinds()
         while not all(document.done for document in documents):
-            logits = self(
-                ids, attention_mask=mask, token_uses=uses, past_key_values=cache, logits_to_keep=1
-            ).logits[:, -1, : allowed.shape[1]].float()
+            logits = (
+                self(ids, attention_mask=mask, token_uses=uses, past_key_values=cache, logits_to_keep=1)
+                .logits[:, -1, : allowed.shape[1]]
+                .float()
+            )
             if guided:
                 logits = logits[b:] + guidance_scale * (logits[:b] - logits[b:])
             ids = self._next(documents, logits, allowed, chooser)

@@ -234,8 +234,10 @@ class UnifiedDecoder(nn.Module):
 
         per_task = len(config.projections["components"]) == 2
         component = torch.where(image, 1 + per_task * (token_uses != UNDERSTANDING), 0).flatten()
-        position = position_ids.flatten().to(torch.float32)
-        angles = torch.outer(position, inverse_frequencies(config, x.device)).unsqueeze(1)
+        wide = torch.promote_types(torch.float32, x.dtype)
+        angles = torch.outer(position_ids.flatten().to(wide), inverse_frequencies(config, x.device).to(wide)).unsqueeze(
+            1
+        )
         angles = angles.cos(), angles.sin()
 
         @functools.cache  # most layers have the same roles

@@ -39,13 +39,17 @@ class UnifiedImageProcessor(BaseImageProcessor):
 class UnifiedProcessor(ProcessorMixin):
     """Prompts as in training: ``<bos>`` first, ``<image>`` is ``<boi>``, a place for each code, ``<eoi>``."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_length=16, **kwargs):
+    def __init__(
+        self, image_processor=None, tokenizer=None, chat_template=None, image_length=16, text_prefix="", **kwargs
+    ):
         """
         Args:
             image_length: codes of a picture.
+            text_prefix: what training put before texts. A chat template writes it; captions, and texts after an image,
+                get it here.
         """
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.image_length = image_length
+        self.image_length, self.text_prefix = image_length, text_prefix
 
     @property
     def model_input_names(self):
@@ -72,15 +76,19 @@ class UnifiedProcessor(ProcessorMixin):
 
     def _ids(self, text, begin_image):
         tokenizer = self.tokenizer
-        bos = [] if text.startswith(tokenizer.bos_token) else [tokenizer.bos_token_id]
+        boi, eoi, place = tokenizer.convert_tokens_to_ids(
+            [tokenizer.boi_token, tokenizer.eoi_token, tokenizer.image_token]
+        )
+        parts = text.split(tokenizer.image_token)
+        if text.startswith(tokenizer.bos_token):  # written by a chat template
+            ids = []
+        else:
+            ids = [tokenizer.bos_token_id]
+            parts = [self.text_prefix + part if part and (i or begin_image) else part for i, part in enumerate(parts)]
         # What stands between two images is encoded by itself, as in training.
-        first, *others = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in
-                          text.split(tokenizer.image_token)]
-        boi, eoi = tokenizer.convert_tokens_to_ids([tokenizer.boi_token, tokenizer.eoi_token])
-        image = [boi, *[tokenizer.convert_tokens_to_ids(tokenizer.image_token)] * self.image_length, eoi]
-        ids = bos + first
-        for part in others:
-            ids += image + part
+        for i, part in enumerate(parts):
+            ids += [boi, *[place] * self.image_length, eoi] if i else []
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
         return ids + [boi] * begin_image
 
     def batch_decode(self, *arguments, **kwargs):
@@ -89,7 +97,9 @@ class UnifiedProcessor(ProcessorMixin):
     def decode(self, *arguments, **kwargs):
         return self.tokenizer.decode(*arguments, **kwargs)
 
-    def post_process_multimodal_output(self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs):
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs
+    ):
         """Token ids as text; with ``generation_mode="image"`` pixels [n, 3, H, W] in [-1, 1] as Pillow images."""
         if generation_mode != "image":
             return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
