@@ -26,6 +26,7 @@ setup(
         "pyyaml",
         "sentencepiece>=0.2",
         "safetensors",
+        "tokenizers>=0.22",
         "transformers>=5.0",
         "pillow",
         "jinja2",

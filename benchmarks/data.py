@@ -33,7 +33,7 @@ from megatron_ext.routing.plan import PRESETS
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.transformer.resolved import resolve
 
-SPECIAL = SpecialTokens(bos=1, pad=32000, eod=32001, boi=32002, eoi=32003)
+SPECIAL = SpecialTokens(bos=1, pad=32000, eod=32001, boi=32002, eoi=32003, answer_end=32001)
 CODES = 8192
 
 

@@ -117,7 +117,7 @@ def measure(config: Config) -> Measured:
         batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=step)
         batch = step_input(batch.rows(replica * rows, (replica + 1) * rows), config)
         result = train_step(chunks, optimizer, batch, config, accept=keep_gradients)
-        measured.losses.append(result.loss)
+        measured.losses.append(result.loss + (result.losses.z_loss or 0))
         measured.norms.append(result.grad_norm)
     return measured
 

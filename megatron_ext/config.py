@@ -4,6 +4,8 @@ A run is configured by one YAML file, or several merged in order (a model size, 
 
     python pretrain_unified.py --config examples/configs/tiny.yaml parallel.tensor=2 training.iterations=50
 
+The keys of ``model`` are in :mod:`megatron_ext.model_config`.
+
 The checks are beside what each section configures; :func:`megatron_ext.training.config_checks.validate` calls them
 before anything is built.
 """
@@ -11,36 +13,9 @@ before anything is built.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_ext.model_config import ModelConfig
+
 LayoutName = Literal["understanding", "generation", "text", "interleaved"]
-
-
-@dataclass
-class ModelConfig:
-    """A decoder-only Transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
-
-    num_layers: int = 4
-    hidden_size: int = 128
-    num_attention_heads: int = 4
-    num_query_groups: int | None = None
-    """Key/value heads; None: one per attention head."""
-    ffn_hidden_size: int | None = None
-    """Width of the SwiGLU FFN; None: 8/3 of hidden_size, rounded up to a multiple of 64."""
-    rotary_base: float = 10000.0
-    rotary_scaling_factor: float | None = None
-    """Factor of Llama 3's long-context scaling of the rotary frequencies; None: no scaling."""
-    max_image_tokens: int = 0
-    """Learned embeddings of the position inside an image, one for each of its tokens, added to the token embeddings.
-    Small models learn spatial relations from fewer images with them; rotary positions stay as they are. 0: none."""
-    norm_epsilon: float = 1e-5
-    init_std: float = 0.02
-    tie_embeddings: bool = False
-    implementation: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Source of linear layers, norms and attention; auto: Transformer Engine if it is installed, a GPU is present and
-    training.precision is bf16, else local."""
-
-    def __post_init__(self):
-        self.num_query_groups = self.num_query_groups or self.num_attention_heads
-        self.ffn_hidden_size = self.ffn_hidden_size or -(-self.hidden_size * 8 // 3 // 64) * 64
 
 
 @dataclass
@@ -181,6 +156,9 @@ class TrainingConfig:
     """Scaling recipe of Transformer Engine's FP8 GEMMs. Without the hardware or library for it, the run says so in one
     line and computes in ``precision``. ``delayed`` needs a dense plan."""
     task_weights: TaskWeights = field(default_factory=TaskWeights)
+    z_loss: float = 0.0
+    """Coefficient c of the z-loss (PaLM, arXiv 2204.02311; Chameleon's is 1e-5): a loss token adds c (log Z)^2, where Z
+    is the sum of its logits' exponentials, so that logits do not drift. 0: none."""
     seed: int = 1234
     row_multiple: int = 1
     """Pad every group of tokens, the queries and keys of every layer and the logits to a multiple of this many rows, so
@@ -281,7 +259,8 @@ class CheckpointConfig:
     resume: bool = True
     """Resume from the newest complete checkpoint in the output folder, if there is one."""
     load: str | None = None
-    """Checkpoint, or folder of a run, whose weights a new run starts from, at step 0; ignored when a run resumes."""
+    """Whose weights a new run starts from, at step 0: a checkpoint, the folder of a run, or the folder of a published
+    model (docs/published_models.md); ignored when a run resumes."""
 
 
 @dataclass

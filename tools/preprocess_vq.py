@@ -53,24 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images", type=Path, metavar="FOLDER", help="where .json and .jsonl find images (default: beside the file)"
     )
-    parser.add_argument(
-        "--as",
-        dest="prefer",
-        choices=("conversation", "caption"),
-        default="conversation",
-        help="which one a sample with both becomes (default: conversation)",
-    )
-    parser.add_argument(
-        "--split-turns",
-        action="store_true",
-        help="each question with its answer becomes a document of its own, after the images before it",
-    )
-    parser.add_argument(
-        "--resize",
-        choices=("crop", "squash"),
-        default="crop",
-        help="scale the shorter side and cut out the centre (crop, the default), or scale both sides (squash)",
-    )
+    _add_forms(parser)
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images encoded at once (64)")
     parser.add_argument(
         "--part-samples", type=_positive, default=1024, metavar="N", help="most samples that a restart repeats (1024)"
@@ -87,6 +70,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--merge", action="store_true", help="join the parts of all shards of --out")
     parser.add_argument("--verify", type=Path, metavar="PREFIX", help="only check every byte of a finished data set")
     return parser
+
+
+def _add_forms(parser: argparse.ArgumentParser) -> None:
+    """The options on what samples become."""
+    parser.add_argument(
+        "--as",
+        dest="prefer",
+        choices=("conversation", "caption"),
+        default="conversation",
+        help="which one a sample with both becomes (default: conversation)",
+    )
+    parser.add_argument(
+        "--split-turns",
+        action="store_true",
+        help="each question with its answer becomes a document of its own, after the images before it",
+    )
+    parser.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="write conversations as the vocabulary's chat template does (default: if it has one); captions and plain "
+        "text never are",
+    )
+    parser.add_argument(
+        "--resize",
+        choices=("crop", "squash"),
+        default="crop",
+        help="scale the shorter side and cut out the centre (crop, the default), or scale both sides (squash)",
+    )
 
 
 def _preprocess(arguments: argparse.Namespace) -> dict:

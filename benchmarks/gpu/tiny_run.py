@@ -28,7 +28,7 @@ def write_config(folder: Path, rehearsal: bool) -> Path:
             # Half of the codes follow from the length of the sentence: something to learn within a few steps.
             codes = random.integers(0, CODES, IMAGE_TOKENS)
             codes[::2] = len(sentence) % CODES
-            answer = np.array(vocabulary.encode(sentence), np.int32)
+            answer = np.array(vocabulary.encode_segment(sentence), np.int32)
             writer.add([(IMAGE, vocabulary.image_ids(codes).astype(np.int32)), (ANSWER, answer)])
     shape = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2}
     tiny = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}

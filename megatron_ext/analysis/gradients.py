@@ -11,9 +11,9 @@ trains)::
     only_generation     = share with u = 0 and g != 0
     untrained           = share with u = 0 and g = 0
 
-The parts of a layer are its norms and each projection, the shared weights and every component of image tokens counted
-separately. Figures are also given for each layer as a whole, and outside the layers for the embedding, the final norm
-and the output head (which is the embedding if tied).
+The parts of a layer are its norms, also those of queries and keys, and each projection, the shared weights (with their
+bias) and every component of image tokens counted separately. Figures are also given for each layer as a whole, and
+outside the layers for the embedding, the final norm and the output head (which is the embedding if tied).
 """
 
 import dataclasses
@@ -163,7 +163,7 @@ def part_of(name: str) -> tuple[int | None, str]:
         return None, OUTSIDE[name]
     layer, rest = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name).groups()
     if projection := re.search(r"linear_(\w+)\.(\w+)$", rest):
-        component = projection[2].rpartition("_")[0]  # weight, image_weight, image_delta, image_down, image_up
+        component = projection[2].rpartition("_")[0]  # weight, bias, image_weight, image_delta, image_down, image_up
         return int(layer), f"{projection[1]} {component}".rstrip()
     return int(layer), "norms"
 

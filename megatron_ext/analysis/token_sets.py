@@ -6,10 +6,11 @@
     generation      bos caption <boi> CODES <eoi> <eod>
     interleaved     bos <boi> codes <eoi> instruction <boi> CODES <eoi> question answer <eod>
 
-Special tokens are ``bos``, ``<boi>``, ``<eoi>``, ``<eod>`` and padding. A turn is a question, its answer and ``<eod>``.
+Special tokens are ``bos``, ``<boi>``, ``<eoi>``, ``<eod>``, the token that ends answers (here ``<eod>``) and padding;
+the control tokens that a chat template writes are text. A turn is a question, its answer and the end of the answer.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 
 import torch
@@ -36,7 +37,7 @@ class QuerySet(IntEnum):
     """Queries that are averaged over; a query may be in several sets, or in none.
 
     ANSWER: the tokens of understanding that predict the answer: the question's last token and the answer's own tokens,
-    which predict the answer's next token or ``<eod>``, but neither ``<boi>`` nor a code. TEXT_AFTER_IMAGE: the tokens
+    which predict the answer's next token or its end, but neither ``<boi>`` nor a code. TEXT_AFTER_IMAGE: the tokens
     of understanding that are not image tokens and come after the first image token, special tokens included. IMAGE: the
     image tokens of generation, which are the drawn ones.
     """
@@ -70,7 +71,7 @@ class TokenSets:
         predicts = batch.loss_mask.flatten() > 0
         is_target = predicts.roll(1) & (positions > 0)
 
-        ids = torch.tensor([special.bos, special.pad, special.eod, special.boi, special.eoi], device=tokens.device)
+        ids = torch.tensor(astuple(special), device=tokens.device)
         key_class = torch.full_like(tokens, KeyClass.TEXT)
         key_class[understanding & is_target] = KeyClass.ANSWER
         key_class[torch.isin(tokens, ids)] = KeyClass.SPECIAL
@@ -79,7 +80,7 @@ class TokenSets:
 
         images_before = image.cumsum(0) - image.long()
         images_read = images_before - images_before[torch.arange(tokens.numel(), device=tokens.device) - positions]
-        ends = tokens == special.eod
+        ends = is_target & (tokens == special.answer_end)
         draws = image.roll(-1) | (tokens.roll(-1) == special.boi)
         members = [understanding & predicts & ~draws, understanding & ~image & (images_read > 0), generation & image]
         return cls(key_class, ends.cumsum(0) - ends.long(), torch.stack(members, dim=1))

@@ -49,6 +49,7 @@ class Logger:
     ====================================  ============================================================================
     iteration                             1, 2, ...
     loss, loss_understanding, ...         the objective; the mean cross-entropy of each task that had loss tokens
+    z_loss                                what the z-loss adds to the objective; with training.z_loss only
     grad_norm, learning_rate              before clipping; of this iteration
     consumed_samples, consumed_tokens     packed rows, and tokens in them, since the start of the run
     consumed_flops, consumed_dense_flops  training FLOPs of the model over all ranks since the start of the run; the
@@ -59,7 +60,7 @@ class Logger:
     flops, flops_ratio                    FLOPs of the iteration; relative to the dense plan
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
-    validation_loss, validation_loss_...  on iterations with a validation only
+    validation_loss, validation_loss_...  and validation_z_loss; on iterations with a validation only
     pope_accuracy, gqa_accuracy, ...      headline figures of the benchmarks, on iterations with an evaluation only
     evaluation_seconds                    time of the evaluation, no part of step_seconds
     gradient_alignment                    the result of ``analysis/gradients.py``, on iterations with a measurement only
@@ -117,7 +118,7 @@ class Logger:
             self._say(f"iteration {iteration}: step skipped, {reason} ({record['skipped_steps']} skipped so far)")
         self._say(console_line(record, self._config.training.iterations, self._seconds_left(iteration)))
         if "validation_loss" in record:
-            self._say(f"iteration {iteration}: validation {_losses(record, 'validation_loss')}")
+            self._say(f"iteration {iteration}: validation {_losses(record, 'validation_')}")
         if "evaluation_seconds" in record:
             self._say(f"iteration {iteration}: evaluation {_evaluated(record, pictures)}")
         if alignment:
@@ -145,7 +146,7 @@ def console_line(record: dict, iterations: int, seconds_left: float) -> str:
     wait = record["data_wait_seconds"]
     parts = [
         f"{record['iteration']:>{width}}/{iterations}",
-        _losses(record, "loss"),
+        _losses(record, ""),
         f"lr {record['learning_rate']:.2e}",
         f"grad norm {record['grad_norm']:.2f}",
         f"{_short(record['tokens_per_second'])} tokens/s",
@@ -161,10 +162,16 @@ def console_line(record: dict, iterations: int, seconds_left: float) -> str:
     return " | ".join(parts)
 
 
-def _losses(record: dict, name: str) -> str:
+def _losses(record: dict, prefix: str) -> str:
+    name = f"{prefix}loss"
     per_task = {k[len(name) + 1 :]: v for k, v in record.items() if k.startswith(name + "_")}
     details = ", ".join(f"{task} {value:.4f}" for task, value in per_task.items())
-    return f"loss {record[name]:.4f}" + (f" ({details})" if details else "")
+    z_loss = record.get(f"{prefix}z_loss")
+    return (
+        f"loss {record[name]:.4f}"
+        + (f" ({details})" if details else "")
+        + ("" if z_loss is None else f", z-loss {z_loss:.2e}")
+    )
 
 
 def _evaluated(record: dict, pictures: Sequence[tuple[str, Path]]) -> str:
@@ -195,6 +202,8 @@ def _short(number: float) -> str:
 
 def _grouped(name: str) -> str:
     """The name under which TensorBoard and wandb group charts: ``loss/understanding``."""
+    if name.endswith("z_loss"):
+        return f"{name.removesuffix('z_loss')}loss/z_loss"
     for group in ("validation_loss", "loss", "gradient_alignment"):
         if name == group:
             return f"{group}/all"

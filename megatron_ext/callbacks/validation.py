@@ -3,8 +3,8 @@
 import dataclasses
 
 from megatron_ext.data import step_batches
-from megatron_ext.token_classes import Task
 from megatron_ext.training.callback import Callback, StepRecord, is_due
+from megatron_ext.training.losses import MeanLosses
 from megatron_ext.training.run import Run
 from megatron_ext.training.step import evaluate_step, evaluation_mode
 
@@ -22,7 +22,8 @@ def validation_losses(run: Run) -> dict[str, float]:
     """Losses over the first ``validation_batches`` global batches of the validation data, always the same rows.
 
     Returns:
-        "validation_loss", the objective, and "validation_loss_<task>" for each task that has loss tokens.
+        "validation_loss", the objective, "validation_loss_<task>" for each task that has loss tokens, and
+        "validation_z_loss" with a z-loss.
     """
     config = run.config
     steps = step_batches(
@@ -36,8 +37,5 @@ def validation_losses(run: Run) -> dict[str, float]:
     with evaluation_mode(run.chunks):
         sums, counts = map(sum, zip(*(evaluate_step(run.chunks, step, config) for step in steps)))
     steps.close()
-    losses = {
-        task.name.lower(): total / tokens for task, total, tokens in zip(Task, sums.tolist(), counts.tolist()) if tokens
-    }
-    objective = sum(getattr(config.training.task_weights, name) * loss for name, loss in losses.items())
-    return {"validation_loss": objective} | {f"validation_loss_{name}": loss for name, loss in losses.items()}
+    losses = MeanLosses.of(sums.tolist(), counts.tolist(), config.training)
+    return losses.named("validation_")

@@ -205,8 +205,8 @@ def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint
     Args:
         state: the checkpoint's state.
         expected: sections of the state as this run has them, such as
-            ``{"model": {"hidden_size": 128}, "fingerprints": {"vocabulary": "5f0c"}}``. Other keys may
-            differ.
+            ``{"model": {"hidden_size": 128}, "fingerprints": {"vocabulary": "5f0c"}}``. Other sections may
+            differ; within a section a key that only one side has differs unless it is None.
         path: the checkpoint, for the message.
 
     Raises:
@@ -222,9 +222,9 @@ def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint
 def _difference(saved: Any, expected: Any, key: str) -> tuple[str, Any, Any] | None:
     if not isinstance(expected, dict):
         return None if saved == expected else (key, saved, expected)
-    for name, value in expected.items():
-        inner = saved.get(name) if isinstance(saved, dict) else None
-        difference = _difference(inner, value, f"{key}.{name}" if key else name)
+    saved = saved if isinstance(saved, dict) else {}
+    for name in dict.fromkeys((*expected, *(saved if key else ()))):
+        difference = _difference(saved.get(name), expected.get(name), f"{key}.{name}" if key else name)
         if difference:
             return difference
     return None

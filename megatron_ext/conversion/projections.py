@@ -137,10 +137,10 @@ def converted(
     parameters = {}
     for name, weight in weights.items():
         match = _PROJECTION.fullmatch(name)
-        if match and match[3] != "weight":
+        if match and match[3] not in ("weight", "bias"):
             continue
         parameters[name] = weight
-        if match:
+        if match and match[3] == "weight":
             prefix, module, _ = match.groups()
             before, after = (p if module in p.modules else Projections() for p in (source, target))
             parameters |= _Projection(prefix, weights, before, tolerance).converted(after, fresh)

@@ -55,7 +55,7 @@ class DatasetWriter:
     everything that was written. ::
 
         with DatasetWriter("data/captions", vocabulary.fingerprint, vq, {"images": "photos/*.tar"}) as writer:
-            writer.add([(IMAGE, vocabulary.image_ids(codes)), (ANSWER, vocabulary.encode(caption))])
+            writer.add([(IMAGE, vocabulary.image_ids(codes)), (ANSWER, vocabulary.encode_segment(caption))])
 
     Args:
         prefix: path without extension; its folder is created.

@@ -17,14 +17,15 @@
 For generation each image moves behind the text that follows it in stored order, up to the next image; text before the
 first image stays in front. Interleaved documents stay as stored: a drawn image is learnt where it stands, and so is the
 ``<boi>`` before it, the decision to draw. An answer that ends in a drawn image has no ``<eod>`` of its own. Without
-drawn images an interleaved document equals one of understanding.
+drawn images an interleaved document equals one of understanding. ``<eod>`` after an answer is the vocabulary's
+``answer_end``, where that is another token.
 
 A learnt token is one whose prediction counts: the loss bit is set at the token *before* it.
 
 Many documents are rendered together: Python loops over sequences only to copy them, the rest is vectorised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -42,11 +43,12 @@ class SpecialTokens:
     eod: int
     boi: int
     eoi: int
+    answer_end: int
 
     @classmethod
     def of(cls, vocabulary) -> "SpecialTokens":
         """The special tokens of a :class:`~megatron_ext.vocabulary.Vocabulary`."""
-        return cls(vocabulary.bos, vocabulary.pad, vocabulary.eod, vocabulary.boi, vocabulary.eoi)
+        return cls(**{field.name: getattr(vocabulary, field.name) for field in fields(cls)})
 
 
 class TokenBuffer:
@@ -194,7 +196,7 @@ def render(
     put(owner[image], begin[image] - 1, special.boi)
     put(owner[image], end[image], special.eoi)
     closed_answer = places.answer & places.closed
-    put(owner[closed_answer], end[closed_answer], special.eod)
+    put(owner[closed_answer], end[closed_answer], special.answer_end)
     put(documents[places.ended], places.length[places.ended] - 1, special.eod)
     learnt_owner, learnt_begin, learnt_end = _learnt(places, layout)
 

@@ -29,6 +29,7 @@ def describe_row(rows: PackedRows, row: int, vocabulary: Vocabulary) -> str:
 
 def _readable(tokens: torch.Tensor, loss: torch.Tensor, vocabulary: Vocabulary) -> str:
     special = {
+        **vocabulary.text.control,
         vocabulary.bos: "<bos>",
         vocabulary.eod: "<eod>",
         vocabulary.boi: "<boi>",

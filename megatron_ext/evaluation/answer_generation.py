@@ -95,7 +95,7 @@ def answer(session: Session, items: Sequence[Item], file: Path, max_new_tokens: 
             for item, tokens in zip(readable, answers):
                 if writer:
                     fingerprint, more = question_fingerprint(item), likelihoods.get(item.id, {})
-                    writer.write(item.id, vocabulary.decode(tokens), asked=fingerprint, **more)
+                    writer.write(item.id, vocabulary.decode_answer(tokens), asked=fingerprint, **more)
             bar.update(len(batch))
         if writer:
             writer.close()
@@ -107,12 +107,12 @@ def answer(session: Session, items: Sequence[Item], file: Path, max_new_tokens: 
 
 
 def _likelihoods(session: Session, items: Sequence[Item], codes: dict[Path, list[int]]) -> dict[str, dict]:
-    """``{"likelihoods": log-likelihoods of the choices, each with <eod>}`` by the id of each item with choices."""
+    """``{"likelihoods": log-likelihoods of the choices, each with its end}`` by the id of each item with choices."""
     vocabulary, likelihoods = session.trained.vocabulary, {}
     for item in items:
         if item.choices:
             prompt = prompts.answer(vocabulary, codes[item.image], item.bare, 0)
-            choices = [[*vocabulary.encode(choice), vocabulary.eod] for choice in item.choices]
+            choices = [prompts.answer_tokens(vocabulary, item.bare, choice) for choice in item.choices]
             values = log_likelihoods(session.generator, [prompt] * len(choices), choices)
             likelihoods[item.id] = {"likelihoods": values}
     return likelihoods

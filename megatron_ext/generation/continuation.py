@@ -62,7 +62,7 @@ class Continuation:
         if token == vocabulary.boi:
             self._image_tokens_left = self._picture_tokens
             return None
-        if token == vocabulary.eod:
+        if token in (vocabulary.eod, vocabulary.answer_end):
             self.done = True
             return None
         if token == vocabulary.eoi:

@@ -36,7 +36,8 @@ class Generator:
         parameter = next(model.parameters())
         self._dtype, self._device = parameter.dtype, parameter.device
         ids = torch.arange(vocabulary.size, device=self._device)
-        text = (ids < vocabulary.text_size) & (ids != vocabulary.bos) | (ids == vocabulary.eod)
+        ends = torch.isin(ids, torch.tensor([vocabulary.eod, vocabulary.answer_end], device=self._device))
+        text = (ids < vocabulary.text_size) & (ids != vocabulary.bos) | ends
         # By the kinds of continuation.py: text, text or a picture, an image token.
         self._allowed = torch.stack([text, text | (ids == vocabulary.boi), vocabulary.is_image(ids)])
 
@@ -53,7 +54,7 @@ class Generator:
         sampling: Sampling,
         progress: Callable[[int], None] = lambda tokens: None,
     ) -> list[list[int]]:
-        """The tokens that follow each prompt, ``<eod>`` and ``<eoi>`` included; the same on every rank.
+        """The tokens that follow each prompt, the token that ends them and ``<eoi>`` included; the same on every rank.
 
         Args:
             progress: called with the number of tokens generated since its last call.

@@ -1,8 +1,13 @@
-"""Requests whose prompts have the form of training documents (``data/rendering.py``)."""
+"""Requests whose prompts have the form of training documents (``preprocess/parts.py``, ``data/rendering.py``).
+
+Where the vocabulary has a chat template it writes questions, as it wrote conversations for training. Captions are plain
+text, encoded as they are stored: after their picture.
+"""
 
 from collections.abc import Sequence
-from itertools import chain
 
+from megatron_ext import chat_template
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, is_image
 from megatron_ext.generation.request import Request
 from megatron_ext.token_classes import Task
 from megatron_ext.vocabulary import Vocabulary
@@ -10,15 +15,19 @@ from megatron_ext.vocabulary import Vocabulary
 
 def picture(vocabulary: Vocabulary, caption: str, number: int = 0) -> Request:
     """A picture for a caption: ``bos caption <boi>``; without its condition ``bos <boi>``."""
-    tokens = [vocabulary.bos, *vocabulary.encode(caption), vocabulary.boi]
+    tokens = [vocabulary.bos, *vocabulary.encode_segment(caption), vocabulary.boi]
     return Request(tokens, Task.GENERATION, images=1, unconditional=[vocabulary.bos, vocabulary.boi], number=number)
 
 
 def answer(
     vocabulary: Vocabulary, codes: Sequence[int], question: str, max_new_tokens: int, number: int = 0
 ) -> Request:
-    """An answer to a question about a picture of VQ codes: ``bos <boi> codes <eoi> question``."""
-    tokens = [vocabulary.bos, *_image(vocabulary, codes), *vocabulary.encode(question)]
+    """An answer to a question about a picture of VQ codes: ``bos <boi> codes <eoi> question``.
+
+    Raises:
+        UserError: the chat template cannot write the question.
+    """
+    tokens = _tokens(vocabulary, [("user", [(IMAGE, codes), (TEXT, question)])])
     return Request(tokens, Task.UNDERSTANDING, text_tokens=max_new_tokens, number=number)
 
 
@@ -31,12 +40,41 @@ def edit(
         pictures: VQ codes of the given picture, then of those drawn for all instructions but the last.
         instructions: as many; ``bos <boi> codes <eoi> instruction <boi> codes <eoi> instruction <boi>``. Without the
             condition there are the pictures alone.
+
+    Raises:
+        UserError: the chat template cannot write the instructions.
     """
-    images = [_image(vocabulary, codes) for codes in pictures]
-    turns = [[*image, *vocabulary.encode(text)] for image, text in zip(images, instructions, strict=True)]
-    tokens, unconditional = ([vocabulary.bos, *chain.from_iterable(parts), vocabulary.boi] for parts in (turns, images))
-    drawn = range(1, len(pictures))
+    turns = [("user", [(IMAGE, pictures[0]), (TEXT, instructions[0])])]
+    for codes, text in zip(pictures[1:], instructions[1:], strict=True):
+        turns += [("assistant", [(DRAWN, codes)]), ("user", [(TEXT, text)])]
+    tokens = [*_tokens(vocabulary, turns), vocabulary.boi]
+    images = [token for codes in pictures for token in _image(vocabulary, codes)]
+    unconditional, drawn = [vocabulary.bos, *images, vocabulary.boi], range(1, len(pictures))
     return Request(tokens, Task.UNDERSTANDING, images=1, unconditional=unconditional, drawn=drawn, number=number)
+
+
+def answer_tokens(vocabulary: Vocabulary, question: str, text: str) -> list[int]:
+    """A given answer to a question, as training would have it: its ids and the token that ends it."""
+    if vocabulary.chat_template is None:
+        return [*vocabulary.encode_segment(text), vocabulary.answer_end]
+    turns = [("user", [(IMAGE, None), (TEXT, question)]), ("assistant", [(ANSWER, text)])]
+    segments = chat_template.of(vocabulary).segments(turns)
+    return [*(i for mode, ids in segments if mode == ANSWER for i in ids), vocabulary.answer_end]
+
+
+def _tokens(vocabulary: Vocabulary, turns: Sequence[chat_template.Turn]) -> list[int]:
+    """A document of turns that begin with an image, up to where an answer begins; images are VQ codes."""
+    if vocabulary.chat_template is None:
+        segments = [part for _, parts in turns for part in parts]
+    else:
+        segments = chat_template.of(vocabulary).segments(turns, prompt=True)
+    tokens = [vocabulary.bos]
+    for mode, item in segments:
+        if is_image(mode):
+            tokens += _image(vocabulary, item)
+        else:
+            tokens += vocabulary.encode_segment(item) if isinstance(item, str) else item
+    return tokens
 
 
 def _image(vocabulary: Vocabulary, codes: Sequence[int]) -> list[int]:

@@ -16,7 +16,7 @@ class Request:
             ``<boi>``.
         task: of the prompt's and of generated tokens, except those of drawn images, which are of GENERATION; it decides
             how they are routed. UNDERSTANDING: of an interleaved document, too.
-        text_tokens: most text tokens to generate; generation also ends at ``<eod>``.
+        text_tokens: most text tokens to generate; generation also ends at ``<eod>`` and at the end of an answer.
         images: most pictures to generate; generation ends after the last one.
         unconditional: the prompt without its condition, for classifier-free guidance; with the same images.
         drawn: numbers, from 0, of the prompt's images that were drawn in the course of the document.

@@ -140,7 +140,7 @@ class Session:
         vocabulary, codes = self.trained.vocabulary, self.encode(image)
         requests = [prompts.answer(vocabulary, codes, q, max_new_tokens, i) for i, q in enumerate(questions)]
         continuations = self._generate(requests, Sampling(**settings), "answers")
-        answers = [vocabulary.decode(tokens) for tokens in continuations]
+        answers = [vocabulary.decode_answer(tokens) for tokens in continuations]
         for question, answer in zip(questions, answers):
             self._report(f"{question} {answer}")
         return [{"image": str(image), "question": q, "answer": a} for q, a in zip(questions, answers)]

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 
+from megatron_ext import chat_template
+from megatron_ext.chat_template import ChatTemplate, Segments, Turn
 from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, is_image
 from megatron_ext.preprocess import units
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions, Sample, Unit
@@ -56,33 +58,86 @@ def unit_parts(
     chunk = list(islice(samples, part_samples))
     while chunk or not done:
         following = list(islice(samples, part_samples))
-        yield tokenise(part_name(index, done), chunk, not following, options.split_turns, vocabulary)
+        yield tokenise(part_name(index, done), chunk, not following, options, vocabulary)
         chunk, done = following, done + 1
 
 
-def tokenise(name: str, samples: list[Sample], last: bool, split: bool, vocabulary: Vocabulary) -> Part:
-    """A part of these samples; samples without text of the required mode are skipped.
-
-    Args:
-        split: each question with its answer is a document of its own (:func:`split_turns`).
-    """
+def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions, vocabulary: Vocabulary) -> Part:
+    """A part of these samples; samples without text of the required mode, or that the chat template cannot write, are
+    skipped."""
     part = Part(name, last, len(samples), sum(sample.bytes for sample in samples))
-    texts = [item for sample in samples for mode, item in sample.segments if not is_image(mode)]
-    ids = iter(vocabulary.text.encode(texts))  # all at once: SentencePiece takes a list in its own threads
+    template = chat_template.of(vocabulary) if options.chat_template else None
+    described, texts = [], []
     for sample in samples:
-        document = [
-            (mode, item if is_image(mode) else np.asarray(next(ids), np.int32)) for mode, item in sample.segments
-        ]
-        document = [(mode, item) for mode, item in document if len(item)]
-        reason = sample.unusable
-        if reason is None and not any(mode in (sample.required_mode, DRAWN) for mode, _ in document):
-            reason = "its text is empty"
+        documents, reason = [], sample.unusable
         if reason is None:
-            conversation = split and sample.required_mode == ANSWER
-            part.documents.append((sample.name, split_turns(document) if conversation else [document]))
+            try:
+                documents = _documents(sample, options.split_turns, template)
+            except chat_template.UnusableConversation as error:
+                reason = str(error)
+        described.append((sample, documents, reason))
+        texts += [
+            item if i == 0 else vocabulary.segment_prefix + item
+            for document in documents
+            for i, (_, item) in enumerate(document)
+            if isinstance(item, str)
+        ]
+    ids = iter(vocabulary.text.encode(texts))  # all at once: text models take a list in their own threads
+    for sample, documents, reason in described:
+        encoded = [[(mode, _sequence(item, ids)) for mode, item in document] for document in documents]
+        encoded = [[(mode, item) for mode, item in document if len(item)] for document in encoded]
+        learnt = (sample.required_mode, DRAWN)
+        usable = [document for document in encoded if any(mode in learnt for mode, _ in document)]
+        if usable:
+            part.documents.append((sample.name, usable))
         else:
-            part.skipped.append({"sample": sample.name, "reason": reason})
+            part.skipped.append({"sample": sample.name, "reason": reason or "its text is empty"})
     return part
+
+
+def _documents(sample: Sample, split: bool, template: ChatTemplate | None) -> list[Segments]:
+    """The documents of a sample: texts as such, or as token ids where a chat template wrote them."""
+    if template and sample.turns:
+        conversations = conversation_turns(sample)
+        conversations = split_conversation(conversations) if split else [conversations]
+        return [template.segments(turns) for turns in conversations]
+    document = list(sample.segments)
+    return split_turns(document) if split and sample.required_mode == ANSWER else [document]
+
+
+def _sequence(item, ids: Iterator) -> "np.ndarray | ImageFile":
+    """Token ids of a text, the next of ``ids`` where it is not encoded yet; an image as it is."""
+    if isinstance(item, ImageFile):
+        return item
+    return np.asarray(next(ids) if isinstance(item, str) else item, np.int32)
+
+
+def conversation_turns(sample: Sample) -> list[Turn]:
+    """The turns of a conversation that say something; images without a place open the first turn of the user."""
+    segments, turns, unplaced = iter(sample.segments), [], []
+    for role, count in sample.turns:
+        parts = list(islice(segments, count))
+        if not role:
+            unplaced = parts
+        elif role == "user":
+            parts, unplaced = unplaced + parts, []
+        if role and parts:
+            turns.append((role, parts))
+    return [("user", unplaced), *turns] if unplaced else turns
+
+
+def split_conversation(turns: list[Turn]) -> list[list[Turn]]:
+    """A conversation for each question with its answer (:func:`split_turns`), each with the instructions before the
+    first question."""
+    system = list(takewhile(lambda turn: turn[0] == "system", turns))
+    conversations, images, question = [], [], []
+    for role, parts in turns[len(system) :]:
+        if role != "assistant":
+            question = question + parts
+            continue
+        conversations.append([*system, ("user", images + question), ("assistant", parts)])
+        images, question = images + [(IMAGE, item) for mode, item in question + parts if is_image(mode)], []
+    return conversations
 
 
 def split_turns(document: Document) -> list[Document]:

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from megatron_ext import chat_template
 from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import dali_decoder, units
@@ -30,6 +31,7 @@ class PreprocessOptions:
         images: folder of the images that JSON and JSONL files name; None for the folder of the file itself.
         prefer: "conversation" or "caption", for a sample with both.
         split_turns: each question with its answer becomes a document of its own.
+        chat_template: the vocabulary's chat template writes conversations; None: if it has one.
         resize: "crop" or "squash".
         batch_size: images that the VQ model encodes at once.
         part_samples: samples per part; a restart repeats at most one part.
@@ -43,6 +45,7 @@ class PreprocessOptions:
     images: Path | None = None
     prefer: str = "conversation"
     split_turns: bool = False
+    chat_template: bool | None = None
     resize: str = CROP
     batch_size: int = 64
     part_samples: int = 1024
@@ -99,6 +102,10 @@ def preprocess(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel |
         UserError: an input cannot be read, the settings differ from those of the earlier run, or with ``strict`` a
             sample cannot be used.
     """
+    if options.chat_template is None:
+        options = replace(options, chat_template=vocabulary.chat_template is not None)
+    elif options.chat_template and vocabulary.chat_template is None:
+        raise UserError(f"{vocabulary.folder}: has no chat template (tools/train_tokenizer.py --chat-template)")
     if vq is not None and vq.codebook_size != vocabulary.codebook_size:
         raise UserError(
             f"{vocabulary.folder}: made for {vocabulary.codebook_size} VQ codes, but {vq.folder} has {vq.codebook_size}"
@@ -177,7 +184,7 @@ def _show(bar, batch: Encoded, summary: Summary) -> None:
 
 
 def _parts(todo: dict, options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None) -> Iterator[Part]:
-    read_options = ReadOptions(options.images, options.prefer, options.split_turns)
+    read_options = ReadOptions(options.images, options.prefer, options.split_turns, options.chat_template)
     for index, (unit, done) in todo.items():
         for part in unit_parts(index, unit, done, options.part_samples, read_options, vocabulary):
             if vq is None and part.images:
@@ -206,7 +213,9 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         "inputs": [{"file": str(file), "bytes": file.stat().st_size} for file in options.inputs],
         "images": str(options.images) if options.images else None,
         "as": options.prefer,
-        **({"split_turns": True} if options.split_turns else {}),  # data sets made without it stay as they are
+        # Without these options data sets stay as they are.
+        **({"split_turns": True} if options.split_turns else {}),
+        **({"chat_template": chat_template.description(vocabulary)} if options.chat_template else {}),
         "resize": options.resize,
         "batch_size": options.batch_size,
         "part_samples": options.part_samples,

@@ -13,7 +13,10 @@ from megatron_ext.errors import UserError
 PLACEHOLDER = "<image>"
 """Marks the place of an image in a conversation (LLaVA's convention)."""
 
-MODES = {"human": TEXT, "user": TEXT, "system": TEXT, "gpt": ANSWER, "assistant": ANSWER}
+ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
+"""Role of a conversation turn, as chat templates call it, by its ``from``."""
+
+MODES = {speaker: ANSWER if role == "assistant" else TEXT for speaker, role in ROLES.items()}
 """Mode of the text of a conversation turn, by its ``from``."""
 
 
@@ -33,6 +36,8 @@ class Sample:
     Attributes:
         name: the input file and the position in it, for messages.
         segments: (mode, text) and (IMAGE or DRAWN, ImageFile), in the document's order.
+        turns: of a conversation, the role of each turn and the number of its segments; the role is empty for images
+            that have no place in a turn.
         required_mode: a document without text of this mode, ANSWER or TEXT, and without a drawn image is skipped.
         unusable: why the sample cannot become a document, or None.
         bytes: approximate size in the input file, for the progress bar.
@@ -40,6 +45,7 @@ class Sample:
 
     name: str
     segments: tuple[tuple[int, "str | ImageFile"], ...] = ()
+    turns: tuple[tuple[str, int], ...] = ()
     required_mode: int = ANSWER
     unusable: str | None = None
     bytes: int = 0
@@ -68,12 +74,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How records become documents: the folder of the images (None: that of the input file), ``--as`` and
-    ``--split-turns``."""
+    """How records become documents: the folder of the images (None: that of the input file), ``--as``,
+    ``--split-turns``, and whether the vocabulary's chat template writes conversations."""
 
     images: Path | None
     prefer: str
     split_turns: bool = False
+    chat_template: bool = False
 
 
 class naming_errors:
@@ -161,24 +168,28 @@ def _conversation(name: str, turns, images: Sequence[ImageFile]) -> Sample:
         raise ValueError("'conversations' is not a list")
     texts = [_turn(turn) for turn in turns]
     placeholders = sum(text.count(PLACEHOLDER) for _, text in texts)
-    segments = []
+    segments, roles = [], []
     if images and not placeholders:
         segments = [(IMAGE, image) for image in images]
+        roles = [("", len(images))]
     elif placeholders != len(images):
         return Sample(name, unusable=f"{placeholders} {PLACEHOLDER} placeholders for {len(images)} images")
     remaining = iter(images)
-    for mode, text in texts:
+    for speaker, text in texts:
+        mode, start = MODES[speaker], len(segments)
         before, *after_images = text.split(PLACEHOLDER)
-        segments.append((mode, before.strip()))
+        parts = [(mode, before.strip())]
         for after in after_images:
-            segments += [(DRAWN if mode == ANSWER else IMAGE, next(remaining)), (mode, after.strip())]
-    return Sample(name, tuple(segment for segment in segments if segment[1]))
+            parts += [(DRAWN if mode == ANSWER else IMAGE, next(remaining)), (mode, after.strip())]
+        segments += [part for part in parts if part[1]]
+        roles.append((ROLES[speaker], len(segments) - start))
+    return Sample(name, tuple(segments), tuple(roles))
 
 
-def _turn(turn) -> tuple[int, str]:
+def _turn(turn) -> tuple[str, str]:
     if not isinstance(turn, dict) or turn.get("from") not in MODES:
         raise ValueError(f"a turn of 'conversations' needs a 'from' that is one of {', '.join(MODES)}")
-    return MODES[turn["from"]], _string(turn, "value")
+    return turn["from"], _string(turn, "value")
 
 
 def _string(record: dict, key: str) -> str:

@@ -1,15 +1,16 @@
 """The cost of a plan on given data: FLOPs of the model (the numerator of the MFU) and parameters.
 
-Multiply-adds of a layer for one token, hidden size h, key/value width g, FFN width f (gated)::
+Multiply-adds of a layer for one token, hidden size h, query width a (heads times head size), key/value width g, FFN
+width f (gated)::
 
-    FULL      h*h (query) + 2*h*g (key, value) + h*h (output) + 3*h*f (FFN) + 2*h*(visible keys)
+    FULL      h*a (query) + 2*h*g (key, value) + a*h (output) + 3*h*f (FFN) + 2*a*(visible keys)
     KV_ONLY   2*h*g
     SKIP      0
 
 plus h*V for the logits of a position. A multiply-add is two FLOPs; the backward pass costs twice the forward pass. A
 low-rank delta (LoRA) costs another r*(in + out) for every token that uses it. A full-rank delta is added to the
 weights, not to the activations, so it costs no product per token. Recomputation is not counted, since it is not work of
-the model; nor are norms, activations and the embedding.
+the model; nor are norms, biases, activations and the embedding.
 """
 
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def class_flops(model: ModelConfig, plan: Plan, counts: Counts) -> list[list[int
     """FLOPs of one forward pass by layer and class of token; attention counts towards the query's class."""
     return [
         [
-            2 * (n * _multiply_adds(model, plan.projections, index, role) + 2 * model.hidden_size * pairs)
+            2 * (n * _multiply_adds(model, plan.projections, index, role) + 2 * query_width(model) * pairs)
             for index, (n, role, pairs) in enumerate(zip(counts.tokens, roles, visible))
         ]
         for roles, visible in zip(plan.roles, counts.visible)
@@ -128,7 +129,9 @@ def parameter_count(model: ModelConfig, vocab_size: int, projections: Projection
     """Parameters of the whole model, over all ranks, including those that only image tokens use."""
     h = model.hidden_size
     embeddings = ((1 if model.tie_embeddings else 2) * vocab_size + model.max_image_tokens) * h
-    per_layer = sum(i * o for i, o in projection_shapes(model).values()) + 2 * h
+    shapes = projection_shapes(model)
+    per_layer = sum(i * o for i, o in shapes.values()) + 2 * h
+    per_layer += model.qkv_bias * shapes["qkv"][1] + model.qk_norm * 2 * model.head_size
     return embeddings + model.num_layers * per_layer + h + image_parameter_count(model, projections)
 
 
@@ -142,13 +145,18 @@ def image_parameter_count(model: ModelConfig, projections: Projections) -> int:
 
 def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each projection of a layer."""
-    h, f = model.hidden_size, model.ffn_hidden_size
-    return {"qkv": (h, h + 2 * key_width(model)), "proj": (h, h), "fc1": (h, 2 * f), "fc2": (f, h)}
+    h, a, f = model.hidden_size, query_width(model), model.ffn_hidden_size
+    return {"qkv": (h, a + 2 * key_width(model)), "proj": (a, h), "fc1": (h, 2 * f), "fc2": (f, h)}
+
+
+def query_width(model: ModelConfig) -> int:
+    """Width of a token's queries over all heads."""
+    return model.head_size * model.num_attention_heads
 
 
 def key_width(model: ModelConfig) -> int:
     """Width of a token's keys over all groups, which is also that of its values."""
-    return model.hidden_size // model.num_attention_heads * model.num_query_groups
+    return model.head_size * model.num_query_groups
 
 
 def products(model: ModelConfig, role: Role) -> dict[str, tuple[int, int]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from megatron_ext import config_file
+from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json, write_json, write_text
 from megatron_ext.study.grid import StudyRun, metadata_checksum
@@ -157,7 +158,7 @@ def last_line(log: Path) -> str:
 
 @functools.cache
 def _saved_config(text: str, file: Path) -> dict:
-    return _flat(config_file.read_yaml(file))
+    return _flat(config_file.to_tree(config_file.load(Config, [file])))  # with the defaults of later keys
 
 
 def _data(run: StudyRun) -> dict[str, str | None]:

@@ -37,6 +37,8 @@ def _validate_training(config: Config, world_size: int) -> None:
     training, parallel = config.training, config.parallel
     counts = ("iterations", "micro_batch_size", "global_batch_size", "row_multiple")
     check_at_least_one("training", training, *counts)
+    if training.z_loss < 0:
+        raise UserError(f"config: 'training.z_loss' is {training.z_loss}, must be at least 0")
     replicas = config.data_parallel(world_size)
     check_divisible(
         "training.global_batch_size",

@@ -93,8 +93,7 @@ def _record(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     metrics = {
         "iteration": run.progress.iteration,
-        "loss": result.loss,
-        **{f"loss_{name}": loss for name, loss in result.task_losses.items()},
+        **result.losses.named(),
         "grad_norm": result.grad_norm,
         "consumed_samples": run.progress.consumed_samples,
         "consumed_tokens": run.progress.consumed_tokens,

@@ -19,8 +19,9 @@ from megatron_ext import compat
 from megatron_ext.checkpoints.state import single_optimizer
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.token_classes import Task
-from megatron_ext.training.losses import cross_entropy_weights, global_counts, task_sums
+from megatron_ext.training.losses import MeanLosses, cross_entropy_weights, global_counts, task_sums
 from megatron_ext.training.prepare import MicroBatch, StepInput
+from megatron_ext.training.z_loss import cross_entropy_and_square
 
 
 @dataclass
@@ -28,18 +29,21 @@ class StepResult:
     """The result of one step over the global batch, the same on every rank.
 
     Attributes:
-        loss: the objective.
-        task_losses: mean cross-entropy per task, for the tasks that had loss tokens.
+        losses: over the global batch.
         grad_norm: global gradient norm before clipping; nan without a backward pass.
         metrics: the ``metrics`` of all ranks, summed.
         applied: whether the optimizer took the step.
     """
 
-    loss: float
-    task_losses: dict[str, float]
+    losses: MeanLosses
     grad_norm: float
     metrics: list[float]
     applied: bool
+
+    @property
+    def loss(self) -> float:
+        """The objective, without the z-loss."""
+        return self.losses.objective
 
 
 def configure(model_config) -> None:
@@ -77,15 +81,15 @@ def train_step(
     counts, sums = _run(chunks, step, config, forward_only=False)
     optimizer.prepare_grads()
     meanwhile()
-    loss, task_losses, metrics = _reduce(sums, counts, config, metrics)
+    losses, metrics = _reduce(sums, counts, config, metrics)
     grad_norm = _gradient_norm(optimizer)
-    applied = accept(loss, grad_norm)
+    applied = accept(losses.objective, grad_norm)
     if applied:
         if 0 < config.optimizer.clip_grad < grad_norm:
             limit = config.optimizer.clip_grad
             torch.nn.utils.clip_grads_with_norm_(optimizer.get_parameters(), limit, torch.tensor(grad_norm))
         optimizer.step_with_ready_grads()
-    return StepResult(loss, task_losses, grad_norm, metrics, applied)
+    return StepResult(losses, grad_norm, metrics, applied)
 
 
 @contextmanager
@@ -105,21 +109,22 @@ def evaluate_step(chunks: list, step: StepInput, config: Config) -> tuple[Tensor
     """Forward pass over the global batch; ``step``: this replica's rows of it, on the device.
 
     Returns:
-        Sums [tasks] of cross-entropy over the global batch and counts [tasks] of loss tokens, float64, the same on
-        every rank.
+        Sums [terms, tasks] of cross-entropy and, with a z-loss, (log Z)^2 over the global batch, and counts [tasks] of
+        loss tokens, float64, the same on every rank.
     """
     counts, sums = _run(chunks, step, config, forward_only=True)
-    return _sum_over_world(sums), counts
+    return _sum_over_world(sums.flatten()).view_as(sums), counts
 
 
 def task_gradients(chunks: list, step: StepInput, config: Config, task: Task) -> None:
-    """Forward and backward pass for one task's mean cross-entropy over the global batch.
+    """Forward and backward pass for one task's mean cross-entropy over the global batch, without a z-loss.
 
     Afterwards ``main_grad`` of every parameter (this rank's slice of it) is its gradient, complete on every replica,
     even if the optimizer is sharded over replicas. Nothing else has changed: the next step zeroes these buffers.
     """
     task_weights = TaskWeights(**{other.name.lower(): float(other == task) for other in Task})
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, task_weights=task_weights))
+    training = dataclasses.replace(config.training, task_weights=task_weights, z_loss=0.0)
+    config = dataclasses.replace(config, training=training)
     for chunk in chunks:
         chunk.zero_grad_buffer()
         # The optimizer's last step may have left the buffers in .grad too; gradients would be added to them twice.
@@ -133,12 +138,12 @@ def task_gradients(chunks: list, step: StepInput, config: Config, task: Task) ->
 
 
 def _run(chunks: list, step: StepInput, config: Config, forward_only: bool, **options) -> tuple[Tensor, Tensor]:
-    """Loss tokens [tasks] of the global batch, and the sums [tasks] of their cross-entropies on this rank."""
+    """Loss tokens [tasks] of the global batch, and the sums [terms, tasks] of their losses on this rank."""
     counts = global_counts(step.loss_tokens)
     weights = cross_entropy_weights(counts, config.training.task_weights)
-    sums = torch.zeros_like(counts)
+    sums = counts.new_zeros(1 + (config.training.z_loss > 0), len(counts))
     for result in get_forward_backward_func()(
-        forward_step_func=partial(_forward, weights),
+        forward_step_func=partial(_forward, weights, config.training.z_loss),
         data_iterator=[iter(step.micro_batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(step.micro_batches),
@@ -152,28 +157,31 @@ def _run(chunks: list, step: StepInput, config: Config, forward_only: bool, **op
     return counts, sums
 
 
-def _forward(weights: Tensor, micro_batches: Iterator[MicroBatch], chunk) -> tuple[Tensor, Callable]:
+def _forward(weights: Tensor, z_loss: float, micro_batches: Iterator[MicroBatch], chunk) -> tuple[Tensor, Callable]:
     micro_batch = next(micro_batches)
     token_losses = get_attr_wrapped_model(chunk, "token_losses")
-    return chunk(micro_batch.route), partial(_loss, micro_batch, weights, token_losses)
+    return chunk(micro_batch.route), partial(_loss, micro_batch, weights, z_loss, token_losses)
 
 
 def _loss(
-    micro_batch: MicroBatch, weights: Tensor, token_losses: Callable, logits: Tensor
+    micro_batch: MicroBatch, weights: Tensor, z_loss: float, token_losses: Callable, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This micro-batch's share of the objective. The schedule calls it on the last stage only."""
-    losses = token_losses(logits, micro_batch.labels)
-    objective = (losses * weights[micro_batch.tasks]).sum()
-    return objective, torch.zeros((), dtype=torch.int, device=objective.device), task_sums(losses, micro_batch.tasks)
+    labels, tasks = micro_batch.labels, micro_batch.tasks
+    if z_loss:
+        losses, squares = terms = cross_entropy_and_square(logits, labels)
+        losses = losses + z_loss * squares
+    else:
+        terms = [losses := token_losses(logits, labels)]
+    objective = (losses * weights[tasks]).sum()
+    sums = torch.stack([task_sums(term, tasks) for term in terms])
+    return objective, torch.zeros((), dtype=torch.int, device=objective.device), sums
 
 
-def _reduce(sums: Tensor, counts: Tensor, config: Config, metrics) -> tuple[float, dict[str, float], list[float]]:
-    message = torch.cat([counts, _sum_over_world(sums, *metrics)]).tolist()
-    counts, totals, metrics = message[: len(Task)], message[len(Task) : 2 * len(Task)], message[2 * len(Task) :]
-    weights = config.training.task_weights
-    task_losses = {task.name.lower(): total / count for task, total, count in zip(Task, totals, counts) if count}
-    loss = sum(getattr(weights, name) * value for name, value in task_losses.items())
-    return loss, task_losses, metrics
+def _reduce(sums: Tensor, counts: Tensor, config: Config, metrics) -> tuple[MeanLosses, list[float]]:
+    message = torch.cat([counts, _sum_over_world(sums.flatten(), *metrics)]).tolist()  # one wait for the device
+    rows = [message[start : start + len(Task)] for start in range(0, (1 + len(sums)) * len(Task), len(Task))]
+    return MeanLosses.of(rows[1:], rows[0], config.training), message[len(rows) * len(Task) :]
 
 
 def _gradient_norm(optimizer) -> float:

@@ -1,10 +1,11 @@
 """Self-attention of tokens with roles: projections, permutations and rotary positions around the core attention."""
 
+import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_ext.transformer.forward_context import ForwardContext
-from megatron_ext.transformer.kernels.functions import query_key_value, unpermute
+from megatron_ext.transformer.kernels.functions import head_norm, query_key_value, unpermute
 
 
 class UnifiedSelfAttention(SelfAttention):
@@ -30,6 +31,8 @@ class UnifiedSelfAttention(SelfAttention):
         mixed = mixed.view(-1, 1, groups, self.num_attention_heads_per_partition // groups + 2, d)
         if key_value is not None:
             key_value, keys = key_value.view(-1, 1, groups, 2, d), route.keys
+        if self.config.qk_layernorm:
+            mixed, key_value = self._normed(mixed, key_value)
         query, key, value = query_key_value(mixed, key_value, queries, keys, context.angles[layer])
         if context.attend is not None:
             output = context.attend(layer, query, key, value)
@@ -39,3 +42,10 @@ class UnifiedSelfAttention(SelfAttention):
                 attend = self._checkpointed_attention_forward
             output = attend(query, key, value, None, packed_seq_params=route)
         return self.linear_proj(unpermute(queries, output), slices.full_splits)
+
+    def _normed(self, mixed: Tensor, key_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Queries and keys normed over their heads; a key is normed alike, whether of a FULL or a KV_ONLY row."""
+        eps, key = self.config.layernorm_epsilon, self.k_layernorm.weight[None]
+        query = self.q_layernorm.weight.expand(mixed.shape[3] - 2, -1)
+        mixed = head_norm(mixed, torch.cat([query, key]), eps)
+        return mixed, None if key_value is None else head_norm(key_value, key, eps)

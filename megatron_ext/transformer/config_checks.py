@@ -16,19 +16,28 @@ def validate_model(config: Config) -> None:
     check_at_least_one("parallel", config.parallel, "tensor", "pipeline", "virtual_pipeline")
     heads = ("model.num_attention_heads", model.num_attention_heads)
     groups = ("model.num_query_groups", model.num_query_groups)
-    check_divisible("model.hidden_size", model.hidden_size, *heads)
+    if model.head_size is None:
+        check_divisible("model.hidden_size", model.hidden_size, *heads)
+    check_at_least_one("model", model, "head_size")
     check_divisible(*heads, *groups)
     check_divisible(*heads, "parallel.tensor", tensor)
     check_divisible(*groups, "parallel.tensor", tensor)
     check_divisible("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", tensor)
     if model.max_image_tokens < 0:
         raise UserError(f"config: 'model.max_image_tokens' is {model.max_image_tokens}, must be at least 0")
-    head_size = model.hidden_size // model.num_attention_heads
-    if head_size % 2:
+    if model.head_size % 2:
         raise UserError(
-            f"config: head size {head_size} (model.hidden_size / model.num_attention_heads) is odd; rotary positions "
-            "need an even one"
+            f"config: 'model.head_size' is {model.head_size} (by default model.hidden_size / "
+            "model.num_attention_heads), must be even for rotary positions"
         )
+    if scaling := model.rotary_scaling:
+        check_at_least_one("model.rotary_scaling", scaling, "factor", "original_max_position_embeddings")
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        if not 0 < low < high:
+            raise UserError(
+                f"config: 'model.rotary_scaling' has low_freq_factor {low} and high_freq_factor {high}, must be "
+                "0 < low_freq_factor < high_freq_factor"
+            )
 
 
 def validate_implementation(config: Config) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.routing.flops import key_width, query_width
 from megatron_ext.routing.plan import Plan
 from megatron_ext.transformer import transformer_engine
 from megatron_ext.transformer.grouped import grouped_linear as plain_grouped_linear
@@ -79,11 +80,10 @@ def validate(config: Config, plan: Plan) -> None:
 def _gemm_sizes(config: Config) -> dict[str, int]:
     """Inner and outer sizes of a rank's matrices, named by their keys."""
     model, tensor = config.model, config.parallel.tensor
-    kv_width = model.hidden_size // model.num_attention_heads * model.num_query_groups
     return {
         "model.hidden_size": model.hidden_size,
-        "model.hidden_size / parallel.tensor": model.hidden_size // tensor,
-        "head size x model.num_query_groups / parallel.tensor": kv_width // tensor,
+        "model.head_size x model.num_attention_heads / parallel.tensor": query_width(model) // tensor,
+        "model.head_size x model.num_query_groups / parallel.tensor": key_width(model) // tensor,
         "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // tensor,
     }
 

@@ -13,7 +13,7 @@ from megatron_ext.transformer.hidden_states import join
 from megatron_ext.transformer.initialization import initialize
 from megatron_ext.transformer.kernels.functions import permute
 from megatron_ext.transformer.resolved import ResolvedConfig
-from megatron_ext.transformer.rotary import rotary_table
+from megatron_ext.transformer.rotary import rotary_table, scaled_frequencies
 from megatron_ext.transformer.specs import block_spec, transformer_config
 
 
@@ -44,10 +44,10 @@ class UnifiedModel(GPTModel):
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=config.model.rotary_base,
-            rope_scaling=config.model.rotary_scaling_factor is not None,
-            rope_scaling_factor=config.model.rotary_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        if scaling := config.model.rotary_scaling:  # Megatron-Core's own has the factor alone
+            self.rotary_pos_emb.inv_freq = scaled_frequencies(self.rotary_pos_emb.inv_freq, scaling)
         self._rotary_table: Tensor | None = None
         self.image_positions = None
         if config.model.max_image_tokens and self.pre_process:

@@ -11,6 +11,8 @@ delta                  ``c_delta``                W + ``c_delta``
 low-rank delta (LoRA)  ``c_down``, ``c_up``       W + ``c_up`` ``c_down``, not computed
 =====================  =========================  ==========================================
 
+A ``bias`` is added whatever the matrix: one serves all tokens.
+
 Rows that use the same matrix are contiguous (see :mod:`megatron_ext.routing.route`), so each matrix takes one GEMM over
 its own rows. One message gathers the rows of all matrices before, and one reduces their outputs after.
 """
@@ -44,7 +46,7 @@ Splits = Sequence[tuple[int, int]]
 """(component, rows) of consecutive rows on one rank; component 0 is W."""
 
 SelectOutputs = Callable[[Tensor], Tensor]
-"""From a matrix [out, in] to some of its output rows."""
+"""From a matrix [out, in] or a bias [out] to some of its output rows."""
 
 
 def _all_outputs(weight: Tensor) -> Tensor:
@@ -81,6 +83,7 @@ class SplitProjection:
             config.gradient_accumulation_fusion = fuse_weight_gradient
         super().__init__(input_size, output_size, config=config, **options)
         self.projections = projections
+        self._has_bias = options["bias"]
         self.stride = options.get("stride", 1)
         self._group = options["tp_group"]
         self._size = size = self._group.size()
@@ -117,12 +120,17 @@ class SplitProjection:
     def grouped_gemm(
         self, rows: Tensor, splits: Splits, select: SelectOutputs = _all_outputs, scale: Tensor | None = None
     ) -> Tensor:
-        """``rows`` [R * n, 1, in / p], split as ``splits`` say, times the matrix of each split: [R * n, 1, out / p].
+        """``rows`` [R * n, 1, in / p], split as ``splits`` say, times the matrix of each split, plus the bias:
+        [R * n, 1, out / p].
 
         Args:
             select: selects the output rows of each matrix to compute.
             scale: [in / p], factors of the matrices' columns.
         """
+        output = self._products(rows, splits, select, scale)
+        return output.add_(select(self.bias)) if self._has_bias else output
+
+    def _products(self, rows: Tensor, splits: Splits, select: SelectOutputs, scale: Tensor | None) -> Tensor:
 
         def scaled(weight: Tensor) -> Tensor:
             return weight if scale is None else weight * scale
@@ -262,10 +270,10 @@ class QueryKeyValueSplitProjection(ColumnSplitProjection):
         return self.grouped_gemm(full, splits), key_value
 
     def _key_value_rows(self, weight: Tensor) -> Tensor:
-        """The output rows of keys and values, [g * 2 * d, in]."""
+        """The output rows of keys and values, [g * 2 * d, in] or, of a bias, [g * 2 * d]."""
         groups = self.config.num_query_groups // self._size
         d = self.config.kv_channels
-        return weight.view(groups, -1, d, weight.shape[-1])[:, -2:].flatten(0, 2)
+        return weight.view(groups, -1, d, *weight.shape[1:])[:, -2:].flatten(0, 2)
 
 
 class RowSplitProjection(SplitProjection):

@@ -105,8 +105,7 @@ def _implementation(config: Config) -> str:
 def _varlen(config: Config) -> bool:
     """Whether torch's kernel for variable lengths computes attention."""
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    head_size = config.model.hidden_size // config.model.num_attention_heads
-    return varlen_supports(cpu.DEVICE.type if cpu.available() else "cuda", dtype, head_size)
+    return varlen_supports(cpu.DEVICE.type if cpu.available() else "cuda", dtype, config.model.head_size)
 
 
 def _why_no_fp8(recipe: str, implementation: str) -> str | None:

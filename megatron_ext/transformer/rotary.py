@@ -1,9 +1,12 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), in the layout of GPT-NeoX."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from megatron_ext.model_config import RotaryScalingConfig
 
 
 def rotary_table(inverse_frequencies: Tensor, positions: int) -> Tensor:
@@ -11,6 +14,18 @@ def rotary_table(inverse_frequencies: Tensor, positions: int) -> Tensor:
     position = torch.arange(positions, dtype=inverse_frequencies.dtype, device=inverse_frequencies.device)
     angles = torch.outer(position, inverse_frequencies)
     return torch.stack([angles.cos(), angles.sin()])
+
+
+def scaled_frequencies(inverse_frequencies: Tensor, scaling: RotaryScalingConfig) -> Tensor:
+    """Inverse frequencies [d / 2] scaled for long contexts, as in Llama 3: ``apply_scaling`` in ``llama/model.py`` of
+    meta-llama/llama-models, which is also ``rope_type: llama3`` of Hugging Face's ``modeling_rope_utils.py``."""
+    factor, low, high = scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor
+    context = scaling.original_max_position_embeddings
+    wavelengths = 2 * math.pi / inverse_frequencies
+    kept = (context / wavelengths - low) / (high - low)
+    interpolated = (1 - kept) * inverse_frequencies / factor + kept * inverse_frequencies
+    scaled = torch.where(wavelengths > context / low, inverse_frequencies / factor, interpolated)
+    return torch.where(wavelengths < context / high, inverse_frequencies, scaled)
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:

@@ -40,12 +40,17 @@ def transformer_config(resolved: ResolvedConfig) -> TransformerConfig:
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
+        kv_channels=model.head_size,
         ffn_hidden_size=model.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        # The modules come from the layer spec. A rank norms its own heads: with this switch Megatron-Core sums over the
+        # tensor-parallel group the gradients of parameters with q_layernorm or k_layernorm in their names.
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -110,6 +115,7 @@ def layer_spec(resolved: ResolvedConfig, passes_slices: bool = False) -> ModuleS
         attention = DocumentAttention
         query_key_value, column, row = QueryKeyValueLinear, ColumnLinear, RowLinear
     projections = resolved.plan.projections
+    head_norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if resolved.config.model.qk_norm else {}
 
     def linear(kind: type, name: str) -> ModuleSpec:
         own = projections if name in projections.modules else Projections()
@@ -129,6 +135,7 @@ def layer_spec(resolved: ResolvedConfig, passes_slices: bool = False) -> ModuleS
                     linear_qkv=partial(qkv.module, **qkv.params),
                     core_attention=attention,
                     linear_proj=linear(row, "proj"),
+                    **head_norms,
                 ),
             ),
             pre_mlp_layernorm=AddNorm,

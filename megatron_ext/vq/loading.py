@@ -14,20 +14,21 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     """Load the VQ tokenizer in a local folder onto ``device``; nothing is downloaded.
 
     The folder holds a patch dictionary, or is in the form of transformers' ``save_pretrained``: the VQ network alone,
-    or a whole Janus, Emu3 or Chameleon checkpoint, of which only the VQ network is read.
+    or a whole Janus, Emu3 or Chameleon checkpoint or an exported model
+    (:mod:`megatron_ext.export_hf`), of which only the VQ network is read.
 
     Raises:
         UserError: the folder holds no such tokenizer, or weights are missing.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    # A whole checkpoint keeps the tokenizer's configuration in a section of its own.
+    config = config.get("vq_config") or config
     if config.get("model_type") == PatchDictionary.kind:
         return PatchDictionary.from_folder(folder, config).to(device)
     # Importing transformers takes seconds.
     from megatron_ext.vq.adapters import ADAPTERS
 
-    # A whole checkpoint keeps the tokenizer's configuration in a section of its own.
-    config = config.get("vq_config") or config
     adapter = ADAPTERS.get(config.get("model_type"))
     if adapter is None:
         raise UserError(

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json
 from megatron_ext.vq.model import VQModel
 from megatron_ext.vq.pixels import from_bytes, to_bytes
+
+_EXPORTED = "vqmodel.patches"
+"""The name of the patches in an exported model (``export_hf/``)."""
 
 
 class PatchDictionary(VQModel):
@@ -66,9 +69,14 @@ def _positive(folder: Path, config: dict, key: str) -> int:
 
 
 def _read_patches(folder: Path, patch: int) -> Tensor:
-    file = folder / "model.safetensors"
+    file, patches = folder / "model.safetensors", None
+    index = folder / "model.safetensors.index.json"  # of an exported model in shards
+    if index.is_file():
+        file = folder / read_json(index)["weight_map"].get(_EXPORTED, file.name)
     try:
-        patches = load_file(file).get("patches")
+        with safe_open(file, framework="pt") as tensors:
+            for name in {"patches", _EXPORTED} & {*tensors.keys()}:
+                patches = tensors.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     if patches is None or patches.dtype != torch.uint8 or patches.shape[1:] != (3, patch, patch) or not len(patches):

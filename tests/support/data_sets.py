@@ -9,7 +9,7 @@ from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.source import Source
 from megatron_ext.vocabulary import Vocabulary
 
-SPECIAL = SpecialTokens(bos=1, pad=100, eod=101, boi=102, eoi=103)
+SPECIAL = SpecialTokens(bos=1, pad=100, eod=101, boi=102, eoi=103, answer_end=101)
 FIRST_CODE, CODES = 104, 64
 GRID = [2, 4]
 

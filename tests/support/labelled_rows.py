@@ -9,7 +9,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
-SPECIAL = SpecialTokens(bos=1, pad=30, eod=31, boi=32, eoi=33)
+SPECIAL = SpecialTokens(bos=1, pad=30, eod=31, boi=32, eoi=33, answer_end=31)
 VOCABULARY = 64
 IDS = {"bos": 1, "boi": 32, "eoi": 33, "eod": 31}
 

@@ -70,7 +70,11 @@ def full_layer(
 
     normed = rms_norm(x, layer["input_layernorm.weight"], model.norm_epsilon)
     qkv = project("self_attention.linear_qkv", normed)
-    attended = attention(*heads_of(qkv, model), visible(role, batch), batch.positions, model.rotary_base)
+    query, key, value = heads_of(qkv, model)
+    if model.qk_norm:
+        query = rms_norm(query, layer["self_attention.q_layernorm.weight"], model.norm_epsilon)
+        key = rms_norm(key, layer["self_attention.k_layernorm.weight"], model.norm_epsilon)
+    attended = attention(query, key, value, visible(role, batch), batch.positions, model.rotary_base)
     x = x + project("self_attention.linear_proj", attended)
     normed = rms_norm(x, layer["pre_mlp_layernorm.weight"], model.norm_epsilon)
     gate, up = project("mlp.linear_fc1", normed).chunk(2, dim=-1)
@@ -78,11 +82,11 @@ def full_layer(
 
 
 def projection(layer: Mapping[str, Tensor], module: str, x: Tensor, component: Tensor, plan: Plan) -> Tensor:
-    """``x`` [b, s, in] times the weight that each token uses, [b, s, out]."""
-    shared = layer[f"{module}.weight"]
+    """``x`` [b, s, in] times the weight that each token uses, plus the bias that all use, if any: [b, s, out]."""
+    shared, bias = layer[f"{module}.weight"], layer.get(f"{module}.bias", 0)
     y = x @ shared.T
     if module.split("linear_")[1] not in plan.projections.modules:
-        return y
+        return y + bias
     for number, name in enumerate(plan.projections.components, start=1):
         if plan.projections.kind == "separate":
             weight = layer[f"{module}.{name}_weight"]
@@ -91,7 +95,7 @@ def projection(layer: Mapping[str, Tensor], module: str, x: Tensor, component: T
         else:
             weight = shared + layer[f"{module}.{name}_up"] @ layer[f"{module}.{name}_down"]
         y = torch.where((component == number)[..., None], x @ weight.T, y)
-    return y
+    return y + bias
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -104,9 +108,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, positi
 
 def heads_of(qkv: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, each [b, s, heads, d]; a group's key and value are repeated for its queries."""
-    groups, size = model.num_query_groups, model.hidden_size // model.num_attention_heads
-    queries = model.num_attention_heads // groups
-    query, key, value = qkv.view(*qkv.shape[:2], groups, queries + 2, size).split([queries, 1, 1], dim=3)
+    groups, queries = model.num_query_groups, model.num_attention_heads // model.num_query_groups
+    query, key, value = qkv.view(*qkv.shape[:2], groups, queries + 2, model.head_size).split([queries, 1, 1], dim=3)
     key, value = (x.expand_as(query) for x in (key, value))
     return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
 

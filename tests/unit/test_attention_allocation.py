@@ -170,7 +170,7 @@ def test_random_weights_against_a_model_that_masks(one_process, monkeypatch, pla
 def test_hugging_face_s_attention(one_process):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_ext.conversion.hugging_face import from_llama
+    from megatron_ext.hugging_face.weights import StateDict, parameters_of
 
     one_process(*SHAPE)
     model, plan, shape = model_of([])
@@ -187,7 +187,7 @@ def test_hugging_face_s_attention(one_process):
         )
     )
     randomize(llama)
-    model.load_state_dict(from_llama(llama.state_dict(), shape), strict=False)
+    model.load_state_dict(parameters_of(StateDict(llama.state_dict(), shape)), strict=False)
     batch, names = rows_of([understanding(6, (3, 2), (1, 3))], [generation(4, 12)], length=20)
     with torch.no_grad():
         attentions = llama(batch.tokens, output_attentions=True).attentions  # of each layer [b, heads, s, s]

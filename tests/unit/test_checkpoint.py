@@ -11,7 +11,13 @@ STATE = {"model": {"hidden_size": 128, "layers": [1, 2]}, "fingerprints": {"voca
 
 @pytest.mark.parametrize(
     "expected",
-    [{}, {"model": {}}, {"model": {"layers": (1, 2)}}, {"fingerprints": {"vocabulary": "5f0c", "vq": None}}, STATE],
+    [
+        {},
+        {"model": {"hidden_size": 128, "layers": (1, 2)}},
+        {"model": {"hidden_size": 128, "layers": [1, 2], "experts": None}},
+        {"fingerprints": {"vocabulary": "5f0c"}},
+        STATE,
+    ],
 )
 def test_a_checkpoint_that_agrees_with_the_run_is_accepted(expected):
     check_compatible(STATE, expected)
@@ -23,7 +29,8 @@ def test_a_checkpoint_that_agrees_with_the_run_is_accepted(expected):
         ({"fingerprints": {"vocabulary": "abcd"}}, "its fingerprints.vocabulary is 5f0c, this run's is abcd"),
         ({"model": {"hidden_size": 256}}, "its model.hidden_size is 128, this run's is 256"),
         ({"model": {"layers": [1, 2, 3]}}, r"its model.layers is \[1, 2\], this run's is \[1, 2, 3\]"),
-        ({"model": {"experts": 4}}, "its model.experts is None, this run's is 4"),
+        ({"model": {"hidden_size": 128}}, r"its model.layers is \[1, 2\], this run's is None"),
+        ({"model": {"layers": [1, 2], "hidden_size": 128, "experts": 4}}, "its model.experts is None, this run's is 4"),
         ({"plan": {"preset": "dense"}}, "its plan.preset is None, this run's is dense"),
     ],
 )

@@ -1,5 +1,6 @@
 """Configuration: files, overrides, and refusals that name the key, the value and what would do."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,12 @@ def test_unknown_keys_and_wrong_types_are_named(override, parts):
         (["data.caption_dropout=1.5"], 1, ["data.caption_dropout", "1.5"]),
         (["optimizer.schedule=wsd"], 1, ["optimizer.wsd_decay_iterations"]),
         (["optimizer.warmup_iterations=100"], 1, ["optimizer.warmup_iterations", "training.iterations"]),
+        (["model.num_attention_heads=3"], 1, ["model.hidden_size (128)", "num_attention_heads (3)"]),
+        (["model.head_size=33"], 1, ["model.head_size", "33", "even"]),
+        (["model.head_size=0"], 1, ["model.head_size", "0", "at least 1"]),
+        (["model.rotary_scaling.factor=0.5"], 1, ["model.rotary_scaling.factor", "0.5", "at least 1"]),
+        (["model.rotary_scaling={factor: 2, low_freq_factor: 4}"], 1, ["model.rotary_scaling", "low_freq_factor 4"]),
+        (["training.z_loss=-1"], 1, ["training.z_loss", "-1", "at least 0"]),
         (["model.num_layers=0"], 1, ["model.num_layers", "at least 1"]),
         (["evaluation.interval=-1"], 1, ["evaluation.interval", "-1"]),
         ([*EVALUATED, 'evaluation.vq=""'], 1, ["evaluation.vq", "empty"]),
@@ -133,3 +140,43 @@ def test_the_examples_fit_their_machines_and_have_the_published_sizes(name, worl
     check(config, world_size)
     text_vocabulary = {"llama-3.2-1b": 128256, "llama-2-7b": 32000, "llama-2-13b": 32000}.get(name, 1028)
     assert parameter_count(config.model, text_vocabulary, Projections()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+OLD_IDENTITY = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_query_groups": 4,
+    "ffn_hidden_size": 384,
+    "rotary_base": 10000.0,
+    "rotary_scaling_factor": None,
+    "max_image_tokens": 0,
+    "norm_epsilon": 1e-05,
+    "tie_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "identity"),
+    [
+        ([], OLD_IDENTITY),
+        (["model.head_size=32", "model.init_std=1"], OLD_IDENTITY),
+        (["model.rotary_scaling_factor=32"], OLD_IDENTITY | {"rotary_scaling_factor": 32.0}),
+        (["model.rotary_scaling.factor=32"], OLD_IDENTITY | {"rotary_scaling_factor": 32.0}),
+        (["model.head_size=48"], OLD_IDENTITY | {"head_size": 48}),
+        (["model.qkv_bias=true", "model.qk_norm=true"], OLD_IDENTITY | {"qkv_bias": True, "qk_norm": True}),
+    ],
+)
+def test_a_model_that_older_checkpoints_could_have_has_their_identity(overrides, identity):
+    model = load(*overrides).model
+    assert model.identity == identity
+    assert config_file.from_tree(type(model), identity).identity == identity
+
+
+def test_rotary_scaling_has_a_short_form():
+    full = load("model.rotary_scaling={factor: 8, original_max_position_embeddings: 1024}").model
+    assert dataclasses.astuple(full.rotary_scaling) == (8.0, 1.0, 4.0, 1024)
+    assert full.identity["rotary_scaling"]["original_max_position_embeddings"] == 1024
+    assert load("model.rotary_scaling_factor=8").model == load("model.rotary_scaling.factor=8").model
+    with pytest.raises(UserError, match="'model.rotary_scaling_factor' is a short form .* only one"):
+        load("model.rotary_scaling_factor=8", "model.rotary_scaling.factor=8")

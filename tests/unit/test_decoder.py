@@ -85,9 +85,9 @@ def build(overrides: list[str]):
     return model.eval(), Plan.of(config.plan, config.model.num_layers)
 
 
-def cache_for(plan: Plan, rows: int, tokens: int, dtype: torch.dtype) -> Cache:
+def cache_for(plan: Plan, rows: int, tokens: int, dtype: torch.dtype, head_size: int = 8) -> Cache:
     capacities = layer_capacities(plan, [tokens] * 6)
-    return Cache(plan, capacities, rows, groups=2, head_size=8, dtype=dtype, device=torch.device("cpu"))
+    return Cache(plan, capacities, rows, groups=2, head_size=head_size, dtype=dtype, device=torch.device("cpu"))
 
 
 PLANS = {
@@ -98,6 +98,10 @@ PLANS = {
         "plan.dense_share={of: image_tokens, start: 0.5}",
     ],
     "learned image positions": ["plan.preset=himix_hmgen_share_all", "model.max_image_tokens=30"],
+    "bias, norms of queries and keys, wider heads": [
+        "plan.preset=himix_hmgen_share_partial",
+        *("model.qkv_bias=true", "model.qk_norm=true", "model.head_size=12"),
+    ],
     "any table": [
         "plan.table=[{layers: '1', task: all, modality: text, role: skip},"
         "{layers: '2', task: all, modality: text, role: kv_only},"
@@ -121,9 +125,8 @@ def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan
         tokens = documents(seed)
         tasks = tasks_of(tokens, seed)
         expected = full_logits(model, plan, tokens, tasks)
-        decoder = Decoder(
-            model, plan, TokenIds, len(tokens), cache_for(plan, len(tokens), max(map(len, tokens)), dtype)
-        )
+        cache = cache_for(plan, len(tokens), max(map(len, tokens)), dtype, model.config.kv_channels)
+        decoder = Decoder(model, plan, TokenIds, len(tokens), cache)
         largest = max(float(logits.abs().max()) for logits in expected)
         monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, chunk_size))
         for start in range(0, max(map(len, tokens)), chunk_size):

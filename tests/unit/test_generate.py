@@ -20,6 +20,7 @@ class TokenIds:
     """A vocabulary of 30 text tokens, ``bos`` among them, the special tokens, and 20 image codes."""
 
     text_size, bos, pad, eod, boi, eoi, image_offset, size = 30, 1, 30, 31, 32, 33, 40, 60
+    answer_end = 29
 
     @staticmethod
     def is_image(ids):

@@ -65,6 +65,16 @@ def config_of(*overrides: str) -> Config:
     return config_file.load(Config, [], [*SHAPE, *overrides])
 
 
+def features(seed: int) -> list[str]:
+    """Bias, norms of queries and keys, and another head size than the default: any combination."""
+    bias, norm, head_size = (bool(seed >> bit & 1) for bit in range(3))
+    return [
+        f"model.qkv_bias={str(bias).lower()}",
+        f"model.qk_norm={str(norm).lower()}",
+        f"model.head_size={12 if head_size else 'null'}",
+    ]
+
+
 def plan_of(config: Config) -> Plan:
     return Plan.of(config.plan, config.model.num_layers)
 
@@ -198,7 +208,7 @@ def test_any_role_table_with_a_dense_share_equals_the_reference(one_process, uni
 def test_any_role_table_equals_the_reference(one_process, block):
     one_process(*SHAPE)
     for seed in range(25 * block, 25 * (block + 1)):
-        config = config_of(f"model.tie_embeddings={'true' if seed % 4 == 0 else 'false'}")
+        config = config_of(f"model.tie_embeddings={'true' if seed % 4 == 0 else 'false'}", *features(seed))
         config = dataclasses.replace(config, plan=random_plan(seed))
         case = f"table {seed}:"
         roles = {(int(e.layers), e.task, e.modality): e.role for e in config.plan.table}
@@ -391,10 +401,10 @@ class TestReference:
         return batch
 
     def logits(self, llama, batch: Batch, role: str) -> torch.Tensor:
-        from megatron_ext.conversion.hugging_face import from_llama
+        from megatron_ext.hugging_face.weights import StateDict, parameters_of
 
         plan = Plan.of(PlanConfig(table=[RoleEntry("all", "understanding", "image", role)]), self.MODEL.num_layers)
-        return reference.logits(from_llama(llama.state_dict(), self.MODEL), self.MODEL, plan, batch)
+        return reference.logits(parameters_of(StateDict(llama.state_dict(), self.MODEL)), self.MODEL, plan, batch)
 
     def test_dense_equals_llama(self):
         llama, batch = self.llama(), self.rows()

@@ -45,7 +45,7 @@ def test_objective_is_the_weighted_sum_of_task_means_over_the_global_batch(one_p
         counted = (batch.task == task) & (batch.loss_mask > 0)
         expected[task.name.lower()] = float(losses[counted].mean())
     result = train_step(chunks, build_optimizer(config, chunks), prepare(batch, resolve(config)), config)
-    assert result.task_losses == pytest.approx(expected, rel=1e-5)
+    assert result.losses.tasks == pytest.approx(expected, rel=1e-5)
     weighted = 2 * expected["understanding"] + 0.5 * expected["generation"] + expected["text"]
     assert result.loss == pytest.approx(weighted, rel=1e-5)
 
@@ -56,8 +56,8 @@ def test_a_task_without_loss_tokens_contributes_nothing(one_process):
     batch = packed_batch(4, 48, seed=3)
     batch.loss_mask[batch.task == Task.GENERATION] = 0
     result = train_step(chunks, build_optimizer(config, chunks), prepare(batch, resolve(config)), config)
-    assert "generation" not in result.task_losses
-    assert result.loss == pytest.approx(sum(result.task_losses.values()), rel=1e-6)
+    assert "generation" not in result.losses.tasks
+    assert result.loss == pytest.approx(sum(result.losses.tasks.values()), rel=1e-6)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_ext.routing.permutation import Permutation
 from megatron_ext.transformer.autograd_function import Function
 from megatron_ext.transformer.kernels.backend import backend_of
+from megatron_ext.transformer.kernels.head_norm import head_norm_backward, head_norm_forward
 from megatron_ext.transformer.rotary import RotaryAngles
 
 
@@ -29,6 +30,12 @@ def input_norm(
 def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``residual + x``, [n, 1, h], and the norm of this sum."""
     return _AddNorm.call(residual, x, weight, eps)
+
+
+def head_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``rows`` [n, 1, groups, w + 1, d], each group w queries and keys and a value: the value as it is, the others
+    over their root mean square, times ``weight`` [w, d]."""
+    return _HeadNorm.call(rows, weight, eps)
 
 
 def query_key_value(
@@ -106,6 +113,18 @@ class _AddNorm(Function):
             _grad_or_zeros(grad_normed, total), None, _contiguous(grad_total), None, total, None, weight, scale, None
         )
         return grad_total, grad_total, grad_weight, None
+
+
+class _HeadNorm(Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed, scale = head_norm_forward(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return *head_norm_backward(grad, *ctx.saved_tensors), None
 
 
 class _QueryKeyValue(Function):

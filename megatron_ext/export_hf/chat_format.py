@@ -1,0 +1,113 @@
+"""The chat template of an exported folder: a generic client that applies it asks as training did."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+
+from tokenizers import Tokenizer
+
+from megatron_ext import chat_template
+from megatron_ext.errors import UserError
+from megatron_ext.vocabulary import Vocabulary
+
+IMAGE_TOKEN = "<image>"
+
+
+@dataclass(frozen=True)
+class Glue:
+    """What to write before a text so that the exported tokenizer gives it the ids that training gave it.
+
+    Attributes:
+        opening, alone, after_text, after_answer: by what stands before it: the token that opens documents, nothing (the
+            processor encodes what follows an image by itself), another text, the token that ends answers.
+    """
+
+    opening: str
+    alone: str
+    after_text: str
+    after_answer: str
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, tokenizer: Tokenizer, bos: str, end: str) -> "Glue":
+        """Found by trial.
+
+        Args:
+            bos, end: the strings of the tokens that open documents and end answers.
+
+        Raises:
+            UserError: nothing gives the ids of training.
+        """
+        first, later = vocabulary.encode("a"), vocabulary.encode_segment("a")
+
+        def find(before: str, before_ids: list[int], expected: list[int]) -> str:
+            for glue in ("", " "):
+                if tokenizer.encode(f"{before}{glue}a", add_special_tokens=False).ids == before_ids + expected:
+                    return glue
+            raise UserError(f"{vocabulary.text_file}: a text after {before!r} does not get the ids of training")
+
+        return cls(
+            opening=find(bos, [vocabulary.bos], first),
+            alone=find("", [], later),
+            after_text=find("a", first, later),
+            after_answer=find(end, [vocabulary.answer_end], later),
+        )
+
+
+def exported_chat_template(vocabulary: Vocabulary, glue: Glue, bos: str, end: str) -> str:
+    """A Jinja template that writes conversations as training documents are written: by the vocabulary's template, or
+    with nothing but the texts, images and ends of answers.
+
+    Args:
+        bos, end: the strings of the tokens that open documents and end answers.
+    """
+    source = vocabulary.chat_template
+    if source is None:
+        return _PLAIN_LAYOUT % {name: json.dumps(text) for name, text in asdict(glue).items()}
+    formats = sorted(set(re.findall(r"strftime_now\(\s*['\"]([^'\"]*)['\"]", source)))
+    days = {text: chat_template.DATE.strftime(text) for text in formats}
+    head = _FAMILY_HEAD % {"days": json.dumps(days), "day": json.dumps(chat_template.DATE.strftime("%d %b %Y"))}
+    if not chat_template.of(vocabulary).writes_bos:
+        head += "{{- bos_token -}}\n"
+    return head + source
+
+
+_PLAIN_LAYOUT = """\
+{%%- set state = namespace(glue=%(opening)s) -%%}
+{{- bos_token -}}
+{%%- for message in messages -%%}
+{%%- set parts = [{"type": "text", "text": message.content}] if message.content is string else message.content -%%}
+{%%- for part in parts -%%}
+{%%- if part.type != "text" -%%}
+{{- "<image>" -}}
+{%%- set state.glue = %(alone)s -%%}
+{%%- elif part.text -%%}
+{{- state.glue + part.text -}}
+{%%- set state.glue = %(after_text)s -%%}
+{%%- endif -%%}
+{%%- endfor -%%}
+{%%- if message.role == "assistant" -%%}
+{{- eos_token -}}
+{%%- set state.glue = %(after_answer)s -%%}
+{%%- endif -%%}
+{%%- endfor -%%}
+"""
+
+_FAMILY_HEAD = """\
+{#- Conversations come with lists of parts, which the template below may not know; the day is that of training. -#}
+{%%- set state = namespace(messages=[], text="") -%%}
+{%%- for message in messages -%%}
+{%%- if message.content is string -%%}
+{%%- set state.text = message.content -%%}
+{%%- else -%%}
+{%%- set state.text = "" -%%}
+{%%- for part in message.content -%%}
+{%%- set state.text = state.text + (part.text if part.type == "text" else "<image>") -%%}
+{%%- endfor -%%}
+{%%- endif -%%}
+{%%- set state.messages = state.messages + [dict(message, content=state.text)] -%%}
+{%%- endfor -%%}
+{%%- set messages = state.messages -%%}
+{%%- macro strftime_now(format) -%%}{{- %(days)s[format] -}}{%%- endmacro -%%}
+{%%- set date_string = %(day)s -%%}
+{%%- set enable_thinking = false -%%}
+"""

@@ -1,0 +1,136 @@
+"""Writes a trained checkpoint as a Hugging Face folder."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ext import config_file, files
+from megatron_ext import vq as vq_package
+from megatron_ext.checkpoints import folder as checkpoint_folder
+from megatron_ext.checkpoints.checkpointer import check_compatible
+from megatron_ext.checkpoints.stored_weights import StoredWeights
+from megatron_ext.config import Config
+from megatron_ext.errors import UserError
+from megatron_ext.export_hf import readme
+from megatron_ext.export_hf.form import OWN_CLASS, Exported, choose_form, end_tokens, own_config, plain_config
+from megatron_ext.export_hf.shards import write_shards
+from megatron_ext.export_hf.tokenizer_files import write_tokenizer
+from megatron_ext.export_hf.vq_files import vq_keys, vq_tensors
+from megatron_ext.export_hf.weights import EMBEDDING, tensors
+from megatron_ext.routing.plan import Plan, with_roles
+from megatron_ext.vocabulary import Vocabulary
+from megatron_ext.vq.model import VQModel
+
+OWN_CODE = Path(__file__).parent / "own_code"
+DTYPES = ("trained", "float32", "bfloat16", "float16")
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    vq: Path | None = None,
+    form: str = "auto",
+    dtype: str = "trained",
+    shard_size: int = 5 << 30,
+    vocabulary: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict:
+    """Write the model of a checkpoint to the folder ``out``; config.json, without which it does not load, comes last.
+
+    Memory holds a shard and a projection of one layer. No process group is needed.
+
+    Args:
+        checkpoint: a checkpoint, saved under any layout, or a run's folder, for its newest one.
+        vq: folder of the VQ tokenizer that the training data was made with; own code needs it.
+        form: ``auto``, ``plain``, ``own``; see :func:`~megatron_ext.export_hf.form.choose_form`.
+        dtype: one of :data:`DTYPES`.
+        shard_size: most bytes of a file of weights.
+        vocabulary: its folder; None: that of the run's configuration.
+        overrides: ``plan.key=value``; they change the roles of tokens, not the projections.
+
+    Returns:
+        "form", "class", "dtype", and the numbers of :func:`~megatron_ext.export_hf.shards.write_shards`.
+
+    Raises:
+        UserError: names the file or setting at fault.
+    """
+    if (out / "config.json").exists():
+        raise UserError(f"{out}: already holds a model; name another folder")
+    path = checkpoint_folder.of_run(checkpoint)
+    weights = StoredWeights(path)
+    config = with_roles(config_file.from_tree(Config, weights.state["config"]), overrides)
+    trained_vocabulary = Vocabulary(vocabulary or config.data.vocabulary)
+    check_compatible(weights.state, {"fingerprints": {"vocabulary": trained_vocabulary.fingerprint}}, path)
+    target = weights.dtype if dtype == "trained" else getattr(torch, dtype)
+    exported = Exported(
+        model=config.model,
+        plan=Plan.from_config(config),
+        vocabulary=trained_vocabulary,
+        vocab_size=weights.shape(EMBEDDING)[0],
+        dtype=str(target).removeprefix("torch."),
+        sequence_length=config.data.sequence_length,
+    )
+    form = choose_form(exported, form)
+    tokenizer = _vq(vq, trained_vocabulary) if vq else None
+    if form == "own" and tokenizer is None:
+        raise UserError(f"{path}: is exported with its VQ tokenizer; name its folder (--vq)")
+
+    out.mkdir(parents=True, exist_ok=True)
+    stream = ((name, tensor.to(target)) for name, tensor in tensors(weights, exported.model, exported.plan.projections))
+    if form == "own":
+        numbers = write_shards(out, _joined(vq_tensors(tokenizer), stream), shard_size)
+        description = own_config(exported, vq_keys(tokenizer))
+        for file in OWN_CODE.glob("*_unified.py"):
+            shutil.copyfile(file, out / file.name)
+    else:
+        numbers = write_shards(out, stream, shard_size)
+        description = plain_config(exported)
+    glue = write_tokenizer(out, trained_vocabulary, exported.sequence_length, with_images=form == "own")
+    if form == "own":
+        _write_processor(out, tokenizer, glue.alone)
+    files.write_json(out / "generation_config.json", _generation_config(exported))
+    files.write_text(out / "README.md", readme.text(exported, form, path, tokenizer))
+    files.write_json(out / "config.json", description)
+    return {"form": form, "class": description["architectures"][0], "dtype": exported.dtype, **numbers}
+
+
+def _joined(*streams: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for stream in streams:
+        yield from stream
+
+
+def _vq(folder: Path, vocabulary: Vocabulary) -> VQModel:
+    vq = vq_package.load(folder)
+    if vq.codebook_size != vocabulary.codebook_size:
+        raise UserError(
+            f"{folder}: has {vq.codebook_size} codes, the vocabulary in {vocabulary.folder} {vocabulary.codebook_size}"
+        )
+    return vq
+
+
+def _write_processor(out: Path, vq: VQModel, text_prefix: str) -> None:
+    auto_map = {
+        "AutoProcessor": "processing_unified.UnifiedProcessor",
+        "AutoImageProcessor": "processing_unified.UnifiedImageProcessor",
+    }
+    names = {"processor_class": "UnifiedProcessor", "auto_map": auto_map}
+    processor = {"image_length": vq.grid[0] * vq.grid[1], "text_prefix": text_prefix}
+    files.write_json(out / "processor_config.json", names | processor)
+    image_processor = {"image_processor_type": "UnifiedImageProcessor", "image_size": list(vq.image_size)}
+    files.write_json(out / "preprocessor_config.json", names | image_processor)
+
+
+def _generation_config(exported: Exported) -> dict:
+    vocabulary = exported.vocabulary
+    return {
+        "bos_token_id": vocabulary.bos,
+        "eos_token_id": end_tokens(vocabulary),
+        "pad_token_id": vocabulary.pad,
+        "do_sample": False,
+    }
+
+
+__all__ = ["DTYPES", "OWN_CLASS", "export"]

@@ -1,0 +1,91 @@
+"""The shape of the model: the ``model`` section of a configuration (:mod:`megatron_ext.config`)."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.errors import UserError
+
+
+@dataclass
+class RotaryScalingConfig:
+    """Llama 3's scaling of the rotary frequencies for long contexts, under Hugging Face's names.
+
+    A frequency whose wavelength exceeds ``original_max_position_embeddings / low_freq_factor`` positions is divided by
+    ``factor``; below ``original_max_position_embeddings / high_freq_factor`` it is kept; in between it is interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only Transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+
+    Raises:
+        UserError: both forms of the rotary scaling are given.
+    """
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None
+    """Key/value heads; None: one per attention head."""
+    ffn_hidden_size: int | None = None
+    """Width of the SwiGLU FFN; None: 8/3 of hidden_size, rounded up to a multiple of 64."""
+    head_size: int | None = None
+    """Width of an attention head; None: hidden_size / num_attention_heads."""
+    qkv_bias: bool = False
+    """A bias in the query, key and value projection (Qwen2). One bias serves text and image tokens."""
+    qk_norm: bool = False
+    """RMSNorm of every head's query and key before the rotation (Qwen3). One norm serves text and image tokens."""
+    rotary_base: float = 10000.0
+    rotary_scaling: RotaryScalingConfig | None = None
+    """Scaling of the rotary frequencies; None: none."""
+    rotary_scaling_factor: float | None = None
+    """Short form of ``rotary_scaling`` with Llama 3's other values."""
+    max_image_tokens: int = 0
+    """Learned embeddings of the position inside an image, one for each of its tokens, added to the token embeddings.
+    Small models learn spatial relations from fewer images with them; rotary positions stay as they are. 0: none."""
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    tie_embeddings: bool = False
+    implementation: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Source of linear layers, norms and attention; auto: Transformer Engine if it is installed, a GPU is present and
+    training.precision is bf16, else local."""
+
+    def __post_init__(self):
+        self.num_query_groups = self.num_query_groups or self.num_attention_heads
+        self.ffn_hidden_size = self.ffn_hidden_size or -(-self.hidden_size * 8 // 3 // 64) * 64
+        heads = self.num_attention_heads
+        if self.head_size is None and heads > 0 and self.hidden_size % heads == 0:  # else validation refuses it
+            self.head_size = self.hidden_size // heads
+        if self.rotary_scaling_factor is not None:
+            if self.rotary_scaling is not None:
+                raise UserError(
+                    "config: 'model.rotary_scaling_factor' is a short form of 'model.rotary_scaling'; give only one"
+                )
+            self.rotary_scaling, self.rotary_scaling_factor = RotaryScalingConfig(self.rotary_scaling_factor), None
+
+    @property
+    def identity(self) -> dict:
+        """The keys on which a checkpoint and the run that loads it must agree.
+
+        Keys that older checkpoints lack are left out where their value is what those checkpoints were trained with.
+        """
+        identity = dataclasses.asdict(self)
+        for free in ("implementation", "init_std"):
+            del identity[free]
+        if self.head_size * self.num_attention_heads == self.hidden_size:
+            del identity["head_size"]
+        for switch in ("qkv_bias", "qk_norm"):
+            if not identity[switch]:
+                del identity[switch]
+        scaling = self.rotary_scaling
+        if scaling is None or scaling == RotaryScalingConfig(scaling.factor):
+            del identity["rotary_scaling"]
+            identity["rotary_scaling_factor"] = None if scaling is None else scaling.factor
+        return identity

@@ -1,0 +1,66 @@
+"""Export a trained checkpoint as a Hugging Face folder.
+
+A model whose tokens are all FULL, with shared projections, becomes a stock Llama, Qwen2 or Qwen3 over text and image
+tokens (--form plain). Any model can take its own code into the folder (--form own): with the VQ tokenizer, a processor
+and generate() for answers and pictures. auto: plain where that is possible.
+"""
+
+from pathlib import Path
+
+from megatron_ext import command_line, files
+from megatron_ext.errors import UserError
+
+
+def main() -> None:
+    parser = command_line.parser(
+        __doc__, "python tools/export_hf.py --checkpoint runs/my --vq checkpoints/janus --out runs/my/hf"
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write")
+    add(
+        "--vq", type=Path, metavar="FOLDER", help="the VQ tokenizer that the model was trained with (own code needs it)"
+    )
+    add("--vocabulary", type=Path, metavar="FOLDER", help="the run's vocabulary, if it was moved")
+    add("--form", choices=("auto", "plain", "own"), default="auto", help="default: auto")
+    add("--dtype", choices=("trained", "float32", "bfloat16", "float16"), default="trained", help="default: trained")
+    add(
+        "--shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="most bytes of a file of weights, as 5GB or 200MB (default: 5GB)",
+    )
+    add("overrides", nargs="*", metavar="plan.key=value", help="changes the roles of tokens")
+    arguments = parser.parse_args()
+    shard_size = _bytes(arguments.shard_size)
+    # Imported late: --help should not wait for torch.
+    from megatron_ext.export_hf.write import export
+
+    numbers = export(
+        arguments.checkpoint,
+        arguments.out,
+        arguments.vq,
+        arguments.form,
+        arguments.dtype,
+        shard_size,
+        arguments.vocabulary,
+        arguments.overrides,
+    )
+    if arguments.json:
+        files.write_json(arguments.json, numbers)
+    print(
+        f"{arguments.out}: {numbers['class']} ({numbers['form']} form), {numbers['tensors']} tensors in {numbers['dtype']}, "
+        f"{numbers['bytes']:,} bytes in {numbers['files']} file{'s' * (numbers['files'] > 1)}"
+    )
+
+
+def _bytes(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    try:
+        return round(float(text[:-2]) * units[text[-2:].upper()])
+    except (ValueError, KeyError):
+        raise UserError(f"--shard-size {text}: expected a number with KB, MB or GB, such as 5GB") from None
+
+
+if __name__ == "__main__":
+    command_line.run(main)
