@@ -170,6 +170,7 @@ def test_sentencepiece_leaves_control_pieces_in_text_and_finds_them_in_templates
     assert [text[b:e] for i, (b, e) in zip(ids, offsets) if i in model.control] == ["[INST]", "[/INST]", "</s>"]
     assert offsets[-2][1] == len(text) - len("</s>") and offsets[1][0] == len("[INST]")
     assert model.encode_template("red")[0] == model.encode("red")
+    assert model.encode_template("<s>red</s><s>no")[0] == [1, *model.encode("red"), 2, 1, *model.encode("no")]
 
 
 def model_folder(folder, config=None, generation=None, **files):
