@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_ext import chat_template
+from megatron_ext.config import SourceConfig
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT, Dataset
+from megatron_ext.data.mixture import Mixture
+from megatron_ext.data.packed_rows import PackedRows
+from megatron_ext.data.rendering import SpecialTokens
+from megatron_ext.data.show import describe_row
+from megatron_ext.data.source import Source
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import PreprocessOptions, preprocess
 from megatron_ext.preprocess.parts import tokenise
@@ -128,6 +134,18 @@ def test_the_data_set_says_which_template_wrote_it(tmp_path, vocabulary):
     assert written(vocabulary, plain.document(0)) == "what?** red**"
     with pytest.raises(UserError, match=r"set\.json: made with chat_template \w{16}, now None"):
         made("set", chat_template=False)
+
+
+def test_a_row_shows_control_tokens_and_learns_answers_up_to_the_end_of_their_turn(tmp_path, vocabulary):
+    file, length = tmp_path / "talk.jsonl", 32
+    file.write_text(json.dumps({"conversations": turns("what?", "red")}) + "\n")
+    preprocess(PreprocessOptions([file], tmp_path / "set"), vocabulary, None)
+    config = SourceConfig(str(tmp_path / "set"), "understanding")
+    source = Source.open("data.train[0]", config, vocabulary.fingerprint, length)
+    rows = PackedRows(Mixture([source], SpecialTokens.of(vocabulary), 1, 0.0), length)
+    shown = describe_row(rows, 0, vocabulary)
+    turn = "<bos> <|turn|> user\nwhat? <|eot|> \n <|turn|> assistant\n [[red <|eot|>]] \n"
+    assert turn in shown
 
 
 def test_a_template_that_the_vocabulary_lacks_is_refused(tmp_path, vocabulary):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import sys
 
 import pytest
 import sentencepiece
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_ext import text_model, tokenizer, tokenizer_files
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
+from support.programs import run_program
 from support.text_models import CONTROL, HOLES, byte_level, metaspace, sentences
 
 BEGIN, END, TURN, EOT = CONTROL
@@ -223,6 +225,20 @@ def test_without_a_token_that_opens_documents_the_end_of_the_one_before_does(tmp
 def test_what_a_model_s_files_lack_is_named(tmp_path, config, generation, template, message):
     with pytest.raises(UserError, match=message):
         tokenizer_files.read(model_folder(tmp_path / "m", config, generation), template)
+
+
+def test_the_tool_makes_a_vocabulary_of_a_model_s_folder(tmp_path):
+    config = {"bos_token": BEGIN, "eos_token": END, "chat_template": CHAT + "{% if add_generation_prompt %}<|turn|>"}
+    config["chat_template"] += "assistant\n{% endif %}"
+    folder = model_folder(tmp_path / "m", config)
+    command = [sys.executable, "tools/train_tokenizer.py", "--from-model", folder, "--codebook-size", "50"]
+    command += ["--chat-template", "model", "--bos", END, "--out", tmp_path / "v", "--json", tmp_path / "n.json"]
+    shown = run_program(command).stdout
+    assert "documents open with <|end|>, answers end with <|eot|>, a chat template" in shown
+    vocabulary, numbers = Vocabulary(tmp_path / "v"), json.loads((tmp_path / "n.json").read_text())
+    assert vocabulary.chat_template == config["chat_template"]
+    assert numbers["bos"] == vocabulary.bos == vocabulary.text.id(END)
+    assert numbers["answer_end"] == vocabulary.answer_end == vocabulary.text.id(EOT)
 
 
 def test_wrong_files_and_tokens_are_named(tmp_path, vocabulary):
