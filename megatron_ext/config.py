@@ -115,7 +115,7 @@ class SourceConfig:
 @dataclass
 class DataConfig:
     vocabulary: str = ""
-    """Folder with tokenizer.model and vocabulary.json."""
+    """Folder of tools/train_tokenizer.py."""
     train: list[SourceConfig] = field(default_factory=list)
     validation: list[SourceConfig] = field(default_factory=list)
     sequence_length: int = 512

@@ -19,7 +19,7 @@ def main() -> None:
         "  python -m lmms_eval --model huggingface --model_args pretrained=runs/exported,trust_remote_code=True \\\n"
         "      --tasks pope_local,gqa_local --include_path runs/tasks --log_samples --output_path runs/lmms\n"
         "  python tools/lmms_eval_tasks.py --samples runs/lmms/exported/..._samples_pope_local.jsonl \\\n"
-        "      --answers runs/lmms/pope.jsonl",
+        "      --questions runs/tasks/pope_local.jsonl --answers runs/lmms/pope.jsonl",
     )
     add = parser.add_argument
     add("--benchmark", action="append", default=[], choices=list(BENCHMARKS), help="name; repeatable")
@@ -28,12 +28,15 @@ def main() -> None:
     add("--limit", type=int, default=0, help="about this many questions, spread over the benchmark; 0: all")
     add("--max-new-tokens", type=int, default=16, help="most tokens of an answer (default: %(default)s)")
     add("--samples", type=Path, metavar="FILE", help="what lmms-eval logged about a task")
+    add("--questions", type=Path, metavar="FILE", help="the .jsonl of that task")
     add("--answers", type=Path, metavar="FILE", help="the answers file to write from --samples")
     arguments = parser.parse_args()
     if len(arguments.benchmark) != len(arguments.data):
         parser.error("give --data once for each --benchmark")
-    if bool(arguments.benchmark) != bool(arguments.out) or bool(arguments.samples) != bool(arguments.answers):
-        parser.error("--benchmark goes with --out, --samples with --answers")
+    if bool(arguments.benchmark) != bool(arguments.out):
+        parser.error("--benchmark goes with --out")
+    if len({bool(arguments.samples), bool(arguments.questions), bool(arguments.answers)}) > 1:
+        parser.error("--samples, --questions and --answers go together")
     if not (arguments.benchmark or arguments.samples):
         parser.error("nothing to do: give --benchmark or --samples")
     # Imported late: --help should not wait for it.
@@ -49,7 +52,7 @@ def main() -> None:
         numbers[f"{name}_local"] = len(items)
         print(f"{file}: {len(items)} questions")
     if arguments.samples:
-        numbers["answers"] = lmms_eval.read_samples(arguments.samples, arguments.answers)
+        numbers["answers"] = lmms_eval.read_samples(arguments.samples, arguments.questions, arguments.answers)
         print(f"{arguments.answers}: {numbers['answers']} answers")
     if arguments.json:
         files.write_json(arguments.json, numbers)

@@ -73,27 +73,34 @@ def write_task(folder: Path, task: str, items: Sequence[Item], max_new_tokens: i
     return file
 
 
-def read_samples(samples: Path, answers: Path) -> int:
-    """Write the answers that lmms-eval logged (``--log_samples``) for such a task as an answers file, which
-    ``tools/evaluate.py --score`` reads.
+def read_samples(samples: Path, questions: Path, answers: Path) -> int:
+    """Write the answers that lmms-eval logged (``--log_samples``) as an answers file, which ``tools/evaluate.py
+    --score`` reads.
+
+    Args:
+        samples: the log of a task; it names questions by their number in the task.
+        questions: the task's .jsonl.
 
     Returns:
-        Their number.
+        The number of answers.
 
     Raises:
-        UserError: the file is missing, or does not hold the samples of such a task.
+        UserError: a file is missing, or a sample is not of this task.
     """
+    asked = [json.loads(line) for line in _lines(questions)]
     count = 0
     with AnswersWriter(answers) as writer:
         for number, line in enumerate(_lines(samples), start=1):
             try:
                 sample = json.loads(line)
-                doc, answer = sample["doc"], sample["filtered_resps"][0]
-                record = doc["id"], answer if isinstance(answer, str) else answer[0]
-                if record[0] not in writer.answered:
-                    writer.write(*record, asked=doc["asked"])
+                question, answer = asked[sample["doc_id"]], sample["filtered_resps"]
+                answer = answer if isinstance(answer, str) else answer[0]
+                if sample["input"] != question["question"]:
+                    raise ValueError("another question")
             except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise UserError(f"{samples}:{number}: not a sample of a task of this project ({error!r})") from None
+                raise UserError(f"{samples}:{number}: not a sample of the task in {questions} ({error!r})") from None
+            if question["id"] not in writer.answered:
+                writer.write(question["id"], answer, asked=question["asked"])
             count += 1
     return count
 

@@ -70,10 +70,10 @@ def texts(prefix, count, seed=0, longest=40) -> str:
     return write(prefix, [[(TEXT, random.integers(2, 92, random.integers(1, longest)))] for _ in range(count)])
 
 
-def mixture(*sources, length=64, seed=1, caption_dropout=0.0) -> Mixture:
+def mixture(*sources, length=64, seed=1, caption_dropout=0.0, special=SPECIAL) -> Mixture:
     """A mixture of (path, task, weight)."""
     opened = [
         Source.open(f"data.train[{i}]", SourceConfig(path, task, weight), "tiny", length)
         for i, (path, task, weight) in enumerate(sources)
     ]
-    return Mixture(opened, SPECIAL, seed, caption_dropout)
+    return Mixture(opened, special, seed, caption_dropout)

@@ -7,6 +7,7 @@ import torch
 from test_decoder import PLANS, SHAPE, build, full_logits
 
 from megatron_ext.errors import UserError
+from megatron_ext.generation.continuation import Continuation
 from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.likelihood import log_likelihoods
 from megatron_ext.generation.request import Request
@@ -130,6 +131,18 @@ def test_pictures_are_whole_and_text_is_text(one_process):
     assert both.count(TokenIds.boi) == both.count(TokenIds.eoi) and sum(map(TokenIds.is_image, both)) == 6 * both.count(
         TokenIds.boi
     )
+
+
+@pytest.mark.parametrize("end", [TokenIds.eod, TokenIds.answer_end])
+def test_an_answer_ends_at_either_end_or_at_its_greatest_length(end):
+    row = Continuation(REQUESTS[2], TokenIds, picture_tokens=6)
+    assert [row.append(token) for token in (5, 6)] == [[5], [6]] and not row.done
+    assert row.append(end) == [] and row.done and row.tokens == [5, 6, end]
+    cut = Continuation(REQUESTS[2], TokenIds, picture_tokens=6)
+    for _ in range(7):
+        assert not cut.done
+        cut.append(5)
+    assert cut.done
 
 
 def test_sampled_tokens_depend_on_the_seed_and_the_number_alone(one_process):

@@ -49,10 +49,14 @@ def test_logged_answers_are_scored_like_ours(items, tmp_path):
     lmms_eval.write_task(tmp_path, "pope_local", items)
     documents, _ = read_task(tmp_path)
     samples = tmp_path / "samples.jsonl"
-    # lmms-eval logs the questions in an order of its own, and each answer in a list.
-    logged = [{"doc": d, "filtered_resps": ["Yes." if i % 3 else "no"]} for i, d in enumerate(documents)]
+    # As lmms-eval 0.7.3 logs them; the order may be another.
+    logged = [
+        {"doc_id": i, "filtered_resps": "Yes." if i % 3 else "no", "input": document["question"]}
+        for i, document in enumerate(documents)
+    ]
     samples.write_text("".join(json.dumps(sample) + "\n" for sample in reversed(logged)))
-    assert lmms_eval.read_samples(samples, tmp_path / "answers.jsonl") == len(items)
+    questions, answers = tmp_path / "pope_local.jsonl", tmp_path / "answers.jsonl"
+    assert lmms_eval.read_samples(samples, questions, answers) == len(items)
     scored = score_table.score_file(POPE, items, tmp_path / "answers.jsonl", "lmms-eval")
     expected = POPE.score(items, {item.id: "yes" if i % 3 else "no" for i, item in enumerate(items)})
     assert scored.scores.headline == expected.headline and expected.missing == 0
@@ -62,7 +66,8 @@ def test_a_missing_image_and_foreign_samples_are_named(items, tmp_path):
     absent = [items[0].__class__("1", tmp_path / "absent.png", "is it?", "yes")]
     with pytest.raises(UserError, match="absent.png: not found; it is the image of question 1"):
         lmms_eval.write_task(tmp_path, "pope_local", absent)
+    lmms_eval.write_task(tmp_path, "pope_local", items)
     samples = tmp_path / "samples.jsonl"
-    samples.write_text('{"doc": {}}\n')
-    with pytest.raises(UserError, match="samples.jsonl:1: not a sample of a task"):
-        lmms_eval.read_samples(samples, tmp_path / "answers.jsonl")
+    samples.write_text('{"doc_id": 0, "filtered_resps": "yes", "input": "is it?"}\n')
+    with pytest.raises(UserError, match="samples.jsonl:1: not a sample of the task in .*pope_local.jsonl"):
+        lmms_eval.read_samples(samples, tmp_path / "pope_local.jsonl", tmp_path / "answers.jsonl")

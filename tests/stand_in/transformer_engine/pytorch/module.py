@@ -92,6 +92,7 @@ class Linear(_Module):
         # As in Transformer Engine, a layer without a bias has an empty tensor in its place.
         self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype)) if bias else torch.Tensor()
         self.weight.tensor_model_parallel, self.weight.partition_dim = True, int(parallel_mode == "row")
+        self.bias.tensor_model_parallel, self.bias.partition_dim = True, 0
 
     def forward(self, inp, is_first_microbatch=None):
         rows = inp.reshape(-1, inp.shape[-1])
