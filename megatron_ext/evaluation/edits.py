@@ -72,17 +72,22 @@ def fingerprint(folder: Path) -> str:
 
 
 def score_folder(data: Path, kinds: Sequence[str] | None, folder: Path, label: str) -> Scored:
-    """Score the edited pictures in a folder.
+    """Score the edited pictures in a folder; a missing picture has no correct facts.
 
     Raises:
-        UserError: the benchmark cannot be read, or a picture does not have its shape.
+        UserError: the benchmark cannot be read.
     """
     items = read(data, kinds)
     files = {item.id: file for item in items if (file := picture_file(folder, item)).is_file()}
-    seen = detect_files(files, saved_file(folder))
-    inputs, references = (
-        detect_files({item.id: getattr(item, name) for item in items}) for name in ("image", "reference")
-    )
+    missing = len(items) - len(files)
+    try:
+        seen = detect_files(files, saved_file(folder))
+        inputs, references = (
+            detect_files({item.id: getattr(item, name) for item in items}) for name in ("image", "reference")
+        )
+    except UserError as error:
+        scores = Scores({}, {}, len(items), missing, 0, (f"{TITLE}: none, {error}",))
+        return Scored(label, TITLE, str(folder), scores, 0, 0, [], False)
     own, control, best = (counts(items, scenes) for scenes in (seen, inputs, references))
     details, kinds_of = {}, [item.category for item in items]
     for kind in (None, *dict.fromkeys(kinds_of)):
@@ -92,7 +97,6 @@ def score_folder(data: Path, kinds: Sequence[str] | None, folder: Path, label: s
     headline[WHOLE_COLUMN] = details[WHOLE]["right"]
     low, high = details[ALL]["from"], details[ALL]["to"]
     note = f"{DIFFERENCE}: {headline[DIFFERENCE]:.2f}, 95 % interval {low:.2f} to {high:.2f}"
-    missing = len(items) - len(files)
     scores = Scores(headline, details, len(items), missing, len(files) - len(seen), (note,))
     return Scored(label, TITLE, str(folder), scores, 0, 0, [], False)
 

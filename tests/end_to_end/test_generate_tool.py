@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from megatron_ext.evaluation import mjhq
+from megatron_ext.evaluation import edits, mjhq
 from megatron_ext.evaluation.pope import POPE
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from support.data_sets import write_pairs
@@ -78,9 +78,22 @@ def test_questions_are_answered_in_text(trained, tmp_path):
     assert all(isinstance(a["answer"], str) for a in answers)
 
 
+def test_a_picture_is_edited_turn_by_turn(trained, tmp_path):
+    def edit(out: Path, *instructions: str) -> list[dict]:
+        told = [argument for text in instructions for argument in ("--instruction", text)]
+        options = ["--edit", trained / "picture.png", *told, "--out", out, "--json", out / "edits.json"]
+        run_forked(generator(trained, *options, "--temperature", 0, "--guidance", 1.5))
+        assert {path.name for path in out.glob("*.png")} >= {"given.png", "sheet.png"}
+        return json.loads((out / "edits.json").read_text())
+
+    both, first = edit(tmp_path / "both", *CAPTIONS), edit(tmp_path / "first", CAPTIONS[0])
+    assert [result["instruction"] for result in both] == CAPTIONS and all(Path(r["file"]).is_file() for r in both)
+    assert both[0]["codes"] == first[0]["codes"] and len(both[1]["codes"]) == GRID * GRID
+
+
 def evaluate(trained: Path, data: Path, out: Path, processes: int, *options, check: bool = True) -> str:
     command = ["tools/evaluate.py", "--checkpoint", trained / "run", "--vq", trained / "vq"]
-    for name in ("pope", "seed", "mjhq"):
+    for name in ("pope", "seed", "mjhq", "edits"):
         command += ["--benchmark", name, "--data", data / name]
     return run_forked([*command, "--out", out, "--max-new-tokens", 3, *options], processes, check).stdout
 
@@ -98,7 +111,11 @@ def test_benchmarks_are_answered_and_drawn_by_replicas_and_go_on_where_they_stop
     assert answers.keys() == {item.id for item in items} - lost
     pictures = {path: path.read_bytes() for path in (file.parent / "mjhq").rglob("*.png")}
     assert {path.stem for path in pictures} == {prompt.id for prompt in prompts}
-    names = ["mjhq", "pope.jsonl", "pope.manifest.json", "seed.jsonl", "seed.manifest.json"]
+    edited = [path.relative_to(file.parent / "edits") for path in (file.parent / "edits").rglob("*.png")]
+    assert {(str(path.parent), path.stem) for path in edited} == {
+        (item.category, item.id) for item in edits.read(data / "edits")
+    }
+    names = ["edits", "mjhq", "pope.jsonl", "pope.manifest.json", "seed.jsonl", "seed.manifest.json"]
     assert sorted(path.name for path in file.parent.iterdir()) == names
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + lines[5][:9])  # a run that was killed
