@@ -1,8 +1,9 @@
 """Documents described by their lengths, to compute the cost of a plan without data.
 
 ``understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image x 3`` is one document with a question
-about an image and three with a caption and its image: a task, runs of tokens in order, and the number of documents.
-Loss is on answers in understanding, on image tokens in generation, and on all tokens in text.
+about an image and three with a caption and its image: a layout, runs of tokens in order, and the number of documents.
+Loss is on answers in understanding, on image tokens in generation, and on all tokens in text. ``interleaved: 256 image,
+12 text, 256 drawn`` is an edit; its loss is on drawn image tokens and answers.
 """
 
 import re
@@ -11,9 +12,16 @@ import numpy as np
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
-from megatron_ext.token_classes import Modality, Task
+from megatron_ext.token_classes import Layout, Modality, Task
 
-_KINDS = {"text": Modality.TEXT, "answer": Modality.TEXT, "image": Modality.IMAGE}
+_KINDS = {"text": Modality.TEXT, "answer": Modality.TEXT, "image": Modality.IMAGE, "drawn": Modality.IMAGE}
+_LEARNT = {
+    Layout.UNDERSTANDING: ("answer",),
+    Layout.GENERATION: ("image",),
+    Layout.TEXT: tuple(_KINDS),
+    Layout.INTERLEAVED: ("answer", "drawn"),
+}
+_ONLY_IN = {"answer": (Layout.UNDERSTANDING, Layout.INTERLEAVED), "drawn": (Layout.INTERLEAVED,)}
 
 
 def mix_batch(mix: str) -> Batch:
@@ -26,35 +34,40 @@ def mix_batch(mix: str) -> Batch:
     if not documents:
         raise UserError(f"mix {mix!r}: no document in it; write for example 'generation: 30 text, 256 image'")
     fields = {name: [] for name in ("loss_mask", "positions", "modality", "task", "document")}
-    for number, (task, runs) in enumerate(documents):
+    for number, (layout, runs) in enumerate(documents):
         length = sum(n for n, _ in runs)
         fields["positions"].append(np.arange(length))
-        fields["task"].append(np.full(length, task))
         fields["document"].append(np.full(length, number))
         for n, kind in runs:
             fields["modality"].append(np.full(n, _KINDS[kind]))
-            fields["loss_mask"].append(np.full(n, _has_loss(task, kind)))
+            fields["task"].append(np.full(n, _task(layout, kind)))
+            fields["loss_mask"].append(np.full(n, kind in _LEARNT[layout]))
     fields["tokens"] = fields["labels"] = [np.zeros_like(p) for p in fields["positions"]]
     return Batch(**{name: np.concatenate(parts)[None].astype(Batch.DTYPES[name]) for name, parts in fields.items()})
 
 
-def _documents(text: str) -> list[tuple[Task, list[tuple[int, str]]]]:
-    """The documents of one part: a task with (length, kind) runs, repeated as the part says."""
+def _documents(text: str) -> list[tuple[Layout, list[tuple[int, str]]]]:
+    """The documents of one part: a layout with (length, kind) runs, repeated as the part says."""
     match = re.fullmatch(r"(\w+)\s*:\s*(.*?)\s*(?:\bx\s*([1-9]\d*))?", text)
-    if not match or match[1].upper() not in Task.__members__:
-        tasks = ", ".join(task.name.lower() for task in Task)
-        raise UserError(f"mix {text!r}: write TASK: RUNS, or TASK: RUNS x NUMBER, with a task of {tasks}")
+    if not match or match[1].upper() not in Layout.__members__:
+        layouts = ", ".join(layout.name.lower() for layout in Layout)
+        raise UserError(f"mix {text!r}: write TASK: RUNS, or TASK: RUNS x NUMBER, with a task of {layouts}")
     runs = []
     for run in match[2].split(","):
         run_match = re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", run)
         if not run_match or run_match[2] not in _KINDS:
             raise UserError(f"mix {text!r}: {run.strip()!r} is not a run; write 256 image, 64 text or 8 answer")
         runs.append((int(run_match[1]), run_match[2]))
-    task = Task[match[1].upper()]
-    if task != Task.UNDERSTANDING and any(kind == "answer" for _, kind in runs):
-        raise UserError(f"mix {text!r}: only understanding documents have an answer; write text")
-    return [(task, runs)] * int(match[3] or 1)
+    layout = Layout[match[1].upper()]
+    for _, kind in runs:
+        if layout not in _ONLY_IN.get(kind, tuple(Layout)):
+            names = " and ".join(only.name.lower() for only in _ONLY_IN[kind])
+            other = {"answer": "text", "drawn": "image"}[kind]
+            raise UserError(f"mix {text!r}: only {names} documents have runs of {kind!r}; write {other}")
+    return [(layout, runs)] * int(match[3] or 1)
 
 
-def _has_loss(task: Task, kind: str) -> bool:
-    return kind == {Task.UNDERSTANDING: "answer", Task.GENERATION: "image"}.get(task, kind)
+def _task(layout: Layout, kind: str) -> Task:
+    if layout == Layout.INTERLEAVED:
+        return Task.GENERATION if kind == "drawn" else Task.UNDERSTANDING
+    return Task(layout)

@@ -321,6 +321,13 @@ def test_a_mix_is_documents_with_their_loss():
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 1]]
 
 
+def test_a_mix_of_an_edit_has_given_and_drawn_images():
+    batch = mix_batch("interleaved: 2 image, 1 text, 2 drawn, 1 text, 1 answer")
+    assert batch.modality.tolist() == [[1, 1, 0, 1, 1, 0, 0]]
+    assert batch.task.tolist() == [[0, 0, 0, 1, 1, 0, 0]]
+    assert batch.loss_mask.tolist() == [[0, 0, 0, 1, 1, 0, 1]]
+
+
 @pytest.mark.parametrize(
     "mix, message",
     [
@@ -328,7 +335,8 @@ def test_a_mix_is_documents_with_their_loss():
         ("drawing: 4 image", "task of understanding, generation, text"),
         ("generation: 4 pictures", "'4 pictures' is not a run"),
         ("generation: 0 image", "'0 image' is not a run"),
-        ("generation: 3 answer", "only understanding documents have an answer"),
+        ("generation: 3 answer", "only understanding and interleaved documents have runs of 'answer'; write text"),
+        ("understanding: 3 drawn", "only interleaved documents have runs of 'drawn'; write image"),
     ],
 )
 def test_a_mix_that_cannot_be_read_is_quoted(mix, message):

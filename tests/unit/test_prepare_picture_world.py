@@ -8,7 +8,7 @@ import yaml
 
 from megatron_ext import config_file
 from megatron_ext.config import Config
-from megatron_ext.data.format import Dataset
+from megatron_ext.data.format import DRAWN, IMAGE, TEXT, Dataset
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import picture_world, pipeline
 from megatron_ext.preprocess.recipe import Recipe, read_recipe
@@ -99,6 +99,23 @@ def test_what_is_made_from_changed_settings_is_made_again(whole, tmp_path):
     assert prepare(tmp_path) == again and contents(tmp_path / "out") == contents(whole / "out")
 
 
+def test_edits_are_a_data_set_of_given_and_drawn_images_and_their_texts_are_in_the_vocabulary(whole, tmp_path):
+    made = prepare(tmp_path, edits={"train": 12, "validation": 2, "turns": 2})
+    assert [name for name in made if name not in PIECES] == [
+        "edits train",
+        "edits validation",
+        "data set edits-train",
+        "data set edits-validation",
+    ]
+    edits = Dataset(tmp_path / "out" / "data" / "edits-train")
+    modes = [[mode for mode, _ in edits.document(i)] for i in range(len(edits))]
+    assert len(modes) == 12 and all(m == [IMAGE, *[TEXT, DRAWN] * (len(m) // 2)] for m in modes)
+    assert {len(m) for m in modes} == {3, 5} and edits.metadata["format"] == 2
+    assert (tmp_path / "out" / "vocabulary" / "tokenizer.model").read_bytes() != (
+        whole / "out" / "vocabulary" / "tokenizer.model"
+    ).read_bytes()
+
+
 def test_a_lost_file_is_made_again(whole):
     (whole / "out" / "data" / "places-train.json").unlink()
     assert prepare(whole) == ["data set places-train"]
@@ -116,6 +133,8 @@ def test_a_lost_file_is_made_again(whole):
         ({"scenes": {"train": "many"}}, "'scenes.train' must be int, got 'many'"),
         ({"question_sets": [{"count": 4}]}, r"'question_sets\[0\]' needs the key name"),
         ({"question_sets": [{"name": "a", "count": 4, "seeds": 4}]}, r"unknown key 'question_sets\[0\].seeds'"),
+        ({"edits": {"train": 4, "turn": 2}}, r"unknown key 'edits.turn' \(did you mean 'turns'"),
+        ({"edits": {"train": 4, "kinds": ["paint"]}}, "paint"),
         ({"tokenizer": {"kind": "network"}}, "'tokenizer.kind' is 'network', must be one of dictionary, vq"),
         ({"tokenizer": {"options": {"steps": 9}}}, "unknown key 'tokenizer.options.steps'"),
         ({"tokenizer": {"grid": 4}}, "image size 18, grid 4"),
@@ -133,6 +152,7 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path, changed, message):
     "name, out, configs",
     [
         ("quickstart", "runs/quickstart", [["quickstart"], ["tiny"]]),
+        ("editing", "runs/editing", [["quickstart", "picture_world_editing"]]),
         ("long", "runs/picture_world", [["picture_world"], ["picture_world", "picture_world_relations"]]),
     ],
 )
@@ -141,6 +161,7 @@ def test_the_recipes_make_what_the_configurations_read(name, out, configs):
     kinds = KINDS if "text" in recipe.split("train").forms else KINDS[:2]
     data_sets = {f"{kind}-{split}" for kind in kinds for split in ("train", "validation")}
     data_sets |= {f"{recipe.question_set(number)[0]}-train" for number in range(len(recipe.question_sets))}
+    data_sets |= {f"edits-{split}" for split in ("train", "validation") if recipe.edits.get(split)}
     for files in configs:
         config = config_file.load(Config, [EXAMPLES / "configs" / f"{file}.yaml" for file in files])
         sources = [*config.data.train, *config.data.validation]

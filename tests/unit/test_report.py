@@ -37,6 +37,14 @@ def test_page_is_one_escaped_file(run, tmp_path):
         assert (tmp_path / "out" / "page_files" / name).read_text().startswith("<svg"), name
 
 
+def test_interleaved_documents_train_understanding_and_generation(tmp_path):
+    run = write_run(tmp_path / "run", 'data.train=[{"path": "gone", "task": "interleaved"}]', "data.vocabulary=gone")
+    text = Path(write_report(run, tmp_path / "page.html")["markdown"]).read_text()
+    assert (
+        "- **interleaved** 100 %" in text and "| understanding | 5.000 |" in text and "| generation | 5.000 |" in text
+    )
+
+
 def test_a_folder_without_a_run_and_a_file_that_is_no_page_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="ends in .html"):
         write_report(run, tmp_path / "page.pdf")
