@@ -58,11 +58,18 @@ RANK = "plan.projections={kind: delta, rank: 4, per_task: true, modules: [qkv, p
 PLANS = {
     **{preset: [f"plan.preset={preset}"] for preset in PRESETS},
     "rank 4 per task": ["plan.preset=himix_hmgen_share_partial", "plan.himix_start=2", RANK],
+    "interleaved documents": ["plan.preset=himix_hmgen_share_all_separate", "plan.projections={per_task: true}"],
 }
+INTERLEAVED = "interleaved documents"
+"""The plan whose rows also hold documents with given and drawn images."""
 
 
-def packed_batch(rows: int, length: int, seed: int) -> Batch:
-    """Random packed rows: documents of all tasks and lengths, image runs, padding."""
+def packed_batch(rows: int, length: int, seed: int, interleaved: bool = False) -> Batch:
+    """Random packed rows: documents of all tasks and lengths, image runs, padding.
+
+    Args:
+        interleaved: understanding's documents have drawn images, too, which are of generation.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -83,11 +90,18 @@ def packed_batch(rows: int, length: int, seed: int) -> Batch:
             start, number = stop, number + 1
         batch.document[row, used:] = PADDING_DOCUMENT
         batch.loss_mask[row, used:] = 0
+    if interleaved:
+        given = (batch.task == Task.UNDERSTANDING) & (batch.modality == Modality.IMAGE)
+        batch.task[given & (batch.document >= 0) & (torch.rand(rows, length, generator=random) < 0.5)] = Task.GENERATION
     return batch
 
 
-def measure(config: Config) -> Measured:
-    """Run the steps on this rank and return what it measures."""
+def measure(config: Config, interleaved: bool = False) -> Measured:
+    """Run the steps on this rank and return what it measures.
+
+    Args:
+        interleaved: the rows also hold interleaved documents.
+    """
     from megatron.core import parallel_state
 
     from megatron_ext.training.setup import build_model, build_optimizer
@@ -114,7 +128,7 @@ def measure(config: Config) -> Measured:
     for chunk in chunks:
         chunk.module.register_forward_hook(keep_logits)
     for step in range(STEPS):
-        batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, seed=step)
+        batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, step, interleaved)
         batch = step_input(batch.rows(replica * rows, (replica + 1) * rows), config)
         result = train_step(chunks, optimizer, batch, config, accept=keep_gradients)
         measured.losses.append(result.loss + (result.losses.z_loss or 0))
@@ -160,7 +174,7 @@ def against_references(
     results = {}
     for plan in plans:
         config = config_file.load(Config, [], BASE + settings + overrides(layout) + PLANS[plan])
-        measured = measure(config)
+        measured = measure(config, plan == INTERLEAVED)
         if references.missing([plan]):
             references.save(plan, measured)
         expected = references.load(plan)
@@ -169,7 +183,9 @@ def against_references(
         replicas = config.data_parallel(distributed.world_size())
         if replicas > 1 and plan in (plans[0], plans[-1]):
             config.parallel.distributed_optimizer = config.parallel.overlap = True
-            results[plan]["sharded_optimizer_losses"] = relative(measure(config).losses, expected.losses)
+            results[plan]["sharded_optimizer_losses"] = relative(
+                measure(config, plan == INTERLEAVED).losses, expected.losses
+            )
     # Process groups hold threads: those of many layouts would slow the machine down.
     distributed.shut_down()
     return results

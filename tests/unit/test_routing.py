@@ -13,7 +13,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.plan import PRESETS, Plan, Role
 from megatron_ext.routing.route import Route
-from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.token_classes import PADDING_DOCUMENT, Layout, Modality, Task
 from megatron_ext.transformer.hidden_states import joined
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
@@ -104,7 +104,8 @@ def random_document(rng) -> list[int]:
 
 
 def random_rows(seed: int, modality: Modality | None = None, rows: int = 2) -> Batch:
-    """Packed documents of all tasks, any loss mask, and padding: none, some, or a whole row of it.
+    """Packed documents of all layouts, any loss mask, and padding: none, some, or a whole row of it. In interleaved
+    documents each run of image tokens is given or drawn.
 
     With ``modality``, every token is of that modality.
     """
@@ -118,11 +119,16 @@ def random_rows(seed: int, modality: Modality | None = None, rows: int = 2) -> B
         start = number = 0
         while start < filled:
             modalities = random_document(rng)[: filled - start]
-            task, document = Task(rng.integers(3)), (row, slice(start, start + len(modalities)))
+            layout, document = Layout(rng.integers(4)), (row, slice(start, start + len(modalities)))
+            task = Task.UNDERSTANDING if layout == Layout.INTERLEAVED else Task(layout)
             loss_rate = rng.choice([0, 0.3, 1], p=[0.2, 0.4, 0.4]) * with_loss[task]
             batch.positions[document] = torch.arange(len(modalities))
             batch.modality[document] = torch.tensor(modalities, dtype=torch.int8) if modality is None else modality
             batch.task[document], batch.document[document] = task, number
+            if layout == Layout.INTERLEAVED:
+                runs = np.diff(modalities, prepend=0).astype(bool).cumsum()
+                drawn = (rng.random(runs.max() + 1) < 0.5)[runs] & (batch.modality[document].numpy() == Modality.IMAGE)
+                batch.task[document][torch.from_numpy(drawn)] = Task.GENERATION
             batch.loss_mask[document] = torch.from_numpy(rng.random(len(modalities)) < loss_rate).float()
             start, number = start + len(modalities), number + 1
     return batch
@@ -322,7 +328,7 @@ def test_text_tokens_never_touch_what_is_for_images(one_process, split, modality
     one_process(*SHAPE)
     config = dataclasses.replace(config_of(), plan=PlanConfig(table=table, projections=split))
     model = build(config)
-    batch = random_rows(3, modality)
+    batch = random_rows(3, modality, rows=4)
     assert len(batch.task[filled(batch)].unique()) == len(Task)
     assert not any(component_gradients(model, config, batch).values())
     with torch.no_grad():
@@ -338,7 +344,7 @@ def test_text_tokens_never_touch_what_is_for_images(one_process, split, modality
 def test_images_train_what_is_for_them(one_process, split):
     one_process(*SHAPE)
     config = dataclasses.replace(config_of(), plan=PlanConfig(projections=split))
-    model, batch = build(config), random_rows(3)
+    model, batch = build(config), random_rows(3, rows=4)
     assert all(component_gradients(model, config, batch).values())
 
 
