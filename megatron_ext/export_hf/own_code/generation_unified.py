@@ -128,7 +128,7 @@ class UnifiedGenerationMixin(GenerationMixin):
                 is drawn is GENERATION, text takes the use of the prompt's last token.
             guidance_scale: s in unconditional + s (conditional - unconditional).
             negative_prompt_ids: the unconditional prompts; by default the prompts without their text.
-            seed, numbers: decide, for each row, which tokens are sampled, whatever else is in the batch; without a seed,
+            seed, numbers: decide, for each row, which tokens are sampled, whatever else is in the batch; without a seed
                 torch's random state decides.
         """
         b, n = input_ids.shape
