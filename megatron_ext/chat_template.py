@@ -207,10 +207,14 @@ def of(vocabulary: Vocabulary) -> ChatTemplate:
 
 
 def description(vocabulary: Vocabulary) -> dict:
-    """The template of a vocabulary that has one, for the metadata of a data set: its text and 16 hexadecimal digits
-    of its hash."""
+    """The template of a vocabulary that has one, for the metadata of a data set."""
+    return {"fingerprint": fingerprint(vocabulary), "source": vocabulary.chat_template}
+
+
+def fingerprint(vocabulary: Vocabulary) -> str | None:
+    """16 hexadecimal digits of the hash of a vocabulary's template; None if it has none."""
     source = vocabulary.chat_template
-    return {"fingerprint": hashlib.sha256(source.encode()).hexdigest()[:16], "source": source}
+    return None if source is None else hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def turn_end(source: str, name: str, text: TextModel, bos: str | None, eos: str | None) -> str:

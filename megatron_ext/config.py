@@ -15,7 +15,7 @@ from typing import Literal
 
 from megatron_ext.model_config import ModelConfig
 
-TaskName = Literal["understanding", "generation", "text"]
+LayoutName = Literal["understanding", "generation", "text", "interleaved"]
 
 
 @dataclass
@@ -102,11 +102,12 @@ class ParallelConfig:
 
 @dataclass
 class SourceConfig:
-    """One data set used for one task."""
+    """One data set and its use."""
 
     path: str
     """Prefix of a prepared data set: PATH.bin, PATH.idx, PATH.json."""
-    task: TaskName
+    task: LayoutName
+    """What it is used for. interleaved: documents in which some images are given and others are drawn."""
     weight: float = 1.0
     """Relative number of documents sampled from this source."""
 
@@ -114,7 +115,7 @@ class SourceConfig:
 @dataclass
 class DataConfig:
     vocabulary: str = ""
-    """Folder with tokenizer.model and vocabulary.json."""
+    """Folder of tools/train_tokenizer.py."""
     train: list[SourceConfig] = field(default_factory=list)
     validation: list[SourceConfig] = field(default_factory=list)
     sequence_length: int = 512
@@ -123,7 +124,8 @@ class DataConfig:
     """mixed: documents of all tasks share rows. by_task: a row holds one task, as does a micro-batch where possible, so
     that shapes repeat with training.row_multiple; costs a little more padding."""
     caption_dropout: float = 0.1
-    """Probability of dropping the caption of a generation document, for classifier-free guidance."""
+    """Probability of dropping the text of a document in which only images are learnt: the caption of a generation
+    document, the instruction of an edit. For classifier-free guidance."""
     seed: int = 1234
     loader: Literal["auto", "dali", "plain"] = "auto"
     """auto: DALI if it is installed. Both loaders give the same rows bit for bit."""
@@ -257,7 +259,8 @@ class CheckpointConfig:
     resume: bool = True
     """Resume from the newest complete checkpoint in the output folder, if there is one."""
     load: str | None = None
-    """Checkpoint, or folder of a run, whose weights a new run starts from, at step 0; ignored when a run resumes."""
+    """Whose weights a new run starts from, at step 0: a checkpoint, the folder of a run, or the folder of a published
+    model (docs/published_models.md); ignored when a run resumes."""
 
 
 @dataclass

@@ -56,15 +56,15 @@ class SentencePieceModel:
         return self._model.encode(text)  # takes a list in threads of its own
 
     def encode_template(self, text: str) -> tuple[list[int], Offsets]:
-        """SentencePiece does not look for control pieces in text, so they are cut out first. Only text at the start
-        gets the space that the model puts before a text."""
+        """SentencePiece does not look for control pieces in text, so they are cut out first. Only text at the start, or
+        after ``bos``, gets the space that the model puts before a text."""
         ids, offsets, place = [], [], 0
         for part in self._control_pieces.split(text):
             if part and (i := self._control_ids.get(part)) is not None:
                 ids.append(i)
                 offsets.append((place, place + len(part)))
             elif part:
-                model = self._without_prefix if ids else self._model
+                model = self._without_prefix if ids and ids[-1] != self.bos else self._model
                 for i, begin, end in _pieces(model, part):
                     ids.append(i)
                     offsets.append((place + begin, place + end))

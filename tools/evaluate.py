@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import score_table as table
-from megatron_ext.evaluation.registry import BENCHMARKS, PICTURES, benchmark_named
+from megatron_ext.evaluation.registry import BENCHMARKS, DRAWN, EDITS, PICTURES, benchmark_named
 
 
 def main() -> None:
@@ -28,8 +28,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     """The parsed arguments, with one of ``data``, ``score``, ``parts`` and ``label`` per benchmark."""
     parser = command_line.parser(
-        "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, and generate pictures for MJHQ-30K; or only\n"
-        "score existing answers (files with a JSON object {id, answer} per line) and folders of pictures.\n"
+        "Answer GQA, MME, POPE and SEED-Bench (image) with a checkpoint, generate pictures for MJHQ-30K, and edit\n"
+        "pictures of the picture world; or only score existing answers (files with a JSON object {id, answer} per\n"
+        "line) and folders of pictures.\n"
         "--benchmark, --data and --score are given once per benchmark, in the same order. A stopped run resumes; all\n"
         "processes of torchrun share the work. docs/evaluation.md explains the scores.",
         "python tools/evaluate.py --checkpoint runs/my --vq checkpoints/janus --benchmark pope --data data/pope \\\n"
@@ -39,7 +40,7 @@ def _arguments() -> argparse.Namespace:
         "      --benchmark mjhq --data data/mjhq --score runs/my/answers/mjhq --markdown scores.md",
     )
     add = parser.add_argument
-    add("--benchmark", action="append", required=True, choices=[*BENCHMARKS, PICTURES], help="name")
+    add("--benchmark", action="append", required=True, choices=[*BENCHMARKS, *DRAWN], help="name")
     add("--data", action="append", required=True, type=Path, metavar="FOLDER", help="the benchmark as released")
     add("--score", action="append", type=Path, metavar="PATH", help="the answers file, or folder of pictures, to score")
     add(
@@ -51,7 +52,7 @@ def _arguments() -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="answers go to FOLDER/<benchmark>.jsonl, pictures to FOLDER/mjhq",
+        help="answers go to FOLDER/<benchmark>.jsonl, pictures to FOLDER/mjhq and FOLDER/edits",
     )
     add(
         "--set-aside",
@@ -70,7 +71,7 @@ def _arguments() -> argparse.Namespace:
     if arguments.checkpoint:
         if arguments.score or not (arguments.vq and arguments.out):
             parser.error("--checkpoint needs --vq and --out, and goes without --score")
-        names = [name if name == PICTURES else f"{name}.jsonl" for name in arguments.benchmark]
+        names = [name if name in DRAWN else f"{name}.jsonl" for name in arguments.benchmark]
         arguments.score = [arguments.out / name for name in names]
     elif not arguments.score:
         parser.error("give --score, or --checkpoint with --vq and --out")
@@ -83,7 +84,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _add_picture_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("pictures (mjhq)").add_argument
+    add = parser.add_argument_group("pictures (mjhq, edits)").add_argument
     add("--temperature", type=float, default=1.0, help="0: the most likely token (default: %(default)s)")
     add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all (default)")
     add("--top-p", type=float, default=1.0, help="only the most likely tokens of this total probability")
@@ -109,7 +110,7 @@ def _generate(arguments: argparse.Namespace) -> bool:
     import torch.distributed as dist
 
     from megatron_ext.checkpoints import folder as checkpoint_folder
-    from megatron_ext.evaluation import answer_generation, mjhq, picture_generation
+    from megatron_ext.evaluation import answer_generation, edits, mjhq, picture_generation
     from megatron_ext.generation.checkpoint import load
     from megatron_ext.generation.sampling import Sampling
     from megatron_ext.generation.session import Session
@@ -117,9 +118,13 @@ def _generate(arguments: argparse.Namespace) -> bool:
     # Checked before hours of generating rather than after.
     if missing := [path for path in (arguments.inception, arguments.clip) if path and not path.exists()]:
         raise UserError(f"{missing[0]}: no such file or folder")
-    read = {name: mjhq.read if name == PICTURES else benchmark_named(name).read for name in arguments.benchmark}
+    drawn = {
+        PICTURES: (mjhq, picture_generation.picture_request),
+        EDITS: (edits, picture_generation.edit_request),
+    }
     items_of_each = [
-        read[name](data, parts) for name, data, parts in zip(arguments.benchmark, arguments.data, arguments.parts)
+        (drawn[name][0] if name in DRAWN else benchmark_named(name)).read(data, parts)
+        for name, data, parts in zip(arguments.benchmark, arguments.data, arguments.parts)
     ]
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.guidance, arguments.seed)
     checkpoint = checkpoint_folder.of_run(arguments.checkpoint)
@@ -129,11 +134,12 @@ def _generate(arguments: argparse.Namespace) -> bool:
         jobs = list(zip(arguments.benchmark, arguments.data, items_of_each, arguments.score))
         for number, (name, data, items, out) in enumerate(jobs):
             with command_line.whole().part(_share(arguments, number), _share(arguments, number + 1)):
-                if name == PICTURES:
+                if name in DRAWN:
+                    reader, request = drawn[name]
                     settings = picture_generation.picture_settings(
-                        session, checkpoint, mjhq.fingerprint(data), sampling
+                        session, checkpoint, reader.fingerprint(data), sampling
                     )
-                    picture_generation.generate(session, items, out, sampling, settings, arguments.set_aside)
+                    picture_generation.generate(session, items, out, sampling, settings, arguments.set_aside, request)
                     continue
                 answer_generation.claim(session, checkpoint, items, out, arguments.max_new_tokens, arguments.set_aside)
                 if unreadable := answer_generation.answer(session, items, out, arguments.max_new_tokens):
@@ -160,6 +166,10 @@ def _scored(arguments: argparse.Namespace) -> list[table.Scored]:
 
             scorer = scorer or PictureScorer(arguments.inception, arguments.clip, arguments.vq)
             scored += scorer.score(data, parts, file, label)
+        elif name == EDITS:
+            from megatron_ext.evaluation.edits import score_folder
+
+            scored.append(score_folder(data, parts, file, label))
         else:
             benchmark = benchmark_named(name)
             scored.append(table.score_file(benchmark, benchmark.read(data, parts), file, label))

@@ -1,4 +1,5 @@
-"""Generate pictures from captions, and answers to questions about pictures, with a trained checkpoint."""
+"""Generate pictures from captions, answers to questions about pictures, and edited pictures, with a trained
+checkpoint."""
 
 import argparse
 import sys
@@ -22,6 +23,10 @@ def main() -> None:
         settings = {**_sampling(arguments, temperature=1.0), "guidance": arguments.guidance}
         results.extend(session.generate_pictures(captions, arguments.out, settings, first_number=len(results)))
 
+    def edit(instructions: list[str]) -> None:
+        settings = {**_sampling(arguments, temperature=1.0), "guidance": arguments.guidance}
+        results[:] = session.edit(arguments.edit, instructions, arguments.out, settings, earlier=results)
+
     def answer(questions: list[str]) -> None:
         settings = _sampling(arguments, temperature=0.0)
         results.extend(session.ask(arguments.image, questions, arguments.max_new_tokens, settings))
@@ -31,7 +36,11 @@ def main() -> None:
             generate_pictures(arguments.prompt)
         if arguments.question:
             answer(arguments.question)
+        if arguments.instruction:
+            edit(arguments.instruction)
         respond, prompt = (answer, "question") if arguments.image else (generate_pictures, "caption")
+        if arguments.edit:
+            respond, prompt = edit, "instruction"
         while arguments.interactive and (line := session.read_line(prompt)):
             respond([line])
         if arguments.json and session.is_reporting_rank:
@@ -46,7 +55,9 @@ def _arguments() -> argparse.Namespace:
         "python tools/generate.py --checkpoint runs/quickstart/training --vq runs/quickstart/vq \\\n"
         '      --prompt "a red circle to the left of a blue square" --out runs/pictures\n'
         "  python tools/generate.py --checkpoint runs/quickstart/training --vq runs/quickstart/vq \\\n"
-        '      --image picture.jpg --question "how many circles are there?"',
+        '      --image picture.jpg --question "how many circles are there?"\n'
+        "  python tools/generate.py --checkpoint runs/editing/training --vq runs/editing/vq \\\n"
+        '      --edit picture.png --instruction "Make the circle red." --instruction "Move the circle up."',
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a checkpoint, or a run (its newest one)")
@@ -56,7 +67,19 @@ def _arguments() -> argparse.Namespace:
     add("--prompts", type=Path, metavar="FILE", help="captions, one a line")
     add("--image", type=Path, metavar="FILE", help="a picture to ask about")
     add("--question", action="append", default=[], metavar="TEXT", help="about the picture; repeatable")
-    add("--interactive", action="store_true", help="read captions (with --image: questions) until the end of input")
+    add("--edit", type=Path, metavar="FILE", help="a picture to edit")
+    add(
+        "--instruction",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="how to edit it; repeatable: each applies to the picture drawn last",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="read captions (with --image: questions, with --edit: instructions) until the end of input",
+    )
     add("--out", type=Path, default=Path("runs/pictures"), metavar="FOLDER", help="folder for pictures")
     add("--temperature", type=float, help="0: the most likely token (default: 1 for pictures, 0 for answers)")
     add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all")
@@ -68,10 +91,14 @@ def _arguments() -> argparse.Namespace:
     add("overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles of tokens")
     arguments = parser.parse_args()
     arguments.prompt += _lines(arguments.prompts)
-    if not (arguments.prompt or arguments.question or arguments.interactive):
-        parser.error("nothing to do: give --prompt, --prompts, --image with --question, or --interactive")
+    if not (arguments.prompt or arguments.question or arguments.instruction or arguments.interactive):
+        parser.error("nothing to do: give --prompt, --prompts, --image with --question, --edit or --interactive")
     if arguments.question and not arguments.image:
         parser.error("--question needs --image")
+    if arguments.instruction and not arguments.edit:
+        parser.error("--instruction needs --edit")
+    if arguments.edit and (arguments.prompt or arguments.image):
+        parser.error("--edit goes without --prompt, --prompts and --image")
     return arguments
 
 

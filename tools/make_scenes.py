@@ -8,6 +8,7 @@ from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 from megatron_ext.picture_world.benchmark_files import NAMES, BenchmarkConfig, write_benchmarks
 from megatron_ext.picture_world.contact_sheet import write_sheet
+from megatron_ext.picture_world.edit_files import EditConfig, write_edits
 from megatron_ext.picture_world.questions import KINDS
 from megatron_ext.picture_world.split_files import FORMS, SplitConfig, scene_workers, write_split
 from megatron_ext.picture_world.splits import SPLITS
@@ -24,6 +25,8 @@ def main() -> None:
     if arguments.out:
         with scene_workers(arguments.workers) as workers:
             manifests = {split: _write_split(arguments, split, world, workers) for split in SPLITS}
+            for split in SPLITS if arguments.edits_per_scene else ():
+                manifests[f"edits {split}"] = _write_edits(arguments, split, world, workers)
     if arguments.benchmarks:
         manifests["benchmarks"] = _write_benchmarks(arguments, world)
     if arguments.json:
@@ -102,6 +105,14 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         help="share of the other short questions with a benchmark's instruction (default: 0.3)",
     )
     parser.add_argument("--texts-per-scene", type=float, default=1.0, help="plain texts (default: 1)")
+    parser.add_argument(
+        "--edits-per-scene",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="conversations in OUT/edits that edit further scenes, which are drawn again (default: 0)",
+    )
+    parser.add_argument("--edit-turns", type=int, default=1, metavar="N", help="most edits in each (default: 1)")
 
 
 def _add_other_outputs(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +121,7 @@ def _add_other_outputs(parser: argparse.ArgumentParser) -> None:
         "--benchmarks",
         type=Path,
         metavar="FOLDER",
-        help="also write pictures of a split in the formats of POPE, MME, GQA, SEED-Bench and MJHQ-30K",
+        help="also write pictures of a split in the formats of POPE, MME, GQA, SEED-Bench and MJHQ-30K, and edits",
     )
     parser.add_argument(
         "--benchmark-split",
@@ -122,7 +133,7 @@ def _add_other_outputs(parser: argparse.ArgumentParser) -> None:
         "--benchmark-pictures", type=int, default=60, metavar="N", help="per benchmark and MME subtask (default: 60)"
     )
     parser.add_argument(
-        "--benchmark-names", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help="default: all five"
+        "--benchmark-names", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help="default: all"
     )
 
 
@@ -143,6 +154,20 @@ def _write_split(arguments: argparse.Namespace, split: str, world: World, worker
     )
     manifest = write_split(arguments.out, config, workers)
     print(f"{arguments.out / split}: {count} scenes, {config.texts} texts, {_state(manifest)}")
+    return manifest
+
+
+def _write_edits(arguments: argparse.Namespace, split: str, world: World, workers: Pool | None) -> dict:
+    config = EditConfig(
+        split=split,
+        count=round(getattr(arguments, split) * arguments.edits_per_scene),
+        turns=arguments.edit_turns,
+        size=arguments.size,
+        world=world,
+        seed=arguments.seed,
+    )
+    manifest = write_edits(arguments.out / "edits", config, workers)
+    print(f"{arguments.out / 'edits' / split}: {config.count} conversations, {_state(manifest)}")
     return manifest
 
 

@@ -82,11 +82,11 @@ def build_hugging_face(config: Config):
 
 def build_generator(config: Config, llama) -> Generator:
     """Our model under a plan, with the weights of ``llama``."""
-    from megatron_ext.conversion.hugging_face import from_llama
+    from megatron_ext.hugging_face.weights import StateDict, parameters_of
     from megatron_ext.transformer.model import build_chunks
 
     (model,) = build_chunks(resolve(config, TokenIds.size))
-    model.load_state_dict(from_llama(llama.state_dict(), config.model), strict=False)
+    model.load_state_dict(parameters_of(StateDict(llama.state_dict(), config.model)), strict=False)
     return Generator(model.eval(), Plan.from_config(config), TokenIds, documents.GRID)
 
 

@@ -41,21 +41,36 @@ BLOCK = 2**23
 
 REPORTED = {
     QuerySet.ANSWER: {
-        "image": KeyClass.IMAGE,
+        "image": KeyClass.GIVEN_IMAGE,
+        "drawn image": KeyClass.DRAWN_IMAGE,
         "question": KeyClass.TEXT,
         "own answer": KeyClass.ANSWER,
         "earlier answers": KeyClass.EARLIER_ANSWER,
         "special": KeyClass.SPECIAL,
     },
-    QuerySet.IMAGE: {"image": KeyClass.IMAGE, "caption": KeyClass.TEXT, "special": KeyClass.SPECIAL},
+    QuerySet.IMAGE: {
+        "image": KeyClass.DRAWN_IMAGE,
+        "given image": KeyClass.GIVEN_IMAGE,
+        "caption": KeyClass.TEXT,
+        "answer": KeyClass.ANSWER,
+        "earlier answers": KeyClass.EARLIER_ANSWER,
+        "special": KeyClass.SPECIAL,
+    },
 }
 REPORTED[QuerySet.TEXT_AFTER_IMAGE] = REPORTED[QuerySet.ANSWER]
+"""The name of each class of key, by set of queries."""
+INTERLEAVED = {
+    QuerySet.ANSWER: ("drawn image",),
+    QuerySet.TEXT_AFTER_IMAGE: ("drawn image",),
+    QuerySet.IMAGE: ("given image", "answer", "earlier answers"),
+}
+"""Classes that only interleaved documents have; they are left out if no query sees such a key."""
 
 DEFINITIONS = {
     "answer": "understanding: queries of the tokens that predict the answer, which are the question's last and the "
     "answer's own",
     "text_after_image": "understanding: queries of all tokens after the first image token that are not image tokens",
-    "image": "generation: queries of image tokens",
+    "image": "generation: queries of image tokens, in interleaved documents of those that are drawn",
     "mass": "sum of the attention on keys of a class, averaged over heads and queries",
     "over_uniform": "mass divided by the mean share of such keys among those that a query sees (itself included)",
     "entropy": "of a query's attention, in nats, averaged over heads and queries",
@@ -104,7 +119,7 @@ class Allocation:
         """
         sums = self._sums.clone()
         dist.all_reduce(sums)
-        return {query_set.name.lower(): _figures(sums[:, query_set], REPORTED[query_set]) for query_set in QuerySet}
+        return {query_set.name.lower(): _figures(sums[:, query_set], query_set) for query_set in QuerySet}
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
@@ -218,12 +233,18 @@ def _flat_indices(route: Route, layer: LayerRoute) -> tuple[Tensor, Tensor]:
     return queries, queries if layer.keys is None else torch.cat([full, kv_only])[layer.keys.index]
 
 
-def _figures(sums: Tensor, classes: dict[str, KeyClass]) -> dict:
+def _figures(sums: Tensor, query_set: QuerySet) -> dict:
     """The figures of one set of queries, from its sums [layers, 2 * classes + 4]."""
 
     def ratio(a: float, b: float) -> float | None:
         return a / b if b else None
 
+    seen = sums[:, len(KeyClass) : 2 * len(KeyClass)].sum(0) > 0
+    classes = {
+        name: key_class
+        for name, key_class in REPORTED[query_set].items()
+        if name not in INTERLEAVED[query_set] or seen[key_class]
+    }
     layers = []
     for values in sums.tolist():
         mass, share = values[: len(KeyClass)], values[len(KeyClass) : 2 * len(KeyClass)]

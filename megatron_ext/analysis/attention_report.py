@@ -8,6 +8,9 @@ TASKS = {"answer": "understanding: queries that predict the answer", "image": "g
 
 COLORS = {
     "image": "#3b6fb6",
+    "given image": "#8db4e2",
+    "drawn image": "#8db4e2",
+    "answer": "#5a9e5a",
     "question": "#e08a3c",
     "caption": "#e08a3c",
     "own answer": "#5a9e5a",

@@ -8,8 +8,8 @@
 
 A document is several sequences, each with a mode. ``TEXT`` is context (a question, plain text). ``IMAGE`` is the VQ
 codes of one image as unified token ids (row-major, without ``<boi>`` and ``<eoi>``). ``ANSWER`` is text to be learnt in
-understanding (an answer, a caption). Text has no ``bos`` and no ``<eod>``; rendering for a task adds them
-(:mod:`megatron_ext.data.rendering`).
+understanding (an answer, a caption). ``DRAWN`` is an image to be learnt in interleaved documents, where an ``IMAGE`` is
+given. Text has no ``bos`` and no ``<eod>``; rendering adds them (:mod:`megatron_ext.data.rendering`).
 
 The metadata is written last, so a prefix without metadata is an unfinished data set. Megatron-Core writes the files,
 but ``numpy`` alone reads them: importing Megatron-Core takes seconds, and the processes that pack rows should start
@@ -28,11 +28,11 @@ import numpy as np
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 
-TEXT, IMAGE, ANSWER = 0, 1, 2
+TEXT, IMAGE, ANSWER, DRAWN = 0, 1, 2, 3
 """Modes of a sequence."""
 
-FORMAT = 1
-"""Version of the metadata."""
+FORMAT, FORMAT_WITH_DRAWN = 1, 2
+"""Version of the metadata, and that of a data set with a ``DRAWN`` image."""
 
 FULL_CHECK_LIMIT = 256 << 20
 """Opening hashes a .bin of at most this many bytes; a larger one only has its size checked (``verify=True`` hashes)."""
@@ -41,6 +41,11 @@ _COUNTS = ("documents", "sequences", "tokens", "image_tokens", "images")
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, documents + 1
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INT32_CODE = 4
+
+
+def is_image(modes):
+    """Whether a mode, or each of an array of modes, is that of an image."""
+    return (modes == IMAGE) | (modes == DRAWN)
 
 
 class DatasetWriter:
@@ -92,19 +97,21 @@ class DatasetWriter:
         for mode, ids in zip(modes, sequences):
             self._check(mode, ids)
         self._builder.add_document(np.concatenate(sequences), [len(ids) for ids in sequences], modes)
-        images = [ids for mode, ids in zip(modes, sequences) if mode == IMAGE]
+        images = [ids for mode, ids in zip(modes, sequences) if is_image(mode)]
         counts = (1, len(sequences), sum(map(len, sequences)), sum(map(len, images)), len(images))
         for key, count in zip(_COUNTS, counts):
             self.metadata[key] += count
+        if DRAWN in modes:
+            self.metadata["format"] = FORMAT_WITH_DRAWN
 
     def _check(self, mode: int, ids: np.ndarray) -> None:
-        if mode not in (TEXT, IMAGE, ANSWER):
-            raise ValueError(f"sequence mode {mode} is none of TEXT, IMAGE, ANSWER")
+        if mode not in (TEXT, IMAGE, ANSWER, DRAWN):
+            raise ValueError(f"sequence mode {mode} is none of TEXT, IMAGE, ANSWER, DRAWN")
         if ids.ndim != 1 or not len(ids):
             raise ValueError(f"a sequence must be a non-empty list of token ids, got shape {ids.shape}")
         if ids.min() < 0:
             raise ValueError(f"token id {ids.min()} is negative")
-        if mode == IMAGE:
+        if is_image(mode):
             if self.metadata["vq"] is None:
                 raise ValueError("an image in a data set that was opened without a VQ model")
             height, width = self.metadata["vq"]["grid"]
@@ -126,6 +133,7 @@ class DatasetWriter:
         self._builder.add_index(str(prefix))
         for key in _COUNTS:
             self.metadata[key] += metadata[key]
+        self.metadata["format"] = max(self.metadata["format"], metadata["format"])
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         try:
@@ -235,7 +243,7 @@ def verify(prefix: str | Path) -> dict:
         UserError: names the file that is missing, truncated or altered.
     """
     dataset = Dataset(prefix, verify=True)
-    image = dataset.sequence_modes == IMAGE
+    image = is_image(dataset.sequence_modes)
     counts = (
         len(dataset),
         len(dataset.sequence_lengths),
@@ -246,6 +254,9 @@ def verify(prefix: str | Path) -> dict:
     for key, count in zip(_COUNTS, counts):
         if dataset.metadata[key] != count:
             raise UserError(f"{_file(prefix, 'json')}: '{key}' is {dataset.metadata[key]}, the index holds {count}")
+    expected = FORMAT_WITH_DRAWN if (dataset.sequence_modes == DRAWN).any() else FORMAT
+    if dataset.metadata["format"] != expected:
+        raise UserError(f"{_file(prefix, 'json')}: 'format' is {dataset.metadata['format']}, the index has {expected}")
     return dataset.metadata
 
 
@@ -281,8 +292,9 @@ def _read_metadata(prefix: str | Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as the metadata of a data set ({error})") from None
     required = {*_COUNTS, "vocabulary", "vq", "files", "source"}
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or required - metadata.keys():
-        raise UserError(f"{file}: not the metadata of a data set of format {FORMAT}; prepare the data set again")
+    formats = (FORMAT, FORMAT_WITH_DRAWN)
+    if not isinstance(metadata, dict) or metadata.get("format") not in formats or required - metadata.keys():
+        raise UserError(f"{file}: not the metadata of a data set of format 1 or 2; prepare the data set again")
     return metadata
 
 

@@ -14,9 +14,9 @@ from math import lcm
 import numpy as np
 
 from megatron_ext.data import counter_random
-from megatron_ext.data.rendering import SpecialTokens, lay_out
+from megatron_ext.data.rendering import SpecialTokens, lay_out, text_may_drop
 from megatron_ext.data.source import Source
-from megatron_ext.token_classes import Task
+from megatron_ext.token_classes import Layout
 
 LONGEST_BLEND = 1 << 20
 """Most samples in a blend; weights that need more to be exact are rounded."""
@@ -32,7 +32,7 @@ class Samples:
         source: number of the source, int64.
         epoch: number of earlier passes over the source, int64.
         document: number of the document in its data set, int64.
-        dropped: the caption is dropped, bool.
+        dropped: the caption or instruction is dropped, bool.
         length: rendered tokens, int64.
     """
 
@@ -79,10 +79,11 @@ class Mixture:
             epoch[own], index = np.divmod(position[own], documents)
             keys = counter_random.key(self.seed, _ORDER, number, epoch[own])
             document[own] = counter_random.permute(index, documents, keys)
-            if opened.task == Task.GENERATION and self.caption_dropout:
+            if opened.layout in (Layout.GENERATION, Layout.INTERLEAVED) and self.caption_dropout:
                 dropped[own] = counter_random.uniform(self.seed, _DROP, n[own]) < self.caption_dropout
+                dropped[own] &= text_may_drop(opened.dataset, document[own], opened.layout)
             if len(own):
-                length[own] = lay_out(opened.dataset, document[own], dropped[own], opened.task).length
+                length[own] = lay_out(opened.dataset, document[own], dropped[own], opened.layout).length
         return Samples(source, epoch, document, dropped, length)
 
     @property
@@ -104,7 +105,7 @@ class Mixture:
             "seed": self.seed,
             "caption_dropout": self.caption_dropout,
             "counts": self._counts,
-            "sources": [[int(source.task), source.metadata["files"]] for source in self.sources],
+            "sources": [[int(source.layout), source.metadata["files"]] for source in self.sources],
         }
         return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -123,7 +124,7 @@ class Mixture:
         ]
         for number, source in enumerate(self.sources):
             last = number == len(self.sources) - 1
-            lines.append(f"{'└──' if last else '├──'} {source.task.name.lower()}: {source.path}")
+            lines.append(f"{'└──' if last else '├──'} {source.layout.name.lower()}: {source.path}")
             lines += [f"{'   ' if last else '│  '}     {line}" for line in self._details(number, samples)]
         return "\n".join(lines)
 

@@ -53,15 +53,16 @@ class PackedRows:
     Pickles small: a worker process opens the files itself.
 
     Args:
-        by_task: each row holds documents of one task only. The rows of the tasks alternate in the order of the samples.
+        by_task: each row holds documents of one layout only, and so of one task unless they are interleaved. The rows
+            of the layouts alternate in the order of the samples.
     """
 
     def __init__(self, mixture: Mixture, length: int, by_task: bool = False):
         self.mixture = mixture
         self.length = length
-        tasks = np.array([int(source.task) for source in mixture.sources])
+        layouts = np.array([int(source.layout) for source in mixture.sources])
         # Only documents of the same lane share rows.
-        self._lane_of_source = np.unique(tasks, return_inverse=True)[1] if by_task else np.zeros_like(tasks)
+        self._lane_of_source = np.unique(layouts, return_inverse=True)[1] if by_task else np.zeros_like(layouts)
         self._first_rows = [0]  # first row of chunk 0, 1, ... up to the first chunk that is not packed yet
         self._kept: dict[int, _Chunk] = {}
         # Samples over which the pieces of a long document are spread; a power of two, so that it divides a block.
@@ -115,7 +116,7 @@ class PackedRows:
             if own.any():
                 document, dropped = chunk.samples.document[sample[own]], chunk.samples.dropped[sample[own]]
                 pieces = DocumentPieces(document, dropped, start[own], stop[own], places[own])
-                render(buffer, source.dataset, pieces, source.task, self.mixture.special)
+                render(buffer, source.dataset, pieces, source.layout, self.mixture.special)
         buffer.mark(row_place + np.diff(row_filled), row_place + self.length, packed_tokens.PADDING)
 
     def _find(self, row: int) -> tuple[_Chunk, int]:

@@ -1,4 +1,4 @@
-"""Rendering: stored documents and a task -> the token sequences to train on.
+"""Rendering: stored documents and a layout -> the token sequences to train on.
 
 ::
 
@@ -9,9 +9,17 @@
       dropped       bos <boi> CODES <eoi> <eod>
     stored          [text]
     text            bos TEXT <eod>                                                        learnt: all after bos
+    stored          [image] [instruction] [drawn image] [question] [answer] [instruction] [drawn image]
+    interleaved     bos <boi> codes <eoi> instruction <BOI> CODES <eoi> question ANSWER <eod>
+                    instruction <BOI> CODES <eoi> <eod>             learnt: ANSWER and <eod>; CODES and their <boi>
+      dropped       all images without the texts, if there is no answer
 
 For generation each image moves behind the text that follows it in stored order, up to the next image; text before the
-first image stays in front. ``<eod>`` after an answer is the vocabulary's ``answer_end``, where that is another token.
+first image stays in front. Interleaved documents stay as stored: a drawn image is learnt where it stands, and so is the
+``<boi>`` before it, the decision to draw. An answer that ends in a drawn image has no ``<eod>`` of its own. Without
+drawn images an interleaved document equals one of understanding. ``<eod>`` after an answer is the vocabulary's
+``answer_end``, where that is another token.
+
 A learnt token is one whose prediction counts: the loss bit is set at the token *before* it.
 
 Many documents are rendered together: Python loops over sequences only to copy them, the rest is vectorised.
@@ -22,8 +30,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from megatron_ext.data import packed_tokens
-from megatron_ext.data.format import ANSWER, IMAGE, Dataset
-from megatron_ext.token_classes import Task
+from megatron_ext.data.format import ANSWER, DRAWN, Dataset, is_image
+from megatron_ext.token_classes import Layout, Task
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class DocumentPieces:
 
     Attributes:
         document: int64, number in the data set.
-        dropped: bool, leave out the text (generation; for classifier-free guidance).
+        dropped: bool, leave out the text (for classifier-free guidance).
         start, stop: int64, range of tokens of the rendered document.
         place: int64, position of the first of these tokens in the buffer.
     """
@@ -84,68 +92,96 @@ class DocumentPieces:
 
 
 @dataclass
-class Layout:
-    """Positions of the stored sequences in their rendered documents, document by document.
+class SequencePlaces:
+    """Places of the stored sequences in their rendered documents, document by document.
 
     Attributes:
         owner: int64 [sequences], index of the sequence's document (0, 1, ...).
-        image, answer: bool [sequences], whether the sequence is an image, an answer.
+        image, drawn, answer: bool [sequences], whether the sequence is an image, an image to be drawn, an answer.
+        closed: bool [sequences], whether ``<eoi>`` (an image) or ``<eod>`` (an answer) follows.
         pointer: int64 [sequences], start of the sequence in ``Dataset.tokens``.
         begin, end: int64 [sequences], range in the rendered document, without ``<boi>``, ``<eoi>`` and ``<eod>``.
         length: int64 [documents], tokens of the rendered document.
+        ended: bool [documents], whether an ``<eod>`` of its own ends the document.
     """
 
     owner: np.ndarray
     image: np.ndarray
+    drawn: np.ndarray
     answer: np.ndarray
+    closed: np.ndarray
     pointer: np.ndarray
     begin: np.ndarray
     end: np.ndarray
     length: np.ndarray
+    ended: np.ndarray
 
 
-def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, task: Task) -> Layout:
-    """Lay documents out for a task, from the index alone.
+def text_may_drop(dataset: Dataset, documents: np.ndarray, layout: Layout) -> np.ndarray:
+    """Whether caption dropout applies to documents, bool [documents]: what is learnt in them is images alone."""
+    if layout != Layout.INTERLEAVED:
+        return np.full(len(documents), layout == Layout.GENERATION)
+    owner, index = _sequences(dataset, documents)
+    modes = dataset.sequence_modes[index]
+    drawn, answers = (np.bincount(owner, modes == mode, len(documents)) for mode in (DRAWN, ANSWER))
+    return (drawn > 0) & (answers == 0)
+
+
+def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, layout: Layout) -> SequencePlaces:
+    """Lay documents out, from the index alone.
 
     Args:
         documents: int64 [documents], numbers in the data set.
-        dropped: bool [documents], leave out the text (generation; for classifier-free guidance).
+        dropped: bool [documents], leave out the text (for classifier-free guidance).
     """
-    first = dataset.document_ends[documents]
-    counts = dataset.document_ends[documents + 1] - first
-    owner = np.repeat(np.arange(len(documents)), counts)
-    index = np.arange(len(owner)) + np.repeat(first - np.cumsum(counts) + counts, counts)
-    if task == Task.GENERATION:
-        image = dataset.sequence_modes[index] == IMAGE
+    owner, index = _sequences(dataset, documents)
+    image = is_image(dataset.sequence_modes[index])
+    if layout == Layout.GENERATION:
         # Per document: the texts before image 1, then texts and image 1, texts and image 2, ...
         order = np.argsort(2 * (owner + np.cumsum(image)) + image, kind="stable")
-        order = order[(image | ~dropped[owner])[order]]
-        owner, index = owner[order], index[order]
+        owner, index, image = owner[order], index[order], image[order]
+    kept = image | ~dropped[owner]
+    owner, index, image = owner[kept], index[kept], image[kept]
     modes, lengths = dataset.sequence_modes[index], dataset.sequence_lengths[index].astype(np.int64)
-    image, answer = modes == IMAGE, modes == ANSWER
-    closed = image | answer if task == Task.UNDERSTANDING else image  # images by <eoi>, answers by <eod>
-    after = np.cumsum(image + lengths + closed)  # tokens up to each sequence's end, of all documents together
+    drawn, answer = modes == DRAWN, modes == ANSWER
     last = np.searchsorted(owner, np.arange(len(documents)), side="right") - 1
+    if layout in (Layout.UNDERSTANDING, Layout.INTERLEAVED):
+        before_drawn = np.append(drawn[1:] & (owner[1:] == owner[:-1]), False)
+        closed = image | answer & ~(before_drawn & (layout == Layout.INTERLEAVED))
+        ended = drawn[last] & (layout == Layout.INTERLEAVED)
+    else:
+        closed, ended = image, np.ones(len(documents), dtype=bool)
+    after = np.cumsum(image + lengths + closed)  # tokens up to each sequence's end, of all documents together
     before = np.concatenate([[0], after[last[:-1]]])  # ... up to each document's start
     end = 1 + after - closed - before[owner]  # bos is at 0
-    return Layout(
+    return SequencePlaces(
         owner=owner,
         image=image,
+        drawn=drawn,
         answer=answer,
+        closed=closed,
         pointer=dataset.sequence_pointers[index] // dataset.tokens.itemsize,
         begin=end - lengths,
         end=end,
-        length=1
-        + after[last]
-        - before
-        + (task != Task.UNDERSTANDING),  # in understanding each answer has its own <eod>
+        length=1 + after[last] - before + ended,
+        ended=ended,
     )
 
 
-def render(buffer: TokenBuffer, dataset: Dataset, pieces: DocumentPieces, task: Task, special: SpecialTokens) -> None:
+def _sequences(dataset: Dataset, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Owner (0, 1, ...) and number in the data set of each sequence of the documents, in stored order."""
+    first = dataset.document_ends[documents]
+    counts = dataset.document_ends[documents + 1] - first
+    owner = np.repeat(np.arange(len(documents)), counts)
+    return owner, np.arange(len(owner)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+
+
+def render(
+    buffer: TokenBuffer, dataset: Dataset, pieces: DocumentPieces, layout: Layout, special: SpecialTokens
+) -> None:
     """Write document pieces into a buffer, each as a document of its own."""
-    layout = lay_out(dataset, pieces.document, pieces.dropped, task)
-    owner, image, begin, end = layout.owner, layout.image, layout.begin, layout.end
+    places = lay_out(dataset, pieces.document, pieces.dropped, layout)
+    owner, image, begin, end = places.owner, places.image, places.begin, places.end
     documents = np.arange(len(pieces.document))
 
     def buffer_place(owner, position):
@@ -159,23 +195,36 @@ def render(buffer: TokenBuffer, dataset: Dataset, pieces: DocumentPieces, task: 
     put(documents, np.zeros_like(documents), special.bos)
     put(owner[image], begin[image] - 1, special.boi)
     put(owner[image], end[image], special.eoi)
-    if task == Task.UNDERSTANDING:
-        learnt_owner, learnt_begin, learnt_end = owner[layout.answer], begin[layout.answer], end[layout.answer] + 1
-        put(learnt_owner, learnt_end - 1, special.answer_end)
-    else:
-        put(documents, layout.length - 1, special.eod)
-        if task == Task.GENERATION:
-            learnt_owner, learnt_begin, learnt_end = owner[image], begin[image], end[image]
-        else:
-            learnt_owner, learnt_begin, learnt_end = documents, np.ones_like(documents), layout.length
+    closed_answer = places.answer & places.closed
+    put(owner[closed_answer], end[closed_answer], special.answer_end)
+    put(documents[places.ended], places.length[places.ended] - 1, special.eod)
+    learnt_owner, learnt_begin, learnt_end = _learnt(places, layout)
 
-    places, stops = buffer_place(owner, begin), buffer_place(owner, end)
-    pointers = layout.pointer + np.maximum(pieces.start[owner] - begin, 0)
-    for place, stop, pointer in zip(places.tolist(), stops.tolist(), pointers.tolist()):
+    starts, stops = buffer_place(owner, begin), buffer_place(owner, end)
+    pointers = places.pointer + np.maximum(pieces.start[owner] - begin, 0)
+    for place, stop, pointer in zip(starts.tolist(), stops.tolist(), pointers.tolist()):
         buffer.ids[place:stop] = dataset.tokens[pointer : pointer + stop - place]
 
+    task = Task.UNDERSTANDING if layout == Layout.INTERLEAVED else Task(layout)
     buffer.mark(pieces.place, pieces.place + pieces.stop - pieces.start, task << packed_tokens.TASK_SHIFT)
+    if layout == Layout.INTERLEAVED:
+        drawn = places.drawn
+        buffer.mark(starts[drawn], stops[drawn], (Task.GENERATION - task) << packed_tokens.TASK_SHIFT)
     buffer.mark(pieces.place, pieces.place + 1, packed_tokens.START)
-    buffer.mark(places[image], stops[image], packed_tokens.IMAGE)
+    buffer.mark(starts[image], stops[image], packed_tokens.IMAGE)
     predicting = np.maximum(buffer_place(learnt_owner, learnt_begin) - 1, pieces.place[learnt_owner])
     buffer.mark(predicting, buffer_place(learnt_owner, learnt_end) - 1, packed_tokens.LOSS)
+
+
+def _learnt(places: SequencePlaces, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Owner, begin and end in the rendered document of each range of learnt tokens; ranges are disjoint."""
+    if layout == Layout.TEXT:
+        documents = np.arange(len(places.length))
+        return documents, np.ones_like(documents), places.length
+    if layout == Layout.GENERATION:
+        learnt = places.image
+    else:
+        learnt = places.answer | places.drawn & (layout == Layout.INTERLEAVED)
+    answer, interleaved = places.answer[learnt], layout == Layout.INTERLEAVED
+    begin = places.begin[learnt] - (~answer & interleaved)  # <boi> before a drawn image
+    return places.owner[learnt], begin, places.end[learnt] + (answer & places.closed[learnt])

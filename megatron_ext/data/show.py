@@ -20,7 +20,7 @@ def describe_row(rows: PackedRows, row: int, vocabulary: Vocabulary) -> str:
         tokens, loss = batch.tokens[0][selected], batch.loss_mask[0][selected]
         source = rows.mixture.sources[source_number]
         lines.append(
-            f"  {source.task.name.lower()}, document {document} of {source.path}, epoch {epoch}: "
+            f"  {source.layout.name.lower()}, document {document} of {source.path}, epoch {epoch}: "
             f"{len(tokens)} tokens, {int(loss.sum())} learnt"
         )
         lines.append(f"    {_readable(tokens, loss, vocabulary)}")

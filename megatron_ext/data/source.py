@@ -1,4 +1,4 @@
-"""A source: one data set used for one task, opened and checked."""
+"""A source: one data set in one layout, opened and checked."""
 
 from dataclasses import dataclass
 
@@ -8,24 +8,24 @@ from megatron_ext.config import SourceConfig
 from megatron_ext.data.format import Dataset
 from megatron_ext.data.rendering import lay_out
 from megatron_ext.errors import UserError
-from megatron_ext.token_classes import Task
+from megatron_ext.token_classes import Layout
 
 _CHUNK = 1 << 17  # documents checked at once
 
 
 @dataclass
 class Source:
-    """One data set used for one task.
+    """One data set in one layout.
 
     Attributes:
         path: prefix of the data set.
         metadata: its metadata (:mod:`megatron_ext.data.format`).
-        tokens: tokens of one epoch of the data set as this task renders it, captions included.
+        tokens: tokens of one epoch of the data set as this layout renders it, captions included.
         dataset: the open data set; None on a rank that does not read.
     """
 
     path: str
-    task: Task
+    layout: Layout
     weight: float
     metadata: dict
     tokens: int
@@ -37,7 +37,7 @@ class Source:
 
         Raises:
             UserError: files are damaged, the token ids belong to another vocabulary, a document is useless for the
-                task, or a document with images is longer than a row.
+                layout, or a document with images is longer than a row.
         """
         name = f"{name} ({config.path})"
         if config.weight <= 0:
@@ -49,27 +49,30 @@ class Source:
                 f"{name}: was prepared with vocabulary {fingerprint}, this run has {vocabulary_fingerprint}; "
                 "prepare it again or set data.vocabulary to the one it was made with"
             )
-        task = Task[config.task.upper()]
+        layout = Layout[config.task.upper()]
         tokens = 0
         for start in range(0, len(dataset), _CHUNK):
             documents = np.arange(start, min(start + _CHUNK, len(dataset)))
-            tokens += _check_documents(name, dataset, documents, task, row_length)
-        return cls(config.path, task, config.weight, dataset.metadata, tokens, dataset)
+            tokens += _check_documents(name, dataset, documents, layout, row_length)
+        return cls(config.path, layout, config.weight, dataset.metadata, tokens, dataset)
 
 
-def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, task: Task, row_length: int) -> int:
+def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, layout: Layout, row_length: int) -> int:
     """Check documents and count their rendered tokens."""
-    layout = lay_out(dataset, documents, np.zeros(len(documents), dtype=bool), task)
-    images, answers = (np.bincount(layout.owner, kind, len(documents)) for kind in (layout.image, layout.answer))
-    lengths = layout.length
+    places = lay_out(dataset, documents, np.zeros(len(documents), dtype=bool), layout)
+    images, drawn, answers = (
+        np.bincount(places.owner, kind, len(documents)) for kind in (places.image, places.drawn, places.answer)
+    )
+    lengths = places.length
     useless, reason = {
-        Task.UNDERSTANDING: (answers == 0, "holds no answer or caption to learn"),
-        Task.GENERATION: (images == 0, "holds no image"),
-        Task.TEXT: (images > 0, "holds an image"),
-    }[task]
+        Layout.UNDERSTANDING: (answers == 0, "holds no answer or caption to learn"),
+        Layout.GENERATION: (images == 0, "holds no image"),
+        Layout.TEXT: (images > 0, "holds an image"),
+        Layout.INTERLEAVED: (drawn + answers == 0, "holds neither an answer nor a drawn image to learn"),
+    }[layout]
     if useless.any():
         raise UserError(
-            f"{name}: document {documents[useless.argmax()]} {reason}; not usable for task {task.name.lower()}"
+            f"{name}: document {documents[useless.argmax()]} {reason}; not usable for task {layout.name.lower()}"
         )
     too_long = (images > 0) & (lengths > row_length)
     if too_long.any():

@@ -13,6 +13,7 @@ so that scores of models that fail in different ways stay comparable.
 
 Generated pictures: :mod:`.mjhq` (prompts), :mod:`.picture_scorer` (all scores of a folder), :mod:`.fid`, :mod:`.clip`,
 :mod:`.scene_check`, :mod:`.faithfulness` and :mod:`.detected_files` (whether pictures of the picture world show their
-captions). :mod:`.kinds` counts right answers by kind of question, beside chance.
+captions); :mod:`.edits` (whether edited pictures show their instructions, and what they should keep).
+:mod:`.kinds` counts right answers by kind of question, beside chance.
 :mod:`.answer_generation` and :mod:`.picture_generation` ask a model.
 """

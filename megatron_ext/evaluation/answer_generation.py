@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext import command_line
+from megatron_ext import chat_template, command_line
 from megatron_ext.distributed import from_rank_zero
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import manifest
@@ -40,7 +40,11 @@ def claim(
     Raises:
         UserError: the file holds answers of other settings, or to other questions.
     """
-    settings = {**manifest.model_settings(session, checkpoint), "max_new_tokens": max_new_tokens}
+    settings = {
+        **manifest.model_settings(session, checkpoint),
+        "chat_template": chat_template.fingerprint(session.trained.vocabulary),
+        "max_new_tokens": max_new_tokens,
+    }
 
     def claim_on_rank_zero() -> None:
         _merge_parts(file)

@@ -56,7 +56,7 @@ def measure(seen: Sequence[DetectedScene | None], facts: Sequence[CaptionFacts],
         _by_row(names, right),
         _by_row(names, totals.astype(int)),
         _by_row(names, shares(other.sum(0))),
-        _by_row(names, _interval(own, other)),
+        _by_row(names, interval(own, other)),
     )
 
 
@@ -105,7 +105,7 @@ def shares(totals: np.ndarray) -> np.ndarray:
         return 100 * totals[:, 0] / totals[:, 1]
 
 
-def _interval(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+def interval(own: np.ndarray, other: np.ndarray) -> np.ndarray:
     """95 % interval [rows, 2] of the difference between the shares, by resampling pictures."""
     random, count = np.random.default_rng(SEED), len(own)
     differences = []

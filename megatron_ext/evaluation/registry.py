@@ -10,6 +10,10 @@ from megatron_ext.evaluation.seed import SEED
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (GQA, MME, POPE, SEED)}
 PICTURES = "mjhq"
 """The benchmark of generated pictures: :mod:`.mjhq` reads it, :mod:`.picture_scorer` scores it."""
+EDITS = "edits"
+"""The benchmark of edited pictures: :mod:`.edits` reads and scores it."""
+DRAWN = (PICTURES, EDITS)
+"""The benchmarks whose results are folders of pictures."""
 
 
 def benchmark_named(name: str) -> Benchmark:

@@ -29,23 +29,25 @@ class Decoder:
     visible through the cache only.
     """
 
-    def __init__(self, model: UnifiedModel, plan: Plan, vocabulary: Vocabulary, tasks: Sequence[Task], cache: Cache):
+    def __init__(self, model: UnifiedModel, plan: Plan, vocabulary: Vocabulary, rows: int, cache: Cache):
         """
         Args:
             model: the whole model (one pipeline stage), in evaluation mode; any tensor-parallel size.
-            tasks: of each document.
+            rows: number of documents.
             cache: empty, with a row for each document and enough room.
         """
         self._alignment = row_alignment_of(model)
         self._model, self._plan, self._vocabulary, self._cache = model, plan, vocabulary, cache
-        self._tasks = torch.tensor([int(task) for task in tasks], dtype=torch.int8)
-        self._positions = torch.zeros(len(tasks), dtype=torch.int64)
-        self._images = np.zeros(len(tasks), dtype=np.int64)  # image tokens at the end of each document
+        self._positions = torch.zeros(rows, dtype=torch.int64)
+        self._images = np.zeros(rows, dtype=np.int64)  # image tokens at the end of each document
         self._single_token_routes: dict[bytes, Route] = {}  # by the tokens' classes
 
     @torch.no_grad()
-    def advance(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def advance(self, tokens: Sequence[Sequence[int]], tasks: Sequence[Sequence[Task]]) -> Tensor:
         """Read the next tokens of each document; a document may have none.
+
+        Args:
+            tasks: of each token.
 
         Returns:
             Logits [documents, vocabulary / tensor-parallel size] after the last token of each; zeros for documents
@@ -53,26 +55,28 @@ class Decoder:
         """
         rows, longest = len(tokens), max(map(len, tokens))
         if longest <= PREFILL_CHUNK and all(tokens):
-            return self._advance(tokens, torch.ones(rows, dtype=torch.bool))
+            return self._advance(tokens, tasks, torch.ones(rows, dtype=torch.bool))
         logits = None
         for start in range(0, longest, PREFILL_CHUNK):
-            chunk = [row[start : start + PREFILL_CHUNK] for row in tokens]
+            chunk, chunk_tasks = (
+                [row[start : start + PREFILL_CHUNK] for row in rows_of] for rows_of in (tokens, tasks)
+            )
             last = [len(row) <= start + PREFILL_CHUNK and len(part) > 0 for row, part in zip(tokens, chunk)]
-            chunk_logits = self._advance(chunk, torch.tensor(last))
+            chunk_logits = self._advance(chunk, chunk_tasks, torch.tensor(last))
             if logits is None:
                 logits = chunk_logits.new_zeros(rows, chunk_logits.shape[-1])
             logits[torch.tensor(last, device=logits.device)] = chunk_logits
         return logits
 
-    def _advance(self, tokens: Sequence[Sequence[int]], last: Tensor) -> Tensor:
+    def _advance(self, tokens: Sequence[Sequence[int]], tasks: Sequence[Sequence[Task]], last: Tensor) -> Tensor:
         """Logits [documents that are at their last token, vocabulary / tensor-parallel size]."""
-        route = self._route(tokens, last)
+        route = self._route(tokens, tasks, last)
         self._cache.begin_chunk(route.layers)
         self._positions += torch.tensor([len(row) for row in tokens])
         return self._model(route, attend=self._cache.attend).squeeze(1)
 
-    def _route(self, tokens: Sequence[Sequence[int]], last: Tensor) -> Route:
-        batch = document_batch(self._vocabulary, tokens, self._tasks, self._positions).arrays()
+    def _route(self, tokens: Sequence[Sequence[int]], tasks: Sequence[Sequence[Task]], last: Tensor) -> Route:
+        batch = document_batch(self._vocabulary, tokens, tasks, self._positions).arrays()
         real = batch.document != PADDING_DOCUMENT
         lengths = np.array([len(row) for row in tokens])
         places = image_places(batch, self._images)
@@ -112,10 +116,9 @@ def _with_tokens(route: Route, batch: Batch, places: np.ndarray) -> Route:
     )
 
 
-def tokens_by_class(vocabulary: Vocabulary, task: Task, tokens: Sequence[int]) -> list[int]:
+def tokens_by_class(vocabulary: Vocabulary, tokens: Sequence[int], tasks: Sequence[Task]) -> list[int]:
     """The number of a document's ``tokens`` in each class (by ``class_index``)."""
     counts = [0] * (len(Task) * len(Modality))
-    images = sum(1 for token in tokens if vocabulary.is_image(token))
-    counts[class_index(task, Modality.IMAGE)] = images
-    counts[class_index(task, Modality.TEXT)] = len(tokens) - images
+    for token, task in zip(tokens, tasks, strict=True):
+        counts[class_index(task, Modality.IMAGE if vocabulary.is_image(token) else Modality.TEXT)] += 1
     return counts

@@ -7,21 +7,28 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.data.batch import Batch
-from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.fp8 import row_multiple_of
 from megatron_ext.transformer.model import UnifiedModel
 from megatron_ext.vocabulary import Vocabulary
 
 
-def document_batch(vocabulary: Vocabulary, tokens: Sequence[Sequence[int]], tasks: Tensor, positions: Tensor) -> Batch:
+def document_batch(
+    vocabulary: Vocabulary, tokens: Sequence[Sequence[int]], tasks: Sequence[Sequence[Task]], positions: Tensor
+) -> Batch:
     """A batch of one document, or a chunk of it, per row, then padding. Labels are the next tokens; the loss mask is 0.
 
     Args:
-        tasks, positions: [rows], task of each document and position of its first token here.
+        tasks: of each token.
+        positions: [rows], position of each document's first token here.
     """
     lengths = torch.tensor([len(row) for row in tokens])
     longest = int(lengths.max())
-    ids = torch.tensor([[*row, *[vocabulary.pad] * (longest - len(row))] for row in tokens])
+
+    def padded(rows: Sequence[Sequence[int]], filler: int, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], dtype=dtype)
+
+    ids = padded(tokens, vocabulary.pad, torch.int64)
     column = torch.arange(longest)
     return Batch(
         tokens=ids,
@@ -29,7 +36,7 @@ def document_batch(vocabulary: Vocabulary, tokens: Sequence[Sequence[int]], task
         loss_mask=torch.zeros(ids.shape),
         positions=positions[:, None] + column,
         modality=torch.where(vocabulary.is_image(ids), Modality.IMAGE, Modality.TEXT).to(torch.int8),
-        task=tasks[:, None].expand(ids.shape),
+        task=padded(tasks, int(Task.TEXT), torch.int8),
         document=torch.where(column < lengths[:, None], 0, PADDING_DOCUMENT).to(torch.int32),
     )
 

@@ -14,6 +14,7 @@ from megatron_ext.generation.guidance import guided_logits, guided_prompts
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling, next_tokens
 from megatron_ext.routing.plan import Plan
+from megatron_ext.token_classes import Task
 from megatron_ext.transformer.model import UnifiedModel
 from megatron_ext.transformer.projection import merged_weights
 from megatron_ext.vocabulary import Vocabulary
@@ -62,21 +63,29 @@ class Generator:
         prompts, capacities = guided_prompts(requests, sampling.guidance), self._capacities(requests, sampling)
         config, n = self.model.config, len(requests)
         cache = Cache(self.plan, capacities, len(prompts), self._groups, config.kv_channels, self._dtype, self._device)
-        tasks = [request.task for request in requests] * (2 if guided else 1)
-        decoder = Decoder(self.model, self.plan, self.vocabulary, tasks, cache)
+        decoder = Decoder(self.model, self.plan, self.vocabulary, len(prompts), cache)
         rows = [Continuation(request, self.vocabulary, self.picture_tokens) for request in requests]
         generators = sampling.generators([request.number for request in requests])
         unread = [[*prompt, *rows[i % n].tokens] for i, prompt in enumerate(prompts)]
+        tasks = [
+            requests[i % n].prompt_tasks(prompt, self.vocabulary) + self._tasks(requests[i % n], rows[i % n].tokens)
+            for i, prompt in enumerate(prompts)
+        ]
         with merged_weights(self.model):
             while active := [i for i, row in enumerate(rows) if not row.done]:
-                logits = self._logits(decoder.advance(unread), active, n, sampling)
+                logits = self._logits(decoder.advance(unread, tasks), active, n, sampling)
                 allowed = self._allowed[[rows[i].allowed_kind for i in active]]
                 unread, before = [[] for _ in rows], sum(len(row.tokens) for row in rows)
                 for i, token in zip(active, next_tokens(logits, allowed, sampling, [generators[i] for i in active])):
                     unread[i] = rows[i].append(token)
                 progress(sum(len(row.tokens) for row in rows) - before)
-                unread = unread * 2 if guided else unread
+                tasks = [self._tasks(request, tokens) for request, tokens in zip(requests, unread)]
+                if guided:
+                    unread, tasks = unread * 2, tasks * 2
         return [row.tokens for row in rows]
+
+    def _tasks(self, request: Request, generated: Sequence[int]) -> list[Task]:
+        return [request.generated_task(token, self.vocabulary) for token in generated]
 
     def _logits(self, logits: Tensor, rows: Sequence[int], n: int, sampling: Sampling) -> Tensor:
         """Logits [rows, vocabulary] of the active of n rows, whole and guided."""
@@ -100,7 +109,9 @@ class Generator:
         for request in requests:
             images = [self.vocabulary.image_offset] * self.picture_tokens * request.images
             texts = [self.vocabulary.eod] * (request.text_tokens + 2 * request.images)
+            tasks = self._tasks(request, [*images, *texts])
             for prompt in guided_prompts([request], sampling.guidance):
-                counts = tokens_by_class(self.vocabulary, request.task, [*prompt, *images, *texts])
+                all_tasks = request.prompt_tasks(prompt, self.vocabulary) + tasks
+                counts = tokens_by_class(self.vocabulary, [*prompt, *images, *texts], all_tasks)
                 capacities.append(layer_capacities(self.plan, counts))
         return [max(layer) for layer in zip(*capacities)]

@@ -19,10 +19,15 @@ def log_likelihoods(
     All are read in one forward pass without a cache: ``continuations`` are short.
     """
     model, prompts = generator.model, [request.tokens for request in requests]
-    tasks = torch.tensor([int(request.task) for request in requests], dtype=torch.int8)
+    vocabulary = generator.vocabulary
     documents = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations)]
+    tasks = [
+        request.prompt_tasks(prompt, vocabulary)
+        + [request.generated_task(token, vocabulary) for token in document[len(prompt) :]]
+        for request, prompt, document in zip(requests, prompts, documents)
+    ]
     start_positions = torch.zeros(len(documents), dtype=torch.int64)
-    batch = document_batch(generator.vocabulary, documents, tasks, start_positions)
+    batch = document_batch(vocabulary, documents, tasks, start_positions)
     column = torch.arange(batch.shape[1])
     # The last token of the prompt predicts the first of the continuation.
     first, end = (torch.tensor([len(row) - 1 for row in rows])[:, None] for rows in (prompts, documents))

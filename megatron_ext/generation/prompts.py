@@ -7,7 +7,7 @@ text, encoded as they are stored: after their picture.
 from collections.abc import Sequence
 
 from megatron_ext import chat_template
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, is_image
 from megatron_ext.generation.request import Request
 from megatron_ext.token_classes import Task
 from megatron_ext.vocabulary import Vocabulary
@@ -27,11 +27,30 @@ def answer(
     Raises:
         UserError: the chat template cannot write the question.
     """
-    image = [vocabulary.boi, *(int(code) + vocabulary.image_offset for code in codes), vocabulary.eoi]
-    tokens = [vocabulary.bos]
-    for mode, ids in _question(vocabulary, question):
-        tokens += image if mode == IMAGE else ids
+    tokens = _tokens(vocabulary, [("user", [(IMAGE, codes), (TEXT, question)])])
     return Request(tokens, Task.UNDERSTANDING, text_tokens=max_new_tokens, number=number)
+
+
+def edit(
+    vocabulary: Vocabulary, pictures: Sequence[Sequence[int]], instructions: Sequence[str], number: int = 0
+) -> Request:
+    """The picture that the last instruction makes of the last picture.
+
+    Args:
+        pictures: VQ codes of the given picture, then of those drawn for all instructions but the last.
+        instructions: as many; ``bos <boi> codes <eoi> instruction <boi> codes <eoi> instruction <boi>``. Without the
+            condition there are the pictures alone.
+
+    Raises:
+        UserError: the chat template cannot write the instructions.
+    """
+    turns = [("user", [(IMAGE, pictures[0]), (TEXT, instructions[0])])]
+    for codes, text in zip(pictures[1:], instructions[1:], strict=True):
+        turns += [("assistant", [(DRAWN, codes)]), ("user", [(TEXT, text)])]
+    tokens = [*_tokens(vocabulary, turns), vocabulary.boi]
+    images = [token for codes in pictures for token in _image(vocabulary, codes)]
+    unconditional, drawn = [vocabulary.bos, *images, vocabulary.boi], range(1, len(pictures))
+    return Request(tokens, Task.UNDERSTANDING, images=1, unconditional=unconditional, drawn=drawn, number=number)
 
 
 def answer_tokens(vocabulary: Vocabulary, question: str, text: str) -> list[int]:
@@ -43,9 +62,20 @@ def answer_tokens(vocabulary: Vocabulary, question: str, text: str) -> list[int]
     return [*(i for mode, ids in segments if mode == ANSWER for i in ids), vocabulary.answer_end]
 
 
-def _question(vocabulary: Vocabulary, question: str) -> chat_template.Segments:
-    """A question after a picture; text as token ids."""
-    parts = [(IMAGE, None), (TEXT, question)]
+def _tokens(vocabulary: Vocabulary, turns: Sequence[chat_template.Turn]) -> list[int]:
+    """A document of turns that begin with an image, up to where an answer begins; images are VQ codes."""
     if vocabulary.chat_template is None:
-        return [(mode, vocabulary.encode_segment(part) if mode == TEXT else part) for mode, part in parts]
-    return chat_template.of(vocabulary).segments([("user", parts)], prompt=True)
+        segments = [part for _, parts in turns for part in parts]
+    else:
+        segments = chat_template.of(vocabulary).segments(turns, prompt=True)
+    tokens = [vocabulary.bos]
+    for mode, item in segments:
+        if is_image(mode):
+            tokens += _image(vocabulary, item)
+        else:
+            tokens += vocabulary.encode_segment(item) if isinstance(item, str) else item
+    return tokens
+
+
+def _image(vocabulary: Vocabulary, codes: Sequence[int]) -> list[int]:
+    return [vocabulary.boi, *(int(code) + vocabulary.image_offset for code in codes), vocabulary.eoi]

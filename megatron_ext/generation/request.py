@@ -1,9 +1,10 @@
 """A document to continue."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.token_classes import Task
+from megatron_ext.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -13,11 +14,12 @@ class Request:
     Attributes:
         tokens: the prompt, ``bos`` included; texts and images in any order. A picture follows a prompt that ends in
             ``<boi>``.
-        task: of the document; it decides how the tokens are routed.
-        text_tokens: most text tokens to generate; generation also ends at ``<eod>`` and at the end of
-            an answer.
+        task: of the prompt's and of generated tokens, except those of drawn images, which are of GENERATION; it decides
+            how they are routed. UNDERSTANDING: of an interleaved document, too.
+        text_tokens: most text tokens to generate; generation also ends at ``<eod>`` and at the end of an answer.
         images: most pictures to generate; generation ends after the last one.
-        unconditional: the prompt without its condition, for classifier-free guidance.
+        unconditional: the prompt without its condition, for classifier-free guidance; with the same images.
+        drawn: numbers, from 0, of the prompt's images that were drawn in the course of the document.
         number: with the seed it decides which tokens are sampled.
     """
 
@@ -26,4 +28,17 @@ class Request:
     text_tokens: int = 0
     images: int = 0
     unconditional: Sequence[int] | None = None
+    drawn: Collection[int] = ()
     number: int = 0
+
+    def prompt_tasks(self, prompt: Sequence[int], vocabulary: Vocabulary) -> list[Task]:
+        """The task of each token of ``tokens`` or of ``unconditional``."""
+        image, tasks = -1, []
+        for token in prompt:
+            image += token == vocabulary.boi
+            tasks.append(self.generated_task(token, vocabulary) if image in self.drawn else self.task)
+        return tasks
+
+    def generated_task(self, token: int, vocabulary: Vocabulary) -> Task:
+        """The task of a generated token."""
+        return Task.GENERATION if vocabulary.is_image(token) else self.task

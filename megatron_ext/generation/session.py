@@ -20,6 +20,8 @@ from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 from megatron_ext.vq.pixels import from_bytes, to_picture
 
 SHEET = "sheet.png"
+GIVEN = "given.png"
+"""The picture to edit, as the VQ tokenizer reconstructs it."""
 SHEET_COLUMNS = 4
 
 
@@ -97,6 +99,32 @@ class Session:
         if len(files) > 1:
             self._report(str(out / SHEET))
         return [{"file": str(f), "caption": caption, "codes": c} for f, caption, c in zip(files, captions, codes)]
+
+    def edit(
+        self, image: Path, instructions: Sequence[str], out: Path, settings: dict, earlier: Sequence[dict] = ()
+    ) -> list[dict]:
+        """Edit a picture by instructions, each of which applies to the picture drawn last; writes a PNG for each, and a
+        sheet of all with the given one, to ``out``. Collective.
+
+        Args:
+            earlier: what the call for earlier instructions returned, to continue from there.
+
+        Returns:
+            Like ``earlier``, and for each instruction its file, instruction and codes; the files exist on return.
+        """
+        results, given = list(earlier), self.encode(image)
+        for instruction in instructions:
+            number = len(results)
+            pictures = [given, *(result["codes"] for result in results)]
+            texts = [*(result["instruction"] for result in results), instruction]
+            request = prompts.edit(self.trained.vocabulary, pictures, texts, number)
+            (codes,) = self.codes(self._generate([request], Sampling(**settings), "pictures"))
+            results.append({"file": str(out / f"{number:04d}.png"), "instruction": instruction, "codes": codes})
+            self._report(f"{results[-1]['file']}: {instruction}")
+        drawn = [given, *(result["codes"] for result in results)]
+        files = [out / GIVEN, *(Path(result["file"]) for result in results)]
+        distributed.from_rank_zero(lambda: self._save(drawn, files, out / SHEET))
+        return results
 
     def codes(self, continuations: Sequence[Sequence[int]]) -> list[list[int]]:
         """The VQ codes in continuations."""

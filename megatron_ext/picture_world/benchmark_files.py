@@ -7,6 +7,7 @@
     OUT/gqa/testdev_balanced_questions.json, images/ID.jpg
     OUT/seed/SEED-Bench.json, SEED-Bench-image/ID           pictures without a file ending, as in the release
     OUT/mjhq/meta_data.json, CATEGORY/ID.jpg                captions as prompts; categories by number of objects
+    OUT/edits/edits.json, images/, references/              instructions to edit pictures (:mod:`.edit_files`)
     OUT/benchmarks.json                                     the manifest, written last: settings and fingerprint
 
 The questions are worded as in training, and their answers are balanced. The same settings give the same bytes.
@@ -38,6 +39,7 @@ from megatron_ext.picture_world.captions import (
     unique_objects,
 )
 from megatron_ext.picture_world.conversations import YES_OR_NO
+from megatron_ext.picture_world.edit_files import EditConfig, write_edit_benchmark
 from megatron_ext.picture_world.multiple_choice import absent_like
 from megatron_ext.picture_world.questions import KINDS, ask
 from megatron_ext.picture_world.render import render
@@ -78,7 +80,7 @@ MME_SCENES = 1000
 """Most scenes that are searched for a picture of MME."""
 GQA_CANDIDATES = 8
 """Candidate questions per kind, of which the one with the least frequent answer so far is selected."""
-NAMES = ("pope", "mme", "gqa", "seed", "mjhq")
+NAMES = ("pope", "mme", "gqa", "seed", "mjhq", "edits")
 MANIFEST = "benchmarks.json"
 
 
@@ -334,4 +336,9 @@ def _mjhq(folder: Path, config: BenchmarkConfig) -> int:
     return len(entries)
 
 
-WRITERS = {"pope": _pope, "mme": _mme, "gqa": _gqa, "seed": _seed, "mjhq": _mjhq}
+def _edits(folder: Path, config: BenchmarkConfig) -> int:
+    settings = {"size": config.size, "world": config.world, "seed": config.seed}
+    return write_edit_benchmark(folder, EditConfig(config.split, config.pictures, **settings))
+
+
+WRITERS = {"pope": _pope, "mme": _mme, "gqa": _gqa, "seed": _seed, "mjhq": _mjhq, "edits": _edits}

@@ -19,7 +19,7 @@ import os
 import shutil
 import signal
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -34,9 +34,10 @@ from megatron_ext.picture_world.conversations import conversation
 from megatron_ext.picture_world.questions import KINDS
 from megatron_ext.picture_world.render import render
 from megatron_ext.picture_world.splits import SPLIT_RULE
-from megatron_ext.picture_world.world import RICHEST, World, make_scene
+from megatron_ext.picture_world.world import RICHEST, Scene, World, make_scene
 
 FORMS = ("tar", "folder", "text")
+MANIFEST = "scenes.json"
 TEXT_SEED_OFFSET = 1_000_003
 """Texts describe other scenes than the pictures: those of the seed plus this number."""
 
@@ -90,14 +91,19 @@ class SceneSample:
 def make_sample(config: SplitConfig, index: int) -> SceneSample:
     """Scene ``index`` of a split as a sample; a pure function of its arguments."""
     scene = make_scene(config.seed, config.split, index, config.world)
-    buffer = io.BytesIO()
-    render(scene, config.size).save(buffer, format="PNG")
     turns = []
     pairs = conversation(scene, config.questions, config.kinds, config.with_choices, config.with_instruction)
     for question, answer in pairs:
         prompt = question if turns else f"<image>\n{question}"
         turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
-    return SceneSample(scene.key, buffer.getvalue(), caption(scene), turns, scene.to_dict())
+    return SceneSample(scene.key, png(scene, config.size), caption(scene), turns, scene.to_dict())
+
+
+def png(scene: Scene, size: int) -> bytes:
+    """The scene as a PNG of ``size`` x ``size`` pixels."""
+    buffer = io.BytesIO()
+    render(scene, size).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 @contextmanager
@@ -127,29 +133,39 @@ def write_split(out: Path, config: SplitConfig, workers: Pool | None = None) -> 
     Raises:
         UserError: the manifest of an existing split cannot be read.
     """
-    folder, settings = out / config.split, json.loads(json.dumps(asdict(config)))
-    if (folder / "scenes.json").is_file():
-        manifest = read_json(folder / "scenes.json")
+
+    def write(folder: Path) -> None:
+        with ExitStack() as stack:
+            writers = [stack.enter_context(WRITERS[form](folder, config)) for form in config.forms if form in WRITERS]
+            for sample in progress(
+                _samples(config, workers), total=config.count, desc=config.split, unit="scene", leave=False
+            ):
+                for writer in writers:
+                    writer.add(sample)
+        if "text" in config.forms:
+            with (folder / "text.jsonl").open("w") as lines:
+                for index in range(config.texts):
+                    scene = make_scene(config.seed + TEXT_SEED_OFFSET, config.split, index, config.world)
+                    lines.write(json.dumps({"text": text(scene)}) + "\n")
+
+    return write_folder(out / config.split, asdict(config), write)
+
+
+def write_folder(folder: Path, settings: dict, write: Callable[[Path], None]) -> dict:
+    """Let ``write`` fill a folder that then replaces ``folder``, unless that was made with these settings; returns its
+    manifest like :func:`write_split`."""
+    settings = json.loads(json.dumps(settings))
+    if (folder / MANIFEST).is_file():
+        manifest = read_json(folder / MANIFEST)
         if manifest["settings"] == settings:
             return {**manifest, "created": False}
         shutil.rmtree(folder)  # its manifest shows that it was generated, so it can be generated again
-    partial = out / f".{config.split}.partial"
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with ExitStack() as stack:
-        writers = [stack.enter_context(WRITERS[form](partial, config)) for form in config.forms if form in WRITERS]
-        for sample in progress(
-            _samples(config, workers), total=config.count, desc=config.split, unit="scene", leave=False
-        ):
-            for writer in writers:
-                writer.add(sample)
-    if "text" in config.forms:
-        with (partial / "text.jsonl").open("w") as lines:
-            for index in range(config.texts):
-                scene = make_scene(config.seed + TEXT_SEED_OFFSET, config.split, index, config.world)
-                lines.write(json.dumps({"text": text(scene)}) + "\n")
+    write(partial)
     manifest = {"settings": settings, "split_rule": SPLIT_RULE, "fingerprint": fingerprint(partial)}
-    write_json(partial / "scenes.json", manifest)
+    write_json(partial / MANIFEST, manifest)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return {**manifest, "created": True}

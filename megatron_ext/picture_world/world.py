@@ -197,10 +197,11 @@ def _objects(rng: random.Random, split: str, world: World) -> tuple[SceneObject,
         shape, color = rng.choice(world.held_out)
         selected = [(shape, color)] + [rng.choice([pair, (shape, pair[1]), (pair[0], color)]) for pair in selected[1:]]
     cells = rng.sample(range(GRID * GRID), count)
-    return tuple(_object(rng, *pair, *divmod(cell, GRID), world.variation) for pair, cell in zip(selected, cells))
+    return tuple(make_object(rng, *pair, *divmod(cell, GRID), world.variation) for pair, cell in zip(selected, cells))
 
 
-def _object(rng: random.Random, shape: str, color: str, row: int, column: int, variation: float) -> SceneObject:
+def make_object(rng: random.Random, shape: str, color: str, row: int, column: int, variation: float) -> SceneObject:
+    """An object in a cell, of random size, and of random looks as far as ``variation`` allows."""
     size = rng.choice(SIZES)
     radius = RADIUS[size] * rng.uniform(1 - 0.05 * variation, 1.0)
     slack = variation * (0.5 / GRID - radius - MARGIN)

@@ -9,13 +9,13 @@ import numpy as np
 
 from megatron_ext import chat_template
 from megatron_ext.chat_template import ChatTemplate, Segments, Turn
-from megatron_ext.data.format import ANSWER, IMAGE
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, is_image
 from megatron_ext.preprocess import units
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions, Sample, Unit
 from megatron_ext.vocabulary import Vocabulary
 
 Document = list[tuple[int, "np.ndarray | ImageFile"]]
-"""(mode, token ids) and (IMAGE, ImageFile)."""
+"""(mode, token ids) and (IMAGE or DRAWN, ImageFile)."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Part:
     def images(self) -> list[ImageFile]:
         """Every image once, in order of appearance."""
         documents = (document for _, documents in self.documents for document in documents)
-        return list(dict.fromkeys(item for document in documents for mode, item in document if mode == IMAGE))
+        return list(dict.fromkeys(item for document in documents for mode, item in document if is_image(mode)))
 
 
 def part_name(unit: int, part: int) -> str:
@@ -86,7 +86,8 @@ def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions,
     for sample, documents, reason in described:
         encoded = [[(mode, _sequence(item, ids)) for mode, item in document] for document in documents]
         encoded = [[(mode, item) for mode, item in document if len(item)] for document in encoded]
-        usable = [document for document in encoded if any(mode == sample.required_mode for mode, _ in document)]
+        learnt = (sample.required_mode, DRAWN)
+        usable = [document for document in encoded if any(mode in learnt for mode, _ in document)]
         if usable:
             part.documents.append((sample.name, usable))
         else:
@@ -135,18 +136,18 @@ def split_conversation(turns: list[Turn]) -> list[list[Turn]]:
             question = question + parts
             continue
         conversations.append([*system, ("user", images + question), ("assistant", parts)])
-        images, question = images + [part for part in question + parts if part[0] == IMAGE], []
+        images, question = images + [(IMAGE, item) for mode, item in question + parts if is_image(mode)], []
     return conversations
 
 
 def split_turns(document: Document) -> list[Document]:
-    """A document for each question with its answer, after the images of the turns before it; what follows the last
-    answer is left out."""
+    """A document for each question with its answer, which may be a drawn image, after the images of the turns before
+    it, which are given there; what follows the last answer is left out."""
     turns, images, turn = [], [], []
     for (mode, item), (following, _) in zip(document, [*document[1:], (None, None)]):
         turn.append((mode, item))
-        if mode == ANSWER and following != ANSWER:
+        if mode in (ANSWER, DRAWN) and following not in (ANSWER, DRAWN):
             turns.append(images + turn)
-            images = images + [segment for segment in turn if segment[0] == IMAGE]
+            images = images + [(IMAGE, image) for of_image, image in turn if is_image(of_image)]
             turn = []
     return turns

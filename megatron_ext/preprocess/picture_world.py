@@ -4,8 +4,9 @@
 
     OUT/scenes/{train,validation,test}/    OUT/NAME-scenes/train/       scenes; those of question set NAME
     OUT/benchmarks/{validation,test}/                                   benchmarks
+    OUT/edits/{train,validation,test}/                                  edits of further scenes
     OUT/vq/  OUT/vocabulary/                                            image tokenizer, vocabulary
-    OUT/data/{questions,captions,texts}-{train,validation}.*            data sets
+    OUT/data/{questions,captions,texts,edits}-{train,validation}.*      data sets
     OUT/data/NAME-train.*                                               the data set of question set NAME
     OUT/preparation.json                                                what each piece was made from, and its cost
 
@@ -28,6 +29,7 @@ from megatron_ext.command_line import cpu_seconds, whole
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmark_files import MANIFEST, write_benchmarks
+from megatron_ext.picture_world.edit_files import RECORDS, write_edits
 from megatron_ext.picture_world.split_files import SplitConfig, scene_workers, write_split
 from megatron_ext.picture_world.splits import SPLITS
 from megatron_ext.preprocess.recipe import Recipe
@@ -120,19 +122,23 @@ class _Preparation:
         scenes = {split: self._scenes(split) for split in SPLITS if recipe.scenes[split]}
         yield from scenes.values()
         yield from map(self._benchmarks, recipe.benchmark_splits())
+        edits = {split: self._edits(split) for split in SPLITS if recipe.edits.get(split)}
+        yield from edits.values()
         vq = self._image_tokenizer(scenes)
-        vocabulary = self._text_tokenizer(scenes["train"], vq)
+        vocabulary = self._text_tokenizer([pieces["train"] for pieces in (scenes, edits) if "train" in pieces], vq)
         yield from (vq, vocabulary)
         for split in ("train", "validation"):
             if split in scenes:
                 config = recipe.split(split)
                 for kind in ("questions", "captions", *(["texts"] if "text" in config.forms else [])):
-                    yield self._data_set(f"{kind}-{split}", kind, scenes[split], config, vocabulary)
+                    yield self._data_set(f"{kind}-{split}", kind, scenes[split], config.count, vocabulary)
+            if split in edits:
+                yield self._data_set(f"edits-{split}", "edits", edits[split], recipe.edit(split).count, vocabulary)
         for number in range(len(recipe.question_sets)):
             name, config = recipe.question_set(number)
             more = self._scenes_of(f"scenes with {name}", self.out / f"{name}-scenes", config)
             yield more
-            yield self._data_set(f"{name}-train", "questions", more, config, vocabulary)
+            yield self._data_set(f"{name}-train", "questions", more, config.count, vocabulary)
 
     @cached_property
     def _workers(self):
@@ -158,6 +164,16 @@ class _Preparation:
 
         target = folder / config.split
         return Piece(name, _key(config), [target / "scenes.json", target], 1.2e-3 * config.count, make)
+
+    def _edits(self, split: str) -> Piece:
+        config = self.recipe.edit(split)
+
+        def make() -> str:
+            write_edits(self.out / "edits", config, self._workers)
+            return f"{config.count:,} conversations"
+
+        target = self.out / "edits" / split
+        return Piece(f"edits {split}", _key(config), [target / "scenes.json", target], 2e-3 * config.count, make)
 
     def _benchmarks(self, split: str) -> Piece:
         config, folder = self.recipe.benchmark(split), self.out / "benchmarks" / split
@@ -198,26 +214,33 @@ class _Preparation:
         key = _key(settings, config, [scenes[split].key for split in settings.splits])
         return Piece("image tokenizer", key, [folder / "training.json", folder], cost, make)
 
-    def _text_tokenizer(self, train: Piece, vq: Piece) -> Piece:
+    def _text_tokenizer(self, train: list[Piece], vq: Piece) -> Piece:
         size, folder = self.recipe.vocabulary_size, self.out / "vocabulary"
 
         def make() -> str:
-            texts = [*self._tars(train), *train.outputs[1].glob("text.jsonl")]
+            texts = [file for piece in train for file in self._texts(piece)]
             tokenizer.train(texts, folder / "tokenizer.model", size)
             Vocabulary.create(folder, folder / "tokenizer.model", self._vq.codebook_size)
             return f"{size} text pieces"
 
         cost = 0.1 + 1.2e-4 * self.recipe.scenes["train"]
-        return Piece("vocabulary", _key(size, train.key, vq.key), [folder / "vocabulary.json", folder], cost, make)
+        return Piece(
+            "vocabulary",
+            _key(size, *(piece.key for piece in train), vq.key),
+            [folder / "vocabulary.json", folder],
+            cost,
+            make,
+        )
 
-    def _data_set(self, name: str, kind: str, scenes: Piece, config: SplitConfig, vocabulary: Piece) -> Piece:
+    def _data_set(self, name: str, kind: str, scenes: Piece, count: int, vocabulary: Piece) -> Piece:
         prefix = self.out / "data" / name
         split_turns = self.recipe.split_turns and kind == "questions"
 
         def make() -> str:
             from megatron_ext.preprocess.pipeline import PreprocessOptions, preprocess
 
-            inputs = [scenes.outputs[1] / "text.jsonl"] if kind == "texts" else self._tars(scenes)
+            file = {"texts": "text.jsonl", "edits": RECORDS}.get(kind)
+            inputs = [scenes.outputs[1] / file] if file else self._tars(scenes)
             prefer = "caption" if kind == "captions" else "conversation"
             options = PreprocessOptions(
                 inputs, prefix, prefer=prefer, split_turns=split_turns, workers=self.recipe.workers
@@ -226,8 +249,13 @@ class _Preparation:
             return f"{numbers['documents']:,} documents, {numbers['tokens']:,} tokens"
 
         outputs = [Path(f"{prefix}{ending}") for ending in (".json", ".bin", ".idx", ".skipped.jsonl", ".parts")]
-        cost = 0.1 + (7e-5 if kind == "texts" else 5e-4) * config.count
+        cost = 0.1 + (7e-5 if kind == "texts" else 5e-4) * count
         return Piece(f"data set {name}", _key(kind, split_turns, scenes.key, vocabulary.key), outputs, cost, make)
+
+    @classmethod
+    def _texts(cls, scenes: Piece) -> list[Path]:
+        folder = scenes.outputs[1]
+        return [*cls._tars(scenes), *folder.glob("text.jsonl"), *folder.glob(RECORDS)]
 
     @staticmethod
     def _tars(scenes: Piece) -> list[Path]:

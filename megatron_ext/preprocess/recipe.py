@@ -7,6 +7,7 @@ from typing import Literal
 from megatron_ext import config_file
 from megatron_ext.errors import UserError
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig
+from megatron_ext.picture_world.edit_files import EditConfig
 from megatron_ext.picture_world.split_files import SplitConfig
 from megatron_ext.picture_world.splits import SPLITS
 from megatron_ext.picture_world.world import World
@@ -52,6 +53,7 @@ class Recipe:
         split_turns: each question is a document of its own.
         question_sets: further training scenes with questions alone; each has a ``name``, a ``count`` and fields of
             SplitConfig that replace those of ``scenes``.
+        edits: number of conversations that edit pictures, per split; further keys are fields of :class:`.EditConfig`.
         tokenizer: of the images.
         vocabulary_size: number of text pieces.
         benchmarks: fields of :class:`.BenchmarkConfig`; ``splits`` instead of ``split``.
@@ -64,6 +66,7 @@ class Recipe:
     seed: int = 1234
     split_turns: bool = False
     question_sets: list[dict] = field(default_factory=list)
+    edits: dict = field(default_factory=dict)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     vocabulary_size: int = 512
     benchmarks: dict = field(default_factory=dict)
@@ -81,6 +84,12 @@ class Recipe:
             raise UserError(f"config: '{where}' needs the key {min(missing)}")
         name, own = tree.pop("name"), {"texts": 0, "forms": ["tar"]}
         return name, self._split_config(where, "train", {**own, **self._questions(), **tree})
+
+    def edit(self, split: str) -> EditConfig:
+        """The settings of a split's edits."""
+        own = {key: value for key, value in self.edits.items() if key not in SPLITS}
+        tree = {**self._common(), **own, "split": split, "count": self.edits.get(split, 0)}
+        return config_file.from_tree(EditConfig, tree, "edits")
 
     def benchmark(self, split: str) -> BenchmarkConfig:
         """The settings of the benchmarks with pictures of a split."""
@@ -115,7 +124,9 @@ def read_recipe(file: str | Path) -> Recipe:
             raise UserError("config: 'scenes.forms' must have tar, which the data sets are made from")
     if not recipe.scenes["train"]:
         raise UserError("config: 'scenes.train' is 0; a preparation needs training scenes")
-    names = ["questions", "captions", "texts"]
+    for split in SPLITS:
+        recipe.edit(split)
+    names = ["questions", "captions", "texts", "edits"]
     for number in range(len(recipe.question_sets)):
         name, _ = recipe.question_set(number)
         if not isinstance(name, str) or name in names:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT
 from megatron_ext.errors import UserError
 
 PLACEHOLDER = "<image>"
@@ -35,10 +35,10 @@ class Sample:
 
     Attributes:
         name: the input file and the position in it, for messages.
-        segments: (mode, text) and (IMAGE, ImageFile), in the document's order.
+        segments: (mode, text) and (IMAGE or DRAWN, ImageFile), in the document's order.
         turns: of a conversation, the role of each turn and the number of its segments; the role is empty for images
             that have no place in a turn.
-        required_mode: a document without text of this mode, ANSWER or TEXT, is skipped.
+        required_mode: a document without text of this mode, ANSWER or TEXT, and without a drawn image is skipped.
         unusable: why the sample cannot become a document, or None.
         bytes: approximate size in the input file, for the progress bar.
     """
@@ -162,7 +162,8 @@ def _caption(name: str, caption: str, images: Sequence[ImageFile]) -> Sample:
 
 
 def _conversation(name: str, turns, images: Sequence[ImageFile]) -> Sample:
-    """Each placeholder is replaced by the next image; without placeholders the images come first."""
+    """Each placeholder is replaced by the next image, which is drawn where an answer has it and given elsewhere;
+    without placeholders the images come first."""
     if not isinstance(turns, list):
         raise ValueError("'conversations' is not a list")
     texts = [_turn(turn) for turn in turns]
@@ -179,7 +180,7 @@ def _conversation(name: str, turns, images: Sequence[ImageFile]) -> Sample:
         before, *after_images = text.split(PLACEHOLDER)
         parts = [(mode, before.strip())]
         for after in after_images:
-            parts += [(IMAGE, next(remaining)), (mode, after.strip())]
+            parts += [(DRAWN if mode == ANSWER else IMAGE, next(remaining)), (mode, after.strip())]
         segments += [part for part in parts if part[1]]
         roles.append((ROLES[speaker], len(segments) - start))
     return Sample(name, tuple(segments), tuple(roles))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_ext.command_line import progress
 from megatron_ext.data import format as data_format
-from megatron_ext.data.format import IMAGE, DatasetWriter
+from megatron_ext.data.format import DatasetWriter, is_image
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json, write_json, write_text
 from megatron_ext.preprocess.parts import Part, part_name
@@ -69,12 +69,12 @@ class Store:
         """
         documents, skipped = [], list(part.skipped)
         for name, of_sample in part.documents:
-            images = [item for document in of_sample for mode, item in document if mode == IMAGE]
+            images = [item for document in of_sample for mode, item in document if is_image(mode)]
             if failed := [image for image in images if image in failures]:
                 skipped.append({"sample": name, "image": failed[0].name, "reason": failures[failed[0]]})
             else:
                 documents += [
-                    [(mode, codes[item] + offset if mode == IMAGE else item) for mode, item in document]
+                    [(mode, codes[item] + offset if is_image(mode) else item) for mode, item in document]
                     for document in of_sample
                 ]
         if documents:

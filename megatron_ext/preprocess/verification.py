@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.data import format as data_format
-from megatron_ext.data.format import IMAGE, Dataset
+from megatron_ext.data.format import Dataset, is_image
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 
@@ -38,8 +38,8 @@ def verify_data_set(prefix: str | Path, vocabulary: Vocabulary | None = None, vq
     dataset = Dataset(prefix)
     _check_grid(prefix, dataset)
     text, image = (
-        _extremes(dataset, dataset.sequence_modes != IMAGE),
-        _extremes(dataset, dataset.sequence_modes == IMAGE),
+        _extremes(dataset, ~is_image(dataset.sequence_modes)),
+        _extremes(dataset, is_image(dataset.sequence_modes)),
     )
     if vocabulary is not None:
         _check_range(prefix, "a text sequence", text, 0, vocabulary.text_size)
@@ -51,7 +51,7 @@ def verify_data_set(prefix: str | Path, vocabulary: Vocabulary | None = None, vq
 
 
 def _check_grid(prefix: str | Path, dataset: Dataset) -> None:
-    lengths = dataset.sequence_lengths[dataset.sequence_modes == IMAGE]
+    lengths = dataset.sequence_lengths[is_image(dataset.sequence_modes)]
     if not len(lengths):
         return
     if dataset.metadata["vq"] is None:

@@ -201,17 +201,17 @@ def _layout(run: RunData) -> str:
 
 
 def _data(run: RunData) -> list[dict]:
-    """Tasks with their share of the documents, and of their data sets."""
+    """Layouts with their share of the documents, and of their data sets."""
     total = sum(source.weight for source in run.config.data.train)
-    tasks = []
-    for task in run.tasks:
+    layouts = []
+    for layout in run.layouts:
         sources = [
             {"path": source.path, "share": source.weight / total, "details": _dataset_details(metadata)}
             for source, metadata in zip(run.config.data.train, run.dataset_metadata)
-            if source.task == task
+            if source.task == layout
         ]
-        tasks.append({"name": task, "share": sum(source["share"] for source in sources), "sources": sources})
-    return tasks
+        layouts.append({"name": layout, "share": sum(source["share"] for source in sources), "sources": sources})
+    return layouts
 
 
 def _dataset_details(metadata: dict | None) -> str:

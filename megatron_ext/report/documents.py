@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_ext.config import DataConfig, SourceConfig
-from megatron_ext.data.format import ANSWER, IMAGE, Dataset
+from megatron_ext.data.format import ANSWER, Dataset, is_image
 from megatron_ext.report.cards import Card, enlarged
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel, load
@@ -30,16 +31,17 @@ def _documents_of(source: SourceConfig, vocabulary: Vocabulary, vq: VQModel, cou
         if len(cards) == count:
             break
         document = dataset.document(n)
-        images = [ids for mode, ids in document if mode == IMAGE]
+        images = [ids for mode, ids in document if is_image(mode)]
         if not images:
             continue
-        codes = torch.as_tensor(vocabulary.codes(images[0].astype("int64")))
+        codes = torch.as_tensor(vocabulary.codes(np.stack(images).astype("int64")))
         lines: list[str] = []
         for mode, ids in document:
             if mode == ANSWER and lines:
                 lines[-1] += f" → {vocabulary.decode(ids)}"
-            elif mode != IMAGE:
+            elif not is_image(mode):
                 lines.append(vocabulary.decode(ids))
-        png = enlarged(to_picture(vq.decode(codes[None])[0]))
-        cards.append(Card(png, "a picture decoded from its image tokens", "\n".join(lines), label=source.task))
+        png = enlarged(to_picture(torch.cat(list(vq.decode(codes)), dim=-1)))  # side by side
+        words = "a picture" if len(images) == 1 else f"{len(images)} pictures"
+        cards.append(Card(png, f"{words} decoded from image tokens", "\n".join(lines), label=source.task))
     return cards

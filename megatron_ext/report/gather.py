@@ -15,12 +15,15 @@ from megatron_ext.report.evaluation import NewestEvaluation, newest_evaluation
 from megatron_ext.report.scores import Scores, read_scores
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan
+from megatron_ext.token_classes import Layout, Task
 from megatron_ext.training.finished import finished_file
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.vocabulary import Vocabulary
 
 MOST_CARDS = 8
 """Questions, and pictures with their captions, that the page shows below the two at the top."""
+TASKS_OF = {"interleaved": ("understanding", "generation")}
+"""Tasks of the tokens of a layout that is not named after its only task."""
 VQ_SHEET = "reconstructions.png"
 """File in a VQ folder: pictures beside their reconstructions."""
 
@@ -76,9 +79,15 @@ class RunData:
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the trained tasks, in the order of the token classes."""
-        names = ("understanding", "generation", "text")
-        return [name for name in names if any(source.task == name for source in self.config.data.train)]
+        """Names of the trained tasks, in the order of the token classes. Interleaved documents have two."""
+        used = {name for layout in self.layouts for name in TASKS_OF.get(layout, (layout,))}
+        return [task.name.lower() for task in Task if task.name.lower() in used]
+
+    @property
+    def layouts(self) -> list[str]:
+        """The layouts of the training data."""
+        used = {source.task for source in self.config.data.train}
+        return [layout.name.lower() for layout in Layout if layout.name.lower() in used]
 
 
 def gather(run: Path, vq: Path | None = None, benchmarks: Path | None = None) -> RunData:

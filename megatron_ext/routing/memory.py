@@ -1,16 +1,22 @@
 """Activation memory of a plan: the elements of a micro-batch that layers keep until its backward pass.
 
-Elements that a layer keeps in one process, hidden size h, key/value width g, FFN width f, heads a::
+Elements that a layer keeps in one process, hidden size h, query width a (heads times head size), key/value width g, FFN
+width f, n query heads and m key/value heads::
 
     every token    h                          the layer's whole input, where its roles differ from the layer before: the
                                               rows that take part are slices of it
     KV_ONLY        2*g                        key and value
                    h + 1                      normed input and norm, where roles differ from the layer before: rows that
                                               do not change are normed once
-    FULL           7*h + 2*g + 3*f + a + 2    input, normed inputs (2*h), query, attention's output as computed and as
-                                              put together (2*h), residual; key and value; gate, up and their product;
-                                              softmax sums; norms. An input that is a slice is kept once
+    FULL           4*h + 3*a + 2*g + 3*f      input, normed inputs (2*h), residual; query, attention's output as
+                   + n + 2                    computed and as put together (3*a); key and value; gate, up and their
+                                              product; softmax sums; norms. An input that is a slice is kept once
     a token        r                          for each low-rank delta that it uses
+
+and with norms of queries and keys (``model.qk_norm``)::
+
+    KV_ONLY        2*g + m                    key and value before the norm; norms
+    FULL           a + 2*g + n + m            query, key and value before the norm; norms
 
 A layer also keeps the matrices that it computes for a micro-batch: the sums W + D with full-rank deltas, and, where
 tokens are KV_ONLY, the key/value rows of its qkv matrices, without and with the norm's weight. Selective recomputation
@@ -24,7 +30,7 @@ embedding, logits and loss; tensor parallelism.
 from typing import Literal
 
 from megatron_ext.config import ModelConfig
-from megatron_ext.routing.flops import Counts, key_width, low_rank_modules, projection_shapes
+from megatron_ext.routing.flops import Counts, key_width, low_rank_modules, projection_shapes, query_width
 from megatron_ext.routing.plan import Plan, Projections, Role
 
 
@@ -51,6 +57,9 @@ def activation_bytes(
         if recompute != "full":
             kept += of_role[Role.KV_ONLY] * (2 * key_width(model) + (model.hidden_size + 1 if whole else 0))
             kept += of_role[Role.FULL] * _full(model, recompute == "selective")
+            if model.qk_norm:
+                pairs, heads = 2 * key_width(model) + model.num_query_groups, model.num_attention_heads
+                kept += of_role[Role.KV_ONLY] * pairs + of_role[Role.FULL] * (pairs + query_width(model) + heads)
             for index, (n, role) in enumerate(zip(counts.tokens, roles)):
                 kept += n * len(low_rank_modules(plan.projections, index, role)) * (plan.projections.rank or 0)
         matrices = 0 if recompute == "full" else _matrices(model, plan.projections, of_role[Role.KV_ONLY] > 0)
@@ -59,9 +68,9 @@ def activation_bytes(
 
 
 def _full(model: ModelConfig, without_core: bool) -> int:
-    h, heads = model.hidden_size, model.num_attention_heads
-    core = 0 if without_core else h + heads
-    return 5 * h + core + 2 * key_width(model) + 3 * model.ffn_hidden_size + 2
+    h, a = model.hidden_size, query_width(model)
+    core = 0 if without_core else a + model.num_attention_heads
+    return 3 * h + 2 * a + core + 2 * key_width(model) + 3 * model.ffn_hidden_size + 2
 
 
 def _matrices(model: ModelConfig, projections: Projections, kv_only: bool) -> int:

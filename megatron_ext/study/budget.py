@@ -98,12 +98,12 @@ class Lengths:
         """The fraction of the tokens of ``whole``, after caption dropout, that the tasks of ``config`` have."""
         import numpy as np
 
-        from megatron_ext.token_classes import Task
+        from megatron_ext.token_classes import Layout
 
         mixture = self._mixture(whole, vocabulary)
         samples = mixture.samples(0, SHARE_SAMPLES)
-        tasks = {Task[source.task.upper()] for source in config.data.train}
-        kept = np.array([source.task in tasks for source in mixture.sources])[samples.source]
+        layouts = {Layout[source.task.upper()] for source in config.data.train}
+        kept = np.array([source.layout in layouts for source in mixture.sources])[samples.source]
         return float(samples.length[kept].sum() / samples.length.sum())
 
     def _batches_of(self, config: Config, vocabulary) -> list:

@@ -11,6 +11,8 @@ from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, re
 from megatron_ext.config import Config
 from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.errors import UserError
+from megatron_ext.hugging_face.folder import ModelFolder, is_model_folder
+from megatron_ext.hugging_face.loading import load_published
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan, task_and_modality
 from megatron_ext.training.bad_steps import BadSteps
@@ -155,10 +157,19 @@ def _resume(run: Run) -> None:
                 "from here on"
             )
     elif settings.load:
-        path = checkpoint_folder.of_run(Path(settings.load))
-        load_weights(path, run.chunks, run.identity)
+        path = _start(run, Path(settings.load))
         run.optimizer.reload_model_params()
         distributed.report(f"weights from {path}")
+
+
+def _start(run: Run, path: Path) -> Path:
+    """Load weights from a published model, a checkpoint or a run. Returns the folder that holds them."""
+    if is_model_folder(path):
+        load_published(ModelFolder(path), run.chunks, run.config.model, run.vocabulary)
+        return path
+    path = checkpoint_folder.of_run(path)
+    load_weights(path, run.chunks, run.identity)
+    return path
 
 
 def describe(run: Run) -> str:

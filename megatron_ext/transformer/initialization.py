@@ -16,6 +16,9 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from megatron_ext.config import ModelConfig
 
+_BLOCK = 1 << 22
+"""Elements of a matrix that are drawn at once."""
+
 # The dimension over which the tensor-parallel group cuts a projection or embedding.
 _CUTS = {
     "linear_qkv": 0,
@@ -47,7 +50,7 @@ def initialize(chunks: list[torch.nn.Module], model: ModelConfig, seed: int) -> 
             if kind.endswith("_weight"):
                 name = name.removesuffix(kind) + "weight"
             std = model.init_std / (math.sqrt(2 * model.num_layers) if module in ("linear_proj", "linear_fc2") else 1)
-            parameter.copy_(shard(_random_weight(name, full_shape(name, parameter.shape), std, seed), name))
+            _fill_random(parameter, name, std, seed)
 
 
 def global_parameters(chunk: torch.nn.Module):
@@ -96,7 +99,39 @@ def _mark_as_cut(parameter: torch.nn.Parameter, name: str) -> None:
         set_tensor_model_parallel_attributes(parameter, True, dim, matrices)
 
 
-def _random_weight(name: str, shape: list[int], std: float, seed: int) -> torch.Tensor:
+def _fill_random(parameter: torch.Tensor, name: str, std: float, seed: int) -> None:
+    """Fill with this tensor-parallel rank's slice of a random matrix, of which memory holds some rows at a time."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)
+    rows, columns = full_shape(name, parameter.shape)
+    for begin, end in _blocks(rows, columns):
+        block = torch.empty(end - begin, columns, device="cpu").normal_(std=std, generator=generator)
+        _copy_slice(parameter, name, block, begin, rows)
+
+
+def _blocks(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Ranges of rows with about :data:`_BLOCK` elements. torch draws normal numbers by 16s, and those at the end of a
+    call anew, so ranges begin at multiples of 16 rows and the last one takes in what would be less than 16 rows: the
+    numbers are those of a single call."""
+    step = max(_BLOCK // columns // 16, 1) * 16
+    edges = [*range(0, max(rows - 15, 1), step), rows]
+    return list(zip(edges, edges[1:]))
+
+
+def _copy_slice(parameter: torch.Tensor, name: str, block: torch.Tensor, begin: int, rows: int) -> None:
+    """Copy what this tensor-parallel rank holds of the rows ``begin`` and on of a matrix of ``rows`` rows."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    dim, matrices = cut(name)
+    if dim == 1:
+        parameter[begin : begin + len(block)] = block.chunk(size, 1)[rank]
+        return
+    if dim is None:
+        rank, size, matrices = 0, 1, 1
+    share = rows // matrices // size
+    for matrix in range(matrices):
+        first = matrix * (rows // matrices) + rank * share  # of this rank's rows of the matrix
+        low, high = max(first, begin), min(first + share, begin + len(block))
+        if low < high:
+            local = matrix * share + low - first
+            parameter[local : local + high - low] = block[low - begin : high - begin]

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,3 +159,52 @@ def _resume_with_another_learning_rate(folder: Path, layout: Layout) -> set[tupl
     run = TrainedGPT(layout, seed=2)
     checkpointer.load(checkpointer.newest(), run.chunks, run.optimizer)
     return {(group["lr"], group["max_lr"]) for group in run.optimizer.param_groups}
+
+
+FEATURES = [
+    "model={num_layers: 2, hidden_size: 32, num_attention_heads: 4, num_query_groups: 2}",
+    "model={qkv_bias: true, qk_norm: true, head_size: 12}",
+    "plan={preset: himix_hmgen_share_partial, projections: {rank: 4, modules: [qkv, proj, fc1, fc2]}}",
+]
+
+
+def test_every_parameter_of_the_model_moves_to_another_layout(tmp_path):
+    """Also the bias of queries, keys and values, which is cut, and their norms, which are not."""
+    for moved, expected in world(2, _from_two_ranks_to_one, tmp_path, folder=tmp_path):
+        assert moved.keys() == expected.keys()
+        assert {"bias", "q_layernorm", "k_layernorm"} <= {part for name in moved for part in name.split(".")}
+        for name in moved:
+            assert torch.equal(moved[name], expected[name]), name
+
+
+def _from_two_ranks_to_one(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Parameters that were saved under tensor parallelism, and the same made in one process."""
+    from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights
+
+    chunks = _perturbed(2)
+    Checkpointer(folder / "checkpoints").save(1, chunks, None, {})
+    whole = _perturbed(1)
+    expected = {name: parameter.detach().clone() for name, parameter in whole[0].named_parameters()}
+    for parameter in whole[0].parameters():
+        parameter.data.zero_()
+    load_weights(folder / "checkpoints" / "iter_0000001", whole)
+    return [dict(whole[0].named_parameters()), expected]
+
+
+def _perturbed(tensor: int) -> list:
+    """The model in a layout, with values that depend on a parameter's name alone."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_ext import config_file
+    from megatron_ext.config import Config
+    from megatron_ext.transformer.model import build_chunks
+    from megatron_ext.transformer.resolved import resolve
+    from parity import VOCABULARY, perturb
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    config = config_file.load(Config, [], [*FEATURES, f"parallel.tensor={tensor}"])
+    chunks = build_chunks(resolve(config, VOCABULARY))
+    perturb([SimpleNamespace(module=chunk) for chunk in chunks])
+    return chunks

@@ -15,8 +15,14 @@ from support.forked_programs import run_forked
             "dense,himix_hmgen_share_all_separate",
             ["model.tie_embeddings=true", "training.recompute=full", "model.max_image_tokens=64"],
         ),
+        (
+            # Without sequence parallelism only qk_layernorm makes Megatron-Core sum the norms' gradients over ranks.
+            "tp2,tp2-pp2-sp",
+            "himix_hmgen_share_partial",
+            ["model.qkv_bias=true", "model.qk_norm=true", "model.head_size=12", "training.z_loss=0.01"],
+        ),
     ],
-    ids=["untied", "tied-recomputed"],
+    ids=["untied", "tied-recomputed", "bias-and-norms"],
 )
 def test_layouts_agree_with_one_process(monkeypatch, layouts, plans, settings):
     def launch(size: int, arguments: list[str], minutes: float) -> None:

@@ -32,7 +32,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("plan", ["dense", "himix", "separate", "low rank"])
+@pytest.mark.parametrize("plan", ["dense", "himix", "separate", "low rank", "bias and norms"])
 def test_gradients_are_those_of_torchs_layers(ranks, plan):
     for rank in ranks:
         assert rank["plans"][plan]["float32"] < 1e-5
@@ -46,6 +46,7 @@ def test_weight_gradients_are_fused_where_a_weight_is_used_whole(ranks):
         "himix": ["linear_fc1", "linear_fc2", "linear_proj"],
         "separate": ["linear_fc1", "linear_fc2"],
         "low rank": ["linear_fc1", "linear_fc2"],
+        "bias and norms": ["linear_fc1", "linear_fc2", "linear_proj"],
     }
 
 

@@ -40,6 +40,7 @@ PLANS = {
     "himix": ["plan.preset=himix", "plan.himix_start=1"],
     "separate": ["plan.preset=himix_hmgen_share_all_separate", "plan.projections.per_task=true"],
     "low rank": ["plan.preset=himix_hmgen_share_partial", "plan.projections.rank=8"],
+    "bias and norms": ["plan.preset=himix", "model.qkv_bias=true", "model.qk_norm=true", "model.head_size=24"],
 }
 ROWS = [
     [[understanding(6, (3, 2), (1, 3)), generation(4, 5)], [text(20)]],

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_ext.config import SourceConfig
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter, is_image
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.source import Source
@@ -16,7 +16,7 @@ GRID = [2, 4]
 
 def write(prefix, documents, vocabulary="tiny", grid=GRID) -> str:
     """A data set of these documents, each a list of (mode, ids)."""
-    with_images = any(mode == IMAGE for document in documents for mode, _ in document)
+    with_images = any(is_image(mode) for document in documents for mode, _ in document)
     vq = {"fingerprint": "vq", "grid": grid, "codebook_size": CODES} if with_images else None
     with DatasetWriter(prefix, vocabulary, vq, {"made": "by a test"}) as writer:
         for document in documents:
@@ -70,10 +70,10 @@ def texts(prefix, count, seed=0, longest=40) -> str:
     return write(prefix, [[(TEXT, random.integers(2, 92, random.integers(1, longest)))] for _ in range(count)])
 
 
-def mixture(*sources, length=64, seed=1, caption_dropout=0.0) -> Mixture:
+def mixture(*sources, length=64, seed=1, caption_dropout=0.0, special=SPECIAL) -> Mixture:
     """A mixture of (path, task, weight)."""
     opened = [
         Source.open(f"data.train[{i}]", SourceConfig(path, task, weight), "tiny", length)
         for i, (path, task, weight) in enumerate(sources)
     ]
-    return Mixture(opened, SPECIAL, seed, caption_dropout)
+    return Mixture(opened, special, seed, caption_dropout)

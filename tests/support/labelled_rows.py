@@ -13,6 +13,17 @@ SPECIAL = SpecialTokens(bos=1, pad=30, eod=31, boi=32, eoi=33, answer_end=31)
 VOCABULARY = 64
 IDS = {"bos": 1, "boi": 32, "eoi": 33, "eod": 31}
 
+CLASSES = (
+    "image",
+    "given image",
+    "drawn image",
+    "question",
+    "caption",
+    "own answer",
+    "answer",
+    "earlier answers",
+    "special",
+)
 Document = tuple[Task, list[str]]
 """A task, and for each token what it is: a special token, ``image``, ``text``, or ``answer1`` of the first turn."""
 
@@ -33,10 +44,20 @@ def text(length: int) -> Document:
     return Task.TEXT, ["bos", *["text"] * length, "eod"]
 
 
+def interleaved(image: int, *turns: tuple[int, int]) -> Document:
+    """An image of so many tokens is given; each turn has so many tokens of text and of an answer or, for 0, draws an
+    image. Kinds: ``drawn`` is a drawn image's token, ``boi+`` the ``<boi>`` before it."""
+    kinds = ["bos", "boi", *["image"] * image, "eoi"]
+    for number, (question, answer) in enumerate(turns, start=1):
+        end = [f"answer{number}"] * answer + [f"eod{number}"] if answer else ["boi+", *["drawn"] * image, "eoi"]
+        kinds += [*["text"] * question, *end]
+    return Task.UNDERSTANDING, kinds
+
+
 def learnt(task: Task, kind: str) -> bool:
     """Whether a token's prediction counts."""
     if task == Task.UNDERSTANDING:
-        return kind.startswith("answer") or (kind.startswith("eod") and kind != "eod")
+        return kind.startswith("answer") or (kind.startswith("eod") and kind != "eod") or kind in ("drawn", "boi+")
     return kind == "image" if task == Task.GENERATION else kind != "bos"
 
 
@@ -51,12 +72,15 @@ def rows_of(*rows: list[Document], length: int) -> tuple[Batch, list[str]]:
         start = 0
         for number, (task, kinds) in enumerate(documents):
             for place, kind in enumerate(kinds):
-                low, high = (40, 64) if kind == "image" else (2, 30)
+                image = kind in ("image", "drawn")
+                low, high = (40, 64) if image else (2, 30)
                 token = int(torch.randint(low, high, (1,), generator=random))
                 here = row, start + place
-                batch.tokens[here] = IDS.get(kind.rstrip("123"), token)
-                batch.modality[here] = Modality.IMAGE if kind == "image" else Modality.TEXT
+                batch.tokens[here] = IDS.get(kind.rstrip("123+"), token)
+                batch.modality[here] = Modality.IMAGE if image else Modality.TEXT
                 batch.positions[here], batch.document[here], batch.task[here] = place, number, task
+                if kind == "drawn":
+                    batch.task[here] = Task.GENERATION
                 batch.loss_mask[here] = place + 1 < len(kinds) and learnt(task, kinds[place + 1])
             start += len(kinds)
             names += kinds
@@ -77,14 +101,14 @@ def allocate(attention: torch.Tensor, visible: torch.Tensor, batch: Batch, names
     for i in range(len(names)):
         if not attention[:, i].any() or not _is_query(queries, i, names, tasks, positions):
             continue
-        turn = int(_next_turn(names[i:]))
+        turn = int(_next_turn(names[i : i + _left(positions[i:])]))
         keys = visible[i].nonzero().flatten().tolist()
         totals, counts = defaultdict(float), defaultdict(int)
         for j in keys:
-            of_key = _class(names[j], tasks[j], turn)
+            of_key = _class(queries, names[j], tasks[j], turn)
             totals[of_key] += float(attention[:, i, j].mean())
             counts[of_key] += 1
-        for of_key in ("image", "question", "own answer", "earlier answers", "special", "caption"):
+        for of_key in CLASSES:
             mass[of_key].append(totals[of_key])
             share[of_key].append(counts[of_key] / len(keys))
         entropy = -sum(p * math.log(p) for p in attention[:, i, keys].flatten().tolist() if p) / len(attention)
@@ -103,13 +127,18 @@ def allocate(attention: torch.Tensor, visible: torch.Tensor, batch: Batch, names
 
 def _is_query(queries: str, i: int, names: list[str], tasks: list[int], positions: list[int]) -> bool:
     if queries == "image":
-        return tasks[i] == Task.GENERATION and names[i] == "image"
+        return tasks[i] == Task.GENERATION and names[i] in ("image", "drawn")
     if tasks[i] != Task.UNDERSTANDING or names[i] == "padding":
         return False
     if queries == "answer":
         after = names[i + 1] if i + 1 < len(names) and positions[i + 1] else "padding"
-        return learnt(Task.UNDERSTANDING, after)
-    return names[i] != "image" and "image" in names[i - positions[i] : i]
+        return learnt(Task.UNDERSTANDING, after) and after not in ("drawn", "boi+")
+    return names[i] not in ("image", "drawn") and "image" in names[i - positions[i] : i]
+
+
+def _left(positions: list[int]) -> int:
+    """The number of tokens up to the end of the first one's document."""
+    return next((n for n, position in enumerate(positions) if n and not position), len(positions))
 
 
 def _next_turn(names: list[str]) -> str:
@@ -117,11 +146,12 @@ def _next_turn(names: list[str]) -> str:
     return next((name[3:] for name in names if name.startswith("eod") and name != "eod"), "0")
 
 
-def _class(name: str, task: int, turn: int) -> str:
-    if name == "image":
-        return "image"
+def _class(queries: str, name: str, task: int, turn: int) -> str:
+    drawing = queries == "image"
+    if name in ("image", "drawn"):
+        return "image" if drawing == (task == Task.GENERATION) else "given image" if drawing else "drawn image"
     if name.startswith("answer"):
-        return "own answer" if int(name[6:]) == turn else "earlier answers"
+        return ("answer" if drawing else "own answer") if int(name[6:]) == turn else "earlier answers"
     if name == "text":
-        return "question" if task == Task.UNDERSTANDING else "caption"
+        return "caption" if drawing else "question"
     return "special"

@@ -13,12 +13,16 @@ from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
 from support import reference
-from support.labelled_rows import SPECIAL, VOCABULARY, allocate, generation, rows_of, text, understanding
+from support.labelled_rows import SPECIAL, VOCABULARY, allocate, generation, interleaved, rows_of, text, understanding
 
 SHAPE = ["model.num_layers=4", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"]
 ROWS = (
     [understanding(6, (3, 2), (1, 3)), generation(4, 5), text(3)],
     [generation(0, 7), understanding(4, (2, 1)), understanding(3, (1, 1), (2, 2), (1, 1))],
+)
+INTERLEAVED = (
+    [interleaved(4, (2, 0), (3, 2), (1, 0)), generation(2, 4)],
+    [understanding(4, (2, 1)), interleaved(3, (1, 1), (2, 0)), interleaved(4, (2, 0))],
 )
 SETS = ("answer", "text_after_image", "image")
 PLANS = {
@@ -119,13 +123,33 @@ def test_the_numbers_of_one_document_by_hand(one_process):
     assert result["entropy"] == pytest.approx((math.log(6) + math.log(7)) / 2)
 
 
-@pytest.mark.parametrize("plan, block", [("himix", 150), ("partial", 2**23), ("odd table", 150)])
-def test_random_weights_against_a_model_that_masks(one_process, monkeypatch, plan, block):
+def test_given_and_drawn_images_are_apart_and_only_answers_are_answers(one_process):
+    """bos <boi> I I <eoi> T <boi> D D <eoi> T A <eod>: T sees 11 keys before A, A 12; both D see all before them."""
+    one_process(*SHAPE)
+    model, plan, _ = model_of([])
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    batch, _ = rows_of([interleaved(2, (1, 0), (1, 1))], length=14)
+    assert int((batch.loss_mask > 0).sum()) == 5
+    result = {name: figures["layers"][0] for name, figures in measured(model, plan, batch).items()}
+    assert [result[queries]["queries"] for queries in ("answer", "image")] == [2, 2]
+    images = {"image": (2 / 11 + 2 / 12) / 2, "drawn image": (2 / 11 + 2 / 12) / 2}
+    assert {name: result["answer"]["mass"][name] for name in images} == pytest.approx(images)
+    drawn = {"image": (1 / 8 + 2 / 9) / 2, "given image": (2 / 8 + 2 / 9) / 2, "caption": (1 / 8 + 1 / 9) / 2}
+    assert {name: result["image"]["mass"][name] for name in drawn} == pytest.approx(drawn)
+
+
+@pytest.mark.parametrize(
+    "plan, block, rows",
+    [("himix", 150, ROWS), ("partial", 2**23, ROWS), ("odd table", 150, ROWS), ("partial", 150, INTERLEAVED)],
+    ids=["himix", "partial", "odd table", "interleaved"],
+)
+def test_random_weights_against_a_model_that_masks(one_process, monkeypatch, plan, block, rows):
     one_process(*SHAPE)
     monkeypatch.setattr("megatron_ext.analysis.attention.BLOCK", block)
     model, plan, shape = model_of(PLANS[plan])
     randomize(model)
-    batch, names = rows_of(*ROWS, length=48)
+    batch, names = rows_of(*rows, length=48)
     allocation, weights = measured(model, plan, batch), model.state_dict()
     inputs = [weights[reference.EMBEDDING][batch.tokens], *reference.hidden_states(weights, shape, plan, batch)]
     for layer, x in zip(range(shape.num_layers), inputs):
@@ -146,7 +170,7 @@ def test_random_weights_against_a_model_that_masks(one_process, monkeypatch, pla
 def test_hugging_face_s_attention(one_process):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_ext.conversion.hugging_face import from_llama
+    from megatron_ext.hugging_face.weights import StateDict, parameters_of
 
     one_process(*SHAPE)
     model, plan, shape = model_of([])
@@ -163,7 +187,7 @@ def test_hugging_face_s_attention(one_process):
         )
     )
     randomize(llama)
-    model.load_state_dict(from_llama(llama.state_dict(), shape), strict=False)
+    model.load_state_dict(parameters_of(StateDict(llama.state_dict(), shape)), strict=False)
     batch, names = rows_of([understanding(6, (3, 2), (1, 3))], [generation(4, 12)], length=20)
     with torch.no_grad():
         attentions = llama(batch.tokens, output_attentions=True).attentions  # of each layer [b, heads, s, s]

@@ -133,13 +133,18 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         ("llama-3.2-1b", 8, 1236),
         ("llama-2-7b", 8, 6738),
         ("llama-2-13b", 16, 13016),
+        ("qwen3-0.6b", 8, 596),
+        ("qwen3-8b", 16, 8191),
+        ("qwen2.5-7b", 16, 7616),
     ],
 )
 def test_the_examples_fit_their_machines_and_have_the_published_sizes(name, world_size, millions):
     config = config_file.load(Config, [EXAMPLES / f"{name}.yaml"])
     check(config, world_size)
-    text_vocabulary = {"llama-3.2-1b": 128256, "llama-2-7b": 32000, "llama-2-13b": 32000}.get(name, 1028)
-    assert parameter_count(config.model, text_vocabulary, Projections()) / 1e6 == pytest.approx(millions, rel=0.01)
+    text_vocabularies = {"llama-3.2": 128256, "llama-2": 32000, "qwen3-0.6b": 151936, "qwen3-8b": 151936}
+    text_vocabularies |= {"qwen2.5-7b": 152064}
+    size = next((size for start, size in text_vocabularies.items() if name.startswith(start)), 1028)
+    assert parameter_count(config.model, size, Projections()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 OLD_IDENTITY = {

@@ -28,6 +28,7 @@ LAYERS = 2
 SMALL = (
     f"model={{num_layers: {LAYERS}, hidden_size: 32, num_attention_heads: 4, num_query_groups: 2}}",
     "model.ffn_hidden_size=48",
+    "model={qkv_bias: true, qk_norm: true, head_size: 12}",
     "data.sequence_length=48",
     "plan={preset: himix_hmgen_share_all, himix_start: 1}",
 )

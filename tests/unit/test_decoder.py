@@ -1,5 +1,6 @@
 """Decoding with a cache gives the logits of the full forward pass, under any plan."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,12 +38,28 @@ def documents(seed: int) -> list[list[int]]:
 
     return [
         [number(40, 64) if run % 2 else number(0, 40) for run in range(number(1, 6)) for _ in range(number(1, 9))]
-        for _ in range(4)
+        for _ in range(6)
     ]
 
 
-def full_logits(model, plan: Plan, tokens: list[list[int]], tasks: list[Task]) -> list[torch.Tensor]:
-    """[tokens, vocabulary] of each document in one forward pass."""
+def tasks_of(tokens: list[list[int]], seed: int) -> list[list[Task]]:
+    """The tasks of tokens: a document each of understanding, generation and text, and interleaved ones, in which each
+    image is given or drawn."""
+    random = torch.Generator().manual_seed(seed)
+    tasks = [[task] * len(ids) for task, ids in zip(Task, tokens)]
+    for ids in tokens[len(Task) :]:
+        image, drawn, interleaved = False, False, []
+        for token in ids:
+            if token >= 40 and not image:
+                drawn = bool(torch.rand(1, generator=random) < 0.5)
+            image = token >= 40
+            interleaved.append(Task.GENERATION if image and drawn else Task.UNDERSTANDING)
+        tasks.append(interleaved)
+    return tasks
+
+
+def full_logits(model, plan: Plan, tokens: list[list[int]], tasks: list[list[Task]]) -> list[torch.Tensor]:
+    """[tokens, vocabulary] of each document in one forward pass; ``tasks``: of each token."""
     longest = max(map(len, tokens))
     batch = Batch.zeros(len(tokens), longest)
     batch.document[:] = PADDING_DOCUMENT
@@ -51,7 +68,7 @@ def full_logits(model, plan: Plan, tokens: list[list[int]], tasks: list[Task]) -
         batch.tokens[row, :n] = torch.tensor(ids)
         batch.positions[row, :n] = torch.arange(n)
         batch.document[row, :n] = 0
-        batch.task[row] = tasks[row]
+        batch.task[row, :n] = torch.tensor(tasks[row], dtype=batch.task.dtype)
     batch.modality[batch.tokens >= 40] = Modality.IMAGE
     with torch.no_grad():
         route = Route.of(batch, plan, logit_mask=torch.ones(batch.shape, dtype=torch.bool))
@@ -68,9 +85,9 @@ def build(overrides: list[str]):
     return model.eval(), Plan.of(config.plan, config.model.num_layers)
 
 
-def cache_for(plan: Plan, rows: int, tokens: int, dtype: torch.dtype) -> Cache:
+def cache_for(plan: Plan, rows: int, tokens: int, dtype: torch.dtype, head_size: int = 8) -> Cache:
     capacities = layer_capacities(plan, [tokens] * 6)
-    return Cache(plan, capacities, rows, groups=2, head_size=8, dtype=dtype, device=torch.device("cpu"))
+    return Cache(plan, capacities, rows, groups=2, head_size=head_size, dtype=dtype, device=torch.device("cpu"))
 
 
 PLANS = {
@@ -81,6 +98,10 @@ PLANS = {
         "plan.dense_share={of: image_tokens, start: 0.5}",
     ],
     "learned image positions": ["plan.preset=himix_hmgen_share_all", "model.max_image_tokens=30"],
+    "bias, norms of queries and keys, wider heads": [
+        "plan.preset=himix_hmgen_share_partial",
+        *("model.qkv_bias=true", "model.qk_norm=true", "model.head_size=12"),
+    ],
     "any table": [
         "plan.table=[{layers: '1', task: all, modality: text, role: skip},"
         "{layers: '2', task: all, modality: text, role: kv_only},"
@@ -101,20 +122,45 @@ def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan
     model, plan = build(PLANS[plan])
     model = model.to(dtype)
     for seed in range(3):
-        tokens, tasks = documents(seed), [Task.UNDERSTANDING, Task.GENERATION, Task.TEXT, Task.GENERATION]
+        tokens = documents(seed)
+        tasks = tasks_of(tokens, seed)
         expected = full_logits(model, plan, tokens, tasks)
-        decoder = Decoder(model, plan, TokenIds, tasks, cache_for(plan, 4, max(map(len, tokens)), dtype))
+        cache = cache_for(plan, len(tokens), max(map(len, tokens)), dtype, model.config.kv_channels)
+        decoder = Decoder(model, plan, TokenIds, len(tokens), cache)
         largest = max(float(logits.abs().max()) for logits in expected)
         monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, chunk_size))
         for start in range(0, max(map(len, tokens)), chunk_size):
-            chunk = [ids[start : start + chunk_size] for ids in tokens]
-            logits = decoder.advance(chunk)
+            chunk, chunk_tasks = ([row[start : start + chunk_size] for row in rows] for rows in (tokens, tasks))
+            logits = decoder.advance(chunk, chunk_tasks)
             for row, ids in enumerate(chunk):
                 if ids:
                     error = logits[row] - expected[row][start + len(ids) - 1]
                     assert error.abs().max() < tolerance * largest
                 else:
                     assert not logits[row].any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_interleaved_document_step_by_step_is_one_pass_under_any_roles(one_process, seed):
+    """Given and drawn images of one document take part, lend their keys or skip, each in layers of its own."""
+    one_process(*SHAPE)
+    random = np.random.default_rng(seed)
+    entries = [
+        f"{{layers: '{layer}', task: {task}, modality: {modality}, role: {random.choice(['full', 'kv_only', 'skip'])}}}"
+        for layer in range(5)
+        for task, modality in (("understanding", "text"), ("understanding", "image"), ("generation", "image"))
+    ]
+    model, plan = build([f"plan.table=[{','.join(entries)}]"])
+    image = random.integers(40, 64, (3, 6))
+    drawn = [Task.GENERATION] * 6
+    tokens = [1, *image[0], 3, 4, *image[1], 5, *image[2], 6, 7]
+    given = [Task.UNDERSTANDING] * 9
+    tasks = [*given, *drawn, given[0], *[drawn, given[:6]][seed % 2], *given[:2]]
+    (expected,) = full_logits(model, plan, [tokens], [tasks])
+    decoder = Decoder(model, plan, TokenIds, 1, cache_for(plan, 1, len(tokens), torch.float32))
+    for place, (token, task) in enumerate(zip(tokens, tasks, strict=True)):
+        logits = decoder.advance([[token]], [[task]])
+        torch.testing.assert_close(logits[0], expected[place], atol=1e-4, rtol=1e-5)
 
 
 def test_a_token_that_skips_a_layer_takes_no_room_in_it(one_process):

@@ -26,6 +26,7 @@ from megatron_ext.routing.flops import (
     head_flops,
     layer_flops,
     parameter_count,
+    query_width,
     stage_flops,
     stage_layers,
     with_all_logits,
@@ -48,6 +49,10 @@ GENERATION_IMAGE = class_index(Task.GENERATION, Modality.IMAGE)
 
 # h 8, g 4, f 16: a token's query and output take 64 multiply-adds each, key and value 64 together, the FFN 384.
 TINY = ModelConfig(num_layers=4, hidden_size=8, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=16)
+
+
+FEATURES = ["model.head_size=48", "model.qkv_bias=true", "model.qk_norm=true"]
+"""The head size is no longer hidden_size / num_attention_heads."""
 
 
 def plan_of(preset: str, num_layers: int = 4, **settings) -> Plan:
@@ -186,10 +191,10 @@ def test_all_logits_are_those_of_tokens_that_are_full_in_the_last_layer():
     ],
 )
 def test_parameters_are_counted(one_process, projections):
-    for tied, modules in ("false", "[qkv, proj]"), ("true", "[qkv, proj, fc1, fc2]"):
+    for modules, shape in ("[qkv, proj]", []), ("[qkv, proj, fc1, fc2]", ["model.tie_embeddings=true", *FEATURES]):
         config = one_process(
-            f"model.tie_embeddings={tied}",
             "model.num_query_groups=2",
+            *shape,
             f"plan.projections={{{projections}, modules: {modules}}}",
         )
         (chunk,) = build_chunks(resolve(config, VOCABULARY))
@@ -199,10 +204,18 @@ def test_parameters_are_counted(one_process, projections):
         distributed.shut_down()
 
 
-@pytest.mark.parametrize("preset, rank", [*((p, None) for p in PRESETS), ("himix_hmgen_share_partial", 4)])
-def test_cost_is_what_torch_counts(one_process, preset, rank):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *([f"plan.preset={preset}"] for preset in PRESETS),
+        ["plan.preset=himix_hmgen_share_partial", "plan.projections.rank=4"],
+        ["plan.preset=himix_hmgen_share_partial", "plan.projections.rank=4", *FEATURES],
+    ],
+    ids=" ".join,
+)
+def test_cost_is_what_torch_counts(one_process, overrides):
     """The plain attention kernel computes masked pairs too, as matrix products over all keys of a segment."""
-    config = one_process(f"plan.preset={preset}", "plan.shallow_count=2", f"plan.projections.rank={rank or 'null'}")
+    config = one_process("plan.shallow_count=2", *overrides)
     plan = Plan.of(config.plan, config.model.num_layers)
     (model,) = build_chunks(resolve(config, VOCABULARY))
     batch = mix_batch(
@@ -217,7 +230,7 @@ def test_cost_is_what_torch_counts(one_process, preset, rank):
         losses.sum().backward()
     pairs = sum(q * k for layer in route.layers for q, k in zip(layer.query_lengths, layer.key_lengths))
     masked = pairs - sum(map(sum, counts.visible))
-    expected = forward_flops(config.model, VOCABULARY, plan, counts) + 2 * 2 * config.model.hidden_size * masked
+    expected = forward_flops(config.model, VOCABULARY, plan, counts) + 2 * 2 * query_width(config.model) * masked
     assert forward == pytest.approx(expected, rel=1e-3)
     assert counter.get_total_flops() == pytest.approx(3 * forward, rel=1e-3)
 
@@ -277,6 +290,8 @@ def kept_bytes(model, route, labels) -> list[int]:
         ["plan.preset=hmgen"],
         ["plan.preset=himix_hmgen_share_all_separate"],
         ["plan.preset=himix_hmgen_share_partial", "plan.projections.modules=[qkv, proj, fc1]"],
+        ["plan.preset=dense", "model.head_size=48"],
+        ["plan.preset=himix", *FEATURES],
     ],
     ids=" ".join,
 )

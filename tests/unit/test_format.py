@@ -106,7 +106,7 @@ def test_merging_refuses_another_vocabulary(tmp_path):
     [
         ([], "at least one sequence"),
         ([(TEXT, [])], "non-empty"),
-        ([(3, [1])], "mode 3"),
+        ([(4, [1])], "mode 4"),
         ([(TEXT, [-1])], "negative"),
         ([(IMAGE, IMAGE_IDS[:7])], "7 tokens, but the VQ grid is 2 x 4"),
     ],

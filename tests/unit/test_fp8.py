@@ -32,7 +32,7 @@ def check(*overrides: str, processes: int = 1) -> None:
         (
             ["training.fp8=mxfp8", "parallel.tensor=4", "model.hidden_size=192"],
             4,
-            ["mxfp8", "32", "model.hidden_size / parallel.tensor is 48"],
+            ["mxfp8", "32", "model.head_size x model.num_attention_heads / parallel.tensor is 48"],
         ),
         (
             ["training.fp8=current", "model.num_attention_heads=16", "model.num_query_groups=1"],

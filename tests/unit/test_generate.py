@@ -1,10 +1,13 @@
 """Continuations: greedy ones equal decoding without a cache, sampled ones repeat, and both stay in their modality."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_decoder import PLANS, SHAPE, build, full_logits
 
 from megatron_ext.errors import UserError
+from megatron_ext.generation.continuation import Continuation
 from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.likelihood import log_likelihoods
 from megatron_ext.generation.request import Request
@@ -34,6 +37,35 @@ REQUESTS = [
     Request(QUESTION, Task.UNDERSTANDING, text_tokens=7, unconditional=QUESTION, number=2),
     Request([TokenIds.bos, 5], Task.GENERATION, text_tokens=3, images=2, unconditional=NULL[:1], number=3),
 ]
+GIVEN, DRAWN = QUESTION[1:9], [TokenIds.boi, 50, 42, 43, 51, 45, 46, TokenIds.eoi]
+EDITS = [
+    Request(
+        [TokenIds.bos, *GIVEN, 12, 13, TokenIds.boi],
+        Task.UNDERSTANDING,
+        images=1,
+        unconditional=[TokenIds.bos, *GIVEN, TokenIds.boi],
+        number=4,
+    ),
+    Request(
+        [TokenIds.bos, *GIVEN, 12, *DRAWN, 14, TokenIds.boi],
+        Task.UNDERSTANDING,
+        images=1,
+        unconditional=[TokenIds.bos, *GIVEN, *DRAWN, TokenIds.boi],
+        drawn=[1],
+        number=5,
+    ),
+    Request([TokenIds.bos, *GIVEN, 12, *DRAWN, 15], Task.UNDERSTANDING, text_tokens=5, images=1, drawn=[1], number=6),
+]
+
+
+def tasks_of(request: Request, tokens: list[int]) -> list[Task]:
+    """The task of each token of a request's prompt and its continuation."""
+    tasks, image = [], -1
+    for place, token in enumerate(tokens):
+        image += token == TokenIds.boi
+        drawn = TokenIds.is_image(token) and (place >= len(request.tokens) or image in request.drawn)
+        tasks.append(Task.GENERATION if drawn else request.task)
+    return tasks
 
 
 def generator_of(settings: list[str]) -> Generator:
@@ -46,7 +78,7 @@ def assert_greedy(generator: Generator, request: Request, continuation: list[int
     left = generator.picture_tokens if request.tokens[-1] == TokenIds.boi else 0
     for i, token in enumerate(continuation):
         tokens = [*request.tokens, *continuation[:i]]
-        (logits,) = full_logits(generator.model, generator.plan, [tokens], [request.task])
+        (logits,) = full_logits(generator.model, generator.plan, [tokens], [tasks_of(request, tokens)])
         logits = logits[-1, : TokenIds.size]
         if left:
             expected = 40 + int(logits[40:60].argmax())
@@ -67,7 +99,8 @@ def assert_greedy(generator: Generator, request: Request, continuation: list[int
 def test_greedy_tokens_are_those_of_the_full_forward_pass(one_process, plan):
     one_process(*SHAPE)
     generator = generator_of(PLANS[plan])
-    for request, continuation in zip(REQUESTS, generator(REQUESTS, GREEDY), strict=True):
+    requests = [*REQUESTS, *EDITS]
+    for request, continuation in zip(requests, generator(requests, GREEDY), strict=True):
         assert continuation
         assert_greedy(generator, request, continuation)
 
@@ -76,12 +109,15 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(one_process, plan):
 def test_log_likelihoods_are_sums_over_the_full_forward_pass(one_process, plan):
     one_process(*SHAPE)
     generator, continuations = generator_of(PLANS[plan]), [[4, 5, TokenIds.eod], [9], [], [3, 3, 3, 3]]
+    requests = [*REQUESTS, EDITS[1]]
+    continuations.append([41, 42, 43, 44, 45, 46])
     expected = []
-    for request, continuation in zip(REQUESTS, continuations):
-        (logits,) = full_logits(generator.model, generator.plan, [[*request.tokens, *continuation]], [request.task])
+    for request, continuation in zip(requests, continuations):
+        tokens = [*request.tokens, *continuation]
+        (logits,) = full_logits(generator.model, generator.plan, [tokens], [tasks_of(request, tokens)])
         log_probabilities = logits.double().log_softmax(-1)[len(request.tokens) - 1 :]
         expected.append(sum(float(log_probabilities[i, token]) for i, token in enumerate(continuation)))
-    assert log_likelihoods(generator, REQUESTS, continuations) == pytest.approx(expected, abs=1e-4)
+    assert log_likelihoods(generator, requests, continuations) == pytest.approx(expected, abs=1e-4)
 
 
 def test_pictures_are_whole_and_text_is_text(one_process):
@@ -95,6 +131,18 @@ def test_pictures_are_whole_and_text_is_text(one_process):
     assert both.count(TokenIds.boi) == both.count(TokenIds.eoi) and sum(map(TokenIds.is_image, both)) == 6 * both.count(
         TokenIds.boi
     )
+
+
+@pytest.mark.parametrize("end", [TokenIds.eod, TokenIds.answer_end])
+def test_an_answer_ends_at_either_end_or_at_its_greatest_length(end):
+    row = Continuation(REQUESTS[2], TokenIds, picture_tokens=6)
+    assert [row.append(token) for token in (5, 6)] == [[5], [6]] and not row.done
+    assert row.append(end) == [] and row.done and row.tokens == [5, 6, end]
+    cut = Continuation(REQUESTS[2], TokenIds, picture_tokens=6)
+    for _ in range(7):
+        assert not cut.done
+        cut.append(5)
+    assert cut.done
 
 
 def test_sampled_tokens_depend_on_the_seed_and_the_number_alone(one_process):
@@ -112,14 +160,30 @@ def test_guidance_moves_the_logits_away_from_those_without_a_condition(one_proce
     (continuation,) = generator([REQUESTS[0]], Sampling(temperature=0, guidance=3.0))
     for i in range(generator.picture_tokens):
         conditional, unconditional = (
-            full_logits(generator.model, generator.plan, [[*prompt, *continuation[:i]]], [Task.GENERATION])[0][
-                -1, 40:60
-            ]
-            for prompt in (PICTURE, NULL)
+            full_logits(generator.model, generator.plan, [tokens], [[Task.GENERATION] * len(tokens)])[0][-1, 40:60]
+            for tokens in ([*prompt, *continuation[:i]] for prompt in (PICTURE, NULL))
         )
         assert continuation[i] == 40 + int((unconditional + 3 * (conditional - unconditional)).argmax())
     with pytest.raises(UserError, match="guidance 3 needs a prompt without its condition"):
         generator([Request(PICTURE, Task.GENERATION, images=1)], Sampling(guidance=3.0))
+
+
+def test_guidance_of_an_edit_drops_the_instruction_and_keeps_the_pictures(one_process):
+    one_process(*SHAPE)
+    generator, scale = generator_of(PLANS["himix_hmgen_share_partial"]), 2.5
+    for request in EDITS[:2]:
+        (continuation,) = generator([request], Sampling(temperature=0, guidance=scale))
+        for i in range(generator.picture_tokens):
+            conditional, unconditional = (
+                full_logits(
+                    generator.model,
+                    generator.plan,
+                    [[*prompt, *continuation[:i]]],
+                    [tasks_of(replace(request, tokens=prompt), [*prompt, *continuation[:i]])],
+                )[0][-1, 40:60]
+                for prompt in (request.tokens, request.unconditional)
+            )
+            assert continuation[i] == 40 + int((unconditional + scale * (conditional - unconditional)).argmax())
 
 
 def test_memory_is_computed_before_it_is_allocated(one_process):
@@ -127,6 +191,8 @@ def test_memory_is_computed_before_it_is_allocated(one_process):
     generator = generator_of(["plan.preset=hmgen", "plan.shallow_layers=[1, 2]"])
     # 5 layers, 2 groups of 8; 4 + 6 + 2 + 0 tokens, of which 6 are image tokens that skip two layers.
     assert generator.memory([REQUESTS[0]], GREEDY) == 2 * 2 * 8 * 4 * (3 * 12 + 2 * 6)
+    # An edit: 7 text and 6 given image tokens in all layers, 6 drawn ones in three.
+    assert generator.memory([EDITS[0]], GREEDY) == 2 * 2 * 8 * 4 * (3 * 20 + 2 * 14)
     assert generator.memory([REQUESTS[0]], Sampling(guidance=2.0)) == 2 * generator.memory([REQUESTS[0]], GREEDY)
 
 

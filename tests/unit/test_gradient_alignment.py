@@ -73,8 +73,13 @@ def figures_of(u: list[torch.Tensor], g: list[torch.Tensor]) -> dict[str, float]
             "fc2 generation",
             ["mlp.linear_fc2.generation_down", "mlp.linear_fc2.generation_up"],
         ),
+        (
+            ["model.qkv_bias=true", "model.qk_norm=true", "training.z_loss=0.1"],
+            "qkv",
+            ["self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"],
+        ),
     ],
-    ids=["dense", "separate", "rank 2 per task"],
+    ids=["dense", "separate", "rank 2 per task", "bias, norms and z-loss"],
 )
 def test_figures_are_those_of_the_two_losses_gradients(one_process, overrides, part, names):
     config = one_process(*SMALL, *overrides)
@@ -97,7 +102,9 @@ def test_figures_are_those_of_the_two_losses_gradients(one_process, overrides, p
     assert set(result["layers"]) == set(gradients.part_names(resolve(config).plan))
     for layer in range(3):
         prefix = f"decoder.layers.{layer}."
-        norms = [f"{prefix}{norm}.weight" for norm in ("input_layernorm", "pre_mlp_layernorm")]
+        head_norms = ("q_layernorm", "k_layernorm") if config.model.qk_norm else ()
+        norms = ("input_layernorm", "pre_mlp_layernorm", *(f"self_attention.{norm}" for norm in head_norms))
+        norms = [f"{prefix}{norm}.weight" for norm in norms]
         for name, members in ((part, [prefix + n for n in names]), ("norms", norms)):
             measured = {figure: result["layers"][name][figure][layer] for figure in FIGURES}
             if measured["cosine"] is None:  # a part of one task alone

@@ -152,6 +152,17 @@ def test_hidden_states_leave_the_input_norm_with_the_bits_with_which_they_came()
     assert torch.equal(same_full, full) and torch.equal(same_kv_only, kv_only)
 
 
+@precisions
+@pytest.mark.parametrize("rows, queries", [(5, 3), (4, 0), (0, 1)])
+def test_the_norm_of_queries_and_keys(dtype, rows, queries):
+    def plain(heads: Tensor, weight: Tensor) -> list[Tensor]:
+        normed = [rms_norm(heads[..., i, :], weight[i], 1e-5) for i in range(queries + 1)]
+        return [torch.stack([*normed, heads[..., -1, :]], -2)]
+
+    inputs = [random_rows(rows, 1, 2, queries + 2, 10, dtype=dtype), random_rows(queries + 1, 10, dtype=dtype)]
+    assert_close_to_float64(lambda *arguments: [functions.head_norm(*arguments, 1e-5)], plain, inputs)
+
+
 # ---- SwiGLU
 
 

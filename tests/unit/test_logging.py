@@ -108,6 +108,15 @@ def test_a_skipped_step_and_a_validation_have_their_own_console_lines(config):
     assert lines[2] == "iteration 3: validation loss 4.0000"
 
 
+def test_the_z_loss_is_shown_beside_the_losses(config, tmp_path):
+    lines = run(config, [3], z_loss=0.00123, validation_loss=4.0, validation_z_loss=0.002)
+    assert "(understanding 2.0000, generation 3.0000), z-loss 1.23e-03 |" in lines[0]
+    assert lines[1] == "iteration 3: validation loss 4.0000, z-loss 2.00e-03"
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"loss/z_loss", "validation_loss/z_loss"} <= set(events.Tags()["scalars"])
+
+
 def test_an_evaluation_has_its_own_console_line_and_charts(config, tmp_path):
     pictures = [("a red circle", tmp_path / "0000.png")]
     Image.new("RGB", (6, 4), "red").save(pictures[0][1])

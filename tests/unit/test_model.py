@@ -17,6 +17,7 @@ from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.norm import RMSNorm
 from megatron_ext.transformer.resolved import resolve
+from megatron_ext.transformer.rotary import rotary_table
 from megatron_ext.transformer.specs import transformer_config
 
 VOCABULARY = 160
@@ -78,13 +79,16 @@ def test_learned_positions_are_added_to_image_tokens_alone(one_process):
         logits_of(model, batch)
 
 
-def test_logits_equal_stock_megatron(one_process):
-    config = one_process(*SHAPE, "data.sequence_length=40")
+@pytest.mark.parametrize(
+    "features", [[], ["model.qkv_bias=true", "model.qk_norm=true", "model.head_size=12"]], ids=["llama", "qwen"]
+)
+def test_logits_equal_stock_megatron(one_process, features):
+    config = one_process(*SHAPE, *features, "data.sequence_length=40")
     (model,) = build_chunks(resolve(config, VOCABULARY))
     randomize(model)
     stock = GPTModel(
         config=dataclasses.replace(model.config, use_te_activation_func=False),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=bool(features)),
         vocab_size=VOCABULARY,
         max_sequence_length=40,
         position_embedding_type="rope",
@@ -96,44 +100,25 @@ def test_logits_equal_stock_megatron(one_process):
     torch.testing.assert_close(logits_of(model, batch), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("scaling", [None, 32.0], ids=["plain-rotary", "llama3-rotary"])
-def test_logits_equal_hugging_face_llama(one_process, tied, scaling):
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.mark.parametrize("scaling", [(8, 1, 4, 8192), (32, 1, 4, 8192), (4, 2, 16, 256)])
+@pytest.mark.parametrize("head_size", [8, 128])
+def test_scaled_frequencies_are_those_of_transformers_bit_for_bit(one_process, scaling, head_size):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from megatron_ext.conversion.hugging_face import from_llama
-
-    length = 40
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    parameters = dict(zip(keys, scaling))
     config = one_process(
-        *SHAPE,
-        f"data.sequence_length={length}",
-        f"model.tie_embeddings={str(tied).lower()}",
-        f"model.rotary_scaling_factor={scaling or 'null'}",
-        "model.rotary_base=500000",
+        *SHAPE, f"model.head_size={head_size}", f"model.rotary_scaling={parameters}", "model.rotary_base=500000"
     )
-    rotary = {"rope_type": "default", "rope_theta": 500000.0}
-    if scaling:
-        rotary |= {"rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        rotary |= {"original_max_position_embeddings": 8192}
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=config.model.ffn_hidden_size,
-            num_hidden_layers=3,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            rms_norm_eps=config.model.norm_epsilon,
-            tie_word_embeddings=tied,
-            rope_parameters=rotary,
-        )
-    )
-    randomize(llama)
     (model,) = build_chunks(resolve(config, VOCABULARY))
-    model.load_state_dict(from_llama(llama.state_dict(), config.model), strict=False)
-    batch = one_document_rows(2, length)
-    with torch.no_grad():
-        torch.testing.assert_close(logits_of(model, batch), llama(batch.tokens).logits, atol=1e-5, rtol=1e-5)
+    llama = LlamaConfig(
+        head_dim=head_size, rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **parameters}
+    )
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](llama, torch.device("cpu"))
+    assert torch.equal(model.rotary_pos_emb.inv_freq, expected)
+    table = rotary_table(expected, 40)
+    assert torch.equal(model._rotary_table_for(dense_route(one_document_rows(1, 40), model))[:, :40], table)
 
 
 def test_a_document_alone_equals_the_document_in_a_packed_row(one_process):

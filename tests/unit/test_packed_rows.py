@@ -73,7 +73,7 @@ def test_a_row_is_whole_documents_then_padding(blend):
         assert (batch.labels[0, :used][last] == SPECIAL.pad).all() and not batch.loss_mask[0, :used][last].any()
         torch.testing.assert_close(batch.labels[0, : used - 1][~last[:-1]], batch.tokens[0, 1:used][~last[:-1]])
         for number, (source, _, _) in enumerate(blend_rows.documents(row)):
-            assert (batch.task[0][document == number] == int(blend.sources[source].task)).all()
+            assert (batch.task[0][document == number] == int(blend.sources[source].layout)).all()
         learnt = batch.loss_mask[0] > 0
         generation = batch.task[0] == int(Task.GENERATION)
         assert (batch.labels[0][learnt & generation] >= 104).all()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_ext import vq as vq_package
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, Dataset, DatasetWriter
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import PreprocessOptions, dali_decoder, merge_shards, preprocess, verify_data_set
 from megatron_ext.preprocess.parts import split_turns
@@ -285,6 +285,11 @@ def test_split_turns_are_documents_with_the_images_before_them(tmp_path, convers
 def test_split_turns_leave_out_a_question_without_an_answer():
     turn = [(IMAGE, "a"), (TEXT, "red"), (ANSWER, "yes"), (ANSWER, "no")]
     assert split_turns([*turn, (TEXT, "green")]) == [turn]
+
+
+def test_a_drawn_image_ends_a_turn_and_is_given_in_later_ones():
+    first, second = [(IMAGE, "a"), (TEXT, "red"), (DRAWN, "b")], [(TEXT, "blue"), (DRAWN, "c")]
+    assert split_turns([*first, *second]) == [first, [(IMAGE, "a"), (IMAGE, "b"), *second]]
 
 
 def test_a_damaged_image_skips_every_turn_of_its_sample_and_lists_it_once(tmp_path, conversations, vocabulary, vq):

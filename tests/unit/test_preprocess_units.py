@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, is_image
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions
 from megatron_ext.preprocess.units import plan, read
@@ -26,7 +26,7 @@ def read_all(file: Path, images: Path | None = None, prefer: str = "conversation
 
 def segments(sample) -> list:
     """The segments, images by the name of their file."""
-    return [(m, Path(item.name).name if m == IMAGE else item) for m, item in sample.segments]
+    return [(m, Path(item.name).name if is_image(m) else item) for m, item in sample.segments]
 
 
 def llava(tmp_path, *records) -> Path:
@@ -72,12 +72,13 @@ def test_images_of_llava_lie_in_the_folder_that_is_given(tmp_path):
         (
             ("Selection it", "Here: <image> done"),
             "a",
-            [(TEXT, "Selection it"), (ANSWER, "Here:"), (IMAGE, "a"), (ANSWER, "done")],
+            [(TEXT, "Selection it"), (ANSWER, "Here:"), (DRAWN, "a"), (ANSWER, "done")],
         ),
+        (("<image>\nRed", "<image>"), ["a", "b"], [(IMAGE, "a"), (TEXT, "Red"), (DRAWN, "b")]),
         (("What?", "red"), ["a", "b"], [(IMAGE, "a"), (IMAGE, "b"), (TEXT, "What?"), (ANSWER, "red")]),
         (("How are you?", "well"), None, [(TEXT, "How are you?"), (ANSWER, "well")]),
     ],
-    ids=["middle", "end", "several", "in the answer", "no placeholder", "no image"],
+    ids=["middle", "end", "several", "in the answer", "an edit", "no placeholder", "no image"],
 )
 def test_placeholders_keep_their_place(tmp_path, values, image, expected):
     [sample] = read_all(llava(tmp_path, conversation(*values, image=image)))

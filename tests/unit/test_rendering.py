@@ -3,12 +3,14 @@
 Special tokens: bos 1, pad 100, <eod> 101, <boi> 102, <eoi> 103; image tokens are 110 and up.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
 from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.token_classes import Task
-from support.data_sets import mixture, write
+from support.data_sets import SPECIAL, mixture, write
 
 
 def render(tmp_path, document, task, length, caption_dropout=0.0):
@@ -39,6 +41,20 @@ def test_a_conversation_learns_its_answers_and_where_they_end(tmp_path):
         modality=[0,   0,   1,   1,   1,   0, 0, 0, 0,   0, 0, 0, 0,   0],
     )
     # fmt: on
+
+
+def test_a_turn_s_end_closes_answers_instead_and_nothing_else(tmp_path):
+    document = [(IMAGE, [110, 111, 112]), (TEXT, [2]), (ANSWER, [4]), (TEXT, [5]), (ANSWER, [6, 7])]
+    path, special = write(tmp_path / "set", [document], grid=[1, 3]), replace(SPECIAL, answer_end=9)
+    for task, expected in (
+        ("understanding", [1, 102, 110, 111, 112, 103, 2, 4, 9, 5, 6, 7, 9]),
+        ("generation", [1, 2, 4, 5, 6, 7, 102, 110, 111, 112, 103, 101]),
+    ):
+        length = len(expected)
+        batch = PackedRows(mixture((path, task, 1.0), length=length, special=special), length)[0]
+        assert batch.tokens.tolist() == [expected]
+    batch = PackedRows(mixture((path, "understanding", 1.0), length=13, special=special), 13)[0]
+    assert batch.loss_mask.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0]]
 
 
 def test_a_caption_pair_for_understanding_learns_the_caption(tmp_path):

@@ -401,10 +401,10 @@ class TestReference:
         return batch
 
     def logits(self, llama, batch: Batch, role: str) -> torch.Tensor:
-        from megatron_ext.conversion.hugging_face import from_llama
+        from megatron_ext.hugging_face.weights import StateDict, parameters_of
 
         plan = Plan.of(PlanConfig(table=[RoleEntry("all", "understanding", "image", role)]), self.MODEL.num_layers)
-        return reference.logits(from_llama(llama.state_dict(), self.MODEL), self.MODEL, plan, batch)
+        return reference.logits(parameters_of(StateDict(llama.state_dict(), self.MODEL)), self.MODEL, plan, batch)
 
     def test_dense_equals_llama(self):
         llama, batch = self.llama(), self.rows()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Task
+from megatron_ext.training.losses import MeanLosses
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, train_step
@@ -115,3 +116,39 @@ def test_training_lowers_the_loss_and_evaluation_agrees_with_training(one_proces
     losses = [train_step(chunks, optimizer, prepare(batch, resolve(config)), config).loss for _ in range(8)]
     assert float((sums / counts).sum()) == pytest.approx(losses[0], rel=1e-6)
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_z_loss_is_weighted_as_its_tokens_and_reported_apart(one_process):
+    weights = "training.task_weights={understanding: 2.0, generation: 0.5, text: 1.0}"
+    config = one_process(*SMALL, weights, "training.z_loss=0.01")
+    chunks = build_model(resolve(config, VOCABULARY))
+    optimizer, batch = build_optimizer(config, chunks), packed_batch(4, 48, seed=3)
+    route = Route.of(batch, Plan.of(config.plan, config.model.num_layers))
+    logits = chunks[0].module(route).squeeze(1)
+    labels, tasks = (x.flatten()[route.targets] for x in (batch.labels, batch.task))
+    cross_entropy, squares = F.cross_entropy(logits, labels, reduction="none"), logits.logsumexp(1).square()
+    z_loss = objective = 0
+    for task, weight in zip(Task, (2.0, 0.5, 1.0)):
+        z_loss = z_loss + 0.01 * weight * squares[tasks == task].mean()
+        objective = objective + weight * cross_entropy[tasks == task].mean()
+    parameters = dict(chunks[0].module.named_parameters())
+    expected = torch.autograd.grad(objective + z_loss, tuple(parameters.values()))
+
+    step = prepare(batch, resolve(config))
+    evaluated = MeanLosses.of(*(x.tolist() for x in evaluate_step(chunks, step, config)), config.training)
+    result = train_step(chunks, optimizer, step, config, accept=lambda *_: False)
+    for losses in (result.losses, evaluated):
+        assert losses.objective == pytest.approx(float(objective), rel=1e-5)
+        assert losses.z_loss == pytest.approx(float(z_loss), rel=1e-5)
+        assert set(losses.named("v_")) == {"v_loss", *(f"v_loss_{task.name.lower()}" for task in Task), "v_z_loss"}
+    for (name, parameter), gradient in zip(parameters.items(), expected):
+        torch.testing.assert_close(parameter.main_grad, gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_without_a_z_loss_the_loss_is_megatron_cores(one_process, monkeypatch):
+    monkeypatch.setattr("megatron_ext.training.step.cross_entropy_and_square", None)
+    config = one_process(*SMALL)
+    chunks = build_model(resolve(config, VOCABULARY))
+    step = prepare(packed_batch(4, 48, seed=3), resolve(config))
+    losses = train_step(chunks, build_optimizer(config, chunks), step, config).losses
+    assert losses.z_loss is None and "z_loss" not in losses.named()

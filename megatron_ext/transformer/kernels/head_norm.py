@@ -20,16 +20,17 @@ def head_norm_forward(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor,
 
 
 def head_norm_backward(grad: Tensor, rows: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``rows`` and ``weight``::
+    """Gradients of ``rows`` and ``weight``; with y = x s, without the weight::
 
-    dx = s (g w) - x s^3 mean(g w x),   dw = sum over rows and groups of g x s
+    dx = s (g w - y mean(g w y)),   dw = sum over rows and groups of g y
     """
     grad_rows = torch.empty_like(rows)
     g, x = (heads[..., :-1, :].to(scale.dtype) for heads in (grad, rows))
-    product = g * x
-    grad_weight = torch.einsum("nbgwd,nbgw->wd", product, scale.squeeze(-1)).to(weight.dtype)
-    weight = weight.to(scale.dtype)
-    share = torch.einsum("nbgwd,wd->nbgw", product, weight).unsqueeze(-1).mul_(scale.square() / -x.shape[-1])
-    torch.mul(torch.mul(g, weight, out=product).addcmul_(x, share), scale, out=grad_rows[..., :-1, :])
+    y, wide_weight = x * scale, weight.to(scale.dtype)
+    product = g * y
+    grad_weight = product.sum((0, 1, 2)).to(weight.dtype)
+    share = product.mul_(wide_weight).mean(-1, keepdim=True)
+    torch.mul(g, wide_weight, out=product).addcmul_(y, share, value=-1)
+    torch.mul(product, scale, out=grad_rows[..., :-1, :])
     grad_rows[..., -1, :].copy_(grad[..., -1, :])
     return grad_rows, grad_weight

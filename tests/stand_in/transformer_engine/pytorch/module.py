@@ -85,18 +85,23 @@ class Linear(_Module):
         symmetric_ar_type=None,
     ):
         super().__init__()
-        assert tp_size == 1 and not bias
+        assert tp_size == 1 and not return_bias
         self.parallel_mode, self.fuse_wgrad_accumulation = parallel_mode, fuse_wgrad_accumulation
         self.save_original_input = False
         self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype))
+        # As in Transformer Engine, a layer without a bias has an empty tensor in its place.
+        self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype)) if bias else torch.Tensor()
         self.weight.tensor_model_parallel, self.weight.partition_dim = True, int(parallel_mode == "row")
+        self.bias.tensor_model_parallel, self.bias.partition_dim = True, 0
 
     def forward(self, inp, is_first_microbatch=None):
         rows = inp.reshape(-1, inp.shape[-1])
         (weight,) = self._prepare(rows, [rows.shape[0]], [self.weight], is_first_microbatch)
         if self.fuse_wgrad_accumulation and torch.is_grad_enabled():
-            return _FusedGradient.apply(inp, weight, self.weight, bool(is_first_microbatch))
-        return inp @ weight.t()
+            output = _FusedGradient.apply(inp, weight, self.weight, bool(is_first_microbatch))
+        else:
+            output = inp @ weight.t()
+        return output + self.bias if self.bias.numel() else output
 
 
 class LayerNormLinear(Linear):
