@@ -19,7 +19,8 @@ from megatron_ext.export_hf.form import OWN_CLASS, Exported, choose_form, end_to
 from megatron_ext.export_hf.shards import write_shards
 from megatron_ext.export_hf.tokenizer_files import write_tokenizer
 from megatron_ext.export_hf.vq_files import vq_keys, vq_tensors
-from megatron_ext.export_hf.weights import EMBEDDING, tensors
+from megatron_ext.export_hf.weights import tensors
+from megatron_ext.hugging_face.weights import EMBEDDING
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq.model import VQModel

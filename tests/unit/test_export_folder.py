@@ -13,6 +13,7 @@ from test_decoder import full_logits
 from test_vq import published
 
 from megatron_ext import distributed, vq
+from megatron_ext.checkpoints.stored_weights import StoredWeights
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.export_hf import tokenizer_files
@@ -23,6 +24,8 @@ from megatron_ext.generation.checkpoint import load
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.generation.session import Session
+from megatron_ext.hugging_face.folder import ModelFolder
+from megatron_ext.hugging_face.weights import parameters_of
 from megatron_ext.token_classes import Task
 from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 from support.exported import llama_vocabulary, write_checkpoint
@@ -150,13 +153,26 @@ def test_a_guided_picture_is_that_of_two_prompts_by_hand(model, processor):
 def test_text_and_pictures_in_turn_are_this_project_s(session, model, processor):
     vocabulary = session.trained.vocabulary
     texts = [[vocabulary.bos, *vocabulary.encode("it")], [vocabulary.bos, *vocabulary.encode("red circles")]]
-    requests = [Request(ids, Task.GENERATION, text_tokens=9, images=2, number=i) for i, ids in enumerate(texts)]
+    requests = [Request(ids, Task.UNDERSTANDING, text_tokens=9, images=2, number=i) for i, ids in enumerate(texts)]
     expected = session.generator(requests, Sampling(seed=2))
     inputs = processor.tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt")
-    options = {"images": 2, "max_new_tokens": 9, "seed": 2}
+    options = {"images": 2, "max_new_tokens": 9, "seed": 2, "token_uses": torch.zeros_like(inputs["input_ids"])}
     for row, wanted in zip(continuations(model, inputs, generation_mode="interleaved", **options), expected):
         assert row[: len(wanted)] == wanted and set(row[len(wanted) :]) <= {vocabulary.pad}
         assert wanted.count(vocabulary.boi) == 2
+
+
+def test_edited_pictures_are_this_project_s(run, session, model, processor, picture):
+    """The given image is to be understood, the drawn one generated; without its condition the image stays."""
+    vocabulary = session.trained.vocabulary
+    picture.save(run / "picture.png")
+    codes, instructions = session.encode(run / "picture.png"), ["left of 3 blue squares", "red"]
+    requests = [prompts.edit(vocabulary, [codes], [text], number) for number, text in enumerate(instructions)]
+    expected = session.generator(requests, Sampling(guidance=2.0, seed=1))
+    texts = [f"<image>{text}" for text in instructions]
+    inputs = processor(text=texts, images=[picture, picture], generation_mode="image")
+    tokens = model.generate(**inputs, generation_mode="image", guidance_scale=2.0, seed=1)
+    assert [[*row, vocabulary.eoi] for row in tokens.tolist()] == expected
 
 
 def test_a_picture_needs_a_prompt_that_opens_it(model, processor):
@@ -311,8 +327,42 @@ def test_a_dense_model_is_a_stock_class(run, tmp_path, settings, class_name):
     (expected,) = full_logits(trained.model, trained.plan, rows, [Task.GENERATION])
     error = (stock(torch.tensor(rows)).logits[0] - expected).abs().max()
     assert error < 1e-5 * expected.abs().max()
-    own = export(tmp_path / "run", tmp_path / "own", run / "vq", form="own")
-    assert own["form"] == "own"
+    weights, folder = StoredWeights(tmp_path / "run" / "checkpoints" / "iter_0000000"), ModelFolder(tmp_path / "hf")
+    imported = parameters_of(folder)
+    assert imported.keys() == weights.keys() and all(torch.equal(imported[name], weights[name]) for name in weights)
+    assert folder.model.identity == trained.config.model.identity
+    assert export(tmp_path / "run", tmp_path / "own", run / "vq", form="own")["form"] == "own"
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", trust_remote_code=True).eval()
+    torch.testing.assert_close(own(torch.tensor(rows)).logits, stock(torch.tensor(rows)).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_stock_generation_draws_guided_pictures(run, tmp_path):
+    """With two prompts, as the exported README says; log-probabilities differ from logits by a number per row."""
+    from transformers import AutoModelForCausalLM, LogitsProcessorList
+
+    vocabulary = llama_vocabulary(tmp_path / "vocabulary")
+    write_checkpoint(tmp_path / "run", vocabulary)
+    export(tmp_path / "run", tmp_path / "hf")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    session = Session(load(tmp_path / "run", []), run / "vq", batch_size=8, report=lambda line: None)
+    request = prompts.picture(vocabulary, CAPTIONS[0])
+    (expected,) = session.generator([request], Sampling(temperature=0, guidance=2.0))
+
+    def only_codes(ids, scores):
+        other = torch.ones_like(scores, dtype=torch.bool)
+        other[:, vocabulary.image_offset : vocabulary.size] = False
+        return scores.masked_fill(other, -torch.inf)
+
+    tokens = stock.generate(
+        torch.tensor([request.tokens]),
+        negative_prompt_ids=torch.tensor([[vocabulary.bos, vocabulary.boi]]),
+        guidance_scale=2.0,
+        logits_processor=LogitsProcessorList([only_codes]),
+        min_new_tokens=16,
+        max_new_tokens=16,
+    )
+    assert [*tokens[0, len(request.tokens) :].tolist(), vocabulary.eoi] == expected
 
 
 def test_what_cannot_be_exported_is_refused_in_a_line(run, tmp_path):
