@@ -77,11 +77,6 @@ class ChatTemplate:
         if answers != [content for _, mode, content in _PROBE if mode == ANSWER]:
             raise UserError(f"{name}: the answers {answers} are not those of the conversation")
 
-    @property
-    def writes_bos(self) -> bool:
-        """Whether the template itself writes the token that opens documents."""
-        return self._render(["user"], ["a"], False).startswith(self._bos)
-
     def segments(self, turns: Sequence[Turn], prompt: bool = False) -> Segments:
         """The segments of a document without the token that opens it and those that end answers.
 
