@@ -13,7 +13,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
-    package_data={"megatron_ext.analysis": ["published.json"], "megatron_ext.report": ["templates/*"]},
+    package_data={
+        "megatron_ext.analysis": ["published.json"],
+        "megatron_ext.report": ["templates/*"],
+        "megatron_ext.export_hf": ["templates/*"],
+    },
     py_modules=["pretrain_unified"],
     install_requires=[
         "megatron-core>=0.16.1,<0.20",

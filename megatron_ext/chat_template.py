@@ -54,7 +54,7 @@ class UnusableConversation(UserError):
 class ChatTemplate:
     """The chat template of a vocabulary."""
 
-    def __init__(self, source: str, name: str, text: TextModel, bos: str, answer_end: str):
+    def __init__(self, source: str, name: str, text: TextModel, bos: str | None, answer_end: str):
         """
         Args:
             name: of the template, for messages.
@@ -76,11 +76,6 @@ class ChatTemplate:
             raise UserError(f"{name}: {error}") from None
         if answers != [content for _, mode, content in _PROBE if mode == ANSWER]:
             raise UserError(f"{name}: the answers {answers} are not those of the conversation")
-
-    @property
-    def writes_bos(self) -> bool:
-        """Whether the template itself writes the token that opens documents."""
-        return self._render(["user"], ["a"], False).startswith(self._bos)
 
     def segments(self, turns: Sequence[Turn], prompt: bool = False) -> Segments:
         """The segments of a document without the token that opens it and those that end answers.
@@ -282,7 +277,8 @@ def _compiled(source: str, name: str) -> jinja2.Template:
 
 
 def _rendered(template: jinja2.Template, messages: list[dict], bos: str | None, eos: str | None, prompt: bool) -> str:
-    variables = {"bos_token": bos, "eos_token": eos, "date_string": DATE.strftime("%d %b %Y"), "enable_thinking": False}
+    tokens = {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token is not None}
+    variables = {**tokens, "date_string": DATE.strftime("%d %b %Y"), "enable_thinking": False}
     try:
         return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **variables)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:

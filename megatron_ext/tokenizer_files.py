@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext import chat_template, text_model
+from megatron_ext.chat_template import ChatTemplate
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
 from megatron_ext.text_model import SENTENCEPIECE, TOKENIZER_JSON, TextModel
@@ -42,22 +43,25 @@ class TokenizerFiles:
     chat_template: str | None
 
 
-def read(source: Path, template: str | None = None, answer_end: str | None = None) -> TokenizerFiles:
+def read(
+    source: Path, template: str | None = None, bos: str | None = None, answer_end: str | None = None
+) -> TokenizerFiles:
     """Read the tokenizer files of a model.
 
     Args:
         source: ``tokenizer.json`` or ``tokenizer.model`` with the other files beside it, or their folder, in which
             ``tokenizer.json`` counts if it has both.
         template: the file of a chat template, ``"model"`` for the model's own, None to use none.
-        answer_end: the token that ends answers, instead of the one that the chat template writes.
+        bos, answer_end: the tokens that open documents and end answers, instead of those that the files name.
 
     Raises:
-        UserError: a file is missing or damaged, or names a token that the tokenizer lacks.
+        UserError: a file is missing or damaged, or names a token that the tokenizer lacks; the chat template cannot be
+            used.
     """
     file = _text_file(source)
     folder, model = file.parent, text_model.load(file)
-    bos, ends = (_named(folder, kind, model, file) for kind in ("bos", "eos"))
-    names = bos[0] if bos else None, ends[0] if ends else None
+    opens, ends = (_named(folder, kind, model, file) for kind in ("bos", "eos"))
+    names = bos or (opens[0] if opens else None), ends[0] if ends else None
     own, own_name = _own_template(folder)
     used = None
     if template is not None:
@@ -65,6 +69,7 @@ def read(source: Path, template: str | None = None, answer_end: str | None = Non
         if used is None:
             raise UserError(f"{folder}: has no chat template; name the file of one instead of {MODEL!r}")
         answer_end = answer_end or chat_template.turn_end(used, name, model, *names)
+        ChatTemplate(used, name, model, names[0], answer_end)  # refuses one that cannot be used
     turn_end = answer_end
     if turn_end is None and own is not None and len(ends) > 1:
         turn_end = chat_template.turn_end(own, own_name, model, *names)

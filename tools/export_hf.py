@@ -49,8 +49,8 @@ def main() -> None:
     if arguments.json:
         files.write_json(arguments.json, numbers)
     print(
-        f"{arguments.out}: {numbers['class']} ({numbers['form']} form), {numbers['tensors']} tensors in {numbers['dtype']}, "
-        f"{numbers['bytes']:,} bytes in {numbers['files']} file{'s' * (numbers['files'] > 1)}"
+        f"{arguments.out}: {numbers['class']} ({numbers['form']} form), {numbers['tensors']} tensors in "
+        f"{numbers['dtype']}, {numbers['bytes']:,} bytes in {numbers['files']} file{'s' * (numbers['files'] > 1)}"
     )
 
 

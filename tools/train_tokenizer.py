@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_ext import chat_template, command_line, files, text_model, tokenizer, tokenizer_files
+from megatron_ext import command_line, files, text_model, tokenizer, tokenizer_files
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 
@@ -78,18 +78,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _from_model(arguments: argparse.Namespace, codebook_size: int) -> Vocabulary:
-    found = tokenizer_files.read(arguments.from_model, arguments.chat_template, arguments.answer_end)
+    found = tokenizer_files.read(arguments.from_model, arguments.chat_template, arguments.bos, arguments.answer_end)
     vocabulary = Vocabulary.create(
         arguments.out,
         found.file,
         codebook_size,
-        bos=arguments.bos or found.bos,
+        bos=found.bos,
         end=found.end,
         answer_end=found.answer_end,
         chat_template=found.chat_template,
     )
-    if vocabulary.chat_template is not None:
-        chat_template.of(vocabulary)  # refuses one that cannot be used
     names = {i: vocabulary.text.piece(i) for i in (vocabulary.bos, vocabulary.answer_end)} | {vocabulary.eod: "<eod>"}
     print(
         f"{found.file}: documents open with {names[vocabulary.bos]}, answers end with {names[vocabulary.answer_end]}, "

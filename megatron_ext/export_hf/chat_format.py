@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from tokenizers import Tokenizer
 
 from megatron_ext import chat_template
+from megatron_ext.data.format import TEXT
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 
@@ -53,23 +54,46 @@ class Glue:
         )
 
 
-def exported_chat_template(vocabulary: Vocabulary, glue: Glue, bos: str, end: str) -> str:
+def exported_chat_template(vocabulary: Vocabulary, tokenizer: Tokenizer, glue: Glue, bos: str) -> str:
     """A Jinja template that writes conversations as training documents are written: by the vocabulary's template, or
     with nothing but the texts, images and ends of answers.
 
     Args:
-        bos, end: the strings of the tokens that open documents and end answers.
+        bos: the string of the token that opens documents.
+
+    Raises:
+        UserError: the exported tokenizer gives the template's output other ids.
     """
     source = vocabulary.chat_template
     if source is None:
         return _PLAIN_LAYOUT % {name: json.dumps(text) for name, text in asdict(glue).items()}
     formats = sorted(set(re.findall(r"strftime_now\(\s*['\"]([^'\"]*)['\"]", source)))
     days = {text: chat_template.DATE.strftime(text) for text in formats}
-    head = _FAMILY_HEAD % {"days": json.dumps(days), "day": json.dumps(chat_template.DATE.strftime("%d %b %Y"))}
-    if not chat_template.of(vocabulary).writes_bos:
-        head += "{{- bos_token -}}\n"
-    return head + source
+    day = chat_template.DATE.strftime("%d %b %Y")
+    for opening in ("", " "):
+        settings = {"days": days, "day": day, "opening": opening, "bos": bos}
+        parts = {name: json.dumps(value) for name, value in settings.items()}
+        template = _FAMILY % (parts | {"source": source.removesuffix("\n")})  # as Jinja drops a last newline
+        if _gives_ids_of_training(template, vocabulary, tokenizer, bos):
+            return template
+    raise UserError(f"{vocabulary.folder}: what its chat template writes does not get the ids of training")
 
+
+def _gives_ids_of_training(template: str, vocabulary: Vocabulary, tokenizer: Tokenizer, bos: str) -> bool:
+    """Whether a prompt of the template, encoded as a whole, is that of training documents."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    segments = chat_template.of(vocabulary).segments([("user", [(TEXT, _PROBE)])], prompt=True)
+    conversation = [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
+    end = vocabulary.text.piece(vocabulary.answer_end)
+    (text,), _ = render_jinja_template(
+        [conversation], chat_template=template, add_generation_prompt=True, bos_token=bos, eos_token=end
+    )
+    expected = [vocabulary.bos, *(i for _, ids in segments for i in ids)]
+    return tokenizer.encode(text, add_special_tokens=False).ids == expected
+
+
+_PROBE = "Which one is it?"
 
 _PLAIN_LAYOUT = """\
 {%%- set state = namespace(glue=%(opening)s) -%%}
@@ -92,7 +116,7 @@ _PLAIN_LAYOUT = """\
 {%%- endfor -%%}
 """
 
-_FAMILY_HEAD = """\
+_FAMILY = """\
 {#- Conversations come with lists of parts, which the template below may not know; the day is that of training. -#}
 {%%- set state = namespace(messages=[], text="") -%%}
 {%%- for message in messages -%%}
@@ -110,4 +134,8 @@ _FAMILY_HEAD = """\
 {%%- macro strftime_now(format) -%%}{{- %(days)s[format] -}}{%%- endmacro -%%}
 {%%- set date_string = %(day)s -%%}
 {%%- set enable_thinking = false -%%}
+{%%- set written %%}
+%(source)s{%% endset -%%}
+{%%- set opens = written.startswith(%(bos)s) -%%}
+{{- %(bos)s + %(opening)s + (written[%(bos)s | length :] if opens else written) -}}
 """

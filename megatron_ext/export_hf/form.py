@@ -69,8 +69,8 @@ def choose_form(exported: Exported, form: Literal["auto", "plain", "own"]) -> Li
     share = exported.plan.dense_share
     if share is not None and share.evaluation not in (0, 1):
         raise UserError(
-            f"'plan.dense_share.evaluation' is {share.evaluation:g}: an exported model selects no tokens at random; add "
-            "plan.dense_share.evaluation=0 or =1"
+            f"'plan.dense_share.evaluation' is {share.evaluation:g}: an exported model selects no tokens at random; "
+            "add plan.dense_share.evaluation=0 or =1"
         )
     reason = why_not_stock(exported)
     if form == "plain" and reason:
@@ -104,7 +104,7 @@ def own_config(exported: Exported, vq: dict) -> dict:
         "architectures": [OWN_CLASS],
         "model_type": "unified_vlm",
         "auto_map": {"AutoConfig": "configuration_unified.UnifiedConfig"}
-        | {auto: f"modeling_unified.{OWN_CLASS}" for auto in _AUTO_MODELS},
+        | dict.fromkeys(_AUTO_MODELS, f"modeling_unified.{OWN_CLASS}"),
         **_llama_keys(exported),
         "qkv_bias": model.qkv_bias,
         "qk_norm": model.qk_norm,

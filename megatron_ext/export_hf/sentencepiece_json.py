@@ -6,7 +6,7 @@ leading space differently, so the parts are put together here.
 
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from megatron_ext.errors import UserError
 
@@ -14,8 +14,12 @@ _SPACE = "\u2581"
 _BPE = 2  # ModelType in SentencePiece's trainer_spec
 
 
-def tokenizer_of(file: Path) -> Tokenizer:
+def tokenizer_of(file: Path, in_templates: bool) -> Tokenizer:
     """The tokenizer of a BPE model in SentencePiece's form.
+
+    Args:
+        in_templates: text gets the mark of a space at the start of a string alone, as in the output of chat templates,
+            and not after every control token.
 
     Raises:
         UserError: the model is of another kind, or rewrites its text.
@@ -45,7 +49,10 @@ def tokenizer_of(file: Path) -> Tokenizer:
             ignore_merges=False,
         )
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    if in_templates:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

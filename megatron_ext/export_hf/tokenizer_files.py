@@ -45,7 +45,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, 
         config["extra_special_tokens"]["image_token"] = IMAGE_TOKEN
     write_json(folder / "tokenizer_config.json", config)
     glue = Glue.of(vocabulary, tokenizer, bos, end)
-    write_text(folder / "chat_template.jinja", exported_chat_template(vocabulary, glue, bos, end))
+    write_text(folder / "chat_template.jinja", exported_chat_template(vocabulary, tokenizer, glue, bos))
     return glue
 
 
@@ -57,7 +57,7 @@ def exported_tokenizer(vocabulary: Vocabulary, with_images: bool) -> Tokenizer:
     """
     file = vocabulary.text_file
     if isinstance(vocabulary.text, SentencePieceModel):
-        tokenizer = tokenizer_of(file)
+        tokenizer = tokenizer_of(file, in_templates=vocabulary.chat_template is not None)
     else:
         tokenizer = _with_all_ids(json.loads(file.read_text()), vocabulary.text_size)
     names = [*SPECIAL_TOKENS, *(f"<vq_{code}>" for code in range(vocabulary.codebook_size))]

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from megatron_ext.hugging_face.weights import EMBEDDING, HEAD, TABLES, WHOLE
 from megatron_ext.model_config import ModelConfig
 from megatron_ext.routing.plan import Projections
-
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 MODULES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -23,12 +22,6 @@ _PREFIXES = {
     "fc1": "mlp.linear_fc1",
     "fc2": "mlp.linear_fc2",
 }
-_NORMS = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-}
 
 
 def tensors(
@@ -38,12 +31,12 @@ def tensors(
 
     W + D is formed in the parameters' type, as generation forms it. A low-rank D stays two factors.
     """
-    yield "model.embed_tokens.weight", weights[EMBEDDING]
+    yield TABLES[EMBEDDING], weights[EMBEDDING]
     if model.max_image_tokens:
         yield "model.image_positions.weight", weights["image_positions.weight"]
     for number in range(model.num_layers):
         own, exported = f"decoder.layers.{number}.", f"model.layers.{number}."
-        for name, target in _NORMS.items():
+        for name, target in WHOLE.items():
             if own + name in weights:
                 yield exported + target, weights[own + name]
         for name, modules in MODULES.items():
@@ -55,7 +48,7 @@ def tensors(
                     yield f"{exported}{module}.{kind}", part.contiguous()
     yield "model.norm.weight", weights["decoder.final_layernorm.weight"]
     if not model.tie_embeddings:
-        yield "lm_head.weight", weights[HEAD]
+        yield TABLES[HEAD], weights[HEAD]
 
 
 def _matrices(weights: Mapping[str, Tensor], prefix: str, split: Projections) -> Iterator[tuple[str, Tensor]]:

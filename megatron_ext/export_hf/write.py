@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import Template
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ from megatron_ext.checkpoints.checkpointer import check_compatible
 from megatron_ext.checkpoints.stored_weights import StoredWeights
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.export_hf import readme
 from megatron_ext.export_hf.form import OWN_CLASS, Exported, choose_form, end_tokens, own_config, plain_config
 from megatron_ext.export_hf.shards import write_shards
 from megatron_ext.export_hf.tokenizer_files import write_tokenizer
 from megatron_ext.export_hf.vq_files import vq_keys, vq_tensors
-from megatron_ext.export_hf.weights import EMBEDDING, tensors
+from megatron_ext.export_hf.weights import tensors
+from megatron_ext.hugging_face.weights import EMBEDDING
 from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq.model import VQModel
@@ -83,7 +84,7 @@ def export(
     if form == "own":
         numbers = write_shards(out, _joined(vq_tensors(tokenizer), stream), shard_size)
         description = own_config(exported, vq_keys(tokenizer))
-        for file in OWN_CODE.glob("*_unified.py"):
+        for file in sorted(OWN_CODE.glob("*_unified.py")):
             shutil.copyfile(file, out / file.name)
     else:
         numbers = write_shards(out, stream, shard_size)
@@ -92,7 +93,7 @@ def export(
     if form == "own":
         _write_processor(out, tokenizer, glue.alone)
     files.write_json(out / "generation_config.json", _generation_config(exported))
-    files.write_text(out / "README.md", readme.text(exported, form, path, tokenizer))
+    files.write_text(out / "README.md", _readme(exported, form, path, description))
     files.write_json(out / "config.json", description)
     return {"form": form, "class": description["architectures"][0], "dtype": exported.dtype, **numbers}
 
@@ -121,6 +122,19 @@ def _write_processor(out: Path, vq: VQModel, text_prefix: str) -> None:
     files.write_json(out / "processor_config.json", names | processor)
     image_processor = {"image_processor_type": "UnifiedImageProcessor", "image_size": list(vq.image_size)}
     files.write_json(out / "preprocessor_config.json", names | image_processor)
+
+
+def _readme(exported: Exported, form: str, checkpoint: Path, description: dict) -> str:
+    template = Template((Path(__file__).parent / "templates" / f"{form}.md").read_text())
+    return template.substitute(
+        checkpoint=checkpoint.name,
+        plan=exported.plan.name,
+        dtype=exported.dtype,
+        class_name=description["architectures"][0],
+        image_offset=exported.vocabulary.image_offset,
+        codes=exported.vocabulary.codebook_size,
+        grid=" x ".join(map(str, description.get("grid", ()))),
+    )
 
 
 def _generation_config(exported: Exported) -> dict:

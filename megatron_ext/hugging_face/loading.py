@@ -28,7 +28,7 @@ from megatron_ext.model_config import ModelConfig
 from megatron_ext.transformer.initialization import global_parameters
 from megatron_ext.vocabulary import Vocabulary
 
-_BLOCK = 8192
+_BLOCK = 512
 """Rows of a table that are read at once."""
 
 

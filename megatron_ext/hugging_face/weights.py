@@ -24,12 +24,13 @@ TABLES = {EMBEDDING: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
 """Names of the tables of embedding and head, here and there."""
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_WHOLE = {
+WHOLE = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
 }
+"""Names of a layer's norms, here and there."""
 
 
 class Source(Protocol):
@@ -62,7 +63,7 @@ def parameters_of(source: Source) -> dict[str, Tensor]:
     """All parameters of a model of one process with the published model's vocabulary."""
     inner = [f"self_attention.linear_{name}.weight" for name in ("qkv", "proj")]
     inner += [f"mlp.linear_{name}.weight" for name in ("fc1", "fc2")]
-    inner += [name for name in _WHOLE if source.model.qk_norm or "self_attention" not in name]
+    inner += [name for name in WHOLE if source.model.qk_norm or "self_attention" not in name]
     inner += ["self_attention.linear_qkv.bias"] * source.model.qkv_bias
     names = [f"decoder.layers.{layer}.{name}" for layer in range(source.model.num_layers) for name in inner]
     parameters = {name: read_parameter(source, name) for name in [*names, "decoder.final_layernorm.weight"]}
@@ -87,8 +88,8 @@ def read_parameter(source: Source, name: str, rank: int = 0, size: int = 1) -> T
     if match is None:
         return None
     prefix, inner = f"model.layers.{match[1]}.", match[2]
-    if inner in _WHOLE:
-        return source.rows(prefix + _WHOLE[inner])
+    if inner in WHOLE:
+        return source.rows(prefix + WHOLE[inner])
     module, kind = inner.rsplit(".", 1)
     if kind.endswith("_weight"):
         kind = "weight"

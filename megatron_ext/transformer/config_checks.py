@@ -16,7 +16,7 @@ def validate_model(config: Config) -> None:
     check_at_least_one("parallel", config.parallel, "tensor", "pipeline", "virtual_pipeline")
     heads = ("model.num_attention_heads", model.num_attention_heads)
     groups = ("model.num_query_groups", model.num_query_groups)
-    if model.head_size is None:
+    if model.head_size == model.hidden_size // model.num_attention_heads:
         check_divisible("model.hidden_size", model.hidden_size, *heads)
     check_at_least_one("model", model, "head_size")
     check_divisible(*heads, *groups)

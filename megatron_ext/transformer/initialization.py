@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from megatron_ext.config import ModelConfig
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 """Elements of a matrix that are drawn at once."""
 
 # The dimension over which the tensor-parallel group cuts a projection or embedding.

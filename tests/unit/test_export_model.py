@@ -21,7 +21,8 @@ VQ = {"grid": [2, 3], "image_size": [4, 6], "vq_config": None, "vq_fingerprint":
 TASKS = [Task.UNDERSTANDING, Task.GENERATION, Task.TEXT, Task.GENERATION]
 ALL_MODULES = "modules: [qkv, proj, fc1, fc2]"
 ANY_TABLE = (
-    "plan.table=[{layers: '0', task: all, modality: image, role: skip}, {layers: '0', task: text, modality: all, role: skip},"
+    "plan.table=[{layers: '0', task: all, modality: image, role: skip},"
+    "{layers: '0', task: text, modality: all, role: skip},"
     "{layers: '1', task: all, modality: text, role: kv_only}, {layers: '2', task: all, modality: all, role: kv_only},"
     "{layers: '3', task: generation, modality: image, role: kv_only}]"
 )

@@ -53,6 +53,11 @@ STEPS = {
         ["add_norm", "norm_backward"],
         (random_rows(5, 1, 2048), random_rows(5, 1, 2048), random_rows(2048), 1e-5),
     ),
+    "norm of queries and keys": (
+        functions.head_norm,
+        ["head_norm", "head_norm_backward"],
+        (random_rows(5, 1, 8, 6, 64), random_rows(5, 64), 1e-5),
+    ),
     "queries, keys, values": (*QUERY_KEY_VALUE, query_key_value(None, None, None)),
     "with fillers": (
         *QUERY_KEY_VALUE,

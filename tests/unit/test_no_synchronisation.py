@@ -65,6 +65,14 @@ def test_no_step_waits_for_the_device_and_a_layer_takes_few_operators(monkeypatc
     assert per_layer <= CEILINGS[preset][list(LAYOUTS).index(layout)]
 
 
+def test_no_step_with_every_feature_of_the_model_waits_for_the_device(monkeypatch):
+    features = ("model.qkv_bias=true", "model.qk_norm=true", "model.head_size=16", "training.z_loss=1e-5")
+    with world_on_meta(
+        monkeypatch, *SHAPE, *LAYOUTS["tp4-sp"], *features, "plan.preset=himix_hmgen_share_partial"
+    ) as config:
+        assert traced(config).operators["amax"] == 2  # the z-loss of two micro-batches
+
+
 @pytest.mark.parametrize(
     "operation",
     [

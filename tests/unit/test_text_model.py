@@ -183,7 +183,9 @@ def model_folder(folder, config=None, generation=None, **files):
     return folder
 
 
-CHAT = "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|eot|>\n{% endfor %}"
+CHAT = """{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|eot|>\n{% endfor %}
+{%- if add_generation_prompt %}<|turn|>assistant
+{% endif %}"""
 
 
 def test_the_tokens_are_those_that_a_model_s_files_name(tmp_path):
@@ -194,8 +196,8 @@ def test_the_tokens_are_those_that_a_model_s_files_name(tmp_path):
     assert (found.bos, found.end, found.answer_end, found.chat_template) == (BEGIN, END, None, None)
     found = tokenizer_files.read(folder / "tokenizer.json", template="model")
     assert (found.bos, found.end, found.answer_end, found.chat_template) == (BEGIN, END, EOT, CHAT)
-    found = tokenizer_files.read(folder, template="model", answer_end=END)
-    assert (found.end, found.answer_end) == (EOT, END)
+    assert tokenizer_files.read(folder, bos=TURN).bos == TURN
+    assert tokenizer_files.read(folder, answer_end=END).end == EOT
 
 
 def test_without_a_token_that_opens_documents_the_end_of_the_one_before_does(tmp_path):
@@ -218,6 +220,7 @@ def test_without_a_token_that_opens_documents_the_end_of_the_one_before_does(tmp
         ({}, {"eos_token_id": [2, 9999]}, None, "generation_config.json: 'eos_token_id' has 9999, which .* lacks"),
         ({}, None, "model", "m: has no chat template; name the file of one"),
         ({"chat_template": "{{ messages[1].content }}"}, None, "model", "writes no control token after an answer"),
+        ({"chat_template": CHAT + "ok"}, None, "model", "json: its generation prompt is not what it writes before"),
         ({"chat_template": "{% for"}, None, "model", "tokenizer_config.json: not a Jinja template"),
         ([], None, None, "tokenizer_config.json: not a JSON object"),
     ],
@@ -228,15 +231,14 @@ def test_what_a_model_s_files_lack_is_named(tmp_path, config, generation, templa
 
 
 def test_the_tool_makes_a_vocabulary_of_a_model_s_folder(tmp_path):
-    config = {"bos_token": BEGIN, "eos_token": END, "chat_template": CHAT + "{% if add_generation_prompt %}<|turn|>"}
-    config["chat_template"] += "assistant\n{% endif %}"
+    config = {"bos_token": BEGIN, "eos_token": END, "chat_template": CHAT}
     folder = model_folder(tmp_path / "m", config)
     command = [sys.executable, "tools/train_tokenizer.py", "--from-model", folder, "--codebook-size", "50"]
     command += ["--chat-template", "model", "--bos", END, "--out", tmp_path / "v", "--json", tmp_path / "n.json"]
     shown = run_program(command).stdout
     assert "documents open with <|end|>, answers end with <|eot|>, a chat template" in shown
     vocabulary, numbers = Vocabulary(tmp_path / "v"), json.loads((tmp_path / "n.json").read_text())
-    assert vocabulary.chat_template == config["chat_template"]
+    assert vocabulary.chat_template == CHAT
     assert numbers["bos"] == vocabulary.bos == vocabulary.text.id(END)
     assert numbers["answer_end"] == vocabulary.answer_end == vocabulary.text.id(EOT)
 

@@ -5,8 +5,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 class LayerCache(DynamicLayer):
-    """The keys and values of one layer [b, heads, columns, d], the columns' numbers [columns], and which rows have a key
-    in them, [b, columns]."""
+    """The keys and values of one layer [b, heads, columns, d], the columns' numbers [columns], and which rows have a
+    key in them, [b, columns]."""
 
     columns = present = None
 

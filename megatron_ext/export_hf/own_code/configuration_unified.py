@@ -3,8 +3,8 @@
 from transformers import PreTrainedConfig
 
 FULL, KV_ONLY, SKIP = "full", "kv_only", "skip"
-"""Roles of a token in a layer. full: query, key, value, FFN. kv_only: key and value; its hidden state stays. skip: takes
-no part."""
+"""Roles of a token in a layer. full: query, key, value, FFN. kv_only: key and value; its hidden state stays. skip: it
+takes no part."""
 
 UNDERSTANDING, GENERATION, TEXT = 0, 1, 2
 """Uses of a token: in a document that is to be understood (an image that was given), in one that is generated (an image

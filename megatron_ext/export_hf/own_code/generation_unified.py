@@ -124,11 +124,11 @@ class UnifiedGenerationMixin(GenerationMixin):
 
         Args:
             images, max_new_tokens: the most pictures and tokens of text.
-            token_uses: [b, n]; by default a prompt without images is GENERATION, one with images UNDERSTANDING. What is
-                drawn is GENERATION, text takes the use of the prompt's last token.
+            token_uses: [b, n]; by default a prompt without images is GENERATION, one with images UNDERSTANDING. What
+                is drawn is GENERATION, text takes the use of the prompt's last token.
             guidance_scale: s in unconditional + s (conditional - unconditional).
             negative_prompt_ids: the unconditional prompts; by default the prompts without their text.
-            seed, numbers: decide, for each row, which tokens are sampled, whatever else is in the batch; without a seed,
+            seed, numbers: decide, for each row, which tokens are sampled, whatever else is in the batch; without a seed
                 torch's random state decides.
         """
         b, n = input_ids.shape

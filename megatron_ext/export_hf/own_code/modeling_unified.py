@@ -6,8 +6,9 @@ The table ``config.roles[layer][use][modality]`` is the method. In a layer
     kv_only    it has a key and a value, from its normed hidden state; the hidden state itself stays as it is
     skip       it takes no part
 
-so a query sees the keys of all earlier tokens that do not skip the layer. Nothing is computed and masked afterwards: the
-rows of the tokens that take part are gathered first. Image tokens may have matrices of their own (``config.projections``).
+so a query sees the keys of all earlier tokens that do not skip the layer. Nothing is computed and masked afterwards:
+the rows of the tokens that take part are gathered first. Image tokens may have matrices of their own
+(``config.projections``).
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The VQ image tokenizer: pictures to codes and back, as the model's training data was made.
 
-The networks are transformers' own, but not their ``encode``: codes are looked up in float32 or more, and Janus's at unit
-length. All functions take the network as the model holds it.
+The networks are transformers' own, but not their ``encode``: codes are looked up in float32 or more, and Janus's at
+unit length. All functions take the network as the model holds it.
 """
 
 import math
@@ -38,7 +38,7 @@ def encode(network, pixels):
         codebook = network.patches.flatten(1).double()
         latents = F.pixel_unshuffle(_bytes(pixels), network.patches.shape[-1])
     else:
-        pixels = pixels.to(network.quant_conv.weight.dtype)
+        pixels = pixels.to(next(network.parameters()).dtype)
         codebook = network.quantize.embedding.weight.float()
         latents = _latents(network, pixels)
         if isinstance(network, JanusVQVAE):
@@ -62,7 +62,7 @@ def decode(network, codes, grid, image_size):
     codebook = network.quantize.embedding.weight.float()
     if isinstance(network, JanusVQVAE):
         codebook = F.normalize(codebook, dim=1)
-    latents = F.embedding(codes, codebook).to(network.post_quant_conv.weight.dtype)
+    latents = F.embedding(codes, codebook).to(next(network.parameters()).dtype)
     latents = latents.unflatten(1, grid).permute(0, 3, 1, 2)
     if isinstance(network, Emu3VQVAE):  # a clip of one code frame
         latents = latents.unsqueeze(2)

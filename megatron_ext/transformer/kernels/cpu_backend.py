@@ -4,10 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.transformer.kernels.cpu_head_norm import head_norm_backward, head_norm_forward
 from megatron_ext.transformer.kernels.cpu_permutation import permute, unpermute
 from megatron_ext.transformer.kernels.cpu_rotary import query_key_value_backward, query_key_value_forward
 
-__all__ = ["permute", "query_key_value_backward", "query_key_value_forward", "unpermute"]
+__all__ = [
+    "head_norm_backward",
+    "head_norm_forward",
+    "permute",
+    "query_key_value_backward",
+    "query_key_value_forward",
+    "unpermute",
+]
 
 
 def norm_forward(

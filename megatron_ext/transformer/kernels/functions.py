@@ -10,7 +10,6 @@ from torch import Tensor
 from megatron_ext.routing.permutation import Permutation
 from megatron_ext.transformer.autograd_function import Function
 from megatron_ext.transformer.kernels.backend import backend_of
-from megatron_ext.transformer.kernels.head_norm import head_norm_backward, head_norm_forward
 from megatron_ext.transformer.rotary import RotaryAngles
 
 
@@ -118,13 +117,14 @@ class _AddNorm(Function):
 class _HeadNorm(Function):
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, scale = head_norm_forward(rows, weight, eps)
+        rows, weight = rows.contiguous(), weight.contiguous()
+        normed, scale = backend_of(rows).head_norm_forward(rows, weight, eps)
         ctx.save_for_backward(rows, weight, scale)
         return normed
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        return *head_norm_backward(grad, *ctx.saved_tensors), None
+        return *backend_of(grad).head_norm_backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
 class _QueryKeyValue(Function):

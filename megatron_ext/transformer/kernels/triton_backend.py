@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_ext.routing.permutation import Permutation
-from megatron_ext.transformer.kernels import INTERPRETED, triton_rotary
+from megatron_ext.transformer.kernels import INTERPRETED, triton_head_norm, triton_rotary
 from megatron_ext.transformer.kernels import triton_kernels as kernels
 from megatron_ext.transformer.rotary import RotaryAngles
 
@@ -153,7 +153,7 @@ def _norm_backward(
     grad_full = torch.empty_like(full)
     grad_kv_only = torch.empty_like(full[:0] if normed_kv_only is None else normed_kv_only)
     rows, kv_only_rows = scale.numel(), 0 if kv_only_scale is None else kv_only_scale.numel()
-    programs = max(1, min(max(rows, kv_only_rows), _PROGRAMS_PER_PROCESSOR * _processors(full.device)))
+    programs = _programs(max(rows, kv_only_rows), full)
     parts = scale.new_empty(programs, weight.numel())
     inputs = (
         grad_normed,
@@ -169,6 +169,24 @@ def _norm_backward(
     counts = rows, kv_only_rows
     _launch(kernels.norm_backward, (programs,), *inputs, grad_full, grad_kv_only, parts, *counts, **_row(full))
     return grad_full, grad_kv_only, parts.sum(0).to(weight.dtype)
+
+
+@_operator("head_norm(Tensor rows, Tensor weight, float eps) -> (Tensor, Tensor)")
+def head_norm_forward(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`~megatron_ext.transformer.kernels.cpu_head_norm.head_norm_forward`."""
+    outputs = torch.empty_like(rows), _empty_scale(rows[..., :-1, :])
+    _launch(triton_head_norm.head_norm, (math.prod(rows.shape[:3]),), rows, weight, *outputs, EPS=eps, **_group(rows))
+    return outputs
+
+
+@_operator("head_norm_backward(Tensor grad, Tensor rows, Tensor weight, Tensor scale) -> (Tensor, Tensor)")
+def head_norm_backward(grad: Tensor, rows: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`~megatron_ext.transformer.kernels.cpu_head_norm.head_norm_backward`."""
+    groups, grad_rows = math.prod(rows.shape[:3]), torch.empty_like(rows)
+    parts = scale.new_empty(_programs(groups, rows), *weight.shape)
+    inputs = grad, rows, weight, scale, grad_rows, parts, groups
+    _launch(triton_head_norm.head_norm_backward, (len(parts),), *inputs, **_group(rows))
+    return grad_rows, parts.sum(0).to(weight.dtype)
 
 
 @_operator(
@@ -283,6 +301,18 @@ def _row(rows: Tensor) -> dict:
     h = rows.shape[-1]
     block = triton.next_power_of_2(h)
     return {"H": h, "WIDE": _wide(rows), "BLOCK": block, "num_warps": _warps(block)}
+
+
+def _programs(count: int, rows: Tensor) -> int:
+    """Programs that share ``count`` rows in turn."""
+    return max(1, min(count, _PROGRAMS_PER_PROCESSOR * _processors(rows.device)))
+
+
+def _group(rows: Tensor) -> dict:
+    """Options of the kernels that norm heads [..., heads, d]: a program does whole groups."""
+    (heads, d), (head_block, block) = rows.shape[-2:], map(triton.next_power_of_2, rows.shape[-2:])
+    sizes = {"HEADS": heads, "D": d, "HEAD_BLOCK": head_block, "BLOCK": block}
+    return sizes | {"WIDE": _wide(rows), "num_warps": _warps(head_block * block)}
 
 
 def _heads(groups: int, queries: int, d: int) -> dict:

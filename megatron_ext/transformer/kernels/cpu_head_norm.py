@@ -1,4 +1,4 @@
-"""RMSNorm of queries and keys over their heads, in torch operators, for CPUs and GPUs alike.
+"""RMSNorm of queries and keys over their heads in torch operators.
 
 Rows are [n, 1, groups, w + 1, d]: in a group w queries and keys, which are normed, and a value, which is copied. So the
 steps around need no copies.
