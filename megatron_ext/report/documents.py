@@ -37,9 +37,9 @@ def _documents_of(source: SourceConfig, vocabulary: Vocabulary, vq: VQModel, cou
         lines: list[str] = []
         for mode, ids in document:
             if mode == ANSWER and lines:
-                lines[-1] += f" → {vocabulary.decode(ids)}"
+                lines[-1] += f" → {vocabulary.decode(ids).strip()}"
             elif mode != IMAGE:
-                lines.append(vocabulary.decode(ids))
+                lines.append(vocabulary.decode(ids).strip())
         png = enlarged(to_picture(vq.decode(codes[None])[0]))
         cards.append(Card(png, "a picture decoded from its image tokens", "\n".join(lines), label=source.task))
     return cards
