@@ -38,9 +38,9 @@ def _documents_of(source: SourceConfig, vocabulary: Vocabulary, vq: VQModel, cou
         lines: list[str] = []
         for mode, ids in document:
             if mode == ANSWER and lines:
-                lines[-1] += f" → {vocabulary.decode(ids)}"
+                lines[-1] += f" → {vocabulary.decode(ids).strip()}"
             elif not is_image(mode):
-                lines.append(vocabulary.decode(ids))
+                lines.append(vocabulary.decode(ids).strip())
         png = enlarged(to_picture(torch.cat(list(vq.decode(codes)), dim=-1)))  # side by side
         words = "a picture" if len(images) == 1 else f"{len(images)} pictures"
         cards.append(Card(png, f"{words} decoded from image tokens", "\n".join(lines), label=source.task))

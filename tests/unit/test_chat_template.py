@@ -46,6 +46,7 @@ STYLES = {
     "chatml": (CHATML, byte_level, {}),
     "headers": (HEADERS, lambda file: byte_level(file, add_bos=True), {"bos": BEGIN}),
     "strict": (STRICT, metaspace, {"bos": BEGIN}),
+    "strict, a space everywhere": (STRICT, lambda file: metaspace(file, "always"), {"bos": BEGIN}),
     "model": (MODEL, lambda file: metaspace(file, "never"), {"bos": BEGIN}),
 }
 CONVERSATION = [
