@@ -13,14 +13,14 @@ from megatron_ext.text_model import SentencePieceModel
 from megatron_ext.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 
-def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, with_images: bool) -> Glue:
+def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, with_images: bool) -> dict:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
     Args:
         with_images: add ``<image>``, which stands for the codes of a picture.
 
     Returns:
-        What stands before texts in prompts.
+        What a processor must know to encode prompts: "text_prefix", "repeats_leading_space".
 
     Raises:
         UserError: the text model cannot be expressed as a tokenizer.json.
@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, 
     write_json(folder / "tokenizer_config.json", config)
     glue = Glue.of(vocabulary, tokenizer, bos, end)
     write_text(folder / "chat_template.jinja", exported_chat_template(vocabulary, tokenizer, glue, bos))
-    return glue
+    return {"text_prefix": glue.alone, "repeats_leading_space": drops_leading_space(vocabulary)}
 
 
 def exported_tokenizer(vocabulary: Vocabulary, with_images: bool) -> Tokenizer:
@@ -57,7 +57,7 @@ def exported_tokenizer(vocabulary: Vocabulary, with_images: bool) -> Tokenizer:
     """
     file = vocabulary.text_file
     if isinstance(vocabulary.text, SentencePieceModel):
-        tokenizer = tokenizer_of(file, in_templates=vocabulary.chat_template is not None)
+        tokenizer = tokenizer_of(file, in_templates=drops_leading_space(vocabulary))
     else:
         tokenizer = _with_all_ids(json.loads(file.read_text()), vocabulary.text_size)
     names = [*SPECIAL_TOKENS, *(f"<vq_{code}>" for code in range(vocabulary.codebook_size))]
@@ -77,6 +77,12 @@ def _with_all_ids(tokenizer: dict, size: int) -> Tokenizer:
         present = {*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"])}
         vocab |= {f"<unused_{i}>": i for i in range(size) if i not in present}
     return Tokenizer.from_str(json.dumps(tokenizer))
+
+
+def drops_leading_space(vocabulary: Vocabulary) -> bool:
+    """Whether the exported tokenizer takes a space at the start of a string for the one that SentencePiece adds: only
+    so can it leave out that space after the control tokens of a chat template."""
+    return isinstance(vocabulary.text, SentencePieceModel) and vocabulary.chat_template is not None
 
 
 def token_string(vocabulary: Vocabulary, token: int) -> str:

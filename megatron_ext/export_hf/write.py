@@ -89,9 +89,9 @@ def export(
     else:
         numbers = write_shards(out, stream, shard_size)
         description = plain_config(exported)
-    glue = write_tokenizer(out, trained_vocabulary, exported.sequence_length, with_images=form == "own")
+    prompts = write_tokenizer(out, trained_vocabulary, exported.sequence_length, with_images=form == "own")
     if form == "own":
-        _write_processor(out, tokenizer, glue.alone)
+        _write_processor(out, tokenizer, prompts)
     files.write_json(out / "generation_config.json", _generation_config(exported))
     files.write_text(out / "README.md", _readme(exported, form, path, description))
     files.write_json(out / "config.json", description)
@@ -112,14 +112,13 @@ def _vq(folder: Path, vocabulary: Vocabulary) -> VQModel:
     return vq
 
 
-def _write_processor(out: Path, vq: VQModel, text_prefix: str) -> None:
+def _write_processor(out: Path, vq: VQModel, prompts: dict) -> None:
     auto_map = {
         "AutoProcessor": "processing_unified.UnifiedProcessor",
         "AutoImageProcessor": "processing_unified.UnifiedImageProcessor",
     }
     names = {"processor_class": "UnifiedProcessor", "auto_map": auto_map}
-    processor = {"image_length": vq.grid[0] * vq.grid[1], "text_prefix": text_prefix}
-    files.write_json(out / "processor_config.json", names | processor)
+    files.write_json(out / "processor_config.json", {**names, "image_length": vq.grid[0] * vq.grid[1], **prompts})
     image_processor = {"image_processor_type": "UnifiedImageProcessor", "image_size": list(vq.image_size)}
     files.write_json(out / "preprocessor_config.json", names | image_processor)
 

@@ -40,16 +40,25 @@ class UnifiedProcessor(ProcessorMixin):
     """Prompts as in training: ``<bos>`` first, ``<image>`` is ``<boi>``, a place for each code, ``<eoi>``."""
 
     def __init__(
-        self, image_processor=None, tokenizer=None, chat_template=None, image_length=16, text_prefix="", **kwargs
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_length=16,
+        text_prefix="",
+        repeats_leading_space=False,
+        **kwargs,
     ):
         """
         Args:
             image_length: codes of a picture.
             text_prefix: what training put before texts. A chat template writes it; captions, and texts after an image,
                 get it here.
+            repeats_leading_space: whether training had a space more in stretches of text that begin with one.
         """
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_length, self.text_prefix = image_length, text_prefix
+        self.repeats_leading_space = repeats_leading_space
 
     @property
     def model_input_names(self):
@@ -88,7 +97,8 @@ class UnifiedProcessor(ProcessorMixin):
         # What stands between two images is encoded by itself, as in training.
         for i, part in enumerate(parts):
             ids += [boi, *[place] * self.image_length, eoi] if i else []
-            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+            space = " " if self.repeats_leading_space and part.startswith(" ") else ""
+            ids += tokenizer(space + part, add_special_tokens=False)["input_ids"]
         return ids + [boi] * begin_image
 
     def batch_decode(self, *arguments, **kwargs):
