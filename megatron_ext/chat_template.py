@@ -104,7 +104,7 @@ class ChatTemplate:
                     segments[-1][1].extend(ids)
                 else:
                     segments.append((mode, ids))
-        return self._without_bos(segments)
+        return self._without_added(segments)
 
     def _check(self, content: str) -> None:
         if found := self._control.search(content):
@@ -148,21 +148,20 @@ class ChatTemplate:
     def _encode(self, stretch: str, start: int, spans: list[tuple[int, int]]) -> Segments:
         """(mode, token ids) of text that begins at ``start``, cut where the mode changes."""
         starts, segments = [place for place, _ in spans], []
-        for i, (begin, end) in zip(*self._text.encode_template(stretch)):
-            first, last = (spans[bisect_right(starts, start + place) - 1] for place in (begin, max(begin, end - 1)))
-            mode = last[1] if first[1] == ANSWER else first[1]
-            if mode == _DROPPED:
-                continue
+        for i, (begin, _) in zip(*self._text.encode_template(stretch)):
+            # A piece across the border of an answer counts to what is given; none goes across its end, a control token.
+            mode = spans[bisect_right(starts, start + begin) - 1][1]
             if segments and segments[-1][0] == mode:
                 segments[-1][1].append(i)
             else:
                 segments.append((mode, [i]))
         return segments
 
-    def _without_bos(self, segments: Segments) -> Segments:
+    def _without_added(self, segments: Segments) -> Segments:
+        """Without the tokens that rendering adds, and without empty segments."""
         if segments and segments[0][0] == TEXT and self._text.piece(segments[0][1][0]) == self._bos:
             segments[0] = (TEXT, segments[0][1][1:])
-        return [(mode, item) for mode, item in segments if mode not in (TEXT, ANSWER) or item]
+        return [(mode, item) for mode, item in segments if mode != _DROPPED and item != []]
 
     def _render(self, roles: Sequence[str], contents: Sequence[str], prompt: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]

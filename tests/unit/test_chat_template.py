@@ -156,6 +156,16 @@ def test_a_piece_across_the_border_of_an_answer_belongs_to_the_given_text(tmp_pa
     assert family.vocabulary.decode(question).endswith("it red") and family.vocabulary.decode(answer) == " green"
 
 
+def test_answers_that_meet_keep_an_end_each(tmp_path):
+    user, answer = "'<|turn|>' + m.content + '<|turn|>'", "m.content + '<|eot|>'"
+    source = "{% for m in messages %}{{ " + user + " if m.role == 'user' else " + answer + " }}"
+    family = Family(tmp_path, "chatml", source + "{% endfor %}")
+    turns = [("user", [(TEXT, "what")]), ("assistant", [(ANSWER, "red")]), ("assistant", [(ANSWER, "green")])]
+    segments = family.template.segments(turns)
+    assert [mode for mode, _ in segments] == [TEXT, ANSWER, ANSWER]
+    assert family.joined(segments) == family.ids(family.rendered(turns))
+
+
 @pytest.mark.parametrize(
     "content, reason",
     [
