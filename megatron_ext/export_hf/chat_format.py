@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from megatron_ext import chat_template
 from megatron_ext.data.format import TEXT
 from megatron_ext.errors import UserError
-from megatron_ext.vocabulary import Vocabulary
+from megatron_ext.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 IMAGE_TOKEN = "<image>"
 
@@ -19,12 +19,14 @@ class Glue:
     """What to write before a text so that the exported tokenizer gives it the ids that training gave it.
 
     Attributes:
-        opening, alone, after_text, after_answer: by what stands before it: the token that opens documents, nothing (the
-            processor encodes what follows an image by itself), another text, the token that ends answers.
+        opening, alone, after_image, after_text, after_answer: by what stands before it: the token that opens documents,
+            nothing (the processor encodes what follows an image by itself), ``<eoi>``, another text, the token that
+            ends answers.
     """
 
     opening: str
     alone: str
+    after_image: str
     after_text: str
     after_answer: str
 
@@ -49,6 +51,7 @@ class Glue:
         glue = {
             "opening": find(bos, [vocabulary.bos], first),
             "alone": find("", [], later),
+            "after_image": find(SPECIAL_TOKENS[-1], [vocabulary.eoi], later),
             "after_answer": find(end, [vocabulary.answer_end], later),
         }
         if None in glue.values():

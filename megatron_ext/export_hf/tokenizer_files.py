@@ -13,14 +13,14 @@ from megatron_ext.text_model import SentencePieceModel
 from megatron_ext.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 
-def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, with_images: bool) -> dict:
+def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, with_images: bool) -> Glue:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
     Args:
         with_images: add ``<image>``, which stands for the codes of a picture.
 
     Returns:
-        What a processor must know to encode prompts: "text_prefix", "repeats_leading_space".
+        What stands before texts in prompts.
 
     Raises:
         UserError: the text model cannot be expressed as a tokenizer.json.
@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, 
     write_json(folder / "tokenizer_config.json", config)
     glue = Glue.of(vocabulary, tokenizer, bos, end)
     write_text(folder / "chat_template.jinja", exported_chat_template(vocabulary, tokenizer, glue, bos))
-    return {"text_prefix": glue.alone, "repeats_leading_space": drops_leading_space(vocabulary)}
+    return glue
 
 
 def exported_tokenizer(vocabulary: Vocabulary, with_images: bool) -> Tokenizer:

@@ -15,9 +15,10 @@ from megatron_ext.checkpoints.checkpointer import check_compatible
 from megatron_ext.checkpoints.stored_weights import StoredWeights
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
+from megatron_ext.export_hf.chat_format import Glue
 from megatron_ext.export_hf.form import OWN_CLASS, Exported, choose_form, end_tokens, own_config, plain_config
 from megatron_ext.export_hf.shards import write_shards
-from megatron_ext.export_hf.tokenizer_files import write_tokenizer
+from megatron_ext.export_hf.tokenizer_files import drops_leading_space, write_tokenizer
 from megatron_ext.export_hf.vq_files import vq_keys, vq_tensors
 from megatron_ext.export_hf.weights import tensors
 from megatron_ext.hugging_face.weights import EMBEDDING
@@ -89,11 +90,11 @@ def export(
     else:
         numbers = write_shards(out, stream, shard_size)
         description = plain_config(exported)
-    prompts = write_tokenizer(out, trained_vocabulary, exported.sequence_length, with_images=form == "own")
+    glue = write_tokenizer(out, trained_vocabulary, exported.sequence_length, with_images=form == "own")
     if form == "own":
-        _write_processor(out, tokenizer, prompts)
+        _write_processor(out, tokenizer, trained_vocabulary, glue)
     files.write_json(out / "generation_config.json", _generation_config(exported))
-    files.write_text(out / "README.md", _readme(exported, form, path, description))
+    files.write_text(out / "README.md", _readme(exported, form, path, description, glue))
     files.write_json(out / "config.json", description)
     return {"form": form, "class": description["architectures"][0], "dtype": exported.dtype, **numbers}
 
@@ -112,18 +113,23 @@ def _vq(folder: Path, vocabulary: Vocabulary) -> VQModel:
     return vq
 
 
-def _write_processor(out: Path, vq: VQModel, prompts: dict) -> None:
+def _write_processor(out: Path, vq: VQModel, vocabulary: Vocabulary, glue: Glue) -> None:
     auto_map = {
         "AutoProcessor": "processing_unified.UnifiedProcessor",
         "AutoImageProcessor": "processing_unified.UnifiedImageProcessor",
     }
     names = {"processor_class": "UnifiedProcessor", "auto_map": auto_map}
-    files.write_json(out / "processor_config.json", {**names, "image_length": vq.grid[0] * vq.grid[1], **prompts})
+    processor = {
+        "image_length": vq.grid[0] * vq.grid[1],
+        "text_prefix": glue.alone,
+        "repeats_leading_space": drops_leading_space(vocabulary),
+    }
+    files.write_json(out / "processor_config.json", names | processor)
     image_processor = {"image_processor_type": "UnifiedImageProcessor", "image_size": list(vq.image_size)}
     files.write_json(out / "preprocessor_config.json", names | image_processor)
 
 
-def _readme(exported: Exported, form: str, checkpoint: Path, description: dict) -> str:
+def _readme(exported: Exported, form: str, checkpoint: Path, description: dict, glue: Glue) -> str:
     template = Template((Path(__file__).parent / "templates" / f"{form}.md").read_text())
     return template.substitute(
         checkpoint=checkpoint.name,
@@ -132,6 +138,7 @@ def _readme(exported: Exported, form: str, checkpoint: Path, description: dict) 
         class_name=description["architectures"][0],
         image_offset=exported.vocabulary.image_offset,
         codes=exported.vocabulary.codebook_size,
+        prefix=glue.after_image,
         grid=" x ".join(map(str, description.get("grid", ()))),
     )
 

@@ -1,6 +1,7 @@
 """Exported folders: text and pictures as this project's own programs make them, through transformers alone."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,12 @@ from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.generation.session import Session
 from megatron_ext.hugging_face.folder import ModelFolder
+from megatron_ext.hugging_face.loading import require_same_text
 from megatron_ext.hugging_face.weights import parameters_of
 from megatron_ext.token_classes import Task
 from megatron_ext.vq.image_decoder import CROP, PillowDecoder
 from support.exported import llama_vocabulary, write_checkpoint
+from support.programs import ROOT
 from support.tiny_vq import make_vq
 
 PLAN = ["plan.preset=himix_hmgen_share_partial", "model.max_image_tokens=16"]
@@ -180,6 +183,8 @@ def test_a_picture_needs_a_prompt_that_opens_it(model, processor):
         model.generate(**processor(text="red"), generation_mode="image")
     with pytest.raises(ValueError, match="1 times <image> in the text, but 0 images"):
         processor(text="<image>what")
+    with pytest.raises(ValueError, match="'guidence'. are not those of pictures"):
+        model.generate(**processor(text="red", generation_mode="image"), generation_mode="image", guidence=3)
     with pytest.raises(ValueError, match="model_kwargs"):
         model.generate(**processor(text="red"), no_such_option=3)
 
@@ -328,6 +333,7 @@ def test_a_dense_model_is_a_stock_class(run, tmp_path, settings, class_name):
     error = (stock(torch.tensor(rows)).logits[0] - expected).abs().max()
     assert error < 1e-5 * expected.abs().max()
     weights, folder = StoredWeights(tmp_path / "run" / "checkpoints" / "iter_0000000"), ModelFolder(tmp_path / "hf")
+    require_same_text(folder, vocabulary)
     imported = parameters_of(folder)
     assert imported.keys() == weights.keys() and all(torch.equal(imported[name], weights[name]) for name in weights)
     assert folder.model.identity == trained.config.model.identity
@@ -337,9 +343,9 @@ def test_a_dense_model_is_a_stock_class(run, tmp_path, settings, class_name):
 
 
 @torch.no_grad()
-def test_stock_generation_draws_guided_pictures(run, tmp_path):
+def test_stock_code_asks_and_draws_as_this_project(run, tmp_path):
     """With two prompts, as the exported README says; log-probabilities differ from logits by a number per row."""
-    from transformers import AutoModelForCausalLM, LogitsProcessorList
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
     vocabulary = llama_vocabulary(tmp_path / "vocabulary")
     write_checkpoint(tmp_path / "run", vocabulary)
@@ -354,6 +360,11 @@ def test_stock_generation_draws_guided_pictures(run, tmp_path):
         other[:, vocabulary.image_offset : vocabulary.size] = False
         return scores.masked_fill(other, -torch.inf)
 
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    content = "<boi>" + "".join(f"<vq_{code}>" for code in range(16)) + "<eoi>" + QUESTIONS[0]
+    message = [{"role": "user", "content": content}]
+    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    assert prompt["input_ids"] == prompts.answer(vocabulary, range(16), QUESTIONS[0], 1).tokens
     tokens = stock.generate(
         torch.tensor([request.tokens]),
         negative_prompt_ids=torch.tensor([[vocabulary.bos, vocabulary.boi]]),
@@ -363,6 +374,32 @@ def test_stock_generation_draws_guided_pictures(run, tmp_path):
         max_new_tokens=16,
     )
     assert [*tokens[0, len(request.tokens) :].tolist(), vocabulary.eoi] == expected
+
+
+def test_the_tool_exports_other_roles_and_types(run, tmp_path, monkeypatch, capsys):
+    from safetensors import safe_open
+
+    def run_tool(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, arguments)])
+        runpy.run_path(str(ROOT / "tools" / "export_hf.py"))["main"]()
+
+    arguments = ["--checkpoint", run / "run", "--vq", run / "vq", "--out", tmp_path / "hf", "--dtype", "bfloat16"]
+    run_tool(*arguments, "--shard-size", "0.2MB", "--json", tmp_path / "numbers.json", "plan.preset=himix")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert numbers["files"] == len(files) > 3 and numbers["form"] == "own" and "bfloat16" in capsys.readouterr().out
+    types = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            types |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert types.keys() == index["weight_map"].keys() and numbers["tensors"] == len(types)
+    assert {dtype for name, dtype in types.items() if not name.startswith("vqmodel.")} == {"BF16"}
+    assert {dtype for name, dtype in types.items() if name.startswith("vqmodel.")} == {"F32"}
+    roles = json.loads((tmp_path / "hf" / "config.json").read_text())["roles"]
+    assert roles == [[["full", "kv_only"], ["full", "full"], ["full", "full"]]] * 4
+    with pytest.raises(UserError, match="--shard-size 5: expected a number with KB, MB or GB"):
+        run_tool(*arguments, "--shard-size", "5")
 
 
 def test_what_cannot_be_exported_is_refused_in_a_line(run, tmp_path):

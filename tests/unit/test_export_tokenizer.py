@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from megatron_ext.data.format import ANSWER, IMAGE
 from megatron_ext.errors import UserError
 from megatron_ext.export_hf.own_code.processing_unified import UnifiedImageProcessor, UnifiedProcessor
-from megatron_ext.export_hf.tokenizer_files import exported_tokenizer, write_tokenizer
+from megatron_ext.export_hf.tokenizer_files import drops_leading_space, exported_tokenizer, write_tokenizer
 from megatron_ext.generation import prompts
 from megatron_ext.vocabulary import Vocabulary
 from support.exported import llama_vocabulary
@@ -48,11 +48,12 @@ VOCABULARIES = {
 def exported(request, tmp_path_factory) -> tuple[Vocabulary, UnifiedProcessor]:
     folder = tmp_path_factory.mktemp("exported")
     vocabulary = VOCABULARIES[request.param](folder)
-    settings = write_tokenizer(folder, vocabulary, sequence_length=99, with_images=True)
+    glue = write_tokenizer(folder, vocabulary, sequence_length=99, with_images=True)
     # A folder with a configuration, as exported ones: some classes of tokenizers are chosen by it.
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = (folder / "chat_template.jinja").read_text()
+    settings = {"text_prefix": glue.alone, "repeats_leading_space": drops_leading_space(vocabulary)}
     processor = UnifiedProcessor(UnifiedImageProcessor((4, 4)), tokenizer, template, 2, **settings)
     return vocabulary, processor
 

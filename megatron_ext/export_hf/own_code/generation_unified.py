@@ -118,7 +118,7 @@ class UnifiedGenerationMixin(GenerationMixin):
         seed=None,
         numbers=None,
         eos_token_id=None,
-        **unused,
+        **settings,
     ):
         """Prompts [b, n] with their text and pictures, [b, n + the longest], padded on the right.
 
@@ -130,7 +130,11 @@ class UnifiedGenerationMixin(GenerationMixin):
             negative_prompt_ids: the unconditional prompts; by default the prompts without their text.
             seed, numbers: decide, for each row, which tokens are sampled, whatever else is in the batch; without a seed
                 torch's random state decides.
+            settings: of a generation config; the others are not used here.
         """
+        known = {*vars(self.generation_config), "generation_config", "tokenizer", "use_cache"}
+        if unknown := settings.keys() - known:
+            raise ValueError(f"the arguments {sorted(unknown)} are not those of pictures")
         b, n = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if token_uses is None:
