@@ -30,8 +30,12 @@ def material(tmp_path_factory) -> Path:
     texts = write_texts(folder / "texts", vocabulary, sentences)
     config = {
         "model": {
-            **{"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
-            **{"head_size": 12, "qkv_bias": True, "qk_norm": True},
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "head_size": 12,
+            "qkv_bias": True,
+            "qk_norm": True,
         },
         # Both reductions, and split projections with every option.
         "plan": {
