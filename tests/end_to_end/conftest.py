@@ -29,7 +29,14 @@ def material(tmp_path_factory) -> Path:
     pairs = write_pairs(folder / "pairs", vocabulary, [[sentence] for sentence in sentences])
     texts = write_texts(folder / "texts", vocabulary, sentences)
     config = {
-        "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "head_size": 12,
+            "qkv_bias": True,
+            "qk_norm": True,
+        },
         # Both reductions, and split projections with every option.
         "plan": {
             "preset": "himix_hmgen_share_partial",
@@ -42,7 +49,13 @@ def material(tmp_path_factory) -> Path:
             "validation": [{"path": pairs, "task": "generation"}],
             "sequence_length": 64,
         },
-        "training": {"iterations": 20, "micro_batch_size": 2, "global_batch_size": 8, "validation_interval": 10},
+        "training": {
+            "iterations": 20,
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "validation_interval": 10,
+            "z_loss": 1e-3,
+        },
         "optimizer": {"lr": 1e-2, "warmup_iterations": 2},
         "checkpoint": {"interval": 10, "keep": 0},
         "logging": {"gradient_alignment_interval": 6},

@@ -22,7 +22,7 @@ def metrics(output: Path) -> list[dict]:
 
 def losses(output: Path) -> dict[int, tuple]:
     """What steps and validations measured of the model, by iteration."""
-    names = ("loss", "grad_norm", "learning_rate", "validation_loss")
+    names = ("loss", "z_loss", "grad_norm", "learning_rate", "validation_loss", "validation_z_loss")
     return {m["iteration"]: {k: v for k, v in m.items() if k.startswith(names)} for m in metrics(output)}
 
 
@@ -75,7 +75,7 @@ def test_a_run_leaves_its_record(whole):
     assert keys <= records[0].keys()
     assert records[-1]["consumed_samples"] == LAST * 8
     assert records[-1]["loss"] < 0.95 * records[0]["loss"]
-    assert "validation_loss_generation" in records[FIRST - 1]
+    assert {"validation_loss_generation", "validation_z_loss"} <= records[FIRST - 1].keys()
     assert list(alignments(whole)) == [6, 12, 18, LAST]
     assert {"config.yaml", "FINISHED", "checkpoints", "tensorboard"} <= {p.name for p in whole.iterdir()}
 
