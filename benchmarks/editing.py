@@ -22,6 +22,7 @@ from megatron_ext.evaluation.gqa import GQA
 from megatron_ext.evaluation.mjhq import Prompt
 from megatron_ext.evaluation.picture_folder import picture_file
 from megatron_ext.evaluation.scene_check import caption_facts
+from megatron_ext.picture_world.captions import NUMBERS
 from megatron_ext.picture_world.detection import DetectedScene
 
 
@@ -100,12 +101,14 @@ def main() -> None:
     facts = ["facts of captions in pictures for them", "whole pictures for captions"]
     names = [f"{row} of edits" for row in edits.ROWS]
     own, given = edited(data, arguments.with_edits), inputs(data)
-    kinds = [item.category for item in edits.read(data / "edits")]
+    items = edits.read(data / "edits")
     of_edits = compare(names, given, own)
-    for kind in dict.fromkeys(kinds):
-        chosen = [other == kind for other in kinds]
-        whole = compare(names, given[chosen], own[chosen])[f"{edits.WHOLE} of edits"]
-        of_edits[f"{edits.WHOLE}, {kind}"] = whole
+    groups = [item.category for item in items], [NUMBERS[len(item.before.objects)] + " before" for item in items]
+    for group in groups:
+        for name in sorted(set(group)):
+            chosen = [other == name for other in group]
+            whole = compare(names, given[chosen], own[chosen])[f"{edits.WHOLE} of edits"]
+            of_edits[f"{edits.WHOLE}, {name}"] = whole
     results = {
         "tasks": compare(["answers to questions"], *(questions(data, run) for run in runs))
         | compare(facts, *(captions(data, run) for run in runs)),

@@ -86,6 +86,12 @@ def markdown(results: dict, budget: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sections(page: Path) -> str:
+    """The sections of an existing page, which are written by hand and kept: what begins at the first ``##``."""
+    text = page.read_text() if page.is_file() else ""
+    return "\n## " + text.partition("\n## ")[2] if "\n## " in text else ""
+
+
 def _cell(share: dict | None) -> str:
     if share is None:
         return "-"
@@ -123,7 +129,7 @@ def main() -> None:
     text = markdown(results, arguments.budget)
     print(text)
     if arguments.markdown:
-        files.write_text(arguments.markdown, text)
+        files.write_text(arguments.markdown, text + sections(arguments.markdown))
     if arguments.json:
         files.write_json(arguments.json, {"budget": arguments.budget, **results})
 
