@@ -1,12 +1,12 @@
 """Writes a trained checkpoint as a Hugging Face folder."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from string import Template
 
 import torch
-from torch import Tensor
 
 from megatron_ext import config_file, files
 from megatron_ext import vq as vq_package
@@ -63,45 +63,45 @@ def export(
         raise UserError(f"{out}: already holds a model; name another folder")
     path = checkpoint_folder.of_run(checkpoint)
     weights = StoredWeights(path)
-    config = with_roles(config_file.from_tree(Config, weights.state["config"]), overrides)
-    trained_vocabulary = Vocabulary(vocabulary or config.data.vocabulary)
-    check_compatible(weights.state, {"fingerprints": {"vocabulary": trained_vocabulary.fingerprint}}, path)
-    target = weights.dtype if dtype == "trained" else getattr(torch, dtype)
-    exported = Exported(
-        model=config.model,
-        plan=Plan.from_config(config),
-        vocabulary=trained_vocabulary,
-        vocab_size=weights.shape(EMBEDDING)[0],
-        dtype=str(target).removeprefix("torch."),
-        sequence_length=config.data.sequence_length,
-    )
+    exported = _exported(path, weights, dtype, vocabulary, overrides)
     form = choose_form(exported, form)
-    tokenizer = _vq(vq, trained_vocabulary) if vq else None
+    tokenizer = _vq(vq, exported.vocabulary) if vq else None
     if form == "own" and tokenizer is None:
         raise UserError(f"{path}: is exported with its VQ tokenizer; name its folder (--vq)")
 
     out.mkdir(parents=True, exist_ok=True)
-    stream = ((name, tensor.to(target)) for name, tensor in tensors(weights, exported.model, exported.plan.projections))
+    glue = write_tokenizer(out, exported.vocabulary, exported.sequence_length, with_images=form == "own")
+    stream = tensors(weights, exported.model, exported.plan.projections)
+    stream = ((name, tensor.to(getattr(torch, exported.dtype))) for name, tensor in stream)
     if form == "own":
-        numbers = write_shards(out, _joined(vq_tensors(tokenizer), stream), shard_size)
+        numbers = write_shards(out, chain(vq_tensors(tokenizer), stream), shard_size)
         description = own_config(exported, vq_keys(tokenizer))
+        _write_processor(out, tokenizer, exported.vocabulary, glue)
         for file in sorted(OWN_CODE.glob("*_unified.py")):
             shutil.copyfile(file, out / file.name)
     else:
         numbers = write_shards(out, stream, shard_size)
         description = plain_config(exported)
-    glue = write_tokenizer(out, trained_vocabulary, exported.sequence_length, with_images=form == "own")
-    if form == "own":
-        _write_processor(out, tokenizer, trained_vocabulary, glue)
     files.write_json(out / "generation_config.json", _generation_config(exported))
     files.write_text(out / "README.md", _readme(exported, form, path, description, glue))
     files.write_json(out / "config.json", description)
     return {"form": form, "class": description["architectures"][0], "dtype": exported.dtype, **numbers}
 
 
-def _joined(*streams: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for stream in streams:
-        yield from stream
+def _exported(
+    path: Path, weights: StoredWeights, dtype: str, vocabulary_folder: Path | None, overrides: Sequence[str]
+) -> Exported:
+    config = with_roles(config_file.from_tree(Config, weights.state["config"]), overrides)
+    vocabulary = Vocabulary(vocabulary_folder or config.data.vocabulary)
+    check_compatible(weights.state, {"fingerprints": {"vocabulary": vocabulary.fingerprint}}, path)
+    return Exported(
+        model=config.model,
+        plan=Plan.from_config(config),
+        vocabulary=vocabulary,
+        vocab_size=weights.shape(EMBEDDING)[0],
+        dtype=str(weights.dtype).removeprefix("torch.") if dtype == "trained" else dtype,
+        sequence_length=config.data.sequence_length,
+    )
 
 
 def _vq(folder: Path, vocabulary: Vocabulary) -> VQModel:

@@ -132,9 +132,7 @@ class UnifiedGenerationMixin(GenerationMixin):
                 torch's random state decides.
             settings: of a generation config; the others are not used here.
         """
-        known = {*vars(self.generation_config), "generation_config", "tokenizer", "use_cache"}
-        if unknown := settings.keys() - known:
-            raise ValueError(f"the arguments {sorted(unknown)} are not those of pictures")
+        self._refuse_others(settings)
         b, n = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if token_uses is None:
@@ -144,22 +142,14 @@ class UnifiedGenerationMixin(GenerationMixin):
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         documents = [Document(self, last, images, max_new_tokens, ends) for last in input_ids[:, -1].tolist()]
         chooser = _Chooser(do_sample, temperature, top_k, top_p, seed, numbers or range(b))
-        tokens, ids, uses = input_ids, input_ids, token_uses
-        guided = guidance_scale != 1
+        tokens, ids, uses, guided = input_ids, input_ids, token_uses, guidance_scale != 1
         if guided:
-            negative = self._without_text(ids, mask, uses)
-            if negative_prompt_ids is not None:
-                m = negative_prompt_attention_mask
-                m = torch.ones_like(negative_prompt_ids) if m is None else m
-                negative = negative_prompt_ids, m, uses[:, -1:].expand(negative_prompt_ids.shape)
+            negative = self._negative(ids, mask, uses, negative_prompt_ids, negative_prompt_attention_mask)
             ids, mask, uses = (_stack_left_padded(*pair) for pair in zip((ids, mask, uses), negative))
         cache, allowed = UnifiedCache(self.config.num_hidden_layers), self._kinds()
         while not all(document.done for document in documents):
-            logits = (
-                self(ids, attention_mask=mask, token_uses=uses, past_key_values=cache, logits_to_keep=1)
-                .logits[:, -1, : allowed.shape[1]]
-                .float()
-            )
+            output = self(ids, attention_mask=mask, token_uses=uses, past_key_values=cache, logits_to_keep=1)
+            logits = output.logits[:, -1, : allowed.shape[1]].float()
             if guided:
                 logits = logits[b:] + guidance_scale * (logits[:b] - logits[b:])
             ids = self._next(documents, logits, allowed, chooser)
@@ -202,14 +192,23 @@ class UnifiedGenerationMixin(GenerationMixin):
         ids = torch.arange(size, device=self.device)
         return torch.stack([self._allowed(False)[:size], self._allowed(True)[:size], self._is_image(ids)])
 
-    def _without_text(self, ids, mask, uses):
-        """The prompts without their text, left-padded: the opening token, images and the last ``<boi>`` are left."""
+    def _negative(self, ids, mask, uses, given, given_mask):
+        """The unconditional prompts, left-padded, with their masks and uses: those given, or the prompts without their
+        text, of which the opening token, images and the last ``<boi>`` are left."""
+        if given is not None:
+            return given, torch.ones_like(given) if given_mask is None else given_mask, uses[:, -1:].expand(given.shape)
         config = self.config
         opening = (mask.cumsum(1) == 1) & mask.bool()
         kept = opening | self._is_image(ids) | (ids == config.boi_token_id) | (ids == config.eoi_token_id)
         order = kept.int().argsort(dim=1, stable=True)  # what is left out goes to the left, as padding
         longest = int(kept.sum(1).max())
         return tuple(x.gather(1, order)[:, -longest:] for x in (ids, kept.long(), uses))
+
+    def _refuse_others(self, settings):
+        """Refuse arguments that are not even settings of generation: typing errors."""
+        known = {*vars(self.generation_config), "generation_config", "tokenizer", "use_cache"}
+        if unknown := settings.keys() - known:
+            raise ValueError(f"the arguments {sorted(unknown)} are not those of pictures")
 
     def prepare_inputs_for_generation(self, input_ids, *arguments, token_uses=None, **kwargs):
         """Generated text takes the use of the prompt's last token."""
