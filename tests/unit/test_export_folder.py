@@ -159,7 +159,7 @@ def test_text_and_pictures_in_turn_are_this_project_s(session, model, processor)
     requests = [Request(ids, Task.UNDERSTANDING, text_tokens=9, images=2, number=i) for i, ids in enumerate(texts)]
     expected = session.generator(requests, Sampling(seed=2))
     inputs = processor.tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt")
-    options = {"images": 2, "max_new_tokens": 9, "seed": 2, "token_uses": torch.zeros_like(inputs["input_ids"])}
+    options = {"images": 2, "max_new_tokens": 9, "seed": 2}
     for row, wanted in zip(continuations(model, inputs, generation_mode="interleaved", **options), expected):
         assert row[: len(wanted)] == wanted and set(row[len(wanted) :]) <= {vocabulary.pad}
         assert wanted.count(vocabulary.boi) == 2

@@ -98,7 +98,7 @@ class UnifiedGenerationMixin(GenerationMixin):
             tokens = self.draw(input_ids, **kwargs)[:, input_ids.shape[1] :]
             return tokens[:, : self.config.grid[0] * self.config.grid[1]]
         if generation_mode == "interleaved":
-            return self.draw(input_ids, **kwargs)
+            return self.draw(input_ids, **({"token_uses": torch.full_like(input_ids, UNDERSTANDING)} | kwargs))
         raise ValueError(f"generation_mode {generation_mode!r}: must be text, image or interleaved")
 
     def draw(
@@ -124,8 +124,8 @@ class UnifiedGenerationMixin(GenerationMixin):
 
         Args:
             images, max_new_tokens: the most pictures and tokens of text.
-            token_uses: [b, n]; by default a prompt without images is GENERATION, one with images UNDERSTANDING. What
-                is drawn is GENERATION, text takes the use of the prompt's last token.
+            token_uses: [b, n]; by default a prompt is UNDERSTANDING, but GENERATION in the mode ``image`` if it has no
+                images. What is drawn is GENERATION, text takes the use of the prompt's last token.
             guidance_scale: s in unconditional + s (conditional - unconditional).
             negative_prompt_ids: the unconditional prompts; by default the prompts without their text.
             seed, numbers: decide, for each row, which tokens are sampled, whatever else is in the batch; without a seed
