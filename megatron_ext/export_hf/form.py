@@ -1,12 +1,13 @@
 """Which form a model can take in a Hugging Face folder, and its config.json."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ext.errors import UserError
 from megatron_ext.export_hf.weights import MODULES
 from megatron_ext.model_config import ModelConfig
-from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.plan import Plan, Role, class_index
 from megatron_ext.token_classes import Modality, Task
 from megatron_ext.vocabulary import Vocabulary
 
@@ -126,17 +127,12 @@ def own_config(exported: Exported, vq: dict) -> dict:
 
 
 def evaluation_roles(plan: Plan) -> list[list[list[str]]]:
-    """[layer][task][modality] names of roles in evaluation."""
-    share = plan.dense_share
-    taken = (
-        (lambda modality: False)
-        if share is None or not share.evaluation
-        else (lambda modality: share.of == "documents" or modality == Modality.IMAGE)
-    )
-    classes = len(Task) * len(Modality)
+    """[layer][task][modality] names of roles in evaluation, where a dense share is nothing or all."""
+    share, classes = plan.dense_share, len(Task) * len(Modality)
 
-    def name(roles, task, modality) -> str:
-        return roles[task * len(Modality) + modality + (classes if taken(modality) else 0)].name.lower()
+    def name(roles: Sequence[Role], task: Task, modality: Modality) -> str:
+        dense = share is not None and share.evaluation and (share.of == "documents" or modality == Modality.IMAGE)
+        return roles[class_index(task, modality) + (classes if dense else 0)].name.lower()
 
     return [[[name(roles, task, modality) for modality in Modality] for task in Task] for roles in plan.roles]
 

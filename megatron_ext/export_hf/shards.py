@@ -26,7 +26,9 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_size
     def flush() -> None:
         nonlocal pending, pending_size
         if pending:
-            save_file(pending, folder / f".shard-{len(shards)}", metadata={"format": "pt"})
+            file = folder / f".shard-{len(shards)}"
+            save_file(pending, file, metadata={"format": "pt"})
+            file.chmod(0o644)  # safetensors lets nobody else read it
             shards.append(list(pending))
         pending, pending_size = {}, 0
 
