@@ -20,11 +20,12 @@ def main() -> None:
     results = []
 
     def generate_pictures(captions: list[str]) -> None:
-        settings = {**_sampling(arguments, temperature=1.0), "guidance": arguments.guidance}
+        settings = _sampling(arguments, temperature=1.0, guidance=3.0)
         results.extend(session.generate_pictures(captions, arguments.out, settings, first_number=len(results)))
 
     def edit(instructions: list[str]) -> None:
-        settings = {**_sampling(arguments, temperature=1.0), "guidance": arguments.guidance}
+        # Pictures that follow the instruction too closely keep less of what is given.
+        settings = _sampling(arguments, temperature=1.0, guidance=1.5)
         results[:] = session.edit(arguments.edit, instructions, arguments.out, settings, earlier=results)
 
     def answer(questions: list[str]) -> None:
@@ -84,7 +85,11 @@ def _arguments() -> argparse.Namespace:
     add("--temperature", type=float, help="0: the most likely token (default: 1 for pictures, 0 for answers)")
     add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all")
     add("--top-p", type=float, default=1.0, help="only the most likely tokens with this total probability")
-    add("--guidance", type=float, default=3.0, help="scale of classifier-free guidance for pictures; 1: none")
+    add(
+        "--guidance",
+        type=float,
+        help="scale of classifier-free guidance for pictures; 1: none (default: 3 for captions, 1.5 for edits)",
+    )
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=16, help="documents that are decoded together")
     add("--max-new-tokens", type=int, default=32, help="maximum length of an answer")
@@ -102,11 +107,14 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _sampling(arguments: argparse.Namespace, temperature: float) -> dict:
-    """Settings of sampling; ``temperature`` is the default."""
+def _sampling(arguments: argparse.Namespace, temperature: float, guidance: float = 1.0) -> dict:
+    """Settings of sampling; ``temperature`` and ``guidance`` are the defaults. Answers have no guidance."""
     if arguments.temperature is not None:
         temperature = arguments.temperature
-    return {"temperature": temperature, "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
+    if arguments.guidance is not None and guidance != 1:
+        guidance = arguments.guidance
+    settings = {"temperature": temperature, "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
+    return settings | {"guidance": guidance}
 
 
 def _lines(file: Path | None) -> list[str]:

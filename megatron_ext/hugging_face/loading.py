@@ -134,7 +134,7 @@ def require_same_text(source: ModelFolder, vocabulary: Vocabulary) -> None:
         return
     for i in range(size):
         own, published = vocabulary.text.piece(i), text.piece(i)
-        if own != published:
+        if own not in (None, published):  # an id without a token stands for nothing
             raise UserError(
                 f"{vocabulary.folder}: its text token {i} is {own!r}, that of {source.folder} "
                 f"{'missing' if published is None else repr(published)}; a vocabulary must have the model's own tokens "

@@ -124,7 +124,7 @@ def test_a_network_is_loaded_from_its_file_and_named_with_its_fingerprint(tmp_pa
     assert inception.name == f"Inception-v3, 2048 features ({file.name}, SHA-256 {digest[:16]})"
     extracted = features(save_all(tmp_path / "a", 3), inception)
     mean = torch.from_numpy(np.asarray(picture(0), dtype=np.float32)).mean((0, 1))
-    assert np.allclose(extracted.rows[0], small.layer(mean).detach().numpy(), rtol=1e-4)
+    assert np.allclose(extracted.rows[0], small.layer(mean).detach().numpy(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
