@@ -29,5 +29,7 @@ def read_json(path: Path):
     """
     try:
         return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None

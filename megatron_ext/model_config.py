@@ -61,9 +61,8 @@ class ModelConfig:
         self.num_query_groups = self.num_query_groups or self.num_attention_heads
         self.ffn_hidden_size = self.ffn_hidden_size or -(-self.hidden_size * 8 // 3 // 64) * 64
         if self.head_size is None:
-            self.head_size = self.hidden_size // max(
-                1, self.num_attention_heads
-            )  # validation refuses what is left over
+            # Validation refuses what is left over.
+            self.head_size = self.hidden_size // max(1, self.num_attention_heads)
         if self.rotary_scaling_factor is not None:
             if self.rotary_scaling is not None:
                 raise UserError(

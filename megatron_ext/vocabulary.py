@@ -28,6 +28,11 @@ SPECIAL_TOKENS = ("<pad>", "<eod>", "<boi>", "<eoi>")
 METADATA, CHAT_TEMPLATE = "vocabulary.json", "chat_template.jinja"
 
 
+def code_name(code: int) -> str:
+    """The name of a VQ code's token in exported tokenizers."""
+    return f"<vq_{code}>"
+
+
 class Vocabulary:
     """Token ids of text, special tokens and VQ codes.
 

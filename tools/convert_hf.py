@@ -30,6 +30,8 @@ def main() -> None:
     add("--out", type=Path, metavar="FOLDER", help="receives the checkpoint iter_0000000 and model.yaml")
     add("--seed", type=int, default=1234, help="seed of the rows that the model does not have (default: 1234)")
     arguments = parser.parse_args()
+    if arguments.shape and (arguments.vocabulary or arguments.out):
+        parser.error("--shape goes without --vocabulary and --out")
     if not arguments.shape and not (arguments.vocabulary and arguments.out):
         parser.error("give --vocabulary and --out, or --shape")
     # Imported late: --help should not wait for Megatron-Core.

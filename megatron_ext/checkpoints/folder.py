@@ -47,7 +47,8 @@ def of_run(folder: Path) -> Path:
         return folder
     paths = checkpoints(folder / "checkpoints")
     if not paths:
-        raise UserError(f"{folder}: no complete checkpoint in {folder / 'checkpoints'}")
+        reason = f"no complete checkpoint in {folder / 'checkpoints'}" if folder.exists() else "not found"
+        raise UserError(f"{folder}: {reason}")
     return paths[-1]
 
 

@@ -57,31 +57,35 @@ def convert_published(folder: Path, vocabulary: Vocabulary, out: Path, seed: int
     distributed.initialize(resolved.config)
     try:
         chunks = build_chunks(resolved)
-        stds = load_published(source, chunks, source.model, vocabulary)
+        rows = load_published(source, chunks, source.model, vocabulary)
         Checkpointer(out, keep=0).save(0, chunks, None, state)
     finally:
         distributed.shut_down()
-    published_rows = vocabulary.text_size + (vocabulary.text.end is not None)
     return {
         "checkpoint": str(out / "iter_0000000"),
-        "config": str(write_shape(source, out / "model.yaml")),
+        "config": str(write_shape(source, out / "model.yaml", converted=True)),
         "parameters": parameter_count(source.model, vocab_size, resolved.plan.projections),
         "precision": source.precision,
         "rows": {
-            "published": published_rows,
-            "new": vocabulary.size - published_rows,
+            "published": rows.published,
+            "new": rows.new,
             "padding": vocab_size - vocabulary.size,
-            "left_out": source.vocab_size - vocabulary.text_size,
+            "left_out": max(source.vocab_size - rows.taken, 0),
         },
-        "new_rows_std": stds,
+        "new_rows_std": rows.stds,
     }
 
 
-def write_shape(source: ModelFolder, file: Path) -> Path:
-    """Write a published model's shape as YAML, to lay over the configuration of a run that starts from its weights."""
+def write_shape(source: ModelFolder, file: Path, converted: bool = False) -> Path:
+    """Write a published model's shape as YAML, to lay over the configuration of a run that starts from its weights.
+
+    Args:
+        converted: for a run that starts from the converted checkpoint, which has no positions inside images.
+    """
     section = dataclasses.asdict(source.model)
-    for key in ("implementation", "rotary_scaling_factor"):  # not of the shape, a short form
-        del section[key]
+    del section["implementation"]
+    if not converted:
+        del section["max_image_tokens"]
     header = f"# The shape of {source.folder.name}: lay it over a configuration that starts from its weights.\n"
     files.write_text(file, header + yaml.safe_dump({"model": section}, sort_keys=False))
     return file

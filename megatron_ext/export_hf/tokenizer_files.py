@@ -10,7 +10,7 @@ from megatron_ext.export_hf.chat_format import IMAGE_TOKEN, Glue, exported_chat_
 from megatron_ext.export_hf.sentencepiece_json import tokenizer_of
 from megatron_ext.files import write_json, write_text
 from megatron_ext.text_model import SentencePieceModel
-from megatron_ext.vocabulary import SPECIAL_TOKENS, Vocabulary
+from megatron_ext.vocabulary import SPECIAL_TOKENS, Vocabulary, code_name
 
 
 def write_tokenizer(folder: Path, vocabulary: Vocabulary, sequence_length: int, with_images: bool) -> Glue:
@@ -60,7 +60,7 @@ def exported_tokenizer(vocabulary: Vocabulary, with_images: bool) -> Tokenizer:
         tokenizer = tokenizer_of(file, in_templates=drops_leading_space(vocabulary))
     else:
         tokenizer = _with_all_ids(json.loads(file.read_text()), vocabulary.text_size)
-    names = [*SPECIAL_TOKENS, *(f"<vq_{code}>" for code in range(vocabulary.codebook_size))]
+    names = [*SPECIAL_TOKENS, *map(code_name, range(vocabulary.codebook_size))]
     names += [IMAGE_TOKEN] if with_images else []
     if taken := [name for name in names if tokenizer.token_to_id(name) is not None]:
         raise UserError(f"{file}: has a token {taken[0]!r} already, which would be that of images")

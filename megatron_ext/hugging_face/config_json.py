@@ -45,10 +45,10 @@ def model_config(config: dict, file: Path) -> ModelConfig:
         UserError: this project's model cannot express a setting; names ``file`` and the key.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         raise UserError(f"{file}: 'model_type' is {kind!r}, must be one of {', '.join(_FAMILIES)}")
     family = _FAMILIES[kind]
-    config = family.defaults | {key: value for key, value in config.items() if value is not None}
+    config = {key: value for key, value in (family.defaults | config).items() if value is not None}
     for key, supported in _SUPPORTED.items():
         if (config.get(key) or supported) != supported:
             raise UserError(f"{file}: '{key}' is {config[key]!r}, this model supports only {supported!r}")
@@ -82,13 +82,18 @@ def model_config(config: dict, file: Path) -> ModelConfig:
 
 def _refuse_windows(config: dict, file: Path) -> None:
     """Refuse attention that does not see the whole document."""
-    other = sorted(set(config.get("layer_types", ())) - {"full_attention"})
+    kinds = config.get("layer_types", [])
+    other = kinds if not isinstance(kinds, list) else [kind for kind in kinds if kind != "full_attention"]
     if other:
-        raise UserError(f"{file}: 'layer_types' has {other[0]!r}, this model supports only 'full_attention'")
+        raise UserError(f"{file}: 'layer_types' is {kinds!r:.60}, this model supports only 'full_attention'")
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 0)
-    if window and window < longest and config["model_type"] == "mistral":
+    if (
+        window
+        and config["model_type"] == "mistral"
+        and not (type(window) is type(longest) is int and window >= longest)
+    ):
         raise UserError(
-            f"{file}: 'sliding_window' is {window}, below 'max_position_embeddings' ({longest}); this model's "
+            f"{file}: 'sliding_window' is {window!r}, below 'max_position_embeddings' ({longest}); this model's "
             "attention has no window"
         )
 
@@ -97,7 +102,12 @@ def _rotary(config: dict, file: Path) -> tuple[float, dict | None]:
     """Base of the rotary frequencies, and the settings of Llama 3's scaling, if used."""
     # transformers 5 keeps the base among the rotary parameters, older versions beside them.
     rotary = {"rope_theta": config.get("rope_theta")}
-    rotary |= config.get("rope_scaling", {}) | config.get("rope_parameters", {})
+    for key in ("rope_scaling", "rope_parameters"):
+        settings = config.get(key, {})
+        # Settings for each kind of layer would be a dictionary of dictionaries.
+        if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
+            raise UserError(f"{file}: '{key}' is {settings!r:.60}, must be the settings of all layers")
+        rotary |= settings
     base = rotary["rope_theta"] or 10000.0
     if (partial := rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))) != 1:
         raise UserError(f"{file}: 'partial_rotary_factor' is {partial}, must be 1")

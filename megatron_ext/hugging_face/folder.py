@@ -15,6 +15,8 @@ from megatron_ext.model_config import ModelConfig
 from megatron_ext.text_model import SENTENCEPIECE, TOKENIZER_JSON, TextModel
 
 EMBEDDING, HEAD = TABLES.values()
+BLOCK = 512
+"""Rows of a table that are read at once."""
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -38,6 +40,8 @@ class ModelFolder:
             UserError: names a missing or damaged file, or a setting that this project's model cannot express.
         """
         self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"{folder}: not a folder of a published model")
         file = self.folder / "config.json"
         config = read_json(file)
         self.model, self.vocab_size = model_config(config, file), config["vocab_size"]
@@ -99,16 +103,17 @@ class ModelFolder:
             raise UserError(f"{self.folder}: has parameters of the type {min(other)}, must be BF16, F16 or F32")
         for name in self._tensors.keys() - expected:
             # A tied head may be stored; it then equals the embedding.
-            if (
-                name.endswith("rotary_emb.inv_freq")
-                or name == HEAD
-                and torch.equal(self.rows(name), self.rows(EMBEDDING))
-            ):
+            if name.endswith("rotary_emb.inv_freq") or (name == HEAD and self._is_embedding(name)):
                 continue
             raise UserError(
                 f"{self._tensors[name][0]}: has the parameter {name}, which a model of this config.json does not have"
             )
         return types
+
+    def _is_embedding(self, name: str) -> bool:
+        """Whether a table equals the embedding, compared block by block."""
+        ranges = ((begin, begin + BLOCK) for begin in range(0, self.vocab_size, BLOCK))
+        return all(torch.equal(self.rows(name, *rows), self.rows(EMBEDDING, *rows)) for rows in ranges)
 
 
 def tensor_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:

@@ -8,12 +8,16 @@
     <pad> <boi> <eoi>, VQ codes,    this project's initial weights (from the seed and the parameter's name), scaled to
     rows of padding                 the standard deviation of the text rows, separately in embedding and head
 
+A model that was exported with this vocabulary has rows of all its tokens, which are taken. A tokenizer may have more
+tokens than its model has rows (a ``<pad>`` that was added to it): their rows are new, too.
+
 Initial weights have the standard deviation for training from scratch (``init_std``), which can differ from that of
 trained rows. Without the scaling, new tokens would enter the first layer with a smaller or larger norm than text, and
 their logits would spread less or more than those of text.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -22,20 +26,35 @@ from torch import Tensor
 
 from megatron_ext import command_line, distributed
 from megatron_ext.errors import UserError
-from megatron_ext.hugging_face.folder import ModelFolder
+from megatron_ext.hugging_face.folder import BLOCK, ModelFolder
 from megatron_ext.hugging_face.weights import HEAD, TABLES, read_parameter
 from megatron_ext.model_config import ModelConfig
+from megatron_ext.text_model import TOKENIZER_JSON
 from megatron_ext.transformer.initialization import global_parameters
-from megatron_ext.vocabulary import Vocabulary
+from megatron_ext.vocabulary import SPECIAL_TOKENS, Vocabulary, code_name
 
-_BLOCK = 512
-"""Rows of a table that are read at once."""
+
+@dataclass(frozen=True)
+class TableRows:
+    """Rows of the tables of embedding and head.
+
+    Attributes:
+        taken: the first rows, which are the published model's.
+        published, new: tokens whose rows start as the published model's, and tokens whose rows start from scaled initial
+            weights.
+        stds: standard deviation of new rows by the name of the table.
+    """
+
+    taken: int
+    published: int
+    new: int
+    stds: dict[str, float]
 
 
 @torch.no_grad()
 def load_published(
     source: ModelFolder, chunks: Sequence[torch.nn.Module], model: ModelConfig, vocabulary: Vocabulary
-) -> dict[str, float]:
+) -> TableRows:
     """Copy a published model's weights into this rank's model chunks, which hold initial weights. Collective.
 
     Every rank reads its own slices, one parameter at a time.
@@ -46,60 +65,81 @@ def load_published(
             lacks keeps its initial value.
         vocabulary: with the published model's text tokens.
 
-    Returns:
-        The standard deviation of new rows in each table.
-
     Raises:
         UserError: names the file, the key or the token that does not fit.
     """
-    require_same_shape(source, model)
-    distributed.from_rank_zero(lambda: require_same_text(source, vocabulary))
-    stds = distributed.from_rank_zero(
-        lambda: {name: _text_std(source, tensor, vocabulary) for name, tensor in _tables(model)}
-    )
-    rank, size = (
-        f()
-        for f in (parallel_state.get_tensor_model_parallel_rank, parallel_state.get_tensor_model_parallel_world_size)
-    )
+    check_published(source, model, vocabulary)
+    table_rows = distributed.from_rank_zero(lambda: _table_rows(source, model, vocabulary))
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
     parameters = [pair for chunk in chunks for pair in global_parameters(unwrap_model(chunk))]
     for name, parameter in command_line.progress(parameters, desc="weights", unit=" parameters"):
         if name in TABLES:
-            first = rank * parameter.shape[0]
-            _fill_rows(parameter, first, source, TABLES[name], vocabulary, stds[name] / model.init_std)
+            parameter.mul_(table_rows.stds[name] / model.init_std)
+            _fill_rows(parameter, rank * parameter.shape[0], source, TABLES[name], vocabulary, table_rows.taken)
         elif (weight := read_parameter(source, name, rank, size)) is not None:
             parameter.copy_(weight)
-    return stds
+    return table_rows
 
 
-def _tables(model: ModelConfig) -> list[tuple[str, str]]:
-    return [item for item in TABLES.items() if not (model.tie_embeddings and item[0] == HEAD)]
+def check_published(source: ModelFolder, model: ModelConfig, vocabulary: Vocabulary) -> None:
+    """Refuse a run of another shape or with other text tokens. Collective.
+
+    Raises:
+        UserError: names the first key or token that differs.
+    """
+    require_same_shape(source, model)
+    distributed.from_rank_zero(lambda: require_same_text(source, vocabulary))
+
+
+def _table_rows(source: ModelFolder, model: ModelConfig, vocabulary: Vocabulary) -> TableRows:
+    tables = [item for item in TABLES.items() if not (model.tie_embeddings and item[0] == HEAD)]
+    stds = {name: _text_std(source, tensor, vocabulary) for name, tensor in tables}
+    whole = _has_all_tokens(source, vocabulary)
+    taken = min(vocabulary.size if whole else vocabulary.text_size, source.vocab_size)
+    published = taken if whole else taken + (_end_of_documents(source, vocabulary) is not None)
+    return TableRows(taken, published, vocabulary.size - published, stds)
+
+
+def _has_all_tokens(source: ModelFolder, vocabulary: Vocabulary) -> bool:
+    """Whether the published model knows the vocabulary's special tokens and codes under their ids."""
+    text = source.text(TOKENIZER_JSON)
+    if text is None or source.vocab_size < vocabulary.size:
+        return False
+    names = dict(zip(SPECIAL_TOKENS, range(vocabulary.text_size, vocabulary.image_offset)))
+    names |= {code_name(code): vocabulary.image_offset + code for code in (0, vocabulary.codebook_size - 1)}
+    return all(text.id(name) == i for name, i in names.items())
+
+
+def _end_of_documents(source: ModelFolder, vocabulary: Vocabulary) -> int | None:
+    """The published row with which ``<eod>`` starts."""
+    end = vocabulary.text.end
+    return None if end is None or end >= source.vocab_size else end
 
 
 def _text_std(source: ModelFolder, tensor: str, vocabulary: Vocabulary) -> float:
     """Standard deviation of the text rows of a table, read block by block."""
     count, total, squares = 0, 0.0, 0.0
-    for begin in range(0, vocabulary.text_size, _BLOCK):
-        block = source.rows(tensor, begin, min(begin + _BLOCK, vocabulary.text_size)).double()
+    text = min(vocabulary.text_size, source.vocab_size)
+    for begin in range(0, text, BLOCK):
+        block = source.rows(tensor, begin, min(begin + BLOCK, text)).double()
         count, total, squares = count + block.numel(), total + float(block.sum()), squares + float(block.square().sum())
     return max((squares - total * total / count) / (count - 1), 0.0) ** 0.5
 
 
-def _fill_rows(
-    rows: Tensor, first: int, source: ModelFolder, tensor: str, vocabulary: Vocabulary, scale: float
-) -> None:
-    """Copy a table's text rows and its row of the end of documents, and scale the others.
+def _fill_rows(rows: Tensor, first: int, source: ModelFolder, tensor: str, vocabulary: Vocabulary, taken: int) -> None:
+    """Copy the first ``taken`` rows of a table, and the row of the end of documents.
 
     Args:
-        rows: a tensor-parallel rank's rows of the table, ``first`` and on, with initial weights.
+        rows: a tensor-parallel rank's rows of the table, ``first`` and on.
     """
-    rows.mul_(scale)
-    text = max(min(vocabulary.text_size - first, len(rows)), 0)
-    for begin in range(0, text, _BLOCK):
-        end = min(begin + _BLOCK, text)
+    own = max(min(taken - first, len(rows)), 0)
+    for begin in range(0, own, BLOCK):
+        end = min(begin + BLOCK, own)
         rows[begin:end] = source.rows(tensor, first + begin, first + end).to(rows)
-    end_of_document = vocabulary.text.end
-    if end_of_document is not None and first <= vocabulary.eod < first + len(rows):
-        rows[vocabulary.eod - first] = source.rows(tensor, end_of_document, end_of_document + 1)[0].to(rows)
+    end_of_documents = _end_of_documents(source, vocabulary)
+    if end_of_documents is not None and taken <= vocabulary.eod and first <= vocabulary.eod < first + len(rows):
+        rows[vocabulary.eod - first] = source.rows(tensor, end_of_documents, end_of_documents + 1)[0].to(rows)
 
 
 def require_same_shape(source: ModelFolder, model: ModelConfig) -> None:
@@ -111,9 +151,11 @@ def require_same_shape(source: ModelFolder, model: ModelConfig) -> None:
     published, own = source.model.identity, model.identity
     for key in dict.fromkeys((*published, *own)):
         if key != "max_image_tokens" and published.get(key) != own.get(key):
+            key = key.removesuffix("_factor")  # a short form, of which the model keeps no value
             raise UserError(
-                f"{source.folder}: its model.{key} is {published.get(key)}, this run's is {own.get(key)}; write its "
-                "shape with tools/convert_hf.py --shape and lay it over the configuration"
+                f"{source.folder}: its model.{key} is {getattr(source.model, key)}, this run's is "
+                f"{getattr(model, key)}; write its shape with tools/convert_hf.py --shape and lay it over the "
+                "configuration"
             )
 
 
@@ -124,13 +166,13 @@ def require_same_text(source: ModelFolder, vocabulary: Vocabulary) -> None:
         UserError: names the first token that differs.
     """
     size, rows = vocabulary.text_size, source.vocab_size
-    differ = f"{vocabulary.folder}: has {size} text tokens, the embedding of {source.folder} {rows} rows"
-    if size > rows:
-        raise UserError(f"{differ}; create a vocabulary with tools/train_tokenizer.py --from-model {source.folder}")
     text = source.text(vocabulary.text_file.name)
     if text is None:
-        if size < rows:
-            raise UserError(f"{differ}, and no tokenizer file shows which rows are tokens; add it")
+        if size != rows:
+            raise UserError(
+                f"{vocabulary.folder}: has {size} text tokens, the embedding of {source.folder} {rows} rows, and no "
+                "tokenizer file there shows which rows are tokens; add it"
+            )
         return
     for i in range(size):
         own, published = vocabulary.text.piece(i), text.piece(i)

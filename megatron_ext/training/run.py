@@ -12,7 +12,7 @@ from megatron_ext.config import Config
 from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.errors import UserError
 from megatron_ext.hugging_face.folder import ModelFolder, is_model_folder
-from megatron_ext.hugging_face.loading import load_published
+from megatron_ext.hugging_face.loading import check_published, load_published
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan, task_and_modality
 from megatron_ext.training.bad_steps import BadSteps
@@ -97,6 +97,10 @@ def build_run(config: Config) -> Run:
     validation_data = None
     if config.data.validation:
         validation_data = build_mixture(config.data.validation, config.data, vocabulary, train=False)
+    checkpoints = Checkpointer(
+        Path(config.output) / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
+    )
+    _check_start(config, vocabulary, checkpoints)
     chunks = build_model(resolved)
     run = Run(
         resolved=resolved,
@@ -105,9 +109,7 @@ def build_run(config: Config) -> Run:
         validation_data=validation_data,
         chunks=chunks,
         optimizer=build_optimizer(config, chunks),
-        checkpoints=Checkpointer(
-            Path(config.output) / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
-        ),
+        checkpoints=checkpoints,
         progress=Progress(),
         bad_steps=BadSteps(config.bad_steps),
         identity=identity_of(resolved, vocabulary),
@@ -140,6 +142,14 @@ def _require_same_roles(run: Run, path: Path) -> None:
                 )
 
 
+def _check_start(config: Config, vocabulary: Vocabulary, checkpoints: Checkpointer) -> None:
+    """Refuse a published model that does not fit before a large model is built, which takes minutes."""
+    load = config.checkpoint.load and Path(config.checkpoint.load)
+    resumes = config.checkpoint.resume and checkpoints.newest()
+    if load and is_model_folder(load) and not resumes:
+        check_published(ModelFolder(load), config.model, vocabulary)
+
+
 def _resume(run: Run) -> None:
     """Resume from the newest checkpoint in the output folder, or start from another run's weights."""
     settings = run.config.checkpoint
@@ -165,7 +175,8 @@ def _resume(run: Run) -> None:
 def _start(run: Run, path: Path) -> Path:
     """Load weights from a published model, a checkpoint or a run. Returns the folder that holds them."""
     if is_model_folder(path):
-        load_published(ModelFolder(path), run.chunks, run.config.model, run.vocabulary)
+        rows = load_published(ModelFolder(path), run.chunks, run.config.model, run.vocabulary)
+        distributed.report(f"{rows.published:,} tokens start as the published model's, {rows.new:,} are new")
         return path
     path = checkpoint_folder.of_run(path)
     load_weights(path, run.chunks, run.identity)

@@ -18,6 +18,7 @@ from megatron_ext.conversion.projections import convert
 from megatron_ext.conversion.published_model import convert_published, write_shape
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
+from megatron_ext.export_hf.tokenizer_files import exported_tokenizer
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.hugging_face.folder import ModelFolder
 from megatron_ext.model_config import RotaryScalingConfig
@@ -29,6 +30,7 @@ from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.resolved import resolve
 from megatron_ext.vocabulary import Vocabulary
 from support.data_sets import write_texts
+from support.exported import llama_vocabulary
 from support.published_models import FAMILIES, LLAMA3, OTHER_EDGES, make_published
 from support.vocabularies import make_vocabulary
 
@@ -132,11 +134,46 @@ def test_a_run_with_image_projections_may_start_from_the_folder(one_process, voc
         assert (parameters[name] == own).all()
 
 
+def test_a_written_shape_wins_over_an_example_s_and_leaves_the_positions_inside_images(tmp_path):
+    make_published(tmp_path / "published", "qwen3", tie_word_embeddings=True)
+    shape = write_shape(ModelFolder(tmp_path / "published"), tmp_path / "shape.yaml")
+    example = Path(__file__).parents[2] / "examples" / "configs" / "llama-3.2-1b.yaml"
+    (tmp_path / "own.yaml").write_text("model: {rotary_scaling_factor: 8, rotary_scaling: null, max_image_tokens: 4}")
+    for below in ([example], [example, tmp_path / "own.yaml"]):
+        model = config_file.load(Config, [*below, shape]).model
+        assert model.rotary_scaling is None
+        assert model.identity == ModelFolder(tmp_path / "published").model.identity | {
+            "max_image_tokens": 4 * (len(below) - 1)
+        }
+
+
+def test_a_model_with_all_tokens_of_the_vocabulary_gives_all_their_rows(one_process, tmp_path):
+    vocabulary = llama_vocabulary(tmp_path / "vocabulary")
+    published = make_published(tmp_path / "published", rows=vocabulary.size + 3)
+    exported_tokenizer(vocabulary, with_images=False).save(str(tmp_path / "published" / "tokenizer.json"))
+    numbers = convert_published(tmp_path / "published", vocabulary, tmp_path / "start", seed=5)
+    assert numbers["rows"] == {"published": vocabulary.size, "new": 0, "padding": -vocabulary.size % 128, "left_out": 3}
+    model = load(tmp_path / "start" / "iter_0000000", []).model
+    for table, expected in zip((model.embedding.word_embeddings, model.output_layer), published.children()):
+        expected = (expected.embed_tokens if hasattr(expected, "embed_tokens") else expected).weight
+        assert torch.equal(table.weight[: vocabulary.size], expected[: vocabulary.size])
+
+
+def test_tokens_without_a_row_start_as_new_ones(one_process, vocabulary, tmp_path):
+    published = make_published(tmp_path / "published", rows=TEXT_SIZE - 2)
+    shutil.copy(vocabulary.folder / "tokenizer.model", tmp_path / "published")
+    numbers = convert_published(tmp_path / "published", vocabulary, tmp_path / "start", seed=5)
+    assert numbers["rows"] == {"published": TEXT_SIZE - 1, "new": CODES + 5, "padding": 40, "left_out": 0}
+    table = load(tmp_path / "start" / "iter_0000000", []).model.embedding.word_embeddings.weight
+    assert torch.equal(table[: TEXT_SIZE - 2], published.model.embed_tokens.weight)
+    assert 0 < float(table[TEXT_SIZE - 2 : TEXT_SIZE].std()) < 1
+
+
 def test_a_run_of_another_shape_is_refused(one_process, vocabulary, tmp_path):
     make_published(tmp_path / "published", "qwen3")
     (tmp_path / "shape").mkdir()
     write_shape(ModelFolder(tmp_path / "published"), tmp_path / "shape" / "model.yaml")
-    with pytest.raises(UserError, match="published: its model.qk_norm is True, this run's is None; .* --shape"):
+    with pytest.raises(UserError, match="published: its model.qk_norm is True, this run's is False; .* --shape"):
         run_from(tmp_path / "shape", vocabulary, tmp_path, tmp_path / "published", "model.qk_norm=false")
 
 
@@ -240,7 +277,7 @@ def write(file: Path, value: dict) -> None:
     [
         ({"model_type": "gemma3_text"}, "'model_type' is 'gemma3_text', must be one of llama, mistral, qwen2, qwen3"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "'use_sliding_window' is True, .* only False"),
-        ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, "'layer_types' has 'sliding_attention'"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, r"'layer_types' is \['sliding_attention'\]"),
         ({"model_type": "mistral", "sliding_window": 4096}, "'sliding_window' is 4096, below 'max_position_embedd"),
         ({"attention_bias": True}, "'attention_bias' is True, this model supports only False"),
         ({"mlp_bias": True}, "'mlp_bias' is True"),
@@ -255,6 +292,11 @@ def write(file: Path, value: dict) -> None:
         ),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "'rope_type' is 'linear'"),
         ({"rope_parameters": LLAMA3 | {"high_freq_factor": None}}, "'high_freq_factor' of 'llama3' is None, must be"),
+        ({"model_type": ["llama"]}, r"'model_type' is \['llama'\], must be one of"),
+        ({"layer_types": 5}, "'layer_types' is 5"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "'sliding_window' is '4096'"),
+        ({"rope_parameters": "yarn"}, "'rope_parameters' is 'yarn', must be the settings of all layers"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "must be the settings of all layers"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "'partial_rotary_factor' is 0.5"),
     ],
 )
@@ -312,13 +354,13 @@ def test_missing_and_damaged_files_are_named(saved, vocabulary, tmp_path):
     (llama / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match="llama: has neither model.safetensors nor model.safetensors.index.json"):
         convert_published(llama, vocabulary, tmp_path / "out", seed=5)
-    with pytest.raises(UserError, match="absent/config.json: .*No such file"):
+    with pytest.raises(UserError, match="absent: not a folder of a published model"):
         convert_published(tmp_path / "absent", vocabulary, tmp_path / "out", seed=5)
 
 
 def test_a_vocabulary_of_other_text_is_refused(saved, vocabulary, tmp_path):
     make_published(tmp_path / "smaller", rows=TEXT_SIZE - 8)
-    with pytest.raises(UserError, match="has 40 text tokens, the embedding of .* 32 rows"):
+    with pytest.raises(UserError, match="has 40 text tokens, the embedding of .* 32 rows, and no tokenizer file"):
         convert_published(tmp_path / "smaller", vocabulary, tmp_path / "out", seed=5)
 
     llama = shutil.copytree(saved, tmp_path / "llama")
