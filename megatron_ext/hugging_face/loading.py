@@ -40,7 +40,7 @@ class TableRows:
 
     Attributes:
         taken: the first rows, which are the published model's.
-        published, new: tokens whose rows start as the published model's, and tokens whose rows start from scaled initial
+        published, new: tokens that start as the published model's rows, and tokens that start from scaled initial
             weights.
         stds: standard deviation of new rows by the name of the table.
     """
