@@ -62,17 +62,16 @@ def read(
     folder, model = file.parent, text_model.load(file)
     opens, ends = (_named(folder, kind, model, file) for kind in ("bos", "eos"))
     names = bos or (opens[0] if opens else None), ends[0] if ends else None
-    own, own_name = _own_template(folder)
     used = None
     if template is not None:
-        used, name = (own, own_name) if template == MODEL else (_text(Path(template)), template)
+        used, name = _own_template(folder) if template == MODEL else (_text(Path(template)), template)
         if used is None:
             raise UserError(f"{folder}: has no chat template; name the file of one instead of {MODEL!r}")
         answer_end = answer_end or chat_template.turn_end(used, name, model, *names)
         ChatTemplate(used, name, model, names[0], answer_end)  # refuses one that cannot be used
     turn_end = answer_end
-    if turn_end is None and own is not None and len(ends) > 1:
-        turn_end = chat_template.turn_end(own, own_name, model, *names)
+    if turn_end is None and len(ends) > 1:
+        turn_end = _own_turn_end(folder, model, *names)
     end = next((token for token in ends if token != turn_end), names[1])
     return TokenizerFiles(file, names[0], end, answer_end, used)
 
@@ -105,15 +104,32 @@ def _named(folder: Path, kind: str, model: TextModel, tokenizer: Path) -> list[s
     return list(dict.fromkeys(token for token in tokens if token is not None))
 
 
+def _own_turn_end(folder: Path, model: TextModel, bos: str | None, eos: str | None) -> str | None:
+    """The token that a model's own chat template writes after an answer; None if that is unknown, as of a damaged
+    template, which is no error where no template is asked for."""
+    try:
+        source, name = _own_template(folder)
+        return None if source is None else chat_template.turn_end(source, name, model, bos, eos)
+    except UserError:
+        return None
+
+
 def _own_template(folder: Path) -> tuple[str | None, str]:
-    """The chat template of a model, and the name of its file."""
+    """The chat template of a model, and the name of its file.
+
+    Raises:
+        UserError: the file cannot be read, or the template is not text.
+    """
     file = folder / CHAT_TEMPLATE
     if file.is_file():
         return _text(file), str(file)
     file = folder / TOKENIZER_CONFIG
     template = _config(file).get("chat_template")
     if isinstance(template, list):  # several, each with a name
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{file}: 'chat_template' is not a string")
     return template, str(file)
 
 

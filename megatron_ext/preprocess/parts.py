@@ -98,9 +98,9 @@ def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions,
 def _documents(sample: Sample, split: bool, template: ChatTemplate | None) -> list[Segments]:
     """The documents of a sample: texts as such, or as token ids where a chat template wrote them."""
     if template and sample.turns:
-        conversations = conversation_turns(sample)
-        conversations = split_conversation(conversations) if split else [conversations]
-        return [template.segments(turns) for turns in conversations]
+        turns = conversation_turns(sample)
+        conversations = split_conversation(turns) if split else [[turn for turn in turns if turn[1]]]
+        return [template.segments(turns) for turns in conversations if turns]
     document = list(sample.segments)
     return split_turns(document) if split and sample.required_mode == ANSWER else [document]
 
@@ -113,7 +113,8 @@ def _sequence(item, ids: Iterator) -> "np.ndarray | ImageFile":
 
 
 def conversation_turns(sample: Sample) -> list[Turn]:
-    """The turns of a conversation that say something; images without a place open the first turn of the user."""
+    """The turns of a conversation that say something, and blank answers, which have no parts. Images without a place open
+    the first turn of the user; without one they are a turn after the instructions."""
     segments, turns, unplaced = iter(sample.segments), [], []
     for role, count in sample.turns:
         parts = list(islice(segments, count))
@@ -121,21 +122,29 @@ def conversation_turns(sample: Sample) -> list[Turn]:
             unplaced = parts
         elif role == "user":
             parts, unplaced = unplaced + parts, []
-        if role and parts:
+        if role and (parts or role == "assistant"):
             turns.append((role, parts))
-    return [("user", unplaced), *turns] if unplaced else turns
+    if unplaced:
+        turns.insert(len(_instructions(turns)), ("user", unplaced))
+    return turns
+
+
+def _instructions(turns: list[Turn]) -> list[Turn]:
+    """The system turns that open a conversation."""
+    return list(takewhile(lambda turn: turn[0] == "system", turns))
 
 
 def split_conversation(turns: list[Turn]) -> list[list[Turn]]:
     """A conversation for each question with its answer (:func:`split_turns`), each with the instructions before the
-    first question."""
-    system = list(takewhile(lambda turn: turn[0] == "system", turns))
+    first question. A question with a blank answer leaves its images alone."""
+    system = _instructions(turns)
     conversations, images, question = [], [], []
     for role, parts in turns[len(system) :]:
         if role != "assistant":
             question = question + parts
             continue
-        conversations.append([*system, ("user", images + question), ("assistant", parts)])
+        if parts:
+            conversations.append([*system, ("user", images + question), ("assistant", parts)])
         images, question = images + [(IMAGE, item) for mode, item in question + parts if is_image(mode)], []
     return conversations
 

@@ -93,6 +93,26 @@ def test_each_question_apart_is_a_conversation_of_its_own(vocabulary):
     ]
 
 
+def test_a_question_with_a_blank_answer_is_no_part_of_the_next_question(vocabulary):
+    record = {"conversations": turns("what <image>", " ", "is it", "no")}
+    assert only(vocabulary, record, images=1, split=True) == [
+        "<|turn|>user\n[0]is it<|eot|>\n<|turn|>assistant\n**no**\n"
+    ]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_images_without_a_question_follow_the_instructions(vocabulary, split):
+    record = {"conversations": [{"from": "system", "value": "two"}, {"from": "gpt", "value": "red"}]}
+    assert only(vocabulary, record, images=1, split=split) == [
+        "<|turn|>system\ntwo<|eot|>\n<|turn|>user\n[0]<|eot|>\n<|turn|>assistant\n**red**\n"
+    ]
+
+
+def test_a_conversation_of_blank_turns_is_skipped(vocabulary):
+    part = documents(vocabulary, {"conversations": turns("", " ")})
+    assert part.skipped == [{"sample": "0", "reason": "its text is empty"}]
+
+
 def test_captions_and_plain_text_are_never_written_by_the_template(vocabulary):
     assert only(vocabulary, {"caption": "a red circle"}, images=1) == ["[0]** a red circle**"]
     assert only(vocabulary, {"text": f"two {EOT} circle"}) == [f"two {EOT} circle"]

@@ -200,6 +200,17 @@ def test_the_tokens_are_those_that_a_model_s_files_name(tmp_path):
     assert tokenizer_files.read(folder, answer_end=END).end == EOT
 
 
+@pytest.mark.parametrize("template", ["{% for", "{{ messages[1].content }}", "{{ messages[9].content.x }}", 5, [5]])
+def test_a_template_that_is_not_asked_for_may_be_odd(tmp_path, template):
+    turn_end = text_model.load(byte_level(tmp_path / "m" / "tokenizer.json")).id(EOT)
+    config = {"bos_token": BEGIN, "eos_token": EOT, "chat_template": template}
+    folder = model_folder(tmp_path / "m", config, {"eos_token_id": [turn_end, turn_end - 2]})
+    assert tokenizer_files.read(folder).end == EOT
+    assert tokenizer_files.read(folder, answer_end=EOT).end == END
+    with pytest.raises(UserError, match="m: has no chat|tokenizer_config.json: "):
+        tokenizer_files.read(folder, template="model")
+
+
 def test_without_a_token_that_opens_documents_the_end_of_the_one_before_does(tmp_path):
     folder = model_folder(tmp_path / "m", {"bos_token": None, "eos_token": END})
     found = tokenizer_files.read(folder)
