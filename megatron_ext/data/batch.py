@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from megatron_ext.token_classes import Modality, Task
+
 if TYPE_CHECKING:  # worker processes, which make batches of arrays, do not wait for torch
     from torch import Tensor
 
@@ -81,6 +83,17 @@ class Batch:
         starts = np.ones(document.shape, dtype=bool)
         starts[:, 1:] = document[:, 1:] != document[:, :-1]
         return starts
+
+    def predicted_task(self) -> np.ndarray:
+        """The task that the loss of each token of a batch on the host counts to, int8 [b, s]: that of its document, but
+        GENERATION where a drawn image is predicted, or the ``<boi>`` before it."""
+        task, document = np.asarray(self.task), np.asarray(self.document)
+        predicted, same = task.copy(), document[:, 1:] == document[:, :-1]
+        drawn = (np.asarray(self.modality) == Modality.IMAGE) & (task == Task.GENERATION)
+        begins = same & drawn[:, 1:] & ~drawn[:, :-1]  # tokens before a drawn image: its <boi>
+        predicted[:, :-1][begins] = Task.GENERATION
+        predicted[:, :-2][same[:, :-1] & begins[:, 1:]] = Task.GENERATION
+        return predicted
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -32,7 +32,10 @@ NO_TASK = len(Task)
 
 @dataclass
 class MicroBatch:
-    """The input of a forward pass: the route, and label and task of each of its n targets, int64 [n]."""
+    """The input of a forward pass: the route, and label and task of each of its n targets, int64 [n].
+
+    The task is that which the loss counts to (:meth:`~megatron_ext.data.batch.Batch.predicted_task`).
+    """
 
     route: Route
     labels: np.ndarray
@@ -121,9 +124,10 @@ class Preparation:
             TRAINING_PER_FORWARD * forward_flops(self.model, self.vocab_size, plan, counted)
             for plan, counted in zip(plans, counts)
         )
+        tasks = batch.predicted_task()
         return StepInput(
             micro_batches=[self._micro_batch(part, selection) for part in parts],
-            loss_tokens=np.array([((batch.loss_mask > 0) & (batch.task == task)).sum() for task in Task], np.float64),
+            loss_tokens=np.array([((batch.loss_mask > 0) & (tasks == task)).sum() for task in Task], np.float64),
             flops=flops,
             dense_flops=dense_flops,
             tokens=sum(counts[0].tokens),
@@ -134,7 +138,7 @@ class Preparation:
         rows = self.row_layout
         route = Route.arrays(part, self.plan, selection=selection, **vars(rows))
         targets, fillers = route.targets, -route.targets.size % rows.fill
-        labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.task))
+        labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.predicted_task()))
         # Only the host uses these.
         route.targets = route.order = None
         if not self.model.max_image_tokens:

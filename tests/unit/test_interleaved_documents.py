@@ -5,11 +5,15 @@ import json
 import numpy as np
 import pytest
 
+from megatron_ext import config_file
+from megatron_ext.config import Config
 from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset, is_image, merge, verify
 from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.data.source import Source, SourceConfig
 from megatron_ext.errors import UserError
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training.prepare import prepare
+from megatron_ext.transformer.resolved import resolve
 from support.data_sets import FIRST_CODE, SPECIAL, mixture, write
 
 EDIT = [(IMAGE, [110, 111, 112]), (TEXT, [2, 3]), (DRAWN, [113, 114, 115])]
@@ -65,8 +69,22 @@ def test_an_edit_learns_the_drawn_image_and_the_decision_to_draw_it(tmp_path):
     assert batch.loss_mask.tolist() == [[0,   0,   0,   0,   0,   0, 0, 1,   1,   1,   1,   0,   0,   0]]
     assert batch.modality.tolist() ==  [[0,   0,   1,   1,   1,   0, 0, 0,   0,   1,   1,   1,   0,   0]]
     assert batch.task.tolist() ==      [[0,   0,   0,   0,   0,   0, 0, 0,   0,   1,   1,   1,   0,   0]]
+    assert batch.predicted_task().tolist() \
+                               ==      [[0,   0,   0,   0,   0,   0, 0, 1,   1,   1,   1,   1,   0,   0]]
     # fmt: on
     assert batch.document.tolist() == [[0] * 14] and batch.positions.tolist() == [list(range(14))]
+
+
+def test_drawn_images_and_their_boi_count_to_generation_s_loss_and_answers_to_understanding_s(tmp_path):
+    document = [*EDIT, (TEXT, [4]), (ANSWER, [5, 6]), (TEXT, [7]), (DRAWN, [113, 114, 115])]
+    batch = render(tmp_path, document, "interleaved", len(slowly(document)[0]))
+    row = batch.tokens.shape[1]
+    config = config_file.load(Config, [], [f"data.sequence_length={row}", "training.micro_batch_size=1"])
+    step = prepare(batch, resolve(config))
+    assert step.loss_tokens.tolist() == [3, 8, 0]  # an answer and its end; two images and their <boi>
+    (part,) = step.micro_batches
+    of_code = np.asarray(part.labels) >= FIRST_CODE
+    assert np.asarray(part.tasks)[of_code].tolist() == [Task.GENERATION] * 6
 
 
 def test_a_dropped_instruction_leaves_the_given_and_the_drawn_image(tmp_path):
