@@ -1,9 +1,6 @@
 """Editing on the picture world: a run with edits beside one without that saw as many tokens of understanding and
 generation.
 
-    python benchmarks/editing.py --with runs/editing/training/scores --without runs/editing/without_edits/scores \
-        --data runs/editing/benchmarks/validation
-
 Reads answers and pictures that tools/evaluate.py made with --benchmark gqa, mjhq and edits. Intervals are 95 %, by
 resampling questions, captions or edits; both runs of a difference are resampled together.
 """

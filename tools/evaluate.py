@@ -8,6 +8,7 @@ from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import score_table as table
 from megatron_ext.evaluation.registry import BENCHMARKS, DRAWN, EDITS, PICTURES, benchmark_named
+from megatron_ext.generation.request import GUIDANCE
 
 
 def main() -> None:
@@ -88,7 +89,13 @@ def _add_picture_options(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, help="0: the most likely token (default: %(default)s)")
     add("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all (default)")
     add("--top-p", type=float, default=1.0, help="only the most likely tokens of this total probability")
-    add("--guidance", type=float, default=3.0, help="scale of classifier-free guidance; 1: none (default: %(default)s)")
+    add(
+        "--guidance",
+        type=float,
+        help="scale of classifier-free guidance; 1: none (default: {captions} for mjhq, {edits} for edits)".format(
+            **GUIDANCE
+        ),
+    )
     add("--seed", type=int, default=0, help="seed of the pictures (together with the prompt's number)")
     add("--inception", type=Path, metavar="FILE", help="inception-2015-12-05.pt, for FID (default: built-in features)")
     add("--clip", type=Path, metavar="FOLDER", help="a CLIP model as transformers saves it, for the CLIP score")
@@ -119,14 +126,13 @@ def _generate(arguments: argparse.Namespace) -> bool:
     if missing := [path for path in (arguments.inception, arguments.clip) if path and not path.exists()]:
         raise UserError(f"{missing[0]}: no such file or folder")
     drawn = {
-        PICTURES: (mjhq, picture_generation.picture_request),
-        EDITS: (edits, picture_generation.edit_request),
+        PICTURES: (mjhq, picture_generation.picture_request, GUIDANCE["captions"]),
+        EDITS: (edits, picture_generation.edit_request, GUIDANCE["edits"]),
     }
     items_of_each = [
         (drawn[name][0] if name in DRAWN else benchmark_named(name)).read(data, parts)
         for name, data, parts in zip(arguments.benchmark, arguments.data, arguments.parts)
     ]
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.guidance, arguments.seed)
     checkpoint = checkpoint_folder.of_run(arguments.checkpoint)
     trained = load(checkpoint, arguments.overrides, arguments.vocabulary, arguments.tensor)
     session = Session(trained, arguments.vq, arguments.batch_size)
@@ -135,7 +141,11 @@ def _generate(arguments: argparse.Namespace) -> bool:
         for number, (name, data, items, out) in enumerate(jobs):
             with command_line.whole().part(_share(arguments, number), _share(arguments, number + 1)):
                 if name in DRAWN:
-                    reader, request = drawn[name]
+                    reader, request, guidance = drawn[name]
+                    guidance = guidance if arguments.guidance is None else arguments.guidance
+                    sampling = Sampling(
+                        arguments.temperature, arguments.top_k, arguments.top_p, guidance, arguments.seed
+                    )
                     settings = picture_generation.picture_settings(
                         session, checkpoint, reader.fingerprint(data), sampling
                     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
+from megatron_ext.generation.request import GUIDANCE
 
 
 def main() -> None:
@@ -20,12 +21,11 @@ def main() -> None:
     results = []
 
     def generate_pictures(captions: list[str]) -> None:
-        settings = _sampling(arguments, temperature=1.0, guidance=3.0)
+        settings = _sampling(arguments, temperature=1.0, guidance=GUIDANCE["captions"])
         results.extend(session.generate_pictures(captions, arguments.out, settings, first_number=len(results)))
 
     def edit(instructions: list[str]) -> None:
-        # Pictures that follow the instruction too closely keep less of what is given.
-        settings = _sampling(arguments, temperature=1.0, guidance=1.5)
+        settings = _sampling(arguments, temperature=1.0, guidance=GUIDANCE["edits"])
         results[:] = session.edit(arguments.edit, instructions, arguments.out, settings, earlier=results)
 
     def answer(questions: list[str]) -> None:
@@ -88,7 +88,8 @@ def _arguments() -> argparse.Namespace:
     add(
         "--guidance",
         type=float,
-        help="scale of classifier-free guidance for pictures; 1: none (default: 3 for captions, 1.5 for edits)",
+        help="scale of classifier-free guidance for pictures; 1: none (default: {captions} for captions, {edits} for "
+        "edits)".format(**GUIDANCE),
     )
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=16, help="documents that are decoded together")
@@ -97,7 +98,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.prompt += _lines(arguments.prompts)
     if not (arguments.prompt or arguments.question or arguments.instruction or arguments.interactive):
-        parser.error("nothing to do: give --prompt, --prompts, --image with --question, --edit or --interactive")
+        needed = "--prompt, --prompts, --image with --question, --edit with --instruction, or --interactive"
+        parser.error(f"nothing to do: give {needed}")
     if arguments.question and not arguments.image:
         parser.error("--question needs --image")
     if arguments.instruction and not arguments.edit:

@@ -8,12 +8,12 @@ A folder of tasks is given to lmms-eval with ``--include_path``::
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ext import files
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.answers import AnswersWriter, question_fingerprint
+from megatron_ext.evaluation.answers import question_fingerprint
 from megatron_ext.evaluation.benchmark import Item
 
 _TASK = """\
@@ -74,7 +74,7 @@ def write_task(folder: Path, task: str, items: Sequence[Item], max_new_tokens: i
 
 
 def read_samples(samples: Path, questions: Path, answers: Path) -> int:
-    """Write the answers that lmms-eval logged (``--log_samples``) as an answers file, which ``tools/evaluate.py
+    """Write the answers that lmms-eval logged (``--log_samples``) as a new answers file, which ``tools/evaluate.py
     --score`` reads.
 
     Args:
@@ -87,26 +87,29 @@ def read_samples(samples: Path, questions: Path, answers: Path) -> int:
     Raises:
         UserError: a file is missing, or a sample is not of this task.
     """
-    asked = [json.loads(line) for line in _lines(questions)]
-    count = 0
-    with AnswersWriter(answers) as writer:
-        for number, line in enumerate(_lines(samples), start=1):
-            try:
-                sample = json.loads(line)
-                question, answer = asked[sample["doc_id"]], sample["filtered_resps"]
-                answer = answer if isinstance(answer, str) else answer[0]
-                if sample["input"] != question["question"]:
-                    raise ValueError("another question")
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise UserError(f"{samples}:{number}: not a sample of the task in {questions} ({error!r})") from None
-            if question["id"] not in writer.answered:
-                writer.write(question["id"], answer, asked=question["asked"])
-            count += 1
-    return count
+    asked, records = list(_objects(questions)), {}
+    for number, sample in enumerate(_objects(samples), start=1):
+        try:
+            question, answer = asked[sample["doc_id"]], sample["filtered_resps"]
+            answer = answer if isinstance(answer, str) else answer[0]
+            if sample["input"] != question["question"]:
+                raise ValueError("another question")
+            records[question["id"]] = {"id": question["id"], "answer": answer, "asked": question["asked"]}
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{samples}:{number}: not a sample of the task in {questions} ({error!r})") from None
+    files.write_text(answers, "".join(json.dumps(record) + "\n" for record in records.values()))
+    return len(records)
 
 
-def _lines(file: Path) -> list[str]:
+def _objects(file: Path) -> Iterator[dict]:
+    """The JSON object in each line."""
     try:
-        return file.read_text().splitlines()
+        lines = file.read_text().split("\n")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                yield json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: {error}") from None

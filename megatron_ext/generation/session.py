@@ -124,6 +124,7 @@ class Session:
         drawn = [given, *(result["codes"] for result in results)]
         files = [out / GIVEN, *(Path(result["file"]) for result in results)]
         distributed.from_rank_zero(lambda: self._save(drawn, files, out / SHEET))
+        self._report(f"{out / SHEET}: all, after the given picture")
         return results
 
     def codes(self, continuations: Sequence[Sequence[int]]) -> list[list[int]]:

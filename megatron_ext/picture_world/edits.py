@@ -18,7 +18,8 @@ from megatron_ext.picture_world.world import GRID, RICHEST, Scene, SceneObject, 
 SEED_OFFSET = 2_000_003
 """Edits start from other scenes than the captions and questions: those of the seed plus this number."""
 SCENES = 1000
-"""Scenes that one conversation may be made from, the first suitable of which is used."""
+"""Distance between the first scenes of two conversations: each is made from the first suitable scene from there on,
+which is found among fewer."""
 STEPS = {"to the left": (0, -1), "to the right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Directions of a move by one cell: (rows, columns)."""
 

@@ -123,6 +123,11 @@ def _config(study: Study, size: Size, method: Method, all_sources: bool = False)
     trees = [*map(config_file.read_yaml, study.base), study.settings, size.settings, method.settings]
     config = config_file.from_trees(Config, trees)
     if method.trained_on != "unified" and not all_sources:
+        if any(source.task == "interleaved" for source in config.data.train):
+            raise UserError(
+                f"method {method.name}: 'data.train' has interleaved documents, which only the unified runs would see; "
+                "leave them out of a study of single tasks"
+            )
         kept = {method.trained_on} | ({"text"} if study.keep_text else set())
         config.data.train = [source for source in config.data.train if source.task in kept]
         if not any(source.task == method.trained_on for source in config.data.train):

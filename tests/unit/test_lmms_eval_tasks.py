@@ -56,6 +56,7 @@ def test_logged_answers_are_scored_like_ours(items, tmp_path):
     ]
     samples.write_text("".join(json.dumps(sample) + "\n" for sample in reversed(logged)))
     questions, answers = tmp_path / "pope_local.jsonl", tmp_path / "answers.jsonl"
+    answers.write_text('{"id": "random/1", "answer": "of another model"}\n')
     assert lmms_eval.read_samples(samples, questions, answers) == len(items)
     scored = score_table.score_file(POPE, items, tmp_path / "answers.jsonl", "lmms-eval")
     expected = POPE.score(items, {item.id: "yes" if i % 3 else "no" for i, item in enumerate(items)})
