@@ -39,6 +39,7 @@ DATE = datetime(2024, 7, 26)
 _IMAGE_MARK = "\U0010fffd"
 _FIRST_TURN_MARK = 0xF0000
 _DROPPED = -1  # mode of a token that rendering adds
+_QUOTED = 60  # most characters of a text that a message quotes
 
 Segments = list[tuple[int, object]]
 """(mode, text or token ids) and (mode, an image of any kind)."""
@@ -108,9 +109,9 @@ class ChatTemplate:
 
     def _check(self, content: str) -> None:
         if found := self._control.search(content):
-            raise UnusableConversation(f"a text has the control token {found[0]!r}")
+            raise UnusableConversation(f"a text has the control token {found[0]!r}: {_quoted(content)}")
         if any(ord(character) >= _FIRST_TURN_MARK for character in content):
-            raise UnusableConversation("a text has a character of the private planes of Unicode")
+            raise UnusableConversation(f"a text has a character of the private planes of Unicode: {_quoted(content)}")
 
     def _spans(self, turns: Sequence[Turn], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation, and (start, mode) of its stretches of one mode, in order."""
@@ -123,8 +124,10 @@ class ChatTemplate:
             raise UnusableConversation("the chat template leaves out, repeats or reorders turns")
         between = between[::2]
         text = "".join(fixed + content for fixed, content in zip(between, [*contents, ""]))
-        if self._render(roles, contents, prompt) != text:
-            raise UnusableConversation("the chat template rewrites its texts")
+        rendered = self._render(roles, contents, prompt)
+        if rendered != text:
+            changed = next((content for content in contents if content not in rendered), "".join(contents))
+            raise UnusableConversation(f"the chat template rewrites its texts: {_quoted(changed)}")
         spans, place = [(0, TEXT)], 0
         for (role, parts), before, content, after in zip(turns, between, contents, between[1:]):
             place += len(before)
@@ -135,13 +138,14 @@ class ChatTemplate:
 
     def _answer(self, parts: Segments, place: int, before: str, length: int, after: str) -> list[tuple[int, int]]:
         """(start, mode) of an answer, its end, and what follows."""
-        if any(mode == ANSWER for mode, _ in parts[:-1]):
-            raise UnusableConversation("an answer has text before an image")
+        if before_image := [text for mode, text in parts[:-1] if mode == ANSWER]:
+            raise UnusableConversation(f"an answer has text before an image: {_quoted(before_image[0])}")
         answer, end = place + length - len(parts[-1][1]), after.find(self._answer_end)
         if len(parts) == 1 and before.endswith(self._lead):
             answer -= len(self._lead)
         if end < 0 or after[:end].strip():
-            raise UnusableConversation(f"the chat template does not end an answer with {self._answer_end!r}")
+            reason = f"the chat template does not end an answer with {self._answer_end!r}"
+            raise UnusableConversation(f"{reason}: {_quoted(parts[-1][1])}")
         end += place + length
         return [(answer, ANSWER), (end, _DROPPED), (end + len(self._answer_end), TEXT)]
 
@@ -231,6 +235,12 @@ def turn_end(source: str, name: str, text: TextModel, bos: str | None, eos: str 
     if not found:
         raise UserError(f"{name}: writes no control token after an answer; name one with --answer-end TOKEN")
     return max(found, key=len)
+
+
+def _quoted(text: str) -> str:
+    """The beginning of a text, for messages."""
+    text = text.replace(_IMAGE_MARK, "[image]")
+    return repr(text if len(text) <= _QUOTED else text[:_QUOTED] + "...")
 
 
 def _stretches(text: str) -> list[tuple[int, str]]:

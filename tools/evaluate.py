@@ -152,8 +152,8 @@ def _generate(arguments: argparse.Namespace) -> bool:
                     picture_generation.generate(session, items, out, sampling, settings, arguments.set_aside, request)
                     continue
                 answer_generation.claim(session, checkpoint, items, out, arguments.max_new_tokens, arguments.set_aside)
-                if unreadable := answer_generation.answer(session, items, out, arguments.max_new_tokens):
-                    print(f"{out}: {unreadable} images could not be read", flush=True)
+                if unanswered := answer_generation.answer(session, items, out, arguments.max_new_tokens):
+                    print(f"{out}: {unanswered} questions stay unanswered", flush=True)
         return dist.get_rank() == 0
     finally:
         session.close()

@@ -87,8 +87,8 @@ class Benchmarking(Callback):
         with evaluation_mode(self._chunks):
             for benchmark, items in self._benchmarks:
                 file = folder / f"{benchmark.name}.jsonl"
-                if unreadable := answer(self._session, items, file, self._settings.max_new_tokens):
-                    report(f"{file}: {unreadable} images could not be read")
+                if unanswered := answer(self._session, items, file, self._settings.max_new_tokens):
+                    report(f"{file}: {unanswered} questions stay unanswered")
             if self._settings.prompts:
                 options = {key: getattr(self._settings, key) for key in ("guidance", "temperature", "seed")}
                 generated = self._session.generate_pictures(self._settings.prompts, folder, options)

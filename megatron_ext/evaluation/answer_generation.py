@@ -6,6 +6,7 @@ resumes, the parts are merged into the file. A question with an answer is not as
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from megatron_ext.evaluation.answers import AnswersWriter, question_fingerprint,
 from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.generation import prompts
 from megatron_ext.generation.likelihood import log_likelihoods
+from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.generation.session import Session
 
@@ -68,58 +70,91 @@ def answer(session: Session, items: Sequence[Item], file: Path, max_new_tokens: 
         max_new_tokens: most tokens of an answer.
 
     Returns:
-        Number of items whose image cannot be read; each is named on standard error and stays unanswered.
+        Number of items whose image cannot be read or that the chat template cannot write; each is named with the reason
+        on standard error and stays unanswered.
+
+    Raises:
+        UserError: the chat template cannot be used at all.
     """
     from_rank_zero(lambda: _merge_parts(file))
     answered = read_answers(file).records
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     todo = [item for item in items if item.id not in answered][replica::replicas]
     writes = parallel_state.get_tensor_model_parallel_rank() == 0
-    unreadable = 0
+    vocabulary, unanswered = session.trained.vocabulary, 0
     with command_line.progress(total=len(todo), desc=file.stem, unit=" questions") as bar:
         writer = AnswersWriter(_part(file, replica)) if writes and todo else None
         for start in range(0, len(todo), session.batch_size):
             batch = todo[start : start + session.batch_size]
-            readable, codes = [], {}
+            questions, codes = [], {}
             for item in batch:
-                try:
-                    if item.image not in codes:
-                        codes[item.image] = session.encode(item.image)
-                    readable.append(item)
-                except UserError as error:
-                    unreadable += 1
-                    if writes:
-                        print(f"{error}; {item.id} stays unanswered", file=sys.stderr)
-            vocabulary = session.trained.vocabulary
-            requests = [
-                prompts.answer(vocabulary, codes[item.image], item.question, max_new_tokens) for item in readable
-            ]
+                question = _question(session, item, codes, max_new_tokens)
+                if isinstance(question, _Question):
+                    questions.append(question)
+                    continue
+                unanswered += 1
+                if writes:
+                    print(f"{question}; {item.id} stays unanswered", file=sys.stderr)
+            requests = [question.request for question in questions]
             answers = session.generator(requests, GREEDY) if requests else []
-            likelihoods = _likelihoods(session, readable, codes)
-            for item, tokens in zip(readable, answers):
+            likelihoods = [_likelihoods(session, question) for question in questions]
+            for question, tokens, more in zip(questions, answers, likelihoods):
                 if writer:
-                    fingerprint, more = question_fingerprint(item), likelihoods.get(item.id, {})
-                    writer.write(item.id, vocabulary.decode_answer(tokens), asked=fingerprint, **more)
+                    fingerprint = question_fingerprint(question.item)
+                    writer.write(question.item.id, vocabulary.decode_answer(tokens), asked=fingerprint, **more)
             bar.update(len(batch))
         if writer:
             writer.close()
     dist.barrier()
     from_rank_zero(lambda: _merge_parts(file))
     counts = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, unreadable if writes else 0)
+    dist.all_gather_object(counts, unanswered if writes else 0)
     return sum(counts)
 
 
-def _likelihoods(session: Session, items: Sequence[Item], codes: dict[Path, list[int]]) -> dict[str, dict]:
-    """``{"likelihoods": log-likelihoods of the choices, each with its end}`` by the id of each item with choices."""
-    vocabulary, likelihoods = session.trained.vocabulary, {}
-    for item in items:
-        if item.choices:
-            prompt = prompts.answer(vocabulary, codes[item.image], item.bare, 0)
-            choices = [prompts.answer_tokens(vocabulary, item.bare, choice) for choice in item.choices]
-            values = log_likelihoods(session.generator, [prompt] * len(choices), choices)
-            likelihoods[item.id] = {"likelihoods": values}
-    return likelihoods
+@dataclass
+class _Question:
+    """An item as the model is asked.
+
+    Attributes:
+        bare: the prompt of the choices, one for each.
+        choices: the token ids of each choice, with its end.
+    """
+
+    item: Item
+    request: Request
+    bare: list[Request]
+    choices: list[list[int]]
+
+
+def _question(
+    session: Session, item: Item, codes: dict[Path, list[int]], max_new_tokens: int
+) -> "_Question | UserError":
+    """An item as the model is asked, or why it cannot be.
+
+    Args:
+        codes: those of pictures that were encoded before; the item's are added.
+    """
+    vocabulary = session.trained.vocabulary
+    if item.image not in codes:
+        try:
+            codes[item.image] = session.encode(item.image)
+        except UserError as error:
+            return error
+    try:
+        request = prompts.answer(vocabulary, codes[item.image], item.question, max_new_tokens)
+        bare = [prompts.answer(vocabulary, codes[item.image], item.bare, 0)] * len(item.choices)
+        choices = [prompts.answer_tokens(vocabulary, item.bare, choice) for choice in item.choices]
+    except chat_template.UnusableConversation as error:
+        return error
+    return _Question(item, request, bare, choices)
+
+
+def _likelihoods(session: Session, question: _Question) -> dict[str, list[float]]:
+    """``{"likelihoods": log-likelihoods of the choices, each with its end}``, if there are choices."""
+    if not question.choices:
+        return {}
+    return {"likelihoods": log_likelihoods(session.generator, question.bare, question.choices)}
 
 
 def _part(file: Path, replica: int) -> Path:

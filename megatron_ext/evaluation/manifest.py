@@ -4,17 +4,20 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ext import config_file, files
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.errors import UserError
-from megatron_ext.generation.session import Session
+
+if TYPE_CHECKING:  # answers and pictures are scored without Megatron-Core
+    from megatron_ext.generation.session import Session
 
 IGNORED_KEYS = ("path",)
 """Keys of a manifest that may differ: a run that was moved is still the same run."""
 
 
-def model_settings(session: Session, checkpoint: Path) -> dict:
+def model_settings(session: "Session", checkpoint: Path) -> dict:
     """The properties of a model and its use on which answers and pictures depend, as plain data.
 
     Args:

@@ -1,7 +1,7 @@
 """Requests whose prompts have the form of training documents (``preprocess/parts.py``, ``data/rendering.py``).
 
 Where the vocabulary has a chat template it writes questions, as it wrote conversations for training. Captions are plain
-text, encoded as they are stored: after their picture.
+text, encoded as they are stored: after their picture. Space around texts is left out, as preprocessing leaves it out.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from megatron_ext.vocabulary import Vocabulary
 
 def picture(vocabulary: Vocabulary, caption: str, number: int = 0) -> Request:
     """A picture for a caption: ``bos caption <boi>``; without its condition ``bos <boi>``."""
-    tokens = [vocabulary.bos, *vocabulary.encode_segment(caption), vocabulary.boi]
+    tokens = [vocabulary.bos, *vocabulary.encode_segment(caption.strip()), vocabulary.boi]
     return Request(tokens, Task.GENERATION, images=1, unconditional=[vocabulary.bos, vocabulary.boi], number=number)
 
 
@@ -25,9 +25,10 @@ def answer(
     """An answer to a question about a picture of VQ codes: ``bos <boi> codes <eoi> question``.
 
     Raises:
-        UserError: the chat template cannot write the question.
+        UserError: the chat template cannot be used.
+        UnusableConversation: it cannot write the question.
     """
-    tokens = _tokens(vocabulary, [("user", [(IMAGE, codes), (TEXT, question)])])
+    tokens = _tokens(vocabulary, [("user", [(IMAGE, codes), (TEXT, question.strip())])])
     return Request(tokens, Task.UNDERSTANDING, text_tokens=max_new_tokens, number=number)
 
 
@@ -42,10 +43,12 @@ def edit(
             condition there are the pictures alone.
 
     Raises:
-        UserError: the chat template cannot write the instructions.
+        UserError: the chat template cannot be used.
+        UnusableConversation: it cannot write the instructions.
     """
-    turns = [("user", [(IMAGE, pictures[0]), (TEXT, instructions[0])])]
-    for codes, text in zip(pictures[1:], instructions[1:], strict=True):
+    first, *more = (instruction.strip() for instruction in instructions)
+    turns = [("user", [(IMAGE, pictures[0]), (TEXT, first)])]
+    for codes, text in zip(pictures[1:], more, strict=True):
         turns += [("assistant", [(DRAWN, codes)]), ("user", [(TEXT, text)])]
     tokens = [*_tokens(vocabulary, turns), vocabulary.boi]
     images = [token for codes in pictures for token in _image(vocabulary, codes)]
@@ -54,7 +57,12 @@ def edit(
 
 
 def answer_tokens(vocabulary: Vocabulary, question: str, text: str) -> list[int]:
-    """A given answer to a question, as training would have it: its ids and the token that ends it."""
+    """A given answer to a question, as training would have it: its ids and the token that ends it.
+
+    Raises:
+        UserError, UnusableConversation: as :func:`answer`.
+    """
+    question, text = question.strip(), text.strip()
     if vocabulary.chat_template is None:
         return [*vocabulary.encode_segment(text), vocabulary.answer_end]
     turns = [("user", [(IMAGE, None), (TEXT, question)]), ("assistant", [(ANSWER, text)])]

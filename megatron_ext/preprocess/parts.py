@@ -113,8 +113,10 @@ def _sequence(item, ids: Iterator) -> "np.ndarray | ImageFile":
 
 
 def conversation_turns(sample: Sample) -> list[Turn]:
-    """The turns of a conversation that say something, and blank answers, which have no parts. Images without a place
-    open the first turn of the user; without one they are a turn after the instructions."""
+    """The turns of a conversation that say something, and blank answers, which have no parts.
+
+    Images without a place open the first turn of the user; without such a turn they are one after the instructions.
+    """
     segments, turns, unplaced = iter(sample.segments), [], []
     for role, count in sample.turns:
         parts = list(islice(segments, count))

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import training_folder
 from megatron_ext.evaluation.answer_generation import answer
+from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.evaluation.mme import MME
 from megatron_ext.evaluation.pope import POPE
@@ -28,7 +30,9 @@ from megatron_ext.training.config_checks import validate
 from megatron_ext.training.loop import train
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.run import build_run
+from megatron_ext.vocabulary import Vocabulary
 from support.data_sets import write_pairs
+from support.text_models import CONTROL, byte_level
 from support.tiny_vq import GRID, make_vq
 from support.vocabularies import make_vocabulary
 
@@ -145,6 +149,39 @@ def test_the_model_in_training_answers_as_its_checkpoint_does(evaluated, materia
         distributed.shut_down()
     answers = (training_folder.iteration_folder(evaluated.output, ITERATIONS) / "pope.jsonl").read_text()
     assert answers == (tmp_path / "a.jsonl").read_text() and len(set(answers.splitlines())) > 10
+
+
+TRIMMING = """\
+{% for m in messages %}<|turn|>{{ m.role }}
+{{ m.content | trim }}<|eot|>
+{% endfor %}{% if add_generation_prompt %}<|turn|>assistant
+{% endif %}"""
+
+
+def test_questions_that_cannot_be_written_stay_unanswered(one_process, tmp_path, capsys):
+    text, end, turn_end = byte_level(tmp_path / "tokenizer.json"), *CONTROL[1::2]
+    vocabulary = Vocabulary.create(tmp_path / "v", text, 50, end=end, answer_end=turn_end, chat_template=TRIMMING)
+    session = SimpleNamespace(
+        trained=SimpleNamespace(vocabulary=vocabulary),
+        batch_size=2,
+        encode=lambda image: [7, 8],
+        generator=lambda requests, sampling: [[*vocabulary.encode("red"), vocabulary.answer_end]] * len(requests),
+    )
+    image, file = Path("a.png"), tmp_path / "answers.jsonl"
+    items = [
+        Item("bad", image, f"is {turn_end} left", "no"),
+        Item("spaced", image, " what\n", "red"),
+        Item("bad choice", image, "what", "A", choices=(turn_end,), bare="what"),
+    ]
+    one_process()
+    assert answer(session, items, file, max_new_tokens=4) == 2
+    assert read_answers(file).answers == {"spaced": "red"}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unanswered" in line]
+    assert [line.partition("; ")[2] for line in lines] == ["bad stays unanswered", "bad choice stays unanswered"]
+    (vocabulary.folder / "chat_template.jinja").write_text("{% for")
+    session.trained.vocabulary = Vocabulary(vocabulary.folder)
+    with pytest.raises(UserError, match="chat_template.jinja: not a Jinja template"):
+        answer(session, items, file, max_new_tokens=4)
 
 
 def test_the_report_shows_questions_pictures_and_scores(evaluated, material, tmp_path):

@@ -140,6 +140,16 @@ def test_what_is_asked_is_what_stood_before_the_answer_in_training(family):
     assert family.joined(family.template.segments(turns[:1], prompt=True)) == expected
 
 
+def test_space_around_what_is_asked_is_left_out(family):
+    vocabulary, blank = family.vocabulary, " {}\n".format
+    assert prompts.answer(vocabulary, [7], blank("what"), 9) == prompts.answer(vocabulary, [7], "what", 9)
+    choice = prompts.answer_tokens(vocabulary, blank("what"), blank("red"))
+    assert choice == prompts.answer_tokens(vocabulary, "what", "red")
+    texts = ["what", "left"]
+    assert prompts.edit(vocabulary, [[7], [8]], list(map(blank, texts))) == prompts.edit(vocabulary, [[7], [8]], texts)
+    assert prompts.picture(vocabulary, blank("a circle")) == prompts.picture(vocabulary, "a circle")
+
+
 def test_captions_are_plain_text(family):
     vocabulary = family.vocabulary
     expected = [vocabulary.bos, *vocabulary.encode(vocabulary.segment_prefix + "a circle"), vocabulary.boi]
@@ -169,7 +179,8 @@ def test_answers_that_meet_keep_an_end_each(tmp_path):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (f"is {EOT} left", r"control token '<\|eot\|>'"),
+        (f"is {EOT} left", r"control token '<\|eot\|>': 'is <\|eot\|> left'$"),
+        ("left " * 20 + EOT, r"control token '<\|eot\|>': '(left ){12}\.\.\.'$"),
         ("a \U0010fffd", "private planes"),
         ("\U000f0001", "private planes"),
     ],
@@ -184,7 +195,7 @@ def test_text_before_an_image_of_an_answer_makes_it_unusable_but_an_image_alone_
     segments = family.template.segments(drawn)
     assert [mode for mode, _ in segments][:3] == [TEXT, IMAGE, TEXT]
     assert family.vocabulary.answer_end in segments[2][1]
-    with pytest.raises(UnusableConversation, match="an answer has text before an image"):
+    with pytest.raises(UnusableConversation, match="an answer has text before an image: 'no'"):
         family.template.segments([drawn[0], ("assistant", [(ANSWER, "no"), (IMAGE, "a"), (ANSWER, "left")])])
 
 
@@ -218,7 +229,7 @@ def test_a_conversation_that_a_template_rewrites_is_unusable(tmp_path):
     source = CHATML.replace("message.content +", "message.content.split('STOP')[0] +")
     family = Family(tmp_path, "chatml", source)
     turns = [("user", [(TEXT, "what")]), ("assistant", [(ANSWER, "no STOP left")])]
-    with pytest.raises(UnusableConversation, match="rewrites"):
+    with pytest.raises(UnusableConversation, match="rewrites its texts: 'no STOP left'"):
         family.template.segments(turns)
 
 

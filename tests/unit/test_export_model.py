@@ -1,11 +1,13 @@
 """The model of an exported folder computes what this project's model does, whole and step by step."""
 
+from functools import cache
+
 import pytest
 import torch
 from test_decoder import full_logits
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ext import config_file
+from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
 from megatron_ext.export_hf.form import Exported, own_config
 from megatron_ext.export_hf.own_code.configuration_unified import UnifiedConfig
@@ -83,13 +85,12 @@ def left_padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "token_uses": uses}
 
 
-@pytest.fixture
-def models(one_process):
-    def make(name: str):
-        one_process(*SHAPE)
-        return build(MODELS[name])
-
-    return make
+@pytest.fixture(scope="module")
+def models():
+    """What :func:`build` makes of the settings of a name, made once."""
+    distributed.initialize(Config())
+    yield cache(lambda name: build(MODELS[name]))
+    distributed.shut_down()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -158,7 +159,7 @@ def test_a_token_takes_room_only_in_the_layers_that_it_does_not_skip(models):
 def test_tokens_that_take_no_part_are_not_computed(models):
     """The linear layers of each token cost what its role says."""
     _, _, dense = models("dense")
-    _, _, himix = build(MODELS["himix"])
+    _, _, himix = models("himix")
     ids = torch.tensor([[1, 36, *range(40, 52), 37, 5, 6, 7]])
     flops = []
     for own in (dense, himix):

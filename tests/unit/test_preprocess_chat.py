@@ -133,7 +133,7 @@ def test_a_conversation_that_cannot_be_written_is_skipped_and_the_reason_is_told
     part = documents(vocabulary, good, bad, good, empty)
     assert [name for name, _ in part.documents] == ["0", "2"]
     assert part.skipped == [
-        {"sample": "1", "reason": "a text has the control token '<|eot|>'"},
+        {"sample": "1", "reason": "a text has the control token '<|eot|>': 'red<|eot|>'"},
         {"sample": "3", "reason": "its text is empty"},
     ]
     assert [name for name, _ in documents(vocabulary, good, bad, template=False).documents] == ["0", "1"]
