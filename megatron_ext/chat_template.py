@@ -231,10 +231,10 @@ def turn_end(source: str, name: str, text: TextModel, bos: str | None, eos: str 
     except UnusableConversation as error:
         raise UserError(f"{name}: {error}") from None
     after = rendered.partition(marks[1])[2].lstrip()
-    found = [token for token in text.control.values() if after.startswith(token)]
-    if not found:
+    tokens = [token for token in text.control.values() if after.startswith(token)]
+    if not tokens:
         raise UserError(f"{name}: writes no control token after an answer; name one with --answer-end TOKEN")
-    return max(found, key=len)
+    return max(tokens, key=len)
 
 
 def _quoted(text: str) -> str:

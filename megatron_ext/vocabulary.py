@@ -206,13 +206,13 @@ def _layout(model: TextModel, file: Path, bos: str | None, answer_end: str | Non
 
 
 def _text_file(folder: Path) -> Path:
-    found = [folder / name for name in (SENTENCEPIECE, TOKENIZER_JSON) if (folder / name).is_file()]
-    if len(found) != 1:
+    present = [folder / name for name in (SENTENCEPIECE, TOKENIZER_JSON) if (folder / name).is_file()]
+    if len(present) != 1:
         raise UserError(
-            f"{folder}: holds {'both' if found else 'neither'} {SENTENCEPIECE} {'and' if found else 'nor'} "
+            f"{folder}: holds {'both' if present else 'neither'} {SENTENCEPIECE} {'and' if present else 'nor'} "
             f"{TOKENIZER_JSON}; a vocabulary has one of them (tools/train_tokenizer.py)"
         )
-    return found[0]
+    return present[0]
 
 
 def _fill(folder: Path, text_file: Path, target: Path, chat_template: str | None) -> None:

@@ -78,19 +78,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _from_model(arguments: argparse.Namespace, codebook_size: int) -> Vocabulary:
-    found = tokenizer_files.read(arguments.from_model, arguments.chat_template, arguments.bos, arguments.answer_end)
+    model = tokenizer_files.read(arguments.from_model, arguments.chat_template, arguments.bos, arguments.answer_end)
     vocabulary = Vocabulary.create(
         arguments.out,
-        found.file,
+        model.file,
         codebook_size,
-        bos=found.bos,
-        end=found.end,
-        answer_end=found.answer_end,
-        chat_template=found.chat_template,
+        bos=model.bos,
+        end=model.end,
+        answer_end=model.answer_end,
+        chat_template=model.chat_template,
     )
     names = {i: vocabulary.text.piece(i) for i in (vocabulary.bos, vocabulary.answer_end)} | {vocabulary.eod: "<eod>"}
     print(
-        f"{found.file}: documents open with {names[vocabulary.bos]}, answers end with {names[vocabulary.answer_end]}, "
+        f"{model.file}: documents open with {names[vocabulary.bos]}, answers end with {names[vocabulary.answer_end]}, "
         f"{'a' if vocabulary.chat_template else 'no'} chat template; in the model's training documents ended with "
         f"{'an unknown token' if vocabulary.text.end is None else vocabulary.text.piece(vocabulary.text.end)}"
     )

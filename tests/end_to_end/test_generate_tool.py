@@ -80,8 +80,8 @@ def test_questions_are_answered_in_text(trained, tmp_path):
 
 def test_a_picture_is_edited_turn_by_turn(trained, tmp_path):
     def edit(out: Path, *instructions: str) -> list[dict]:
-        told = [argument for text in instructions for argument in ("--instruction", text)]
-        options = ["--edit", trained / "picture.png", *told, "--out", out, "--json", out / "edits.json"]
+        options = [argument for text in instructions for argument in ("--instruction", text)]
+        options = ["--edit", trained / "picture.png", *options, "--out", out, "--json", out / "edits.json"]
         run_forked(generator(trained, *options, "--temperature", 0, "--guidance", 1.5))
         assert {path.name for path in out.glob("*.png")} >= {"given.png", "sheet.png"}
         return json.loads((out / "edits.json").read_text())

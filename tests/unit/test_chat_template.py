@@ -252,5 +252,5 @@ def test_a_vocabulary_without_a_token_that_ends_answers_refuses_a_template(tmp_p
 def test_the_turn_end_of_each_style_is_found(family):
     assert family.vocabulary.answer_end == family.vocabulary.text.id(EOT)
     assert tokenizer_files.read(family.vocabulary.folder).chat_template is None
-    found = tokenizer_files.read(family.vocabulary.folder, template="model", answer_end=EOT)
-    assert found.chat_template == family.source
+    names = tokenizer_files.read(family.vocabulary.folder, template="model", answer_end=EOT)
+    assert names.chat_template == family.source

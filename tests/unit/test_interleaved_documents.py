@@ -127,8 +127,8 @@ def test_documents_without_drawn_images_come_out_as_those_of_understanding(tmp_p
     random = np.random.default_rng(3)
     path = write(tmp_path / "set", [random_document(random, drawn=False) for _ in range(80)], grid=[1, 3])
     rows = [PackedRows(mixture((path, task, 1.0), length=48), 48) for task in ("understanding", "interleaved")]
-    ours, theirs = (r.packed_tokens(0, 16) for r in rows)
-    assert np.array_equal(ours, theirs)
+    interleaved, of_understanding = (r.packed_tokens(0, 16) for r in rows)
+    assert np.array_equal(interleaved, of_understanding)
 
 
 def test_other_layouts_take_drawn_images_as_images(tmp_path):

@@ -100,8 +100,8 @@ def test_what_is_made_from_changed_settings_is_made_again(whole, tmp_path):
 
 
 def test_edits_are_a_data_set_of_given_and_drawn_images_and_their_texts_are_in_the_vocabulary(whole, tmp_path):
-    made = prepare(tmp_path, edits={"train": 12, "validation": 2, "turns": 2})
-    assert [name for name in made if name not in PIECES] == [
+    metadata = prepare(tmp_path, edits={"train": 12, "validation": 2, "turns": 2})
+    assert [name for name in metadata if name not in PIECES] == [
         "edits train",
         "edits validation",
         "data set edits-train",

@@ -29,15 +29,15 @@ TEXTS = [
 @pytest.fixture(scope="module", params=FOLDERS, ids=str)
 def model(request, tmp_path_factory):
     """A vocabulary with the model's chat template, and transformers' tokenizer of the same file."""
-    found = tokenizer_files.read(request.param, tokenizer_files.MODEL)
-    tokens = {"bos": found.bos, "end": found.end, "answer_end": found.answer_end}
+    names = tokenizer_files.read(request.param, tokenizer_files.MODEL)
+    tokens = {"bos": names.bos, "end": names.end, "answer_end": names.answer_end}
     folder = tmp_path_factory.mktemp("vocabulary")
-    vocabulary = Vocabulary.create(folder, found.file, 16384, **tokens, chat_template=found.chat_template)
+    vocabulary = Vocabulary.create(folder, names.file, 16384, **tokens, chat_template=names.chat_template)
     reference = PreTrainedTokenizerFast(
-        tokenizer_file=str(found.file),
-        chat_template=found.chat_template,
-        bos_token=found.bos,
-        eos_token=found.answer_end,
+        tokenizer_file=str(names.file),
+        chat_template=names.chat_template,
+        bos_token=names.bos,
+        eos_token=names.answer_end,
     )
     return vocabulary, reference
 

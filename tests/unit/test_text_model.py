@@ -192,10 +192,10 @@ def test_the_tokens_are_those_that_a_model_s_files_name(tmp_path):
     turn_end = text_model.load(byte_level(tmp_path / "m" / "tokenizer.json")).id(EOT)
     config = {"bos_token": {"content": BEGIN}, "eos_token": EOT, "chat_template": CHAT}
     folder = model_folder(tmp_path / "m", config, {"eos_token_id": [turn_end, turn_end - 2]})
-    found = tokenizer_files.read(folder)
-    assert (found.bos, found.end, found.answer_end, found.chat_template) == (BEGIN, END, None, None)
-    found = tokenizer_files.read(folder / "tokenizer.json", template="model")
-    assert (found.bos, found.end, found.answer_end, found.chat_template) == (BEGIN, END, EOT, CHAT)
+    names = tokenizer_files.read(folder)
+    assert (names.bos, names.end, names.answer_end, names.chat_template) == (BEGIN, END, None, None)
+    names = tokenizer_files.read(folder / "tokenizer.json", template="model")
+    assert (names.bos, names.end, names.answer_end, names.chat_template) == (BEGIN, END, EOT, CHAT)
     assert tokenizer_files.read(folder, bos=TURN).bos == TURN
     assert tokenizer_files.read(folder, answer_end=END).end == EOT
 
@@ -213,8 +213,8 @@ def test_a_template_that_is_not_asked_for_may_be_odd(tmp_path, template):
 
 def test_without_a_token_that_opens_documents_the_end_of_the_one_before_does(tmp_path):
     folder = model_folder(tmp_path / "m", {"bos_token": None, "eos_token": END})
-    found = tokenizer_files.read(folder)
-    vocabulary = Vocabulary.create(tmp_path / "v", found.file, 50, bos=found.bos, end=found.end)
+    names = tokenizer_files.read(folder)
+    vocabulary = Vocabulary.create(tmp_path / "v", names.file, 50, bos=names.bos, end=names.end)
     assert vocabulary.bos == vocabulary.text.end == vocabulary.text.id(END)
     assert vocabulary.answer_end == vocabulary.eod
 
