@@ -57,9 +57,12 @@ def main() -> None:
 def _bytes(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     try:
-        return round(float(text[:-2]) * units[text[-2:].upper()])
-    except (ValueError, KeyError):
-        raise UserError(f"--shard-size {text}: expected a number with KB, MB or GB, such as 5GB") from None
+        size = round(float(text[:-2]) * units[text[-2:].upper()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UserError(f"--shard-size {text}: expected a number above 0 with KB, MB or GB, such as 5GB")
+    return size
 
 
 if __name__ == "__main__":

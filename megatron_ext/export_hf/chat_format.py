@@ -20,8 +20,8 @@ class Glue:
 
     Attributes:
         opening, alone, after_image, after_text, after_answer: by what stands before it: the token that opens documents,
-            nothing (the processor encodes what follows an image by itself), ``<eoi>``, another text, the token that
-            ends answers.
+            nothing (the processor encodes what follows an image by itself), ``<eoi>`` in a question, another text, the
+            token that ends answers.
     """
 
     opening: str
@@ -41,6 +41,7 @@ class Glue:
             UserError: nothing gives the ids of training.
         """
         first, later = vocabulary.encode("a"), vocabulary.encode_segment("a")
+        in_question = later if vocabulary.chat_template is None else list(vocabulary.text.encode_template("a")[0])
 
         def find(before: str, before_ids: list[int], expected: list[int]) -> str | None:
             for glue in ("", " "):
@@ -51,7 +52,7 @@ class Glue:
         glue = {
             "opening": find(bos, [vocabulary.bos], first),
             "alone": find("", [], later),
-            "after_image": find(SPECIAL_TOKENS[-1], [vocabulary.eoi], later),
+            "after_image": find(SPECIAL_TOKENS[-1], [vocabulary.eoi], in_question),
             "after_answer": find(end, [vocabulary.answer_end], later),
         }
         if None in glue.values():
@@ -112,11 +113,11 @@ _PLAIN_LAYOUT = """\
 {{- "<image>" -}}
 {%%- set state.glue = %(alone)s -%%}
 {%%- elif part.text -%%}
-{{- state.glue + part.text -}}
+{{- ("" if part.text.startswith("<boi>") else state.glue) + part.text -}}
 {%%- set state.glue = %(after_text)s -%%}
 {%%- endif -%%}
 {%%- endfor -%%}
-{%%- if message.role == "assistant" -%%}
+{%%- if message.role == "assistant" and parts and parts[-1].type == "text" -%%}
 {{- eos_token -}}
 {%%- set state.glue = %(after_answer)s -%%}
 {%%- endif -%%}

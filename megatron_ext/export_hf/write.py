@@ -59,6 +59,8 @@ def export(
     Raises:
         UserError: names the file or setting at fault.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name a folder")
     if (out / "config.json").exists():
         raise UserError(f"{out}: already holds a model; name another folder")
     path = checkpoint_folder.of_run(checkpoint)

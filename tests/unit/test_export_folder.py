@@ -1,6 +1,7 @@
 """Exported folders: text and pictures as this project's own programs make them, through transformers alone."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from test_decoder import full_logits
+from test_export_tokenizer import VOCABULARIES
 from test_vq import published
 
 from megatron_ext import distributed, vq
@@ -34,6 +36,7 @@ from support.programs import ROOT
 from support.tiny_vq import make_vq
 
 PLAN = ["plan.preset=himix_hmgen_share_partial", "model.max_image_tokens=16"]
+ASKED = "What is on the table?"  # in the READMEs of exported folders
 QUESTIONS = ["what colour is it?", "is it 3 blue squares left of 4 red circles", "it?"]
 
 
@@ -165,16 +168,29 @@ def test_text_and_pictures_in_turn_are_this_project_s(session, model, processor)
 
 
 def test_edited_pictures_are_this_project_s(run, session, model, processor, picture):
-    """The given image is to be understood, the drawn one generated; without its condition the image stays."""
+    """Given images are to be understood, drawn ones generated; without their condition the images stay."""
     vocabulary = session.trained.vocabulary
     picture.save(run / "picture.png")
     codes, instructions = session.encode(run / "picture.png"), ["left of 3 blue squares", "red"]
-    requests = [prompts.edit(vocabulary, [codes], [text], number) for number, text in enumerate(instructions)]
+    other = list(range(16))  # drawn, and not what its picture would be encoded to
+    requests = [prompts.edit(vocabulary, [codes, other][:turn], instructions[:turn], turn) for turn in (1, 2)]
     expected = session.generator(requests, Sampling(guidance=2.0, seed=1))
-    texts = [f"<image>{text}" for text in instructions]
-    inputs = processor(text=texts, images=[picture, picture], generation_mode="image")
-    tokens = model.generate(**inputs, generation_mode="image", guidance_scale=2.0, seed=1)
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instructions[0]}]},
+        {"role": "assistant", "content": [{"type": "image"}]},
+        {"role": "user", "content": [{"type": "text", "text": instructions[1]}]},
+    ]
+    texts = [processor.apply_chat_template(turns[:n], add_generation_prompt=True) for n in (1, 3)]
+    images = [[picture], [picture, picture]]
+    inputs = processor(text=texts, images=images, generation_mode="image", drawn=[[], [1]])
+    codes = model.get_image_tokens(inputs.pop("pixel_values"))
+    codes[2] = model.config.image_offset + torch.tensor(other)
+    inputs["input_ids"][inputs["input_ids"] == model.config.image_token_id] = codes.flatten()
+    tokens = model.generate(**inputs, generation_mode="image", guidance_scale=2.0, seed=1, numbers=torch.tensor([1, 2]))
     assert [[*row, vocabulary.eoi] for row in tokens.tolist()] == expected
+    inputs["token_uses"][:] = 0
+    others = model.generate(**inputs, generation_mode="image", guidance_scale=2.0, seed=1, numbers=[1, 2])
+    assert torch.equal(others[0], tokens[0]) and not torch.equal(others[1], tokens[1])
 
 
 def test_a_picture_needs_a_prompt_that_opens_it(model, processor):
@@ -182,10 +198,47 @@ def test_a_picture_needs_a_prompt_that_opens_it(model, processor):
         model.generate(**processor(text="red"), generation_mode="image")
     with pytest.raises(ValueError, match="1 times <image> in the text, but 0 images"):
         processor(text="<image>what")
-    with pytest.raises(ValueError, match="'guidence'. are not those of pictures"):
-        model.generate(**processor(text="red", generation_mode="image"), generation_mode="image", guidence=3)
+    with pytest.raises(ValueError, match="text is missing: a prompt, with <image> for each image"):
+        processor(images=[])
+    with pytest.raises(ValueError, match=r"drawn=\[0\]: the prompt has 0 images"):
+        processor(text="red", drawn=[0])
+    with pytest.raises(ValueError, match=r"drawn=\[\[\], \[\]\]: lists for 2 prompts, but there are 1"):
+        processor(text="red", drawn=[[], []])
     with pytest.raises(ValueError, match="model_kwargs"):
         model.generate(**processor(text="red"), no_such_option=3)
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_settings_that_pictures_would_ignore_are_refused(model, processor, mode):
+    inputs, generation_config = processor(text="red", generation_mode="image"), model.generation_config
+    for name, value in {
+        "guidence": 3,
+        "num_beams": 2,
+        "num_return_sequences": 2,
+        "generation_config": generation_config,
+        "repetition_penalty": 1.5,
+    }.items():
+        with pytest.raises(ValueError, match=f"pictures are drawn without the arguments .'{name}'.: leave them out"):
+            model.generate(**inputs, generation_mode=mode, **{name: value})
+    with pytest.raises(ValueError, match="2 numbers for 1 prompts"):
+        model.generate(**inputs, generation_mode=mode, numbers=[0, 1])
+    with pytest.raises(ValueError, match="draws one picture for each prompt: leave out .'images', 'max_new_tokens'."):
+        model.generate(**inputs, generation_mode="image", images=2, max_new_tokens=3)
+    unset = dict.fromkeys(("temperature", "top_k", "top_p"))
+    pictures = [
+        model.generate(**inputs, generation_mode=mode, seed=0, **options) for options in ({}, {"num_beams": 1, **unset})
+    ]
+    assert torch.equal(*pictures)
+
+
+@torch.no_grad()
+def test_labels_with_placeholders_are_the_codes_and_losses_of_parts_add_up(model, processor, picture):
+    inputs = processor(text="<image>red", images=[picture])
+    ids = model.fill_placeholders(inputs["input_ids"], inputs["pixel_values"])
+    loss = model(ids, labels=ids).loss
+    assert torch.equal(model(**inputs, labels=inputs["input_ids"]).loss, loss)
+    part = model(ids, labels=ids, num_items_in_batch=4 * (ids.shape[1] - 1)).loss
+    torch.testing.assert_close(4 * part, loss)
 
 
 @pytest.mark.parametrize("kind", ["janus", "chameleon", "emu3"])
@@ -266,20 +319,31 @@ def test_a_model_that_is_saved_again_is_the_same(model, processor, picture, tmp_
         assert torch.equal(model(**before).logits, again(**after).logits)
 
 
-def test_the_folder_needs_nothing_of_this_project(run, model, processor, monkeypatch):
-    from transformers import AutoModel, AutoProcessor
+def run_readme(folder, monkeypatch, **names) -> dict:
+    """The names that the code block of a folder's README leaves."""
+    _, code, _ = re.split(r"^```.*\n", (folder / "README.md").read_text(), flags=re.MULTILINE)
+    monkeypatch.chdir(folder)
+    exec(code, names)
+    return names
 
-    for name in list(sys.modules):
-        package = name.partition(".")[0]
-        if package == "transformers_modules":  # the folder's code is run again
-            monkeypatch.delitem(sys.modules, name)
-        elif package in ("megatron", "megatron_ext"):
-            monkeypatch.setitem(sys.modules, name, None)
-    alone = AutoModel.from_pretrained(run / "hf", trust_remote_code=True)
-    reader = AutoProcessor.from_pretrained(run / "hf", trust_remote_code=True)
-    assert type(alone) is not type(model) and type(reader) is not type(processor)
-    expected = continuations(model, processor(text="red"), max_new_tokens=3)
-    assert continuations(alone, reader(text="red"), max_new_tokens=3) == expected
+
+def test_the_readme_s_code_needs_nothing_of_this_project(run, session, model, processor, picture, monkeypatch):
+    picture.save(run / "hf" / "photo.jpg", format="PNG")
+    with monkeypatch.context() as patch:
+        for name in list(sys.modules):
+            if name.partition(".")[0] in ("megatron", "megatron_ext"):
+                patch.setitem(sys.modules, name, None)
+            elif name.startswith("transformers_modules"):
+                patch.delitem(sys.modules, name)
+        names = run_readme(run / "hf", patch)
+    assert type(names["model"]) is not type(model)
+    request = prompts.answer(session.trained.vocabulary, session.encode(run / "hf" / "photo.jpg"), ASKED, 32)
+    inputs = processor(text=names["prompt"], images=picture)
+    assert model.fill_placeholders(inputs["input_ids"], inputs["pixel_values"])[0].tolist() == request.tokens
+    assert names["answer"].tolist() == continuations(model, inputs, max_new_tokens=32)
+    inputs = processor(text="two red cubes", generation_mode="image")
+    assert torch.equal(names["tokens"], model.generate(**inputs, generation_mode="image", guidance_scale=3.0, seed=0))
+    assert Image.open(run / "hf" / "cubes.png").tobytes() == names["pictures"][0].tobytes()
 
 
 def test_the_tokenizer_gives_sentencepiece_s_ids(run, session, processor):
@@ -339,15 +403,25 @@ def test_a_dense_model_is_a_stock_class(run, tmp_path, settings, class_name):
     torch.testing.assert_close(own(torch.tensor(rows)).logits, stock(torch.tensor(rows)).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_the_readme_s_code_asks_as_this_project_with_a_chat_template(run, tmp_path, monkeypatch):
+    vocabulary = VOCABULARIES["chatml"](tmp_path)
+    write_checkpoint(tmp_path / "run", vocabulary)
+    export(tmp_path / "run", tmp_path / "hf")
+    prompt = run_readme(tmp_path / "hf", monkeypatch, codes=range(16))["prompt"]
+    assert prompt["input_ids"].tolist() == [prompts.answer(vocabulary, range(16), ASKED, 1).tokens]
+
+
 @torch.no_grad()
-def test_stock_code_asks_and_draws_as_this_project(run, tmp_path):
+def test_stock_code_asks_and_draws_as_this_project(run, tmp_path, monkeypatch):
     """With two prompts, as the exported README says; log-probabilities differ from logits by a number per row."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+    from transformers import LogitsProcessorList
 
     vocabulary = llama_vocabulary(tmp_path / "vocabulary")
     write_checkpoint(tmp_path / "run", vocabulary)
     export(tmp_path / "run", tmp_path / "hf")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    names = run_readme(tmp_path / "hf", monkeypatch, codes=range(16))
+    expected = prompts.answer(vocabulary, range(16), ASKED, 1).tokens
+    assert names["prompt"]["input_ids"].tolist() == [expected]
     session = Session(load(tmp_path / "run", []), run / "vq", batch_size=8, report=lambda line: None)
     request = prompts.picture(vocabulary, CAPTIONS[0])
     (expected,) = session.generator([request], Sampling(temperature=0, guidance=2.0))
@@ -357,12 +431,7 @@ def test_stock_code_asks_and_draws_as_this_project(run, tmp_path):
         other[:, vocabulary.image_offset : vocabulary.size] = False
         return scores.masked_fill(other, -torch.inf)
 
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    content = "<boi>" + "".join(f"<vq_{code}>" for code in range(16)) + "<eoi>" + QUESTIONS[0]
-    message = [{"role": "user", "content": content}]
-    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-    assert prompt["input_ids"] == prompts.answer(vocabulary, range(16), QUESTIONS[0], 1).tokens
-    tokens = stock.generate(
+    tokens = names["model"].generate(
         torch.tensor([request.tokens]),
         negative_prompt_ids=torch.tensor([[vocabulary.bos, vocabulary.boi]]),
         guidance_scale=2.0,
@@ -395,8 +464,9 @@ def test_the_tool_exports_other_roles_and_types(run, tmp_path, monkeypatch, caps
     assert {dtype for name, dtype in types.items() if name.startswith("vqmodel.")} == {"F32"}
     roles = json.loads((tmp_path / "hf" / "config.json").read_text())["roles"]
     assert roles == [[["full", "kv_only"], ["full", "full"], ["full", "full"]]] * 4
-    with pytest.raises(UserError, match="--shard-size 5: expected a number with KB, MB or GB"):
-        run_tool(*arguments, "--shard-size", "5")
+    for size in ("5", "infGB", "nanGB", "0GB", "-1GB"):
+        with pytest.raises(UserError, match=f"--shard-size {size}: expected a number above 0 with KB, MB or GB"):
+            run_tool(*arguments, f"--shard-size={size}")
 
 
 def test_what_cannot_be_exported_is_refused_in_a_line(run, tmp_path):
@@ -408,6 +478,9 @@ def test_what_cannot_be_exported_is_refused_in_a_line(run, tmp_path):
         export(run / "run", tmp_path / "a")
     with pytest.raises(UserError, match="already holds a model"):
         export(run / "run", run / "hf", run / "vq")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: is a file; name a folder"):
+        export(run / "run", tmp_path / "file", run / "vq")
     with pytest.raises(UserError, match="'plan.dense_share.evaluation' is 0.5: .* plan.dense_share.evaluation=0 or =1"):
         export(run / "run", tmp_path / "a", overrides=["plan.dense_share.of=image_tokens"])
     assert not (tmp_path / "a").exists()

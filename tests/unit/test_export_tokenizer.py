@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_ext.data.format import ANSWER, IMAGE
 from megatron_ext.errors import UserError
+from megatron_ext.export_hf.chat_format import Glue
 from megatron_ext.export_hf.own_code.processing_unified import UnifiedImageProcessor, UnifiedProcessor
 from megatron_ext.export_hf.tokenizer_files import drops_leading_space, exported_tokenizer, write_tokenizer
 from megatron_ext.generation import prompts
@@ -74,15 +75,32 @@ def test_questions_are_asked_as_in_training(exported):
     assert processor.tokenizer.eos_token_id == vocabulary.answer_end
 
 
+def test_questions_with_the_names_of_codes_are_asked_as_in_training(exported):
+    """As the README of the plain form writes them."""
+    vocabulary, processor = exported
+    tokenizer = processor.tokenizer
+    bos, end = tokenizer.bos_token, tokenizer.eos_token
+    prefix = Glue.of(vocabulary, exported_tokenizer(vocabulary, with_images=True), bos, end).after_image
+    message = {"role": "user", "content": f"<boi><vq_5><vq_6><eoi>{prefix}{QUESTION}"}
+    ids = tokenizer(processor.apply_chat_template([message], add_generation_prompt=True), add_special_tokens=False)
+    assert ids["input_ids"] == prompts.answer(vocabulary, [5, 6], QUESTION, 1).tokens
+
+
 def test_captions_and_edits_are_asked_as_in_training(exported):
     vocabulary, processor = exported
     assert ids_of(processor, vocabulary, text="Two red", generation_mode="image") == (
         prompts.picture(vocabulary, "Two red").tokens
     )
-    if vocabulary.chat_template is None:
-        expected = prompts.edit(vocabulary, [[5, 6]], ["left of it"]).tokens
-        inputs = {"text": "<image>left of it", "images": [PICTURE], "generation_mode": "image"}
-        assert ids_of(processor, vocabulary, **inputs) == expected
+    request = prompts.edit(vocabulary, [[5, 6], [5, 6]], ["left of it", QUESTION])
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "left of it"}]},
+        {"role": "assistant", "content": [{"type": "image"}]},
+        {"role": "user", "content": QUESTION},
+    ]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    inputs = {"text": text, "images": [PICTURE] * 2, "generation_mode": "image", "drawn": [1]}
+    assert ids_of(processor, vocabulary, **inputs) == request.tokens
+    assert processor(**inputs)["token_uses"].tolist() == [request.prompt_tasks(request.tokens, vocabulary)]
 
 
 def test_conversations_of_several_turns_are_those_of_training(exported):

@@ -94,7 +94,10 @@ class UnifiedGenerationMixin(GenerationMixin):
         if generation_mode == "image":
             if not (input_ids[:, -1] == self.config.boi_token_id).all():
                 raise ValueError("generation_mode='image': every prompt must end in <boi>")
-            kwargs |= {"images": 1, "max_new_tokens": 0}
+            if others := kwargs.keys() & {"images", "max_new_tokens"}:
+                raise ValueError(
+                    f"generation_mode='image' draws one picture for each prompt: leave out {sorted(others)}"
+                )
             tokens = self.draw(input_ids, **kwargs)[:, input_ids.shape[1] :]
             return tokens[:, : self.config.grid[0] * self.config.grid[1]]
         if generation_mode == "interleaved":
@@ -130,7 +133,7 @@ class UnifiedGenerationMixin(GenerationMixin):
             negative_prompt_ids: the unconditional prompts; by default the prompts without their text.
             seed, numbers: decide, for each row, which tokens are sampled, whatever else is in the batch; without a seed
                 torch's random state decides.
-            settings: of a generation config; the others are not used here.
+            settings: others of transformers' generation are refused if they would change anything there.
         """
         self._refuse_others(settings)
         b, n = input_ids.shape
@@ -141,7 +144,7 @@ class UnifiedGenerationMixin(GenerationMixin):
         ends = eos_token_id if eos_token_id is not None else self.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         documents = [Document(self, last, images, max_new_tokens, ends) for last in input_ids[:, -1].tolist()]
-        chooser = _Chooser(do_sample, temperature, top_k, top_p, seed, numbers or range(b))
+        chooser = _Chooser(do_sample, temperature, top_k, top_p, seed, range(b) if numbers is None else numbers, b)
         tokens, ids, uses, guided = input_ids, input_ids, token_uses, guidance_scale != 1
         if guided:
             negative = self._negative(ids, mask, uses, negative_prompt_ids, negative_prompt_attention_mask)
@@ -205,10 +208,11 @@ class UnifiedGenerationMixin(GenerationMixin):
         return tuple(x.gather(1, order)[:, -longest:] for x in (ids, kept.long(), uses))
 
     def _refuse_others(self, settings):
-        """Refuse arguments that are not even settings of generation: typing errors."""
-        known = {*vars(self.generation_config), "generation_config", "tokenizer", "use_cache"}
-        if unknown := settings.keys() - known:
-            raise ValueError(f"the arguments {sorted(unknown)} are not those of pictures")
+        """Refuse arguments that would be ignored, unless they change nothing."""
+        neutral = [("num_beams", 1), ("num_return_sequences", 1)]
+        settings = {name: value for name, value in settings.items() if name not in ("tokenizer", "use_cache")}
+        if others := [name for name, value in settings.items() if value is not None and (name, value) not in neutral]:
+            raise ValueError(f"pictures are drawn without the arguments {others}: leave them out")
 
     def prepare_inputs_for_generation(self, input_ids, *arguments, token_uses=None, **kwargs):
         """Generated text takes the use of the prompt's last token."""
@@ -223,11 +227,13 @@ class UnifiedGenerationMixin(GenerationMixin):
 class _Chooser:
     """Chooses the next token of each row: the likeliest, or sampled with numbers of the row's own generator."""
 
-    def __init__(self, do_sample, temperature, top_k, top_p, seed, numbers):
-        self.temperature = temperature if do_sample else 0
-        self.top_k, self.top_p = top_k, top_p
+    def __init__(self, do_sample, temperature, top_k, top_p, seed, numbers, rows):
+        if len(numbers) != rows:
+            raise ValueError(f"{len(numbers)} numbers for {rows} prompts")
+        self.temperature = (1.0 if temperature is None else temperature) if do_sample else 0
+        self.top_k, self.top_p = top_k or 0, 1.0 if top_p is None else top_p
         seed = int(torch.randint(1 << 31, ())) if seed is None else seed
-        digests = (hashlib.sha256(f"{seed}:{number}".encode()).digest() for number in numbers)
+        digests = (hashlib.sha256(f"{seed}:{int(number)}".encode()).digest() for number in numbers)
         self.generators = [torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")) for digest in digests]
 
     def __call__(self, logits, allowed, rows):

@@ -305,6 +305,7 @@ class UnifiedForConditionalGeneration(UnifiedGenerationMixin, ImageTokensMixin, 
         pixel_values=None,
         token_uses=None,
         labels=None,
+        num_items_in_batch=None,
         use_cache=None,
         logits_to_keep=0,
         **kwargs,
@@ -317,7 +318,9 @@ class UnifiedForConditionalGeneration(UnifiedGenerationMixin, ImageTokensMixin, 
             past_key_values: a :class:`UnifiedCache` of the tokens read so far.
             pixel_values: [images, 3, H, W] in [-1, 1]: their codes replace the placeholders ``image_token_id``.
             token_uses: [b, n] of UNDERSTANDING, GENERATION, TEXT; by default all is to be understood.
-            labels: [b, n], -100 where nothing is learnt; the loss is the mean cross-entropy of predicting them.
+            labels: [b, n], -100 where nothing is learnt, placeholders where ``input_ids`` has them; the loss is the
+                mean cross-entropy of predicting them.
+            num_items_in_batch: the loss is the sum by this number instead: of labels in all accumulated batches.
             logits_to_keep: logits of the last so many tokens alone, or of these columns; 0: of all.
         """
         b, n = input_ids.shape
@@ -338,7 +341,9 @@ class UnifiedForConditionalGeneration(UnifiedGenerationMixin, ImageTokensMixin, 
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+            targets = torch.where(labels == self.config.image_token_id, input_ids, labels)[:, 1:].flatten()
+            learnt = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum") / learnt
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
 

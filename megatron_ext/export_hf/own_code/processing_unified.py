@@ -7,6 +7,8 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
+from .configuration_unified import GENERATION, UNDERSTANDING
+
 
 class UnifiedImageProcessor(BaseImageProcessor):
     """A picture's largest centred rectangle of the right shape, scaled (bilinear), in [-1, 1]."""
@@ -64,14 +66,18 @@ class UnifiedProcessor(ProcessorMixin):
     def model_input_names(self):
         return ["input_ids", "attention_mask", "pixel_values"]
 
-    def __call__(self, images=None, text=None, generation_mode="text", return_tensors="pt", **unused):
+    def __call__(self, images=None, text=None, generation_mode="text", drawn=None, return_tensors="pt", **unused):
         """Prompts, padded on the left: ``input_ids``, ``attention_mask``, and ``pixel_values`` if there are images.
 
         Args:
             images: one for each ``<image>``, in order; lists of them are joined.
             text: a prompt or a list of prompts.
             generation_mode: ``image`` adds the ``<boi>`` that a picture follows.
+            drawn: numbers, from 0, of the prompt's images that were drawn in the course of the document; a list of such
+                lists for several prompts. ``token_uses`` says so to the model.
         """
+        if text is None:
+            raise ValueError(f"text is missing: a prompt, with {self.tokenizer.image_token} for each image")
         texts = [text] if isinstance(text, str) else list(text)
         images = [] if images is None else _flat(images)
         wanted = sum(text.count(self.tokenizer.image_token) for text in texts)
@@ -81,6 +87,8 @@ class UnifiedProcessor(ProcessorMixin):
         inputs = self.tokenizer.pad({"input_ids": ids}, padding_side="left")
         if images:
             inputs["pixel_values"] = self.image_processor(images)["pixel_values"]
+        if drawn is not None:
+            inputs["token_uses"] = self._uses(inputs["input_ids"], drawn, generation_mode == "image")
         return BatchFeature(dict(inputs), tensor_type=return_tensors)
 
     def _ids(self, text, begin_image):
@@ -100,6 +108,24 @@ class UnifiedProcessor(ProcessorMixin):
             space = " " if self.repeats_leading_space and part.startswith(" ") else ""
             ids += tokenizer(space + part, add_special_tokens=False)["input_ids"]
         return ids + [boi] * begin_image
+
+    def _uses(self, rows, drawn, begin_image):
+        """The use of each token of prompts, as :meth:`generate` has it by default, but with images that were drawn."""
+        drawn = [drawn] if all(isinstance(number, int) for number in drawn) else drawn
+        if len(drawn) != len(rows):
+            raise ValueError(f"drawn={drawn}: lists for {len(drawn)} prompts, but there are {len(rows)}")
+        places = np.array(rows) == self.tokenizer.convert_tokens_to_ids(self.tokenizer.image_token)
+        uses = np.full(places.shape, UNDERSTANDING)
+        for row, place, numbers in zip(uses, places, drawn):
+            images = place.sum() // self.image_length
+            if not set(numbers) <= set(range(images)):
+                raise ValueError(f"drawn={numbers}: the prompt has {images} images, numbered from 0")
+            row[place] = np.where(np.isin(np.arange(images), numbers), GENERATION, UNDERSTANDING).repeat(
+                self.image_length
+            )
+            if begin_image and not images:
+                row[:] = GENERATION
+        return uses.tolist()
 
     def batch_decode(self, *arguments, **kwargs):
         return self.tokenizer.batch_decode(*arguments, **kwargs)
