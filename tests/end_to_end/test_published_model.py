@@ -43,7 +43,7 @@ def vq(tmp_path_factory) -> Path:
     return make_vq(tmp_path_factory.mktemp("published") / "vq")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 def test_a_published_model_is_trained_and_exported(tmp_path, vq, family):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
