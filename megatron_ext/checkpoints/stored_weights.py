@@ -11,12 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_ext import compat
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.errors import UserError
-
-# The names that Megatron-Core stores a layer's norms under, whatever its layers are made of.
-_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
+from megatron_ext.transformer.norm import STORED_NAMES
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -70,6 +65,6 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def _own_name(key: str) -> str:
-    for stored, own in _NORMS.items():
+    for own, stored in STORED_NAMES.items():
         key = key.replace(stored, own)
     return key

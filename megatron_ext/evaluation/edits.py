@@ -12,7 +12,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.evaluation.benchmark import Scores
 from megatron_ext.evaluation.detected_files import detect_files, saved_file
 from megatron_ext.evaluation.faithfulness import interval, shares
-from megatron_ext.evaluation.mjhq import Prompt
+from megatron_ext.evaluation.mjhq import Prompt, of_categories
 from megatron_ext.evaluation.picture_folder import picture_file
 from megatron_ext.evaluation.score_table import Scored
 from megatron_ext.files import read_json
@@ -60,10 +60,7 @@ def read(folder: Path, kinds: Sequence[str] | None = None) -> list[EditItem]:
             items.append(EditItem(entry["id"], entry["kind"], entry["instruction"], number, *pictures, *scenes))
         except (KeyError, TypeError) as error:
             raise UserError(f"{file}: entry {number} is not an edit ({error!r})") from None
-    known = sorted({item.category for item in items})
-    if absent := [kind for kind in kinds or () if kind not in known]:
-        raise UserError(f"{file}: has no kind '{absent[0]}'; it has {', '.join(known)}")
-    return [item for item in items if kinds is None or item.category in kinds]
+    return of_categories(items, kinds, file, "kind")
 
 
 def fingerprint(folder: Path) -> str:

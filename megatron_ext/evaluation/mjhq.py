@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -30,6 +31,9 @@ class Prompt:
     number: int  # index among all prompts of the file, whichever categories are read
 
 
+AnyPrompt = TypeVar("AnyPrompt", bound=Prompt)
+
+
 def read(folder: Path, categories: Sequence[str] | None = None) -> list[Prompt]:
     """The prompts of ``folder/meta_data.json``, in its order; all, or those of some categories.
 
@@ -49,9 +53,18 @@ def read(folder: Path, categories: Sequence[str] | None = None) -> list[Prompt]:
         if any(part in ("", ".", "..") or "/" in part or "\\" in part for part in (name, values[0])):
             raise UserError(f"{file}: entry '{name}', category '{values[0]}': cannot be the name of a file")
         prompts.append(Prompt(name, *values, len(prompts)))
+    return of_categories(prompts, categories, file, "category")
+
+
+def of_categories(prompts: list[AnyPrompt], categories: Sequence[str] | None, file: Path, word: str) -> list[AnyPrompt]:
+    """All prompts, or those of some categories, which ``word`` names in messages about ``file``.
+
+    Raises:
+        UserError: there is no such category.
+    """
     known = sorted({prompt.category for prompt in prompts})
     if absent := [category for category in categories or () if category not in known]:
-        raise UserError(f"{file}: has no category '{absent[0]}'; it has {', '.join(known)}")
+        raise UserError(f"{file}: has no {word} '{absent[0]}'; it has {', '.join(known)}")
     return [prompt for prompt in prompts if categories is None or prompt.category in categories]
 
 

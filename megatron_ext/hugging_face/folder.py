@@ -14,7 +14,7 @@ from megatron_ext.hugging_face.weights import TABLES
 from megatron_ext.model_config import ModelConfig
 from megatron_ext.text_model import SENTENCEPIECE, TOKENIZER_JSON, TextModel
 
-EMBEDDING, HEAD = TABLES.values()
+EMBED_TOKENS, LM_HEAD = TABLES.values()
 BLOCK = 512
 """Rows of a table that are read at once."""
 
@@ -47,6 +47,7 @@ class ModelFolder:
         self.model, self.vocab_size = model_config(config, file), config["vocab_size"]
         # Files stay open: a model has hundreds of tensors.
         self._tensors = {name: (path, opened) for path, opened in self._files() for name in list(opened.keys())}
+        self._texts: dict[str, TextModel] = {}
         types = self._check_tensors()
         self.precision = "bf16" if types == {"BF16"} else "float32"
 
@@ -63,7 +64,9 @@ class ModelFolder:
         None if it has neither."""
         names = sorted((SENTENCEPIECE, TOKENIZER_JSON), key=lambda name: name != preferred)
         file = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
-        return text_model.load(file) if file else None
+        if file and file.name not in self._texts:  # a large tokenizer takes a second
+            self._texts[file.name] = text_model.load(file)
+        return self._texts[file.name] if file else None
 
     def _slice(self, name: str):
         return self._tensors[name][1].get_slice(name)
@@ -103,7 +106,7 @@ class ModelFolder:
             raise UserError(f"{self.folder}: has parameters of the type {min(other)}, must be BF16, F16 or F32")
         for name in self._tensors.keys() - expected:
             # A tied head may be stored; it then equals the embedding.
-            if name.endswith("rotary_emb.inv_freq") or (name == HEAD and self._is_embedding(name)):
+            if name.endswith("rotary_emb.inv_freq") or (name == LM_HEAD and self._is_embedding(name)):
                 continue
             raise UserError(
                 f"{self._tensors[name][0]}: has the parameter {name}, which a model of this config.json does not have"
@@ -113,7 +116,7 @@ class ModelFolder:
     def _is_embedding(self, name: str) -> bool:
         """Whether a table equals the embedding, compared block by block."""
         ranges = ((begin, begin + BLOCK) for begin in range(0, self.vocab_size, BLOCK))
-        return all(torch.equal(self.rows(name, *rows), self.rows(EMBEDDING, *rows)) for rows in ranges)
+        return all(torch.equal(self.rows(name, *rows), self.rows(EMBED_TOKENS, *rows)) for rows in ranges)
 
 
 def tensor_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -128,9 +131,9 @@ def tensor_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, .
         layer |= {f"self_attn.{name}_norm.weight": (d,) for name in "qk"}
     layer |= {"mlp.gate_proj.weight": (f, h), "mlp.up_proj.weight": (f, h), "mlp.down_proj.weight": (h, f)}
     layer |= {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
-    shapes = {EMBEDDING: (vocab_size, h), "model.norm.weight": (h,)}
+    shapes = {EMBED_TOKENS: (vocab_size, h), "model.norm.weight": (h,)}
     if not model.tie_embeddings:
-        shapes[HEAD] = (vocab_size, h)
+        shapes[LM_HEAD] = (vocab_size, h)
     for number in range(model.num_layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     return shapes

@@ -60,15 +60,12 @@ def load_published(
     Every rank reads its own slices, one parameter at a time.
 
     Args:
+        source: checked by :func:`check_published`.
         chunks: wrapped for data parallelism or not.
         model: the run's shape. It may have positions inside an image, and any projections: what the published model
             lacks keeps its initial value.
         vocabulary: with the published model's text tokens.
-
-    Raises:
-        UserError: names the file, the key or the token that does not fit.
     """
-    check_published(source, model, vocabulary)
     table_rows = distributed.from_rank_zero(lambda: _table_rows(source, model, vocabulary))
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()

@@ -126,7 +126,10 @@ class Preparation:
         )
         tasks = batch.predicted_task()
         return StepInput(
-            micro_batches=[self._micro_batch(part, selection) for part in parts],
+            micro_batches=[
+                self._micro_batch(part, tasks[start : start + self.micro_batch_size], selection)
+                for start, part in zip(starts, parts)
+            ],
             loss_tokens=np.array([((batch.loss_mask > 0) & (tasks == task)).sum() for task in Task], np.float64),
             flops=flops,
             dense_flops=dense_flops,
@@ -134,11 +137,11 @@ class Preparation:
             stored_length=stored_length(tokens, self.plan, self.row_layout.ranks, self.row_layout.multiple),
         )
 
-    def _micro_batch(self, part: Batch, selection: Selection | None) -> MicroBatch:
+    def _micro_batch(self, part: Batch, predicted: np.ndarray, selection: Selection | None) -> MicroBatch:
         rows = self.row_layout
         route = Route.arrays(part, self.plan, selection=selection, **vars(rows))
         targets, fillers = route.targets, -route.targets.size % rows.fill
-        labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, part.predicted_task()))
+        labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, predicted))
         # Only the host uses these.
         route.targets = route.order = None
         if not self.model.max_image_tokens:

@@ -100,7 +100,8 @@ def build_run(config: Config) -> Run:
     checkpoints = Checkpointer(
         Path(config.output) / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
     )
-    _check_start(config, vocabulary, checkpoints)
+    newest = checkpoints.newest() if config.checkpoint.resume else None
+    published = None if newest else _published_start(config, vocabulary)
     chunks = build_model(resolved)
     run = Run(
         resolved=resolved,
@@ -114,7 +115,10 @@ def build_run(config: Config) -> Run:
         bad_steps=BadSteps(config.bad_steps),
         identity=identity_of(resolved, vocabulary),
     )
-    _resume(run)
+    if newest:
+        _resume(run, newest)
+    elif config.checkpoint.load:
+        _start(run, Path(config.checkpoint.load), published)
     return run
 
 
@@ -142,45 +146,42 @@ def _require_same_roles(run: Run, path: Path) -> None:
                 )
 
 
-def _check_start(config: Config, vocabulary: Vocabulary, checkpoints: Checkpointer) -> None:
-    """Refuse a published model that does not fit before a large model is built, which takes minutes."""
-    load = config.checkpoint.load and Path(config.checkpoint.load)
-    resumes = config.checkpoint.resume and checkpoints.newest()
-    if load and is_model_folder(load) and not resumes:
-        check_published(ModelFolder(load), config.model, vocabulary)
+def _published_start(config: Config, vocabulary: Vocabulary) -> ModelFolder | None:
+    """The published model that a run starts from; None if it starts otherwise. One that does not fit is refused here,
+    before a large model is built, which takes minutes."""
+    load = config.checkpoint.load
+    if not load or not is_model_folder(Path(load)):
+        return None
+    published = ModelFolder(Path(load))
+    check_published(published, config.model, vocabulary)
+    return published
 
 
-def _resume(run: Run) -> None:
-    """Resume from the newest checkpoint in the output folder, or start from another run's weights."""
-    settings = run.config.checkpoint
-    path = run.checkpoints.newest() if settings.resume else None
-    if path:
-        _require_same_roles(run, path)
-        state = run.checkpoints.load(path, run.chunks, run.optimizer, run.identity)
-        run.progress = Progress(**state["progress"])
-        if run.progress.bad_steps:
-            run.bad_steps.load_state_dict(run.progress.bad_steps)
-        distributed.report(f"resumed from {path}")
-        if state["data"] != run.train_data.fingerprint:
-            distributed.report(
-                "the training data or their weights have changed since the checkpoint: rows follow the new mixture "
-                "from here on"
-            )
-    elif settings.load:
-        path = _start(run, Path(settings.load))
-        run.optimizer.reload_model_params()
-        distributed.report(f"weights from {path}")
+def _resume(run: Run, path: Path) -> None:
+    """Resume from a checkpoint in the output folder."""
+    _require_same_roles(run, path)
+    state = run.checkpoints.load(path, run.chunks, run.optimizer, run.identity)
+    run.progress = Progress(**state["progress"])
+    if run.progress.bad_steps:
+        run.bad_steps.load_state_dict(run.progress.bad_steps)
+    distributed.report(f"resumed from {path}")
+    if state["data"] != run.train_data.fingerprint:
+        distributed.report(
+            "the training data or their weights have changed since the checkpoint: rows follow the new mixture from "
+            "here on"
+        )
 
 
-def _start(run: Run, path: Path) -> Path:
-    """Load weights from a published model, a checkpoint or a run. Returns the folder that holds them."""
-    if is_model_folder(path):
-        rows = load_published(ModelFolder(path), run.chunks, run.config.model, run.vocabulary)
+def _start(run: Run, path: Path, published: ModelFolder | None) -> None:
+    """Start from the weights of a published model, or of a checkpoint or the run at ``path``."""
+    if published:
+        rows = load_published(published, run.chunks, run.config.model, run.vocabulary)
         distributed.report(f"{rows.published:,} tokens start as the published model's, {rows.new:,} are new")
-        return path
-    path = checkpoint_folder.of_run(path)
-    load_weights(path, run.chunks, run.identity)
-    return path
+    else:
+        path = checkpoint_folder.of_run(path)
+        load_weights(path, run.chunks, run.identity)
+    run.optimizer.reload_model_params()
+    distributed.report(f"weights from {path}")
 
 
 def describe(run: Run) -> str:

@@ -32,6 +32,13 @@ class RMSNorm(torch.nn.Module):
         return functions.rms_norm(x, self.weight, self.eps)
 
 
+STORED_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""The names that Megatron-Core stores a layer's norms under, whatever its layers are made of."""
+
+
 class InputNorm(RMSNorm):
     """The norm before attention."""
 

@@ -21,7 +21,7 @@ from megatron_ext.transformer.attention import UnifiedSelfAttention
 from megatron_ext.transformer.core_attention import DocumentAttention, transformer_engine_attention
 from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.linear import ColumnLinear, QueryKeyValueLinear, RowLinear, transformer_engine_linears
-from megatron_ext.transformer.norm import AddNorm, InputNorm, RMSNorm
+from megatron_ext.transformer.norm import STORED_NAMES, AddNorm, InputNorm, RMSNorm
 from megatron_ext.transformer.resolved import ResolvedConfig
 
 
@@ -142,11 +142,7 @@ def layer_spec(resolved: ResolvedConfig, passes_slices: bool = False) -> ModuleS
             mlp=compat.mlp(
                 MLPSubmodules(linear_fc1=linear(column, "fc1"), linear_fc2=linear(row, "fc2"), activation_func=SwiGLU)
             ),
-            # The names that Megatron-Core stores norms under, whatever its layers are made of.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=STORED_NAMES,
         ),
     )
 
