@@ -126,6 +126,8 @@ class DataConfig:
     caption_dropout: float = 0.1
     """Probability of dropping the text of a document in which only images are learnt: the caption of a generation
     document, the instruction of an edit. For classifier-free guidance."""
+    generation_text: bool = False
+    """Generation documents also learn the ``<boi>``, ``<eoi>`` and ``<eod>`` around their images (VILA-U)."""
     seed: int = 1234
     loader: Literal["auto", "dali", "plain"] = "auto"
     """auto: DALI if it is installed. Both loaders give the same rows bit for bit."""
@@ -156,6 +158,10 @@ class TrainingConfig:
     """Scaling recipe of Transformer Engine's FP8 GEMMs. Without the hardware or library for it, the run says so in one
     line and computes in ``precision``. ``delayed`` needs a dense plan."""
     task_weights: TaskWeights = field(default_factory=TaskWeights)
+    means: Literal["task", "modality"] = "task"
+    """Over which tokens of the global batch the loss is averaged. task: the tokens of each task, weighted by
+    task_weights; the loss of an image token is the mean over its codes. modality: all text tokens, and all codes of
+    image tokens; the two means are added (VILA-U)."""
     z_loss: float = 0.0
     """Coefficient c of the z-loss (PaLM, arXiv 2204.02311; Chameleon's is 1e-5): a loss token adds c (log Z)^2, where Z
     is the sum of its logits' exponentials, so that logits do not drift. 0: none."""
@@ -176,6 +182,17 @@ class TrainingConfig:
 
 
 @dataclass
+class ParameterGroup:
+    """Parameters with a learning rate of their own."""
+
+    parameters: str
+    """Pattern of parameter names (``fnmatch``), such as ``projector.*`` or ``decoder.layers.*.mlp.*``. The first group
+    that matches counts."""
+    lr_multiplier: float = 1.0
+    """Multiplies the scheduled learning rate. 0: frozen, without gradients and optimizer state."""
+
+
+@dataclass
 class OptimizerConfig:
     lr: float = 3e-4
     min_lr: float = 3e-5
@@ -190,6 +207,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     """Maximum global gradient norm; 0: no clipping."""
+    groups: list[ParameterGroup] = field(default_factory=list)
+    """Parameters that are frozen, or trained at another rate (docs/training.md). A parameter without a group is trained
+    at ``lr``."""
 
 
 @dataclass

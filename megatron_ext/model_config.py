@@ -1,7 +1,7 @@
 """The shape of the model: the ``model`` section of a configuration (:mod:`megatron_ext.config`)."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ext.errors import UserError
@@ -19,6 +19,38 @@ class RotaryScalingConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+
+@dataclass
+class DepthHeadConfig:
+    """The depth transformer: it predicts the codes of an image token one after the other
+    (``transformer/depth_head.py``)."""
+
+    num_layers: int = 4
+    hidden_size: int = 1024
+    num_attention_heads: int = 16
+    chunk: int = 0
+    """Image tokens computed at once; the activations of a chunk are recomputed in the backward pass, so that memory
+    holds those of one chunk. 0: all at once, without recomputation."""
+
+
+@dataclass
+class ImageCodesConfig:
+    """What an image token consists of: one VQ code, or several codes of a residual quantizer (arXiv 2203.01941)."""
+
+    depth: int = 1
+    """D, codes of an image token. 1: image tokens are rows of the embedding and of the output layer, like text. More:
+    the token enters as a function of the sum of its code vectors, and the depth head predicts its codes."""
+    codebook: str = ""
+    """Folder of the VQ tokenizer whose code vectors, frozen, make up an image token, through a projector of two layers.
+    Empty: learned embeddings of the codes of each depth."""
+    codebook_size: int | None = None
+    """K, codes of the codebook; None: that of the vocabulary."""
+    width: int | None = None
+    """Width e of a code vector; None: that of ``codebook``."""
+    fingerprint: str | None = None
+    """Fingerprint of the VQ tokenizer; None: that of ``codebook``."""
+    head: DepthHeadConfig = field(default_factory=DepthHeadConfig)
 
 
 @dataclass
@@ -47,6 +79,9 @@ class ModelConfig:
     """Scaling of the rotary frequencies; None: none."""
     rotary_scaling_factor: float | None = None
     """Short form of ``rotary_scaling`` with Llama 3's other values."""
+    rotary_interpolation_factor: float = 1.0
+    """Linear interpolation of positions for long contexts (arXiv 2306.15595): rotary frequencies are divided by it."""
+    image_codes: ImageCodesConfig = field(default_factory=ImageCodesConfig)
     max_image_tokens: int = 0
     """Learned embeddings of the position inside an image, one for each of its tokens, added to the token embeddings.
     Small models learn spatial relations from fewer images with them; rotary positions stay as they are. 0: none."""
@@ -84,6 +119,12 @@ class ModelConfig:
         for switch in ("qkv_bias", "qk_norm"):
             if not identity[switch]:
                 del identity[switch]
+        if self.rotary_interpolation_factor == 1:
+            del identity["rotary_interpolation_factor"]
+        if self.image_codes.depth == 1:
+            del identity["image_codes"]
+        else:
+            del identity["image_codes"]["codebook"], identity["image_codes"]["head"]["chunk"]
         scaling = self.rotary_scaling
         if scaling is None or scaling == RotaryScalingConfig(scaling.factor):
             del identity["rotary_scaling"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # worker processes, which make batches of arrays, do not wait
 
 @dataclass
 class Batch:
-    """Packed rows of documents; every field is [b, s], b rows of s tokens: tensors, or NumPy arrays on the host.
+    """Packed rows of documents: b rows of s tokens, [b, s] unless said otherwise; tensors, or NumPy arrays on the host.
 
     Attributes:
         tokens: token ids, int64.
@@ -27,6 +28,8 @@ class Batch:
         task: :class:`~megatron_ext.token_classes.Task` of the document, int8.
         document: number of the document in its row, 0, 1, ..., int32; ``PADDING_DOCUMENT`` for the padding at the end
             of the row. A document's tokens are contiguous.
+        codes: the D VQ codes of each image token, [b, s, D], int32; 0 for text. None with one code a token, which is
+            its id. With several, ``tokens`` and ``labels`` hold the id of the first one.
     """
 
     tokens: Tensor | np.ndarray
@@ -36,6 +39,7 @@ class Batch:
     modality: Tensor | np.ndarray
     task: Tensor | np.ndarray
     document: Tensor | np.ndarray
+    codes: Tensor | np.ndarray | None = None
 
     DTYPES: ClassVar[dict[str, str]] = {
         "tokens": "int64",
@@ -56,26 +60,30 @@ class Batch:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Field names in order."""
-        return [f.name for f in fields(cls)]
+        """Names of the fields that every batch has, in order."""
+        return [f.name for f in fields(cls) if f.name != "codes"]
+
+    def map(self, change: Callable) -> Batch:
+        """The batch of ``change(field)`` for each field that there is."""
+        return Batch(*(None if (value := getattr(self, f.name)) is None else change(value) for f in fields(self)))
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows ``start`` to ``stop`` as a batch (views)."""
-        return Batch(*(getattr(self, name)[start:stop] for name in self.names()))
+        return self.map(lambda field: field[start:stop])
 
     def to(self, device) -> Batch:
         """The batch with its tensors on ``device``."""
-        return Batch(*(getattr(self, name).to(device) for name in self.names()))
+        return self.map(lambda field: field.to(device))
 
     def arrays(self) -> Batch:
         """The batch as NumPy arrays; host tensors share their memory."""
-        return Batch(*(np.asarray(getattr(self, name)) for name in self.names()))
+        return self.map(np.asarray)
 
     def tensors(self) -> Batch:
         """The batch as host tensors, which share the arrays' memory."""
         import torch
 
-        return Batch(*(torch.as_tensor(getattr(self, name)) for name in self.names()))
+        return self.map(torch.as_tensor)
 
     def document_starts(self) -> np.ndarray:
         """The first token of each document of a batch on the host, bool [b, s]; padding counts as a document."""

@@ -114,7 +114,7 @@ class Preparation:
         batch = batch.arrays()
         if self.by_task:
             order = np.argsort(batch.task[:, 0], kind="stable")
-            batch = Batch(*(getattr(batch, name)[order] for name in Batch.names()))
+            batch = batch.map(lambda field: field[order])
         starts = range(0, batch.shape[0], self.micro_batch_size)
         tokens = self.micro_batch_size * self.sequence_length
         parts = [batch.rows(start, start + self.micro_batch_size) for start in starts]
