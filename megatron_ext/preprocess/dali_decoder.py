@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.vq.image_decoder import CROP, PillowDecoder, Preparation, evidently_whole
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder, evidently_whole
 
 
 def available() -> bool:
