@@ -8,7 +8,12 @@ from megatron_ext.config import Config
 from megatron_ext.data.config_checks import validate_data
 from megatron_ext.errors import UserError, check_at_least_one, check_divisible
 from megatron_ext.routing.plan import validate_plan
-from megatron_ext.transformer.config_checks import validate_implementation, validate_layout, validate_model
+from megatron_ext.transformer.config_checks import (
+    validate_image_codes,
+    validate_implementation,
+    validate_layout,
+    validate_model,
+)
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -20,6 +25,7 @@ def validate(config: Config, world_size: int) -> None:
         UserError: names the key, its value and what would do.
     """
     validate_model(config)
+    validate_image_codes(config)
     plan = validate_plan(config.plan, config.model.num_layers, config.parallel.tensor)
     validate_implementation(config)
     if config.training.fp8 != "none":
