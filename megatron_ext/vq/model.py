@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ext.errors import UserError
 from megatron_ext.vq.codebook import residual_codes
+from megatron_ext.vq.image_decoder import Preparation
 
 
 class VQModel(ABC):
@@ -34,6 +35,8 @@ class VQModel(ABC):
     decodes = True
     """Whether the published weights include a decoder."""
     memory_format = torch.channels_last
+    preparation = Preparation()
+    """How images are prepared for it."""
 
     def __init__(
         self, network: nn.Module, folder: Path, grid: tuple[int, int], image_size: tuple[int, int], depth: int = 1
