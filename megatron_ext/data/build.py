@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data.mixture import Mixture
-from megatron_ext.data.packed_tokens import MAX_CODEBOOK, MAX_VOCABULARY
+from megatron_ext.data.packed_tokens import MAX_VOCABULARY
 from megatron_ext.data.rank_info import RankInfo
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.source import Source
@@ -77,11 +77,6 @@ def _check_images(sources: list[Source], depth: int | None) -> None:
             raise UserError(
                 f"{source.path}: an image token has {depth_of(vq)} codes, 'model.image_codes.depth' is {depth}; "
                 "set it to that, or encode the images again"
-            )
-        if depth_of(vq) > 1 and vq["codebook_size"] > MAX_CODEBOOK:
-            raise UserError(
-                f"{source.path}: {depth_of(vq)} codes of {vq['codebook_size']} an image token, with several codes the "
-                f"codebook has at most {MAX_CODEBOOK}"
             )
 
 

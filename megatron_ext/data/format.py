@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.vq_metadata import codes_of_image, depth_of, grid_text
+from megatron_ext.data.vq_metadata import check_codebook, codes_of_image, depth_of, grid_text
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 
@@ -67,9 +67,13 @@ class DatasetWriter:
         vq: ``{"fingerprint": str, "grid": [h, w], "codebook_size": int}``, and ``"depth": int`` if an image token has
             several codes; None for a data set without images.
         source: free-form, JSON-serialisable description of where the data came from.
+
+    Raises:
+        UserError: the codebook is too large for several codes a token.
     """
 
     def __init__(self, prefix: str | Path, vocabulary_fingerprint: str, vq: dict | None, source: dict):
+        check_codebook(vq, prefix)
         self.prefix = Path(prefix)
         self.metadata = {
             "format": FORMAT if depth_of(vq) == 1 else FORMAT_WITH_DEPTH,

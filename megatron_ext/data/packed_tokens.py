@@ -33,8 +33,6 @@ PADDING = 0b11 << TASK_SHIFT
 """In place of a task: the token is padding."""
 
 MAX_VOCABULARY = 1 << TOKEN_BITS
-MAX_CODEBOOK = 1 << 16
-"""Codes of a codebook of which an image token has several."""
 
 
 def unpack(packed: np.ndarray, pad: int, depth: int = 1, image_offset: int = 0) -> Batch:

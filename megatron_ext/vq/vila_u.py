@@ -1,7 +1,7 @@
 """VILA-U's vision tower (arXiv 2409.04429): SigLIP's image encoder, residual codes of one codebook, a VQGAN decoder.
 
-The folder is ``vision_tower/`` of a published VILA-U folder. The networks are transformers' own: SigLIP without its last
-block and its final norm, which the latents do not pass through, and Janus's decoder, whose levels are numbered the
+The folder is ``vision_tower/`` of a published VILA-U folder. The networks are transformers' own: SigLIP without its
+last block and its final norm, which the latents do not pass through, and Janus's decoder, whose levels are numbered the
 other way round. Their sizes are those of the weights. Text encoder and depth transformer are not read.
 """
 
@@ -99,7 +99,7 @@ class _Settings:
         shape = section.get("decoder_latent_shape")
         self.decoder_latent_shape = tuple(shape) if shape else None
         self.shared = bool(section.get("shared_codebook"))
-        pretrained = Path(section.get("pretrained_model") or "") / "config.json"
+        pretrained = Path(section.get("pretrained_model") or folder) / "config.json"
         self.encoder = read_json(pretrained).get("vision_config", {}) if pretrained.is_file() else {}
         self.image_size = _image_size(folder / "preprocessor_config.json")
         self.blocks = 0
@@ -119,15 +119,16 @@ class _Weights:
     """The tensors below ``rqvaesiglip.`` by name, read when they are asked for, as float32."""
 
     def __init__(self, folder: Path):
-        self._folder, index = folder, folder / "model.safetensors.index.json"
-        names = {*read_json(index)["weight_map"].values()} if index.is_file() else {"model.safetensors"}
+        self.folder, index = folder, folder / "model.safetensors.index.json"
+        parts = {*read_json(index)["weight_map"].values()} if index.is_file() else {"model.safetensors"}
         self._files = {}
-        for name in sorted(names):
+        for name in sorted(parts):
             try:
                 file = safe_open(folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{folder / name}: cannot be read ({' '.join(str(error).split())})") from None
-            self._files |= {key.removeprefix(_PREFIX): file for key in file.keys() if key.startswith(_PREFIX)}
+            names = list(file.keys())
+            self._files |= {key.removeprefix(_PREFIX): file for key in names if key.startswith(_PREFIX)}
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -137,7 +138,7 @@ class _Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
-            raise UserError(f"{self._folder}: the weight {_PREFIX}{name} is missing")
+            raise UserError(f"{self.folder}: the weight {_PREFIX}{name} is missing")
         return self._files[name].get_tensor(_PREFIX + name).float()
 
     def count(self, pattern: str) -> int:
@@ -186,7 +187,7 @@ def _codebook(settings: _Settings, weights: _Weights) -> Tensor:
             continue
         if not torch.equal(weights[name], book):
             raise UserError(
-                f"{weights._folder}: {_PREFIX}{name} differs from {_PREFIX}{names[0]}; a codebook for each depth is "
+                f"{weights.folder}: {_PREFIX}{name} differs from {_PREFIX}{names[0]}; a codebook for each depth is "
                 "not supported, all depths must share one"
             )
     return book[:-1].clone()
@@ -213,13 +214,13 @@ def _load(network: nn.Module, weights: _Weights, blocks: int) -> None:
     unused = re.compile(rf"{_UNUSED.pattern}|quantizer\.|{re.escape(_VISION)}encoder\.layers\.{blocks}\.")
     for name in weights:
         if name not in expected and not unused.match(name):
-            raise UserError(f"{weights._folder}: the weight {_PREFIX}{name} is not one of the networks that are known")
+            raise UserError(f"{weights.folder}: the weight {_PREFIX}{name} is not one of the networks that are known")
     with torch.no_grad():
         for name, tensor in expected.items():
             stored = weights[name]
             if stored.shape != tensor.shape:
                 raise UserError(
-                    f"{weights._folder}: {_PREFIX}{name} is {list(stored.shape)}, expected {list(tensor.shape)}"
+                    f"{weights.folder}: {_PREFIX}{name} is {list(stored.shape)}, expected {list(tensor.shape)}"
                 )
             tensor.copy_(stored)
 

@@ -56,12 +56,25 @@ def write_vision_tower(
     tensors |= changes or {}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    siglip = folder / "siglip"
-    config.save_pretrained(siglip)
+    config.save_pretrained(folder / "siglip")
     size = {"height": grid * patch, "width": grid * patch}
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": size, "crop_size": size, "resample": 3}))
-    levels = patch.bit_length()
-    rqvaesiglip = {
+    rqtransformer = {
+        "block_size": [grid, grid, depth],
+        "input_embed_dim_1": width,
+        "input_embed_dim_2": language_hidden,
+        "embed_dim": head_width,
+        "vocab_size": codebook_size,
+        "head": {"n_layer": head_layers, "block": {"n_head": head_heads, "embed_dim": head_width}},
+    }
+    rqvaesiglip = _tower_config(width, grid, patch, depth, codebook_size) | {"pretrained_model": str(folder / "siglip")}
+    top = {"model_type": "rqvaesigliptransformer_model", "hidden_size": width, "a_key_of_the_future": 1}
+    (folder / "config.json").write_text(json.dumps({**top, "rqvaesiglip": rqvaesiglip, "rqtransformer": rqtransformer}))
+    return tensors
+
+
+def _tower_config(width: int, grid: int, patch: int, depth: int, codebook_size: int) -> dict:
+    return {
         "embed_dim": width,
         "n_embed": codebook_size,
         "latent_shape": [grid, grid, width],
@@ -70,10 +83,9 @@ def write_vision_tower(
         "restart_unused_codes": True,
         "decay": 0.99,
         "latent_loss_weight": 0.25,
-        "pretrained_model": str(siglip),
         "ddconfig": {
             "ch": 32,
-            "ch_mult": [1] * levels,
+            "ch_mult": [1] * patch.bit_length(),
             "num_res_blocks": 1,
             "attn_resolutions": [grid],
             "z_channels": 32,
@@ -83,32 +95,13 @@ def write_vision_tower(
             "dropout": 0.0,
         },
     }
-    rqtransformer = {
-        "block_size": [grid, grid, depth],
-        "input_embed_dim_1": width,
-        "input_embed_dim_2": language_hidden,
-        "embed_dim": head_width,
-        "vocab_size": codebook_size,
-        "head": {"n_layer": head_layers, "block": {"n_head": head_heads, "embed_dim": head_width}},
-    }
-    top = {"model_type": "rqvaesigliptransformer_model", "hidden_size": width, "a_key_of_the_future": 1}
-    (folder / "config.json").write_text(
-        json.dumps({**top, "rqvaesiglip": rqvaesiglip, "rqtransformer": rqtransformer}, indent=1)
-    )
-    return tensors
 
 
 def _encoder(width: int, image_size: int, patch: int) -> tuple[dict[str, Tensor], transformers.SiglipConfig]:
     blocks = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": 32, "max_position_embeddings": 8, "projection_size": width}
     config = transformers.SiglipConfig(
-        text_config={
-            **blocks,
-            "vocab_size": 32,
-            "max_position_embeddings": 8,
-            "projection_size": width,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
+        text_config={**blocks, **text, "bos_token_id": 1, "eos_token_id": 2},
         vision_config={**blocks, "image_size": image_size, "patch_size": patch},
     )
     model = transformers.SiglipModel(config)
