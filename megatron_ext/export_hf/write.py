@@ -66,6 +66,10 @@ def export(
     path = checkpoint_folder.of_run(checkpoint)
     weights = StoredWeights(path)
     exported = _exported(path, weights, dtype, vocabulary, overrides)
+    if (depth := exported.model.image_codes.depth) > 1:
+        raise UserError(
+            f"{path}: image tokens have {depth} codes (model.image_codes.depth); the forms of this tool have one"
+        )
     form = choose_form(exported, form)
     tokenizer = _vq(vq, exported.vocabulary) if vq else None
     if form == "own" and tokenizer is None:
