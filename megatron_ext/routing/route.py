@@ -115,7 +115,7 @@ class Route:
             bucketed: bring similar segments of attention together and fill them up to equal lengths
                 (:mod:`~megatron_ext.routing.segment_buckets`). Not with ``cached``.
             code_mask: with several codes an image token, which targets predict one, bool [b, s]; None: those before an
-                image token (:func:`before_image_tokens`).
+                image token (:meth:`~megatron_ext.data.batch.Batch.predicts_image`).
         """
         batch, groups = batch.arrays(), plan_groups(plan)
         real = (batch.document != PADDING_DOCUMENT).ravel()
@@ -125,11 +125,8 @@ class Route:
         if fixed_length:
             sizes.append(stored_length(real.size, plan, ranks, multiple) // ranks - sum(sizes))
             order = np.pad(order.reshape(ranks, -1), ((0, 0), (0, sizes[-1])), constant_values=-1).ravel()
-        stored = np.full(real.size, -1)
-        stored[order[order >= 0]] = np.flatnonzero(order >= 0)
-        rows = StoredRows(
-            batch, group, stored, _document_numbers(batch), sizes, ranks, groups.components, fill, bucketed
-        )
+        components, document = groups.components, _document_numbers(batch)
+        rows = StoredRows(batch, group, _places(order, real.size), document, sizes, ranks, components, fill, bucketed)
         by_roles = {
             roles: layer_route(rows, [*roles, *[Role.SKIP] * fixed_length], cached) for roles in set(groups.roles)
         }
@@ -149,12 +146,13 @@ class Route:
             longest_document=int(batch.positions.max(initial=-1)) + 1,
         )
         if batch.codes is not None:
-            route._add_codes(rows, before_image_tokens(batch) if code_mask is None else np.asarray(code_mask))
+            route._add_codes(rows, code_mask)
         return route
 
-    def _add_codes(self, rows: StoredRows, code_mask: np.ndarray) -> None:
-        """What several codes an image token need: the codes that enter, and targets of their own."""
+    def _add_codes(self, rows: StoredRows, code_mask: np.ndarray | None) -> None:
+        """What image tokens of several codes need: the codes that enter, and targets of their own."""
         batch, order = rows.batch, self.order
+        code_mask = batch.predicts_image() if code_mask is None else np.asarray(code_mask)
         codes = batch.codes.reshape(-1, batch.codes.shape[-1])
         image = (order >= 0) & (batch.modality.ravel()[order] == Modality.IMAGE)
         self.tokens = np.where(image, 0, self.tokens)
@@ -170,13 +168,6 @@ class Route:
         following = np.append(codes, np.zeros_like(codes[:1]), axis=0)[rows.with_fillers(self.code_targets) + 1]
         following[self.code_targets.size :] = 0
         self.target_codes = following.astype(np.int64)
-
-
-def before_image_tokens(batch: Batch) -> np.ndarray:
-    """bool [b, s]: whether the next token of the same document is an image token. ``batch`` holds arrays."""
-    before = np.zeros(batch.shape, dtype=bool)
-    before[:, :-1] = (batch.modality[:, 1:] == Modality.IMAGE) & ~batch.document_starts()[:, 1:]
-    return before
 
 
 def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
@@ -216,6 +207,13 @@ def _stored_order(group: np.ndarray, groups: Groups, ranks: int, multiple: int) 
     sizes = [-(-m.size // step) * multiple for m in members]
     stored = [np.pad(m, (0, ranks * n - m.size), constant_values=-1) for m, n in zip(members, sizes)]
     return np.concatenate([rows.reshape(ranks, -1) for rows in stored], axis=1).ravel(), sizes
+
+
+def _places(order: np.ndarray, tokens: int) -> np.ndarray:
+    """[tokens] the stored row of each token, -1 for padding, from the token of each stored row."""
+    places = np.full(tokens, -1)
+    places[order[order >= 0]] = np.flatnonzero(order >= 0)
+    return places
 
 
 def _document_numbers(batch: Batch) -> np.ndarray:
