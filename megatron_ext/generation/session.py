@@ -75,8 +75,8 @@ class Session:
         return dist.get_rank() == 0
 
     def encode(self, image: Path) -> list[int]:
-        """The VQ codes of a picture, prepared as those that the tokenizer is asked about; those of an image token side by
-        side.
+        """The VQ codes of a picture, prepared as those that the tokenizer is asked about; those of an image token side
+        by side.
 
         Raises:
             UserError: it cannot be read.

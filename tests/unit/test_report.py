@@ -93,5 +93,7 @@ def test_a_model_of_several_codes_an_image_token_shows_their_losses(tmp_path):
     records = [record | {"loss_depth_1": 2.0, "loss_depth_2": 4.0} for record in records]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     text = Path(write_report(run, tmp_path / "page.html")["markdown"]).read_text()
-    assert "| image token | 2 codes of 64 |" in text and "| depth head: layers, hidden size, heads | 2, 32, 16 |" in text
+    assert (
+        "| image token | 2 codes of 64 |" in text and "| depth head: layers, hidden size, heads | 2, 32, 16 |" in text
+    )
     assert "| depth 2 | 4.000 | 4.000 |" in text and "| image token | 6.000 | 6.000 |" in text
