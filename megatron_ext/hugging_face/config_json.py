@@ -48,6 +48,8 @@ def model_config(config: dict, file: Path) -> ModelConfig:
         UserError: this project's model cannot express a setting; names ``file`` and the key.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind == "vila_u_llama":
+        raise UserError(f"{file}: is a VILA-U; convert it with tools/convert_hf.py --vila-u")
     if not isinstance(kind, str) or kind not in _FAMILIES:
         raise UserError(f"{file}: 'model_type' is {kind!r}, must be one of {', '.join(_FAMILIES)}")
     family = _FAMILIES[kind]

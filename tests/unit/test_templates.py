@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaTokenizer
 
-from megatron_ext import chat_template, tokenizer
+from megatron_ext import chat_template
 from megatron_ext.conversion import vila_u
 from megatron_ext.data.format import ANSWER, IMAGE, TEXT
 from megatron_ext.errors import UserError
@@ -16,12 +16,8 @@ from megatron_ext.preprocess.parts import tokenise
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions, make_sample
 from megatron_ext.templates import TEMPLATES
 from megatron_ext.vocabulary import Vocabulary
-from support.text_models import sentences
+from support.vila_u import SYSTEM, write_llama_tokenizer
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 CODES = 16
 
 
@@ -29,9 +25,7 @@ class Family:
     """A vocabulary with VILA-U's templates, and the tokenizer of transformers."""
 
     def __init__(self, folder: Path):
-        (folder / "texts").write_text("\n".join([*sentences(400), SYSTEM, "USER: what ASSISTANT: red"]))
-        file = folder / "tokenizer.model"
-        tokenizer.train([folder / "texts"], file, 400)
+        file = write_llama_tokenizer(folder / "tokenizer.model")
         self.vocabulary = vila_u.create_vocabulary(folder / "vocabulary", file, CODES)
         self.reference = LlamaTokenizer.from_pretrained(folder)
         self.reference.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
