@@ -23,6 +23,7 @@ from megatron_ext.export_hf.vq_files import vq_keys, vq_tensors
 from megatron_ext.export_hf.weights import tensors
 from megatron_ext.hugging_face.weights import EMBEDDING
 from megatron_ext.routing.plan import Plan, with_roles
+from megatron_ext.templates import NO_TEMPLATES, TEMPLATES
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq.model import VQModel
 
@@ -68,8 +69,10 @@ def export(
     exported = _exported(path, weights, dtype, vocabulary, overrides)
     if (depth := exported.model.image_codes.depth) > 1:
         raise UserError(
-            f"{path}: image tokens have {depth} codes (model.image_codes.depth); the forms of this tool have one"
+            f"{path}: image tokens have {depth} codes (model.image_codes.depth); without --vila-u the forms of this tool have one"
         )
+    if exported.vocabulary.templates != NO_TEMPLATES:
+        raise UserError(f"{exported.vocabulary.folder / TEMPLATES}: an exported folder cannot follow it")
     form = choose_form(exported, form)
     tokenizer = _vq(vq, exported.vocabulary) if vq else None
     if form == "own" and tokenizer is None:

@@ -50,6 +50,11 @@ class Sample:
     unusable: str | None = None
     bytes: int = 0
 
+    @property
+    def is_caption(self) -> bool:
+        """Whether it is images with a caption."""
+        return not self.turns and bool(self.segments) and self.segments[-1][0] == ANSWER
+
 
 @dataclass(frozen=True)
 class Unit:
