@@ -134,10 +134,6 @@ class Vocabulary:
         and the prefix that rendering adds."""
         return _fingerprint(self.text_file, self.codebook_size, self._layout)
 
-    def padded_size(self, divisible_by: int) -> int:
-        """Rows of the embedding table: ``size`` rounded up to equal shares for tensor-parallel ranks."""
-        return -(-self.size // divisible_by) * divisible_by
-
     def encode(self, text: str) -> list[int]:
         """Raw text to ids; nothing is added, and the strings of control tokens are text."""
         return self.text.encode(text)
