@@ -51,8 +51,8 @@ def main() -> None:
     validate(config, config.parallel.tensor * config.parallel.pipeline)
     validate_evaluation(config)
     if options.paper:
-        numbers = {"paper": published_costs.compare()}
-        text = published_costs.describe(numbers["paper"])
+        numbers = {"paper": published_costs.compare(), "heads": published_costs.compare_heads()}
+        text = published_costs.describe(numbers["paper"], numbers["heads"])
     elif options.plan:
         plan = Plan.from_config(config)
         numbers = {"plan": plan.name, "roles": [[role.name.lower() for role in roles] for roles in plan.roles]}
