@@ -222,9 +222,9 @@ def check_compatible(state: dict, expected: dict, path: Path | str = "checkpoint
 
 
 def _difference(saved: Any, expected: Any, key: str) -> tuple[str, Any, Any] | None:
-    if not isinstance(expected, dict):
+    if not isinstance(expected, dict) and not isinstance(saved, dict):
         return None if saved == expected else (key, saved, expected)
-    saved = saved if isinstance(saved, dict) else {}
+    saved, expected = (value if isinstance(value, dict) else {} for value in (saved, expected))
     for name in dict.fromkeys((*expected, *(saved if key else ()))):
         difference = _difference(saved.get(name), expected.get(name), f"{key}.{name}" if key else name)
         if difference:

@@ -18,7 +18,7 @@ from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
-from megatron_ext.routing.route import Route, before_image_tokens
+from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Modality, Task
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Preparation:
     Attributes:
         vocab_size: for the FLOPs of the output layer.
         by_task: each row holds one task; rows of one task are placed together.
-        pad: id of the padding token.
+        pad, image_offset: ids of the padding token and of VQ code 0.
         iterations: length of the run, for a dense share that changes during training; None: the share of evaluation.
     """
 
@@ -91,10 +91,18 @@ class Preparation:
     sequence_length: int
     by_task: bool = False
     pad: int = 0
+    image_offset: int = 0
     iterations: int | None = None
 
     @classmethod
-    def of(cls, resolved: ResolvedConfig, vocab_size: int = 0, pad: int = 0, training: bool = True) -> Preparation:
+    def of(
+        cls,
+        resolved: ResolvedConfig,
+        vocab_size: int = 0,
+        pad: int = 0,
+        training: bool = True,
+        image_offset: int = 0,
+    ) -> Preparation:
         """The preparation for a run's steps in training or evaluation."""
         config = resolved.config
         return cls(
@@ -106,20 +114,20 @@ class Preparation:
             sequence_length=config.data.sequence_length,
             by_task=config.data.rows == "by_task",
             pad=pad,
+            image_offset=image_offset,
             iterations=config.training.iterations if training else None,
         )
 
     def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
-        """The input of a step, counted from 0, from packed tokens, int32 [rows, s]."""
+        """The input of a step, counted from 0, from rows of packed tokens."""
         selection = None if self.iterations is None else self.plan.selection(step, self.iterations)
-        return self.step_input(unpack(packed_tokens, self.pad), selection)
+        return self.step_input(
+            unpack(packed_tokens, self.pad, self.model.image_codes.depth, self.image_offset), selection
+        )
 
     def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
         """The input of a step from a batch on the host; ``selection`` None: that of evaluation."""
         batch = batch.arrays()
-        depth = self.model.image_codes.depth
-        if depth > 1 and batch.codes is None:  # rows of text alone
-            batch.codes = np.zeros((*batch.shape, depth), np.int32)
         if self.by_task:
             order = np.argsort(batch.task[:, 0], kind="stable")
             batch = batch.map(lambda field: field[order])
@@ -132,14 +140,14 @@ class Preparation:
             TRAINING_PER_FORWARD * forward_flops(self.model, self.vocab_size, plan, counted)
             for plan, counted in zip(plans, counts)
         )
-        tasks, before_image = batch.predicted_task(), before_image_tokens(batch)
-        learnt = [(batch.loss_mask > 0) & chosen for chosen in (*(tasks == task for task in Task), before_image)]
+        tasks = batch.predicted_task()
+        kinds = [*(tasks == task for task in Task), batch.predicts_image()]
         return StepInput(
             micro_batches=[
                 self._micro_batch(part, tasks[start : start + self.micro_batch_size], selection)
                 for start, part in zip(starts, parts)
             ],
-            loss_tokens=np.array([tokens.sum() for tokens in learnt], np.float64),
+            loss_tokens=np.array([((batch.loss_mask > 0) & kind).sum() for kind in kinds], np.float64),
             flops=flops,
             dense_flops=dense_flops,
             tokens=sum(counts[0].tokens),
@@ -150,12 +158,11 @@ class Preparation:
         rows = self.row_layout
         route = Route.arrays(part, self.plan, selection=selection, **vars(rows))
         targets = [route.targets] if route.code_targets is None else [route.targets, route.code_targets]
-        before_image = before_image_tokens(part) * Modality.IMAGE
         micro_batch = MicroBatch(
             route,
             labels=_of_targets(part.labels, targets[:1], rows.fill, 0),
             tasks=_of_targets(predicted, targets, rows.fill, NO_TASK),
-            modalities=_of_targets(before_image, targets, rows.fill, Modality.TEXT),
+            modalities=_of_targets(part.predicts_image() * Modality.IMAGE, targets, rows.fill, Modality.TEXT),
         )
         # Only the host uses these.
         route.targets = route.code_targets = route.order = None

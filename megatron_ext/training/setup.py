@@ -44,15 +44,16 @@ def _gathers_ahead(config: Config) -> bool:
     return config.parallel.overlap and config.parallel.distributed_optimizer
 
 
-def build_model(resolved: ResolvedConfig) -> list[DistributedDataParallel]:
-    """This rank's model chunks with initial weights, wrapped for data parallelism.
+def build_model(resolved: ResolvedConfig, code_vectors: torch.Tensor | None = None) -> list[DistributedDataParallel]:
+    """This rank's model chunks with initial weights, wrapped for data parallelism; ``code_vectors`` as for
+    :func:`~megatron_ext.transformer.model.build_chunks`.
 
     Raises:
         UserError: ``optimizer.groups`` do not fit the model.
     """
     config = resolved.config
     parallel = config.parallel
-    chunks = build_chunks(resolved)
+    chunks = build_chunks(resolved, code_vectors)
     parameter_groups.assign(chunks, config)
     configure(chunks[0].config)
     for chunk in chunks[1:]:

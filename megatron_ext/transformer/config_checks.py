@@ -54,6 +54,11 @@ def validate_image_codes(config: Config) -> None:
     section, head = "model.image_codes", codes.head
     check_at_least_one(section, codes, "depth")
     if codes.depth == 1:
+        if codes.codebook:
+            raise UserError(
+                f"config: '{section}.codebook' is {codes.codebook!r}, but image tokens of one code are rows of the "
+                f"embedding; set {section}.depth to the tokenizer's, or leave it out"
+            )
         return
     if head.chunk < 0:
         raise UserError(f"config: '{section}.head.chunk' is {head.chunk}, must be at least 0")

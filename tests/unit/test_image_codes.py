@@ -5,16 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from test_routing import SHAPE, VOCABULARY, assert_near, config_of, plan_of, random_plan, random_rows, weights_of
 from torch.nn.functional import cross_entropy
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import PRESETS
-from megatron_ext.routing.route import Route, before_image_tokens
+from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Modality
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
 from support import reference
-from test_routing import SHAPE, VOCABULARY, assert_near, config_of, plan_of, random_plan, random_rows, weights_of
 
 DEPTH, CODES, WIDTH = 4, 24, 6
 FROZEN = (
@@ -48,7 +48,7 @@ def expected_losses(weights: dict, config, batch: Batch, selection=None) -> tupl
     """Logits of text targets and cross-entropies [m, D] of code targets."""
     plan, model = plan_of(config), config.model
     learnt = batch.loss_mask > 0
-    codes = learnt & torch.from_numpy(before_image_tokens(batch.arrays()))
+    codes = learnt & torch.from_numpy(batch.predicts_image())
     logits = reference.logits(weights, model, plan, batch, selection)[learnt & ~codes]
     hidden = reference.final_states(weights, model, plan, batch, selection)[codes]
     following = batch.codes.roll(-1, 1)[codes].long()
