@@ -29,6 +29,8 @@ class Part:
         bytes: size of the samples in the input.
         documents: name and documents of each usable sample.
         skipped: a description of each skipped sample.
+        filtered: number of samples that filters removed.
+        missing: number of images that are left out of documents because they are not there.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Part:
     bytes: int
     documents: list[tuple[str, list[Document]]] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
+    filtered: int = 0
+    missing: int = 0
 
     @cached_property
     def images(self) -> list[ImageFile]:
@@ -66,9 +70,13 @@ def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions,
     """A part of these samples; samples without text of the required mode, or that the chat template cannot write, are
     skipped."""
     part = Part(name, last, len(samples), sum(sample.bytes for sample in samples))
+    part.missing = sum(sample.missing for sample in samples)
+    part.filtered = sum(sample.filtered for sample in samples)
     template = chat_template.of(vocabulary) if options.chat_template else None
     described, texts = [], []
     for sample in samples:
+        if sample.filtered:
+            continue
         documents, reason = [], sample.unusable
         if reason is None:
             try:

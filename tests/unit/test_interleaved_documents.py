@@ -162,6 +162,6 @@ def test_a_data_set_with_drawn_images_is_of_format_2_and_others_stay_of_format_1
 
 
 def test_a_document_with_nothing_to_learn_is_refused(tmp_path):
-    path = write(tmp_path / "set", [EDIT, EDIT[:2]], grid=[1, 3])
-    with pytest.raises(UserError, match="document 1 holds neither an answer nor a drawn image"):
+    path = write(tmp_path / "set", [EDIT, EDIT[:1]], grid=[1, 3])
+    with pytest.raises(UserError, match="document 1 holds neither text nor a drawn image"):
         Source.open("data.train[0]", SourceConfig(path, "interleaved"), "tiny", 64)
