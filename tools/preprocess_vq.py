@@ -121,8 +121,8 @@ def _add_forms(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resize",
         choices=("crop", "squash"),
-        default="crop",
-        help="scale the shorter side and cut out the centre (crop, the default), or scale both sides (squash)",
+        help="scale the shorter side and cut out the centre (crop), or scale both sides (squash); default: crop, for "
+        "VILA-U squash unless --as caption",
     )
 
 

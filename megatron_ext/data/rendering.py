@@ -7,6 +7,7 @@
     stored          [image] [caption]
     generation      bos caption <boi> CODES <eoi> <eod>                                   learnt: CODES
       dropped       bos <boi> CODES <eoi> <eod>
+      with generation_text                          learnt: <boi>, unless the caption is dropped, CODES, <eoi>, <eod>
     stored          [text]
     text            bos TEXT <eod>                                                        learnt: all after bos
     stored          [image] [instruction] [drawn image] [question] [answer] [instruction] [drawn image]
@@ -33,6 +34,7 @@ import numpy as np
 
 from megatron_ext.data import packed_tokens
 from megatron_ext.data.format import ANSWER, DRAWN, Dataset, is_image
+from megatron_ext.data.vq_metadata import codes_of_image
 from megatron_ext.token_classes import Layout, Task
 
 
@@ -52,16 +54,26 @@ class SpecialTokens:
         """The special tokens of a :class:`~megatron_ext.vocabulary.Vocabulary`."""
         return cls(**{field.name: getattr(vocabulary, field.name) for field in fields(cls)})
 
+    @property
+    def image_offset(self) -> int:
+        """Id of VQ code 0: the codes follow the special tokens, of which ``<eoi>`` is the last."""
+        return self.eoi + 1
+
 
 class TokenBuffer:
     """Packed tokens under construction: documents are written into it, then :meth:`packed_tokens` is read.
 
+    Args:
+        depth: D, codes of an image token.
+
     Attributes:
-        ids: int32 [tokens].
+        ids: int32 [tokens], of an image token that of its first code.
+        further_codes: the other codes of image tokens, uint16 [tokens, 2 * (D // 2)].
     """
 
-    def __init__(self, tokens: int, fill: int):
+    def __init__(self, tokens: int, fill: int, depth: int = 1):
         self.ids = np.full(tokens, fill, dtype=np.int32)
+        self.further_codes = np.zeros((tokens, 2 * (depth // 2)), dtype="<u2")
         self._change = np.zeros(tokens + 1, dtype=np.int32)  # bits that begin here, minus those that end
 
     def mark(self, begin: np.ndarray, end: np.ndarray, bits: int) -> None:
@@ -70,9 +82,12 @@ class TokenBuffer:
         self._change[begin[nonempty]] += bits
         self._change[end[nonempty]] -= bits
 
-    def packed_tokens(self) -> np.ndarray:
-        """The finished packed tokens, int32 [tokens]."""
-        return self.ids | np.cumsum(self._change[:-1], dtype=np.int32)
+    def packed_tokens(self, rows: int) -> np.ndarray:
+        """The finished packed tokens in rows of equal length s, int32 [rows, (1 + D // 2) * s]."""
+        packed = (self.ids | np.cumsum(self._change[:-1], dtype=np.int32)).reshape(rows, -1)
+        if not self.further_codes.size:
+            return packed
+        return np.concatenate([packed, self.further_codes.view("<i4").reshape(rows, -1)], axis=1)
 
 
 @dataclass
@@ -146,7 +161,7 @@ def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, layout
         owner, index, image = owner[order], index[order], image[order]
     kept = image | ~dropped[owner]
     owner, index, image = owner[kept], index[kept], image[kept]
-    modes, lengths = dataset.sequence_modes[index], dataset.sequence_lengths[index].astype(np.int64)
+    modes, lengths = dataset.sequence_modes[index], dataset.token_counts(index).astype(np.int64)
     drawn, answer = modes == DRAWN, modes == ANSWER
     last = np.searchsorted(owner, np.arange(len(documents)), side="right") - 1
     plain = (np.bincount(owner, drawn | answer, len(documents)) == 0) & (layout == Layout.INTERLEAVED)
@@ -183,9 +198,18 @@ def _sequences(dataset: Dataset, documents: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def render(
-    buffer: TokenBuffer, dataset: Dataset, pieces: DocumentPieces, layout: Layout, special: SpecialTokens
+    buffer: TokenBuffer,
+    dataset: Dataset,
+    pieces: DocumentPieces,
+    layout: Layout,
+    special: SpecialTokens,
+    generation_text: bool = False,
 ) -> None:
-    """Write document pieces into a buffer, each as a document of its own."""
+    """Write document pieces into a buffer, each as a document of its own.
+
+    Args:
+        generation_text: generation documents also learn the special tokens around their images.
+    """
     places = lay_out(dataset, pieces.document, pieces.dropped, layout)
     owner, image, begin, end = places.owner, places.image, places.begin, places.end
     documents = np.arange(len(pieces.document))
@@ -204,11 +228,14 @@ def render(
     closed_answer = places.answer & places.closed
     put(owner[closed_answer], end[closed_answer], special.answer_end)
     put(documents[places.ended], places.length[places.ended] - 1, special.eod)
-    learnt_owner, learnt_begin, learnt_end = _learnt(places, layout)
+    learnt_owner, learnt_begin, learnt_end = _learnt(places, layout, generation_text, pieces.dropped)
 
     starts, stops = buffer_place(owner, begin), buffer_place(owner, end)
     pointers = places.pointer + np.maximum(pieces.start[owner] - begin, 0)
-    for place, stop, pointer in zip(starts.tolist(), stops.tolist(), pointers.tolist()):
+    if dataset.depth > 1:
+        _copy_images(buffer, dataset, starts[image], pointers[image], special.image_offset)
+    copied = slice(None) if dataset.depth == 1 else ~image
+    for place, stop, pointer in zip(starts[copied].tolist(), stops[copied].tolist(), pointers[copied].tolist()):
         buffer.ids[place:stop] = dataset.tokens[pointer : pointer + stop - place]
 
     task = Task.UNDERSTANDING if layout == Layout.INTERLEAVED else Task(layout)
@@ -222,11 +249,31 @@ def render(
     buffer.mark(predicting, buffer_place(learnt_owner, learnt_end) - 1, packed_tokens.LOSS)
 
 
-def _learnt(places: SequencePlaces, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _copy_images(
+    buffer: TokenBuffer, dataset: Dataset, starts: np.ndarray, pointers: np.ndarray, image_offset: int
+) -> None:
+    """Write images of several codes a token, which are never cut, into a buffer: places and pointers, [images] each."""
+    count = codes_of_image(dataset.metadata["vq"])
+    ids = np.empty((len(starts), count), dtype=np.int32)
+    for image, pointer in zip(ids, pointers.tolist()):
+        image[:] = dataset.tokens[pointer : pointer + count]
+    ids = ids.reshape(len(starts), -1, dataset.depth)
+    places = starts[:, None] + np.arange(ids.shape[1])
+    buffer.ids[places] = ids[:, :, 0]
+    buffer.further_codes[places, : dataset.depth - 1] = ids[:, :, 1:] - image_offset
+
+
+def _learnt(
+    places: SequencePlaces, layout: Layout, generation_text: bool, dropped: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Owner, begin and end in the rendered document of each range of learnt tokens; ranges are disjoint."""
     if layout == Layout.TEXT:
         documents = np.arange(len(places.length))
         return documents, np.ones_like(documents), places.length
+    if layout == Layout.GENERATION and generation_text:
+        owner, begin, end = (field[places.image] for field in (places.owner, places.begin, places.end))
+        last = end + 2 == places.length[owner]  # <eod> follows <eoi>
+        return owner, begin - ~dropped[owner], end + 1 + last
     if layout == Layout.GENERATION:
         learnt = places.image
     else:

@@ -23,6 +23,7 @@ from megatron_ext.export_hf.vq_files import vq_keys, vq_tensors
 from megatron_ext.export_hf.weights import tensors
 from megatron_ext.hugging_face.weights import EMBEDDING
 from megatron_ext.routing.plan import Plan, with_roles
+from megatron_ext.templates import NO_TEMPLATES, TEMPLATES
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq.model import VQModel
 
@@ -66,6 +67,8 @@ def export(
     path = checkpoint_folder.of_run(checkpoint)
     weights = StoredWeights(path)
     exported = _exported(path, weights, dtype, vocabulary, overrides)
+    if exported.vocabulary.templates != NO_TEMPLATES:
+        raise UserError(f"{exported.vocabulary.folder / TEMPLATES}: an exported folder cannot follow it")
     form = choose_form(exported, form)
     tokenizer = _vq(vq, exported.vocabulary) if vq else None
     if form == "own" and tokenizer is None:

@@ -16,7 +16,7 @@ from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
-from megatron_ext.vq.image_decoder import CROP, PillowDecoder
+from megatron_ext.vq.image_decoder import PillowDecoder
 from megatron_ext.vq.pixels import from_bytes, to_picture
 
 SHEET = "sheet.png"
@@ -64,7 +64,7 @@ class Session:
         return dist.get_rank() == 0
 
     def encode(self, image: Path) -> list[int]:
-        """The VQ codes of a picture, scaled and center-cropped to the tokenizer's shape.
+        """The VQ codes of a picture, prepared as those that the tokenizer is asked about.
 
         Raises:
             UserError: it cannot be read.
@@ -73,7 +73,7 @@ class Session:
             file = image.read_bytes()
         except OSError as error:
             raise UserError(f"{image}: {error.strerror}") from None
-        decoder = PillowDecoder(self.vq.image_size, CROP, 1)
+        decoder = PillowDecoder(self.vq.image_size, self.vq.preparation.understanding, 1, self.vq.preparation)
         (pixels,) = decoder([file])
         decoder.close()
         if isinstance(pixels, str):

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_ext import chat_template
 from megatron_ext.chat_template import ChatTemplate, Segments, Turn
-from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, is_image
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, is_image
 from megatron_ext.preprocess import units
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions, Sample, Unit
 from megatron_ext.vocabulary import Vocabulary
@@ -73,6 +73,7 @@ def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions,
     part.missing = sum(sample.missing for sample in samples)
     part.filtered = sum(sample.filtered for sample in samples)
     template = chat_template.of(vocabulary) if options.chat_template else None
+    with_captions = template is not None and vocabulary.templates.captions == "conversation"
     described, texts = [], []
     for sample in samples:
         if sample.filtered:
@@ -80,7 +81,10 @@ def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions,
         documents, reason = [], sample.unusable
         if reason is None:
             try:
-                documents = _documents(sample, options.split_turns, template)
+                if with_captions and sample.is_caption:
+                    documents = [_captioned(sample, template)]
+                else:
+                    documents = _documents(sample, options.split_turns, template)
             except chat_template.UnusableConversation as error:
                 reason = str(error)
         described.append((sample, documents, reason))
@@ -94,7 +98,7 @@ def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions,
     for sample, documents, reason in described:
         encoded = [[(mode, _sequence(item, ids)) for mode, item in document] for document in documents]
         encoded = [[(mode, item) for mode, item in document if len(item)] for document in encoded]
-        learnt = (sample.required_mode, DRAWN)
+        learnt = (TEXT if with_captions and sample.is_caption else sample.required_mode, DRAWN)
         usable = [document for document in encoded if any(mode in learnt for mode, _ in document)]
         if usable:
             part.documents.append((sample.name, usable))
@@ -111,6 +115,13 @@ def _documents(sample: Sample, split: bool, template: ChatTemplate | None) -> li
         return [template.segments(turns) for turns in conversations if turns]
     document = list(sample.segments)
     return split_turns(document) if split and sample.required_mode == ANSWER else [document]
+
+
+def _captioned(sample: Sample, template: ChatTemplate) -> Segments:
+    """The document of a caption that a chat template writes: context of the pictures, which understanding never
+    learns."""
+    *images, (_, caption) = sample.segments
+    return [*images, (TEXT, template.before_picture(caption))] if caption else []
 
 
 def _sequence(item, ids: Iterator) -> "np.ndarray | ImageFile":

@@ -20,7 +20,7 @@ from megatron_ext.preprocess.samples import ReadOptions, Unit
 from megatron_ext.preprocess.store import Store, finished, joined, remove_parts
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel
-from megatron_ext.vq.image_decoder import CROP, PillowDecoder
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder, Preparation
 
 
 @dataclass
@@ -32,7 +32,8 @@ class PreprocessOptions:
         out: prefix of the data set.
         images, prefer, split_turns, caption, filters: see :class:`.ReadOptions`.
         chat_template: the vocabulary's chat template writes conversations; None: if it has one.
-        resize: "crop" or "squash".
+        resize: "crop" or "squash"; None: the tokenizer's own choice, for pictures to be drawn if captions are
+            preferred, else for pictures that are asked about.
         batch_size: images that the VQ model encodes at once.
         part_samples: samples per part; a restart repeats at most one part.
         workers: threads that read and decode.
@@ -48,7 +49,7 @@ class PreprocessOptions:
     filters: tuple[Filter, ...] = ()
     split_turns: bool = False
     chat_template: bool | None = None
-    resize: str = CROP
+    resize: str | None = None
     batch_size: int = 64
     part_samples: int = 1024
     workers: int = 2
@@ -202,10 +203,19 @@ def _refuse_skipped(options: PreprocessOptions, skipped: list[dict]) -> None:
 
 
 def _decoder(options: PreprocessOptions, vq: VQModel):
+    resize = _resize(options, vq)
+    if vq.preparation != Preparation():  # defined by Pillow's pixels
+        return PillowDecoder(vq.image_size, resize, options.workers, vq.preparation)
     if dali_decoder.available():
-        return dali_decoder.DaliDecoder(vq.image_size, options.resize, options.workers, options.batch_size, vq.device)
+        return dali_decoder.DaliDecoder(vq.image_size, resize, options.workers, options.batch_size, vq.device)
     print("DALI is missing (pip install nvidia-dali-cuda130): Pillow decodes the images, more slowly")
-    return PillowDecoder(vq.image_size, options.resize, options.workers)
+    return PillowDecoder(vq.image_size, resize, options.workers)
+
+
+def _resize(options: PreprocessOptions, vq: VQModel | None) -> str:
+    if options.resize or vq is None:
+        return options.resize or CROP
+    return vq.preparation.generation if options.prefer == "caption" else vq.preparation.understanding
 
 
 def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None, decoder, units: int) -> dict:
@@ -220,7 +230,7 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         **({"filters": [_readable(one) for one in options.filters]} if options.filters else {}),
         **({"split_turns": True} if options.split_turns else {}),
         **({"chat_template": chat_template.description(vocabulary)} if options.chat_template else {}),
-        "resize": options.resize,
+        "resize": _resize(options, vq),
         "batch_size": options.batch_size,
         "part_samples": options.part_samples,
         "units": units,

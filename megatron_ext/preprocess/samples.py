@@ -56,6 +56,11 @@ class Sample:
     missing: int = 0
     bytes: int = 0
 
+    @property
+    def is_caption(self) -> bool:
+        """Whether it is images with a caption."""
+        return not self.turns and bool(self.segments) and self.segments[-1][0] == ANSWER
+
 
 @dataclass(frozen=True)
 class Unit:

@@ -60,7 +60,7 @@ class Store:
         """Write a part.
 
         Args:
-            codes: VQ codes [h*w] of each image.
+            codes: VQ codes [h*w*D] of each image, as ``VQModel.encode`` orders them.
             failures: why an image has no codes; samples with such an image are skipped.
             offset: token id of VQ code 0.
 

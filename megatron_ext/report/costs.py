@@ -8,7 +8,6 @@ from megatron_ext.config import Config, DenseShareConfig, ProjectionConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.build import build_mixture
 from megatron_ext.data.packed_rows import PackedRows
-from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.errors import UserError
 from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.plan import Plan
@@ -45,8 +44,7 @@ def plan_costs(config: Config, plan: Plan, vocabulary: Vocabulary) -> list[PlanC
         mixture = build_mixture(config.data.train, config.data, vocabulary, train=True)
     except UserError:
         return []
-    rows = PackedRows.of(mixture, config.data).packed_tokens(0, ROWS)
-    batch = unpack(rows, mixture.special.pad)
+    batch = PackedRows.of(mixture, config.data).batch(0, ROWS)
     batches = {name: part for name, part in _by_task(batch).items() if (part.document != PADDING_DOCUMENT).any()}
     plans = {"dense": dense(plan), plan.name: plan, **_presets(config)}
     costs: list[PlanCost] = []

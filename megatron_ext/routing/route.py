@@ -40,15 +40,20 @@ class Route:
     Attributes:
         tokens: [1, T] token ids as stored, int32.
         layers: the route of each layer of the whole model, indexed from 0.
-        head: the slices that hold the tokens with logits; ``head_rows`` brings their gathered rows into the order of
-            the targets.
-        targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None once no
-            longer needed.
+        head: the slices that hold the targets, the tokens that predict; ``head_rows`` brings their gathered rows into
+            the order of the targets.
+        targets: [n] flat indices into b * s of the tokens with logits, ascending; fillers follow in the logits. None
+            once no longer needed.
         order: [T] flat index into b * s of each stored row, -1 for a dummy. None once no longer needed.
         image_places: [T] place of each stored row in its image, from 1; 0 outside of images (see
             :func:`image_places`).
         longest_image: the largest image place.
         longest_document: the largest position of a token, plus one.
+        image_rows, codes: with several codes an image token, for each rank the local rows [n] of its image tokens,
+            int64, and their codes [n, D], int32. ``tokens`` then has 0 in place of them.
+        code_head_rows: brings the rows of ``head`` into the order of the code targets, which predict such tokens.
+        code_targets: [m] flat indices of the code targets, as ``targets``, which are then all others.
+        target_codes: [m and fillers, D], the codes that they predict, int64; 0 for fillers.
     """
 
     tokens: np.ndarray
@@ -60,6 +65,11 @@ class Route:
     image_places: np.ndarray | None
     longest_image: int = 0
     longest_document: int = 0
+    image_rows: list[np.ndarray] | None = None
+    codes: list[np.ndarray] | None = None
+    code_head_rows: Permutation | None = None
+    code_targets: np.ndarray | None = None
+    target_codes: np.ndarray | None = None
 
     @classmethod
     def of(cls, batch: Batch, plan: Plan, *alignment: int, **options) -> Route:
@@ -88,6 +98,7 @@ class Route:
         places: np.ndarray | None = None,
         fill: int = 1,
         bucketed: bool = False,
+        code_mask: np.ndarray | None = None,
     ) -> Route:
         """The route of one micro-batch of [b, s] tokens on the host, as arrays.
 
@@ -103,6 +114,8 @@ class Route:
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
             bucketed: bring similar segments of attention together and fill them up to equal lengths
                 (:mod:`~megatron_ext.routing.segment_buckets`). Not with ``cached``.
+            code_mask: with several codes an image token, which targets predict one, bool [b, s]; None: those before an
+                image token (:func:`before_image_tokens`).
         """
         batch, groups = batch.arrays(), plan_groups(plan)
         real = (batch.document != PADDING_DOCUMENT).ravel()
@@ -122,19 +135,48 @@ class Route:
         }
         mask = (batch.loss_mask > 0) if logit_mask is None else np.asarray(logit_mask)
         targets = np.flatnonzero(mask.ravel() & real)
-        head, head_rows = _head(rows, targets)
+        head = _head(rows, targets)
         places = (image_places(batch) if places is None else np.asarray(places)).ravel()
-        return cls(
+        route = cls(
             tokens=batch.tokens.ravel()[order.clip(min=0)].astype(np.int32)[None],
             layers=[by_roles[roles] for roles in groups.roles],
             head=head,
-            head_rows=head_rows,
+            head_rows=_head_rows(rows, head, targets),
             targets=targets,
             order=order,
             image_places=places[order.clip(min=0)].astype(np.int32),
             longest_image=int(places.max(initial=0)),
             longest_document=int(batch.positions.max(initial=-1)) + 1,
         )
+        if batch.codes is not None:
+            route._add_codes(rows, before_image_tokens(batch) if code_mask is None else np.asarray(code_mask))
+        return route
+
+    def _add_codes(self, rows: StoredRows, code_mask: np.ndarray) -> None:
+        """What several codes an image token need: the codes that enter, and targets of their own."""
+        batch, order = rows.batch, self.order
+        codes = batch.codes.reshape(-1, batch.codes.shape[-1])
+        image = (order >= 0) & (batch.modality.ravel()[order] == Modality.IMAGE)
+        self.tokens = np.where(image, 0, self.tokens)
+        of_rank = list(zip(image.reshape(rows.ranks, -1), order.reshape(rows.ranks, -1)))
+        self.image_rows = [np.flatnonzero(chosen) for chosen, _ in of_rank]
+        self.codes = [codes[index[chosen]].astype(np.int32) for chosen, index in of_rank]
+        predicts_codes = code_mask.ravel()[self.targets]
+        self.code_targets, self.targets = self.targets[predicts_codes], self.targets[~predicts_codes]
+        self.head_rows, self.code_head_rows = (
+            _head_rows(rows, self.head, targets) for targets in (self.targets, self.code_targets)
+        )
+        # The last token of a row predicts nothing that is known here.
+        following = np.append(codes, np.zeros_like(codes[:1]), axis=0)[rows.with_fillers(self.code_targets) + 1]
+        following[self.code_targets.size :] = 0
+        self.target_codes = following.astype(np.int64)
+
+
+def before_image_tokens(batch: Batch) -> np.ndarray:
+    """bool [b, s]: whether the next token of the same document is an image token. ``batch`` holds arrays."""
+    before = np.zeros(batch.shape, dtype=bool)
+    before[:, :-1] = (batch.modality[:, 1:] == Modality.IMAGE) & ~batch.document_starts()[:, 1:]
+    return before
 
 
 def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
@@ -155,12 +197,16 @@ def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
     return np.where(image, places, 0)
 
 
-def _head(rows: StoredRows, targets: np.ndarray) -> tuple[RowSlices, Permutation | None]:
-    """The slices that hold the tokens ``targets`` [n], and the way from their gathered rows to the targets' order."""
+def _head(rows: StoredRows, targets: np.ndarray) -> RowSlices:
+    """The slices that hold the tokens ``targets`` [n]."""
     needed = np.isin(np.arange(len(rows.sizes)), rows.group[targets])
-    head = row_slices(rows.sizes, [Role.FULL if n else Role.SKIP for n in needed], rows.components)
+    return row_slices(rows.sizes, [Role.FULL if n else Role.SKIP for n in needed], rows.components)
+
+
+def _head_rows(rows: StoredRows, head: RowSlices, targets: np.ndarray) -> Permutation | None:
+    """The way from the gathered rows of ``head`` to the order of ``targets`` [n]."""
     gathered = rows.gathered(head.full, head.sizes)[targets]
-    return head, Permutation.of(rows.with_fillers(gathered), [rows.ranks * row_count(head.full_splits)])
+    return Permutation.of(rows.with_fillers(gathered), [rows.ranks * row_count(head.full_splits)])
 
 
 def _stored_order(group: np.ndarray, groups: Groups, ranks: int, multiple: int) -> tuple[np.ndarray, list[int]]:

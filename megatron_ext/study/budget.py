@@ -108,14 +108,12 @@ class Lengths:
 
     def _batches_of(self, config: Config, vocabulary) -> list:
         from megatron_ext.data.packed_rows import PackedRows
-        from megatron_ext.data.packed_tokens import unpack
 
         key = _key(config)
         if key not in self._batches:
-            import numpy as np
-
-            rows = PackedRows.of(self._mixture(config, vocabulary), config.data).packed_tokens(0, FLOPS_ROWS)
-            self._batches[key] = [unpack(part, vocabulary.pad) for part in np.split(rows, PARTS)]
+            batch = PackedRows.of(self._mixture(config, vocabulary), config.data).batch(0, FLOPS_ROWS)
+            size = FLOPS_ROWS // PARTS
+            self._batches[key] = [batch.rows(start, start + size) for start in range(0, FLOPS_ROWS, size)]
         return self._batches[key]
 
     def _mixture(self, config: Config, vocabulary) -> Mixture:

@@ -18,8 +18,8 @@ from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
-from megatron_ext.routing.route import Route
-from megatron_ext.token_classes import Task
+from megatron_ext.routing.route import Route, before_image_tokens
+from megatron_ext.token_classes import Modality, Task
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +32,19 @@ NO_TASK = len(Task)
 
 @dataclass
 class MicroBatch:
-    """The input of a forward pass: the route, and label and task of each of its n targets, int64 [n].
+    """The input of a forward pass: the route, and what its targets predict, int64.
 
-    The task is that which the loss counts to (:meth:`~megatron_ext.data.batch.Batch.predicted_task`).
+    Attributes:
+        labels: [n], ids of the tokens that the logits predict.
+        tasks: [n + m], the task that the loss counts to (:meth:`~megatron_ext.data.batch.Batch.predicted_task`), of
+            these n targets and then of the route's m code targets.
+        modalities: [n + m], modality of the predicted tokens.
     """
 
     route: Route
     labels: np.ndarray
     tasks: np.ndarray
+    modalities: np.ndarray
 
 
 @dataclass
@@ -47,7 +52,7 @@ class StepInput:
     """The input of one step from a replica's rows; arrays on the host, tensors on a device.
 
     Attributes:
-        loss_tokens: number of targets of each task, float64 [tasks].
+        loss_tokens: number of targets of each task, then of those that predict image tokens, float64 [tasks + 1].
         flops, dense_flops: training FLOPs under the plan and under the dense plan; padding has none.
         tokens: number of tokens without padding.
         stored_length: T of the hidden states that pipeline stages exchange, over all ranks.
@@ -72,7 +77,7 @@ class Preparation:
     """Turns rows into a :class:`StepInput`; small, and the same for every step of a run.
 
     Attributes:
-        vocab_size: for the FLOPs of the output head.
+        vocab_size: for the FLOPs of the output layer.
         by_task: each row holds one task; rows of one task are placed together.
         pad: id of the padding token.
         iterations: length of the run, for a dense share that changes during training; None: the share of evaluation.
@@ -112,6 +117,9 @@ class Preparation:
     def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
         """The input of a step from a batch on the host; ``selection`` None: that of evaluation."""
         batch = batch.arrays()
+        depth = self.model.image_codes.depth
+        if depth > 1 and batch.codes is None:  # rows of text alone
+            batch.codes = np.zeros((*batch.shape, depth), np.int32)
         if self.by_task:
             order = np.argsort(batch.task[:, 0], kind="stable")
             batch = batch.map(lambda field: field[order])
@@ -124,13 +132,14 @@ class Preparation:
             TRAINING_PER_FORWARD * forward_flops(self.model, self.vocab_size, plan, counted)
             for plan, counted in zip(plans, counts)
         )
-        tasks = batch.predicted_task()
+        tasks, before_image = batch.predicted_task(), before_image_tokens(batch)
+        learnt = [(batch.loss_mask > 0) & chosen for chosen in (*(tasks == task for task in Task), before_image)]
         return StepInput(
             micro_batches=[
                 self._micro_batch(part, tasks[start : start + self.micro_batch_size], selection)
                 for start, part in zip(starts, parts)
             ],
-            loss_tokens=np.array([((batch.loss_mask > 0) & (tasks == task)).sum() for task in Task], np.float64),
+            loss_tokens=np.array([tokens.sum() for tokens in learnt], np.float64),
             flops=flops,
             dense_flops=dense_flops,
             tokens=sum(counts[0].tokens),
@@ -140,17 +149,25 @@ class Preparation:
     def _micro_batch(self, part: Batch, predicted: np.ndarray, selection: Selection | None) -> MicroBatch:
         rows = self.row_layout
         route = Route.arrays(part, self.plan, selection=selection, **vars(rows))
-        targets, fillers = route.targets, -route.targets.size % rows.fill
-        labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, predicted))
+        targets = [route.targets] if route.code_targets is None else [route.targets, route.code_targets]
+        before_image = before_image_tokens(part) * Modality.IMAGE
+        micro_batch = MicroBatch(
+            route,
+            labels=_of_targets(part.labels, targets[:1], rows.fill, 0),
+            tasks=_of_targets(predicted, targets, rows.fill, NO_TASK),
+            modalities=_of_targets(before_image, targets, rows.fill, Modality.TEXT),
+        )
         # Only the host uses these.
-        route.targets = route.order = None
+        route.targets = route.code_targets = route.order = None
         if not self.model.max_image_tokens:
             route.image_places = None
-        return MicroBatch(
-            route,
-            np.concatenate([labels, np.zeros(fillers, np.int64)]),
-            np.concatenate([tasks, np.full(fillers, NO_TASK)]),
-        )
+        return micro_batch
+
+
+def _of_targets(values: np.ndarray, targets: list[np.ndarray], multiple: int, filler: int) -> np.ndarray:
+    """The values [b, s] of each list of targets, one after the other; each list is filled up to a ``multiple``."""
+    lists = [np.pad(values.ravel()[t], (0, -t.size % multiple), constant_values=filler) for t in targets]
+    return np.concatenate(lists).astype(np.int64)
 
 
 def prepare(batch: Batch, resolved: ResolvedConfig, device: torch.device | str = "cpu") -> StepInput:

@@ -33,6 +33,23 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat([(chunk @ codebook.T - bias).argmax(1) for chunk in vectors.split(rows)])
 
 
+def residual_codes(vectors: Tensor, codebook: Tensor, depth: int) -> Tensor:
+    """The codes of residual quantization: each is the row nearest to what the rows before it leave of the vector.
+
+    Args:
+        vectors: [m, d], of the codebook's type.
+        codebook: [k, d], shared by all rounds.
+
+    Returns:
+        int64 [m, depth].
+    """
+    codes = [nearest(vectors, codebook)]
+    while len(codes) < depth:
+        vectors = vectors - codebook[codes[-1]]
+        codes.append(nearest(vectors, codebook))
+    return torch.stack(codes, 1)
+
+
 def kmeans(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Weighted k-means (Lloyd), started by k-means++.
 

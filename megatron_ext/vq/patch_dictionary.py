@@ -52,9 +52,8 @@ class PatchDictionary(VQModel):
     def _latents(self, images: Tensor) -> Tensor:
         return F.pixel_unshuffle(to_bytes(images), self._patch_size)
 
-    def _images(self, codes: Tensor) -> Tensor:
-        patches = self.network.quantize(codes).unflatten(1, self.grid)  # [n, h, w, 3 p^2]
-        return F.pixel_shuffle(patches.permute(0, 3, 1, 2), self._patch_size)
+    def _images(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(from_bytes(latents.float()), self._patch_size)
 
     @property
     def _patch_size(self) -> int:

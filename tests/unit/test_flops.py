@@ -69,8 +69,8 @@ def random_plan(seed: int) -> Plan:
 
 
 def counted_slowly(batch, plan):
-    """Tokens, pairs and logits by going through all pairs of tokens of a row."""
-    tokens, logits = [0] * 6, 0
+    """Tokens, pairs, logits, image tokens and code targets by going through all pairs of tokens of a row."""
+    tokens, logits, images, codes = [0] * 6, 0, 0, 0
     visible = [[0] * 6 for _ in plan.roles]
     for row in range(batch.shape[0]):
         document, position = batch.document[row].tolist(), batch.positions[row].tolist()
@@ -79,19 +79,27 @@ def counted_slowly(batch, plan):
             if document[i] == PADDING_DOCUMENT:
                 continue
             tokens[kind] += 1
-            logits += batch.loss_mask[row, i] > 0
+            several = batch.codes is not None
+            before_image = batch.modality[row, i + 1 : i + 2].tolist() == [Modality.IMAGE]
+            before_image &= document[i + 1 : i + 2] == [document[i]]
+            images += several and batch.modality[row, i] == Modality.IMAGE
+            codes += several and batch.loss_mask[row, i] > 0 and before_image
+            logits += batch.loss_mask[row, i] > 0 and not (several and before_image)
             for layer, roles in enumerate(plan.roles):
                 visible[layer][kind] += sum(
                     document[j] == document[i] and position[j] <= position[i] and roles[kinds[j]] != Role.SKIP
                     for j in range(len(kinds))
                     if roles[kind] == Role.FULL
                 )
-    return tuple(tokens), tuple(map(tuple, visible)), int(logits)
+    return tuple(tokens), tuple(map(tuple, visible)), int(logits), int(images), int(codes)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_counts_are_those_of_a_loop_over_all_pairs(seed):
+@pytest.mark.parametrize("seed, depth", [(0, 1), (1, 1), (2, 4)])
+def test_counts_are_those_of_a_loop_over_all_pairs(seed, depth):
     batch, plan = packed_batch(3, 40, seed), random_plan(seed)
+    if depth > 1:
+        batch.codes = torch.zeros(3, 40, depth, dtype=torch.int32)
+        assert count(batch, plan).codes
     assert (batch.document == PADDING_DOCUMENT).any()
     assert dataclasses.astuple(count(batch, plan)) == counted_slowly(batch, plan)
 
