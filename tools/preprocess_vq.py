@@ -108,6 +108,12 @@ def _add_forms(parser: argparse.ArgumentParser) -> None:
             help=f"leave out records, and images of MMC4, whose KEY is {comparison} than NUMBER; may be repeated",
         )
     parser.add_argument(
+        "--max-tokens",
+        type=_positive,
+        metavar="N",
+        help="skip documents with images that rows of N tokens cannot hold; interleaved ones are cut",
+    )
+    parser.add_argument(
         "--split-turns",
         action="store_true",
         help="each question with its answer becomes a document of its own, after the images before it",
@@ -129,6 +135,8 @@ def _add_forms(parser: argparse.ArgumentParser) -> None:
 def _preprocess(arguments: argparse.Namespace) -> dict:
     from megatron_ext.preprocess import PreprocessOptions, preprocess
 
+    if arguments.caption:
+        arguments.prefer = "caption"
     vocabulary = Vocabulary(arguments.vocabulary)
     vq = _load(arguments.vq) if arguments.vq else None
     options = PreprocessOptions(**{field.name: getattr(arguments, field.name) for field in fields(PreprocessOptions)})

@@ -30,7 +30,7 @@ class PreprocessOptions:
     Attributes:
         inputs: WebDataset tars, LLaVA JSON files, JSONL files (.jsonl, .jsonl.gz, .jsonl.zip).
         out: prefix of the data set.
-        images, prefer, split_turns, caption, filters: see :class:`.ReadOptions`.
+        images, prefer, split_turns, caption, filters, max_tokens: see :class:`.ReadOptions`.
         chat_template: the vocabulary's chat template writes conversations; None: if it has one.
         resize: "crop" or "squash"; None: the tokenizer's own choice, for pictures to be drawn if captions are
             preferred, else for pictures that are asked about.
@@ -47,6 +47,7 @@ class PreprocessOptions:
     prefer: str = "conversation"
     caption: tuple[str, ...] = ()
     filters: tuple[Filter, ...] = ()
+    max_tokens: int | None = None
     split_turns: bool = False
     chat_template: bool | None = None
     resize: str | None = None
@@ -187,7 +188,10 @@ def _show(bar, batch: Encoded, summary: Summary) -> None:
 
 
 def _parts(todo: dict, options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None) -> Iterator[Part]:
-    read_options = ReadOptions(**{field.name: getattr(options, field.name) for field in fields(ReadOptions)})
+    shared = {field.name for field in fields(ReadOptions)} & {field.name for field in fields(options)}
+    read_options = ReadOptions(
+        **{name: getattr(options, name) for name in shared}, image_tokens=math.prod(vq.grid) if vq else 0
+    )
     for index, (unit, done) in todo.items():
         for part in unit_parts(index, unit, done, options.part_samples, read_options, vocabulary):
             if vq is None and part.images:
@@ -228,6 +232,7 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         # Without these options data sets stay as they are.
         **({"caption": list(options.caption)} if options.caption else {}),
         **({"filters": [_readable(one) for one in options.filters]} if options.filters else {}),
+        **({"max_tokens": options.max_tokens} if options.max_tokens else {}),
         **({"split_turns": True} if options.split_turns else {}),
         **({"chat_template": chat_template.description(vocabulary)} if options.chat_template else {}),
         "resize": _resize(options, vq),

@@ -93,6 +93,8 @@ class ReadOptions:
         chat_template: the vocabulary's chat template writes conversations.
         caption: dotted keys; every record becomes a caption pair with the first text that is found there. Empty: see
             ``prefer``.
+        max_tokens: most tokens of a document with images; longer ones are skipped, or cut if they are interleaved.
+        image_tokens: tokens of an image, for ``max_tokens``.
         filters: which records are kept; in an interleaved document (:mod:`.interleaved`), which images.
     """
 
@@ -102,6 +104,8 @@ class ReadOptions:
     chat_template: bool = False
     caption: tuple[str, ...] = ()
     filters: tuple[Filter, ...] = ()
+    max_tokens: int | None = None
+    image_tokens: int = 0
 
     def keeps(self, record: dict) -> bool:
         """Whether all filters keep a record.
