@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import torch.distributed.checkpoint
 import yaml
 
 from megatron_ext import vq
@@ -17,7 +17,7 @@ from support.vila_u import write_vision_tower
 from support.vocabularies import make_vocabulary
 
 DEPTH, CODES, GRID = 4, 24, 4
-FIRST, LAST = 60, 120
+FIRST, LAST = 40, 80
 TEXTS = ["red circle", "blue square"]
 
 
@@ -105,5 +105,7 @@ def test_a_run_resumes_bit_for_bit(material, output, tmp_path):
 def test_the_checkpoint_has_the_towers_code_vectors_and_no_optimizer_state_of_them(material, output):
     path = output / "checkpoints" / f"iter_{LAST:07}"
     weights = StoredWeights(path)
+    stored = torch.distributed.checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    assert [key for key in stored if "code_vectors" in key] == ["code_vectors.weight"]
     assert torch.equal(weights["code_vectors.weight"], vq.load(material / "tower").vectors)
     assert weights.state["config"]["model"]["image_codes"]["fingerprint"] == vq.load(material / "tower").fingerprint
