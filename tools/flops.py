@@ -18,6 +18,8 @@ from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.summary import describe, summarize
 from megatron_ext.training.config_checks import validate
+from megatron_ext.training.image_codes import with_tokenizer
+from megatron_ext.transformer.resolved import vocab_size
 from megatron_ext.vocabulary import Vocabulary
 
 MIX = "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image"
@@ -51,24 +53,30 @@ def main() -> None:
     validate(config, config.parallel.tensor * config.parallel.pipeline)
     validate_evaluation(config)
     if options.paper:
-        numbers = {"paper": published_costs.compare()}
-        text = published_costs.describe(numbers["paper"])
+        numbers = {"paper": published_costs.compare(), "heads": published_costs.compare_heads()}
+        text = published_costs.describe(numbers["paper"], numbers["heads"])
     elif options.plan:
         plan = Plan.from_config(config)
         numbers = {"plan": plan.name, "roles": [[role.name.lower() for role in roles] for roles in plan.roles]}
         text = plan.table()
     else:
-        size = options.vocabulary or vocabulary_size(config)
-        numbers = {"mix": options.mix} | summarize(config, size, mix_batch(options.mix), options.logits == "all")
+        config, size = with_vocabulary(config)
+        batch = mix_batch(options.mix, config.model.image_codes.depth)
+        numbers = {"mix": options.mix} | summarize(config, options.vocabulary or size, batch, options.logits == "all")
         text = describe(numbers)
     print(text)
     if options.json:
         write_json(options.json, numbers)
 
 
-def vocabulary_size(config: Config) -> int:
+def with_vocabulary(config: Config) -> tuple[Config, int]:
+    """The configuration with what the VQ tokenizer says about ``model.image_codes``, and the rows of the output head; as
+    configured where ``data.vocabulary`` is not there."""
     folder = config.data.vocabulary
-    return Vocabulary(folder).size if folder and Path(folder).is_dir() else published_costs.VOCABULARY
+    if not folder or not Path(folder).is_dir():
+        return config, published_costs.VOCABULARY
+    vocabulary = Vocabulary(folder)
+    return with_tokenizer(config, vocabulary)[0], vocab_size(config, vocabulary)
 
 
 if __name__ == "__main__":

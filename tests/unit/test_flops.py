@@ -51,6 +51,13 @@ GENERATION_IMAGE = class_index(Task.GENERATION, Modality.IMAGE)
 TINY = ModelConfig(num_layers=4, hidden_size=8, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=16)
 
 
+CODES = [
+    "model.image_codes={depth: 4, codebook: vq, codebook_size: 96, width: 24, "
+    "head: {num_layers: 2, hidden_size: 48, num_attention_heads: 4}}"
+]
+"""Image tokens of four codes."""
+LEARNED_CODES = [*CODES, "model.image_codes.codebook=''", "model.image_codes.width=null"]
+
 FEATURES = ["model.head_size=48", "model.qkv_bias=true", "model.qk_norm=true"]
 """The head size is no longer hidden_size / num_attention_heads."""
 
@@ -199,7 +206,10 @@ def test_all_logits_are_those_of_tokens_that_are_full_in_the_last_layer():
     ],
 )
 def test_parameters_are_counted(one_process, projections):
-    for modules, shape in ("[qkv, proj]", []), ("[qkv, proj, fc1, fc2]", ["model.tie_embeddings=true", *FEATURES]):
+    for modules, shape in (
+        ("[qkv, proj]", LEARNED_CODES if "per_task" in projections else CODES if "delta" in projections else []),
+        ("[qkv, proj, fc1, fc2]", ["model.tie_embeddings=true", *FEATURES]),
+    ):
         config = one_process(
             "model.num_query_groups=2",
             *shape,
@@ -218,6 +228,8 @@ def test_parameters_are_counted(one_process, projections):
         *([f"plan.preset={preset}"] for preset in PRESETS),
         ["plan.preset=himix_hmgen_share_partial", "plan.projections.rank=4"],
         ["plan.preset=himix_hmgen_share_partial", "plan.projections.rank=4", *FEATURES],
+        ["plan.preset=himix_hmgen_share_all", *CODES],
+        ["plan.preset=dense", *LEARNED_CODES],
     ],
     ids=" ".join,
 )
@@ -228,19 +240,37 @@ def test_cost_is_what_torch_counts(one_process, overrides):
     (model,) = build_chunks(resolve(config, VOCABULARY))
     batch = mix_batch(
         "understanding: 16 image, 12 text, 5 answer; understanding: 7 text, 16 image, 4 text, 16 image, 6 answer; "
-        "generation: 9 text, 25 image; text: 13 text"
+        "generation: 9 text, 25 image; text: 13 text",
+        config.model.image_codes.depth,
     ).tensors()
     batch.tokens[:] = torch.randint(VOCABULARY, batch.shape, generator=torch.Generator().manual_seed(0))
     counts, route = count(batch, plan), Route.of(batch, plan)
+    assert (counts.codes > 0) == (config.model.image_codes.depth > 1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        losses = model.token_losses(model(route), batch.labels.flatten()[route.targets])
+        logits, *code_losses = output if isinstance(output := model(route), tuple) else (output,)
+        losses = model.token_losses(logits, batch.labels.flatten()[route.targets])
         forward = counter.get_total_flops()
-        losses.sum().backward()
+        sum(x.sum() for x in (losses, *code_losses)).backward()
     pairs = sum(q * k for layer in route.layers for q, k in zip(layer.query_lengths, layer.key_lengths))
-    masked = pairs - sum(map(sum, counts.visible))
-    expected = forward_flops(config.model, VOCABULARY, plan, counts) + 2 * 2 * query_width(config.model) * masked
+    masked = query_width(config.model) * (pairs - sum(map(sum, counts.visible))) + masked_in_depth_head(config, counts)
+    expected = forward_flops(config.model, VOCABULARY, plan, counts) + 2 * 2 * masked
     assert forward == pytest.approx(expected, rel=1e-3)
-    assert counter.get_total_flops() == pytest.approx(3 * forward, rel=1e-3)
+    # Code vectors are frozen, so the matrices that they enter have gradients of their weights alone.
+    inputs = frozen_inputs(config, counts)
+    assert counter.get_total_flops() == pytest.approx(3 * forward - 2 * inputs, rel=1e-3)
+
+
+def masked_in_depth_head(config, counts) -> int:
+    """Width times masked pairs of the depth head's attention, over its layers and places."""
+    codes, head = config.model.image_codes, config.model.image_codes.head
+    return counts.codes * head.num_layers * head.hidden_size * codes.depth * (codes.depth - 1) // 2
+
+
+def frozen_inputs(config, counts) -> int:
+    """Multiply-adds of the products with code vectors."""
+    codes = config.model.image_codes
+    later = counts.codes * (codes.depth - 1)
+    return (codes.width or 0) * (counts.images * config.model.hidden_size + later * codes.head.hidden_size)
 
 
 @pytest.mark.parametrize("preset, ratio", [("dense", (1, 1)), ("himix_hmgen_share_all", (0.1, 0.9))])
