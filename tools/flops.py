@@ -18,8 +18,6 @@ from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.summary import describe, summarize
 from megatron_ext.training.config_checks import validate
-from megatron_ext.training.image_codes import with_tokenizer
-from megatron_ext.transformer.resolved import vocab_size
 from megatron_ext.vocabulary import Vocabulary
 
 MIX = "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image"
@@ -70,11 +68,15 @@ def main() -> None:
 
 
 def with_vocabulary(config: Config) -> tuple[Config, int]:
-    """The configuration with what the VQ tokenizer says about ``model.image_codes``, and the rows of the output head; as
-    configured where ``data.vocabulary`` is not there."""
+    """The configuration with what the VQ tokenizer says about ``model.image_codes``, and the rows of the output head;
+    the configuration as it is where ``data.vocabulary`` is not there."""
     folder = config.data.vocabulary
     if not folder or not Path(folder).is_dir():
         return config, published_costs.VOCABULARY
+    # Imported late: without a vocabulary the tool does not wait for torch.
+    from megatron_ext.training.image_codes import with_tokenizer
+    from megatron_ext.transformer.resolved import vocab_size
+
     vocabulary = Vocabulary(folder)
     return with_tokenizer(config, vocabulary)[0], vocab_size(config, vocabulary)
 
