@@ -23,7 +23,7 @@ import numpy as np
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Selection
-from megatron_ext.routing.groups import Groups, plan_groups, stored_length, token_classes
+from megatron_ext.routing.groups import plan_groups, stored_length, token_classes
 from megatron_ext.routing.layer_route import LayerRoute, RowSlices, StoredRows, layer_route, row_count, row_slices
 from megatron_ext.routing.permutation import Permutation
 from megatron_ext.routing.plan import Plan, Role
@@ -114,17 +114,14 @@ class Route:
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
             bucketed: bring similar segments of attention together and fill them up to equal lengths
                 (:mod:`~megatron_ext.routing.segment_buckets`). Not with ``cached``.
-            code_mask: with several codes an image token, which targets predict one, bool [b, s]; None: those before an
-                image token (:meth:`~megatron_ext.data.batch.Batch.predicts_image`).
+            code_mask: bool [b, s], which targets predict an image token of several codes; None: those before one.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
         real = (batch.document != PADDING_DOCUMENT).ravel()
         group = np.array(groups.of_class)[token_classes(batch, plan, selection).ravel()]
         group[~real] = len(groups.members)
-        order, sizes = _stored_order(group, groups, ranks, multiple)
-        if fixed_length:
-            sizes.append(stored_length(real.size, plan, ranks, multiple) // ranks - sum(sizes))
-            order = np.pad(order.reshape(ranks, -1), ((0, 0), (0, sizes[-1])), constant_values=-1).ravel()
+        length = stored_length(real.size, plan, ranks, multiple) if fixed_length else None
+        order, sizes = _stored_order(group, len(groups.members), ranks, multiple, length)
         components, document = groups.components, _document_numbers(batch)
         rows = StoredRows(batch, group, _places(order, real.size), document, sizes, ranks, components, fill, bucketed)
         by_roles = {
@@ -200,11 +197,17 @@ def _head_rows(rows: StoredRows, head: RowSlices, targets: np.ndarray) -> Permut
     return Permutation.of(rows.with_fillers(gathered), [rows.ranks * row_count(head.full_splits)])
 
 
-def _stored_order(group: np.ndarray, groups: Groups, ranks: int, multiple: int) -> tuple[np.ndarray, list[int]]:
-    """Flat index of each stored row, ordered by rank, and the number of rows of each group on a rank."""
-    members = [np.flatnonzero(group == g) for g in range(len(groups.members))]
+def _stored_order(
+    group: np.ndarray, groups: int, ranks: int, multiple: int, length: int | None
+) -> tuple[np.ndarray, list[int]]:
+    """Flat index of each stored row, ordered by rank, and the number of rows of each group on a rank; with a ``length``
+    T, dummy rows up to it as one more group."""
+    members = [np.flatnonzero(group == g) for g in range(groups)]
     step = ranks * multiple
     sizes = [-(-m.size // step) * multiple for m in members]
+    if length is not None:
+        members.append(group[:0])
+        sizes.append(length // ranks - sum(sizes))
     stored = [np.pad(m, (0, ranks * n - m.size), constant_values=-1) for m, n in zip(members, sizes)]
     return np.concatenate([rows.reshape(ranks, -1) for rows in stored], axis=1).ravel(), sizes
 
