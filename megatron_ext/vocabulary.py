@@ -48,6 +48,8 @@ class Vocabulary:
         bos: id that starts every document.
         pad, eod, boi, eoi: ids of the special tokens.
         answer_end: id that ends an answer: the end of a turn in the language model's own conversations, or ``eod``.
+        ends: ids that end generated text: ``answer_end``, ``eod``, and the token that ended documents in the language
+            model's training, unless that is ``bos``. Its weights are those of ``eod`` when training begins.
         segment_prefix: put before each text that is encoded apart, except at the start of a document.
         chat_template: a Jinja template that writes conversations, or None.
         templates: what it is used for.
@@ -76,6 +78,9 @@ class Vocabulary:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{metadata_file}: not the metadata of a vocabulary ({error!r})") from None
         self.bos, self.answer_end, self.segment_prefix = (layout[key] for key in _LAYOUT)
+        self.ends = list(dict.fromkeys([self.answer_end, self.eod]))
+        if self.text.end is not None and self.text.end not in (self.bos, *self.ends):
+            self.ends.append(self.text.end)
         self.image_offset = self.text_size + len(SPECIAL_TOKENS)
         self.size = self.image_offset + self.codebook_size
         template = self.folder / CHAT_TEMPLATE
@@ -158,7 +163,7 @@ class Vocabulary:
     def decode_answer(self, ids: Sequence[int]) -> str:
         """The text of a generated answer, without the prefix of segments and, where it was cut at its greatest length,
         without half a character at its end."""
-        ended = len(ids) > 0 and ids[-1] in (self.eod, self.answer_end)
+        ended = len(ids) > 0 and ids[-1] in self.ends
         text = self.decode(ids[:-1] if ended else ids)
         text = text.removeprefix(self.segment_prefix)
         return text if ended else text.rstrip("\ufffd")

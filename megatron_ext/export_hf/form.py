@@ -137,11 +137,6 @@ def evaluation_roles(plan: Plan) -> list[list[list[str]]]:
     return [[[name(roles, task, modality) for modality in Modality] for task in Task] for roles in plan.roles]
 
 
-def end_tokens(vocabulary: Vocabulary) -> list[int]:
-    """The tokens that end generated text, the one that ends answers first."""
-    return list(dict.fromkeys([vocabulary.answer_end, vocabulary.eod]))
-
-
 def _llama_keys(exported: Exported) -> dict:
     model, vocabulary = exported.model, exported.vocabulary
     return {
@@ -160,7 +155,7 @@ def _llama_keys(exported: Exported) -> dict:
         "initializer_range": model.init_std,
         "dtype": exported.dtype,
         "bos_token_id": vocabulary.bos,
-        "eos_token_id": end_tokens(vocabulary),
+        "eos_token_id": vocabulary.ends,
         "pad_token_id": vocabulary.pad,
     }
 

@@ -33,8 +33,8 @@ def picture(vocabulary: Vocabulary, caption: str, number: int = 0) -> Request:
 def answer(
     vocabulary: Vocabulary, codes: Sequence[int], question: str, max_new_tokens: int, number: int = 0
 ) -> Request:
-    """An answer to a question about a picture of VQ codes: ``bos <boi> codes <eoi> question``; without ``<boi>`` and
-    ``<eoi>`` where the vocabulary's given images are bare.
+    """An answer to a question about a picture of VQ codes, in the order of ``Session.encode``: ``bos <boi> codes <eoi>
+    question``; without ``<boi>`` and ``<eoi>`` where the vocabulary's given images are bare.
 
     Raises:
         UserError: the chat template cannot be used.
