@@ -16,13 +16,14 @@ from megatron_ext.checkpoints.stored_weights import StoredWeights
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.export_hf.chat_format import Glue
-from megatron_ext.export_hf.form import OWN_CLASS, Exported, choose_form, end_tokens, own_config, plain_config
+from megatron_ext.export_hf.form import OWN_CLASS, Exported, choose_form, own_config, plain_config
 from megatron_ext.export_hf.shards import write_shards
 from megatron_ext.export_hf.tokenizer_files import drops_leading_space, write_tokenizer
 from megatron_ext.export_hf.vq_files import vq_keys, vq_tensors
 from megatron_ext.export_hf.weights import tensors
 from megatron_ext.hugging_face.weights import EMBEDDING
 from megatron_ext.routing.plan import Plan, with_roles
+from megatron_ext.templates import NO_TEMPLATES, TEMPLATES
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq.model import VQModel
 
@@ -66,6 +67,12 @@ def export(
     path = checkpoint_folder.of_run(checkpoint)
     weights = StoredWeights(path)
     exported = _exported(path, weights, dtype, vocabulary, overrides)
+    if (depth := exported.model.image_codes.depth) > 1:
+        raise UserError(
+            f"{path}: image tokens have {depth} codes (model.image_codes.depth); without --vila-u the forms of this tool have one"
+        )
+    if exported.vocabulary.templates != NO_TEMPLATES:
+        raise UserError(f"{exported.vocabulary.folder / TEMPLATES}: an exported folder cannot follow it")
     form = choose_form(exported, form)
     tokenizer = _vq(vq, exported.vocabulary) if vq else None
     if form == "own" and tokenizer is None:
@@ -149,7 +156,7 @@ def _generation_config(exported: Exported) -> dict:
     vocabulary = exported.vocabulary
     return {
         "bos_token_id": vocabulary.bos,
-        "eos_token_id": end_tokens(vocabulary),
+        "eos_token_id": vocabulary.ends,
         "pad_token_id": vocabulary.pad,
         "do_sample": False,
     }
