@@ -15,7 +15,14 @@ from megatron_ext.analysis import results
 from megatron_ext.config import ModelConfig, PlanConfig
 from megatron_ext.model_config import DepthHeadConfig, ImageCodesConfig
 from megatron_ext.routing.document_mix import mix_batch
-from megatron_ext.routing.flops import count, dense, forward_flops, projection_shapes, with_all_logits
+from megatron_ext.routing.flops import (
+    TRAINING_PER_FORWARD,
+    count,
+    dense,
+    forward_flops,
+    projection_shapes,
+    with_all_logits,
+)
 from megatron_ext.routing.image_code_costs import depth_head_multiply_adds, depth_head_parameters
 from megatron_ext.routing.plan import Plan
 
@@ -48,11 +55,15 @@ HEADS = {
 }
 """Models with the heads that may predict their image tokens; VILA-U at 256 pixels has 4 codes, at 384 pixels 16."""
 
+HERE = HEADS["1B, 4 codes, 4 x 1024"]
+"""The model of examples/studies/paper.yaml."""
+
 VOCABULARY = 128256
 
 UNDERSTANDING = "understanding: 256 image, 72 text"
 GENERATION = "generation: 256 image"
 CAPTIONED = "generation: 30 text, 256 image"
+ANSWERED = "understanding: 256 image, 64 text, 8 answer"
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,41 @@ def compare_heads() -> list[dict]:
         parameters = depth_head_parameters(model) or None
         rows.append({"head": name, "stack": stack, "multiply_adds": head, "parameters": parameters, "hmgen": hmgen})
     return rows
+
+
+def compare_training(tokens: float, flops_per_second: float) -> list[dict]:
+    """What the rows of the paper's tables cost to train here (:data:`HERE`), with as many documents of each task.
+
+    Args:
+        tokens: of a unified run; a run on one task has those of its task.
+        flops_per_second: that a GPU reaches.
+
+    Returns:
+        Name, tokens, training FLOPs and GPU-hours of each row.
+    """
+    dense_rows = (
+        PublishedMethod("dense, understanding", PlanConfig(), True, False),
+        PublishedMethod("dense, generation", PlanConfig(), False, True),
+        PublishedMethod("dense, both", PlanConfig(), True, True),
+    )
+    pairs = tokens / mix_batch(f"{ANSWERED}; {CAPTIONED}").tokens.size
+    rows = []
+    for method in (*dense_rows, *METHODS):
+        mix = "; ".join([ANSWERED] * method.understanding + [CAPTIONED] * method.generation)
+        batch, plan = mix_batch(mix, HERE.image_codes.depth), Plan.of(method.plan, HERE.num_layers)
+        flops = TRAINING_PER_FORWARD * pairs * forward_flops(HERE, VOCABULARY, plan, count(batch, plan))
+        hours = flops / flops_per_second / 3600
+        rows.append({"method": method.name, "tokens": pairs * batch.tokens.size, "flops": flops, "gpu_hours": hours})
+    return rows
+
+
+def describe_training(rows: list[dict]) -> str:
+    """The rows of :func:`compare_training` as a table."""
+    lines = [f"{'1B, 4 codes, 4 x 1024':28}  billion tokens    FLOPs  GPU-hours"]
+    for row in rows:
+        lines.append(f"{row['method']:28}  {row['tokens'] / 1e9:14.2f}  {row['flops']:.1e}  {row['gpu_hours']:9.0f}")
+    lines.append(f"{'all':28}  {'':14}  {sum(r['flops'] for r in rows):.1e}  {sum(r['gpu_hours'] for r in rows):9.0f}")
+    return "\n".join(lines)
 
 
 def describe(rows: list[dict], heads: list[dict]) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
-from megatron_ext.routing.route import before_image_tokens
 from megatron_ext.token_classes import Layout, Modality, Task
 
 _KINDS = {"text": Modality.TEXT, "answer": Modality.TEXT, "image": Modality.IMAGE, "drawn": Modality.IMAGE}
@@ -60,7 +59,7 @@ def mix_batch(mix: str, depth: int = 1) -> Batch:
 def _predict_images(batch: Batch) -> None:
     """Move the loss of image tokens to the tokens that predict them; nothing predicts the first token of a document."""
     image = batch.modality == Modality.IMAGE
-    predicts = before_image_tokens(batch) & np.roll((batch.loss_mask > 0) & image, -1, axis=1)
+    predicts = batch.predicts_image() & np.roll((batch.loss_mask > 0) & image, -1, axis=1)
     batch.loss_mask = (predicts | (batch.loss_mask > 0) & ~image).astype(np.float32)
 
 

@@ -30,7 +30,6 @@ from megatron_ext.routing.image_code_costs import (
     projector_parameters,
 )
 from megatron_ext.routing.plan import Plan, Projections, Role, task_and_modality
-from megatron_ext.routing.route import before_image_tokens
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 TRAINING_PER_FORWARD = 3
@@ -85,7 +84,7 @@ def count(batch: Batch, plan: Plan, selection: Selection | None = None) -> Count
     targets, images, codes = (batch.loss_mask > 0) & (batch.document != PADDING_DOCUMENT), 0, 0
     if batch.codes is not None:
         images = int((batch.modality.ravel()[real] == Modality.IMAGE).sum())
-        codes = int((targets & before_image_tokens(batch)).sum())
+        codes = int((targets & batch.predicts_image()).sum())
     return Counts(
         tuple(np.bincount(kind, minlength=len(plan.roles[0])).tolist()),
         tuple(visible[roles] for roles in plan.roles),

@@ -29,9 +29,8 @@ embedding, logits and loss; tensor parallelism.
 The depth head of image tokens of several codes keeps for each of the D places of a predicted token, with a width of E,
 n heads and K codes in the codebook::
 
-    a layer        17*E + n + 4               inputs of two norms and normed (4*E); query, key and value; attention's
-                                              output as computed and as put together (2*E); FFN before and after GELU
-                                              (8*E); softmax sums; norms
+    a layer        16*E + n + 4               inputs of two norms and normed (4*E); query, key and value (3*E);
+                                              attention's output; FFN before and after GELU (8*E); softmax sums; norms
     the end        2*E + 2 + K                input of the norm and normed, norm, probabilities in float32
 
 of the tokens of a chunk (``image_codes.head.chunk``), or of all of them.
@@ -86,7 +85,7 @@ def depth_head_bytes(model: ModelConfig, counts: Counts, element_size: int, time
     tokens = times * counts.codes
     if head.chunk:
         tokens = min(tokens, head.chunk)
-    layer = 17 * head.hidden_size + head.num_attention_heads + 4
+    layer = 16 * head.hidden_size + head.num_attention_heads + 4
     place = element_size * (head.num_layers * layer + 2 * head.hidden_size + 2) + 4 * codebook_size(model)
     return round(tokens * depth * place)
 

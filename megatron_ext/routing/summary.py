@@ -130,8 +130,8 @@ def describe(summary: dict) -> str:
     lines = [
         f"plan {summary['plan']}, vocabulary {summary['vocabulary']}",
         f"tokens: {tokens}; {summary['logits']} logits",
-        f"training FLOPs {_si(summary['flops'])}, dense {_si(summary['dense_flops'])}: {summary['ratio']:.3f} of dense, "
-        f"{summary['stack_flops_ratio']:.3f} in the layers alone",
+        f"training FLOPs {_si(summary['flops'])}, dense {_si(summary['dense_flops'])}: "
+        f"{summary['ratio']:.3f} of dense, {summary['stack_flops_ratio']:.3f} in the layers",
         f"activations {_si(kept)}B, dense {_si(dense_kept)}B: {kept / dense_kept:.3f} of dense, "
         f"for a micro-batch of {summary['micro_batch_tokens']} tokens",
         f"parameters {_si(parameters['text'])}, and {_si(parameters['image'])} for image tokens only",
@@ -148,7 +148,7 @@ def _image_code_lines(codes: dict | None) -> list[str]:
     if codes is None:
         return []
     return [
-        f"{codes['depth']} codes an image token: projector {_si(codes['projector_flops'])} for {codes['images']} tokens, "
+        f"{codes['depth']} codes an image token: projector {_si(codes['projector_flops'])} for {codes['images']}, "
         f"depth head {_si(codes['depth_head_flops'])} for {codes['targets']} predicted ones, "
         f"{codes['depth_head_of_layers']:.2f} of the layers, activations {_si(codes['depth_head_bytes'])}B"
     ]

@@ -31,7 +31,7 @@ from megatron_ext.routing.flops import (
     stage_layers,
     with_all_logits,
 )
-from megatron_ext.routing.memory import activation_bytes
+from megatron_ext.routing.memory import activation_bytes, depth_head_bytes
 from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_index
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -347,6 +347,30 @@ def test_activation_memory_is_what_autograd_keeps(one_process, settings):
     assert measured == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_depth_head_memory_is_what_autograd_keeps(one_process, chunk):
+    config = one_process(*CODES, f"model.image_codes.head.chunk={chunk}")
+    (model,) = build_chunks(resolve(config, VOCABULARY))
+    plan = Plan.of(config.plan, config.model.num_layers)
+    counts = count(mix_batch("generation: 9 text, 64 image", 4), plan)
+    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    tokens = chunk or counts.codes  # the backward pass computes a chunk again
+    hidden = torch.randn(tokens, config.model.hidden_size, requires_grad=True)
+    codes = torch.zeros(tokens, 4, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.depth_head._losses(hidden, codes, model.code_vectors)
+    inputs = 4 * tokens * (config.model.hidden_size + 3 * config.model.image_codes.width)
+    measured = sum(t.untyped_storage().nbytes() for t in kept.values()) - inputs
+    assert measured == pytest.approx(depth_head_bytes(config.model, counts, 4), rel=0.02)
+
+
 # ---- mixes and the tool
 
 
@@ -385,6 +409,21 @@ def test_a_mix_that_cannot_be_read_is_quoted(mix, message):
 def flops_tool(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/flops.py", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_the_tool_shows_what_several_codes_a_token_cost(tmp_path):
+    codes = "model.image_codes={depth: 4, codebook: tower, codebook_size: 16384, width: 1024}"
+    model = ["--config", "examples/configs/llama-3.2-1b.yaml", "data.vocabulary=''", "parallel.pipeline=2", codes]
+    mix = "generation: 256 image"
+    completed = flops_tool(
+        *model, "plan.preset=hmgen", "--mix", mix, "--logits", "all", "--json", tmp_path / "cost.json"
+    )
+    assert completed.returncode == 0, completed.stderr
+    numbers = read_json(tmp_path / "cost.json")
+    assert "0.854 of dense, 0.812 in the layers" in completed.stdout
+    assert numbers["image_codes"]["depth_head_flops"] == 256 * 6 * 273_760_256
+    assert numbers["image_codes"]["projector_flops"] == 256 * 6 * (1024 * 2048 + 2048**2)
+    assert numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
 
 
 def test_the_tool_writes_what_it_prints(tmp_path):
@@ -437,3 +476,8 @@ def test_the_tool_shows_the_papers_figures_beside_ours(monkeypatch, capsys):
     assert shown["HMGen, 5 shallow layers"] == ["0.75", "0.753", "0.779"]
     assert shown["HiMix-HMGen (Share All)"] == ["0.56", "0.547", "0.555"]
     assert shown["HiMix-HMGen (Share Partial)"] == ["0.55", "0.547", "0.555"]
+    assert shown["7B, 4 codes, 6 x 2560"] == ["6476", "2074", "0.32"]
+    assert shown["7B, 16 codes, 6 x 2560"] == ["6476", "8280", "1.28"]
+    assert shown["1B, 1 code, output head"] == ["973", "263", "0.27", "0.852 0.753"]
+    assert shown["1B, 4 codes, 6 x 2560"] == ["973", "2069", "2.13", "0.940 0.900"]
+    assert shown["1B, 4 codes, 4 x 1024"] == ["973", "274", "0.28", "0.854 0.757"]

@@ -416,7 +416,7 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
     monkeypatch.setattr(slurm.sys, "executable", "python")
     monkeypatch.chdir(tmp_path)
     example.slurm = ["--time=4:00:00"]
-    assert slurm.submit(example, tmp_path / "study.yaml", runs) == "77"
+    assert slurm.submit(example, [tmp_path / "study.yaml"], runs) == "77"
     script = (tmp_path / "submitted.sh").read_text()
     assert f"#SBATCH --array=1-{len(runs)}\n" in script and "#SBATCH --time=4:00:00\n" in script
     for task, run in enumerate(runs[:2], start=1):
@@ -430,7 +430,7 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
     assert (tmp_path / "requeued").read_text() == "requeue 77_1\n"
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on this machine; .*slurm.sh is written"):
-        slurm.submit(example, tmp_path / "study.yaml", runs)
+        slurm.submit(example, [tmp_path / "study.yaml"], runs)
 
 
 def test_every_unified_method_of_the_picture_world_study_has_partner_runs():
