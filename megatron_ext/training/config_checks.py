@@ -4,11 +4,16 @@ Each section is checked beside what it configures; here are the checks of the tr
 the order of them all.
 """
 
-from megatron_ext.config import Config
+from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.config_checks import validate_data
 from megatron_ext.errors import UserError, check_at_least_one, check_divisible
 from megatron_ext.routing.plan import validate_plan
-from megatron_ext.transformer.config_checks import validate_implementation, validate_layout, validate_model
+from megatron_ext.transformer.config_checks import (
+    validate_image_codes,
+    validate_implementation,
+    validate_layout,
+    validate_model,
+)
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -20,6 +25,7 @@ def validate(config: Config, world_size: int) -> None:
         UserError: names the key, its value and what would do.
     """
     validate_model(config)
+    validate_image_codes(config)
     plan = validate_plan(config.plan, config.model.num_layers, config.parallel.tensor)
     validate_implementation(config)
     if config.training.fp8 != "none":
@@ -39,6 +45,15 @@ def _validate_training(config: Config, world_size: int) -> None:
     check_at_least_one("training", training, *counts)
     if training.z_loss < 0:
         raise UserError(f"config: 'training.z_loss' is {training.z_loss}, must be at least 0")
+    if training.z_loss and (config.model.image_codes.depth > 1 or training.means == "modality"):
+        raise UserError(
+            f"config: 'training.z_loss' is {training.z_loss}, which needs one code an image token "
+            "(model.image_codes.depth=1) and training.means=task"
+        )
+    if training.means == "modality" and training.task_weights != TaskWeights():
+        raise UserError(
+            "config: 'training.task_weights' weighs the means of training.means=task; means by modality have none"
+        )
     replicas = config.data_parallel(world_size)
     check_divisible(
         "training.global_batch_size",
@@ -54,6 +69,11 @@ def _validate_training(config: Config, world_size: int) -> None:
 
 def _validate_optimizer(config: Config) -> None:
     optimizer, iterations = config.optimizer, config.training.iterations
+    for number, group in enumerate(optimizer.groups):
+        if group.lr_multiplier < 0:
+            raise UserError(
+                f"config: 'optimizer.groups[{number}].lr_multiplier' is {group.lr_multiplier}, must be at least 0"
+            )
     if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_decay_iterations <= iterations:
         raise UserError(
             f"config: 'optimizer.wsd_decay_iterations' is {optimizer.wsd_decay_iterations}, "

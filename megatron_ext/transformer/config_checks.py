@@ -3,6 +3,9 @@
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError, check_at_least_one, check_divisible
 
+LARGEST_CODEBOOK = 1 << 16
+"""Codes of a codebook, where image tokens have several."""
+
 
 def validate_model(config: Config) -> None:
     """Refuse a model that has no consistent shape, or whose heads and matrices tensor parallelism cannot cut.
@@ -30,7 +33,13 @@ def validate_model(config: Config) -> None:
             f"config: 'model.head_size' is {model.head_size} (by default model.hidden_size / "
             "model.num_attention_heads), must be even for rotary positions"
         )
+    check_at_least_one("model", model, "rotary_interpolation_factor")
     if scaling := model.rotary_scaling:
+        if model.rotary_interpolation_factor != 1:
+            raise UserError(
+                "config: 'model.rotary_scaling' and 'model.rotary_interpolation_factor' both change the rotary "
+                "frequencies; give only one"
+            )
         check_at_least_one("model.rotary_scaling", scaling, "factor", "original_max_position_embeddings")
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         if not 0 < low < high:
@@ -38,6 +47,39 @@ def validate_model(config: Config) -> None:
                 f"config: 'model.rotary_scaling' has low_freq_factor {low} and high_freq_factor {high}, must be "
                 "0 < low_freq_factor < high_freq_factor"
             )
+
+
+def validate_image_codes(config: Config) -> None:
+    """Refuse image tokens of several codes that do not fit the data's format, or whose depth head has no consistent
+    shape or cannot be cut by tensor parallelism.
+
+    Raises:
+        UserError: names the key, its value and what would do.
+    """
+    codes, tensor = config.model.image_codes, config.parallel.tensor
+    section, head = "model.image_codes", codes.head
+    check_at_least_one(section, codes, "depth")
+    if codes.depth == 1:
+        if codes.codebook:
+            raise UserError(
+                f"config: '{section}.codebook' is {codes.codebook!r}, but image tokens of one code are rows of the "
+                f"embedding; set {section}.depth to the tokenizer's, or leave it out"
+            )
+        return
+    if head.chunk < 0:
+        raise UserError(f"config: '{section}.head.chunk' is {head.chunk}, must be at least 0")
+    check_at_least_one(f"{section}.head", head, "num_layers", "hidden_size", "num_attention_heads")
+    heads = (f"{section}.head.num_attention_heads", head.num_attention_heads)
+    check_divisible(f"{section}.head.hidden_size", head.hidden_size, *heads)
+    check_divisible(*heads, "parallel.tensor", tensor)
+    if codes.codebook_size is not None:
+        check_at_least_one(section, codes, "codebook_size")
+        if codes.codebook_size > LARGEST_CODEBOOK:
+            raise UserError(
+                f"config: '{section}.codebook_size' is {codes.codebook_size}, must be at most {LARGEST_CODEBOOK}: "
+                "packed rows hold a code in 16 bits"
+            )
+        check_divisible(f"{section}.codebook_size", codes.codebook_size, "parallel.tensor", tensor)
 
 
 def validate_implementation(config: Config) -> None:

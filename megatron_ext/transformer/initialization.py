@@ -2,8 +2,8 @@
 
 Every rank samples each whole parameter from a generator seeded by (seed, global name) and keeps its tensor-parallel
 slice, so the same seed starts the same model on 1 process and on 512. Weights are normal with ``init_std``; projections
-that write into the residual stream have ``init_std / sqrt(2 * layers)`` (GPT-2, section 2.3); norms are ones, biases
-zeros.
+that write into the residual stream, of the stack or of the depth head, have ``init_std / sqrt(2 * layers)`` (GPT-2,
+section 2.3); positions of the depth head have 0.02; norms are ones, biases zeros. Buffers stay as they are.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ from megatron_ext.config import ModelConfig
 _BLOCK = 1 << 20
 """Elements of a matrix that are drawn at once."""
 
-# The dimension over which the tensor-parallel group cuts a projection or embedding.
+# The dimension over which the tensor-parallel group cuts a projection or embedding: first those of the stack, then
+# those of the depth head.
 _CUTS = {
     "linear_qkv": 0,
     "linear_proj": 1,
@@ -27,7 +28,14 @@ _CUTS = {
     "linear_fc2": 1,
     "word_embeddings": 0,
     "output_layer": 0,
+    "hidden_linear": 0,
+    "qkv": 0,
+    "proj": 1,
+    "fc1": 0,
+    "fc2": 1,
+    "classifier": 0,
 }
+_DEPTH_POSITIONS_STD = 0.02
 
 
 @torch.no_grad()
@@ -39,7 +47,7 @@ def initialize(chunks: list[torch.nn.Module], model: ModelConfig, seed: int) -> 
     """
     for chunk in chunks:
         for name, parameter in global_parameters(chunk):
-            module, kind = name.split(".")[-2:]
+            kind = name.split(".")[-1]
             _mark_as_cut(parameter, name)
             if parameter.dim() == 1 and kind != "bias":
                 parameter.fill_(1.0)
@@ -49,8 +57,18 @@ def initialize(chunks: list[torch.nn.Module], model: ModelConfig, seed: int) -> 
                 continue
             if kind.endswith("_weight"):
                 name = name.removesuffix(kind) + "weight"
-            std = model.init_std / (math.sqrt(2 * model.num_layers) if module in ("linear_proj", "linear_fc2") else 1)
-            _fill_random(parameter, name, std, seed)
+            _fill_random(parameter, name, _std(name, model), seed)
+
+
+def _std(name: str, model: ModelConfig) -> float:
+    module = name.split(".")[-2]
+    if module == "positions":
+        return _DEPTH_POSITIONS_STD
+    if module in ("linear_proj", "linear_fc2"):
+        return model.init_std / math.sqrt(2 * model.num_layers)
+    if module in ("proj", "fc2"):
+        return model.init_std / math.sqrt(2 * model.image_codes.head.num_layers)
+    return model.init_std
 
 
 def global_parameters(chunk: torch.nn.Module):
@@ -67,10 +85,13 @@ def cut(name: str) -> tuple[int | None, int]:
     """The dimension over which a parameter is cut (None: it is not), and the number of matrices stacked in it.
 
     2 matrices: gate and up of the FFN, of which every rank holds its share of both. The low-rank ``down`` of a
-    projection is cut over the same dimension as the projection.
+    projection is cut over the same dimension as the projection. A bias is cut where the outputs are.
     """
     module, kind = (["", *name.split(".")])[-2:]
-    return _CUTS.get(module), 2 if module == "linear_fc1" and not kind.endswith("_down") else 1
+    dim = _CUTS.get(module)
+    if kind == "bias" and dim == 1:
+        dim = None
+    return dim, 2 if module == "linear_fc1" and not kind.endswith("_down") else 1
 
 
 def full_shape(name: str, local: torch.Size) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ext.errors import UserError
 from megatron_ext.vq.codebook import residual_codes
+from megatron_ext.vq.image_decoder import Preparation
 
 
 class VQModel(ABC):
@@ -34,6 +35,8 @@ class VQModel(ABC):
     decodes = True
     """Whether the published weights include a decoder."""
     memory_format = torch.channels_last
+    preparation = Preparation()
+    """How images are prepared for it."""
 
     def __init__(
         self, network: nn.Module, folder: Path, grid: tuple[int, int], image_size: tuple[int, int], depth: int = 1
@@ -73,13 +76,16 @@ class VQModel(ABC):
         Raises:
             ValueError: the images are not of ``image_size``.
         """
+        return residual_codes(self.latents(images), self._codebook(), self.depth).view(len(images), -1)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """What :meth:`encode` quantizes: images [n, 3, H, W] to [n*h*w, e], of the codebook's type."""
         if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.image_size:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected [n, 3, {self._size_text()}]")
         images = images.to(self.device, self.dtype).contiguous(memory_format=self.memory_format)
-        codebook = self._codebook()
-        latents = self._latents(images).to(codebook.dtype)  # [n, e, h, w]
-        codes = residual_codes(latents.permute(0, 2, 3, 1).flatten(0, 2), codebook, self.depth)
-        return codes.view(len(images), -1)
+        latents = self._latents(images).to(self._codebook().dtype)  # [n, e, h, w]
+        return latents.permute(0, 2, 3, 1).flatten(0, 2)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""A block of the depth head: causal attention over the few places of one image token, and an FFN."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+NORM_EPSILON = 1e-5
+
+
+def column_linear(inputs: int, outputs: int, config: TransformerConfig, **options) -> ColumnParallelLinear:
+    """A linear layer with a bias whose outputs are cut over the tensor-parallel group."""
+    return ColumnParallelLinear(inputs, outputs, config=config, init_method=config.init_method, bias=True, **options)
+
+
+def row_linear(inputs: int, outputs: int, config: TransformerConfig) -> RowParallelLinear:
+    """A linear layer whose inputs are cut over the tensor-parallel group; the bias is added to the whole sum."""
+    return RowParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=config.init_method,
+        bias=True,
+        input_is_parallel=True,
+        skip_bias_add=False,
+    )
+
+
+class DepthLayer(torch.nn.Module):
+    """LayerNorm, causal attention, LayerNorm, FFN of width 4 E with exact GELU; a residual stream around both.
+
+    The rows of ``qkv`` are, head by head, those of the query, the key and the value, Megatron-Core's order: any
+    tensor-parallel size cuts them between heads.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, num_attention_heads: int):
+        super().__init__()
+        self.head_size = hidden_size // num_attention_heads
+        options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.attention_norm = torch.nn.LayerNorm(hidden_size, NORM_EPSILON, **options)
+        self.qkv = column_linear(hidden_size, 3 * hidden_size, config)
+        self.proj = row_linear(hidden_size, hidden_size, config)
+        self.mlp_norm = torch.nn.LayerNorm(hidden_size, NORM_EPSILON, **options)
+        self.fc1 = column_linear(hidden_size, 4 * hidden_size, config)
+        self.fc2 = row_linear(4 * hidden_size, hidden_size, config)
+
+    def forward(self, x: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
+        """[n, m, E] from the places ``x`` [n, m, E]: all of them, or with a ``cache`` the one after those in it."""
+        query, key, value = self._heads(self.qkv(self.attention_norm(x))[0])
+        if cache is None:
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            attended = F.scaled_dot_product_attention(query, *cache.append(key, value))
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))[0]
+        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))[0]))[0]
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, each [n, heads, m, d], of this rank's heads."""
+        return qkv.unflatten(2, (-1, 3, self.head_size)).permute(3, 0, 2, 1, 4).unbind()
+
+
+class KeyValueCache:
+    """Keys and values of one layer for the places so far, of at most ``depth``."""
+
+    def __init__(self, depth: int):
+        self._depth, self._places, self._stored = depth, 0, None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the next place's key and value, each [n, heads, 1, d], and return those of all places so far."""
+        if self._stored is None:
+            n, heads, _, d = key.shape
+            self._stored = key.new_empty(2, n, heads, self._depth, d)
+        self._stored[0, :, :, self._places] = key[:, :, 0]
+        self._stored[1, :, :, self._places] = value[:, :, 0]
+        self._places += 1
+        keys, values = self._stored[:, :, :, : self._places]
+        return keys, values
