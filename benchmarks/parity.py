@@ -55,20 +55,26 @@ STEPS = 2
 LIMIT = 1e-5
 
 RANK = "plan.projections={kind: delta, rank: 4, per_task: true, modules: [qkv, proj, fc1, fc2]}"
+CODES = [
+    f"model.image_codes={{depth: 4, codebook: random, codebook_size: {VOCABULARY}, width: 24}}",
+    "model.image_codes.head={num_layers: 2, hidden_size: 32, num_attention_heads: 4, chunk: 8}",
+]
 PLANS = {
     **{preset: [f"plan.preset={preset}"] for preset in PRESETS},
     "rank 4 per task": ["plan.preset=himix_hmgen_share_partial", "plan.himix_start=2", RANK],
     "interleaved documents": ["plan.preset=himix_hmgen_share_all_separate", "plan.projections={per_task: true}"],
+    "4 codes": ["plan.preset=himix_hmgen_share_partial", *CODES],
 }
 INTERLEAVED = "interleaved documents"
 """The plan whose rows also hold documents with given and drawn images."""
 
 
-def packed_batch(rows: int, length: int, seed: int, interleaved: bool = False) -> Batch:
+def packed_batch(rows: int, length: int, seed: int, interleaved: bool = False, depth: int = 1) -> Batch:
     """Random packed rows: documents of all tasks and lengths, image runs, padding.
 
     Args:
         interleaved: understanding's documents have drawn images, too, which are of generation.
+        depth: codes of an image token. With several, the first row has no image token, and the second no text target.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -93,6 +99,10 @@ def packed_batch(rows: int, length: int, seed: int, interleaved: bool = False) -
     if interleaved:
         given = (batch.task == Task.UNDERSTANDING) & (batch.modality == Modality.IMAGE)
         batch.task[given & (batch.document >= 0) & (torch.rand(rows, length, generator=random) < 0.5)] = Task.GENERATION
+    if depth > 1:
+        batch.codes = integers(0, VOCABULARY, rows, length, depth).int()
+        batch.modality[0] = Modality.TEXT
+        batch.loss_mask[1] *= torch.from_numpy(batch.predicts_image()[1])
     return batch
 
 
@@ -108,16 +118,21 @@ def measure(config: Config, interleaved: bool = False) -> Measured:
     from megatron_ext.training.step import train_step
     from megatron_ext.transformer.initialization import global_parameters
 
-    chunks = build_model(resolve(config, VOCABULARY))
+    codes = config.model.image_codes
+    code_vectors = None
+    if codes.width:
+        code_vectors = torch.empty(codes.codebook_size, codes.width).normal_(generator=torch.Generator().manual_seed(0))
+    chunks = build_model(resolve(config, VOCABULARY), code_vectors)
     perturb(chunks)
     optimizer = build_optimizer(config, chunks)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rows = config.training.global_batch_size // replicas
     measured = Measured({}, [], [], [])
 
-    def keep_logits(model, arguments, output: torch.Tensor) -> None:
+    def keep_logits(model, arguments, output) -> None:
         if model.post_process and not measured.losses:
-            measured.logits.append(output.detach().cpu().clone())  # the loss works in place
+            logits = output[0] if isinstance(output, tuple) else output
+            measured.logits.append(logits.detach().cpu().clone())  # the loss works in place
 
     def keep_gradients(loss: float, grad_norm: float) -> bool:
         for chunk in chunks if not measured.losses else ():
@@ -128,7 +143,8 @@ def measure(config: Config, interleaved: bool = False) -> Measured:
     for chunk in chunks:
         chunk.module.register_forward_hook(keep_logits)
     for step in range(STEPS):
-        batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, step, interleaved)
+        sizes = config.training.global_batch_size, config.data.sequence_length
+        batch = packed_batch(*sizes, step, interleaved, codes.depth)
         batch = step_input(batch.rows(replica * rows, (replica + 1) * rows), config)
         result = train_step(chunks, optimizer, batch, config, accept=keep_gradients)
         measured.losses.append(result.loss + (result.losses.z_loss or 0))

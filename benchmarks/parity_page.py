@@ -13,7 +13,8 @@ column of a plan is the largest |g - g'| / |g'| over all parameters of the model
 are the worst of all plans. The last column repeats the steps with optimizer states sharded over the replicas. The plan
 "rank 4 per task" starts HiMix in layer 2 and gives all four projections a low-rank delta of rank 4 for each task;
 "interleaved documents" is separate projections for each task over rows that also hold documents with given and drawn
-images. An empty cell was not measured.
+images. "4 codes" has image tokens of 4 codes, with projector and depth head, which takes 8 image tokens at once; one of
+its micro-batches has no image, and another no text to learn. An empty cell was not measured.
 
 The references are one process on a CPU. `--references FOLDER` keeps them (a file of 2 to 2.5 MB per plan). On a GPU
 they must exist already, computed on a CPU by `python benchmarks/parity.py --layouts tp1 --references FOLDER`: a GPU is

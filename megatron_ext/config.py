@@ -241,6 +241,10 @@ class EvaluationConfig:
     """Scale of classifier-free guidance for pictures; 1: no guidance."""
     temperature: float = 1.0
     """Sampling temperature for pictures; 0: greedy. Answers are always greedy."""
+    top_k: int = 0
+    """Pictures: only the k most likely codes; 0: all."""
+    top_p: float = 1.0
+    """Pictures: only the most likely codes that together have this probability."""
     seed: int = 0
     """Seed of the pictures, the same in every evaluation."""
     batch_size: int = 16

@@ -5,7 +5,6 @@ from megatron_ext.command_line import parser, run
 from megatron_ext.config import Config
 from megatron_ext.data import PackedRows, build_mixture
 from megatron_ext.data.format import verify
-from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.data.show import describe_row, statistics
 from megatron_ext.files import write_json
 from megatron_ext.vocabulary import Vocabulary
@@ -40,7 +39,7 @@ def main() -> None:
     rows = PackedRows.of(mixture, config.data)
     for row in range(options.first, options.first + options.rows):
         print(describe_row(rows, row, vocabulary))
-    measured = statistics(unpack(rows.packed_tokens(0, options.sample), vocabulary.pad))
+    measured = statistics(rows.batch(0, options.sample))
     print(f"first {options.sample} rows: " + ", ".join(f"{key} {value:.3g}" for key, value in measured.items()))
     if options.json:
         write_json(options.json, {"fingerprint": mixture.fingerprint, "rows": options.sample, **measured})

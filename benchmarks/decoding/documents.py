@@ -19,7 +19,7 @@ class TokenIds:
 
     text_size, image_offset, size = 2044, 2048, 4096
     bos, pad, eod, boi, eoi = 1, 2044, 2045, 2046, 2047
-    answer_end = eod
+    ends = [eod]
 
     @classmethod
     def is_image(cls, ids):

@@ -22,6 +22,7 @@ def run_batches(config: Config, vocabulary: Vocabulary, split: str, rows: int, c
     sources = getattr(config.data, split)
     if not sources:
         raise UserError(f"config: 'data.{split}' is empty; use the other split, or name data")
-    mixture = build_mixture(sources, config.data, vocabulary, train=False)
+    depth = config.model.image_codes.depth
+    mixture = build_mixture(sources, config.data, vocabulary, train=False, depth=depth)
     plain = dataclasses.replace(config.data, loader="plain", workers=0)
     return step_batches(mixture, plain, rows, 0, num_steps=count)

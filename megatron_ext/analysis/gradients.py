@@ -13,7 +13,9 @@ trains)::
 
 The parts of a layer are its norms, also those of queries and keys, and each projection, the shared weights (with their
 bias) and every component of image tokens counted separately. Figures are also given for each layer as a whole, and
-outside the layers for the embedding, the final norm and the output head (which is the embedding if tied).
+outside the layers for the embedding, the final norm and the output head (which is the embedding if tied). Where image
+tokens have several codes, so are they for the projector, through which both tasks' image tokens enter (or their learned
+code embedding), and for the depth head, which generation alone trains.
 """
 
 import dataclasses
@@ -47,11 +49,15 @@ from megatron_ext.vocabulary import Vocabulary
 
 MODULES = ("qkv", "proj", "fc1", "fc2")
 OUTSIDE = {
-    "embedding.word_embeddings.weight": "embedding",
-    "image_positions.weight": "image positions",
-    "decoder.final_layernorm.weight": "final norm",
-    "output_layer.weight": "head",
+    "embedding": "embedding",
+    "image_positions": "image positions",
+    "projector": "projector",
+    "code_embedding": "code embedding",
+    "decoder.final_layernorm": "final norm",
+    "output_layer": "head",
+    "depth_head": "depth head",
 }
+"""Parts outside the layers, by the first words of their parameters' names."""
 SUMS = ("<u, g>", "<u, u>", "<g, g>", "only u", "only g", "neither", "parameters")
 CHUNK = 2**22
 """Elements converted to float64 at a time."""
@@ -159,8 +165,9 @@ def part_names(plan: Plan) -> list[str]:
 
 def part_of(name: str) -> tuple[int | None, str]:
     """The layer (from 0; None outside the layers) and the part of a parameter, from its global name."""
-    if name in OUTSIDE:
-        return None, OUTSIDE[name]
+    for module, part in OUTSIDE.items():
+        if name.startswith(f"{module}."):
+            return None, part
     layer, rest = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name).groups()
     if projection := re.search(r"linear_(\w+)\.(\w+)$", rest):
         component = projection[2].rpartition("_")[0]  # weight, bias, image_weight, image_delta, image_down, image_up
@@ -171,16 +178,19 @@ def part_of(name: str) -> tuple[int | None, str]:
 def _parts(config: Config, columns: list[str]) -> list[tuple[int | None, str]]:
     absent = {"head"} if config.model.tie_embeddings else set()
     absent |= set() if config.model.max_image_tokens else {"image positions"}
+    image_codes = config.model.image_codes
+    absent |= set() if image_codes.depth > 1 else {"projector", "code embedding", "depth head"}
+    absent.add("projector" if image_codes.width is None else "code embedding")
     outside = [name for name in OUTSIDE.values() if name not in absent]
     return [(n, name) for n in range(config.model.num_layers) for name in columns] + [(None, name) for name in outside]
 
 
 def _counted_parameters(chunk):
-    """Names and parameters of a chunk, without those that another rank counts: copies over the tensor-parallel group of
-    what is not split, and the last stage's copy of a tied embedding."""
+    """Names and parameters of a chunk, without frozen ones and those that another rank counts: copies over the
+    tensor-parallel group of what is not split, and the last stage's copy of a tied embedding."""
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     for name, parameter in global_parameters(chunk.module):
-        if param_is_not_shared(parameter) and (first or cut(name)[0] is not None):
+        if parameter.requires_grad and param_is_not_shared(parameter) and (first or cut(name)[0] is not None):
             yield name, parameter
 
 
@@ -215,9 +225,9 @@ def _figures(sums: Tensor) -> dict[str, float | None]:
         "cosine": dot / math.sqrt(uu * gg) if uu * gg > 0 else None,
         "norm_understanding": math.sqrt(uu),
         "norm_generation": math.sqrt(gg),
-        "only_understanding": only_u / count,
-        "only_generation": only_g / count,
-        "untrained": neither / count,
+        "only_understanding": only_u / max(count, 1),
+        "only_generation": only_g / max(count, 1),
+        "untrained": neither / max(count, 1),
     }
     return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 

@@ -90,7 +90,8 @@ class Benchmarking(Callback):
                 if unanswered := answer(self._session, items, file, self._settings.max_new_tokens):
                     report(f"{file}: {unanswered} questions stay unanswered")
             if self._settings.prompts:
-                options = {key: getattr(self._settings, key) for key in ("guidance", "temperature", "seed")}
+                sampling = ("temperature", "top_k", "top_p", "guidance", "seed")
+                options = {key: getattr(self._settings, key) for key in sampling}
                 generated = self._session.generate_pictures(self._settings.prompts, folder, options)
                 pictures = [(picture["caption"], Path(picture["file"])) for picture in generated]
         figures = from_rank_zero(lambda: self._score(folder, iteration, pictures))

@@ -13,13 +13,15 @@ from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.errors import UserError
 from megatron_ext.transformer.norm import STORED_NAMES
 
+CODE_VECTORS = "code_vectors.weight"
+
 
 class StoredWeights(Mapping[str, Tensor]):
     """A checkpoint's parameters by name, with layers numbered over the whole model; each is read whole on access.
 
     Attributes:
         state: the state that was saved with it.
-        dtype: of the parameters.
+        dtype: of the parameters. Frozen code vectors, which are here too, are float32.
     """
 
     def __init__(self, path: Path):
@@ -45,7 +47,7 @@ class StoredWeights(Mapping[str, Tensor]):
             and not key.startswith("optimizer.")
             and "_extra_state" not in key
         }
-        (self.dtype,) = {entry.properties.dtype for _, entry in self._stored.values()}
+        (self.dtype,) = {x.properties.dtype for name, (_, x) in self._stored.items() if name != CODE_VECTORS}
 
     def __getitem__(self, name: str) -> Tensor:
         key, entry = self._stored[name]

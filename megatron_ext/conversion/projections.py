@@ -108,6 +108,8 @@ def _fill(
     weights = converted(dict(originals[0].named_parameters()), source, target, parameters, tolerance)
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
+    if model.code_vectors is not None:
+        model.code_vectors.load_state_dict(originals[0].code_vectors.state_dict())
 
 
 @torch.no_grad()

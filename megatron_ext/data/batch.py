@@ -103,6 +103,13 @@ class Batch:
         predicted[:, :-2][same[:, :-1] & begins[:, 1:]] = Task.GENERATION
         return predicted
 
+    def predicts_image(self) -> np.ndarray:
+        """Whether the next token of the same document of a batch on the host is an image token, bool [b, s]."""
+        image, document = np.asarray(self.modality) == Modality.IMAGE, np.asarray(self.document)
+        predicts = np.zeros(document.shape, dtype=bool)
+        predicts[:, :-1] = image[:, 1:] & (document[:, 1:] == document[:, :-1])
+        return predicts
+
     @property
     def shape(self) -> tuple[int, int]:
         """(b, s)."""

@@ -10,23 +10,27 @@ from megatron_ext.data.packed_tokens import MAX_VOCABULARY
 from megatron_ext.data.rank_info import RankInfo
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.source import Source
+from megatron_ext.data.vq_metadata import depth_of
 from megatron_ext.errors import UserError
 
 VALIDATION_SEED = 0
 """Validation rows do not depend on the seed of the run, so that runs can be compared."""
 
 
-def build_mixture(sources: list[SourceConfig], data_config: DataConfig, vocabulary, train: bool) -> Mixture:
+def build_mixture(
+    sources: list[SourceConfig], data_config: DataConfig, vocabulary, train: bool, depth: int | None = None
+) -> Mixture:
     """Open the sources and check them against the run. Collective.
 
     Every reader opens the files itself; the other ranks receive their description.
 
     Args:
         train: for training (caption dropout, the seed of the run) or for validation.
+        depth: codes of the model's image tokens; None: as the data says.
 
     Raises:
-        UserError: on every rank, if any reader cannot use a source (see :meth:`Source.open`), or if readers found
-            different data.
+        UserError: on every rank, if any reader cannot use a source (see :meth:`Source.open`), if images were encoded
+            by different tokenizers or have another ``depth``, or if readers found different data.
     """
     special = SpecialTokens.of(vocabulary)
     seed, dropout = (data_config.seed, data_config.caption_dropout) if train else (VALIDATION_SEED, 0.0)
@@ -34,10 +38,11 @@ def build_mixture(sources: list[SourceConfig], data_config: DataConfig, vocabula
     if RankInfo.here().reads:
         try:
             opened = _open("data.train" if train else "data.validation", sources, data_config, vocabulary)
+            _check_images(opened, depth)
         except UserError as refusal:
             error = str(refusal)
     shared = _share(opened, error)
-    return Mixture(opened or shared, special, seed, dropout)
+    return Mixture(opened or shared, special, seed, dropout, data_config.generation_text, depth)
 
 
 def _open(key: str, sources: list[SourceConfig], data_config: DataConfig, vocabulary) -> list[Source]:
@@ -47,18 +52,32 @@ def _open(key: str, sources: list[SourceConfig], data_config: DataConfig, vocabu
         raise UserError(f"{vocabulary.folder}: {vocabulary.size} token ids, at most {MAX_VOCABULARY} are possible")
     if data_config.sequence_length < 2:
         raise UserError(f"config: 'data.sequence_length' is {data_config.sequence_length}, must be at least 2")
-    opened = [
+    return [
         Source.open(f"{key}[{i}]", source, vocabulary.fingerprint, data_config.sequence_length)
         for i, source in enumerate(sources)
     ]
-    with_images = [source for source in opened if source.metadata["vq"]]
-    for source in with_images[1:]:
-        if source.metadata["vq"] != with_images[0].metadata["vq"]:
+
+
+def _check_images(sources: list[Source], depth: int | None) -> None:
+    """Check that all images are of one tokenizer, and of the model's depth."""
+    with_images = [source for source in sources if source.metadata["vq"]]
+    for source in with_images:
+        vq, first = source.metadata["vq"], with_images[0].metadata["vq"]
+        if depth_of(vq) != depth_of(first):
             raise UserError(
-                f"{source.path}: images were encoded with VQ model {source.metadata['vq']['fingerprint']}, those of "
-                f"{with_images[0].path} with {with_images[0].metadata['vq']['fingerprint']}; encode one of them again"
+                f"{source.path}: an image token has {depth_of(vq)} codes, in {with_images[0].path} {depth_of(first)}; "
+                "encode one of them again"
             )
-    return opened
+        if vq != first:
+            raise UserError(
+                f"{source.path}: images were encoded with VQ model {vq['fingerprint']}, those of "
+                f"{with_images[0].path} with {first['fingerprint']}; encode one of them again"
+            )
+        if depth is not None and depth_of(vq) != depth:
+            raise UserError(
+                f"{source.path}: an image token has {depth_of(vq)} codes, 'model.image_codes.depth' is {depth}; "
+                "set it to that, or encode the images again"
+            )
 
 
 def _share(opened: list[Source] | None, error: str | None) -> list[Source]:

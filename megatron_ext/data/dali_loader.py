@@ -8,6 +8,7 @@ import importlib.util
 
 import torch
 
+from megatron_ext.data.packed_rows import StepRows
 from megatron_ext.data.workers import Workers, WorkerSteps
 from megatron_ext.errors import UserError
 
@@ -15,6 +16,12 @@ from megatron_ext.errors import UserError
 def available() -> bool:
     """Whether DALI is installed."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+def _estimated_bytes(rows: StepRows) -> int:
+    """Bytes of a step: about 30 a token, and twice 4 for each of several codes (all of them, and those to learn)."""
+    count, length = rows.shape
+    return count * length * (32 + 8 * (rows.depth - 1))
 
 
 class DaliLoader:
@@ -47,8 +54,8 @@ class DaliLoader:
                 batch=False,
                 parallel=workers > 0,
                 prefetch_queue_depth=prefetch if workers else None,
-                # An estimate, about 30 bytes a token, so that memory shared with the workers rarely has to grow.
-                bytes_per_sample_hint=steps.rows.shape[0] * steps.rows.shape[1] * 32 if workers else None,
+                # An estimate, so that memory shared with the workers rarely has to grow.
+                bytes_per_sample_hint=_estimated_bytes(steps.rows) if workers else None,
                 dtype=types.UINT8,
                 ndim=1,
             )

@@ -11,6 +11,9 @@ codes of one image as unified token ids (row-major, without ``<boi>`` and ``<eoi
 understanding (an answer, a caption). ``DRAWN`` is an image to be learnt in interleaved documents, where an ``IMAGE`` is
 given. Text has no ``bos`` and no ``<eod>``; rendering adds them (:mod:`megatron_ext.data.rendering`).
 
+An image token may have D codes of a residual quantizer: an image then is P * D ids, the D of a token side by side. The
+metadata says so (``vq.depth``) and counts tokens, not codes, so that a length is always one in a row.
+
 The metadata is written last, so a prefix without metadata is an unfinished data set. Megatron-Core writes the files,
 but ``numpy`` alone reads them: importing Megatron-Core takes seconds, and the processes that pack rows should start
 faster.
@@ -25,14 +28,15 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data.vq_metadata import check_codebook, codes_of_image, depth_of, grid_text
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 
 TEXT, IMAGE, ANSWER, DRAWN = 0, 1, 2, 3
 """Modes of a sequence."""
 
-FORMAT, FORMAT_WITH_DRAWN = 1, 2
-"""Version of the metadata, and that of a data set with a ``DRAWN`` image."""
+FORMAT, FORMAT_WITH_DRAWN, FORMAT_WITH_DEPTH = 1, 2, 3
+"""Version of the metadata, that of a data set with a ``DRAWN`` image, and that of one with several codes a token."""
 
 FULL_CHECK_LIMIT = 256 << 20
 """Opening hashes a .bin of at most this many bytes; a larger one only has its size checked (``verify=True`` hashes)."""
@@ -60,14 +64,19 @@ class DatasetWriter:
     Args:
         prefix: path without extension; its folder is created.
         vocabulary_fingerprint: ``Vocabulary.fingerprint`` of the token ids.
-        vq: ``{"fingerprint": str, "grid": [h, w], "codebook_size": int}``, or None for a data set without images.
+        vq: ``{"fingerprint": str, "grid": [h, w], "codebook_size": int}``, and ``"depth": int`` if an image token has
+            several codes; None for a data set without images.
         source: free-form, JSON-serialisable description of where the data came from.
+
+    Raises:
+        UserError: the codebook is too large for several codes a token.
     """
 
     def __init__(self, prefix: str | Path, vocabulary_fingerprint: str, vq: dict | None, source: dict):
+        check_codebook(vq, prefix)
         self.prefix = Path(prefix)
         self.metadata = {
-            "format": FORMAT,
+            "format": FORMAT if depth_of(vq) == 1 else FORMAT_WITH_DEPTH,
             **dict.fromkeys(_COUNTS, 0),
             "vocabulary": vocabulary_fingerprint,
             "vq": vq,
@@ -98,11 +107,14 @@ class DatasetWriter:
             self._check(mode, ids)
         self._builder.add_document(np.concatenate(sequences), [len(ids) for ids in sequences], modes)
         images = [ids for mode, ids in zip(modes, sequences) if is_image(mode)]
-        counts = (1, len(sequences), sum(map(len, sequences)), sum(map(len, images)), len(images))
+        codes = sum(map(len, images))
+        image_tokens = codes // depth_of(self.metadata["vq"])
+        tokens = sum(map(len, sequences)) - codes + image_tokens
+        counts = (1, len(sequences), tokens, image_tokens, len(images))
         for key, count in zip(_COUNTS, counts):
             self.metadata[key] += count
         if DRAWN in modes:
-            self.metadata["format"] = FORMAT_WITH_DRAWN
+            self.metadata["format"] = max(self.metadata["format"], FORMAT_WITH_DRAWN)
 
     def _check(self, mode: int, ids: np.ndarray) -> None:
         if mode not in (TEXT, IMAGE, ANSWER, DRAWN):
@@ -114,9 +126,8 @@ class DatasetWriter:
         if is_image(mode):
             if self.metadata["vq"] is None:
                 raise ValueError("an image in a data set that was opened without a VQ model")
-            height, width = self.metadata["vq"]["grid"]
-            if len(ids) != height * width:
-                raise ValueError(f"an image of {len(ids)} tokens, but the VQ grid is {height} x {width}")
+            if len(ids) != codes_of_image(self.metadata["vq"]):
+                raise ValueError(f"an image of {len(ids)} codes, but {grid_text(self.metadata['vq'])}")
 
     def add_dataset(self, prefix: str | Path) -> None:
         """Append every document of a finished data set with the same vocabulary and VQ model.
@@ -163,8 +174,8 @@ class Dataset:
     Attributes:
         prefix: path without extension.
         metadata: see the module.
-        tokens: every token of the data set, int32 [tokens], a memory map.
-        sequence_lengths: int32 [sequences].
+        tokens: every stored id, int32, a memory map.
+        sequence_lengths: stored ids of each sequence, int32 [sequences].
         sequence_modes: int8 [sequences].
         sequence_pointers: int64 [sequences], byte at which each sequence starts in the .bin.
         document_ends: int64 [documents + 1]; document i consists of the sequences ``document_ends[i]`` to
@@ -219,9 +230,21 @@ class Dataset:
         return len(self.document_ends) - 1
 
     @property
+    def depth(self) -> int:
+        """Codes of an image token."""
+        return depth_of(self.metadata["vq"])
+
+    @property
     def document_lengths(self) -> np.ndarray:
         """Stored tokens of each document, int64 [documents]."""
-        return np.add.reduceat(self.sequence_lengths, self.document_ends[:-1], dtype=np.int64)
+        return np.add.reduceat(self.token_counts(slice(None)), self.document_ends[:-1], dtype=np.int64)
+
+    def token_counts(self, sequences) -> np.ndarray:
+        """Tokens of sequences (numbers or a slice), integers [sequences]: ids of text, positions of images."""
+        lengths = self.sequence_lengths[sequences]
+        if self.depth == 1:
+            return lengths
+        return np.where(is_image(self.sequence_modes[sequences]), lengths // self.depth, lengths)
 
     def document(self, i: int) -> list[tuple[int, np.ndarray]]:
         """(mode, token ids int32) of each sequence of document ``i``; read-only views of the file."""
@@ -243,18 +266,19 @@ def verify(prefix: str | Path) -> dict:
         UserError: names the file that is missing, truncated or altered.
     """
     dataset = Dataset(prefix, verify=True)
-    image = is_image(dataset.sequence_modes)
+    image, lengths = is_image(dataset.sequence_modes), dataset.token_counts(slice(None))
     counts = (
         len(dataset),
-        len(dataset.sequence_lengths),
-        int(dataset.sequence_lengths.sum(dtype=np.int64)),
-        int(dataset.sequence_lengths[image].sum(dtype=np.int64)),
+        len(lengths),
+        int(lengths.sum(dtype=np.int64)),
+        int(lengths[image].sum(dtype=np.int64)),
         int(image.sum()),
     )
     for key, count in zip(_COUNTS, counts):
         if dataset.metadata[key] != count:
             raise UserError(f"{_file(prefix, 'json')}: '{key}' is {dataset.metadata[key]}, the index holds {count}")
     expected = FORMAT_WITH_DRAWN if (dataset.sequence_modes == DRAWN).any() else FORMAT
+    expected = expected if dataset.depth == 1 else FORMAT_WITH_DEPTH
     if dataset.metadata["format"] != expected:
         raise UserError(f"{_file(prefix, 'json')}: 'format' is {dataset.metadata['format']}, the index has {expected}")
     return dataset.metadata
@@ -292,9 +316,9 @@ def _read_metadata(prefix: str | Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as the metadata of a data set ({error})") from None
     required = {*_COUNTS, "vocabulary", "vq", "files", "source"}
-    formats = (FORMAT, FORMAT_WITH_DRAWN)
+    formats = (FORMAT, FORMAT_WITH_DRAWN, FORMAT_WITH_DEPTH)
     if not isinstance(metadata, dict) or metadata.get("format") not in formats or required - metadata.keys():
-        raise UserError(f"{file}: not the metadata of a data set of format 1 or 2; prepare the data set again")
+        raise UserError(f"{file}: not the metadata of a data set of format 1, 2 or 3; prepare the data set again")
     return metadata
 
 

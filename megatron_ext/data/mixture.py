@@ -16,6 +16,7 @@ import numpy as np
 from megatron_ext.data import counter_random
 from megatron_ext.data.rendering import SpecialTokens, lay_out, text_may_drop
 from megatron_ext.data.source import Source
+from megatron_ext.data.vq_metadata import depth_of
 from megatron_ext.token_classes import Layout
 
 LONGEST_BLEND = 1 << 20
@@ -49,10 +50,28 @@ class Mixture:
     Attributes:
         sources: list of :class:`Source`.
         special: ids of the special tokens.
+        generation_text: generation documents also learn the special tokens around their images.
+        vq: the tokenizer of the images (``VQModel.metadata``); None without images.
+        depth: codes of an image token.
         blend: int64 [blend length], the source of each sample of a blend.
     """
 
-    def __init__(self, sources: list[Source], special: SpecialTokens, seed: int, caption_dropout: float):
+    def __init__(
+        self,
+        sources: list[Source],
+        special: SpecialTokens,
+        seed: int,
+        caption_dropout: float,
+        generation_text: bool = False,
+        depth: int | None = None,
+    ):
+        """
+        Args:
+            depth: codes of an image token, which data without images does not say; None: as the data says, or one.
+        """
+        self.generation_text = generation_text
+        self.vq = next((source.metadata["vq"] for source in sources if source.metadata["vq"]), None)
+        self.depth = depth or depth_of(self.vq)
         self.sources = sources
         self.special = special
         self.seed = seed
@@ -106,6 +125,7 @@ class Mixture:
             "caption_dropout": self.caption_dropout,
             "counts": self._counts,
             "sources": [[int(source.layout), source.metadata["files"]] for source in self.sources],
+            **({"generation_text": True} if self.generation_text else {}),
         }
         return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -48,6 +48,7 @@ class PackedRows:
 
         rows = PackedRows(mixture, 512)
         rows[7]               # row 7 as a Batch of one row
+        rows.batch(0, 256)    # rows 0 to 255 as a Batch of arrays
         rows.packed_tokens(0, 256)    # int32 [256, 512], see megatron_ext.data.packed_tokens
 
     Pickles small: a worker process opens the files itself.
@@ -80,18 +81,24 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> Batch:
         """Row ``row`` as a batch of one row, of tensors."""
-        return unpack(self.packed_tokens(row, row + 1), self.mixture.special.pad).tensors()
+        return self.batch(row, row + 1).tensors()
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Rows ``start`` to ``stop`` as a batch of arrays."""
+        special = self.mixture.special
+        return unpack(self.packed_tokens(start, stop), special.pad, self.mixture.depth, special.image_offset)
 
     def packed_tokens(self, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop``, int32 [rows, length] (see :mod:`megatron_ext.data.packed_tokens`)."""
-        buffer = TokenBuffer((stop - start) * self.length, fill=self.mixture.special.pad)
+        """Rows ``start`` to ``stop``, int32 [rows, length], longer if an image token has several codes (see
+        :mod:`megatron_ext.data.packed_tokens`)."""
+        buffer = TokenBuffer((stop - start) * self.length, self.mixture.special.pad, self.mixture.depth)
         row = start
         while row < stop:
             chunk, first = self._find(row)
             last = min(chunk.rows, first + stop - row)
             self._write(buffer, (row - start) * self.length, chunk, first, last)
             row += last - first
-        return buffer.packed_tokens().reshape(stop - start, self.length)
+        return buffer.packed_tokens(stop - start)
 
     def documents(self, row: int) -> list[tuple[int, int, int]]:
         """(source, document, epoch) of each document or document piece in a row."""
@@ -116,7 +123,8 @@ class PackedRows:
             if own.any():
                 document, dropped = chunk.samples.document[sample[own]], chunk.samples.dropped[sample[own]]
                 pieces = DocumentPieces(document, dropped, start[own], stop[own], places[own])
-                render(buffer, source.dataset, pieces, source.layout, self.mixture.special)
+                generation_text = self.mixture.generation_text
+                render(buffer, source.dataset, pieces, source.layout, self.mixture.special, generation_text)
         buffer.mark(row_place + np.diff(row_filled), row_place + self.length, packed_tokens.PADDING)
 
     def _find(self, row: int) -> tuple[_Chunk, int]:
@@ -210,7 +218,8 @@ def _spread(packed: np.ndarray, alone: np.ndarray) -> np.ndarray:
 
 
 class StepRows:
-    """The rows of each step for one replica: ``step_rows[g]`` is int32 [rows, length].
+    """The rows of each step for one replica: ``step_rows[g]`` is what
+    :meth:`PackedRows.packed_tokens` gives.
 
     Step g of the run is rows ``g * rows_per_step`` to ``(g + 1) * rows_per_step``; every replica takes an equal,
     contiguous share.
@@ -226,8 +235,13 @@ class StepRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, length)."""
+        """(rows, tokens in each)."""
         return self.share, self.rows.length
+
+    @property
+    def depth(self) -> int:
+        """Codes of an image token."""
+        return self.rows.mixture.depth
 
     def __getitem__(self, step: int) -> np.ndarray:
         start = step * self.rows_per_step + self.offset

@@ -7,6 +7,9 @@
 
 All fields of a :class:`~megatron_ext.data.batch.Batch` follow from these bits (:func:`unpack`): a label is the next
 token of the same document, start bits count the documents, a position is the distance to the last start.
+
+If an image token has D > 1 codes, the id is that of the first one, and the s numbers of a row are followed by D // 2
+more for each of its tokens: the other codes, 16 bits each, the lower half first; zeros for text.
 """
 
 from dataclasses import dataclass
@@ -32,16 +35,21 @@ PADDING = 0b11 << TASK_SHIFT
 MAX_VOCABULARY = 1 << TOKEN_BITS
 
 
-def unpack(packed: np.ndarray, pad: int) -> Batch:
-    """Unpack rows of packed tokens, int32 [b, s], into a batch of arrays.
+def unpack(packed: np.ndarray, pad: int, depth: int = 1, image_offset: int = 0) -> Batch:
+    """Unpack rows of packed tokens into a batch of arrays.
 
     Args:
+        packed: int32 [b, (1 + D // 2) * s]; [b, s] with one code an image token.
         pad: id of the padding token, the label of tokens without a next token.
+        depth: D, codes of an image token.
+        image_offset: id of VQ code 0.
     """
+    length = packed.shape[1] // (1 + depth // 2)
+    packed, further_codes = packed[:, :length], packed[:, length:]
     tokens = (packed & TOKEN).astype(np.int64)
     padding = (packed & TASK) == PADDING
     start = (packed & START) != 0
-    column = np.arange(packed.shape[1])
+    column = np.arange(length)
     first = np.maximum.accumulate(np.where(start, column, 0), axis=1)
     labels = np.full_like(tokens, pad)
     labels[:, :-1] = np.where(start[:, 1:] | padding[:, 1:], pad, tokens[:, 1:])
@@ -54,7 +62,17 @@ def unpack(packed: np.ndarray, pad: int) -> Batch:
         "task": np.where(padding, int(Task.TEXT), (packed & TASK) >> TASK_SHIFT),
         "document": np.where(padding, PADDING_DOCUMENT, start.cumsum(axis=1) - 1),
     }
-    return Batch(**{name: value.astype(Batch.DTYPES[name]) for name, value in values.items()})
+    batch = Batch(**{name: value.astype(Batch.DTYPES[name]) for name, value in values.items()})
+    if depth > 1:
+        batch.codes = np.empty((*tokens.shape, depth), dtype=np.int32)
+        batch.codes[..., 0] = np.where(batch.modality == Modality.IMAGE, tokens - image_offset, 0)
+        batch.codes[..., 1:] = _halves(further_codes).reshape(*tokens.shape, -1)[..., : depth - 1]
+    return batch
+
+
+def _halves(numbers: np.ndarray) -> np.ndarray:
+    """The halves of numbers, int32 [..., n], as uint16 [..., 2n]."""
+    return np.ascontiguousarray(numbers, dtype="<i4").view("<u2")
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,8 @@ class Unpack:
     """What makes a step of its rows by default: their batch. Here, because worker processes must not import torch."""
 
     pad: int
+    depth: int = 1
+    image_offset: int = 0
 
     def __call__(self, packed_tokens: np.ndarray, step: int) -> Batch:
-        return unpack(packed_tokens, self.pad)
+        return unpack(packed_tokens, self.pad, self.depth, self.image_offset)

@@ -7,18 +7,21 @@
     stored          [image] [caption]
     generation      bos caption <boi> CODES <eoi> <eod>                                   learnt: CODES
       dropped       bos <boi> CODES <eoi> <eod>
+      with generation_text                          learnt: <boi>, unless the caption is dropped, CODES, <eoi>, <eod>
     stored          [text]
     text            bos TEXT <eod>                                                        learnt: all after bos
     stored          [image] [instruction] [drawn image] [question] [answer] [instruction] [drawn image]
     interleaved     bos <boi> codes <eoi> instruction <BOI> CODES <eoi> question ANSWER <eod>
                     instruction <BOI> CODES <eoi> <eod>             learnt: ANSWER and <eod>; CODES and their <boi>
       dropped       all images without the texts, if there is no answer
+    stored          [text] [image] [text]
+    interleaved     bos TEXT <boi> codes <eoi> TEXT <eod>                                 learnt: TEXT, <eod> after it
 
 For generation each image moves behind the text that follows it in stored order, up to the next image; text before the
 first image stays in front. Interleaved documents stay as stored: a drawn image is learnt where it stands, and so is the
 ``<boi>`` before it, the decision to draw. An answer that ends in a drawn image has no ``<eod>`` of its own. Without
-drawn images an interleaved document equals one of understanding. ``<eod>`` after an answer is the vocabulary's
-``answer_end``, where that is another token.
+drawn images an interleaved document with answers equals one of understanding. With neither, it is a text with images,
+and all the text is learnt. ``<eod>`` after an answer is the vocabulary's ``answer_end``, where that is another token.
 
 A learnt token is one whose prediction counts: the loss bit is set at the token *before* it.
 
@@ -31,6 +34,7 @@ import numpy as np
 
 from megatron_ext.data import packed_tokens
 from megatron_ext.data.format import ANSWER, DRAWN, Dataset, is_image
+from megatron_ext.data.vq_metadata import codes_of_image
 from megatron_ext.token_classes import Layout, Task
 
 
@@ -50,16 +54,26 @@ class SpecialTokens:
         """The special tokens of a :class:`~megatron_ext.vocabulary.Vocabulary`."""
         return cls(**{field.name: getattr(vocabulary, field.name) for field in fields(cls)})
 
+    @property
+    def image_offset(self) -> int:
+        """Id of VQ code 0: the codes follow the special tokens, of which ``<eoi>`` is the last."""
+        return self.eoi + 1
+
 
 class TokenBuffer:
     """Packed tokens under construction: documents are written into it, then :meth:`packed_tokens` is read.
 
+    Args:
+        depth: D, codes of an image token.
+
     Attributes:
-        ids: int32 [tokens].
+        ids: int32 [tokens], of an image token that of its first code.
+        further_codes: the other codes of image tokens, uint16 [tokens, 2 * (D // 2)].
     """
 
-    def __init__(self, tokens: int, fill: int):
+    def __init__(self, tokens: int, fill: int, depth: int = 1):
         self.ids = np.full(tokens, fill, dtype=np.int32)
+        self.further_codes = np.zeros((tokens, 2 * (depth // 2)), dtype="<u2")
         self._change = np.zeros(tokens + 1, dtype=np.int32)  # bits that begin here, minus those that end
 
     def mark(self, begin: np.ndarray, end: np.ndarray, bits: int) -> None:
@@ -68,9 +82,12 @@ class TokenBuffer:
         self._change[begin[nonempty]] += bits
         self._change[end[nonempty]] -= bits
 
-    def packed_tokens(self) -> np.ndarray:
-        """The finished packed tokens, int32 [tokens]."""
-        return self.ids | np.cumsum(self._change[:-1], dtype=np.int32)
+    def packed_tokens(self, rows: int) -> np.ndarray:
+        """The finished packed tokens in rows of equal length s, int32 [rows, (1 + D // 2) * s]."""
+        packed = (self.ids | np.cumsum(self._change[:-1], dtype=np.int32)).reshape(rows, -1)
+        if not self.further_codes.size:
+            return packed
+        return np.concatenate([packed, self.further_codes.view("<i4").reshape(rows, -1)], axis=1)
 
 
 @dataclass
@@ -98,6 +115,7 @@ class SequencePlaces:
     Attributes:
         owner: int64 [sequences], index of the sequence's document (0, 1, ...).
         image, drawn, answer: bool [sequences], whether the sequence is an image, an image to be drawn, an answer.
+        plain: bool [sequences], whether it is text of an interleaved document without answers and drawn images.
         closed: bool [sequences], whether ``<eoi>`` (an image) or ``<eod>`` (an answer) follows.
         pointer: int64 [sequences], start of the sequence in ``Dataset.tokens``.
         begin, end: int64 [sequences], range in the rendered document, without ``<boi>``, ``<eoi>`` and ``<eod>``.
@@ -109,6 +127,7 @@ class SequencePlaces:
     image: np.ndarray
     drawn: np.ndarray
     answer: np.ndarray
+    plain: np.ndarray
     closed: np.ndarray
     pointer: np.ndarray
     begin: np.ndarray
@@ -142,13 +161,14 @@ def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, layout
         owner, index, image = owner[order], index[order], image[order]
     kept = image | ~dropped[owner]
     owner, index, image = owner[kept], index[kept], image[kept]
-    modes, lengths = dataset.sequence_modes[index], dataset.sequence_lengths[index].astype(np.int64)
+    modes, lengths = dataset.sequence_modes[index], dataset.token_counts(index).astype(np.int64)
     drawn, answer = modes == DRAWN, modes == ANSWER
     last = np.searchsorted(owner, np.arange(len(documents)), side="right") - 1
+    plain = (np.bincount(owner, drawn | answer, len(documents)) == 0) & (layout == Layout.INTERLEAVED)
     if layout in (Layout.UNDERSTANDING, Layout.INTERLEAVED):
         before_drawn = np.append(drawn[1:] & (owner[1:] == owner[:-1]), False)
         closed = image | answer & ~(before_drawn & (layout == Layout.INTERLEAVED))
-        ended = drawn[last] & (layout == Layout.INTERLEAVED)
+        ended = drawn[last] & (layout == Layout.INTERLEAVED) | plain
     else:
         closed, ended = image, np.ones(len(documents), dtype=bool)
     after = np.cumsum(image + lengths + closed)  # tokens up to each sequence's end, of all documents together
@@ -159,6 +179,7 @@ def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, layout
         image=image,
         drawn=drawn,
         answer=answer,
+        plain=plain[owner] & ~image,
         closed=closed,
         pointer=dataset.sequence_pointers[index] // dataset.tokens.itemsize,
         begin=end - lengths,
@@ -177,9 +198,18 @@ def _sequences(dataset: Dataset, documents: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def render(
-    buffer: TokenBuffer, dataset: Dataset, pieces: DocumentPieces, layout: Layout, special: SpecialTokens
+    buffer: TokenBuffer,
+    dataset: Dataset,
+    pieces: DocumentPieces,
+    layout: Layout,
+    special: SpecialTokens,
+    generation_text: bool = False,
 ) -> None:
-    """Write document pieces into a buffer, each as a document of its own."""
+    """Write document pieces into a buffer, each as a document of its own.
+
+    Args:
+        generation_text: generation documents also learn the special tokens around their images.
+    """
     places = lay_out(dataset, pieces.document, pieces.dropped, layout)
     owner, image, begin, end = places.owner, places.image, places.begin, places.end
     documents = np.arange(len(pieces.document))
@@ -198,11 +228,14 @@ def render(
     closed_answer = places.answer & places.closed
     put(owner[closed_answer], end[closed_answer], special.answer_end)
     put(documents[places.ended], places.length[places.ended] - 1, special.eod)
-    learnt_owner, learnt_begin, learnt_end = _learnt(places, layout)
+    learnt_owner, learnt_begin, learnt_end = _learnt(places, layout, generation_text, pieces.dropped)
 
     starts, stops = buffer_place(owner, begin), buffer_place(owner, end)
     pointers = places.pointer + np.maximum(pieces.start[owner] - begin, 0)
-    for place, stop, pointer in zip(starts.tolist(), stops.tolist(), pointers.tolist()):
+    if dataset.depth > 1:
+        _copy_images(buffer, dataset, starts[image], pointers[image], special.image_offset)
+    copied = slice(None) if dataset.depth == 1 else ~image
+    for place, stop, pointer in zip(starts[copied].tolist(), stops[copied].tolist(), pointers[copied].tolist()):
         buffer.ids[place:stop] = dataset.tokens[pointer : pointer + stop - place]
 
     task = Task.UNDERSTANDING if layout == Layout.INTERLEAVED else Task(layout)
@@ -216,15 +249,34 @@ def render(
     buffer.mark(predicting, buffer_place(learnt_owner, learnt_end) - 1, packed_tokens.LOSS)
 
 
-def _learnt(places: SequencePlaces, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _copy_images(
+    buffer: TokenBuffer, dataset: Dataset, starts: np.ndarray, pointers: np.ndarray, image_offset: int
+) -> None:
+    """Write images of several codes a token, which are never cut, into a buffer: places and pointers, [images] each."""
+    count = codes_of_image(dataset.metadata["vq"])
+    for place, pointer in zip(starts.tolist(), pointers.tolist()):
+        ids = dataset.tokens[pointer : pointer + count].reshape(-1, dataset.depth)
+        stop = place + len(ids)
+        buffer.ids[place:stop] = ids[:, 0]
+        buffer.further_codes[place:stop, : dataset.depth - 1] = ids[:, 1:] - image_offset
+
+
+def _learnt(
+    places: SequencePlaces, layout: Layout, generation_text: bool, dropped: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Owner, begin and end in the rendered document of each range of learnt tokens; ranges are disjoint."""
     if layout == Layout.TEXT:
         documents = np.arange(len(places.length))
         return documents, np.ones_like(documents), places.length
+    if layout == Layout.GENERATION and generation_text:
+        owner, begin, end = (field[places.image] for field in (places.owner, places.begin, places.end))
+        last = end + 2 == places.length[owner]  # <eod> follows <eoi>
+        return owner, begin - ~dropped[owner], end + 1 + last
     if layout == Layout.GENERATION:
         learnt = places.image
     else:
-        learnt = places.answer | places.drawn & (layout == Layout.INTERLEAVED)
-    answer, interleaved = places.answer[learnt], layout == Layout.INTERLEAVED
-    begin = places.begin[learnt] - (~answer & interleaved)  # <boi> before a drawn image
-    return places.owner[learnt], begin, places.end[learnt] + (answer & places.closed[learnt])
+        learnt = places.answer | places.plain | places.drawn & (layout == Layout.INTERLEAVED)
+    boi = places.drawn[learnt] & (layout == Layout.INTERLEAVED)
+    last = np.append(places.owner[1:] != places.owner[:-1], True)  # of its document
+    eod = places.answer & places.closed | places.plain & last
+    return places.owner[learnt], places.begin[learnt] - boi, places.end[learnt] + eod[learnt]

@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-import torch
+from torch import Tensor
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.packed_rows import PackedRows
@@ -18,16 +18,18 @@ def describe_row(rows: PackedRows, row: int, vocabulary: Vocabulary) -> str:
     for number, (source_number, document, epoch) in enumerate(rows.documents(row)):
         selected = batch.document[0] == number
         tokens, loss = batch.tokens[0][selected], batch.loss_mask[0][selected]
+        codes = vocabulary.codes(tokens)[:, None] if batch.codes is None else batch.codes[0][selected]
         source = rows.mixture.sources[source_number]
         lines.append(
             f"  {source.layout.name.lower()}, document {document} of {source.path}, epoch {epoch}: "
             f"{len(tokens)} tokens, {int(loss.sum())} learnt"
         )
-        lines.append(f"    {_readable(tokens, loss, vocabulary)}")
+        lines.append(f"    {_readable(tokens, codes, loss, vocabulary)}")
     return "\n".join(lines)
 
 
-def _readable(tokens: torch.Tensor, loss: torch.Tensor, vocabulary: Vocabulary) -> str:
+def _readable(tokens: Tensor, codes: Tensor, loss: Tensor, vocabulary: Vocabulary) -> str:
+    """Tokens [t], whose VQ codes are [t, D] if they are image tokens."""
     special = {
         **vocabulary.text.control,
         vocabulary.bos: "<bos>",
@@ -36,22 +38,31 @@ def _readable(tokens: torch.Tensor, loss: torch.Tensor, vocabulary: Vocabulary) 
         vocabulary.eoi: "<eoi>",
         vocabulary.pad: "<pad>",
     }
+    ids = tokens.tolist()
+    kinds = [special.get(i) or ("image" if vocabulary.is_image(i) else "text") for i in ids]
     learnt = [False, *(loss[:-1] > 0).tolist()]
     spans = []
-    for is_learnt, group in groupby(zip(tokens.tolist(), learnt), key=lambda pair: pair[1]):
-        ids, parts = [token for token, _ in group], []
-        for kind, run in groupby(ids, key=lambda i: special.get(i) or ("image" if vocabulary.is_image(i) else "text")):
+    for is_learnt, places in groupby(range(len(ids)), key=learnt.__getitem__):
+        parts = []
+        for kind, run in groupby(places, key=kinds.__getitem__):
             run = list(run)
             if kind == "text":
-                parts.append(vocabulary.decode(run))
+                parts.append(vocabulary.decode([ids[i] for i in run]))
             elif kind == "image":
-                codes = " ".join(str(vocabulary.codes(i)) for i in run[:4])
-                parts.append(f"({len(run)} codes: {codes}{' ...' if len(run) > 4 else ''})")
+                parts.append(_image(codes[run]))
             else:
                 parts += [kind] * len(run)
         text = " ".join(parts)
         spans.append(f"[[{text}]]" if is_learnt else text)
     return " ".join(spans)
+
+
+def _image(codes: Tensor) -> str:
+    """Image tokens of D codes each, [t, D]: their number, and the codes of the first."""
+    count, depth = codes.shape
+    unit = "codes" if depth == 1 else f"tokens of {depth} codes"
+    first = " ".join("/".join(map(str, of_token)) for of_token in codes[:4].tolist())
+    return f"({count} {unit}: {first}{' ...' if count > 4 else ''})"
 
 
 def statistics(batch: Batch) -> dict[str, float]:

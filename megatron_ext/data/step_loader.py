@@ -35,7 +35,7 @@ def step_batches(
 ) -> "StepBatches":
     """The steps of this process's replica, as ``prepare`` makes them of its rows; see :class:`StepBatches`. The default
     is :class:`~megatron_ext.data.packed_tokens.Unpack`."""
-    prepare = prepare or Unpack(mixture.special.pad)
+    prepare = prepare or Unpack(mixture.special.pad, mixture.depth, mixture.special.image_offset)
     return StepBatches(mixture, data_config, rows_per_step, start_step, prepare, num_steps)
 
 
@@ -47,7 +47,7 @@ class StepBatches:
         rows_per_step: rows of a step over all replicas.
         start_step: first step; all that is needed to resume.
         prepare: runs in the worker processes, so it must pickle; called with the replica's rows of a step as packed
-            tokens (:mod:`megatron_ext.data.packed_tokens`), int32 [rows, length], and the step's number.
+            tokens (:mod:`megatron_ext.data.packed_tokens`), int32 [rows, numbers of a row], and the step's number.
         num_steps: steps of the run, counted from step 0; None: without end.
 
     Attributes:

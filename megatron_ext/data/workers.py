@@ -97,7 +97,8 @@ class WorkerSteps:
     def __init__(self, rows: StepRows, start: int, end: int, prepare: Callable[[np.ndarray, int], object]):
         """
         Args:
-            prepare: called with the rows of a step as packed tokens, int32 [rows, length], and its number.
+            prepare: called with the rows of a step as packed tokens (:mod:`megatron_ext.data.packed_tokens`), and its
+                number.
         """
         self.rows = rows
         self.start = start

@@ -16,7 +16,7 @@ from megatron_ext.evaluation.fid import BATCH
 from megatron_ext.evaluation.mjhq import ImageSet, Prompt
 from megatron_ext.picture_world.detection import DetectedScene
 from megatron_ext.picture_world.facts import CaptionFacts, read_caption
-from megatron_ext.vq.image_decoder import CROP, PillowDecoder
+from megatron_ext.vq.image_decoder import PillowDecoder
 from megatron_ext.vq.model import VQModel
 from megatron_ext.vq.pixels import from_bytes, to_bytes
 
@@ -117,7 +117,7 @@ def _measure_reference(seen: dict[str, DetectedScene], facts: dict[str, CaptionF
 
 def _reconstructions(vq: VQModel, files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, np.ndarray]]:
     """Pictures as the tokenizer reconstructs them, uint8 [H, W, 3]."""
-    decoder = PillowDecoder(vq.image_size, CROP, 1)
+    decoder = PillowDecoder(vq.image_size, vq.preparation.generation, 1, vq.preparation)
     for start in range(0, len(files), BATCH):
         batch = files[start : start + BATCH]
         pixels = torch.stack(decoder([file.read_bytes() for _, file in batch])).permute(0, 3, 1, 2)

@@ -137,11 +137,6 @@ def evaluation_roles(plan: Plan) -> list[list[list[str]]]:
     return [[[name(roles, task, modality) for modality in Modality] for task in Task] for roles in plan.roles]
 
 
-def end_tokens(vocabulary: Vocabulary) -> list[int]:
-    """The tokens that end generated text, the one that ends answers first."""
-    return list(dict.fromkeys([vocabulary.answer_end, vocabulary.eod]))
-
-
 def _llama_keys(exported: Exported) -> dict:
     model, vocabulary = exported.model, exported.vocabulary
     return {
@@ -160,13 +155,15 @@ def _llama_keys(exported: Exported) -> dict:
         "initializer_range": model.init_std,
         "dtype": exported.dtype,
         "bos_token_id": vocabulary.bos,
-        "eos_token_id": end_tokens(vocabulary),
+        "eos_token_id": vocabulary.ends,
         "pad_token_id": vocabulary.pad,
     }
 
 
 def _rope(model: ModelConfig) -> dict:
     rope = {"rope_type": "default", "rope_theta": model.rotary_base}
+    if model.rotary_interpolation_factor != 1:
+        rope |= {"rope_type": "linear", "factor": model.rotary_interpolation_factor}
     if (scaling := model.rotary_scaling) is not None:
         rope |= {
             "rope_type": "llama3",

@@ -12,7 +12,7 @@ class Continuation:
     """The tokens that follow a request's prompt, while they are generated.
 
     Attributes:
-        tokens: the tokens so far.
+        tokens: the tokens so far; an image token of several codes is the id of its first one.
         done: whether the last of them ended the document.
     """
 
@@ -62,7 +62,7 @@ class Continuation:
         if token == vocabulary.boi:
             self._image_tokens_left = self._picture_tokens
             return None
-        if token in (vocabulary.eod, vocabulary.answer_end):
+        if token in vocabulary.ends:
             self.done = True
             return None
         if token == vocabulary.eoi:

@@ -1,7 +1,8 @@
-"""The model over documents that grow: chunks of tokens go in, the logits of the next tokens come out."""
+"""The model over documents that grow: chunks of tokens go in, what the next tokens are sampled from comes out."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.generation.cache import Cache
-from megatron_ext.generation.document_batch import document_batch, row_alignment_of
+from megatron_ext.generation.document_batch import depth_of, document_batch, row_alignment_of
 from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.layer_route import CachedLayerRoute
 from megatron_ext.routing.plan import Plan, class_index
@@ -20,6 +21,19 @@ from megatron_ext.vocabulary import Vocabulary
 
 PREFILL_CHUNK = 512
 """Tokens of a row in one forward pass: longer prompts are read in chunks."""
+
+
+class Outputs(NamedTuple):
+    """What follows each of several documents; zeros where it is not asked for.
+
+    Attributes:
+        logits: of the next text token, or image token of one code, [documents, vocabulary / tensor-parallel size].
+        hidden: final hidden states from which the depth head predicts the codes of the next image token, [documents,
+            h]; None if image tokens have one code.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None
 
 
 class Decoder:
@@ -38,59 +52,112 @@ class Decoder:
         """
         self._alignment = row_alignment_of(model)
         self._model, self._plan, self._vocabulary, self._cache = model, plan, vocabulary, cache
+        self._depth = depth_of(model)
         self._positions = torch.zeros(rows, dtype=torch.int64)
         self._images = np.zeros(rows, dtype=np.int64)  # image tokens at the end of each document
         self._single_token_routes: dict[bytes, Route] = {}  # by the tokens' classes
 
     @torch.no_grad()
-    def advance(self, tokens: Sequence[Sequence[int]], tasks: Sequence[Sequence[Task]]) -> Tensor:
+    def advance(
+        self,
+        tokens: Sequence[Sequence[int]],
+        tasks: Sequence[Sequence[Task]],
+        codes: Sequence[Sequence[Sequence[int]]] | None = None,
+        draws: Sequence[bool] | None = None,
+    ) -> Outputs:
         """Read the next tokens of each document; a document may have none.
 
         Args:
             tasks: of each token.
+            codes: of each document's image tokens, if there are several of each.
+            draws: whether an image token of several codes follows, for each document; None: nowhere.
 
         Returns:
-            Logits [documents, vocabulary / tensor-parallel size] after the last token of each; zeros for documents
-            without tokens.
+            What follows the last token of each document that has tokens.
         """
         rows, longest = len(tokens), max(map(len, tokens))
+        draws = torch.tensor([False] * rows if draws is None else draws)
+        codes = [[]] * rows if codes is None else codes
         if longest <= PREFILL_CHUNK and all(tokens):
-            return self._advance(tokens, tasks, torch.ones(rows, dtype=torch.bool))
-        logits = None
+            return self._advance(tokens, tasks, codes, torch.ones(rows, dtype=torch.bool), draws)
+        outputs, images = None, [0] * rows
         for start in range(0, longest, PREFILL_CHUNK):
             chunk, chunk_tasks = (
                 [row[start : start + PREFILL_CHUNK] for row in rows_of] for rows_of in (tokens, tasks)
             )
+            read = [sum(map(self._vocabulary.is_image, row)) for row in chunk]
+            chunk_codes = [row[first : first + n] for row, first, n in zip(codes, images, read)]
+            images = [first + n for first, n in zip(images, read)]
             last = [len(row) <= start + PREFILL_CHUNK and len(part) > 0 for row, part in zip(tokens, chunk)]
-            chunk_logits = self._advance(chunk, chunk_tasks, torch.tensor(last))
-            if logits is None:
-                logits = chunk_logits.new_zeros(rows, chunk_logits.shape[-1])
-            logits[torch.tensor(last, device=logits.device)] = chunk_logits
-        return logits
+            last = torch.tensor(last)
+            part = self._advance(chunk, chunk_tasks, chunk_codes, last, draws)
+            outputs = part if outputs is None else _merged(outputs, part, last)
+        return outputs
 
-    def _advance(self, tokens: Sequence[Sequence[int]], tasks: Sequence[Sequence[Task]], last: Tensor) -> Tensor:
-        """Logits [documents that are at their last token, vocabulary / tensor-parallel size]."""
-        route = self._route(tokens, tasks, last)
+    def _advance(
+        self,
+        tokens: Sequence[Sequence[int]],
+        tasks: Sequence[Sequence[Task]],
+        codes: Sequence[Sequence[Sequence[int]]],
+        last: Tensor,
+        draws: Tensor,
+    ) -> Outputs:
+        """Read a chunk; outputs of the documents that are at their ``last`` token, zeros for others."""
+        route = self._route(tokens, tasks, codes, last, draws)
         self._cache.begin_chunk(route.layers)
         self._positions += torch.tensor([len(row) for row in tokens])
-        return self._model(route, attend=self._cache.attend).squeeze(1)
+        if self._depth == 1:
+            logits = self._model(route, attend=self._cache.attend).squeeze(1)
+            return Outputs(_at(last, logits), None)
+        logits, hidden = self._model(route, attend=self._cache.attend, hidden_rows=True)
+        return Outputs(_at(last & ~draws, logits.squeeze(1)), _at(last & draws, hidden.squeeze(1)))
 
-    def _route(self, tokens: Sequence[Sequence[int]], tasks: Sequence[Sequence[Task]], last: Tensor) -> Route:
-        batch = document_batch(self._vocabulary, tokens, tasks, self._positions).arrays()
+    def _route(
+        self,
+        tokens: Sequence[Sequence[int]],
+        tasks: Sequence[Sequence[Task]],
+        codes: Sequence[Sequence[Sequence[int]]],
+        last: Tensor,
+        draws: Tensor,
+    ) -> Route:
+        batch = document_batch(self._vocabulary, tokens, tasks, self._positions, self._depth, codes).arrays()
         real = batch.document != PADDING_DOCUMENT
         lengths = np.array([len(row) for row in tokens])
         places = image_places(batch, self._images)
         self._images = np.where(lengths > 0, places[np.arange(len(tokens)), lengths - 1], self._images)
-        single = batch.shape[1] == 1
-        key = np.where(real, token_classes(batch, self._plan, None), -1).tobytes() if single else b""
+        single, draws = batch.shape[1] == 1, draws.numpy()
+        key = np.where(real, token_classes(batch, self._plan, None), -1).tobytes() + draws.tobytes() if single else b""
         if single and key in self._single_token_routes:
             return _with_tokens(self._single_token_routes[key], batch, places)
         targets = last.numpy()[:, None] & (np.arange(batch.shape[1]) == lengths[:, None] - 1)
-        route = Route.of(batch, self._plan, *self._alignment, logit_mask=targets, cached=True, places=places)
+        route = Route.of(
+            batch,
+            self._plan,
+            *self._alignment,
+            logit_mask=targets,
+            code_mask=targets & draws[:, None],
+            cached=True,
+            places=places,
+        )
         route = route.to(next(self._model.parameters()).device)
         if single:
             self._single_token_routes[key] = route
         return route
+
+
+def _at(places: Tensor, rows: Tensor) -> Tensor:
+    """``rows`` at the documents ``places``, bool [documents]; zeros at the others."""
+    if places.all():
+        return rows
+    all_rows = rows.new_zeros(len(places), rows.shape[-1])
+    all_rows[places.to(rows.device)] = rows
+    return all_rows
+
+
+def _merged(earlier: Outputs, later: Outputs, at: Tensor) -> Outputs:
+    """``later`` outputs at the documents ``at``, ``earlier`` ones elsewhere."""
+    at = at.to(earlier.logits.device)[:, None]
+    return Outputs(*(None if old is None else torch.where(at, new, old) for old, new in zip(earlier, later)))
 
 
 def _with_tokens(route: Route, batch: Batch, places: np.ndarray) -> Route:
@@ -111,9 +178,20 @@ def _with_tokens(route: Route, batch: Batch, places: np.ndarray) -> Route:
         layers=[layers[id(layer)] for layer in route.layers],
         longest_document=int(positions.max()) + 1,
         tokens=torch.as_tensor(batch.tokens.ravel()).to(device)[route.order].unsqueeze(0),
+        **_codes_of(route, batch),
         image_places=torch.as_tensor(places.ravel()).to(device)[route.order],
         longest_image=int(places.max()),
     )
+
+
+def _codes_of(route: Route, batch: Batch) -> dict:
+    """The fields of ``route`` that hold the codes of image tokens, for those of another batch; none if they have one
+    code."""
+    if route.image_rows is None:
+        return {}
+    codes = torch.as_tensor(batch.codes).flatten(0, 1).to(route.order.device)
+    of_ranks = route.order.view(len(route.image_rows), -1)
+    return {"codes": [codes[order[rows]] for order, rows in zip(of_ranks, route.image_rows)]}
 
 
 def tokens_by_class(vocabulary: Vocabulary, tokens: Sequence[int], tasks: Sequence[Task]) -> list[int]:

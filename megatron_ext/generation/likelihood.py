@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from megatron_ext.generation.document_batch import document_batch, row_alignment_of
+from megatron_ext.data.batch import Batch
+from megatron_ext.generation.document_batch import document_batch, row_alignment_of, split_codes
 from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.request import Request
 from megatron_ext.routing.route import Route
@@ -14,26 +16,43 @@ from megatron_ext.routing.route import Route
 def log_likelihoods(
     generator: Generator, requests: Sequence[Request], continuations: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Log-likelihood of each continuation after its request, summed over the continuation's tokens, in nats.
+    """Log-likelihood of each continuation after its request, summed over the continuation's tokens, in nats; that of an
+    image token of several codes is summed over its codes.
 
     All are read in one forward pass without a cache: ``continuations`` are short.
     """
-    model, prompts = generator.model, [request.tokens for request in requests]
-    vocabulary = generator.vocabulary
-    documents = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations)]
+    vocabulary, depth = generator.vocabulary, generator.depth
+    prompts = [split_codes(vocabulary, request.tokens, depth)[0] for request in requests]
+    documents = [
+        split_codes(vocabulary, [*request.tokens, *continuation], depth)
+        for request, continuation in zip(requests, continuations)
+    ]
+    tokens, codes = [tokens for tokens, _ in documents], [codes for _, codes in documents]
     tasks = [
         request.prompt_tasks(prompt, vocabulary)
         + [request.generated_task(token, vocabulary) for token in document[len(prompt) :]]
-        for request, prompt, document in zip(requests, prompts, documents)
+        for request, prompt, document in zip(requests, prompts, tokens)
     ]
     start_positions = torch.zeros(len(documents), dtype=torch.int64)
-    batch = document_batch(vocabulary, documents, tasks, start_positions)
+    batch = document_batch(vocabulary, tokens, tasks, start_positions, depth, codes)
     column = torch.arange(batch.shape[1])
     # The last token of the prompt predicts the first of the continuation.
-    first, end = (torch.tensor([len(row) - 1 for row in rows])[:, None] for rows in (prompts, documents))
+    first, end = (torch.tensor([len(row) - 1 for row in rows])[:, None] for rows in (prompts, tokens))
     predicts = (column >= first) & (column < end)
-    device = next(model.parameters()).device
-    route = Route.of(batch, generator.plan, *row_alignment_of(model), logit_mask=predicts).to(device)
-    losses = model.token_losses(model(route), batch.labels[predicts].to(device)).cpu().double()
+    losses = _losses(generator, batch, predicts)
     row = predicts.nonzero()[:, 0]
     return (-torch.zeros(len(documents), dtype=torch.float64).index_add_(0, row, losses)).tolist()
+
+
+def _losses(generator: Generator, batch: Batch, predicts: Tensor) -> Tensor:
+    """What each token that ``predicts``, bool [b, s], loses at the next one, [n], float64."""
+    model = generator.model
+    route = Route.of(batch, generator.plan, *row_alignment_of(model), logit_mask=predicts)
+    losses = torch.zeros(batch.tokens.numel(), dtype=torch.float64)
+    outputs = model(route.to(next(model.parameters()).device))
+    if generator.depth > 1:
+        outputs, of_codes = outputs
+        losses[route.code_targets] = of_codes.cpu().double().sum(1)
+    labels = batch.labels.flatten()[route.targets].to(outputs.device)
+    losses[route.targets] = model.token_losses(outputs, labels).cpu().double()
+    return losses[predicts.flatten()]

@@ -16,8 +16,8 @@ class Request:
     """A document to continue.
 
     Attributes:
-        tokens: the prompt, ``bos`` included; texts and images in any order. A picture follows a prompt that ends in
-            ``<boi>``.
+        tokens: the prompt, ``bos`` included; texts and images in any order, an image token of D codes as D ids. A
+            picture follows a prompt that ends in ``<boi>``.
         task: of the prompt's and of generated tokens, except those of drawn images, which are of GENERATION; it decides
             how they are routed. UNDERSTANDING: of an interleaved document, too.
         text_tokens: most text tokens to generate; generation also ends at ``<eod>`` and at the end of an answer.

@@ -49,16 +49,18 @@ class Sampling:
 
 
 def next_tokens(
-    logits: Tensor, allowed: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]
+    logits: Tensor, allowed: Tensor | None, sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> list[int]:
-    """A token for each row.
+    """A token, or a VQ code, for each row.
 
     Args:
-        logits: [n, vocabulary].
-        allowed: the tokens that may come, bool [n, vocabulary]; at least one in every row.
-        generators: of each row; each gives a random number per token of the vocabulary.
+        logits: [n, vocabulary]; codes: [n, codebook].
+        allowed: the tokens that may come, bool [n, vocabulary]; at least one in every row. None: all.
+        generators: of each row; each gives a random number for each of a row's logits.
     """
-    logits = logits.float().masked_fill(~allowed, -torch.inf)
+    logits = logits.float()
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     logits = logits / sampling.temperature

@@ -16,7 +16,7 @@ from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
-from megatron_ext.vq.image_decoder import CROP, PillowDecoder
+from megatron_ext.vq.image_decoder import PillowDecoder
 from megatron_ext.vq.pixels import from_bytes, to_picture
 
 SHEET = "sheet.png"
@@ -55,6 +55,17 @@ class Session:
                 f"{vq}: has {self.vq.codebook_size} codes, the vocabulary in {vocabulary.folder} "
                 f"{vocabulary.codebook_size}"
             )
+        image_codes = trained.config.model.image_codes
+        if self.vq.depth != image_codes.depth:
+            raise UserError(
+                f"{vq}: makes {self.vq.depth} codes of an image token, the model (model.image_codes.depth) has "
+                f"{image_codes.depth}"
+            )
+        if image_codes.fingerprint not in (None, self.vq.fingerprint):
+            raise UserError(
+                f"{vq}: its fingerprint is {self.vq.fingerprint}, the model was trained with the codes of "
+                f"{image_codes.fingerprint} (model.image_codes.fingerprint)"
+            )
         self.generator = Generator(trained.model, trained.plan, vocabulary, self.vq.grid)
         self.batch_size = batch_size
 
@@ -64,7 +75,8 @@ class Session:
         return dist.get_rank() == 0
 
     def encode(self, image: Path) -> list[int]:
-        """The VQ codes of a picture, scaled and center-cropped to the tokenizer's shape.
+        """The VQ codes of a picture, prepared as those that the tokenizer is asked about; those of an image token side
+        by side.
 
         Raises:
             UserError: it cannot be read.
@@ -73,7 +85,7 @@ class Session:
             file = image.read_bytes()
         except OSError as error:
             raise UserError(f"{image}: {error.strerror}") from None
-        decoder = PillowDecoder(self.vq.image_size, CROP, 1)
+        decoder = PillowDecoder(self.vq.image_size, self.vq.preparation.understanding, 1, self.vq.preparation)
         (pixels,) = decoder([file])
         decoder.close()
         if isinstance(pixels, str):
@@ -133,7 +145,7 @@ class Session:
         return [[vocabulary.codes(t) for t in tokens if vocabulary.is_image(t)] for tokens in continuations]
 
     def pictures(self, codes: Sequence[Sequence[int]]) -> list[Image.Image]:
-        """The pictures of VQ codes, h*w each."""
+        """The pictures of VQ codes, h*w times the codes of an image token each."""
         return [to_picture(image) for image in self.vq.decode(torch.tensor(codes)).cpu()]
 
     def ask(self, image: Path, questions: Sequence[str], max_new_tokens: int, settings: dict) -> list[dict]:

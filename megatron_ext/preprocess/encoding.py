@@ -53,7 +53,7 @@ class Encoded:
         failures: images of this batch that could not be read.
         images: number of images encoded in this batch.
         share: the batch's share of its part.
-        codes: int64 [h*w] of every readable image of the part; None before the part's last batch.
+        codes: int64 [h*w*D] of every readable image of the part; None before the part's last batch.
     """
 
     part: Part
@@ -185,5 +185,5 @@ def _decode(batches: Generator, decoder: Callable | None) -> Generator:
 
 @torch.inference_mode()
 def _codes(vq: VQModel, pixels: Tensor) -> Tensor:
-    """uint8 [n, H, W, 3] to codes [n, h*w]."""
+    """uint8 [n, H, W, 3] to codes [n, h*w*D]."""
     return vq.encode(from_bytes(pixels.to(vq.device, non_blocking=True).permute(0, 3, 1, 2)))

@@ -1,9 +1,10 @@
 """The whole preprocessing, or one shard of it, from options to files."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ from megatron_ext.errors import UserError
 from megatron_ext.preprocess import dali_decoder, units
 from megatron_ext.preprocess.encoding import Encoded, encode
 from megatron_ext.preprocess.parts import Part, unit_parts
+from megatron_ext.preprocess.record_fields import Filter
 from megatron_ext.preprocess.samples import ReadOptions, Unit
 from megatron_ext.preprocess.store import Store, finished, joined, remove_parts
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel
-from megatron_ext.vq.image_decoder import CROP, PillowDecoder
+from megatron_ext.vq.image_decoder import CROP, PillowDecoder, Preparation
 
 
 @dataclass
@@ -26,13 +28,12 @@ class PreprocessOptions:
     """Inputs, output and settings of a preprocessing.
 
     Attributes:
-        inputs: WebDataset tars, LLaVA JSON files, JSONL files.
+        inputs: WebDataset tars, LLaVA JSON files, JSONL files (.jsonl, .jsonl.gz, .jsonl.zip).
         out: prefix of the data set.
-        images: folder of the images that JSON and JSONL files name; None for the folder of the file itself.
-        prefer: "conversation" or "caption", for a sample with both.
-        split_turns: each question with its answer becomes a document of its own.
+        images, prefer, split_turns, caption, filters, max_tokens: see :class:`.ReadOptions`.
         chat_template: the vocabulary's chat template writes conversations; None: if it has one.
-        resize: "crop" or "squash".
+        resize: "crop" or "squash"; None: the tokenizer's own choice, for pictures to be drawn if captions are
+            preferred, else for pictures that are asked about.
         batch_size: images that the VQ model encodes at once.
         part_samples: samples per part; a restart repeats at most one part.
         workers: threads that read and decode.
@@ -44,9 +45,12 @@ class PreprocessOptions:
     out: Path
     images: Path | None = None
     prefer: str = "conversation"
+    caption: tuple[str, ...] = ()
+    filters: tuple[Filter, ...] = ()
+    max_tokens: int | None = None
     split_turns: bool = False
     chat_template: bool | None = None
-    resize: str = CROP
+    resize: str | None = None
     batch_size: int = 64
     part_samples: int = 1024
     workers: int = 2
@@ -184,7 +188,10 @@ def _show(bar, batch: Encoded, summary: Summary) -> None:
 
 
 def _parts(todo: dict, options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None) -> Iterator[Part]:
-    read_options = ReadOptions(options.images, options.prefer, options.split_turns, options.chat_template)
+    shared = {field.name for field in fields(ReadOptions)} & {field.name for field in fields(options)}
+    read_options = ReadOptions(
+        **{name: getattr(options, name) for name in shared}, image_tokens=math.prod(vq.grid) if vq else 0
+    )
     for index, (unit, done) in todo.items():
         for part in unit_parts(index, unit, done, options.part_samples, read_options, vocabulary):
             if vq is None and part.images:
@@ -200,10 +207,19 @@ def _refuse_skipped(options: PreprocessOptions, skipped: list[dict]) -> None:
 
 
 def _decoder(options: PreprocessOptions, vq: VQModel):
+    resize = _resize(options, vq)
+    if vq.preparation != Preparation():  # defined by Pillow's pixels
+        return PillowDecoder(vq.image_size, resize, options.workers, vq.preparation)
     if dali_decoder.available():
-        return dali_decoder.DaliDecoder(vq.image_size, options.resize, options.workers, options.batch_size, vq.device)
+        return dali_decoder.DaliDecoder(vq.image_size, resize, options.workers, options.batch_size, vq.device)
     print("DALI is missing (pip install nvidia-dali-cuda130): Pillow decodes the images, more slowly")
-    return PillowDecoder(vq.image_size, options.resize, options.workers)
+    return PillowDecoder(vq.image_size, resize, options.workers)
+
+
+def _resize(options: PreprocessOptions, vq: VQModel | None) -> str:
+    if options.resize or vq is None:
+        return options.resize or CROP
+    return vq.preparation.generation if options.prefer == "caption" else vq.preparation.understanding
 
 
 def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None, decoder, units: int) -> dict:
@@ -214,9 +230,12 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         "images": str(options.images) if options.images else None,
         "as": options.prefer,
         # Without these options data sets stay as they are.
+        **({"caption": list(options.caption)} if options.caption else {}),
+        **({"filters": [_readable(one) for one in options.filters]} if options.filters else {}),
+        **({"max_tokens": options.max_tokens} if options.max_tokens else {}),
         **({"split_turns": True} if options.split_turns else {}),
         **({"chat_template": chat_template.description(vocabulary)} if options.chat_template else {}),
-        "resize": options.resize,
+        "resize": _resize(options, vq),
         "batch_size": options.batch_size,
         "part_samples": options.part_samples,
         "units": units,
@@ -226,6 +245,11 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         "device": device.type,
         "precision": str(dtype).removeprefix("torch."),
     }
+
+
+def _readable(one: Filter) -> dict:
+    """A filter without the bounds that it does not have, which JSON could not express."""
+    return {key: value for key, value in asdict(one).items() if value not in (math.inf, -math.inf)}
 
 
 def _shard(units: int, shard: tuple[int, int] | None) -> range:

@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_ext.data import format as data_format
 from megatron_ext.data.format import Dataset, is_image
+from megatron_ext.data.vq_metadata import codes_of_image, grid_text
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 
@@ -56,9 +57,9 @@ def _check_grid(prefix: str | Path, dataset: Dataset) -> None:
         return
     if dataset.metadata["vq"] is None:
         raise UserError(f"{prefix}.json: names no VQ tokenizer, but the data set holds images")
-    height, width = dataset.metadata["vq"]["grid"]
-    if len(wrong := lengths[lengths != height * width]):
-        raise UserError(f"{prefix}.idx: an image of {wrong[0]} codes, but the VQ grid is {height} x {width}")
+    vq = dataset.metadata["vq"]
+    if len(wrong := lengths[lengths != codes_of_image(vq)]):
+        raise UserError(f"{prefix}.idx: an image of {wrong[0]} codes, but {grid_text(vq)}")
 
 
 def _extremes(dataset: Dataset, selected: np.ndarray) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from megatron_ext.command_line import duration
+from megatron_ext.data.vq_metadata import depth_of
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.report import results
 from megatron_ext.report.chart import Chart, Series, line_chart, number, smooth
@@ -46,6 +47,7 @@ def content(run: RunData, others: Sequence[RunData]) -> dict:
         "costs": results.cost_table(run.costs) if run.costs else None,
         "comparison": results.comparison([run, *others]) if others else None,
         "losses": _losses(run),
+        "depths": _losses_of_depths(run),
         "evaluations": _evaluations(run) if run.evaluation else None,
         "speed": _speed(run.records),
         "layout": _layout(run),
@@ -105,6 +107,23 @@ def _losses(run: RunData) -> dict:
             )
         )
     return {"charts": _drawn(charts), "rows": rows}
+
+
+def _losses_of_depths(run: RunData) -> dict | None:
+    """The losses of an image token's codes, one depth after the other; None if tokens have one code."""
+    depths = range(1, run.config.model.image_codes.depth + 1)
+    curves = [_points(run.records, f"loss_depth_{depth}") for depth in depths]
+    if len(curves) == 1 or not all(map(len, curves)):
+        return None
+    curves = [smooth(points) for points in curves]
+    series = [
+        Series(f"depth {depth}", colour, points)
+        for depth, colour, points in ((1, "generation", curves[0]), (len(curves), "ink", curves[-1]))
+    ]
+    chart = line_chart("loss-depths", "nats per code", series, description="losses of the first and of the last code")
+    rows = [(f"depth {depth}", f"{points[0, 1]:.3f}", f"{points[-1, 1]:.3f}") for depth, points in zip(depths, curves)]
+    totals = (sum(points[i, 1] for points in curves) for i in (0, -1))
+    return {"charts": _drawn([chart]), "rows": [*rows, ("image token", *(f"{total:.3f}" for total in totals))]}
 
 
 def _drawn(charts: Iterable[Chart | None]) -> list[Chart]:
@@ -220,7 +239,9 @@ def _dataset_details(metadata: dict | None) -> str:
     parts = [f"{metadata['documents']:,} documents", f"{metadata['tokens']:,} tokens"]
     if metadata["images"]:
         height, width = metadata["vq"]["grid"]
-        parts.append(f"{metadata['images']:,} images of {height} × {width} tokens")
+        depth = depth_of(metadata["vq"])
+        several = "" if depth == 1 else f" of {depth} codes"
+        parts.append(f"{metadata['images']:,} images of {height} × {width} tokens{several}")
     return ", ".join(parts)
 
 

@@ -18,6 +18,7 @@ from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import Layout, Task
 from megatron_ext.training.finished import finished_file
 from megatron_ext.training.metrics import read_metrics
+from megatron_ext.transformer.resolved import vocab_size
 from megatron_ext.vocabulary import Vocabulary
 
 MOST_CARDS = 8
@@ -75,7 +76,8 @@ class RunData:
         """Weights of the model without the embedding rows that pad the table."""
         if not self.vocabulary:
             return None
-        return parameter_count(self.config.model, self.vocabulary.size, self.plan.projections)
+        rows = vocab_size(self.config, self.vocabulary)
+        return parameter_count(self.config.model, rows, self.plan.projections)
 
     @property
     def tasks(self) -> list[str]:

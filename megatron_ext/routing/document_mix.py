@@ -4,6 +4,9 @@
 about an image and three with a caption and its image: a layout, runs of tokens in order, and the number of documents.
 Loss is on answers in understanding, on image tokens in generation, and on all tokens in text. ``interleaved: 256 image,
 12 text, 256 drawn`` is an edit; its loss is on drawn image tokens and answers.
+
+The loss is at the learnt tokens themselves, one place after those that predict them, which changes no cost. Image
+tokens of several codes have another head than text, so their loss is at the tokens that predict them.
 """
 
 import re
@@ -24,8 +27,11 @@ _LEARNT = {
 _ONLY_IN = {"answer": (Layout.UNDERSTANDING, Layout.INTERLEAVED), "drawn": (Layout.INTERLEAVED,)}
 
 
-def mix_batch(mix: str) -> Batch:
-    """The documents of a mix, end to end in one row [1, t] without padding, as arrays; all token ids are 0.
+def mix_batch(mix: str, depth: int = 1) -> Batch:
+    """The documents of a mix, end to end in one row [1, t] without padding, as arrays; all ids and codes are 0.
+
+    Args:
+        depth: D, codes of an image token.
 
     Raises:
         UserError: quotes the part of the mix that cannot be read.
@@ -43,7 +49,18 @@ def mix_batch(mix: str) -> Batch:
             fields["task"].append(np.full(n, _task(layout, kind)))
             fields["loss_mask"].append(np.full(n, kind in _LEARNT[layout]))
     fields["tokens"] = fields["labels"] = [np.zeros_like(p) for p in fields["positions"]]
-    return Batch(**{name: np.concatenate(parts)[None].astype(Batch.DTYPES[name]) for name, parts in fields.items()})
+    batch = Batch(**{name: np.concatenate(parts)[None].astype(Batch.DTYPES[name]) for name, parts in fields.items()})
+    if depth > 1:
+        batch.codes = np.zeros((*batch.shape, depth), np.int32)
+        _predict_images(batch)
+    return batch
+
+
+def _predict_images(batch: Batch) -> None:
+    """Move the loss of image tokens to the tokens that predict them; nothing predicts the first token of a document."""
+    image = batch.modality == Modality.IMAGE
+    predicts = batch.predicts_image() & np.roll((batch.loss_mask > 0) & image, -1, axis=1)
+    batch.loss_mask = (predicts | (batch.loss_mask > 0) & ~image).astype(np.float32)
 
 
 def _documents(text: str) -> list[tuple[Layout, list[tuple[int, str]]]]:

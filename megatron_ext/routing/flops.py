@@ -7,8 +7,9 @@ width f (gated)::
     KV_ONLY   2*h*g
     SKIP      0
 
-plus h*V for the logits of a position. A multiply-add is two FLOPs; the backward pass costs twice the forward pass. A
-low-rank delta (LoRA) costs another r*(in + out) for every token that uses it. A full-rank delta is added to the
+plus h*V for the logits of a position, and the projector and depth head of image tokens of several codes
+(:mod:`~megatron_ext.routing.image_code_costs`). A multiply-add is two FLOPs; the backward pass costs twice the forward
+pass. A low-rank delta (LoRA) costs another r*(in + out) for every token that uses it. A full-rank delta is added to the
 weights, not to the activations, so it costs no product per token. Recomputation is not counted, since it is not work of
 the model; nor are norms, biases, activations and the embedding.
 """
@@ -22,6 +23,12 @@ from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.groups import token_classes
+from megatron_ext.routing.image_code_costs import (
+    depth_head_multiply_adds,
+    depth_head_parameters,
+    projector_multiply_adds,
+    projector_parameters,
+)
 from megatron_ext.routing.plan import Plan, Projections, Role, task_and_modality
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
@@ -38,17 +45,23 @@ class Counts:
         tokens: tokens of each class, in the order of :attr:`~megatron_ext.routing.plan.Plan.roles`.
         visible: for each layer and class of query, the (query, key) pairs that attention computes.
         logits: positions for which the output head is computed.
+        images: image tokens of several codes, which the projector makes; 0 with one code a token.
+        codes: positions whose next codes the depth head predicts; 0 with one code a token.
     """
 
     tokens: tuple[int, ...]
     visible: tuple[tuple[int, ...], ...]
     logits: int
+    images: int = 0
+    codes: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
             _sums(self.tokens, other.tokens),
             tuple(map(_sums, self.visible, other.visible)),
             self.logits + other.logits,
+            self.images + other.images,
+            self.codes + other.codes,
         )
 
 
@@ -58,7 +71,7 @@ def dense(plan: Plan) -> Plan:
 
 
 def count(batch: Batch, plan: Plan, selection: Selection | None = None) -> Counts:
-    """Count rows [b, s] on the host, with logits for the positions with loss.
+    """Count rows [b, s] on the host, with logits (or code targets) for the positions with loss.
 
     Args:
         selection: the step's selection of the plan's dense share; None: that of evaluation.
@@ -68,21 +81,36 @@ def count(batch: Batch, plan: Plan, selection: Selection | None = None) -> Count
     kind = token_classes(batch, plan, selection).ravel()[real]
     first = batch.document_starts().ravel()[real]
     visible = {roles: _visible(kind, first, roles) for roles in set(plan.roles)}
+    targets, images, codes = (batch.loss_mask > 0) & (batch.document != PADDING_DOCUMENT), 0, 0
+    if batch.codes is not None:
+        images = int((batch.modality.ravel()[real] == Modality.IMAGE).sum())
+        codes = int((targets & batch.predicts_image()).sum())
     return Counts(
         tuple(np.bincount(kind, minlength=len(plan.roles[0])).tolist()),
         tuple(visible[roles] for roles in plan.roles),
-        int((batch.loss_mask.ravel()[real] > 0).sum()),
+        int(targets.sum()) - codes,
+        images,
+        codes,
     )
 
 
 def with_all_logits(counts: Counts, plan: Plan) -> Counts:
-    """The counts with logits for every token that is FULL in the last layer, with or without loss."""
-    return replace(counts, logits=sum(n for n, role in zip(counts.tokens, plan.roles[-1]) if role == Role.FULL))
+    """The counts with logits for every token that is FULL in the last layer, with or without loss. Image tokens of
+    several codes have code targets instead."""
+    full = [n if role == Role.FULL else 0 for n, role in zip(counts.tokens, plan.roles[-1])]
+    images = [n for index, n in enumerate(full) if task_and_modality(index)[1] == Modality.IMAGE]
+    codes = sum(images) if counts.images else 0
+    return replace(counts, logits=sum(full) - codes, codes=codes)
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, plan: Plan, counts: Counts) -> int:
-    """FLOPs of one forward pass over the counted tokens."""
-    return sum(layer_flops(model, plan, counts)) + head_flops(model, vocab_size, counts)
+    """FLOPs of one forward pass over the counted tokens.
+
+    Args:
+        vocab_size: rows of the output head.
+    """
+    ends = projector_flops(model, counts) + head_flops(model, vocab_size, counts)
+    return sum(layer_flops(model, plan, counts)) + ends
 
 
 def layer_flops(model: ModelConfig, plan: Plan, counts: Counts) -> list[int]:
@@ -101,17 +129,24 @@ def class_flops(model: ModelConfig, plan: Plan, counts: Counts) -> list[list[int
     ]
 
 
+def projector_flops(model: ModelConfig, counts: Counts) -> int:
+    """FLOPs of one forward pass through the projector of image tokens of several codes."""
+    return 2 * counts.images * projector_multiply_adds(model)
+
+
 def head_flops(model: ModelConfig, vocab_size: int, counts: Counts) -> int:
-    """FLOPs of one forward pass through the output head."""
-    return 2 * model.hidden_size * vocab_size * counts.logits
+    """FLOPs of one forward pass through the output head and the depth head."""
+    return 2 * (model.hidden_size * vocab_size * counts.logits + depth_head_multiply_adds(model) * counts.codes)
 
 
 def stage_flops(
     model: ModelConfig, vocab_size: int, plan: Plan, counts: Counts, pipeline: int, virtual: int = 1
 ) -> list[int]:
-    """FLOPs of one forward pass on each pipeline stage; the last stage has the output head."""
+    """FLOPs of one forward pass on each pipeline stage; the first has the projector, the last the output head and the
+    depth head."""
     layers = layer_flops(model, plan, counts)
     stages = [sum(layers[n] for n in numbers) for numbers in stage_layers(plan.num_layers, pipeline, virtual)]
+    stages[0] += projector_flops(model, counts)
     stages[-1] += head_flops(model, vocab_size, counts)
     return stages
 
@@ -126,7 +161,11 @@ def stage_layers(num_layers: int, pipeline: int, virtual: int = 1) -> list[list[
 
 
 def parameter_count(model: ModelConfig, vocab_size: int, projections: Projections) -> int:
-    """Parameters of the whole model, over all ranks, including those that only image tokens use."""
+    """Parameters of the whole model, over all ranks, including those that only image tokens use.
+
+    Args:
+        vocab_size: rows of the embedding.
+    """
     h = model.hidden_size
     embeddings = ((1 if model.tie_embeddings else 2) * vocab_size + model.max_image_tokens) * h
     shapes = projection_shapes(model)
@@ -136,11 +175,12 @@ def parameter_count(model: ModelConfig, vocab_size: int, projections: Projection
 
 
 def image_parameter_count(model: ModelConfig, projections: Projections) -> int:
-    """Parameters that text tokens never use, in all layers whatever their roles."""
+    """Parameters that text tokens never use, in all layers whatever their roles, the projector and the depth head."""
     rank = projections.rank
     shapes = [projection_shapes(model)[module] for module in projections.modules]
     component = sum(i * o if rank is None else rank * (i + o) for i, o in shapes)
-    return model.num_layers * len(projections.components) * component
+    layers = model.num_layers * len(projections.components) * component
+    return layers + projector_parameters(model) + depth_head_parameters(model)
 
 
 def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Selection
-from megatron_ext.routing.groups import Groups, plan_groups, stored_length, token_classes
+from megatron_ext.routing.groups import plan_groups, stored_length, token_classes
 from megatron_ext.routing.layer_route import LayerRoute, RowSlices, StoredRows, layer_route, row_count, row_slices
 from megatron_ext.routing.permutation import Permutation
 from megatron_ext.routing.plan import Plan, Role
@@ -40,15 +40,20 @@ class Route:
     Attributes:
         tokens: [1, T] token ids as stored, int32.
         layers: the route of each layer of the whole model, indexed from 0.
-        head: the slices that hold the tokens with logits; ``head_rows`` brings their gathered rows into the order of
-            the targets.
-        targets: [n] flat indices into b * s of those tokens, ascending; fillers follow in the logits. None once no
-            longer needed.
+        head: the slices that hold the targets, the tokens that predict; ``head_rows`` brings their gathered rows into
+            the order of the targets.
+        targets: [n] flat indices into b * s of the tokens with logits, ascending; fillers follow in the logits. None
+            once no longer needed.
         order: [T] flat index into b * s of each stored row, -1 for a dummy. None once no longer needed.
         image_places: [T] place of each stored row in its image, from 1; 0 outside of images (see
             :func:`image_places`).
         longest_image: the largest image place.
         longest_document: the largest position of a token, plus one.
+        image_rows, codes: with several codes an image token, for each rank the local rows [n] of its image tokens,
+            int64, and their codes [n, D], int32. ``tokens`` then has 0 in place of them.
+        code_head_rows: brings the rows of ``head`` into the order of the code targets, which predict such tokens.
+        code_targets: [m] flat indices of the code targets, as ``targets``, which are then all others.
+        target_codes: [m and fillers, D], the codes that they predict, int64; 0 for fillers.
     """
 
     tokens: np.ndarray
@@ -60,6 +65,11 @@ class Route:
     image_places: np.ndarray | None
     longest_image: int = 0
     longest_document: int = 0
+    image_rows: list[np.ndarray] | None = None
+    codes: list[np.ndarray] | None = None
+    code_head_rows: Permutation | None = None
+    code_targets: np.ndarray | None = None
+    target_codes: np.ndarray | None = None
 
     @classmethod
     def of(cls, batch: Batch, plan: Plan, *alignment: int, **options) -> Route:
@@ -88,6 +98,7 @@ class Route:
         places: np.ndarray | None = None,
         fill: int = 1,
         bucketed: bool = False,
+        code_mask: np.ndarray | None = None,
     ) -> Route:
         """The route of one micro-batch of [b, s] tokens on the host, as arrays.
 
@@ -103,38 +114,57 @@ class Route:
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
             bucketed: bring similar segments of attention together and fill them up to equal lengths
                 (:mod:`~megatron_ext.routing.segment_buckets`). Not with ``cached``.
+            code_mask: bool [b, s], which targets predict an image token of several codes; None: those before one.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
         real = (batch.document != PADDING_DOCUMENT).ravel()
         group = np.array(groups.of_class)[token_classes(batch, plan, selection).ravel()]
         group[~real] = len(groups.members)
-        order, sizes = _stored_order(group, groups, ranks, multiple)
-        if fixed_length:
-            sizes.append(stored_length(real.size, plan, ranks, multiple) // ranks - sum(sizes))
-            order = np.pad(order.reshape(ranks, -1), ((0, 0), (0, sizes[-1])), constant_values=-1).ravel()
-        stored = np.full(real.size, -1)
-        stored[order[order >= 0]] = np.flatnonzero(order >= 0)
-        rows = StoredRows(
-            batch, group, stored, _document_numbers(batch), sizes, ranks, groups.components, fill, bucketed
-        )
+        length = stored_length(real.size, plan, ranks, multiple) if fixed_length else None
+        order, sizes = _stored_order(group, len(groups.members), ranks, multiple, length)
+        components, document = groups.components, _document_numbers(batch)
+        rows = StoredRows(batch, group, _places(order, real.size), document, sizes, ranks, components, fill, bucketed)
         by_roles = {
             roles: layer_route(rows, [*roles, *[Role.SKIP] * fixed_length], cached) for roles in set(groups.roles)
         }
         mask = (batch.loss_mask > 0) if logit_mask is None else np.asarray(logit_mask)
         targets = np.flatnonzero(mask.ravel() & real)
-        head, head_rows = _head(rows, targets)
+        head = _head(rows, targets)
         places = (image_places(batch) if places is None else np.asarray(places)).ravel()
-        return cls(
+        route = cls(
             tokens=batch.tokens.ravel()[order.clip(min=0)].astype(np.int32)[None],
             layers=[by_roles[roles] for roles in groups.roles],
             head=head,
-            head_rows=head_rows,
+            head_rows=_head_rows(rows, head, targets),
             targets=targets,
             order=order,
             image_places=places[order.clip(min=0)].astype(np.int32),
             longest_image=int(places.max(initial=0)),
             longest_document=int(batch.positions.max(initial=-1)) + 1,
         )
+        if batch.codes is not None:
+            route._add_codes(rows, code_mask)
+        return route
+
+    def _add_codes(self, rows: StoredRows, code_mask: np.ndarray | None) -> None:
+        """What image tokens of several codes need: the codes that enter, and targets of their own."""
+        batch, order = rows.batch, self.order
+        code_mask = batch.predicts_image() if code_mask is None else np.asarray(code_mask)
+        codes = batch.codes.reshape(-1, batch.codes.shape[-1])
+        image = (order >= 0) & (batch.modality.ravel()[order] == Modality.IMAGE)
+        self.tokens = np.where(image, 0, self.tokens)
+        of_rank = list(zip(image.reshape(rows.ranks, -1), order.reshape(rows.ranks, -1)))
+        self.image_rows = [np.flatnonzero(chosen) for chosen, _ in of_rank]
+        self.codes = [codes[index[chosen]].astype(np.int32) for chosen, index in of_rank]
+        predicts_codes = code_mask.ravel()[self.targets]
+        self.code_targets, self.targets = self.targets[predicts_codes], self.targets[~predicts_codes]
+        self.head_rows, self.code_head_rows = (
+            _head_rows(rows, self.head, targets) for targets in (self.targets, self.code_targets)
+        )
+        # The last token of a row predicts nothing that is known here.
+        following = np.append(codes, np.zeros_like(codes[:1]), axis=0)[rows.with_fillers(self.code_targets) + 1]
+        following[self.code_targets.size :] = 0
+        self.target_codes = following.astype(np.int64)
 
 
 def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
@@ -155,21 +185,38 @@ def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
     return np.where(image, places, 0)
 
 
-def _head(rows: StoredRows, targets: np.ndarray) -> tuple[RowSlices, Permutation | None]:
-    """The slices that hold the tokens ``targets`` [n], and the way from their gathered rows to the targets' order."""
+def _head(rows: StoredRows, targets: np.ndarray) -> RowSlices:
+    """The slices that hold the tokens ``targets`` [n]."""
     needed = np.isin(np.arange(len(rows.sizes)), rows.group[targets])
-    head = row_slices(rows.sizes, [Role.FULL if n else Role.SKIP for n in needed], rows.components)
+    return row_slices(rows.sizes, [Role.FULL if n else Role.SKIP for n in needed], rows.components)
+
+
+def _head_rows(rows: StoredRows, head: RowSlices, targets: np.ndarray) -> Permutation | None:
+    """The way from the gathered rows of ``head`` to the order of ``targets`` [n]."""
     gathered = rows.gathered(head.full, head.sizes)[targets]
-    return head, Permutation.of(rows.with_fillers(gathered), [rows.ranks * row_count(head.full_splits)])
+    return Permutation.of(rows.with_fillers(gathered), [rows.ranks * row_count(head.full_splits)])
 
 
-def _stored_order(group: np.ndarray, groups: Groups, ranks: int, multiple: int) -> tuple[np.ndarray, list[int]]:
-    """Flat index of each stored row, ordered by rank, and the number of rows of each group on a rank."""
-    members = [np.flatnonzero(group == g) for g in range(len(groups.members))]
+def _stored_order(
+    group: np.ndarray, groups: int, ranks: int, multiple: int, length: int | None
+) -> tuple[np.ndarray, list[int]]:
+    """Flat index of each stored row, ordered by rank, and the number of rows of each group on a rank; with a ``length``
+    T, dummy rows up to it as one more group."""
+    members = [np.flatnonzero(group == g) for g in range(groups)]
     step = ranks * multiple
     sizes = [-(-m.size // step) * multiple for m in members]
+    if length is not None:
+        members.append(group[:0])
+        sizes.append(length // ranks - sum(sizes))
     stored = [np.pad(m, (0, ranks * n - m.size), constant_values=-1) for m, n in zip(members, sizes)]
     return np.concatenate([rows.reshape(ranks, -1) for rows in stored], axis=1).ravel(), sizes
+
+
+def _places(order: np.ndarray, tokens: int) -> np.ndarray:
+    """[tokens] the stored row of each token, -1 for padding, from the token of each stored row."""
+    places = np.full(tokens, -1)
+    places[order[order >= 0]] = np.flatnonzero(order >= 0)
+    return places
 
 
 def _document_numbers(batch: Batch) -> np.ndarray:

@@ -4,7 +4,7 @@ Each section is checked beside what it configures; here are the checks of the tr
 the order of them all.
 """
 
-from megatron_ext.config import Config
+from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.config_checks import validate_data
 from megatron_ext.errors import UserError, check_at_least_one, check_divisible
 from megatron_ext.routing.plan import validate_plan
@@ -45,6 +45,15 @@ def _validate_training(config: Config, world_size: int) -> None:
     check_at_least_one("training", training, *counts)
     if training.z_loss < 0:
         raise UserError(f"config: 'training.z_loss' is {training.z_loss}, must be at least 0")
+    if training.z_loss and (config.model.image_codes.depth > 1 or training.means == "modality"):
+        raise UserError(
+            f"config: 'training.z_loss' is {training.z_loss}, which needs one code an image token "
+            "(model.image_codes.depth=1) and training.means=task"
+        )
+    if training.means == "modality" and training.task_weights != TaskWeights():
+        raise UserError(
+            "config: 'training.task_weights' weighs the means of training.means=task; means by modality have none"
+        )
     replicas = config.data_parallel(world_size)
     check_divisible(
         "training.global_batch_size",
@@ -60,6 +69,11 @@ def _validate_training(config: Config, world_size: int) -> None:
 
 def _validate_optimizer(config: Config) -> None:
     optimizer, iterations = config.optimizer, config.training.iterations
+    for number, group in enumerate(optimizer.groups):
+        if group.lr_multiplier < 0:
+            raise UserError(
+                f"config: 'optimizer.groups[{number}].lr_multiplier' is {group.lr_multiplier}, must be at least 0"
+            )
     if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_decay_iterations <= iterations:
         raise UserError(
             f"config: 'optimizer.wsd_decay_iterations' is {optimizer.wsd_decay_iterations}, "

@@ -19,7 +19,7 @@ from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forwa
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
-from megatron_ext.token_classes import Task
+from megatron_ext.token_classes import Modality, Task
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +32,19 @@ NO_TASK = len(Task)
 
 @dataclass
 class MicroBatch:
-    """The input of a forward pass: the route, and label and task of each of its n targets, int64 [n].
+    """The input of a forward pass: the route, and what its targets predict, int64.
 
-    The task is that which the loss counts to (:meth:`~megatron_ext.data.batch.Batch.predicted_task`).
+    Attributes:
+        labels: [n], ids of the tokens that the logits predict.
+        tasks: [n + m], the task that the loss counts to (:meth:`~megatron_ext.data.batch.Batch.predicted_task`), of
+            these n targets and then of the route's m code targets.
+        modalities: [n + m], modality of the predicted tokens.
     """
 
     route: Route
     labels: np.ndarray
     tasks: np.ndarray
+    modalities: np.ndarray
 
 
 @dataclass
@@ -47,7 +52,7 @@ class StepInput:
     """The input of one step from a replica's rows; arrays on the host, tensors on a device.
 
     Attributes:
-        loss_tokens: number of targets of each task, float64 [tasks].
+        loss_tokens: number of targets of each task, then of those that predict image tokens, float64 [tasks + 1].
         flops, dense_flops: training FLOPs under the plan and under the dense plan; padding has none.
         tokens: number of tokens without padding.
         stored_length: T of the hidden states that pipeline stages exchange, over all ranks.
@@ -72,9 +77,9 @@ class Preparation:
     """Turns rows into a :class:`StepInput`; small, and the same for every step of a run.
 
     Attributes:
-        vocab_size: for the FLOPs of the output head.
+        vocab_size: for the FLOPs of the output layer.
         by_task: each row holds one task; rows of one task are placed together.
-        pad: id of the padding token.
+        pad, image_offset: ids of the padding token and of VQ code 0.
         iterations: length of the run, for a dense share that changes during training; None: the share of evaluation.
     """
 
@@ -86,10 +91,18 @@ class Preparation:
     sequence_length: int
     by_task: bool = False
     pad: int = 0
+    image_offset: int = 0
     iterations: int | None = None
 
     @classmethod
-    def of(cls, resolved: ResolvedConfig, vocab_size: int = 0, pad: int = 0, training: bool = True) -> Preparation:
+    def of(
+        cls,
+        resolved: ResolvedConfig,
+        vocab_size: int = 0,
+        pad: int = 0,
+        training: bool = True,
+        image_offset: int = 0,
+    ) -> Preparation:
         """The preparation for a run's steps in training or evaluation."""
         config = resolved.config
         return cls(
@@ -101,13 +114,16 @@ class Preparation:
             sequence_length=config.data.sequence_length,
             by_task=config.data.rows == "by_task",
             pad=pad,
+            image_offset=image_offset,
             iterations=config.training.iterations if training else None,
         )
 
     def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
-        """The input of a step, counted from 0, from packed tokens, int32 [rows, s]."""
+        """The input of a step, counted from 0, from rows of packed tokens."""
         selection = None if self.iterations is None else self.plan.selection(step, self.iterations)
-        return self.step_input(unpack(packed_tokens, self.pad), selection)
+        return self.step_input(
+            unpack(packed_tokens, self.pad, self.model.image_codes.depth, self.image_offset), selection
+        )
 
     def step_input(self, batch: Batch, selection: Selection | None = None) -> StepInput:
         """The input of a step from a batch on the host; ``selection`` None: that of evaluation."""
@@ -125,12 +141,13 @@ class Preparation:
             for plan, counted in zip(plans, counts)
         )
         tasks = batch.predicted_task()
+        kinds = [*(tasks == task for task in Task), batch.predicts_image()]
         return StepInput(
             micro_batches=[
                 self._micro_batch(part, tasks[start : start + self.micro_batch_size], selection)
                 for start, part in zip(starts, parts)
             ],
-            loss_tokens=np.array([((batch.loss_mask > 0) & (tasks == task)).sum() for task in Task], np.float64),
+            loss_tokens=np.array([((batch.loss_mask > 0) & kind).sum() for kind in kinds], np.float64),
             flops=flops,
             dense_flops=dense_flops,
             tokens=sum(counts[0].tokens),
@@ -140,17 +157,24 @@ class Preparation:
     def _micro_batch(self, part: Batch, predicted: np.ndarray, selection: Selection | None) -> MicroBatch:
         rows = self.row_layout
         route = Route.arrays(part, self.plan, selection=selection, **vars(rows))
-        targets, fillers = route.targets, -route.targets.size % rows.fill
-        labels, tasks = (x.ravel()[targets].astype(np.int64) for x in (part.labels, predicted))
+        targets = [route.targets] if route.code_targets is None else [route.targets, route.code_targets]
+        micro_batch = MicroBatch(
+            route,
+            labels=_of_targets(part.labels, targets[:1], rows.fill, 0),
+            tasks=_of_targets(predicted, targets, rows.fill, NO_TASK),
+            modalities=_of_targets(part.predicts_image() * Modality.IMAGE, targets, rows.fill, Modality.TEXT),
+        )
         # Only the host uses these.
-        route.targets = route.order = None
+        route.targets = route.code_targets = route.order = None
         if not self.model.max_image_tokens:
             route.image_places = None
-        return MicroBatch(
-            route,
-            np.concatenate([labels, np.zeros(fillers, np.int64)]),
-            np.concatenate([tasks, np.full(fillers, NO_TASK)]),
-        )
+        return micro_batch
+
+
+def _of_targets(values: np.ndarray, targets: list[np.ndarray], multiple: int, filler: int) -> np.ndarray:
+    """The values [b, s] of each list of targets, one after the other; each list is filled up to a ``multiple``."""
+    lists = [np.pad(values.ravel()[t], (0, -t.size % multiple), constant_values=filler) for t in targets]
+    return np.concatenate(lists).astype(np.int64)
 
 
 def prepare(batch: Batch, resolved: ResolvedConfig, device: torch.device | str = "cpu") -> StepInput:

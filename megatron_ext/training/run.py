@@ -16,9 +16,10 @@ from megatron_ext.hugging_face.loading import check_published, load_published
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan, task_and_modality
 from megatron_ext.training.bad_steps import BadSteps
+from megatron_ext.training.image_codes import check_images, with_tokenizer
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.training.setup import build_model, build_optimizer
-from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
+from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve, vocab_size
 from megatron_ext.vocabulary import Vocabulary
 
 
@@ -66,7 +67,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The configuration as it was given."""
+        """The configuration as it was given, with what image tokens take from the vocabulary and the VQ tokenizer."""
         return self.resolved.config
 
     @property
@@ -76,7 +77,8 @@ class Run:
 
     def preparation(self, training: bool = True) -> Preparation:
         """What turns packed rows into the inputs of steps, of training or of validation."""
-        return Preparation.of(self.resolved, self.vocabulary.size, self.vocabulary.pad, training)
+        size, vocabulary = vocab_size(self.config, self.vocabulary), self.vocabulary
+        return Preparation.of(self.resolved, size, vocabulary.pad, training, vocabulary.image_offset)
 
 
 def build_run(config: Config) -> Run:
@@ -90,19 +92,18 @@ def build_run(config: Config) -> Run:
     if not config.data.train:
         raise UserError("config: 'data.train' is empty; name data sets made by tools/preprocess_vq.py")
     vocabulary = Vocabulary(config.data.vocabulary)
+    config, code_vectors = with_tokenizer(config, vocabulary)
     resolved = resolve(config, padded_vocab_size(config, vocabulary))
     if reason := resolved.why_no_fp8:
         distributed.report(f"no FP8 ({config.training.fp8}) here: {reason}; training in {config.training.precision}")
-    train_data = build_mixture(config.data.train, config.data, vocabulary, train=True)
-    validation_data = None
-    if config.data.validation:
-        validation_data = build_mixture(config.data.validation, config.data, vocabulary, train=False)
+    train_data = _mixture(config, vocabulary, "train")
+    validation_data = _mixture(config, vocabulary, "validation") if config.data.validation else None
     checkpoints = Checkpointer(
         Path(config.output) / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
     )
     newest = checkpoints.newest() if config.checkpoint.resume else None
     published = None if newest else _published_start(config, vocabulary)
-    chunks = build_model(resolved)
+    chunks = build_model(resolved, code_vectors)
     run = Run(
         resolved=resolved,
         vocabulary=vocabulary,
@@ -120,6 +121,14 @@ def build_run(config: Config) -> Run:
     elif config.checkpoint.load:
         _start(run, Path(config.checkpoint.load), published)
     return run
+
+
+def _mixture(config: Config, vocabulary: Vocabulary, kind: str) -> Mixture:
+    """The mixture ``kind``, train or validation."""
+    depth = config.model.image_codes.depth
+    mixture = build_mixture(getattr(config.data, kind), config.data, vocabulary, train=kind == "train", depth=depth)
+    check_images(config, mixture, f"data.{kind}")
+    return mixture
 
 
 def identity_of(resolved: ResolvedConfig, vocabulary: Vocabulary) -> dict:

@@ -19,7 +19,15 @@ from megatron_ext import compat
 from megatron_ext.checkpoints.state import single_optimizer
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.token_classes import Task
-from megatron_ext.training.losses import MeanLosses, cross_entropy_weights, global_counts, task_sums
+from megatron_ext.training.losses import (
+    MeanLosses,
+    cross_entropy_weights,
+    depth_sums,
+    global_counts,
+    summed_depths,
+    sums_of_tasks,
+    task_sums,
+)
 from megatron_ext.training.prepare import MicroBatch, StepInput
 from megatron_ext.training.z_loss import cross_entropy_and_square
 
@@ -109,15 +117,16 @@ def evaluate_step(chunks: list, step: StepInput, config: Config) -> tuple[Tensor
     """Forward pass over the global batch; ``step``: this replica's rows of it, on the device.
 
     Returns:
-        Sums [terms, tasks] of cross-entropy and, with a z-loss, (log Z)^2 over the global batch, and counts [tasks] of
-        loss tokens, float64, the same on every rank.
+        Sums of losses over the global batch, and counts [tasks + 1] of loss tokens, float64, the same on every rank;
+        the arguments of :meth:`~megatron_ext.training.losses.MeanLosses.of`.
     """
     counts, sums = _run(chunks, step, config, forward_only=True)
-    return _sum_over_world(sums.flatten()).view_as(sums), counts
+    return _sum_over_world(sums), counts
 
 
 def task_gradients(chunks: list, step: StepInput, config: Config, task: Task) -> None:
-    """Forward and backward pass for one task's mean cross-entropy over the global batch, without a z-loss.
+    """Forward and backward pass for one task's mean cross-entropy over the global batch, or for its part of the
+    objective where means are by modality; without a z-loss.
 
     Afterwards ``main_grad`` of every parameter (this rank's slice of it) is its gradient, complete on every replica,
     even if the optimizer is sharded over replicas. Nothing else has changed: the next step zeroes these buffers.
@@ -138,12 +147,12 @@ def task_gradients(chunks: list, step: StepInput, config: Config, task: Task) ->
 
 
 def _run(chunks: list, step: StepInput, config: Config, forward_only: bool, **options) -> tuple[Tensor, Tensor]:
-    """Loss tokens [tasks] of the global batch, and the sums [terms, tasks] of their losses on this rank."""
+    """Loss tokens [tasks + 1] of the global batch, and the sums of their losses on this rank."""
     counts = global_counts(step.loss_tokens)
-    weights = cross_entropy_weights(counts, config.training.task_weights)
-    sums = counts.new_zeros(1 + (config.training.z_loss > 0), len(counts))
+    weights = cross_entropy_weights(counts, config.training)
+    sums = counts.new_zeros(sums_of_tasks(config.training) * len(Task) + summed_depths(config))
     for result in get_forward_backward_func()(
-        forward_step_func=partial(_forward, weights, config.training.z_loss),
+        forward_step_func=partial(_forward, weights, config),
         data_iterator=[iter(step.micro_batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(step.micro_batches),
@@ -157,31 +166,42 @@ def _run(chunks: list, step: StepInput, config: Config, forward_only: bool, **op
     return counts, sums
 
 
-def _forward(weights: Tensor, z_loss: float, micro_batches: Iterator[MicroBatch], chunk) -> tuple[Tensor, Callable]:
+def _forward(weights: Tensor, config: Config, micro_batches: Iterator[MicroBatch], chunk) -> tuple[Tensor, Callable]:
     micro_batch = next(micro_batches)
     token_losses = get_attr_wrapped_model(chunk, "token_losses")
-    return chunk(micro_batch.route), partial(_loss, micro_batch, weights, z_loss, token_losses)
+    return chunk(micro_batch.route), partial(_loss, micro_batch, weights, config, token_losses)
 
 
 def _loss(
-    micro_batch: MicroBatch, weights: Tensor, z_loss: float, token_losses: Callable, logits: Tensor
+    micro_batch: MicroBatch,
+    weights: Tensor,
+    config: Config,
+    token_losses: Callable,
+    output: Tensor | tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This micro-batch's share of the objective. The schedule calls it on the last stage only."""
-    labels, tasks = micro_batch.labels, micro_batch.tasks
-    if z_loss:
+    labels, tasks, modalities = micro_batch.labels, micro_batch.tasks, micro_batch.modalities
+    logits, code_losses = output if isinstance(output, tuple) else (output, None)
+    if z_loss := config.training.z_loss:  # not with several codes an image token
         losses, squares = terms = cross_entropy_and_square(logits, labels)
         losses = losses + z_loss * squares
     else:
-        terms = [losses := token_losses(logits, labels)]
-    objective = (losses * weights[tasks]).sum()
-    sums = torch.stack([task_sums(term, tasks) for term in terms])
-    return objective, torch.zeros((), dtype=torch.int, device=objective.device), sums
+        losses = token_losses(logits, labels)
+        if code_losses is not None:
+            losses = torch.cat([losses, code_losses.mean(1)])
+        terms = [losses]
+    objective = (losses * weights[modalities, tasks]).sum()
+    sums = [task_sums(term, tasks) for term in terms]
+    if summed_depths(config):
+        code_losses = losses[:, None] if code_losses is None else code_losses
+        sums.append(depth_sums(code_losses, modalities[len(losses) - len(code_losses) :]))
+    return objective, torch.zeros((), dtype=torch.int, device=objective.device), torch.cat(sums)
 
 
 def _reduce(sums: Tensor, counts: Tensor, config: Config, metrics) -> tuple[MeanLosses, list[float]]:
-    message = torch.cat([counts, _sum_over_world(sums.flatten(), *metrics)]).tolist()  # one wait for the device
-    rows = [message[start : start + len(Task)] for start in range(0, (1 + len(sums)) * len(Task), len(Task))]
-    return MeanLosses.of(rows[1:], rows[0], config.training), message[len(rows) * len(Task) :]
+    message = torch.cat([counts, _sum_over_world(sums, *metrics)]).tolist()  # one wait for the device
+    start, stop = len(counts), len(counts) + len(sums)
+    return MeanLosses.of(message[start:stop], message[:start], config.training), message[stop:]
 
 
 def _gradient_norm(optimizer) -> float:

@@ -43,7 +43,7 @@ class ResolvedConfig:
 
     Attributes:
         plan: the roles of tokens and the weights that image tokens use.
-        padded_vocab_size: rows of the embedding.
+        padded_vocab_size: rows of the embedding, see :func:`padded_vocab_size`.
         implementation: of linear layers, norms and attention.
         fp8: recipe of FP8 GEMMs; ``none`` where it is not asked for or not possible.
         why_no_fp8: why ``training.fp8`` is not possible here; None where it is, or is not asked for.
@@ -84,7 +84,13 @@ def resolve(config: Config, padded_vocab_size: int = 0) -> ResolvedConfig:
 
 def padded_vocab_size(config: Config, vocabulary: Vocabulary) -> int:
     """Rows of the embedding."""
-    return vocabulary.padded_size(math.lcm(VOCABULARY_MULTIPLE, config.parallel.tensor))
+    multiple = math.lcm(VOCABULARY_MULTIPLE, config.parallel.tensor)
+    return -(-vocab_size(config, vocabulary) // multiple) * multiple
+
+
+def vocab_size(config: Config, vocabulary: Vocabulary) -> int:
+    """Ids with a row in the embedding and the output layer: with several codes an image token, none of image tokens."""
+    return vocabulary.size if config.model.image_codes.depth == 1 else vocabulary.image_offset
 
 
 def _implementation(config: Config) -> str:

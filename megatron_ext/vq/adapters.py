@@ -60,9 +60,8 @@ class JanusVQ(_Transformers):
         images = F.pixel_unshuffle(images, _patch(self.network.config))
         return self.network.quant_conv(self.network.encoder(images))
 
-    def _images(self, codes: Tensor) -> Tensor:
-        vectors = F.embedding(codes, self._codebook()).to(self.network.post_quant_conv.weight.dtype)
-        latents = vectors.unflatten(1, self.grid).permute(0, 3, 1, 2)
+    def _images(self, latents: Tensor) -> Tensor:
+        latents = latents.to(self.network.post_quant_conv.weight.dtype)
         decoded = self.network.decoder(self.network.post_quant_conv(latents))
         return F.pixel_shuffle(decoded, _patch(self.network.config))
 
@@ -110,12 +109,11 @@ class Emu3VQ(_Transformers):
         latents = self.network.encoder(clips).permute(0, 2, 1, 3, 4)  # [n, c, 1, h, w]
         return self.network.quant_conv(latents).squeeze(2)
 
-    def _images(self, codes: Tensor) -> Tensor:
-        vectors = F.embedding(codes, self._codebook()).to(next(self.network.decoder.parameters()).dtype)
-        latents = vectors.unflatten(1, self.grid).permute(0, 3, 1, 2).unsqueeze(2)  # [n, d, 1, h, w]
+    def _images(self, latents: Tensor) -> Tensor:
+        latents = latents.to(next(self.network.decoder.parameters()).dtype).unsqueeze(2)  # [n, e, 1, h, w]
         decoded = self.network.post_quant_conv(latents).permute(0, 2, 1, 3, 4)
         clips = self.network.decoder(decoded, latents.permute(0, 2, 1, 3, 4))
-        return clips.reshape(len(codes), -1, 3, *self.image_size)[:, 0]
+        return clips.reshape(len(latents), -1, 3, *self.image_size)[:, 0]
 
 
 ADAPTERS = {adapter.kind: adapter for adapter in (JanusVQ, Emu3VQ, ChameleonVQ)}

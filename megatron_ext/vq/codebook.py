@@ -33,6 +33,23 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat([(chunk @ codebook.T - bias).argmax(1) for chunk in vectors.split(rows)])
 
 
+def residual_codes(vectors: Tensor, codebook: Tensor, depth: int) -> Tensor:
+    """The codes of residual quantization: each is the row nearest to what the rows before it leave of the vector.
+
+    Args:
+        vectors: [m, d], of the codebook's type.
+        codebook: [k, d], shared by all rounds.
+
+    Returns:
+        int64 [m, depth].
+    """
+    codes = [nearest(vectors, codebook)]
+    while len(codes) < depth:
+        vectors = vectors - codebook[codes[-1]]
+        codes.append(nearest(vectors, codebook))
+    return torch.stack(codes, 1)
+
+
 def kmeans(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Weighted k-means (Lloyd), started by k-means++.
 
@@ -58,6 +75,29 @@ def kmeans(points: Tensor, weights: Tensor, count: int, generator: torch.Generat
         centers = torch.where(totals[:, None] > 0, sums / totals[:, None].clamp(min=1), centers)
     totals = torch.zeros(count).index_add_(0, nearest(points, centers), weights)
     return centers[totals.argsort(descending=True, stable=True)]
+
+
+def residual_kmeans(points: Tensor, weights: Tensor, count: int, depth: int, generator: torch.Generator) -> Tensor:
+    """Codes of residual quantization, shared by ``depth`` rounds: k-means of the points, of what its centers leave, and
+    so on, an equal number of codes each.
+
+    Args:
+        points: float32 [m, d].
+        weights: [m], how often each point counts.
+        count: codes, ``depth`` or more.
+
+    Returns:
+        Up to ``count`` codes [k, d]: fewer if less points are left than centers wanted.
+    """
+    codebook = []
+    for size in [count // depth + (number < count % depth) for number in range(depth)]:
+        distinct = points.unique(dim=0)
+        if len(distinct) <= size:
+            # What is left are so few points that they are codes themselves.
+            return torch.cat([*codebook, distinct])
+        codebook.append(kmeans(points, weights, size, generator))
+        points = points - codebook[-1][nearest(points, codebook[-1])]
+    return torch.cat(codebook)
 
 
 class MovingAverageCodebook:

@@ -2,6 +2,8 @@
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +17,24 @@ CROP, SQUASH = "crop", "squash"
 """How an image is resized: from its largest centred rectangle of the right aspect ratio, or whole, with both sides
 scaled."""
 
+
+@dataclass(frozen=True)
+class Preparation:
+    """How images are made what a tokenizer was trained on.
+
+    Attributes:
+        filter: of the change of size.
+        from_top: a picture that is taller than the tokenizer's is cropped from its top, by whole pixels, instead of
+            from its center.
+        understanding, generation: CROP or SQUASH, for pictures that are asked about and for those to be drawn.
+    """
+
+    filter: Literal["bilinear", "bicubic"] = "bilinear"
+    from_top: bool = False
+    understanding: str = CROP
+    generation: str = CROP
+
+
 JPEG_TAIL = 1 << 10
 """Bytes at the end of a JPEG file that are searched for its end marker, since cameras append data to it."""
 
@@ -26,12 +46,15 @@ class PillowDecoder:
         image_size: (H, W), pixels.
         resize: CROP or SQUASH.
         workers: threads.
+        preparation: of the tokenizer; ``resize`` is chosen already.
     """
 
     name = "pillow"
 
-    def __init__(self, image_size: tuple[int, int], resize: str, workers: int):
-        self.image_size, self.resize = image_size, resize
+    def __init__(
+        self, image_size: tuple[int, int], resize: str, workers: int, preparation: Preparation = Preparation()
+    ):
+        self.image_size, self.resize, self.preparation = image_size, resize, preparation
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def __call__(self, files: list[bytes]) -> list[Tensor | str]:
@@ -53,7 +76,10 @@ class PillowDecoder:
     def _fit(self, image: PillowImage.Image) -> PillowImage.Image:
         height, width = self.image_size
         box = centred(image.height, image.width, self.image_size) if self.resize == CROP else None
-        return image.resize((width, height), PillowImage.Resampling.BILINEAR, box)
+        if box and self.preparation.from_top:
+            # Cropped before it is resized: no pixel outside has an influence.
+            image, box = image.crop(from_top(box)), None
+        return image.resize((width, height), PillowImage.Resampling[self.preparation.filter.upper()], box)
 
 
 def centred(height: int, width: int, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -62,6 +88,13 @@ def centred(height: int, width: int, image_size: tuple[int, int]) -> tuple[float
     h, w = image_size[0] * scale, image_size[1] * scale
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h
+
+
+def from_top(box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+    """A box of :func:`centred`, moved to the top and to whole pixels."""
+    left, top, right, bottom = box
+    start = round(left)
+    return start, 0, start + round(right - left), round(bottom - top)
 
 
 def evidently_whole(file: bytes) -> bool:

@@ -7,7 +7,7 @@ import torch
 from megatron_ext import files
 from megatron_ext.errors import UserError
 from megatron_ext.vq.model import VQModel
-from megatron_ext.vq.patch_dictionary import PatchDictionary
+from megatron_ext.vq.patch_dictionary import DICTIONARIES
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VQModel:
@@ -15,25 +15,31 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
 
     The folder holds a patch dictionary, or is in the form of transformers' ``save_pretrained``: the VQ network alone,
     or a whole Janus, Emu3 or Chameleon checkpoint or an exported model
-    (:mod:`megatron_ext.export_hf`), of which only the VQ network is read.
+    (:mod:`megatron_ext.export_hf`), of which only the VQ network is read. Or it is VILA-U's vision tower, or the
+    published folder around it.
 
     Raises:
         UserError: the folder holds no such tokenizer, or weights are missing.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    if config.get("model_type") == "vila_u_llama":
+        folder = folder / "vision_tower"
+        config = _read_config(folder)
     # A whole checkpoint keeps the tokenizer's configuration in a section of its own.
     config = config.get("vq_config") or config
-    if config.get("model_type") == PatchDictionary.kind:
-        return PatchDictionary.from_folder(folder, config).to(device)
+    if dictionary := DICTIONARIES.get(config.get("model_type")):
+        return dictionary.from_folder(folder, config).to(device)
     # Importing transformers takes seconds.
     from megatron_ext.vq.adapters import ADAPTERS
+    from megatron_ext.vq.vila_u import VilaUVisionTower
 
-    adapter = ADAPTERS.get(config.get("model_type"))
+    adapters = {**ADAPTERS, VilaUVisionTower.kind: VilaUVisionTower}
+    adapter = adapters.get(config.get("model_type"))
     if adapter is None:
         raise UserError(
             f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not a known VQ tokenizer; "
-            f"expected one of {', '.join([PatchDictionary.kind, *ADAPTERS])}, or a checkpoint with such a 'vq_config'"
+            f"expected one of {', '.join([*DICTIONARIES, *adapters])}, or a checkpoint with such a 'vq_config'"
         )
     return adapter.from_folder(folder, config).to(device, dtype)
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import cross_entropy, gelu, layer_norm, silu
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
+from megatron_ext.model_config import ImageCodesConfig
 from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -23,9 +24,53 @@ def logits(
     weights: Mapping[str, Tensor], model: ModelConfig, plan: Plan, batch: Batch, selection: Selection | None = None
 ) -> Tensor:
     """The logits of every position, [b, s, V], from the ``state_dict`` of one process."""
-    last = hidden_states(weights, model, plan, batch, selection)[-1]
     head = weights[EMBEDDING if model.tie_embeddings else "output_layer.weight"]
-    return rms_norm(last, weights["decoder.final_layernorm.weight"], model.norm_epsilon) @ head.T
+    return final_states(weights, model, plan, batch, selection) @ head.T
+
+
+def final_states(
+    weights: Mapping[str, Tensor], model: ModelConfig, plan: Plan, batch: Batch, selection: Selection | None = None
+) -> Tensor:
+    """The hidden states after the final norm, [b, s, h]."""
+    last = hidden_states(weights, model, plan, batch, selection)[-1]
+    return rms_norm(last, weights["decoder.final_layernorm.weight"], model.norm_epsilon)
+
+
+def code_logits(weights: Mapping[str, Tensor], model: ModelConfig, hidden: Tensor, codes: Tensor) -> Tensor:
+    """The depth head's logits [n, D, K] of each code of a token, given those before it, from the ``hidden`` states
+    [n, h] of the tokens before and the token's ``codes`` [n, D]."""
+    head = {name.removeprefix("depth_head."): weight for name, weight in weights.items()}
+    codes_of = model.image_codes
+    places = [linear(head, "hidden_linear", hidden)]
+    for depth in range(1, codes_of.depth):
+        if codes_of.width is None:
+            places.append(sum_of_vectors(head["code_embedding.embedding.weight"], codes[:, :depth], codes_of))
+        else:
+            places.append(linear(head, "code_linear", sum_of_vectors(weights["code_vectors.weight"], codes[:, :depth])))
+    x = torch.stack(places, dim=1) + head["positions.weight"]
+    later = torch.ones(codes_of.depth, codes_of.depth, dtype=torch.bool).triu(1)
+    for number in range(codes_of.head.num_layers):
+        layer = {n.removeprefix(f"layers.{number}."): w for n, w in head.items() if n.startswith(f"layers.{number}.")}
+        qkv = linear(layer, "qkv", norm(layer, "attention_norm", x))
+        query, key, value = qkv.unflatten(-1, (codes_of.head.num_attention_heads, 3, -1)).unbind(-2)
+        scores = torch.einsum("nqad,nkad->naqk", query, key) / query.shape[-1] ** 0.5
+        share = scores.masked_fill(later, float("-inf")).softmax(dim=-1)
+        x = x + linear(layer, "proj", torch.einsum("naqk,nkad->nqad", share, value).flatten(2))
+        x = x + linear(layer, "fc2", gelu(linear(layer, "fc1", norm(layer, "mlp_norm", x))))
+    return linear(head, "classifier", norm(head, "norm", x))
+
+
+def image_embeddings(weights: Mapping[str, Tensor], model: ModelConfig, codes: Tensor) -> Tensor:
+    """What image tokens of ``codes`` [..., D] enter as, [..., h]."""
+    if model.image_codes.width is None:
+        return sum_of_vectors(weights["code_embedding.embedding.weight"], codes, model.image_codes)
+    hidden = gelu(linear(weights, "projector.linear_in", sum_of_vectors(weights["code_vectors.weight"], codes)))
+    return linear(weights, "projector.linear_out", hidden)
+
+
+def sum_of_vectors(vectors: Tensor, codes: Tensor, own: ImageCodesConfig | None = None) -> Tensor:
+    """Sum over depths of the vectors of ``codes`` [..., d]; with ``own``, each depth has its own vectors."""
+    return sum(vectors[codes[..., d] + (d * own.codebook_size if own else 0)] for d in range(codes.shape[-1]))
 
 
 def objective(logits: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
@@ -42,7 +87,12 @@ def hidden_states(
     weights: Mapping[str, Tensor], model: ModelConfig, plan: Plan, batch: Batch, selection: Selection | None = None
 ) -> list[Tensor]:
     """The hidden states after each layer, before the final norm: as many tensors [b, s, h] as there are layers."""
-    x = weights[EMBEDDING][batch.tokens]
+    if batch.codes is None:
+        x = weights[EMBEDDING][batch.tokens]
+    else:
+        image = (batch.modality == Modality.IMAGE)[..., None]
+        text = weights[EMBEDDING][batch.tokens.where(~image[..., 0], 0)]
+        x = torch.where(image, image_embeddings(weights, model, batch.codes), text)
     component = components_of(plan, batch)
     states = []
     for number in range(model.num_layers):
@@ -166,3 +216,13 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm over the last dimension."""
     return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + epsilon) * weight
+
+
+def linear(weights: Mapping[str, Tensor], module: str, x: Tensor) -> Tensor:
+    """A linear layer with a bias."""
+    return x @ weights[f"{module}.weight"].T + weights[f"{module}.bias"]
+
+
+def norm(weights: Mapping[str, Tensor], module: str, x: Tensor) -> Tensor:
+    """The depth head's LayerNorm."""
+    return layer_norm(x, x.shape[-1:], weights[f"{module}.weight"], weights[f"{module}.bias"], 1e-5)

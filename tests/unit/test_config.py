@@ -92,6 +92,8 @@ def test_unknown_keys_and_wrong_types_are_named(override, parts):
         (["model.head_size=0"], 1, ["model.head_size", "0", "at least 1"]),
         (["model.rotary_scaling.factor=0.5"], 1, ["model.rotary_scaling.factor", "0.5", "at least 1"]),
         (["model.rotary_scaling={factor: 2, low_freq_factor: 4}"], 1, ["model.rotary_scaling", "low_freq_factor 4"]),
+        (["model.rotary_interpolation_factor=0.5"], 1, ["model.rotary_interpolation_factor", "0.5", "at least 1"]),
+        (["model.rotary_scaling.factor=2", "model.rotary_interpolation_factor=2"], 1, ["give only one"]),
         (["training.z_loss=-1"], 1, ["training.z_loss", "-1", "at least 0"]),
         (["model.num_layers=0"], 1, ["model.num_layers", "at least 1"]),
         (["evaluation.interval=-1"], 1, ["evaluation.interval", "-1"]),

@@ -1,4 +1,5 @@
-"""Decoding with a cache gives the logits of the full forward pass, under any plan."""
+"""Decoding with a cache gives the logits of the full forward pass, under any plan, for image tokens of one code and of
+several."""
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.generation.cache import Cache, layer_capacities
 from megatron_ext.generation.decoder import Decoder
+from megatron_ext.generation.document_batch import document_batch
 from megatron_ext.routing.plan import PRESETS, Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -17,12 +19,17 @@ from megatron_ext.transformer.resolved import resolve
 
 VOCABULARY = 64
 SHAPE = ["model.num_layers=5", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2"]
+DEPTH, CODES = 4, 20
+FOUR_CODES = [
+    f"model.image_codes={{depth: {DEPTH}, codebook: vq, codebook_size: {CODES}, width: 6,"
+    " head: {num_layers: 2, hidden_size: 16, num_attention_heads: 2}}"
+]
 
 
 class TokenIds:
     """The part of a vocabulary that decoding needs: ids from 40 on are image tokens."""
 
-    pad = 3
+    pad, image_offset = 3, 40
 
     @staticmethod
     def is_image(ids):
@@ -75,6 +82,26 @@ def full_logits(model, plan: Plan, tokens: list[list[int]], tasks: list[list[Tas
         return list(model(route).squeeze(1).split([len(ids) for ids in tokens]))
 
 
+def full_outputs(
+    model, plan: Plan, tokens: list[list[int]], tasks: list[list[Task]], codes: list[list[list[int]]]
+) -> list[tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]]:
+    """For each document in one forward pass: by place, the logits of the next token where it is text, and those of its
+    codes, [depth, codebook], where it is an image token of ``codes``. What follows the last token is text."""
+    batch = document_batch(TokenIds, tokens, tasks, torch.zeros(len(tokens), dtype=torch.int64), DEPTH, codes)
+    before_image = (batch.modality == Modality.IMAGE).roll(-1, 1) & (batch.labels >= 40)
+    route = Route.of(batch, plan, logit_mask=torch.ones(batch.shape, dtype=torch.bool), code_mask=before_image)
+    with torch.no_grad():
+        logits, hidden = model(route, hidden_rows=True)
+        following = batch.codes.roll(-1, 1)[before_image]
+        of_codes = model.depth_head.logits(hidden.squeeze(1), following, model.code_vectors)
+    outputs = [({}, {}) for _ in tokens]
+    before_text = (batch.document == 0) & ~before_image
+    for kind, mask, rows in ((0, before_text, logits.squeeze(1)), (1, before_image, of_codes)):
+        for (row, place), values in zip(mask.nonzero().tolist(), rows, strict=True):
+            outputs[row][kind][place] = values
+    return outputs
+
+
 def build(overrides: list[str]):
     config = config_file.load(Config, [], SHAPE + overrides)
     (model,) = build_chunks(resolve(config, VOCABULARY))
@@ -82,6 +109,8 @@ def build(overrides: list[str]):
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)
         parameter.data.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.2 * noise)
+    if model.code_vectors is not None:
+        model.code_vectors.weight.normal_(generator=random)
     return model.eval(), Plan.of(config.plan, config.model.num_layers)
 
 
@@ -131,7 +160,7 @@ def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan
         monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, chunk_size))
         for start in range(0, max(map(len, tokens)), chunk_size):
             chunk, chunk_tasks = ([row[start : start + chunk_size] for row in rows] for rows in (tokens, tasks))
-            logits = decoder.advance(chunk, chunk_tasks)
+            logits = decoder.advance(chunk, chunk_tasks).logits
             for row, ids in enumerate(chunk):
                 if ids:
                     error = logits[row] - expected[row][start + len(ids) - 1]
@@ -159,8 +188,44 @@ def test_an_interleaved_document_step_by_step_is_one_pass_under_any_roles(one_pr
     (expected,) = full_logits(model, plan, [tokens], [tasks])
     decoder = Decoder(model, plan, TokenIds, 1, cache_for(plan, 1, len(tokens), torch.float32))
     for place, (token, task) in enumerate(zip(tokens, tasks, strict=True)):
-        logits = decoder.advance([[token]], [[task]])
+        logits = decoder.advance([[token]], [[task]]).logits
         torch.testing.assert_close(logits[0], expected[place], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["himix_hmgen_share_partial", "learned image positions", "learned codes"])
+def test_cached_decoding_of_four_codes_is_the_full_forward_pass(one_process, monkeypatch, plan):
+    """The hidden states, and all depths' logits from them, one depth after the other."""
+    one_process(*SHAPE)
+    codes_of_model = [FOUR_CODES[0].replace("width: 6,", "")] if plan == "learned codes" else FOUR_CODES
+    model, plan = build(PLANS.get(plan, PLANS["himix_hmgen_share_all"]) + codes_of_model)
+    tokens = documents(0)
+    tasks = tasks_of(tokens, 0)
+    random = torch.Generator().manual_seed(0)
+    codes = [torch.randint(CODES, (sum(t >= 40 for t in row), DEPTH), generator=random).tolist() for row in tokens]
+    expected = full_outputs(model, plan, tokens, tasks, codes)
+    longest, compared = max(map(len, tokens)), 0
+    decoder = Decoder(model, plan, TokenIds, len(tokens), cache_for(plan, len(tokens), longest, torch.float32))
+    monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", 2)
+    ends = [3, *range(4, longest + 1)]
+    for start, end in zip([0, *ends], ends):
+        read = [sum(t >= 40 for t in row[:start]) for row in tokens]
+        draws = [end < len(row) and row[end] >= 40 for row in tokens]
+        chunk, chunk_tasks = ([row[start:end] for row in rows] for rows in (tokens, tasks))
+        chunk_codes = [row[n : n + sum(t >= 40 for t in part)] for row, n, part in zip(codes, read, chunk)]
+        outputs = decoder.advance(chunk, chunk_tasks, chunk_codes, draws)
+        for row, (of_text, of_codes) in enumerate(expected):
+            place = start + len(chunk[row]) - 1
+            if not chunk[row]:
+                continue
+            if draws[row]:
+                decoding = model.depth_head.decoding(outputs.hidden[row : row + 1], model.code_vectors)
+                for depth, code in enumerate(codes[row][read[row] + len(chunk_codes[row])]):
+                    torch.testing.assert_close(decoding.logits()[0], of_codes[place][depth], atol=1e-4, rtol=1e-4)
+                    decoding.append(torch.tensor([code]))
+                    compared += 1
+            else:
+                torch.testing.assert_close(outputs.logits[row], of_text[place], atol=1e-4, rtol=1e-4)
+    assert compared > 20 * DEPTH
 
 
 def test_a_token_that_skips_a_layer_takes_no_room_in_it(one_process):

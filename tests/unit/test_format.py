@@ -108,7 +108,7 @@ def test_merging_refuses_another_vocabulary(tmp_path):
         ([(TEXT, [])], "non-empty"),
         ([(4, [1])], "mode 4"),
         ([(TEXT, [-1])], "negative"),
-        ([(IMAGE, IMAGE_IDS[:7])], "7 tokens, but the VQ grid is 2 x 4"),
+        ([(IMAGE, IMAGE_IDS[:7])], "7 codes, but the VQ grid is 2 x 4"),
     ],
 )
 def test_the_writer_refuses_nonsense(tmp_path, document, why):

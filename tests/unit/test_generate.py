@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_decoder import PLANS, SHAPE, build, full_logits
+from test_decoder import CODES, DEPTH, FOUR_CODES, PLANS, SHAPE, build, full_logits, full_outputs
 
 from megatron_ext.errors import UserError
 from megatron_ext.generation.continuation import Continuation
+from megatron_ext.generation.document_batch import split_codes, stored_ids
 from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.likelihood import log_likelihoods
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling, next_tokens
+from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import Task
 
 GREEDY = Sampling(temperature=0)
@@ -21,7 +23,7 @@ class TokenIds:
     """A vocabulary of 30 text tokens, ``bos`` among them, the special tokens, and 20 image codes."""
 
     text_size, bos, pad, eod, boi, eoi, image_offset, size = 30, 1, 30, 31, 32, 33, 40, 60
-    answer_end = 29
+    ends = [29, 31, 28]
 
     @staticmethod
     def is_image(ids):
@@ -56,6 +58,21 @@ EDITS = [
     ),
     Request([TokenIds.bos, *GIVEN, 12, *DRAWN, 15], Task.UNDERSTANDING, text_tokens=5, images=1, drawn=[1], number=6),
 ]
+
+
+def with_codes(request: Request) -> Request:
+    """The request with random codes of a depth of DEPTH in place of its image tokens' only one."""
+    random = torch.Generator().manual_seed(0)  # the same for the prompt without its condition: it has the same images
+
+    def stored(tokens: list[int]) -> list[int]:
+        images = sum(map(TokenIds.is_image, tokens))
+        return stored_ids(TokenIds, tokens, torch.randint(CODES, (images, DEPTH), generator=random).tolist())
+
+    prompts = []
+    for tokens in (request.tokens, request.unconditional):
+        random.manual_seed(0)
+        prompts.append(None if tokens is None else stored(tokens))
+    return replace(request, tokens=prompts[0], unconditional=prompts[1])
 
 
 def tasks_of(request: Request, tokens: list[int]) -> list[Task]:
@@ -133,8 +150,8 @@ def test_pictures_are_whole_and_text_is_text(one_process):
     )
 
 
-@pytest.mark.parametrize("end", [TokenIds.eod, TokenIds.answer_end])
-def test_an_answer_ends_at_either_end_or_at_its_greatest_length(end):
+@pytest.mark.parametrize("end", TokenIds.ends)
+def test_an_answer_ends_at_any_end_or_at_its_greatest_length(end):
     row = Continuation(REQUESTS[2], TokenIds, picture_tokens=6)
     assert [row.append(token) for token in (5, 6)] == [[5], [6]] and not row.done
     assert row.append(end) == [] and row.done and row.tokens == [5, 6, end]
@@ -213,3 +230,72 @@ def test_top_k_and_top_p_leave_the_likely_tokens():
     sampling = Sampling()
     tokens = next_tokens(logits, allowed, sampling, sampling.generators(numbers))
     assert tokens.count(0) / 400 == pytest.approx(float(logits[0, :4].softmax(-1)[0]), abs=0.08)
+
+
+@pytest.mark.parametrize("plan", PRESETS)
+def test_every_code_is_that_of_the_guided_logits_of_the_full_forward_pass(one_process, plan):
+    """At every depth of every image token drawn, given the codes before; the text around the pictures is greedy too."""
+    one_process(*SHAPE)
+    generator, scale = generator_of(PLANS[plan] + FOUR_CODES), 2.5
+    requests = [with_codes(request) for request in (REQUESTS[0], *EDITS[:2])]
+    continuations = generator(requests, Sampling(temperature=0, guidance=scale))
+    for request, continuation in zip(requests, continuations, strict=True):
+        assert len(continuation) == generator.picture_tokens * DEPTH + 1 and continuation[-1] == TokenIds.eoi
+        of_prompts = []
+        for prompt in (request.tokens, request.unconditional):
+            tokens, codes = split_codes(TokenIds, [*prompt, *continuation], DEPTH)
+            first = len(split_codes(TokenIds, prompt, DEPTH)[0])
+            tasks = tasks_of(replace(request, tokens=tokens[:first]), tokens)
+            ((_, of_codes),) = full_outputs(generator.model, generator.plan, [tokens], [tasks], [codes])
+            of_prompts.append([of_codes[place] for place in range(first - 1, len(tokens) - 2)])
+        drawn = codes[-generator.picture_tokens :]
+        for conditional, unconditional, of_token in zip(*of_prompts, drawn, strict=True):
+            assert (unconditional + scale * (conditional - unconditional)).argmax(-1).tolist() == of_token
+
+
+def test_pictures_of_four_codes_depend_on_the_seed_and_the_number_alone(one_process):
+    one_process(*SHAPE)
+    generator = generator_of(PLANS["himix_hmgen_share_partial"] + FOUR_CODES)
+    requests = [with_codes(request) for request in (*REQUESTS, *EDITS)]
+    sampling = Sampling(temperature=0.8, top_k=12, top_p=0.9, seed=5)
+    together = generator(requests, sampling)
+    assert together == [generator([request], sampling)[0] for request in requests]
+    assert together != generator(requests, replace(sampling, seed=6))
+    both = together[3]  # text and pictures
+    assert sum(map(TokenIds.is_image, both)) == 6 * DEPTH * both.count(TokenIds.boi) > 0
+    assert not any(map(TokenIds.is_image, together[2]))
+    # Where nothing is dropped from the prompt, guidance changes nothing.
+    picture = replace(requests[0], unconditional=requests[0].tokens)
+    assert generator([picture], replace(sampling, guidance=3.0)) == together[:1]
+
+
+def test_log_likelihood_of_an_image_is_summed_over_its_codes(one_process):
+    one_process(*SHAPE)
+    generator = generator_of(PLANS["himix_hmgen_share_all"] + FOUR_CODES)
+    request, answer = with_codes(EDITS[1]), with_codes(REQUESTS[2])
+    picture = torch.randint(40, 40 + CODES, (6 * DEPTH,), generator=torch.Generator().manual_seed(1)).tolist()
+    measured = log_likelihoods(generator, [request, answer], [[*picture, TokenIds.eoi, 5], [4, TokenIds.eod]])
+    tokens, codes = split_codes(TokenIds, [*request.tokens, *picture, TokenIds.eoi, 5], DEPTH)
+    first = len(tokens) - 8
+    tasks = tasks_of(replace(request, tokens=tokens[:first]), tokens)
+    ((of_text, of_codes),) = full_outputs(generator.model, generator.plan, [tokens], [tasks], [codes])
+    expected = sum(
+        float(of_codes[first - 1 + i].log_softmax(-1)[torch.arange(DEPTH), torch.tensor(codes[i - 6])].sum())
+        for i in range(6)
+    ) + sum(float(of_text[first + i - 1].log_softmax(-1)[tokens[first + i]]) for i in (6, 7))
+    assert measured[0] == pytest.approx(expected, abs=1e-3) and measured[1] < 0
+
+
+def test_sampled_codes_have_the_frequencies_of_the_kept_softmax():
+    """Top-k, then top-p of what it leaves; 1e5 draws. A chi-squared test, whose statistic is below 30 at 6 degrees of
+    freedom in all but 4 cases of 100 000."""
+    logits, draws = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.2, 0.1, 0.0, -0.1, -0.5, -1.0]), 100_000
+    generator = torch.Generator().manual_seed(3)
+    sampling = Sampling(temperature=0.9, top_k=8, top_p=0.93)
+    tokens = next_tokens(logits.expand(draws, -1), None, sampling, [generator] * draws)
+    kept = (logits[:8] / 0.9).softmax(-1)
+    kept = kept[: int((kept.cumsum(0) < 0.93).sum()) + 1]  # with the one that crosses 0.93
+    expected = kept / kept.sum() * draws
+    counts = torch.bincount(torch.tensor(tokens), minlength=10).double()
+    assert len(kept) == 7 and not counts[7:].any()
+    assert float(((counts[:7] - expected) ** 2 / expected).sum()) < 30

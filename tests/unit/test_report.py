@@ -84,3 +84,16 @@ def test_a_chart_needs_three_points(points):
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_a_model_of_several_codes_an_image_token_shows_their_losses(tmp_path):
+    codes = "model.image_codes={depth: 2, codebook_size: 64, width: 8, head: {num_layers: 2, hidden_size: 32}}"
+    run = write_run(tmp_path / "run", codes, 'data.train=[{"path": "gone", "task": "generation"}]')
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [record | {"loss_depth_1": 2.0, "loss_depth_2": 4.0} for record in records]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = Path(write_report(run, tmp_path / "page.html")["markdown"]).read_text()
+    assert (
+        "| image token | 2 codes of 64 |" in text and "| depth head: layers, hidden size, heads | 2, 32, 16 |" in text
+    )
+    assert "| depth 2 | 4.000 | 4.000 |" in text and "| image token | 6.000 | 6.000 |" in text

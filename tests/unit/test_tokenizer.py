@@ -65,7 +65,7 @@ def test_the_token_space_is_text_special_codes(tmp_path, model):
     vocabulary = Vocabulary.create(tmp_path / "vocabulary", model, codebook_size=50)
     assert (vocabulary.text_size, vocabulary.bos) == (300, 1)
     assert [vocabulary.pad, vocabulary.eod, vocabulary.boi, vocabulary.eoi] == [300, 301, 302, 303]
-    assert (vocabulary.image_offset, vocabulary.size, vocabulary.padded_size(128)) == (304, 354, 384)
+    assert (vocabulary.image_offset, vocabulary.size) == (304, 354)
     codes = np.arange(50)
     ids = vocabulary.image_ids(codes)
     assert vocabulary.is_image(ids).all() and (vocabulary.codes(ids) == codes).all()

@@ -1,0 +1,138 @@
+"""Image tokens of several codes: the model and its training against the plain reference."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_routing import SHAPE, VOCABULARY, assert_near, config_of, plan_of, random_plan, random_rows, weights_of
+from torch.nn.functional import cross_entropy
+
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.plan import PRESETS
+from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training.losses import MeanLosses
+from megatron_ext.training.prepare import prepare
+from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.step import evaluate_step, train_step
+from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
+from support import reference
+
+DEPTH, CODES, WIDTH = 4, 24, 6
+FROZEN = (
+    f"model.image_codes={{depth: {DEPTH}, codebook: tower, codebook_size: {CODES}, width: {WIDTH}, "
+    "head: {num_layers: 2, hidden_size: 16, num_attention_heads: 4}}",
+)
+LEARNED = (*FROZEN, "model.image_codes.codebook=''", "model.image_codes.width=null")
+
+
+def build(config, seed: int = 0, dtype: torch.dtype = torch.float64):
+    """The model with random values in every parameter and code vector."""
+    random = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(CODES, WIDTH, generator=random) if config.model.image_codes.width else None
+    (model,) = build_chunks(resolve(config, VOCABULARY), vectors)
+    for parameter in model.parameters():
+        noise = 0.2 * torch.randn(parameter.shape, generator=random)
+        parameter.data.copy_(noise + 1 if parameter.dim() == 1 else noise)
+    return model.to(dtype)
+
+
+def rows_of_codes(seed: int, rows: int = 2) -> Batch:
+    """Random packed rows whose image tokens have codes."""
+    batch = random_rows(seed, rows=rows)
+    codes = np.random.default_rng(seed).integers(CODES, size=(*batch.shape, DEPTH)).astype(np.int32)
+    batch.codes = torch.from_numpy(codes) * (batch.modality == Modality.IMAGE)[..., None]
+    batch.tokens[batch.modality == Modality.IMAGE] = 2**20  # not a row of the embedding
+    return batch
+
+
+def expected_losses(weights: dict, config, batch: Batch, selection=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of text targets and cross-entropies [m, D] of code targets."""
+    plan, model = plan_of(config), config.model
+    learnt = batch.loss_mask > 0
+    codes = learnt & torch.from_numpy(batch.predicts_image())
+    logits = reference.logits(weights, model, plan, batch, selection)[learnt & ~codes]
+    hidden = reference.final_states(weights, model, plan, batch, selection)[codes]
+    following = batch.codes.roll(-1, 1)[codes].long()
+    return logits, cross_entropy(
+        reference.code_logits(weights, model, hidden, following).transpose(1, 2), following, reduction="none"
+    )
+
+
+def assert_equals_reference(model, config, batch: Batch, case: str) -> None:
+    weights = weights_of(model) | {n: x for n, x in model.named_buffers() if n == "code_vectors.weight"}
+    parameters = [weights[name] for name, _ in model.named_parameters()]
+    logits, losses = expected_losses(weights, config, batch)
+    total = logits.square().sum() + losses.mean(1).sum()
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    floor = 8 * torch.finfo(total.dtype).eps * float(torch.stack([g.norm() for g in gradients]).norm())
+    route = Route.of(batch, plan_of(config), bucketed=True)
+    ours, hidden = model(route, hidden_rows=True)
+    code_logits = model.depth_head.logits(hidden.squeeze(1), route.target_codes, model.code_vectors)
+    our_losses = cross_entropy(code_logits.transpose(1, 2), route.target_codes, reduction="none")
+    assert_near(ours[:, 0], logits, 1e-9, f"{case} logits")
+    assert_near(our_losses, losses, 1e-9, f"{case} losses")
+    with torch.no_grad():
+        assert_near(model(route)[1].double(), losses, 1e-6, f"{case} float32 losses")
+    model.zero_grad()
+    (ours.square().sum() + our_losses.mean(1).sum()).backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients):
+        assert parameter.grad is not None or not gradient.any(), f"{case} {name}"
+        if parameter.grad is not None:
+            assert_near(parameter.grad, gradient, 1e-9, f"{case} gradient of {name}", floor)
+
+
+def test_every_method_equals_the_reference(one_process):
+    one_process(*SHAPE)
+    for seed, preset in enumerate(PRESETS):
+        tied = f"model.tie_embeddings={str(seed % 2 == 0).lower()}"
+        config = config_of(*(LEARNED if seed % 3 == 2 else FROZEN), tied, f"plan.preset={preset}")
+        assert_equals_reference(build(config), config, rows_of_codes(seed), preset)
+
+
+def test_any_role_table_equals_the_reference(one_process):
+    one_process(*SHAPE)
+    for seed in range(12):
+        config = dataclasses.replace(config_of(*(FROZEN if seed % 3 else LEARNED)), plan=random_plan(seed))
+        assert_equals_reference(build(config, seed), config, rows_of_codes(1000 + seed), f"table {seed}:")
+
+
+@pytest.mark.parametrize("codes", [FROZEN, ()], ids=["4 codes", "1 code"])
+@pytest.mark.parametrize("means", ["task", "modality"])
+def test_the_objective_is_a_sum_of_means_over_the_global_batch(one_process, codes, means):
+    sizes = ("training.global_batch_size=4", "training.micro_batch_size=2", "plan.preset=himix_hmgen_share_all")
+    config = one_process(*SHAPE, *sizes, *codes, "model.image_codes.head.chunk=3", f"training.means={means}")
+    chunks = build_model(resolve(config, VOCABULARY))
+    model, batch = chunks[0].module, rows_of_codes(12, rows=4) if codes else random_rows(12, rows=4)
+    predicted = torch.from_numpy(batch.predicted_task())
+    of_image = torch.from_numpy(batch.predicts_image())
+    losses = torch.zeros(batch.shape)
+    route = Route.of(batch, plan_of(config))
+    output = model(route)
+    logits, code_losses = output if codes else (output, None)
+    of_text = cross_entropy(logits[:, 0], batch.labels.flatten()[route.targets], reduction="none")
+    losses = losses.flatten().index_put((route.targets,), of_text)
+    if codes:
+        losses = losses.index_put((route.code_targets,), code_losses.mean(1))
+    losses, learnt = losses.view(batch.shape), batch.loss_mask > 0
+    kinds = {task.name.lower(): learnt & (predicted == task) for task in Task}
+    tasks = {name: losses[chosen].mean() for name, chosen in kinds.items()}
+    modalities = {"text_tokens": losses[learnt & ~of_image].mean(), "codes": losses[learnt & of_image].mean()}
+    objective = sum((tasks if means == "task" else modalities).values())
+    gradients = torch.autograd.grad(objective, list(model.parameters()))
+
+    step, optimizer = prepare(batch, resolve(config)), build_optimizer(config, chunks)
+    evaluated = MeanLosses.of(*(x.tolist() for x in evaluate_step(chunks, step, config)), config.training)
+    trained = train_step(chunks, optimizer, step, config, accept=lambda *_: False).losses
+    expected = {"loss": objective} | {f"loss_{name}": loss for name, loss in tasks.items()}
+    if codes:
+        of_depths = code_losses[: len(route.code_targets)].mean(0)
+        expected |= {f"loss_depth_{number}": loss for number, loss in enumerate(of_depths, start=1)}
+    if means == "modality":
+        expected |= {f"loss_{name}": loss for name, loss in modalities.items()}
+    for found in (evaluated, trained):
+        assert found.named() == pytest.approx({name: float(loss) for name, loss in expected.items()}, rel=1e-5)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients):
+        assert_near(parameter.main_grad, gradient, 1e-5, name, floor=1e-7)
