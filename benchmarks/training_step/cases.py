@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from megatron_ext import config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
+from megatron_ext.model_config import ImageCodesConfig
 from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, forward_flops
 from megatron_ext.routing.plan import Plan
 
@@ -62,6 +65,15 @@ class Case:
         return self.build in (_stock_megatron, _hugging_face)
 
 
+def _of_codes(rows: str, *settings: str) -> Case:
+    """A step with 4 codes an image token. In the default model the depth head is a quarter of the layers' work for a
+    token, as in VILA-U."""
+    sizes = "{depth: 4, codebook: random, codebook_size: 512, width: 256}"
+    head = "{num_layers: 2, hidden_size: 256, num_attention_heads: 4}"
+    codes = (f"model.image_codes={sizes}", f"model.image_codes.head={head}")
+    return Case(rows, f"dense on {rows}", (*codes, *settings), 1.15)
+
+
 def _of_plan(rows: str, setting: str, limit: float, build: Build = _ours) -> Case:
     return Case(rows, f"dense on {rows}", (setting,), limit, build)
 
@@ -78,11 +90,22 @@ CASES = {
     "hmgen by masking": _of_plan("generation", "plan.preset=hmgen", None, _masked),
     "separate": _of_plan("generation", "plan.projections.kind=separate", 1.10),
     "delta": _of_plan("generation", "plan.projections.kind=delta", 1.10),
+    "4 codes": _of_codes("generation"),
+    "4 codes under hmgen": _of_codes("generation", "plan.preset=hmgen"),
     "dense on both": Case("both", "dense on both"),
     "himix_hmgen_share_all": _of_plan("both", "plan.preset=himix_hmgen_share_all", 1.10),
     "himix_hmgen_share_all_separate": _of_plan("both", "plan.preset=himix_hmgen_share_all_separate", 1.10),
     "himix_hmgen_share_partial": _of_plan("both", "plan.preset=himix_hmgen_share_partial", 1.10),
 }
+
+
+def with_codes(batch: Batch, image_codes: ImageCodesConfig) -> Batch:
+    """The batch with random codes where an image token has several."""
+    if image_codes.depth > 1:
+        random = np.random.default_rng(0)
+        codes = random.integers(image_codes.codebook_size, size=(*batch.shape, image_codes.depth))
+        batch = replace(batch, codes=codes.astype(np.int32))
+    return batch
 
 
 @dataclass(frozen=True)
@@ -123,7 +146,7 @@ class Size:
     def flops(self, case: Case, batch: Batch) -> int:
         """FLOPs of a training step of the model under the case's plan."""
         config = self.configuration(case.plan)
-        plan = Plan.from_config(config)
+        plan, batch = Plan.from_config(config), with_codes(batch, config.model.image_codes)
         return TRAINING_PER_FORWARD * forward_flops(config.model, self.vocab_size, plan, count(batch, plan))
 
 

@@ -8,6 +8,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
 from megatron_ext.transformer.resolved import resolve
+from training_step.cases import with_codes
 from training_step.random_rows import step_input
 from training_step.weights import initialized_on_device
 
@@ -20,8 +21,9 @@ class OurStep:
             self.chunks = build_model(resolve(config, vocab_size))
         self.optimizer = build_optimizer(config, self.chunks)
         self.config = config
+        batch = with_codes(batch, config.model.image_codes)
         self.input = step_input(batch, config)
-        self._logits = int((batch.loss_mask > 0).sum())
+        self._logits = sum(len(micro_batch.labels) for micro_batch in self.input.micro_batches)
 
     def __call__(self) -> float:
         return train_step(self.chunks, self.optimizer, self.input, self.config).loss
