@@ -21,6 +21,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from functools import cache
 
@@ -30,6 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_ext.data.format import ANSWER, TEXT
 from megatron_ext.errors import UserError
+from megatron_ext.templates import NO_TEMPLATES, Templates
 from megatron_ext.text_model import TextModel, any_of
 from megatron_ext.vocabulary import CHAT_TEMPLATE, Vocabulary
 
@@ -55,17 +57,26 @@ class UnusableConversation(UserError):
 class ChatTemplate:
     """The chat template of a vocabulary."""
 
-    def __init__(self, source: str, name: str, text: TextModel, bos: str | None, answer_end: str):
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        text: TextModel,
+        bos: str | None,
+        answer_end: str,
+        templates: Templates = NO_TEMPLATES,
+    ):
         """
         Args:
             name: of the template, for messages.
             bos, answer_end: tokens that open documents and end answers.
+            templates: how images stand in what it writes.
 
         Raises:
             UserError: the template is damaged, or does not write a conversation in which answers can be found.
         """
         self._name, self._text = name, text
-        self._bos, self._answer_end = bos, answer_end
+        self._bos, self._answer_end, self._templates = bos, answer_end, templates
         self._control = any_of(text.control.values())
         self._template = _compiled(source, name)
         self._lead = ""
@@ -78,11 +89,12 @@ class ChatTemplate:
         if answers != [content for _, mode, content in _PROBE if mode == ANSWER]:
             raise UserError(f"{name}: the answers {answers} are not those of the conversation")
 
-    def segments(self, turns: Sequence[Turn], prompt: bool = False) -> Segments:
+    def segments(self, turns: Sequence[Turn], prompt: bool = False, bare: bool = False) -> Segments:
         """The segments of a document without the token that opens it and those that end answers.
 
         Args:
             prompt: add the words after which an answer begins.
+            bare: images stand without ``<boi>`` and ``<eoi>``, so that text after one never goes on.
 
         Returns:
             (mode, token ids) of texts; images as they are in ``turns``.
@@ -95,17 +107,31 @@ class ChatTemplate:
                 if mode in (TEXT, ANSWER):
                     self._check(part)
         text, spans = self._spans(turns, prompt)
+        continued = self._templates.text_after_image == "continued" and not bare
         images = iter(part for _, parts in turns for part in parts if part[0] not in (TEXT, ANSWER))
         segments: Segments = []
         for start, stretch in _stretches(text):
             if start:
                 segments.append(next(images))
-            for mode, ids in self._encode(stretch, start, spans):
+            for mode, ids in self._encode(stretch, start, spans, continued and start > 0):
                 if segments and segments[-1][0] == mode:
                     segments[-1][1].extend(ids)
                 else:
                     segments.append((mode, ids))
         return self._without_added(segments)
+
+    def before_picture(self, caption: str) -> list[int]:
+        """What stands between the token that opens documents and ``<boi>`` where a picture answers a caption; an empty
+        caption gives an empty turn.
+
+        Raises:
+            UnusableConversation: as :meth:`segments`.
+        """
+        self._check(caption)
+        text, found, _ = self._render(["user", "assistant"], [caption, _IMAGE_MARK], False).partition(_IMAGE_MARK)
+        if not found or caption not in text:
+            raise UnusableConversation(f"the chat template rewrites its texts: {_quoted(caption)}")
+        return self._without_added([(TEXT, self._text.encode_template(text)[0])])[0][1]
 
     def _check(self, content: str) -> None:
         if found := self._control.search(content):
@@ -115,7 +141,7 @@ class ChatTemplate:
 
     def _spans(self, turns: Sequence[Turn], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation, and (start, mode) of its stretches of one mode, in order."""
-        contents = ["".join(p if mode in (TEXT, ANSWER) else _IMAGE_MARK for mode, p in parts) for _, parts in turns]
+        contents = [self._content(parts) for _, parts in turns]
         roles = [role for role, _ in turns]
         marks = [chr(_FIRST_TURN_MARK + i) for i in range(len(turns))]
         marked = self._render(roles, marks, prompt)
@@ -136,6 +162,17 @@ class ChatTemplate:
             place += len(content)
         return text, spans
 
+    def _content(self, parts: Segments) -> str:
+        """The content of a turn, with marks for images."""
+        content = ""
+        for number, (mode, part) in enumerate(parts):
+            if mode in (TEXT, ANSWER):
+                content += part
+                continue
+            content += self._templates.before_image if number else ""
+            content += _IMAGE_MARK + (self._templates.after_image if number < len(parts) - 1 else "")
+        return content
+
     def _answer(self, parts: Segments, place: int, before: str, length: int, after: str) -> list[tuple[int, int]]:
         """(start, mode) of an answer, its end, and what follows."""
         if before_image := [text for mode, text in parts[:-1] if mode == ANSWER]:
@@ -149,10 +186,14 @@ class ChatTemplate:
         end += place + length
         return [(answer, ANSWER), (end, _DROPPED), (end + len(self._answer_end), TEXT)]
 
-    def _encode(self, stretch: str, start: int, spans: list[tuple[int, int]]) -> Segments:
+    def _encode(self, stretch: str, start: int, spans: list[tuple[int, int]], continued: bool) -> Segments:
         """(mode, token ids) of text that begins at ``start``, cut where the mode changes."""
         starts, segments = [place for place, _ in spans], []
-        for i, (begin, _) in zip(*self._text.encode_template(stretch)):
+        # After a control token, which is left out again, text models know that a text goes on.
+        lead = self._answer_end if continued else ""
+        ids, offsets = self._text.encode_template(lead + stretch)
+        start -= len(lead)
+        for i, (begin, _) in list(zip(ids, offsets))[continued:]:
             # A piece across the border of an answer counts to what is given; none goes across its end, a control token.
             mode = spans[bisect_right(starts, start + begin) - 1][1]
             if segments and segments[-1][0] == mode:
@@ -201,18 +242,22 @@ def of(vocabulary: Vocabulary) -> ChatTemplate:
     if vocabulary.answer_end == vocabulary.eod:
         raise UserError(f"{name}: the vocabulary was made without a token that ends answers; make it again")
     bos, answer_end = text.piece(vocabulary.bos), text.piece(vocabulary.answer_end)
-    return ChatTemplate(vocabulary.chat_template, name, text, bos, answer_end)
+    return ChatTemplate(vocabulary.chat_template, name, text, bos, answer_end, vocabulary.templates)
 
 
 def description(vocabulary: Vocabulary) -> dict:
     """The template of a vocabulary that has one, for the metadata of a data set."""
-    return {"fingerprint": fingerprint(vocabulary), "source": vocabulary.chat_template}
+    uses = {} if vocabulary.templates == NO_TEMPLATES else {"uses": asdict(vocabulary.templates)}
+    return {"fingerprint": fingerprint(vocabulary), "source": vocabulary.chat_template, **uses}
 
 
 def fingerprint(vocabulary: Vocabulary) -> str | None:
-    """16 hexadecimal digits of the hash of a vocabulary's template; None if it has none."""
+    """16 hexadecimal digits of the hash of a vocabulary's template and of its uses; None if it has none."""
     source = vocabulary.chat_template
-    return None if source is None else hashlib.sha256(source.encode()).hexdigest()[:16]
+    if source is None:
+        return None
+    uses = "" if vocabulary.templates == NO_TEMPLATES else json.dumps(asdict(vocabulary.templates))
+    return hashlib.sha256((source + uses).encode()).hexdigest()[:16]
 
 
 def turn_end(source: str, name: str, text: TextModel, bos: str | None, eos: str | None) -> str:

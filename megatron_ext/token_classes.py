@@ -30,7 +30,8 @@ class Layout(IntEnum):
 
     UNDERSTANDING: image(s) first, loss on the answers. GENERATION: caption first, loss on the image tokens. TEXT: plain
     text, loss on all of it. In these three all tokens have the task of the same name. INTERLEAVED: in the stored order,
-    loss on answers and drawn images; drawn image tokens have the task GENERATION, all others UNDERSTANDING.
+    loss on answers and drawn images, or on all text if there are neither; drawn image tokens have the task GENERATION,
+    all others UNDERSTANDING.
     """
 
     UNDERSTANDING = 0

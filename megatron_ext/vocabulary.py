@@ -7,21 +7,24 @@
 
 A vocabulary is a folder with ``vocabulary.json`` and the file of a text model (:mod:`megatron_ext.text_model`):
 ``tokenizer.model`` (any SentencePiece model; LLaMA's works unchanged) or ``tokenizer.json``. ``chat_template.jinja``
-may lie beside them: the format in which conversations are written (:mod:`megatron_ext.chat_template`). Data sets and
-checkpoints record the vocabulary's fingerprint, so that token ids are never read with another vocabulary; the template
-is not part of it.
+may lie beside them: the format in which conversations are written (:mod:`megatron_ext.chat_template`); and
+``templates.json``: what else that format is used for (:mod:`megatron_ext.templates`). Data sets and checkpoints record
+the vocabulary's fingerprint, so that token ids are never read with another vocabulary; the template and its uses are
+not part of it.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 from megatron_ext import text_model
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json, write_text
+from megatron_ext.templates import NO_TEMPLATES, TEMPLATES, Templates
 from megatron_ext.text_model import SENTENCEPIECE, TOKENIZER_JSON, TextModel, segment_prefix
 
 SPECIAL_TOKENS = ("<pad>", "<eod>", "<boi>", "<eoi>")
@@ -49,6 +52,7 @@ class Vocabulary:
             model's training, unless that is ``bos``. Its weights are those of ``eod`` when training begins.
         segment_prefix: put before each text that is encoded apart, except at the start of a document.
         chat_template: a Jinja template that writes conversations, or None.
+        templates: what it is used for.
     """
 
     def __init__(self, folder: str | Path):
@@ -81,6 +85,9 @@ class Vocabulary:
         self.size = self.image_offset + self.codebook_size
         template = self.folder / CHAT_TEMPLATE
         self.chat_template = template.read_text() if template.is_file() else None
+        self.templates = Templates.read(self.folder)
+        if self.chat_template is None and self.templates != NO_TEMPLATES:
+            raise UserError(f"{self.folder / TEMPLATES}: the vocabulary has no {CHAT_TEMPLATE}")
         if expected != self.fingerprint:
             raise UserError(
                 f"{metadata_file}: fingerprint {expected} does not match the files beside it ({self.fingerprint}); "
@@ -98,6 +105,7 @@ class Vocabulary:
         end: str | None = None,
         answer_end: str | None = None,
         chat_template: str | None = None,
+        templates: Templates = NO_TEMPLATES,
     ) -> "Vocabulary":
         """Create a vocabulary folder from the file of a text model and the size of a VQ codebook.
 
@@ -108,6 +116,7 @@ class Vocabulary:
             end: token that ended documents in the language model's training. By default SentencePiece's own.
             answer_end: token that ends answers; by default ``<eod>``.
             chat_template: the Jinja template of conversations.
+            templates: what it is used for.
 
         Raises:
             UserError: a file or a token is missing, or the folder holds another vocabulary's files.
@@ -129,7 +138,7 @@ class Vocabulary:
         else:
             metadata |= {**layout, "end": model.end}
         metadata["fingerprint"] = _fingerprint(text_file, codebook_size, layout)
-        _fill(folder, text_file, target, chat_template)
+        _fill(folder, text_file, target, chat_template, templates)
         write_json(folder / METADATA, metadata)
         return cls(folder)
 
@@ -216,19 +225,22 @@ def _text_file(folder: Path) -> Path:
     return present[0]
 
 
-def _fill(folder: Path, text_file: Path, target: Path, chat_template: str | None) -> None:
+def _fill(folder: Path, text_file: Path, target: Path, chat_template: str | None, templates: Templates) -> None:
     """Copy the files of a vocabulary into its folder, byte for byte."""
     other = folder / (SENTENCEPIECE if target.name == TOKENIZER_JSON else TOKENIZER_JSON)
     if other.is_file():
         raise UserError(f"{other}: a vocabulary has {target.name} or {other.name}; choose another folder")
-    template = folder / CHAT_TEMPLATE
-    if chat_template is None and template.is_file():
-        raise UserError(f"{template}: would become part of the vocabulary; choose another folder or delete it")
+    template, uses = folder / CHAT_TEMPLATE, folder / TEMPLATES
+    for file, wanted in ((template, chat_template is not None), (uses, templates != NO_TEMPLATES)):
+        if not wanted and file.is_file():
+            raise UserError(f"{file}: would become part of the vocabulary; choose another folder or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     if text_file.resolve() != target.resolve():
         shutil.copyfile(text_file, target)
     if chat_template is not None:
         write_text(template, chat_template)
+    if templates != NO_TEMPLATES:
+        write_json(uses, asdict(templates))
 
 
 def _fingerprint(text_file: Path, codebook_size: int, layout: dict | None) -> str:

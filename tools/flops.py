@@ -12,12 +12,14 @@ from megatron_ext import config_file
 from megatron_ext.analysis import published_costs
 from megatron_ext.command_line import parser, run
 from megatron_ext.config import Config
+from megatron_ext.errors import UserError
 from megatron_ext.evaluation.config_checks import validate_evaluation
 from megatron_ext.files import write_json
 from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.summary import describe, summarize
 from megatron_ext.training.config_checks import validate
+from megatron_ext.training.devices import peak_flops
 from megatron_ext.vocabulary import Vocabulary
 
 MIX = "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image"
@@ -44,6 +46,14 @@ def main() -> None:
     output = arguments.add_mutually_exclusive_group()
     output.add_argument("--plan", action="store_true", help="only show the table of roles")
     output.add_argument("--paper", action="store_true", help="only compare with published FLOPs (arXiv 2606.01503)")
+    arguments.add_argument(
+        "--tokens",
+        type=float,
+        metavar="N",
+        help="with --paper: what its runs cost here, with N tokens in a unified one",
+    )
+    arguments.add_argument("--gpu", default="H100", help="for --tokens: GPU (default: H100)")
+    arguments.add_argument("--mfu", type=float, default=0.35, help="for --tokens: share of its peak (default: 0.35)")
     options = arguments.parse_intermixed_args()
 
     settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
@@ -51,24 +61,44 @@ def main() -> None:
     validate(config, config.parallel.tensor * config.parallel.pipeline)
     validate_evaluation(config)
     if options.paper:
-        numbers = {"paper": published_costs.compare()}
-        text = published_costs.describe(numbers["paper"])
+        numbers = {"paper": published_costs.compare(), "heads": published_costs.compare_heads()}
+        text = published_costs.describe(numbers["paper"], numbers["heads"])
+        if options.tokens:
+            numbers["training"] = published_costs.compare_training(options.tokens, speed(options.gpu, options.mfu))
+            text += "\n\n" + published_costs.describe_training(numbers["training"])
     elif options.plan:
         plan = Plan.from_config(config)
         numbers = {"plan": plan.name, "roles": [[role.name.lower() for role in roles] for roles in plan.roles]}
         text = plan.table()
     else:
-        size = options.vocabulary or vocabulary_size(config)
-        numbers = {"mix": options.mix} | summarize(config, size, mix_batch(options.mix), options.logits == "all")
+        config, size = with_vocabulary(config)
+        batch = mix_batch(options.mix, config.model.image_codes.depth)
+        numbers = {"mix": options.mix} | summarize(config, options.vocabulary or size, batch, options.logits == "all")
         text = describe(numbers)
     print(text)
     if options.json:
         write_json(options.json, numbers)
 
 
-def vocabulary_size(config: Config) -> int:
+def speed(gpu: str, mfu: float) -> float:
+    """FLOP/s of a GPU at a share of its bf16 peak."""
+    if (peak := peak_flops(gpu)) is None:
+        raise UserError(f"--gpu {gpu}: not known; megatron_ext/training/devices.py lists the GPUs")
+    return mfu * peak
+
+
+def with_vocabulary(config: Config) -> tuple[Config, int]:
+    """The configuration with what the VQ tokenizer says about ``model.image_codes``, and the rows of the output head;
+    the configuration as it is where ``data.vocabulary`` is not there."""
     folder = config.data.vocabulary
-    return Vocabulary(folder).size if folder and Path(folder).is_dir() else published_costs.VOCABULARY
+    if not folder or not Path(folder).is_dir():
+        return config, published_costs.VOCABULARY
+    # Imported late: without a vocabulary the tool does not wait for torch.
+    from megatron_ext.training.image_codes import with_tokenizer
+    from megatron_ext.transformer.resolved import vocab_size
+
+    vocabulary = Vocabulary(folder)
+    return with_tokenizer(config, vocabulary)[0], vocab_size(config, vocabulary)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Turn images and text into a data set of unified tokens: images become VQ codes, text is tokenised.
 
-Inputs, in any combination:
-  FILE.tar    WebDataset: KEY.jpg (or .png, .webp) with KEY.txt (caption) and/or KEY.json (LLaVA conversations)
+Inputs, in any combination (docs/data.md has the commands for ShareGPT4V, MMC4, JourneyDB and COYO):
+  FILE.tar    WebDataset: KEY.jpg (or .png, .webp) with KEY.txt (caption) and/or KEY.json (LLaVA conversations, ...)
+  FOLDER      the same files, unpacked; folders in it too
   FILE.json   LLaVA: [{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}]
-  FILE.jsonl  a line each: {"image", "caption"}, {"text"} (plain text needs no --vq), or a LLaVA sample
+  FILE.jsonl  (also .jsonl.gz, .jsonl.zip) a line each: {"image", "caption"}, {"text"} (plain text needs no --vq), a
+              LLaVA sample, or an interleaved document of MMC4: {"text_list", "image_info"}
 
 The same command resumes a run that was stopped. Samples with an unreadable image are skipped, counted, and listed in
 PREFIX.skipped.jsonl. On several machines with a shared file system, give each its --shard I/N and run --merge after the
@@ -16,11 +18,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_ext import command_line, files
+from megatron_ext.preprocess.record_fields import Filter
 from megatron_ext.vocabulary import Vocabulary
 
 EXAMPLE = """\
 python tools/preprocess_vq.py data/train-*.tar --vq runs/vq --vocabulary runs/vocabulary --out data/train
   python tools/preprocess_vq.py llava.json --images photos --vq V --vocabulary W --out data/llava --shard 3/16
+  python tools/preprocess_vq.py coyo/*.tar --min clip_similarity_vitl14=0.25 --vq V --vocabulary W --out data/coyo
   python tools/preprocess_vq.py --merge --out data/llava
   python tools/preprocess_vq.py --verify data/train --vocabulary runs/vocabulary"""
 
@@ -46,12 +50,16 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.parser(__doc__, EXAMPLE)
-    parser.add_argument("inputs", type=Path, nargs="*", metavar="FILE", help="WebDataset .tar, LLaVA .json, .jsonl")
+    parser.add_argument("inputs", type=Path, nargs="*", metavar="FILE", help="inputs of the kinds above")
     parser.add_argument("--vq", type=Path, metavar="FOLDER", help="VQ tokenizer; not needed for plain text")
     parser.add_argument("--vocabulary", type=Path, metavar="FOLDER", help="made by tools/train_tokenizer.py")
     parser.add_argument("--out", type=Path, metavar="PREFIX", help="the data set: PREFIX.bin, PREFIX.idx, PREFIX.json")
     parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="where .json and .jsonl find images (default: beside the file)"
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="where .json and .jsonl find images (default: beside the file). {shard} stands for the name of the input "
+        "file; where FOLDER/a is not there, images a/... are looked up in FOLDER/a.tar",
     )
     _add_forms(parser)
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images encoded at once (64)")
@@ -82,6 +90,30 @@ def _add_forms(parser: argparse.ArgumentParser) -> None:
         help="which one a sample with both becomes (default: conversation)",
     )
     parser.add_argument(
+        "--caption",
+        nargs="+",
+        default=(),
+        metavar="KEY",
+        help="make caption pairs, with the first of these keys of a record that has text: prompt, Task2.Caption, "
+        "conversations.1.value",
+    )
+    for option, parse, comparison in (("--min", _minimum, "less"), ("--max", _maximum, "greater")):
+        parser.add_argument(
+            option,
+            action="append",
+            default=[],
+            type=parse,
+            dest="filters",
+            metavar="KEY=NUMBER",
+            help=f"leave out records, and images of MMC4, whose KEY is {comparison} than NUMBER; may be repeated",
+        )
+    parser.add_argument(
+        "--max-tokens",
+        type=_positive,
+        metavar="N",
+        help="skip documents with images that rows of N tokens cannot hold; interleaved ones are cut",
+    )
+    parser.add_argument(
         "--split-turns",
         action="store_true",
         help="each question with its answer becomes a document of its own, after the images before it",
@@ -103,6 +135,8 @@ def _add_forms(parser: argparse.ArgumentParser) -> None:
 def _preprocess(arguments: argparse.Namespace) -> dict:
     from megatron_ext.preprocess import PreprocessOptions, preprocess
 
+    if arguments.caption:
+        arguments.prefer = "caption"
     vocabulary = Vocabulary(arguments.vocabulary)
     vq = _load(arguments.vq) if arguments.vq else None
     options = PreprocessOptions(**{field.name: getattr(arguments, field.name) for field in fields(PreprocessOptions)})
@@ -137,6 +171,11 @@ def _verify(arguments: argparse.Namespace) -> dict:
 
 def _report(out: Path, summary) -> dict:
     print(f"{out}: {'already there, ' if summary.already else ''}{_counts(summary.metadata)}")
+    source = summary.metadata["source"]
+    if filtered := source.get("filtered"):
+        print(f"{filtered:,} samples filtered out")
+    if missing := source.get("missing_images"):
+        print(f"{missing:,} images are not there and were left out of interleaved documents")
     if summary.skipped:
         from megatron_ext.preprocess import skipped_file
 
@@ -156,6 +195,23 @@ def _load(folder: Path):
     if torch.cuda.is_available():
         return vq.load(folder, "cuda", torch.bfloat16)
     return vq.load(folder)
+
+
+def _minimum(text: str) -> Filter:
+    key, number = _key_and_number(text)
+    return Filter(key, minimum=number)
+
+
+def _maximum(text: str) -> Filter:
+    key, number = _key_and_number(text)
+    return Filter(key, maximum=number)
+
+
+def _key_and_number(text: str) -> tuple[str, float]:
+    key, _, number = text.rpartition("=")
+    if not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=NUMBER")
+    return key, float(number)
 
 
 def _positive(text: str) -> int:

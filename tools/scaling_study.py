@@ -13,10 +13,11 @@ def main() -> None:
         "runs are kept, others resume from their checkpoints, failed runs are retried.",
         "python tools/scaling_study.py examples/studies/picture_world.yaml --jobs 2\n"
         "  python tools/scaling_study.py examples/studies/picture_world.yaml --status\n"
-        "  python tools/scaling_study.py examples/studies/picture_world.yaml --slurm     an array with a task per run",
+        "  python tools/scaling_study.py examples/studies/picture_world.yaml --slurm     an array with a task per run\n"
+        "  python tools/scaling_study.py examples/studies/paper.yaml examples/studies/paper_tiny.yaml --jobs 2",
     )
     add = parser.add_argument
-    add("study", type=Path, metavar="STUDY.yaml")
+    add("study", nargs="+", type=Path, metavar="STUDY.yaml", help="a study, or several files laid over one another")
     add("--out", metavar="FOLDER", help="instead of the study file's output")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
     add("--gpus", default="", metavar="0,1", help="GPUs to share out among the runs, one per process")
@@ -32,7 +33,7 @@ def main() -> None:
     # Imported late: --help should not wait for numpy and the configuration.
     from megatron_ext.study import grid, scheduler, slurm, status, steps, study_file
 
-    study = study_file.read(arguments.study)
+    study = study_file.read(*arguments.study)
     study.output = arguments.out or study.output
     runs = grid.select(grid.runs(study), arguments.run)
     if arguments.status:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from megatron_ext import command_line, files
-from megatron_ext.analysis import results, synergy, tables
+from megatron_ext.analysis import beside_paper, results, synergy, tables
 
 
 def main() -> None:
     parser = command_line.parser(
         "Gains of unified over single-task training and the synergy loss of every method against dense, from files of\n"
-        "results (megatron_ext/analysis/results.py describes their form; tools/scaling_study.py writes them).",
+        "results (megatron_ext/analysis/results.py describes their form; tools/scaling_study.py writes them). Methods\n"
+        "that have the names of the paper's are also shown beside its tables 1 to 3.",
         "python tools/synergy.py                    the paper's tables (arXiv 2606.01503)\n"
         "  python tools/synergy.py runs/studies/picture_world/results.json --latex synergy.tex --plot synergy.svg",
     )
@@ -24,6 +25,8 @@ def main() -> None:
     comparisons = synergy.compare(loaded)
     titled = {tables.GAINS: tables.gains(comparisons), tables.LOSSES: tables.losses(comparisons)}
     titled = {title: table for title, table in titled.items() if not table.empty}
+    if arguments.results:
+        titled |= beside_paper.tables(loaded)
     notes = [f"- {note}" for c in comparisons for note in c.missing]
     parts = [loaded.source, *(f"{title}:\n\n{tables.markdown(table)}" for title, table in titled.items()), *notes]
     text = "\n\n".join(parts) + "\n"

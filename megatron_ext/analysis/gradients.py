@@ -186,11 +186,11 @@ def _parts(config: Config, columns: list[str]) -> list[tuple[int | None, str]]:
 
 
 def _counted_parameters(chunk):
-    """Names and parameters of a chunk, without those that another rank counts: copies over the tensor-parallel group of
-    what is not split, and the last stage's copy of a tied embedding."""
+    """Names and parameters of a chunk, without frozen ones and those that another rank counts: copies over the
+    tensor-parallel group of what is not split, and the last stage's copy of a tied embedding."""
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     for name, parameter in global_parameters(chunk.module):
-        if param_is_not_shared(parameter) and (first or cut(name)[0] is not None):
+        if parameter.requires_grad and param_is_not_shared(parameter) and (first or cut(name)[0] is not None):
             yield name, parameter
 
 
@@ -225,9 +225,9 @@ def _figures(sums: Tensor) -> dict[str, float | None]:
         "cosine": dot / math.sqrt(uu * gg) if uu * gg > 0 else None,
         "norm_understanding": math.sqrt(uu),
         "norm_generation": math.sqrt(gg),
-        "only_understanding": only_u / count,
-        "only_generation": only_g / count,
-        "untrained": neither / count,
+        "only_understanding": only_u / max(count, 1),
+        "only_generation": only_g / max(count, 1),
+        "untrained": neither / max(count, 1),
     }
     return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 

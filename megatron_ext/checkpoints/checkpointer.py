@@ -6,6 +6,7 @@ All ranks must see the same file system.
 import importlib.metadata
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ class Checkpointer:
         sharded = {"model": checkpoint_state.model_state(model)}
         _check_parameters(path, sharded["model"], stored)
         sharded["optimizer"] = checkpoint_state.optimizer_state(optimizer, sharded["model"], stored)
+        _check_moments(path, sharded["optimizer"], stored)
         same_layout = marker["layout"] == checkpoint_state.layout(model)
         if same_layout:
             sharded["random"] = checkpoint_state.random_state()
@@ -274,6 +276,18 @@ def _check_parameters(path: Path, model: dict, stored: dict[str, tuple[int, ...]
     for key, shape in expected.items():
         if shape not in (None, saved[key]):
             raise UserError(f"{path}: its parameter {key} has the shape {list(saved[key])}, the model's {list(shape)}")
+
+
+def _check_moments(path: Path, optimizer: dict, stored: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint in which parameters are frozen that this run trains."""
+    keys = {tensor.key for tensor in checkpoint_state.parameters(optimizer)}
+    absent = sorted(key for keys_of_rank in _gathered(keys) for key in keys_of_rank if key not in stored)
+    if absent:
+        name = re.sub(r"^optimizer\.state\.\w+\.", "", absent[0])
+        raise UserError(
+            f"{path}: {name} was frozen, and this run trains it; keep optimizer.groups, or start a run of another "
+            "output with checkpoint.load"
+        )
 
 
 def _read(path: Path, sharded: dict, stored: dict[str, tuple[int, ...]]) -> dict:

@@ -66,8 +66,13 @@ def optimizer_state(optimizer, model: dict, stored: Container[str] | None = None
         model: the :func:`model_state`.
         stored: the keys in the checkpoint, to load; None to save. A checkpoint without master weights has float32
             weights, and the model's parameters take their place.
+
+    Returns:
+        The state; empty on a pipeline stage that is frozen whole.
     """
     optimizer = single_optimizer(optimizer)
+    if not optimizer.get_parameters():
+        return {}
     _initialize(optimizer)
     state = optimizer.sharded_state_dict(model, is_loading=stored is not None, metadata=_metadata())
     weights = {v.key: v.data for v in nested_values(model) if isinstance(v, ShardedBase)}
@@ -92,6 +97,8 @@ def load_optimizer_state(optimizer, loaded: dict, steps: int) -> None:
         steps: steps taken at the time of the save.
     """
     optimizer = single_optimizer(optimizer)
+    if not optimizer.get_parameters():
+        return
     inner, body = optimizer.optimizer, loaded.get("optimizer", loaded)
     for group in body["param_groups"]:
         group["step"] = steps
@@ -115,12 +122,13 @@ def single_optimizer(optimizer):
 
 
 def steps_taken(optimizer) -> int:
-    """Updates that the optimizer has applied."""
+    """Updates that the optimizer has applied. Collective: a pipeline stage that is frozen whole counts none."""
     inner = single_optimizer(optimizer).optimizer
-    for holder in (*inner.state.values(), *inner.param_groups):
-        if "step" in holder:
-            return int(holder["step"])
-    return 0
+    holders = (*inner.state.values(), *inner.param_groups)
+    counted = next((int(holder["step"]) for holder in holders if "step" in holder), 0)
+    steps = torch.tensor(counted, device=torch.cuda.current_device())
+    dist.all_reduce(steps, dist.ReduceOp.MAX)
+    return int(steps)
 
 
 def random_state() -> ShardedObject:

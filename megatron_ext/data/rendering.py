@@ -14,12 +14,14 @@
     interleaved     bos <boi> codes <eoi> instruction <BOI> CODES <eoi> question ANSWER <eod>
                     instruction <BOI> CODES <eoi> <eod>             learnt: ANSWER and <eod>; CODES and their <boi>
       dropped       all images without the texts, if there is no answer
+    stored          [text] [image] [text]
+    interleaved     bos TEXT <boi> codes <eoi> TEXT <eod>                                 learnt: TEXT, <eod> after it
 
 For generation each image moves behind the text that follows it in stored order, up to the next image; text before the
 first image stays in front. Interleaved documents stay as stored: a drawn image is learnt where it stands, and so is the
 ``<boi>`` before it, the decision to draw. An answer that ends in a drawn image has no ``<eod>`` of its own. Without
-drawn images an interleaved document equals one of understanding. ``<eod>`` after an answer is the vocabulary's
-``answer_end``, where that is another token.
+drawn images an interleaved document with answers equals one of understanding. With neither, it is a text with images,
+and all the text is learnt. ``<eod>`` after an answer is the vocabulary's ``answer_end``, where that is another token.
 
 A learnt token is one whose prediction counts: the loss bit is set at the token *before* it.
 
@@ -113,6 +115,7 @@ class SequencePlaces:
     Attributes:
         owner: int64 [sequences], index of the sequence's document (0, 1, ...).
         image, drawn, answer: bool [sequences], whether the sequence is an image, an image to be drawn, an answer.
+        plain: bool [sequences], whether it is text of an interleaved document without answers and drawn images.
         closed: bool [sequences], whether ``<eoi>`` (an image) or ``<eod>`` (an answer) follows.
         pointer: int64 [sequences], start of the sequence in ``Dataset.tokens``.
         begin, end: int64 [sequences], range in the rendered document, without ``<boi>``, ``<eoi>`` and ``<eod>``.
@@ -124,6 +127,7 @@ class SequencePlaces:
     image: np.ndarray
     drawn: np.ndarray
     answer: np.ndarray
+    plain: np.ndarray
     closed: np.ndarray
     pointer: np.ndarray
     begin: np.ndarray
@@ -160,10 +164,11 @@ def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, layout
     modes, lengths = dataset.sequence_modes[index], dataset.token_counts(index).astype(np.int64)
     drawn, answer = modes == DRAWN, modes == ANSWER
     last = np.searchsorted(owner, np.arange(len(documents)), side="right") - 1
+    plain = (np.bincount(owner, drawn | answer, len(documents)) == 0) & (layout == Layout.INTERLEAVED)
     if layout in (Layout.UNDERSTANDING, Layout.INTERLEAVED):
         before_drawn = np.append(drawn[1:] & (owner[1:] == owner[:-1]), False)
         closed = image | answer & ~(before_drawn & (layout == Layout.INTERLEAVED))
-        ended = drawn[last] & (layout == Layout.INTERLEAVED)
+        ended = drawn[last] & (layout == Layout.INTERLEAVED) | plain
     else:
         closed, ended = image, np.ones(len(documents), dtype=bool)
     after = np.cumsum(image + lengths + closed)  # tokens up to each sequence's end, of all documents together
@@ -174,6 +179,7 @@ def lay_out(dataset: Dataset, documents: np.ndarray, dropped: np.ndarray, layout
         image=image,
         drawn=drawn,
         answer=answer,
+        plain=plain[owner] & ~image,
         closed=closed,
         pointer=dataset.sequence_pointers[index] // dataset.tokens.itemsize,
         begin=end - lengths,
@@ -248,13 +254,11 @@ def _copy_images(
 ) -> None:
     """Write images of several codes a token, which are never cut, into a buffer: places and pointers, [images] each."""
     count = codes_of_image(dataset.metadata["vq"])
-    ids = np.empty((len(starts), count), dtype=np.int32)
-    for image, pointer in zip(ids, pointers.tolist()):
-        image[:] = dataset.tokens[pointer : pointer + count]
-    ids = ids.reshape(len(starts), -1, dataset.depth)
-    places = starts[:, None] + np.arange(ids.shape[1])
-    buffer.ids[places] = ids[:, :, 0]
-    buffer.further_codes[places, : dataset.depth - 1] = ids[:, :, 1:] - image_offset
+    for place, pointer in zip(starts.tolist(), pointers.tolist()):
+        ids = dataset.tokens[pointer : pointer + count].reshape(-1, dataset.depth)
+        stop = place + len(ids)
+        buffer.ids[place:stop] = ids[:, 0]
+        buffer.further_codes[place:stop, : dataset.depth - 1] = ids[:, 1:] - image_offset
 
 
 def _learnt(
@@ -271,7 +275,8 @@ def _learnt(
     if layout == Layout.GENERATION:
         learnt = places.image
     else:
-        learnt = places.answer | places.drawn & (layout == Layout.INTERLEAVED)
-    answer, interleaved = places.answer[learnt], layout == Layout.INTERLEAVED
-    begin = places.begin[learnt] - (~answer & interleaved)  # <boi> before a drawn image
-    return places.owner[learnt], begin, places.end[learnt] + (answer & places.closed[learnt])
+        learnt = places.answer | places.plain | places.drawn & (layout == Layout.INTERLEAVED)
+    boi = places.drawn[learnt] & (layout == Layout.INTERLEAVED)
+    last = np.append(places.owner[1:] != places.owner[:-1], True)  # of its document
+    eod = places.answer & places.closed | places.plain & last
+    return places.owner[learnt], places.begin[learnt] - boi, places.end[learnt] + eod[learnt]

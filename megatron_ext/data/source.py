@@ -60,15 +60,16 @@ class Source:
 def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, layout: Layout, row_length: int) -> int:
     """Check documents and count their rendered tokens."""
     places = lay_out(dataset, documents, np.zeros(len(documents), dtype=bool), layout)
-    images, drawn, answers = (
-        np.bincount(places.owner, kind, len(documents)) for kind in (places.image, places.drawn, places.answer)
+    images, drawn, answers, plain = (
+        np.bincount(places.owner, kind, len(documents))
+        for kind in (places.image, places.drawn, places.answer, places.plain)
     )
     lengths = places.length
     useless, reason = {
         Layout.UNDERSTANDING: (answers == 0, "holds no answer or caption to learn"),
         Layout.GENERATION: (images == 0, "holds no image"),
         Layout.TEXT: (images > 0, "holds an image"),
-        Layout.INTERLEAVED: (drawn + answers == 0, "holds neither an answer nor a drawn image to learn"),
+        Layout.INTERLEAVED: (drawn + answers + plain == 0, "holds neither text nor a drawn image to learn"),
     }[layout]
     if useless.any():
         raise UserError(

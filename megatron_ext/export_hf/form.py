@@ -162,6 +162,8 @@ def _llama_keys(exported: Exported) -> dict:
 
 def _rope(model: ModelConfig) -> dict:
     rope = {"rope_type": "default", "rope_theta": model.rotary_base}
+    if model.rotary_interpolation_factor != 1:
+        rope |= {"rope_type": "linear", "factor": model.rotary_interpolation_factor}
     if (scaling := model.rotary_scaling) is not None:
         rope |= {
             "rope_type": "llama3",

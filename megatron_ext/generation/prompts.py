@@ -1,7 +1,8 @@
 """Requests whose prompts have the form of training documents (``preprocess/parts.py``, ``data/rendering.py``).
 
-Where the vocabulary has a chat template it writes questions, as it wrote conversations for training. Captions are plain
-text, encoded as they are stored: after their picture. Space around texts is left out, as preprocessing leaves it out.
+Where the vocabulary has a chat template it writes questions, as it wrote conversations for training, and captions if
+``templates.json`` says so (:mod:`megatron_ext.templates`). Other captions are plain text, encoded as they are stored:
+after their picture. Space around texts is left out, as preprocessing leaves it out.
 """
 
 from collections.abc import Sequence
@@ -14,22 +15,33 @@ from megatron_ext.vocabulary import Vocabulary
 
 
 def picture(vocabulary: Vocabulary, caption: str, number: int = 0) -> Request:
-    """A picture for a caption: ``bos caption <boi>``; without its condition ``bos <boi>``."""
-    tokens = [vocabulary.bos, *vocabulary.encode_segment(caption.strip()), vocabulary.boi]
-    return Request(tokens, Task.GENERATION, images=1, unconditional=[vocabulary.bos, vocabulary.boi], number=number)
+    """A picture for a caption: ``bos caption <boi>``; without its condition ``bos <boi>``.
+
+    Raises:
+        UserError: the chat template cannot be used.
+        UnusableConversation: it cannot write the caption.
+    """
+    if vocabulary.templates.captions == "conversation":
+        template = chat_template.of(vocabulary)
+        text, unconditional = template.before_picture(caption.strip()), template.before_picture("")
+    else:
+        text, unconditional = vocabulary.encode_segment(caption.strip()), []
+    tokens, unconditional = ([vocabulary.bos, *ids, vocabulary.boi] for ids in (text, unconditional))
+    return Request(tokens, Task.GENERATION, images=1, unconditional=unconditional, number=number)
 
 
 def answer(
     vocabulary: Vocabulary, codes: Sequence[int], question: str, max_new_tokens: int, number: int = 0
 ) -> Request:
     """An answer to a question about a picture of VQ codes, in the order of ``Session.encode``: ``bos <boi> codes <eoi>
-    question``.
+    question``; without ``<boi>`` and ``<eoi>`` where the vocabulary's given images are bare.
 
     Raises:
         UserError: the chat template cannot be used.
         UnusableConversation: it cannot write the question.
     """
-    tokens = _tokens(vocabulary, [("user", [(IMAGE, codes), (TEXT, question.strip())])])
+    bare = vocabulary.templates.given_images == "bare"
+    tokens = _tokens(vocabulary, [("user", [(IMAGE, codes), (TEXT, question.strip())])], bare)
     return Request(tokens, Task.UNDERSTANDING, text_tokens=max_new_tokens, number=number)
 
 
@@ -71,16 +83,17 @@ def answer_tokens(vocabulary: Vocabulary, question: str, text: str) -> list[int]
     return [*(i for mode, ids in segments if mode == ANSWER for i in ids), vocabulary.answer_end]
 
 
-def _tokens(vocabulary: Vocabulary, turns: Sequence[chat_template.Turn]) -> list[int]:
+def _tokens(vocabulary: Vocabulary, turns: Sequence[chat_template.Turn], bare: bool = False) -> list[int]:
     """A document of turns that begin with an image, up to where an answer begins; images are VQ codes."""
     if vocabulary.chat_template is None:
         segments = [part for _, parts in turns for part in parts]
     else:
-        segments = chat_template.of(vocabulary).segments(turns, prompt=True)
+        segments = chat_template.of(vocabulary).segments(turns, prompt=True, bare=bare)
     tokens = [vocabulary.bos]
     for mode, item in segments:
         if is_image(mode):
-            tokens += _image(vocabulary, item)
+            image = _image(vocabulary, item)
+            tokens += image[1:-1] if bare else image
         else:
             tokens += vocabulary.encode_segment(item) if isinstance(item, str) else item
     return tokens

@@ -35,7 +35,10 @@ _SUPPORTED = {
     "quantization_config": None,
 }
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_LLAMA3_ROTARY = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROTARY_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def model_config(config: dict, file: Path) -> ModelConfig:
@@ -45,6 +48,8 @@ def model_config(config: dict, file: Path) -> ModelConfig:
         UserError: this project's model cannot express a setting; names ``file`` and the key.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind == "vila_u_llama":
+        raise UserError(f"{file}: is a VILA-U; convert it with tools/convert_hf.py --vila-u")
     if not isinstance(kind, str) or kind not in _FAMILIES:
         raise UserError(f"{file}: 'model_type' is {kind!r}, must be one of {', '.join(_FAMILIES)}")
     family = _FAMILIES[kind]
@@ -56,7 +61,7 @@ def model_config(config: dict, file: Path) -> ModelConfig:
     for key in _SIZES:
         if type(config.get(key)) is not int or config[key] < 1:
             raise UserError(f"{file}: '{key}' is {config.get(key)!r}, must be a whole number, at least 1")
-    base, scaling = _rotary(config, file)
+    base, scaling, factor = _rotary(config, file)
     section = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -68,6 +73,7 @@ def model_config(config: dict, file: Path) -> ModelConfig:
         "qk_norm": family.qk_norm,
         "rotary_base": base,
         "rotary_scaling": scaling,
+        "rotary_interpolation_factor": factor,
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "init_std": config.get("initializer_range") or 0.02,
         "tie_embeddings": config.get("tie_word_embeddings", False),
@@ -98,8 +104,8 @@ def _refuse_windows(config: dict, file: Path) -> None:
         )
 
 
-def _rotary(config: dict, file: Path) -> tuple[float, dict | None]:
-    """Base of the rotary frequencies, and the settings of Llama 3's scaling, if used."""
+def _rotary(config: dict, file: Path) -> tuple[float, dict | None, float]:
+    """Base of the rotary frequencies, the settings of Llama 3's scaling, if used, and the factor of linear scaling."""
     # transformers 5 keeps the base among the rotary parameters, older versions beside them.
     rotary = {"rope_theta": config.get("rope_theta")}
     for key in ("rope_scaling", "rope_parameters"):
@@ -113,10 +119,12 @@ def _rotary(config: dict, file: Path) -> tuple[float, dict | None]:
         raise UserError(f"{file}: 'partial_rotary_factor' is {partial}, must be 1")
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind == "default":
-        return base, None
-    if kind != "llama3":
-        raise UserError(f"{file}: 'rope_type' is {kind!r}, this model supports 'default' and 'llama3'")
-    for key in _LLAMA3_ROTARY:
+        return base, None, 1.0
+    if kind not in _ROTARY_KEYS:
+        raise UserError(f"{file}: 'rope_type' is {kind!r}, this model supports 'default', 'linear' and 'llama3'")
+    for key in _ROTARY_KEYS[kind]:
         if not isinstance(rotary.get(key), int | float):
-            raise UserError(f"{file}: '{key}' of 'llama3' is {rotary.get(key)!r}, must be a number")
-    return base, {key: rotary[key] for key in _LLAMA3_ROTARY}
+            raise UserError(f"{file}: '{key}' of {kind!r} is {rotary.get(key)!r}, must be a number")
+    if kind == "linear":
+        return base, None, float(rotary["factor"])
+    return base, {key: rotary[key] for key in _ROTARY_KEYS[kind]}, 1.0

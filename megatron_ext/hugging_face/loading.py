@@ -25,13 +25,18 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_ext import command_line, distributed
+from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.hugging_face.folder import BLOCK, ModelFolder
-from megatron_ext.hugging_face.weights import HEAD, TABLES, read_parameter
+from megatron_ext.hugging_face.weights import HEAD, TABLES
 from megatron_ext.model_config import ModelConfig
 from megatron_ext.text_model import TOKENIZER_JSON
 from megatron_ext.transformer.initialization import global_parameters
+from megatron_ext.transformer.resolved import vocab_size
 from megatron_ext.vocabulary import SPECIAL_TOKENS, Vocabulary, code_name
+
+_OWN = ("max_image_tokens", "image_codes")
+"""Keys of the model's identity that a published model does not decide: it has no such parameters."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,18 @@ class TableRows:
 
     Attributes:
         taken: the first rows, which are the published model's.
+        special: rows of the published model by id, of special tokens that are not among the first.
         published, new: tokens that start as the published model's rows, and tokens that start from scaled initial
             weights.
+        left_out: rows of the published model that no token starts with.
         stds: standard deviation of new rows by the name of the table.
     """
 
     taken: int
+    special: dict[int, int]
     published: int
     new: int
+    left_out: int
     stds: dict[str, float]
 
 
@@ -73,8 +82,8 @@ def load_published(
     for name, parameter in command_line.progress(parameters, desc="weights", unit=" parameters"):
         if name in TABLES:
             parameter.mul_(table_rows.stds[name] / model.init_std)
-            _fill_rows(parameter, rank * parameter.shape[0], source, TABLES[name], vocabulary, table_rows.taken)
-        elif (weight := read_parameter(source, name, rank, size)) is not None:
+            _fill_rows(parameter, rank * parameter.shape[0], source, TABLES[name], table_rows)
+        elif (weight := source.parameter(name, rank, size)) is not None:
             parameter.copy_(weight)
     return table_rows
 
@@ -93,9 +102,12 @@ def _table_rows(source: ModelFolder, model: ModelConfig, vocabulary: Vocabulary)
     tables = [item for item in TABLES.items() if not (model.tie_embeddings and item[0] == HEAD)]
     stds = {name: _text_std(source, tensor, vocabulary) for name, tensor in tables}
     whole = _has_all_tokens(source, vocabulary)
-    taken = min(vocabulary.size if whole else vocabulary.text_size, source.vocab_size)
-    published = taken if whole else taken + (_end_of_documents(source, vocabulary) is not None)
-    return TableRows(taken, published, vocabulary.size - published, stds)
+    size = vocab_size(Config(model=model), vocabulary)
+    taken = min(size if whole else vocabulary.text_size, source.vocab_size)
+    special = {} if whole else source.special_rows(vocabulary)
+    left_out = source.vocab_size - taken - len({row for row in special.values() if row >= taken})
+    published = taken + len(special)
+    return TableRows(taken, special, published, size - published, left_out, stds)
 
 
 def _has_all_tokens(source: ModelFolder, vocabulary: Vocabulary) -> bool:
@@ -108,12 +120,6 @@ def _has_all_tokens(source: ModelFolder, vocabulary: Vocabulary) -> bool:
     return all(text.id(name) == i for name, i in names.items())
 
 
-def _end_of_documents(source: ModelFolder, vocabulary: Vocabulary) -> int | None:
-    """The published row with which ``<eod>`` starts."""
-    end = vocabulary.text.end
-    return None if end is None or end >= source.vocab_size else end
-
-
 def _text_std(source: ModelFolder, tensor: str, vocabulary: Vocabulary) -> float:
     """Standard deviation of the text rows of a table, read block by block."""
     count, total, squares = 0, 0.0, 0.0
@@ -124,19 +130,19 @@ def _text_std(source: ModelFolder, tensor: str, vocabulary: Vocabulary) -> float
     return max((squares - total * total / count) / (count - 1), 0.0) ** 0.5
 
 
-def _fill_rows(rows: Tensor, first: int, source: ModelFolder, tensor: str, vocabulary: Vocabulary, taken: int) -> None:
-    """Copy the first ``taken`` rows of a table, and the row of the end of documents.
+def _fill_rows(rows: Tensor, first: int, source: ModelFolder, tensor: str, table_rows: TableRows) -> None:
+    """Copy the published model's rows of a table.
 
     Args:
         rows: a tensor-parallel rank's rows of the table, ``first`` and on.
     """
-    own = max(min(taken - first, len(rows)), 0)
+    own = max(min(table_rows.taken - first, len(rows)), 0)
     for begin in range(0, own, BLOCK):
         end = min(begin + BLOCK, own)
         rows[begin:end] = source.rows(tensor, first + begin, first + end).to(rows)
-    end_of_documents = _end_of_documents(source, vocabulary)
-    if end_of_documents is not None and taken <= vocabulary.eod and first <= vocabulary.eod < first + len(rows):
-        rows[vocabulary.eod - first] = source.rows(tensor, end_of_documents, end_of_documents + 1)[0].to(rows)
+    for token, row in table_rows.special.items():
+        if first <= token < first + len(rows):
+            rows[token - first] = source.rows(tensor, row, row + 1)[0].to(rows)
 
 
 def require_same_shape(source: ModelFolder, model: ModelConfig) -> None:
@@ -147,7 +153,7 @@ def require_same_shape(source: ModelFolder, model: ModelConfig) -> None:
     """
     published, own = source.model.identity, model.identity
     for key in dict.fromkeys((*published, *own)):
-        if key != "max_image_tokens" and published.get(key) != own.get(key):
+        if key not in _OWN and published.get(key) != own.get(key):
             key = key.removesuffix("_factor")  # a short form, of which the model keeps no value
             raise UserError(
                 f"{source.folder}: its model.{key} is {getattr(source.model, key)}, this run's is "

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_ext import chat_template
 from megatron_ext.chat_template import ChatTemplate, Segments, Turn
-from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, is_image
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, is_image
 from megatron_ext.preprocess import units
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions, Sample, Unit
 from megatron_ext.vocabulary import Vocabulary
@@ -29,6 +29,8 @@ class Part:
         bytes: size of the samples in the input.
         documents: name and documents of each usable sample.
         skipped: a description of each skipped sample.
+        filtered: number of samples that filters removed.
+        missing: number of images that are left out of documents because they are not there.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Part:
     bytes: int
     documents: list[tuple[str, list[Document]]] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
+    filtered: int = 0
+    missing: int = 0
 
     @cached_property
     def images(self) -> list[ImageFile]:
@@ -66,13 +70,21 @@ def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions,
     """A part of these samples; samples without text of the required mode, or that the chat template cannot write, are
     skipped."""
     part = Part(name, last, len(samples), sum(sample.bytes for sample in samples))
+    part.missing = sum(sample.missing for sample in samples)
+    part.filtered = sum(sample.filtered for sample in samples)
     template = chat_template.of(vocabulary) if options.chat_template else None
+    with_captions = template is not None and vocabulary.templates.captions == "conversation"
     described, texts = [], []
     for sample in samples:
+        if sample.filtered:
+            continue
         documents, reason = [], sample.unusable
         if reason is None:
             try:
-                documents = _documents(sample, options.split_turns, template)
+                if with_captions and sample.is_caption:
+                    documents = [_captioned(sample, template)]
+                else:
+                    documents = _documents(sample, options.split_turns, template)
             except chat_template.UnusableConversation as error:
                 reason = str(error)
         described.append((sample, documents, reason))
@@ -86,8 +98,11 @@ def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions,
     for sample, documents, reason in described:
         encoded = [[(mode, _sequence(item, ids)) for mode, item in document] for document in documents]
         encoded = [[(mode, item) for mode, item in document if len(item)] for document in encoded]
-        learnt = (sample.required_mode, DRAWN)
+        learnt = (TEXT if with_captions and sample.is_caption else sample.required_mode, DRAWN)
         usable = [document for document in encoded if any(mode in learnt for mode, _ in document)]
+        if options.max_tokens and usable:
+            usable = [fitting for document in usable if (fitting := _fitting(document, sample, options))]
+            reason = f"more tokens than --max-tokens {options.max_tokens}"
         if usable:
             part.documents.append((sample.name, usable))
         else:
@@ -103,6 +118,39 @@ def _documents(sample: Sample, split: bool, template: ChatTemplate | None) -> li
         return [template.segments(turns) for turns in conversations if turns]
     document = list(sample.segments)
     return split_turns(document) if split and sample.required_mode == ANSWER else [document]
+
+
+def _fitting(document: Document, sample: Sample, options: ReadOptions) -> Document:
+    """The document if its rendering fits ``max_tokens``; the beginning that does if it is interleaved, else nothing.
+    Documents without images always fit, since rows may cut them."""
+    images = sum(is_image(mode) for mode, _ in document)
+    texts = sum(len(item) + (mode == ANSWER) for mode, item in document if not is_image(mode))
+    if not images or 2 + images * (options.image_tokens + 2) + texts <= options.max_tokens:  # bos, <eod>; <boi>, <eoi>
+        return document
+    return cut(document, options.max_tokens - 2, options.image_tokens + 2) if sample.required_mode == TEXT else []
+
+
+def cut(document: Document, room: int, image: int) -> Document:
+    """The beginning of a document of at most ``room`` tokens, of which an image takes ``image``; no image ends it."""
+    kept = []
+    for mode, item in document:
+        size = image if is_image(mode) else len(item)
+        if is_image(mode) and size >= room:
+            break
+        kept.append((mode, item if is_image(mode) else item[:room]))
+        room -= size
+        if room <= 0:
+            break
+    while kept and is_image(kept[-1][0]):
+        kept.pop()
+    return kept
+
+
+def _captioned(sample: Sample, template: ChatTemplate) -> Segments:
+    """The document of a caption that a chat template writes: context of the pictures, which understanding never
+    learns."""
+    *images, (_, caption) = sample.segments
+    return [*images, (TEXT, template.before_picture(caption))] if caption else []
 
 
 def _sequence(item, ids: Iterator) -> "np.ndarray | ImageFile":

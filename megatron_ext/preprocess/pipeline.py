@@ -1,9 +1,10 @@
 """The whole preprocessing, or one shard of it, from options to files."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.preprocess import dali_decoder, units
 from megatron_ext.preprocess.encoding import Encoded, encode
 from megatron_ext.preprocess.parts import Part, unit_parts
+from megatron_ext.preprocess.record_fields import Filter
 from megatron_ext.preprocess.samples import ReadOptions, Unit
 from megatron_ext.preprocess.store import Store, finished, joined, remove_parts
 from megatron_ext.vocabulary import Vocabulary
@@ -26,11 +28,9 @@ class PreprocessOptions:
     """Inputs, output and settings of a preprocessing.
 
     Attributes:
-        inputs: WebDataset tars, LLaVA JSON files, JSONL files.
+        inputs: WebDataset tars, LLaVA JSON files, JSONL files (.jsonl, .jsonl.gz, .jsonl.zip).
         out: prefix of the data set.
-        images: folder of the images that JSON and JSONL files name; None for the folder of the file itself.
-        prefer: "conversation" or "caption", for a sample with both.
-        split_turns: each question with its answer becomes a document of its own.
+        images, prefer, split_turns, caption, filters, max_tokens: see :class:`.ReadOptions`.
         chat_template: the vocabulary's chat template writes conversations; None: if it has one.
         resize: "crop" or "squash"; None: the tokenizer's own choice, for pictures to be drawn if captions are
             preferred, else for pictures that are asked about.
@@ -45,6 +45,9 @@ class PreprocessOptions:
     out: Path
     images: Path | None = None
     prefer: str = "conversation"
+    caption: tuple[str, ...] = ()
+    filters: tuple[Filter, ...] = ()
+    max_tokens: int | None = None
     split_turns: bool = False
     chat_template: bool | None = None
     resize: str | None = None
@@ -185,7 +188,10 @@ def _show(bar, batch: Encoded, summary: Summary) -> None:
 
 
 def _parts(todo: dict, options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None) -> Iterator[Part]:
-    read_options = ReadOptions(options.images, options.prefer, options.split_turns, options.chat_template)
+    shared = {field.name for field in fields(ReadOptions)} & {field.name for field in fields(options)}
+    read_options = ReadOptions(
+        **{name: getattr(options, name) for name in shared}, image_tokens=math.prod(vq.grid) if vq else 0
+    )
     for index, (unit, done) in todo.items():
         for part in unit_parts(index, unit, done, options.part_samples, read_options, vocabulary):
             if vq is None and part.images:
@@ -224,6 +230,9 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         "images": str(options.images) if options.images else None,
         "as": options.prefer,
         # Without these options data sets stay as they are.
+        **({"caption": list(options.caption)} if options.caption else {}),
+        **({"filters": [_readable(one) for one in options.filters]} if options.filters else {}),
+        **({"max_tokens": options.max_tokens} if options.max_tokens else {}),
         **({"split_turns": True} if options.split_turns else {}),
         **({"chat_template": chat_template.description(vocabulary)} if options.chat_template else {}),
         "resize": _resize(options, vq),
@@ -236,6 +245,11 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         "device": device.type,
         "precision": str(dtype).removeprefix("torch."),
     }
+
+
+def _readable(one: Filter) -> dict:
+    """A filter without the bounds that it does not have, which JSON could not express."""
+    return {key: value for key, value in asdict(one).items() if value not in (math.inf, -math.inf)}
 
 
 def _shard(units: int, shard: tuple[int, int] | None) -> range:

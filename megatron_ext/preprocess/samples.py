@@ -1,14 +1,16 @@
 """Samples: the documents that input files describe, before an image is opened or a text is tokenised."""
 
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT
 from megatron_ext.errors import UserError
+from megatron_ext.preprocess.record_fields import Filter, first_text
 
 PLACEHOLDER = "<image>"
 """Marks the place of an image in a conversation (LLaVA's convention)."""
@@ -40,6 +42,8 @@ class Sample:
             that have no place in a turn.
         required_mode: a document without text of this mode, ANSWER or TEXT, and without a drawn image is skipped.
         unusable: why the sample cannot become a document, or None.
+        filtered: a filter removes the sample.
+        missing: number of images that are left out because they are not there.
         bytes: approximate size in the input file, for the progress bar.
     """
 
@@ -48,7 +52,14 @@ class Sample:
     turns: tuple[tuple[str, int], ...] = ()
     required_mode: int = ANSWER
     unusable: str | None = None
+    filtered: bool = False
+    missing: int = 0
     bytes: int = 0
+
+    @property
+    def is_caption(self) -> bool:
+        """Whether it is images with a caption."""
+        return not self.turns and bool(self.segments) and self.segments[-1][0] == ANSWER
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,8 @@ class Unit:
         file: the input file.
         bytes: the unit's share of the file's size, for the progress bar.
         first: index of its first record (JSON, JSONL).
-        count: number of its records; None for a whole tar.
-        offset: byte at which its first line starts (JSONL).
-        records: the records themselves (JSON, which can only be read whole).
+        count: number of its records; None for a whole tar, folder or compressed file.
+        offset: byte at which its first record starts (JSON, JSONL).
     """
 
     file: Path
@@ -69,18 +79,44 @@ class Unit:
     first: int = 0
     count: int | None = None
     offset: int = 0
-    records: list | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How records become documents: the folder of the images (None: that of the input file), ``--as``,
-    ``--split-turns``, and whether the vocabulary's chat template writes conversations."""
+    """How records become documents.
+
+    Attributes:
+        images: folder of the images; None for that of the input file. ``{shard}`` in it stands for the name of the
+            input file without its ending.
+        prefer: "conversation" or "caption", for a record with both.
+        split_turns: each question with its answer becomes a document of its own.
+        chat_template: the vocabulary's chat template writes conversations.
+        caption: dotted keys; every record becomes a caption pair with the first text that is found there. Empty: see
+            ``prefer``.
+        max_tokens: most tokens of a document with images; longer ones are skipped, or cut if they are interleaved.
+        image_tokens: tokens of an image, for ``max_tokens``.
+        filters: which records are kept; in an interleaved document (:mod:`.interleaved`), which images.
+    """
 
     images: Path | None
     prefer: str
     split_turns: bool = False
     chat_template: bool = False
+    caption: tuple[str, ...] = ()
+    filters: tuple[Filter, ...] = ()
+    max_tokens: int | None = None
+    image_tokens: int = 0
+
+    def keeps(self, record: dict) -> bool:
+        """Whether all filters keep a record.
+
+        Raises:
+            ValueError: the record lacks the key of a filter.
+        """
+        return all(one.keeps(record) for one in self.filters)
+
+
+MALFORMED = (ValueError, TypeError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 class naming_errors:
@@ -95,64 +131,34 @@ class naming_errors:
     def __exit__(self, kind, error, traceback):
         if isinstance(error, OSError):
             raise UserError(f"{self.name}: {error.strerror or error}") from None
-        if isinstance(error, (ValueError, TypeError, tarfile.TarError)):
+        if isinstance(error, MALFORMED):
             raise UserError(f"{self.name}: {error}") from None
 
 
-def cut_records(file: Path, size: int, records: int, part_samples: int) -> Iterator[tuple[int, int, int]]:
-    """First record, number of records and share of the file's bytes of each unit.
-
-    Raises:
-        UserError: the file has no records.
-    """
-    if not records:
-        raise UserError(f"{file}: holds no sample")
-    for first in range(0, records, part_samples):
-        count = min(part_samples, records - first)
-        yield first, count, size * count // records
-
-
-def samples_of_records(
-    unit: Unit, records: Iterable[tuple[str, object]], options: ReadOptions, skip: int
-) -> Iterator[Sample]:
-    """The samples of (name, record) pairs of a unit, from pair ``skip`` on.
-
-    Raises:
-        UserError: a record is malformed.
-    """
-    for name, record in islice(records, skip, None):
-        with naming_errors(name):
-            if not isinstance(record, dict):
-                raise ValueError("not a JSON object")
-            images = _record_images(record, options.images or unit.file.parent)
-            yield replace(make_sample(name, record, images, options.prefer), bytes=unit.bytes // unit.count)
-
-
-def make_sample(name: str, record: dict, images: Sequence[ImageFile], prefer: str) -> Sample:
-    """The sample of a record with ``conversations`` (LLaVA), ``caption``, or ``text``.
-
-    Args:
-        prefer: ``"conversation"`` or ``"caption"``, for a record with both.
+def make_sample(name: str, record: dict, images: Sequence[ImageFile], options: ReadOptions) -> Sample:
+    """The sample of a record with ``conversations`` (LLaVA), a caption, or ``text``.
 
     Raises:
         ValueError: the record has none of these keys, or their values are malformed.
     """
+    if not options.keeps(record):
+        return Sample(name, filtered=True)
+    if options.caption:
+        caption = first_text(record, options.caption)
+        return _caption(name, caption, images) if caption else Sample(name, unusable=no_caption(options.caption))
     conversation, caption = record.get("conversations") is not None, record.get("caption") is not None
-    if conversation and (prefer == "conversation" or not caption):
+    if conversation and (options.prefer == "conversation" or not caption):
         return _conversation(name, record["conversations"], images)
     if caption:
         return _caption(name, _string(record, "caption"), images)
     if "text" in record:
         return Sample(name, ((TEXT, _string(record, "text")),), required_mode=TEXT)
-    raise ValueError("has none of 'conversations', 'caption', 'text'")
+    raise ValueError("has none of 'conversations', 'caption', 'text'; --caption names the key of a caption")
 
 
-def _record_images(record: dict, folder: Path) -> list[ImageFile]:
-    paths = record.get("image")
-    paths = [] if paths is None else [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise ValueError("'image' is neither a path nor a list of paths")
-    return [ImageFile(name := str(folder / path), name) for path in paths]
+def no_caption(keys: Sequence[str]) -> str:
+    """Why a record without any of these keys of a caption is not usable."""
+    return f"has no text at {' or '.join(repr(key) for key in keys)}"
 
 
 def _caption(name: str, caption: str, images: Sequence[ImageFile]) -> Sample:

@@ -89,6 +89,7 @@ class Store:
             "bytes": part.bytes,
             "last": part.last,
             "skipped": skipped,
+            **_nonzero(filtered=part.filtered, missing_images=part.missing),
         }
         write_json(self._file(part.name), manifest)
         return manifest
@@ -105,9 +106,16 @@ class Store:
         parts = self._all_parts()
         skipped = [entry for _, manifest in parts for entry in manifest["skipped"]]
         samples = sum(manifest["samples"] for _, manifest in parts)
-        if len(skipped) == samples:
-            raise UserError(f"{self.prefix}: none of {samples} samples was usable; see 'skipped' in {self.folder}")
-        source = {"made_by": TOOL, "samples": samples, "skipped": len(skipped), "settings": self.settings}
+        filtered, missing = (
+            sum(manifest.get(key, 0) for _, manifest in parts) for key in ("filtered", "missing_images")
+        )
+        if len(skipped) + filtered == samples:
+            raise UserError(
+                f"{self.prefix}: none of {samples} samples was usable, {filtered} were filtered out; see 'skipped' in "
+                f"{self.folder}"
+            )
+        counts = {"samples": samples, "skipped": len(skipped), **_nonzero(filtered=filtered, missing_images=missing)}
+        source = {"made_by": TOOL, **counts, "settings": self.settings}
         self._remove_temporaries()
         writer = DatasetWriter(self.prefix, self.settings["vocabulary"], self.settings["vq"], source)
         with writer, _frozen_garbage():
@@ -154,6 +162,10 @@ def _frozen_garbage():
         yield
     finally:
         gc.unfreeze()
+
+
+def _nonzero(**counts: int) -> dict[str, int]:
+    return {key: count for key, count in counts.items() if count}
 
 
 def skipped_file(prefix: str | Path) -> Path:

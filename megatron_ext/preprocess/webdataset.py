@@ -1,72 +1,107 @@
-"""Reading WebDataset tars: KEY.jpg (or another image), KEY.txt (a caption), KEY.json (a record)."""
+"""Reading files that share a key: KEY.jpg (or another image), KEY.txt (a caption), KEY.json (a record).
+
+They lie in a WebDataset tar, one sample after the other, or unpacked in a folder, as img2dataset writes both.
+"""
 
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
+from megatron_ext.errors import UserError
 from megatron_ext.preprocess.samples import ImageFile, ReadOptions, Sample, Unit, make_sample, naming_errors
+from megatron_ext.preprocess.tar_members import members
 from megatron_ext.vq.image_decoder import IMAGE_SUFFIXES
 
 
+class _Member(NamedTuple):
+    """A file of a sample: its path in the tar or folder, where its bytes are, its bytes, and its share of progress."""
+
+    path: str
+    place: ImageFile
+    read: Callable[[], bytes]
+    size: int
+
+
 def units(file: Path, size: int, part_samples: int) -> Iterator[Unit]:
-    """The whole tar as one unit."""
-    yield Unit(file, size)
+    """A whole tar as one unit; a folder, and each folder in it, as one unit if it has files.
+
+    Raises:
+        UserError: a folder holds no file.
+    """
+    if not file.is_dir():
+        yield Unit(file, size)
+        return
+    empty = True
+    for folder, folders, names in os.walk(file):
+        folders.sort()
+        if names:
+            yield Unit(Path(folder), len(names))
+            empty = False
+    if empty:
+        raise UserError(f"{file}: holds no sample")
 
 
 def read(unit: Unit, options: ReadOptions, skip: int) -> Iterator[Sample]:
-    """The samples of a tar from sample ``skip`` on.
+    """The samples of a unit from sample ``skip`` on.
 
     Raises:
         UserError: the tar is damaged, or a record is malformed.
     """
     file = unit.file
-    with naming_errors(str(file)), tarfile.open(file, "r:") as archive:
-        for key, members in islice(_groups(file, archive), skip, None):
-            with naming_errors(f"{file}:{key}"):
-                size = sum(tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE)) for member in members)
-                yield replace(_sample(file, archive, key, members, options.prefer), bytes=size)
+    with naming_errors(str(file)), ExitStack() as opened:
+        if file.is_dir():
+            found = _in_folder(file)
+        else:
+            found = _in_tar(file, opened.enter_context(tarfile.open(file, "r:")))
+        groups = ((key, list(of_key)) for key, of_key in groupby(found, lambda member: _key(member.path)))
+        for key, of_key in islice(groups, skip, None):
+            name = f"{file}:{key}"
+            with naming_errors(name):
+                yield replace(_sample(name, of_key, options), bytes=sum(member.size for member in of_key))
 
 
-def _groups(file: Path, archive: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
-    """Consecutive members with one key: WebDataset's key is the path up to the first dot of the file name."""
-    key, members, end = None, [], 0
-    for member in archive:
-        end = archive.offset
-        if not member.isfile() or os.path.basename(member.name).startswith("."):
-            continue
-        folder, name = os.path.split(member.name)
-        member_key = os.path.join(folder, name.partition(".")[0])
-        if members and member_key != key:
-            yield key, members
-            members = []
-        key = member_key
-        members.append(member)
-    with file.open("rb") as raw:  # tarfile takes a damaged header for the end of the archive
-        raw.seek(end)
-        if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise ValueError(f"damaged after the sample {key}")
-    if not members:
+def _key(path: str) -> str:
+    """WebDataset's key: the path up to the first dot of the file name."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, name.partition(".")[0])
+
+
+def _in_tar(file: Path, archive: tarfile.TarFile) -> Iterator[_Member]:
+    empty = True
+    for member in members(file, archive):
+        place = ImageFile(f"{file}:{member.name}", str(file), member.offset_data, member.size)
+        size = tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE))
+        yield _Member(member.name, place, lambda member=member: archive.extractfile(member).read(), size)
+        empty = False
+    if empty:
         raise ValueError("holds no sample")
-    yield key, members
 
 
-def _sample(file: Path, archive: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], prefer: str) -> Sample:
-    record, images, name = {}, [], f"{file}:{key}"
-    for member in members:
-        suffix = os.path.splitext(member.name)[1].lower()
+def _in_folder(folder: Path) -> Iterator[_Member]:
+    names = (entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
+    for name in sorted(names, key=lambda name: (_key(name), name)):
+        yield _Member(name, ImageFile(str(folder / name), str(folder / name)), (folder / name).read_bytes, 1)
+
+
+def _sample(name: str, of_key: Iterable[_Member], options: ReadOptions) -> Sample:
+    record, images = {}, []
+    for path, place, content_of, _ in of_key:
+        suffix = os.path.splitext(path)[1].lower()
         if suffix in IMAGE_SUFFIXES:
-            images.append(ImageFile(f"{file}:{member.name}", str(file), member.offset_data, member.size))
+            images.append(place)
         elif suffix == ".json":
-            content = json.loads(archive.extractfile(member).read())
+            content = json.loads(content_of())
             if not isinstance(content, dict):
-                raise ValueError(f"{member.name}: not a JSON object")
+                raise ValueError(f"{path}: not a JSON object")
             record = {**content, **record}
         elif suffix == ".txt":
-            record["caption"] = archive.extractfile(member).read().decode()
-    if not record.keys() & {"conversations", "caption", "text"}:
+            record["caption"] = content_of().decode()
+    if not (options.caption and images) and not record.keys() & {"conversations", "caption", "text"}:
         return Sample(name, unusable="neither a caption nor conversations")
-    return make_sample(name, record, images, prefer)
+    return make_sample(name, record, images, options)

@@ -12,6 +12,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops
 from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import PADDING_DOCUMENT, Task
+from megatron_ext.transformer.resolved import vocab_size
 from megatron_ext.vocabulary import Vocabulary
 
 ROWS = 64
@@ -49,7 +50,9 @@ def plan_costs(config: Config, plan: Plan, vocabulary: Vocabulary) -> list[PlanC
     plans = {"dense": dense(plan), plan.name: plan, **_presets(config)}
     costs: list[PlanCost] = []
     for name, other in plans.items():
-        flops = {task: _per_token(config, vocabulary.size, other, part) for task, part in batches.items()}
+        flops = {
+            task: _per_token(config, vocab_size(config, vocabulary), other, part) for task, part in batches.items()
+        }
         if other is plan:  # replaces dense, if it costs the same
             costs = [cost for cost in costs if cost.flops != flops]
         if flops not in [cost.flops for cost in costs]:
@@ -70,6 +73,6 @@ def _by_task(batch: Batch) -> dict[str, Batch]:
     return {**{task: replace(batch, document=d) for task, d in documents.items()}, ALL: batch}
 
 
-def _per_token(config: Config, vocab_size: int, plan: Plan, batch: Batch) -> float:
+def _per_token(config: Config, head_rows: int, plan: Plan, batch: Batch) -> float:
     counts = count(batch, plan)
-    return TRAINING_PER_FORWARD * forward_flops(config.model, vocab_size, plan, counts) / sum(counts.tokens)
+    return TRAINING_PER_FORWARD * forward_flops(config.model, head_rows, plan, counts) / sum(counts.tokens)

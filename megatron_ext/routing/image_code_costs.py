@@ -30,7 +30,7 @@ def depth_head_multiply_adds(model: ModelConfig) -> int:
     width = head.hidden_size
     entries = model.hidden_size * width + (depth - 1) * _width(model) * width * _has_projector(model)
     layers = head.num_layers * (12 * depth * width**2 + width * depth * (depth + 1))
-    return entries + layers + depth * width * _codebook_size(model)
+    return entries + layers + depth * width * codebook_size(model)
 
 
 def projector_parameters(model: ModelConfig) -> int:
@@ -39,7 +39,7 @@ def projector_parameters(model: ModelConfig) -> int:
     if model.image_codes.depth == 1:
         return 0
     if not _has_projector(model):
-        return model.image_codes.depth * _codebook_size(model) * h
+        return model.image_codes.depth * codebook_size(model) * h
     return (_width(model) + 1) * h + (h + 1) * h
 
 
@@ -47,7 +47,7 @@ def depth_head_parameters(model: ModelConfig) -> int:
     """Parameters of the depth head."""
     if model.image_codes.depth == 1:
         return 0
-    depth, head, codes = model.image_codes.depth, model.image_codes.head, _codebook_size(model)
+    depth, head, codes = model.image_codes.depth, model.image_codes.head, codebook_size(model)
     width = head.hidden_size
     entry = (_width(model) + 1) * width if _has_projector(model) else depth * codes * width
     entries = (model.hidden_size + 1) * width + entry + depth * width
@@ -56,14 +56,20 @@ def depth_head_parameters(model: ModelConfig) -> int:
 
 
 def _has_projector(model: ModelConfig) -> bool:
-    return model.image_codes.depth > 1 and bool(model.image_codes.codebook)
+    codes = model.image_codes
+    return codes.depth > 1 and bool(codes.codebook or codes.width)
 
 
 def _width(model: ModelConfig) -> int:
     return _known(model.image_codes.width, "width") if _has_projector(model) else 0
 
 
-def _codebook_size(model: ModelConfig) -> int:
+def codebook_size(model: ModelConfig) -> int:
+    """K, codes that the depth head tells apart.
+
+    Raises:
+        UserError: the configuration does not say.
+    """
     return _known(model.image_codes.codebook_size, "codebook_size")
 
 

@@ -25,12 +25,22 @@ drops attention's output as computed and the softmax sums; full recomputation ke
 Left out: rotary tables (shared by the layers); attention masks on CPUs; keys stored twice because a document has text
 before and after a KV_ONLY image; copies of rows that a layer needs together but the stored order keeps apart;
 embedding, logits and loss; tensor parallelism.
+
+The depth head of image tokens of several codes keeps for each of the D places of a predicted token, with a width of E,
+n heads and K codes in the codebook::
+
+    a layer        16*E + n + 4               inputs of two norms and normed (4*E); query, key and value (3*E);
+                                              attention's output; FFN before and after GELU (8*E); softmax sums; norms
+    the end        2*E + 2 + K                input of the norm and normed, norm, probabilities in float32
+
+of the tokens of a chunk (``image_codes.head.chunk``), or of all of them.
 """
 
 from typing import Literal
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.routing.flops import Counts, key_width, low_rank_modules, projection_shapes, query_width
+from megatron_ext.routing.image_code_costs import codebook_size
 from megatron_ext.routing.plan import Plan, Projections, Role
 
 
@@ -65,6 +75,19 @@ def activation_bytes(
         matrices = 0 if recompute == "full" else _matrices(model, plan.projections, of_role[Role.KV_ONLY] > 0)
         elements.append(times * kept + matrices)
     return [round(element_size * n) for n in elements]
+
+
+def depth_head_bytes(model: ModelConfig, counts: Counts, element_size: int, times: float = 1) -> int:
+    """Bytes that the depth head keeps of a micro-batch that holds the counted tokens ``times`` times."""
+    if model.image_codes.depth == 1:
+        return 0
+    depth, head = model.image_codes.depth, model.image_codes.head
+    tokens = times * counts.codes
+    if head.chunk:
+        tokens = min(tokens, head.chunk)
+    layer = 16 * head.hidden_size + head.num_attention_heads + 4
+    place = element_size * (head.num_layers * layer + 2 * head.hidden_size + 2) + 4 * codebook_size(model)
+    return round(tokens * depth * place)
 
 
 def _full(model: ModelConfig, without_core: bool) -> int:

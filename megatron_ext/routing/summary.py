@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from megatron_ext.config import Config
+from megatron_ext.config import Config, ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.flops import (
     NUM_CLASSES,
     TRAINING_PER_FORWARD,
+    Counts,
     class_flops,
     count,
     dense,
@@ -16,11 +17,13 @@ from megatron_ext.routing.flops import (
     image_parameter_count,
     layer_flops,
     parameter_count,
+    projector_flops,
     stage_flops,
     stage_layers,
     with_all_logits,
 )
-from megatron_ext.routing.memory import activation_bytes
+from megatron_ext.routing.image_code_costs import depth_head_multiply_adds
+from megatron_ext.routing.memory import activation_bytes, depth_head_bytes
 from megatron_ext.routing.plan import CLASSES, Plan, class_index, task_and_modality
 
 
@@ -57,6 +60,7 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
     ]
     flops = forward_flops(model, vocab_size, plan, counts)
     dense_flops = forward_flops(model, vocab_size, reference, dense_counts)
+    stack, dense_stack = sum(layer_flops(model, plan, counts)), sum(dense_layers)
     head, dense_head = head_flops(model, vocab_size, counts), head_flops(model, vocab_size, dense_counts)
     split = (parallel.pipeline, parallel.virtual_pipeline)
     stages = stage_flops(model, vocab_size, plan, counts, *split)
@@ -69,6 +73,7 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         "flops": TRAINING_PER_FORWARD * flops,
         "dense_flops": TRAINING_PER_FORWARD * dense_flops,
         "ratio": flops / dense_flops,
+        "stack_flops_ratio": stack / dense_stack,
         "layers": layers,
         "head": {"flops": TRAINING_PER_FORWARD * head, "ratio": head / dense_head if dense_head else 1.0},
         "stages": _stages(stage_layers(model.num_layers, *split), stages, kept),
@@ -79,6 +84,28 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         "micro_batch_tokens": micro_batch,
         "activation_bytes": sum(kept),
         "dense_activation_bytes": sum(dense_kept),
+        "image_codes": _image_codes(model, counts, stack, element_size, micro_batch / sum(counts.tokens)),
+    }
+
+
+def _image_codes(model: ModelConfig, counts: Counts, stack: int, element_size: int, times: float) -> dict | None:
+    """What image tokens of several codes cost besides the layers; None where they have one.
+
+    Args:
+        stack: FLOPs of one forward pass through the layers.
+        times: how many times the micro-batch holds the counted tokens.
+    """
+    if model.image_codes.depth == 1:
+        return None
+    depth_head = 2 * depth_head_multiply_adds(model) * counts.codes
+    return {
+        "depth": model.image_codes.depth,
+        "images": counts.images,
+        "targets": counts.codes,
+        "projector_flops": TRAINING_PER_FORWARD * projector_flops(model, counts),
+        "depth_head_flops": TRAINING_PER_FORWARD * depth_head,
+        "depth_head_of_layers": depth_head / stack,
+        "depth_head_bytes": depth_head_bytes(model, counts, element_size, times),
     }
 
 
@@ -103,16 +130,28 @@ def describe(summary: dict) -> str:
     lines = [
         f"plan {summary['plan']}, vocabulary {summary['vocabulary']}",
         f"tokens: {tokens}; {summary['logits']} logits",
-        f"training FLOPs {_si(summary['flops'])}, dense {_si(summary['dense_flops'])}: {summary['ratio']:.3f} of dense",
+        f"training FLOPs {_si(summary['flops'])}, dense {_si(summary['dense_flops'])}: "
+        f"{summary['ratio']:.3f} of dense, {summary['stack_flops_ratio']:.3f} in the layers",
         f"activations {_si(kept)}B, dense {_si(dense_kept)}B: {kept / dense_kept:.3f} of dense, "
         f"for a micro-batch of {summary['micro_batch_tokens']} tokens",
         f"parameters {_si(parameters['text'])}, and {_si(parameters['image'])} for image tokens only",
+        *_image_code_lines(summary["image_codes"]),
         "",
         *_layer_table(summary),
     ]
     if len(summary["stages"]) > 1:
         lines += ["", *_stage_table(summary["stages"])]
     return "\n".join(lines)
+
+
+def _image_code_lines(codes: dict | None) -> list[str]:
+    if codes is None:
+        return []
+    return [
+        f"{codes['depth']} codes an image token: projector {_si(codes['projector_flops'])} for {codes['images']}, "
+        f"depth head {_si(codes['depth_head_flops'])} for {codes['targets']} predicted ones, "
+        f"{codes['depth_head_of_layers']:.2f} of the layers, activations {_si(codes['depth_head_bytes'])}B"
+    ]
 
 
 def _layer_table(summary: dict) -> list[str]:

@@ -75,23 +75,25 @@ class Lengths:
         # Imported late: a study whose lengths are in plan.json should not wait for torch.
         from megatron_ext.routing.flops import count, dense, forward_flops, parameter_count
         from megatron_ext.routing.plan import Plan, Projections
+        from megatron_ext.training.image_codes import with_tokenizer
+        from megatron_ext.transformer.resolved import vocab_size
         from megatron_ext.vocabulary import Vocabulary
 
         vocabulary = Vocabulary(config.data.vocabulary)
+        config = with_tokenizer(config, vocabulary)[0]
+        model, rows_of_head = config.model, vocab_size(config, vocabulary)
         plan = Plan.from_config(config)
         batches = self._batches_of(config, vocabulary)
         flops = dense_flops = 0
         for number, batch in enumerate(batches):
             # The middle of each part of training: a dense share may change in the course of it.
             selection = plan.selection(2 * number + 1, 2 * len(batches))
-            flops += forward_flops(config.model, vocabulary.size, plan, count(batch, plan, selection))
-            dense_flops += forward_flops(
-                config.model, vocabulary.size, dense(plan), count(batch, dense(plan), selection)
-            )
+            flops += forward_flops(model, rows_of_head, plan, count(batch, plan, selection))
+            dense_flops += forward_flops(model, rows_of_head, dense(plan), count(batch, dense(plan), selection))
         return Length(
             self._share(config, whole, vocabulary),
             flops / dense_flops,
-            parameter_count(config.model, vocabulary.size, Projections()),
+            parameter_count(model, rows_of_head, Projections()),
         )
 
     def _share(self, config: Config, whole: Config, vocabulary) -> float:

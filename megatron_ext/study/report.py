@@ -34,6 +34,7 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
                 parts += _gains(selected, budget, roles, fits, out / "figures")
     if len(study.budgets) > 1:
         parts += report_tables.over_budgets(study.budgets, comparisons)
+    parts += report_tables.beside_the_paper(results)
     parts += _uncertainty(study, results, bootstrap)
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
     numbers = {

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from megatron_ext.analysis import fit
-from megatron_ext.analysis.results import Row
+from megatron_ext.analysis import beside_paper, fit
+from megatron_ext.analysis.results import Results, Row
 from megatron_ext.analysis.synergy import TASKS, Comparison
 from megatron_ext.analysis.tables import gains, markdown, percent
 
@@ -111,6 +111,16 @@ def over_budgets(budgets: Sequence[str], comparisons: Sequence[Comparison]) -> l
                 | _gains_and_losses(by_budget, metric, budgets, names)
             )
     return ["## Comparison of budgets", markdown(pd.DataFrame(lines))] if lines else []
+
+
+def beside_the_paper(results: Results) -> list[str]:
+    """The paper's tables with ours beside, for methods that have its names."""
+    parts = [f"{title}:\n\n{markdown(table)}" for title, table in beside_paper.tables(results)]
+    note = (
+        "In brackets what a method changes against dense, positive where it is better. Figures of another size, other "
+        "data or other benchmarks compare in this alone."
+    )
+    return ["## Beside arXiv 2606.01503", *parts, note] if parts else []
 
 
 def _gains_and_losses(

@@ -41,9 +41,9 @@ fi
 """
 
 
-def script(study: Study, study_file: Path, runs: Sequence[StudyRun]) -> str:
+def script(study: Study, study_files: Sequence[Path], runs: Sequence[StudyRun]) -> str:
     """The batch script of the given runs."""
-    command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), str(study_file), "--out", study.output]
+    command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), *map(str, study_files), "--out", study.output]
     return SCRIPT.format(
         name=study.name,
         count=len(runs),
@@ -55,14 +55,14 @@ def script(study: Study, study_file: Path, runs: Sequence[StudyRun]) -> str:
     )
 
 
-def submit(study: Study, study_file: Path, runs: Sequence[StudyRun]) -> str:
+def submit(study: Study, study_files: Sequence[Path], runs: Sequence[StudyRun]) -> str:
     """Write the script and submit it with ``sbatch``. Returns the job id.
 
     Raises:
         UserError: ``sbatch`` is missing or refuses the script.
     """
     file = Path(study.output) / "slurm.sh"
-    write_text(file, script(study, study_file, runs))
+    write_text(file, script(study, study_files, runs))
     try:
         done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
     except FileNotFoundError:

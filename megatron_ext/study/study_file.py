@@ -139,18 +139,18 @@ class Study:
         return [method for method in self.methods if size.methods is None or method.name in size.methods]
 
 
-def read(file: str | Path) -> Study:
-    """The study in a file.
+def read(*files: str | Path) -> Study:
+    """The study in a file, or in several that are laid over one another, as configurations are.
 
     Raises:
-        UserError: the file cannot be read, or an entry is wrong, duplicate or missing.
+        UserError: a file cannot be read, or an entry is wrong, duplicate or missing.
     """
+    trees = [config_file.read_yaml(file) for file in files]
     try:
-        study = config_file.from_tree(Study, config_file.read_yaml(file))
+        study = config_file.from_trees(Study, trees)
         _check(study)
     except UserError as error:
-        text = str(error).removeprefix("config: ")
-        raise UserError(text if text.startswith(f"{file}: ") else f"{file}: {text}") from None
+        raise UserError(f"{' + '.join(map(str, files))}: {str(error).removeprefix('config: ')}") from None
     return study
 
 

@@ -69,6 +69,11 @@ def _validate_training(config: Config, world_size: int) -> None:
 
 def _validate_optimizer(config: Config) -> None:
     optimizer, iterations = config.optimizer, config.training.iterations
+    for number, group in enumerate(optimizer.groups):
+        if group.lr_multiplier < 0:
+            raise UserError(
+                f"config: 'optimizer.groups[{number}].lr_multiplier' is {group.lr_multiplier}, must be at least 0"
+            )
     if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_decay_iterations <= iterations:
         raise UserError(
             f"config: 'optimizer.wsd_decay_iterations' is {optimizer.wsd_decay_iterations}, "

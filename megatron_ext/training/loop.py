@@ -55,7 +55,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
             )
             stop_flags, *work = result.metrics
             stop_reason = lifecycle.stop_reason(stop_flags)
-            learning_rate = run.optimizer.param_groups[0]["lr"]
+            learning_rate = scheduler.get_lr({})  # that of parameters without a group
             scheduler.step(1)
             progress.advance(config.training.global_batch_size, *work)
             progress.bad_steps = run.bad_steps.state_dict()

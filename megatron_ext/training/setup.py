@@ -3,11 +3,12 @@
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import get_megatron_optimizer
 
 from megatron_ext.checkpoints.state import single_optimizer
 from megatron_ext.config import Config
 from megatron_ext.distributed import gather_weights
+from megatron_ext.training import parameter_groups
 from megatron_ext.training.step import configure
 from megatron_ext.transformer.layer import UnifiedLayer
 from megatron_ext.transformer.model import build_chunks
@@ -29,7 +30,7 @@ class DataParallel(DistributedDataParallel):
 
     def _wait_for_weights(self, layer: UnifiedLayer, inputs: tuple) -> None:
         """Megatron-Core waits when a module is called, but a layer also uses weights of modules it never calls."""
-        for group in dict.fromkeys(self.param_to_bucket_group[p] for p in layer.parameters()):
+        for group in dict.fromkeys(self.param_to_bucket_group[p] for p in layer.parameters() if p.requires_grad):
             group.finish_param_sync()
 
     def train(self, mode: bool = True) -> "DataParallel":
@@ -45,10 +46,15 @@ def _gathers_ahead(config: Config) -> bool:
 
 def build_model(resolved: ResolvedConfig, code_vectors: torch.Tensor | None = None) -> list[DistributedDataParallel]:
     """This rank's model chunks with initial weights, wrapped for data parallelism; ``code_vectors`` as for
-    :func:`~megatron_ext.transformer.model.build_chunks`."""
+    :func:`~megatron_ext.transformer.model.build_chunks`.
+
+    Raises:
+        UserError: ``optimizer.groups`` do not fit the model.
+    """
     config = resolved.config
     parallel = config.parallel
     chunks = build_chunks(resolved, code_vectors)
+    parameter_groups.assign(chunks, config)
     configure(chunks[0].config)
     for chunk in chunks[1:]:
         chunk.config = chunks[0].config
@@ -86,7 +92,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
         overlap_param_gather=_gathers_ahead(config),
     )
     optimizer = get_megatron_optimizer(
-        megatron_config, chunks, config_overrides=get_standard_config_overrides(megatron_config)
+        megatron_config, chunks, config_overrides=parameter_groups.overrides(megatron_config, settings)
     )
     if isinstance(single_optimizer(optimizer).optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in optimizer.param_groups:

@@ -33,7 +33,13 @@ def validate_model(config: Config) -> None:
             f"config: 'model.head_size' is {model.head_size} (by default model.hidden_size / "
             "model.num_attention_heads), must be even for rotary positions"
         )
+    check_at_least_one("model", model, "rotary_interpolation_factor")
     if scaling := model.rotary_scaling:
+        if model.rotary_interpolation_factor != 1:
+            raise UserError(
+                "config: 'model.rotary_scaling' and 'model.rotary_interpolation_factor' both change the rotary "
+                "frequencies; give only one"
+            )
         check_at_least_one("model.rotary_scaling", scaling, "factor", "original_max_position_embeddings")
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         if not 0 < low < high:

@@ -54,8 +54,7 @@ class UnifiedModel(GPTModel):
             rotary_base=config.model.rotary_base,
             vp_stage=vp_stage,
         )
-        if scaling := config.model.rotary_scaling:  # Megatron-Core's own has the factor alone
-            self.rotary_pos_emb.inv_freq = scaled_frequencies(self.rotary_pos_emb.inv_freq, scaling)
+        self.rotary_pos_emb.inv_freq = scaled_frequencies(self.rotary_pos_emb.inv_freq, config.model)
         self._rotary_table: Tensor | None = None
         self.image_positions = None
         if config.model.max_image_tokens and self.pre_process:

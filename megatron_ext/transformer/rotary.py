@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_ext.model_config import RotaryScalingConfig
+from megatron_ext.model_config import ModelConfig
 
 
 def rotary_table(inverse_frequencies: Tensor, positions: int) -> Tensor:
@@ -16,9 +16,14 @@ def rotary_table(inverse_frequencies: Tensor, positions: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def scaled_frequencies(inverse_frequencies: Tensor, scaling: RotaryScalingConfig) -> Tensor:
-    """Inverse frequencies [d / 2] scaled for long contexts, as in Llama 3: ``apply_scaling`` in ``llama/model.py`` of
-    meta-llama/llama-models, which is also ``rope_type: llama3`` of Hugging Face's ``modeling_rope_utils.py``."""
+def scaled_frequencies(inverse_frequencies: Tensor, model: ModelConfig) -> Tensor:
+    """Inverse frequencies [d / 2] as ``model`` scales them for long contexts: not at all, by linear interpolation, or
+    as in Llama 3: ``apply_scaling`` in ``llama/model.py`` of meta-llama/llama-models, which is also
+    ``rope_type: llama3`` of Hugging Face's ``modeling_rope_utils.py``. Megatron-Core's own has the factor alone."""
+    if model.rotary_interpolation_factor != 1:
+        return inverse_frequencies / model.rotary_interpolation_factor
+    if (scaling := model.rotary_scaling) is None:
+        return inverse_frequencies
     factor, low, high = scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor
     context = scaling.original_max_position_embeddings
     wavelengths = 2 * math.pi / inverse_frequencies

@@ -31,7 +31,12 @@ _HEADS = {768: 12, 1024: 16, 1152: 16}
 
 
 class VilaUVisionTower(VQModel):
-    """The vision tower. Pictures are truncated to bytes, as VILA-U does, so they lie on the values of bytes."""
+    """The vision tower. Pictures are truncated to bytes, as VILA-U does, so they lie on the values of bytes.
+
+    Attributes:
+        left_out: names of the tensors of encoder, quantizer and decoder in the folder that encoding and decoding do not
+            need.
+    """
 
     kind = "rqvaesigliptransformer_model"
     memory_format = torch.contiguous_format
@@ -51,9 +56,9 @@ class VilaUVisionTower(VQModel):
         network.quantize = nn.Embedding.from_pretrained(_codebook(settings, weights))
         network.post_quant_conv = nn.Conv2d(*reversed(weights["post_quant_conv.weight"].shape[:2]), 1)
         network.decoder = _decoder(weights)
-        _load(network, weights, settings.blocks)
+        left_out = _load(network, weights, settings.blocks)
         tower = cls(network, folder, settings.grid, settings.image_size, settings.depth)
-        tower.decoder_latent_shape = settings.decoder_latent_shape
+        tower.decoder_latent_shape, tower.left_out = settings.decoder_latent_shape, left_out
         return tower
 
     def _codebook(self) -> Tensor:
@@ -206,7 +211,8 @@ def _decoder(weights: _Weights) -> nn.Module:
     return JanusVQVAEDecoder(config)
 
 
-def _load(network: nn.Module, weights: _Weights, blocks: int) -> None:
+def _load(network: nn.Module, weights: _Weights, blocks: int) -> list[str]:
+    """Fill the networks. Returns the names of the tensors that none of them has."""
     levels = len(network.decoder.up)
     expected = {_stored_name(name, levels): tensor for name, tensor in network.state_dict().items()}
     del expected["quantize.weight"]
@@ -223,6 +229,8 @@ def _load(network: nn.Module, weights: _Weights, blocks: int) -> None:
                     f"{weights.folder}: {_PREFIX}{name} is {list(stored.shape)}, expected {list(tensor.shape)}"
                 )
             tensor.copy_(stored)
+    books = re.compile(r"quantizer\.codebooks\.\d+\.weight")
+    return [_PREFIX + name for name in weights if name not in expected and not books.fullmatch(name)]
 
 
 def _stored_name(name: str, levels: int) -> str:

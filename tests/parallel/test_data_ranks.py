@@ -1,5 +1,7 @@
 """Every rank of a replica gets the same batch, and the replicas together get the rows of the step."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data import build_mixture, step_batches
+from megatron_ext.data.batch import Batch
 from megatron_ext.data.format import merge
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
@@ -18,8 +21,12 @@ ROWS, LENGTH, FIRST_STEP = 8, 64, 3
 
 @pytest.fixture
 def data_set(tmp_path, vocabulary) -> str:
-    captions = [["two red circle " * (1 + number % 4)] for number in range(40)]
-    return write_pairs(tmp_path / "pairs", vocabulary, captions)
+    return captions(tmp_path / "pairs", vocabulary)
+
+
+def captions(prefix, vocabulary, depth=1) -> str:
+    texts = [["two red circle " * (1 + number % 4)] for number in range(40)]
+    return write_pairs(prefix, vocabulary, texts, depth=depth)
 
 
 def two_steps(vocabulary_folder, path, loader, workers):
@@ -30,7 +37,8 @@ def two_steps(vocabulary_folder, path, loader, workers):
     batches = step_batches(mixture, config, ROWS, FIRST_STEP)
     steps = [next(batches) for _ in range(2)]
     batches.close()
-    fields = {name: torch.stack([getattr(step, name) for step in steps]).tolist() for name in steps[0].names()}
+    names = [field.name for field in dataclasses.fields(Batch) if getattr(steps[0], field.name) is not None]
+    fields = {name: torch.stack([getattr(step, name) for step in steps]).tolist() for name in names}
     return mixture.tree(), any(source.dataset for source in mixture.sources), fields
 
 
@@ -44,8 +52,9 @@ def in_layouts(layouts, *arguments):
     return results
 
 
-@pytest.mark.parametrize("loader, workers", [("plain", 0), ("dali", 1)])
-def test_all_ranks_of_a_replica_get_the_same_batch(tmp_path, vocabulary, data_set, loader, workers):
+@pytest.mark.parametrize("loader, workers, depth", [("plain", 0, 1), ("dali", 1, 4)])
+def test_all_ranks_of_a_replica_get_the_same_batch(tmp_path, vocabulary, loader, workers, depth):
+    data_set = captions(tmp_path / "several", vocabulary, depth)
     layouts = [(2, 1), (1, 2), (2, 2), (1, 1)]
     ranks = world(4, in_layouts, layouts, vocabulary.folder, data_set, loader, workers, folder=tmp_path)
     tree, _, alone = two_steps(vocabulary.folder, data_set, "plain", 0)
@@ -55,6 +64,7 @@ def test_all_ranks_of_a_replica_get_the_same_batch(tmp_path, vocabulary, data_se
         assert sum(opened for _, _, opened, _ in (rank[number] for rank in ranks)) == replicas  # one reader each
         for replica, ranks_tree, _, fields in (rank[number] for rank in ranks):
             assert ranks_tree == tree
+            assert ("codes" in fields) == (depth > 1)
             for name, steps in alone.items():
                 expected = [rows[replica * share : (replica + 1) * share] for rows in steps]
                 assert fields[name] == expected, (tensor, pipeline, replica, name)

@@ -8,6 +8,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fre
 LLAMA3["original_max_position_embeddings"] = 8192
 OTHER_EDGES = LLAMA3 | {"factor": 32.0, "low_freq_factor": 1.5, "high_freq_factor": 6.0}
 OTHER_EDGES["original_max_position_embeddings"] = 4096
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 FAMILIES = {
     "llama": {"num_attention_heads": 8, "num_key_value_heads": 2},

@@ -1,4 +1,4 @@
-"""A tiny folder in the layout of VILA-U's vision tower, with random weights."""
+"""Tiny folders in the layout of VILA-U, and of its vision tower alone, with random weights."""
 
 import json
 import re
@@ -9,6 +9,10 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
+
+from megatron_ext import text_model, tokenizer
+from support.published_models import LINEAR, make_published
+from support.text_models import sentences
 
 
 def write_vision_tower(
@@ -145,3 +149,51 @@ def _depth_transformer(
         weight = torch.randn(shape) / shape[-1] ** 0.5 if len(shape) == 2 else 1 + 0.1 * torch.randn(shape)
         tensors |= {f"{name}.weight": weight, f"{name}.bias": 0.1 * torch.randn(shape[0])}
     return tensors
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def write_llama_tokenizer(file: Path, pieces: int = 400) -> Path:
+    """A small SentencePiece model with Llama's conventions."""
+    texts = file.with_name("texts.txt")
+    texts.parent.mkdir(parents=True, exist_ok=True)
+    texts.write_text("\n".join([*sentences(400), SYSTEM, "USER: what ASSISTANT: red"]))
+    tokenizer.train([texts], file, pieces)
+    texts.unlink()
+    return file
+
+
+def write_vila_u(folder: Path, dtype: torch.dtype = torch.float32, **tower) -> transformers.LlamaForCausalLM:
+    """Write a whole published folder: ``llm`` of two layers with four tokens more than its tokenizer, ``mm_projector``,
+    ``vision_tower``.
+
+    Args:
+        tower: as :func:`write_vision_tower`.
+
+    Returns:
+        The language model.
+    """
+    h, width = tower.setdefault("language_hidden", 64), tower.setdefault("width", 32)
+    text_file = write_llama_tokenizer(folder / "llm" / "tokenizer.model")
+    names, size = ("<im_start>", "<im_end>", "<vi_start>", "<vi_end>"), text_model.load(text_file).size
+    llm = make_published(
+        folder / "llm", rows=size + len(names), dtype=dtype, hidden_size=h, rope_parameters=LINEAR, rms_norm_eps=1e-5
+    )
+    (folder / "llm" / "added_tokens.json").write_text(json.dumps({name: size + i for i, name in enumerate(names)}))
+    tensors = write_vision_tower(folder / "vision_tower", **tower)
+    save_file({n: t.to(dtype) for n, t in tensors.items()}, folder / "vision_tower" / "model.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"layers.0.weight": (h, width), "layers.0.bias": (h,), "layers.2.weight": (h, h), "layers.2.bias": (h,)}
+    projector = {name: 0.2 * torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    (folder / "mm_projector").mkdir()
+    save_file(projector, folder / "mm_projector" / "model.safetensors", metadata={"format": "pt"})
+    (folder / "mm_projector" / "config.json").write_text(json.dumps({"mm_projector_type": "mlp2x_gelu"}))
+    flags = {"mm_use_im_start_end": True, "mm_use_vi_start_end": True, "hidden_size": h, "mm_hidden_size": width}
+    parts = {"llm_cfg": {}, "vision_tower_cfg": {}, "mm_projector_cfg": {}}
+    top = {"architectures": ["VILAULlamaModel"], "model_type": "vila_u_llama", **flags, **parts}
+    (folder / "config.json").write_text(json.dumps(top))
+    return llm

@@ -20,6 +20,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.export_hf.tokenizer_files import exported_tokenizer
 from megatron_ext.generation.checkpoint import load
+from megatron_ext.hugging_face.config_json import model_config
 from megatron_ext.hugging_face.folder import ModelFolder
 from megatron_ext.model_config import RotaryScalingConfig
 from megatron_ext.routing.plan import Plan
@@ -31,7 +32,7 @@ from megatron_ext.transformer.resolved import resolve
 from megatron_ext.vocabulary import Vocabulary
 from support.data_sets import write_texts
 from support.exported import llama_vocabulary
-from support.published_models import FAMILIES, LLAMA3, OTHER_EDGES, make_published
+from support.published_models import FAMILIES, LINEAR, LLAMA3, OTHER_EDGES, make_published
 from support.vocabularies import make_vocabulary
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
@@ -87,6 +88,7 @@ def run_from(folder: Path, vocabulary: Vocabulary, tmp_path: Path, load: Path, *
 
 CASES = [(family, tied, {}) for family in FAMILIES for tied in (False, True)]
 CASES += [("llama", False, {"rope_parameters": LLAMA3}), ("qwen3", True, {"rope_parameters": OTHER_EDGES})]
+CASES += [("llama", False, {"rope_parameters": LINEAR})]
 
 
 @pytest.mark.parametrize(
@@ -288,9 +290,10 @@ def write(file: Path, value: dict) -> None:
         ({"intermediate_size": None}, "'intermediate_size' is None, must be a whole number"),
         (
             {"rope_parameters": {"rope_type": "yarn"}},
-            "'rope_type' is 'yarn', this model supports 'default' and 'llama3'",
+            "'rope_type' is 'yarn', this model supports 'default', 'linear' and 'llama3'",
         ),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "'rope_type' is 'linear'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "'factor' of 'linear' is None, must be"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "'rope_type' is 'dynamic'"),
         ({"rope_parameters": LLAMA3 | {"high_freq_factor": None}}, "'high_freq_factor' of 'llama3' is None, must be"),
         ({"model_type": ["llama"]}, r"'model_type' is \['llama'\], must be one of"),
         ({"layer_types": 5}, "'layer_types' is 5"),
@@ -316,6 +319,8 @@ def test_older_configurations_are_understood(saved, vocabulary, tmp_path):
     write(llama / "config.json", config | {"rope_theta": 500000, "rope_scaling": LLAMA3, "torch_dtype": "float32"})
     convert_published(llama, vocabulary, tmp_path / "out", seed=5)
     model = config_file.load(Config, [tmp_path / "out" / "model.yaml"]).model
+    linear = model_config(config | {"rope_scaling": {"type": "linear", "factor": 2.0}}, llama / "config.json")
+    assert (linear.rotary_scaling, linear.rotary_interpolation_factor) == (None, 2.0)
     assert (model.rotary_base, model.rotary_scaling, model.tie_embeddings) == (
         500000.0,
         RotaryScalingConfig(8.0),

@@ -20,7 +20,7 @@ from megatron_ext.picture_world.render import render
 from megatron_ext.picture_world.splits import split_of
 from megatron_ext.picture_world.world import World
 from megatron_ext.preprocess import units
-from megatron_ext.preprocess.samples import ReadOptions, Unit
+from megatron_ext.preprocess.samples import ReadOptions
 
 EASY = World(kinds=4, objects=2, variation=0, backgrounds=2)
 SIZE = 54
@@ -101,7 +101,8 @@ def test_conversations_are_llava_records_with_the_picture_to_draw_in_the_answer(
     assert first["created"] and not again["created"] and first["fingerprint"] == again["fingerprint"]
     file = tmp_path / "train" / "edits.json"
     records = json.loads(file.read_text())
-    samples = list(units.read(Unit(file, 1, 0, len(records), records=records), ReadOptions(None, "conversation"), 0))
+    (unit,) = units.plan([file], len(records))
+    samples = list(units.read(unit, ReadOptions(None, "conversation")))
     for index, (record, sample) in enumerate(zip(records, samples, strict=True)):
         edits = make_edits(config.seed, "train", index, EASY, turns=2)
         scenes = [edits[0].before, *(edit.after for edit in edits)]

@@ -374,6 +374,7 @@ def test_the_tokenizer_gives_sentencepiece_s_ids(run, session, processor):
     [
         ([], "LlamaForCausalLM"),
         (["model.rotary_scaling={factor: 8.0, original_max_position_embeddings: 32}"], "LlamaForCausalLM"),
+        (["model.rotary_interpolation_factor=2"], "LlamaForCausalLM"),
         (["model.qkv_bias=true", "model.tie_embeddings=true"], "Qwen2ForCausalLM"),
         (["model.qk_norm=true", "model.head_size=12"], "Qwen3ForCausalLM"),
     ],

@@ -30,7 +30,7 @@ ANY_TABLE = (
 )
 MODELS = {
     **{preset: [f"plan.preset={preset}"] for preset in PRESETS},
-    "any table": [ANY_TABLE],
+    "any table": [ANY_TABLE, "model.rotary_interpolation_factor=2"],
     "any table with all features": [ANY_TABLE, *ALL_FEATURES, "model.tie_embeddings=true"],
     "separate": [f"plan.projections={{kind: separate, {ALL_MODULES}}}", *ALL_FEATURES],
     "delta per task": [f"plan.projections={{kind: delta, per_task: true, {ALL_MODULES}}}", "model.max_image_tokens=9"],

@@ -31,7 +31,7 @@ from megatron_ext.routing.flops import (
     stage_layers,
     with_all_logits,
 )
-from megatron_ext.routing.memory import activation_bytes
+from megatron_ext.routing.memory import activation_bytes, depth_head_bytes
 from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_index
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -50,6 +50,13 @@ GENERATION_IMAGE = class_index(Task.GENERATION, Modality.IMAGE)
 # h 8, g 4, f 16: a token's query and output take 64 multiply-adds each, key and value 64 together, the FFN 384.
 TINY = ModelConfig(num_layers=4, hidden_size=8, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=16)
 
+
+CODES = [
+    "model.image_codes={depth: 4, codebook: vq, codebook_size: 96, width: 24, "
+    "head: {num_layers: 2, hidden_size: 48, num_attention_heads: 4}}"
+]
+"""Image tokens of four codes."""
+LEARNED_CODES = [*CODES, "model.image_codes.codebook=''", "model.image_codes.width=null"]
 
 FEATURES = ["model.head_size=48", "model.qkv_bias=true", "model.qk_norm=true"]
 """The head size is no longer hidden_size / num_attention_heads."""
@@ -199,7 +206,10 @@ def test_all_logits_are_those_of_tokens_that_are_full_in_the_last_layer():
     ],
 )
 def test_parameters_are_counted(one_process, projections):
-    for modules, shape in ("[qkv, proj]", []), ("[qkv, proj, fc1, fc2]", ["model.tie_embeddings=true", *FEATURES]):
+    for modules, shape in (
+        ("[qkv, proj]", LEARNED_CODES if "per_task" in projections else CODES if "delta" in projections else []),
+        ("[qkv, proj, fc1, fc2]", ["model.tie_embeddings=true", *FEATURES]),
+    ):
         config = one_process(
             "model.num_query_groups=2",
             *shape,
@@ -218,6 +228,8 @@ def test_parameters_are_counted(one_process, projections):
         *([f"plan.preset={preset}"] for preset in PRESETS),
         ["plan.preset=himix_hmgen_share_partial", "plan.projections.rank=4"],
         ["plan.preset=himix_hmgen_share_partial", "plan.projections.rank=4", *FEATURES],
+        ["plan.preset=himix_hmgen_share_all", *CODES],
+        ["plan.preset=dense", *LEARNED_CODES],
     ],
     ids=" ".join,
 )
@@ -228,19 +240,37 @@ def test_cost_is_what_torch_counts(one_process, overrides):
     (model,) = build_chunks(resolve(config, VOCABULARY))
     batch = mix_batch(
         "understanding: 16 image, 12 text, 5 answer; understanding: 7 text, 16 image, 4 text, 16 image, 6 answer; "
-        "generation: 9 text, 25 image; text: 13 text"
+        "generation: 9 text, 25 image; text: 13 text",
+        config.model.image_codes.depth,
     ).tensors()
     batch.tokens[:] = torch.randint(VOCABULARY, batch.shape, generator=torch.Generator().manual_seed(0))
     counts, route = count(batch, plan), Route.of(batch, plan)
+    assert (counts.codes > 0) == (config.model.image_codes.depth > 1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        losses = model.token_losses(model(route), batch.labels.flatten()[route.targets])
+        logits, *code_losses = output if isinstance(output := model(route), tuple) else (output,)
+        losses = model.token_losses(logits, batch.labels.flatten()[route.targets])
         forward = counter.get_total_flops()
-        losses.sum().backward()
+        sum(x.sum() for x in (losses, *code_losses)).backward()
     pairs = sum(q * k for layer in route.layers for q, k in zip(layer.query_lengths, layer.key_lengths))
-    masked = pairs - sum(map(sum, counts.visible))
-    expected = forward_flops(config.model, VOCABULARY, plan, counts) + 2 * 2 * query_width(config.model) * masked
+    masked = query_width(config.model) * (pairs - sum(map(sum, counts.visible))) + masked_in_depth_head(config, counts)
+    expected = forward_flops(config.model, VOCABULARY, plan, counts) + 2 * 2 * masked
     assert forward == pytest.approx(expected, rel=1e-3)
-    assert counter.get_total_flops() == pytest.approx(3 * forward, rel=1e-3)
+    # Code vectors are frozen, so the matrices that they enter have gradients of their weights alone.
+    inputs = frozen_inputs(config, counts)
+    assert counter.get_total_flops() == pytest.approx(3 * forward - 2 * inputs, rel=1e-3)
+
+
+def masked_in_depth_head(config, counts) -> int:
+    """Width times masked pairs of the depth head's attention, over its layers and places."""
+    codes, head = config.model.image_codes, config.model.image_codes.head
+    return counts.codes * head.num_layers * head.hidden_size * codes.depth * (codes.depth - 1) // 2
+
+
+def frozen_inputs(config, counts) -> int:
+    """Multiply-adds of the products with code vectors."""
+    codes = config.model.image_codes
+    later = counts.codes * (codes.depth - 1)
+    return (codes.width or 0) * (counts.images * config.model.hidden_size + later * codes.head.hidden_size)
 
 
 @pytest.mark.parametrize("preset, ratio", [("dense", (1, 1)), ("himix_hmgen_share_all", (0.1, 0.9))])
@@ -317,6 +347,30 @@ def test_activation_memory_is_what_autograd_keeps(one_process, settings):
     assert measured == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_depth_head_memory_is_what_autograd_keeps(one_process, chunk):
+    config = one_process(*CODES, f"model.image_codes.head.chunk={chunk}")
+    (model,) = build_chunks(resolve(config, VOCABULARY))
+    plan = Plan.of(config.plan, config.model.num_layers)
+    counts = count(mix_batch("generation: 9 text, 64 image", 4), plan)
+    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    tokens = chunk or counts.codes  # the backward pass computes a chunk again
+    hidden = torch.randn(tokens, config.model.hidden_size, requires_grad=True)
+    codes = torch.zeros(tokens, 4, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.depth_head._losses(hidden, codes, model.code_vectors)
+    inputs = 4 * tokens * (config.model.hidden_size + 3 * config.model.image_codes.width)
+    measured = sum(t.untyped_storage().nbytes() for t in kept.values()) - inputs
+    assert measured == pytest.approx(depth_head_bytes(config.model, counts, 4), rel=0.02)
+
+
 # ---- mixes and the tool
 
 
@@ -355,6 +409,21 @@ def test_a_mix_that_cannot_be_read_is_quoted(mix, message):
 def flops_tool(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/flops.py", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_the_tool_shows_what_several_codes_a_token_cost(tmp_path):
+    codes = "model.image_codes={depth: 4, codebook: tower, codebook_size: 16384, width: 1024}"
+    model = ["--config", "examples/configs/llama-3.2-1b.yaml", "data.vocabulary=''", "parallel.pipeline=2", codes]
+    mix = "generation: 256 image"
+    completed = flops_tool(
+        *model, "plan.preset=hmgen", "--mix", mix, "--logits", "all", "--json", tmp_path / "cost.json"
+    )
+    assert completed.returncode == 0, completed.stderr
+    numbers = read_json(tmp_path / "cost.json")
+    assert "0.854 of dense, 0.812 in the layers" in completed.stdout
+    assert numbers["image_codes"]["depth_head_flops"] == 256 * 6 * 273_760_256
+    assert numbers["image_codes"]["projector_flops"] == 256 * 6 * (1024 * 2048 + 2048**2)
+    assert numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
 
 
 def test_the_tool_writes_what_it_prints(tmp_path):
@@ -407,3 +476,8 @@ def test_the_tool_shows_the_papers_figures_beside_ours(monkeypatch, capsys):
     assert shown["HMGen, 5 shallow layers"] == ["0.75", "0.753", "0.779"]
     assert shown["HiMix-HMGen (Share All)"] == ["0.56", "0.547", "0.555"]
     assert shown["HiMix-HMGen (Share Partial)"] == ["0.55", "0.547", "0.555"]
+    assert shown["7B, 4 codes, 6 x 2560"] == ["6476", "2074", "0.32"]
+    assert shown["7B, 16 codes, 6 x 2560"] == ["6476", "8280", "1.28"]
+    assert shown["1B, 1 code, output head"] == ["973", "263", "0.27", "0.852 0.753"]
+    assert shown["1B, 4 codes, 6 x 2560"] == ["973", "2069", "2.13", "0.940 0.900"]
+    assert shown["1B, 4 codes, 4 x 1024"] == ["973", "274", "0.28", "0.854 0.757"]

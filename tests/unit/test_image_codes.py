@@ -1,6 +1,8 @@
 """Image tokens of several codes: the model and its training against the plain reference."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +10,25 @@ import torch
 from test_routing import SHAPE, VOCABULARY, assert_near, config_of, plan_of, random_plan, random_rows, weights_of
 from torch.nn.functional import cross_entropy
 
+from megatron_ext import vq
+from megatron_ext.checkpoints.checkpointer import check_compatible
+from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
+from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.routing.route import Route
-from megatron_ext.token_classes import Modality
+from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training.image_codes import check_images, with_tokenizer
+from megatron_ext.training.losses import MeanLosses
+from megatron_ext.training.prepare import prepare
+from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.step import evaluate_step, train_step
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
+from megatron_ext.vocabulary import Vocabulary
 from support import reference
+from support.vila_u import write_vision_tower
+from support.vocabularies import make_vocabulary
 
 DEPTH, CODES, WIDTH = 4, 24, 6
 FROZEN = (
@@ -35,9 +49,9 @@ def build(config, seed: int = 0, dtype: torch.dtype = torch.float64):
     return model.to(dtype)
 
 
-def rows_of_codes(seed: int, modality: Modality | None = None) -> Batch:
+def rows_of_codes(seed: int, rows: int = 2) -> Batch:
     """Random packed rows whose image tokens have codes."""
-    batch = random_rows(seed, modality)
+    batch = random_rows(seed, rows=rows)
     codes = np.random.default_rng(seed).integers(CODES, size=(*batch.shape, DEPTH)).astype(np.int32)
     batch.codes = torch.from_numpy(codes) * (batch.modality == Modality.IMAGE)[..., None]
     batch.tokens[batch.modality == Modality.IMAGE] = 2**20  # not a row of the embedding
@@ -80,12 +94,11 @@ def assert_equals_reference(model, config, batch: Batch, case: str) -> None:
             assert_near(parameter.grad, gradient, 1e-9, f"{case} gradient of {name}", floor)
 
 
-@pytest.mark.parametrize("kind", [FROZEN, LEARNED], ids=["frozen", "learned"])
-def test_every_method_equals_the_reference(one_process, kind):
+def test_every_method_equals_the_reference(one_process):
     one_process(*SHAPE)
     for seed, preset in enumerate(PRESETS):
         tied = f"model.tie_embeddings={str(seed % 2 == 0).lower()}"
-        config = config_of(*kind, tied, f"plan.preset={preset}")
+        config = config_of(*(LEARNED if seed % 3 == 2 else FROZEN), tied, f"plan.preset={preset}")
         assert_equals_reference(build(config), config, rows_of_codes(seed), preset)
 
 
@@ -94,3 +107,99 @@ def test_any_role_table_equals_the_reference(one_process):
     for seed in range(12):
         config = dataclasses.replace(config_of(*(FROZEN if seed % 3 else LEARNED)), plan=random_plan(seed))
         assert_equals_reference(build(config, seed), config, rows_of_codes(1000 + seed), f"table {seed}:")
+
+
+@pytest.mark.parametrize("codes", [FROZEN, ()], ids=["4 codes", "1 code"])
+@pytest.mark.parametrize("means", ["task", "modality"])
+def test_the_objective_is_a_sum_of_means_over_the_global_batch(one_process, codes, means):
+    sizes = ("training.global_batch_size=4", "training.micro_batch_size=2", "plan.preset=himix_hmgen_share_all")
+    config = one_process(*SHAPE, *sizes, *codes, "model.image_codes.head.chunk=3", f"training.means={means}")
+    chunks = build_model(resolve(config, VOCABULARY))
+    model, batch = chunks[0].module, rows_of_codes(12, rows=4) if codes else random_rows(12, rows=4)
+    predicted = torch.from_numpy(batch.predicted_task())
+    of_image = torch.from_numpy(batch.predicts_image())
+    losses = torch.zeros(batch.shape)
+    route = Route.of(batch, plan_of(config))
+    output = model(route)
+    logits, code_losses = output if codes else (output, None)
+    of_text = cross_entropy(logits[:, 0], batch.labels.flatten()[route.targets], reduction="none")
+    losses = losses.flatten().index_put((route.targets,), of_text)
+    if codes:
+        losses = losses.index_put((route.code_targets,), code_losses.mean(1))
+    losses, learnt = losses.view(batch.shape), batch.loss_mask > 0
+    kinds = {task.name.lower(): learnt & (predicted == task) for task in Task}
+    tasks = {name: losses[chosen].mean() for name, chosen in kinds.items()}
+    modalities = {"text_tokens": losses[learnt & ~of_image].mean(), "codes": losses[learnt & of_image].mean()}
+    objective = sum((tasks if means == "task" else modalities).values())
+    gradients = torch.autograd.grad(objective, list(model.parameters()))
+
+    step, optimizer = prepare(batch, resolve(config)), build_optimizer(config, chunks)
+    evaluated = MeanLosses.of(*(x.tolist() for x in evaluate_step(chunks, step, config)), config.training)
+    trained = train_step(chunks, optimizer, step, config, accept=lambda *_: False).losses
+    expected = {"loss": objective} | {f"loss_{name}": loss for name, loss in tasks.items()}
+    if codes:
+        of_depths = code_losses[: len(route.code_targets)].mean(0)
+        expected |= {f"loss_depth_{number}": loss for number, loss in enumerate(of_depths, start=1)}
+    if means == "modality":
+        expected |= {f"loss_{name}": loss for name, loss in modalities.items()}
+    for found in (evaluated, trained):
+        assert found.named() == pytest.approx({name: float(loss) for name, loss in expected.items()}, rel=1e-5)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients):
+        assert_near(parameter.main_grad, gradient, 1e-5, name, floor=1e-7)
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tower")
+    write_vision_tower(folder, depth=DEPTH, codebook_size=CODES, width=16, head_width=16, grid=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory) -> Vocabulary:
+    return make_vocabulary(tmp_path_factory.mktemp("vocabulary"), CODES)
+
+
+def of_tower(tower: Path, *overrides: str) -> Config:
+    return config_of(f"model.image_codes={{depth: {DEPTH}, codebook: '{tower}'}}", *overrides)
+
+
+def test_a_run_takes_sizes_and_vectors_from_its_tokenizer(tower, vocabulary):
+    tokenizer = vq.load(tower)
+    for given in ([], ["model.image_codes.width=16", f"model.image_codes.fingerprint='{tokenizer.fingerprint}'"]):
+        config, vectors = with_tokenizer(of_tower(tower, *given), vocabulary)
+        codes = config.model.image_codes
+        assert (codes.codebook_size, codes.width, codes.fingerprint) == (CODES, 16, tokenizer.fingerprint)
+        assert torch.equal(vectors, tokenizer.vectors)
+    config, vectors = with_tokenizer(config_of(f"model.image_codes.depth={DEPTH}"), vocabulary)
+    assert (config.model.image_codes.codebook_size, config.model.image_codes.width, vectors) == (CODES, None, None)
+
+
+@pytest.mark.parametrize(
+    "override, codes, message",
+    [
+        ("model.image_codes.depth=2", CODES, "'model.image_codes.depth' is 2, .* has 4"),
+        ("model.image_codes.fingerprint=abc", CODES, "'model.image_codes.fingerprint' is abc, .* has "),
+        ("parallel.tensor=1", CODES + 1, f"has {CODES} codes, the vocabulary .* {CODES + 1}"),
+    ],
+    ids=["depth", "fingerprint", "codebook"],
+)
+def test_another_tokenizer_is_refused(tower, tmp_path, override, codes, message):
+    with pytest.raises(UserError, match=message):
+        with_tokenizer(of_tower(tower, override), make_vocabulary(tmp_path, codes))
+
+
+def test_data_of_another_tokenizer_are_refused(tower, vocabulary):
+    config, _ = with_tokenizer(of_tower(tower), vocabulary)
+    own = {"fingerprint": config.model.image_codes.fingerprint}
+    for images in (None, own):
+        check_images(config, SimpleNamespace(vq=images), "data.train")
+    with pytest.raises(UserError, match=f"data.train.*VQ model abc.*{own['fingerprint']}"):
+        check_images(config, SimpleNamespace(vq={"fingerprint": "abc"}), "data.train")
+
+
+def test_a_checkpoint_of_another_depth_is_refused_by_name():
+    four, one = ({"model": config_of(*settings).model.identity} for settings in (FROZEN, ()))
+    for saved, expected, values in ((four, one, "4.*None"), (one, four, "None.*4")):
+        with pytest.raises(UserError, match=f"its model.image_codes.depth is {values}"):
+            check_compatible(saved, expected)

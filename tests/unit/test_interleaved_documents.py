@@ -30,7 +30,7 @@ def random_document(random, drawn: bool) -> list[tuple[int, list[int]]]:
     modes = [TEXT, IMAGE, ANSWER, DRAWN] if drawn else [TEXT, IMAGE, ANSWER]
     while True:
         chosen = random.choice(modes, random.integers(1, 8)).tolist()
-        if {ANSWER, DRAWN} & set(chosen):
+        if {ANSWER, DRAWN} & set(chosen) or drawn and TEXT in chosen:
             break
     return [
         (mode, random.integers(110, 140, 3).tolist() if is_image(mode) else random.integers(2, 90, n).tolist())
@@ -40,6 +40,7 @@ def random_document(random, drawn: bool) -> list[tuple[int, list[int]]]:
 
 def slowly(document, dropped: bool = False) -> tuple[list[int], list[bool], list[int]]:
     """Token ids, whether each is learnt, and tasks, token by token."""
+    plain = not {ANSWER, DRAWN} & {mode for mode, _ in document}
     ids, learnt, tasks = [SPECIAL.bos], [False], [Task.UNDERSTANDING]
 
     def add(token, is_learnt=False, task=Task.UNDERSTANDING):
@@ -54,11 +55,11 @@ def slowly(document, dropped: bool = False) -> tuple[list[int], list[bool], list
             add(SPECIAL.eoi)
         else:
             for token in tokens:
-                add(token, mode == ANSWER)
+                add(token, mode == ANSWER or plain)
             if mode == ANSWER and following != DRAWN:
                 add(SPECIAL.eod, True)
-    if kept[-1][0] == DRAWN:
-        add(SPECIAL.eod)
+    if kept[-1][0] == DRAWN or plain:
+        add(SPECIAL.eod, kept[-1][0] == TEXT)
     return ids, learnt, tasks
 
 
@@ -73,6 +74,16 @@ def test_an_edit_learns_the_drawn_image_and_the_decision_to_draw_it(tmp_path):
                                ==      [[0,   0,   0,   0,   0,   0, 0, 1,   1,   1,   1,   1,   0,   0]]
     # fmt: on
     assert batch.document.tolist() == [[0] * 14] and batch.positions.tolist() == [list(range(14))]
+
+
+def test_a_document_without_answers_and_drawn_images_learns_all_its_text(tmp_path):
+    document = [(TEXT, [2, 3]), (IMAGE, [110, 111, 112]), (TEXT, [4, 5])]
+    batch = render(tmp_path, document, "interleaved", 11, caption_dropout=1.0)
+    # fmt: off
+    assert batch.tokens.tolist() ==    [[1, 2, 3, 102, 110, 111, 112, 103, 4, 5, 101]]
+    assert batch.loss_mask.tolist() == [[1, 1, 0,   0,   0,   0,   0,   1, 1, 1,   0]]
+    # fmt: on
+    assert set(batch.task[0].tolist()) == {Task.UNDERSTANDING}
 
 
 def test_drawn_images_and_their_boi_count_to_generation_s_loss_and_answers_to_understanding_s(tmp_path):
@@ -162,6 +173,6 @@ def test_a_data_set_with_drawn_images_is_of_format_2_and_others_stay_of_format_1
 
 
 def test_a_document_with_nothing_to_learn_is_refused(tmp_path):
-    path = write(tmp_path / "set", [EDIT, EDIT[:2]], grid=[1, 3])
-    with pytest.raises(UserError, match="document 1 holds neither an answer nor a drawn image"):
+    path = write(tmp_path / "set", [EDIT, EDIT[:1]], grid=[1, 3])
+    with pytest.raises(UserError, match="document 1 holds neither text nor a drawn image"):
         Source.open("data.train[0]", SourceConfig(path, "interleaved"), "tiny", 64)

@@ -16,7 +16,7 @@ from megatron_ext.data import build_mixture, step_batches
 from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.errors import UserError
-from support.data_sets import captions, write_pairs
+from support.data_sets import captions, mixture, write_pairs
 from support.programs import PYTHON_PATH
 
 SENTENCES = [["a red square"]] * 40
@@ -28,7 +28,7 @@ def settings(loader, workers=0) -> DataConfig:
 
 
 def assert_equal(a, b):
-    for name in a.names():
+    for name in (*a.names(), "codes"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
 
 
@@ -44,6 +44,14 @@ def test_every_loader_gives_the_rows_of_the_step_it_is_at(blend, loader, workers
         next(batches)
     batches.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("loader", ["plain", "dali"])
+def test_every_loader_gives_the_codes_of_image_tokens(tmp_path, loader):
+    several = mixture((captions(tmp_path / "pairs", 80, depth=4), "generation", 1.0))
+    batch = next(step_batches(several, settings(loader), 5, start_step=2))
+    assert batch.codes.shape == (5, 64, 4)
+    assert_equal(batch, PackedRows(several, 64).batch(10, 15).tensors())
 
 
 def test_one_row_is_the_same_row_inside_a_batch(blend):

@@ -11,8 +11,9 @@ from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset, Datase
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import PreprocessOptions, dali_decoder, merge_shards, preprocess, verify_data_set
 from megatron_ext.preprocess.parts import split_turns
+from megatron_ext.vq.image_decoder import PillowDecoder
 from support.images import caption_tar, encoded, write_tar
-from support.tiny_vq import CODES, GRID, make_vq
+from support.tiny_vq import CODES, GRID, PIXELS, ResidualPixels, make_vq
 from support.vocabularies import make_vocabulary
 
 
@@ -100,6 +101,29 @@ def test_shards_join_to_the_bytes_of_one_run(tmp_path, tars, vocabulary, vq, who
     merge_shards(tmp_path / "set")
     assert images == 33
     assert contents(tmp_path / "set") == whole
+
+
+def test_a_residual_tokenizer_s_codes_are_stored_token_by_token_in_one_run_and_in_shards(
+    tmp_path, tars, vocabulary, monkeypatch
+):
+    monkeypatch.setattr(dali_decoder, "available", lambda: False)  # so that pixels are Pillow's to the bit
+    vq, (one, shards) = ResidualPixels(depth=4), (tmp_path / name / "set" for name in ("one", "shards"))
+    preprocess(small(tars[:2], one), vocabulary, vq)
+    for shard in (2, 1):
+        preprocess(small(tars[:2], shards, shard=(shard, 2)), vocabulary, vq)
+    merge_shards(shards)
+    assert contents(shards) == contents(one)
+    metadata, dataset = verify_data_set(one, vocabulary, vq.metadata), Dataset(one)
+    assert metadata["vq"]["depth"] == 4 and metadata["image_tokens"] == 22 * GRID**2
+    [pixels] = PillowDecoder(vq.image_size, "crop", 1)([encoded(0, "JPEG")])
+    stored = (dataset.document(0)[0][1] - vocabulary.image_offset).reshape(GRID, GRID, 4)
+    codebook, side = vq.vectors.double().numpy(), PIXELS // GRID
+    for row, column in np.ndindex(GRID, GRID):
+        patch = pixels.numpy()[row * side :, column * side :][:side, :side] / 127.5 - 1
+        residual = patch.transpose(2, 0, 1).reshape(-1)
+        for code in stored[row, column]:
+            assert code == np.argmin(((residual - codebook) ** 2).sum(1))
+            residual = residual - codebook[code]
 
 
 def test_merging_names_the_part_that_is_missing(tmp_path, tars, vocabulary, vq):

@@ -45,8 +45,9 @@ def turns(*values: str, system: str | None = None) -> list[dict]:
 def documents(vocabulary, *records, images: int = 0, split: bool = False, template: bool = True):
     """The part of these records; images are named 0, 1, ..."""
     files = [ImageFile(str(i), str(i)) for i in range(images)]
-    samples = [make_sample(str(i), record, files, "conversation") for i, record in enumerate(records)]
-    return tokenise("part", samples, True, ReadOptions(None, "conversation", split, template), vocabulary)
+    options = ReadOptions(None, "conversation", split, template)
+    samples = [make_sample(str(i), record, files, options) for i, record in enumerate(records)]
+    return tokenise("part", samples, True, options, vocabulary)
 
 
 def written(vocabulary, document) -> str:

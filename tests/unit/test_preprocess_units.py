@@ -205,7 +205,7 @@ def test_malformed_tars_are_named(tmp_path, tar):
         read_all(tmp_path / "d.tar")
     at = content.index(b"pair.txt")
     (tmp_path / "e.tar").write_bytes(content[:at] + b"\xff" * 512 + content[at + 512 :])
-    with pytest.raises(UserError, match=r"e\.tar: damaged after the sample"):
+    with pytest.raises(UserError, match=r"e\.tar: damaged after "):
         read_all(tmp_path / "e.tar")
 
 

@@ -21,6 +21,11 @@ def test_the_papers_accounting_gives_the_papers_figures(plan, mix, ratio):
     assert round(published_costs.flops_ratio(Plan.of(PlanConfig(**plan), 16), mix), 3) == ratio
 
 
+def test_the_published_depth_head_has_the_published_number_of_parameters():
+    heads = {row["head"]: row["parameters"] for row in published_costs.compare_heads()}
+    assert round(heads["7B, 4 codes, 6 x 2560"] / 1e6, 1) == 527.1
+
+
 def test_printed_ratios_are_ours_to_the_digits_printed():
     for row in published_costs.compare():
         digits = 0.005 if "HiMix-HMGen" not in row["method"] else 0.015  # unified: about the mean of the two tasks

@@ -13,10 +13,10 @@ from megatron_ext.token_classes import Task
 from support.data_sets import SPECIAL, mixture, write
 
 
-def render(tmp_path, document, task, length, caption_dropout=0.0):
+def render(tmp_path, document, task, length, **options):
     """The only document of a row that is exactly as long as expected."""
     path = write(tmp_path / "set", [document], grid=[1, 3])
-    blend = mixture((path, task, 1.0), length=length, caption_dropout=caption_dropout)
+    blend = mixture((path, task, 1.0), length=length, **options)
     return PackedRows(blend, length)[0]
 
 
@@ -88,15 +88,18 @@ def test_a_dropped_caption_leaves_the_image(tmp_path):
     assert batch.loss_mask.tolist() == [[0, 1, 1, 1, 0, 0, 0, 0, 0]]
 
 
+IMAGES_AND_TEXTS = [
+    (TEXT, [2]),
+    (IMAGE, [110, 111, 112]),
+    (TEXT, [3]),
+    (ANSWER, [4]),
+    (IMAGE, [113, 114, 115]),
+    (TEXT, [5]),
+]
+
+
 def test_interleaved_images_follow_their_texts_one_by_one(tmp_path):
-    document = [
-        (TEXT, [2]),
-        (IMAGE, [110, 111, 112]),
-        (TEXT, [3]),
-        (ANSWER, [4]),
-        (IMAGE, [113, 114, 115]),
-        (TEXT, [5]),
-    ]
+    document = IMAGES_AND_TEXTS
     # fmt: off
     check(
         render(tmp_path, document, "generation", 16), Task.GENERATION,
@@ -105,6 +108,20 @@ def test_interleaved_images_follow_their_texts_one_by_one(tmp_path):
         modality=[0, 0, 0, 0,   0,   1,   1,   1,   0, 0,   0,   1,   1,   1,   0,   0],
     )
     # fmt: on
+
+
+def test_generation_text_learns_the_tokens_around_images_too(tmp_path):
+    # fmt: off
+    check(
+        render(tmp_path, IMAGES_AND_TEXTS, "generation", 16, generation_text=True), Task.GENERATION,
+        tokens  =[1, 2, 3, 4, 102, 110, 111, 112, 103, 5, 102, 113, 114, 115, 103, 101],
+        loss    =[0, 0, 0, 1,   1,   1,   1,   1,   0, 1,   1,   1,   1,   1,   1,   0],
+        modality=[0, 0, 0, 0,   0,   1,   1,   1,   0, 0,   0,   1,   1,   1,   0,   0],
+    )
+    # fmt: on
+    dropped = render(tmp_path, IMAGES_AND_TEXTS, "generation", 16, generation_text=True, caption_dropout=1.0)
+    assert dropped.tokens.tolist() == [[1, 102, 110, 111, 112, 103, 102, 113, 114, 115, 103, 101, *[100] * 4]]
+    assert dropped.loss_mask.tolist() == [[0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, *[0] * 5]]  # no <boi> without a caption
 
 
 def test_interleaved_images_stay_in_stored_order_for_understanding(tmp_path):

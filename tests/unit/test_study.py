@@ -72,6 +72,16 @@ def study(data, measured, tmp_path):
     return make
 
 
+def test_files_of_a_study_are_laid_over_one_another_and_named_together(study, tmp_path):
+    study()
+    (tmp_path / "over.yaml").write_text("{seeds: [5], settings: {training: {seed: 3}}}")
+    laid_over = study_file.read(tmp_path / "study.yaml", tmp_path / "over.yaml")
+    assert laid_over.seeds == [5] and len(laid_over.methods) > 1
+    (tmp_path / "over.yaml").write_text("{seed: [5]}")
+    with pytest.raises(UserError, match=r"study.yaml \+ .*over.yaml: unknown key 'seed'"):
+        study_file.read(tmp_path / "study.yaml", tmp_path / "over.yaml")
+
+
 def test_runs_keep_the_sources_of_their_tasks_and_validate_on_all(study, measured):
     example = study(seeds=[3])
     runs = {run.method.name: run for run in grid.runs(example)}
@@ -416,7 +426,7 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
     monkeypatch.setattr(slurm.sys, "executable", "python")
     monkeypatch.chdir(tmp_path)
     example.slurm = ["--time=4:00:00"]
-    assert slurm.submit(example, tmp_path / "study.yaml", runs) == "77"
+    assert slurm.submit(example, [tmp_path / "study.yaml"], runs) == "77"
     script = (tmp_path / "submitted.sh").read_text()
     assert f"#SBATCH --array=1-{len(runs)}\n" in script and "#SBATCH --time=4:00:00\n" in script
     for task, run in enumerate(runs[:2], start=1):
@@ -430,7 +440,7 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
     assert (tmp_path / "requeued").read_text() == "requeue 77_1\n"
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on this machine; .*slurm.sh is written"):
-        slurm.submit(example, tmp_path / "study.yaml", runs)
+        slurm.submit(example, [tmp_path / "study.yaml"], runs)
 
 
 def test_every_unified_method_of_the_picture_world_study_has_partner_runs():

@@ -198,12 +198,12 @@ def rotate(x, angles, index):
 
 
 def inverse_frequencies(config, device):
-    """[d / 2], float32, with Llama 3's scaling if configured."""
+    """[d / 2], float32, with linear or Llama 3's scaling if configured."""
     rope = config.rope_parameters
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / rope["rope_theta"] ** exponents
-    if rope["rope_type"] == "default":
-        return frequencies
+    if rope["rope_type"] in ("default", "linear"):
+        return frequencies / rope.get("factor", 1.0)
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # within the original length
     smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, scaled; 1: fast, as it was
