@@ -76,13 +76,16 @@ class VQModel(ABC):
         Raises:
             ValueError: the images are not of ``image_size``.
         """
+        return residual_codes(self.latents(images), self._codebook(), self.depth).view(len(images), -1)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """What :meth:`encode` quantizes: images [n, 3, H, W] to [n*h*w, e], of the codebook's type."""
         if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.image_size:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected [n, 3, {self._size_text()}]")
         images = images.to(self.device, self.dtype).contiguous(memory_format=self.memory_format)
-        codebook = self._codebook()
-        latents = self._latents(images).to(codebook.dtype)  # [n, e, h, w]
-        codes = residual_codes(latents.permute(0, 2, 3, 1).flatten(0, 2), codebook, self.depth)
-        return codes.view(len(images), -1)
+        latents = self._latents(images).to(self._codebook().dtype)  # [n, e, h, w]
+        return latents.permute(0, 2, 3, 1).flatten(0, 2)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

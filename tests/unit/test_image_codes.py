@@ -11,7 +11,11 @@ from torch.nn.functional import cross_entropy
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.routing.route import Route
-from megatron_ext.token_classes import Modality
+from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training.losses import MeanLosses
+from megatron_ext.training.prepare import prepare
+from megatron_ext.training.setup import build_model, build_optimizer
+from megatron_ext.training.step import evaluate_step, train_step
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
 from support import reference
@@ -35,9 +39,9 @@ def build(config, seed: int = 0, dtype: torch.dtype = torch.float64):
     return model.to(dtype)
 
 
-def rows_of_codes(seed: int, modality: Modality | None = None) -> Batch:
+def rows_of_codes(seed: int, rows: int = 2) -> Batch:
     """Random packed rows whose image tokens have codes."""
-    batch = random_rows(seed, modality)
+    batch = random_rows(seed, rows=rows)
     codes = np.random.default_rng(seed).integers(CODES, size=(*batch.shape, DEPTH)).astype(np.int32)
     batch.codes = torch.from_numpy(codes) * (batch.modality == Modality.IMAGE)[..., None]
     batch.tokens[batch.modality == Modality.IMAGE] = 2**20  # not a row of the embedding
@@ -80,12 +84,11 @@ def assert_equals_reference(model, config, batch: Batch, case: str) -> None:
             assert_near(parameter.grad, gradient, 1e-9, f"{case} gradient of {name}", floor)
 
 
-@pytest.mark.parametrize("kind", [FROZEN, LEARNED], ids=["frozen", "learned"])
-def test_every_method_equals_the_reference(one_process, kind):
+def test_every_method_equals_the_reference(one_process):
     one_process(*SHAPE)
     for seed, preset in enumerate(PRESETS):
         tied = f"model.tie_embeddings={str(seed % 2 == 0).lower()}"
-        config = config_of(*kind, tied, f"plan.preset={preset}")
+        config = config_of(*(LEARNED if seed % 3 == 2 else FROZEN), tied, f"plan.preset={preset}")
         assert_equals_reference(build(config), config, rows_of_codes(seed), preset)
 
 
@@ -94,3 +97,42 @@ def test_any_role_table_equals_the_reference(one_process):
     for seed in range(12):
         config = dataclasses.replace(config_of(*(FROZEN if seed % 3 else LEARNED)), plan=random_plan(seed))
         assert_equals_reference(build(config, seed), config, rows_of_codes(1000 + seed), f"table {seed}:")
+
+
+@pytest.mark.parametrize("codes", [FROZEN, ()], ids=["4 codes", "1 code"])
+@pytest.mark.parametrize("means", ["task", "modality"])
+def test_the_objective_is_a_sum_of_means_over_the_global_batch(one_process, codes, means):
+    sizes = ("training.global_batch_size=4", "training.micro_batch_size=2", "plan.preset=himix_hmgen_share_all")
+    config = one_process(*SHAPE, *sizes, *codes, "model.image_codes.head.chunk=3", f"training.means={means}")
+    chunks = build_model(resolve(config, VOCABULARY))
+    model, batch = chunks[0].module, rows_of_codes(12, rows=4) if codes else random_rows(12, rows=4)
+    predicted = torch.from_numpy(batch.predicted_task())
+    of_image = torch.from_numpy(batch.predicts_image())
+    losses = torch.zeros(batch.shape)
+    route = Route.of(batch, plan_of(config))
+    output = model(route)
+    logits, code_losses = output if codes else (output, None)
+    of_text = cross_entropy(logits[:, 0], batch.labels.flatten()[route.targets], reduction="none")
+    losses = losses.flatten().index_put((route.targets,), of_text)
+    if codes:
+        losses = losses.index_put((route.code_targets,), code_losses.mean(1))
+    losses, learnt = losses.view(batch.shape), batch.loss_mask > 0
+    kinds = {task.name.lower(): learnt & (predicted == task) for task in Task}
+    tasks = {name: losses[chosen].mean() for name, chosen in kinds.items()}
+    modalities = {"text_tokens": losses[learnt & ~of_image].mean(), "codes": losses[learnt & of_image].mean()}
+    objective = sum((tasks if means == "task" else modalities).values())
+    gradients = torch.autograd.grad(objective, list(model.parameters()))
+
+    step, optimizer = prepare(batch, resolve(config)), build_optimizer(config, chunks)
+    evaluated = MeanLosses.of(*(x.tolist() for x in evaluate_step(chunks, step, config)), config.training)
+    trained = train_step(chunks, optimizer, step, config, accept=lambda *_: False).losses
+    expected = {"loss": objective} | {f"loss_{name}": loss for name, loss in tasks.items()}
+    if codes:
+        of_depths = code_losses[: len(route.code_targets)].mean(0)
+        expected |= {f"loss_depth_{number}": loss for number, loss in enumerate(of_depths, start=1)}
+    if means == "modality":
+        expected |= {f"loss_{name}": loss for name, loss in modalities.items()}
+    for found in (evaluated, trained):
+        assert found.named() == pytest.approx({name: float(loss) for name, loss in expected.items()}, rel=1e-5)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients):
+        assert_near(parameter.main_grad, gradient, 1e-5, name, floor=1e-7)

@@ -72,6 +72,16 @@ def study(data, measured, tmp_path):
     return make
 
 
+def test_files_of_a_study_are_laid_over_one_another_and_named_together(study, tmp_path):
+    study()
+    (tmp_path / "over.yaml").write_text("{seeds: [5], settings: {training: {seed: 3}}}")
+    laid_over = study_file.read(tmp_path / "study.yaml", tmp_path / "over.yaml")
+    assert laid_over.seeds == [5] and len(laid_over.methods) > 1
+    (tmp_path / "over.yaml").write_text("{seed: [5]}")
+    with pytest.raises(UserError, match=r"study.yaml \+ .*over.yaml: unknown key 'seed'"):
+        study_file.read(tmp_path / "study.yaml", tmp_path / "over.yaml")
+
+
 def test_runs_keep_the_sources_of_their_tasks_and_validate_on_all(study, measured):
     example = study(seeds=[3])
     runs = {run.method.name: run for run in grid.runs(example)}
