@@ -8,7 +8,6 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import train_step
 from megatron_ext.transformer.resolved import resolve
-from training_step.cases import with_codes
 from training_step.random_rows import step_input
 from training_step.weights import initialized_on_device
 
@@ -21,9 +20,8 @@ class OurStep:
             self.chunks = build_model(resolve(config, vocab_size))
         self.optimizer = build_optimizer(config, self.chunks)
         self.config = config
-        batch = with_codes(batch, config.model.image_codes)
         self.input = step_input(batch, config)
-        self._logits = sum(len(micro_batch.labels) for micro_batch in self.input.micro_batches)
+        self._logits = int((batch.loss_mask > 0).sum())
 
     def __call__(self) -> float:
         return train_step(self.chunks, self.optimizer, self.input, self.config).loss
@@ -33,8 +31,8 @@ class OurStep:
         self.optimizer.step()
 
     def output_head(self) -> None:
-        """Forward and backward pass of the output layer and the loss, over as many rows as a step computes logits
-        for, micro-batch by micro-batch."""
+        """Forward and backward pass of the output layer (for several codes an image token, of the depth head) and the
+        loss, over as many rows as a step has targets, micro-batch by micro-batch."""
         chunk, training = self.chunks[-1], self.config.training
         model = get_attr_wrapped_model(chunk, "token_losses", return_model_obj=True)
         micro_batches = training.global_batch_size // training.micro_batch_size
@@ -44,5 +42,9 @@ class OurStep:
         labels = torch.zeros(shape[0], dtype=torch.int64, device=weight.device)
         with chunk.no_sync():  # an overlapped reduction would wait for the gradients of all other parameters
             for _ in range(micro_batches):
-                logits, _ = model.output_layer(rows, weight=weight)
-                model.token_losses(logits, labels).sum().backward()
+                if model.depth_head:
+                    codes = labels[:, None].expand(-1, model.depth_head.depth)
+                    losses = model.depth_head.losses(rows.squeeze(1), codes, model.code_vectors)
+                else:
+                    losses = model.token_losses(model.output_layer(rows, weight=weight)[0], labels)
+                losses.sum().backward()
