@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from support.vocabularies import WORDS
@@ -44,3 +45,13 @@ def caption_tar(file: Path, count: int, first: int = 0) -> Path:
         members[f"{i:04d}.jpg"] = encoded(i, "JPEG")
         members[f"{i:04d}.txt"] = f"a {WORDS[i % 6]} picture"
     return write_tar(file, members)
+
+
+def two_colored_pictures(count: int) -> torch.Tensor:
+    """Halves of flat colors: easy to code, but no constant picture comes close to them."""
+    random = torch.Generator().manual_seed(0)
+    palette = torch.tensor([[220, 30, 30], [30, 60, 220], [250, 220, 40], [20, 20, 30]], dtype=torch.uint8)
+    colors = palette[torch.randint(4, (count, 2), generator=random)]
+    pictures = colors[:, :1].repeat_interleave(256, 1).view(count, 16, 16, 3).permute(0, 3, 1, 2).clone()
+    pictures[:, :, :, 8:] = colors[:, 1, :, None, None]
+    return pictures.contiguous()

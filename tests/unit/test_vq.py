@@ -15,6 +15,7 @@ from megatron_ext.vq.trained_folder import quality
 from megatron_ext.vq.training import train
 from megatron_ext.vq.training_config import VQTrainingConfig
 from megatron_ext.vq.training_images import load_images
+from support.images import two_colored_pictures
 
 COMMON = {"embed_dim": 8, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1}
 JANUS = {**COMMON, "num_embeddings": 64, "channel_multiplier": [1, 1, 1], "num_patches": 8}
@@ -104,16 +105,6 @@ def test_wrong_sizes_are_refused(tmp_path):
 
 
 SMALL = VQTrainingConfig(image_size=16, grid=4, codebook_size=32, steps=60, batch_size=8, held_out=8)
-
-
-def two_colored_pictures(count: int) -> torch.Tensor:
-    """Halves of flat colors: easy to code, but no constant picture comes close to them."""
-    random = torch.Generator().manual_seed(0)
-    palette = torch.tensor([[220, 30, 30], [30, 60, 220], [250, 220, 40], [20, 20, 30]], dtype=torch.uint8)
-    colors = palette[torch.randint(4, (count, 2), generator=random)]
-    pictures = colors[:, :1].repeat_interleave(256, 1).view(count, 16, 16, 3).permute(0, 3, 1, 2).clone()
-    pictures[:, :, :, 8:] = colors[:, 1, :, None, None]
-    return pictures.contiguous()
 
 
 def test_a_trained_tokenizer_reconstructs_and_loads(tmp_path):
