@@ -151,8 +151,9 @@ class Route:
         batch, order = rows.batch, self.order
         code_mask = batch.predicts_image() if code_mask is None else np.asarray(code_mask)
         codes = batch.codes.reshape(-1, batch.codes.shape[-1])
-        image = (order >= 0) & (batch.modality.ravel()[order] == Modality.IMAGE)
-        self.tokens = np.where(image, 0, self.tokens)
+        image = batch.modality.ravel()[order.clip(min=0)] == Modality.IMAGE
+        self.tokens = np.where(image, 0, self.tokens)  # dummies, which repeat the first token, too
+        image &= order >= 0
         of_rank = list(zip(image.reshape(rows.ranks, -1), order.reshape(rows.ranks, -1)))
         self.image_rows = [np.flatnonzero(chosen) for chosen, _ in of_rank]
         self.codes = [codes[index[chosen]].astype(np.int32) for chosen, index in of_rank]

@@ -22,7 +22,7 @@ from megatron_ext.training.image_codes import check_images, with_tokenizer
 from megatron_ext.training.losses import MeanLosses
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
-from megatron_ext.training.step import evaluate_step, train_step
+from megatron_ext.training.step import evaluate_step, task_gradients, train_step
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
 from megatron_ext.vocabulary import Vocabulary
@@ -113,7 +113,9 @@ def test_any_role_table_equals_the_reference(one_process):
 @pytest.mark.parametrize("means", ["task", "modality"])
 def test_the_objective_is_a_sum_of_means_over_the_global_batch(one_process, codes, means):
     sizes = ("training.global_batch_size=4", "training.micro_batch_size=2", "plan.preset=himix_hmgen_share_all")
-    config = one_process(*SHAPE, *sizes, *codes, "model.image_codes.head.chunk=3", f"training.means={means}")
+    config = one_process(
+        *SHAPE, *sizes, *codes, "model.image_codes.head.chunk=3", "training.row_multiple=4", f"training.means={means}"
+    )
     chunks = build_model(resolve(config, VOCABULARY))
     model, batch = chunks[0].module, rows_of_codes(12, rows=4) if codes else random_rows(12, rows=4)
     predicted = torch.from_numpy(batch.predicted_task())
@@ -144,8 +146,15 @@ def test_the_objective_is_a_sum_of_means_over_the_global_batch(one_process, code
         expected |= {f"loss_{name}": loss for name, loss in modalities.items()}
     for found in (evaluated, trained):
         assert found.named() == pytest.approx({name: float(loss) for name, loss in expected.items()}, rel=1e-5)
-    for (name, parameter), gradient in zip(model.named_parameters(), gradients):
-        assert_near(parameter.main_grad, gradient, 1e-5, name, floor=1e-7)
+    of_step = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
+    of_tasks = {name: torch.zeros_like(gradient) for name, gradient in of_step.items()}
+    for task in Task:
+        task_gradients(chunks, step, config, task)
+        for name, parameter in model.named_parameters():
+            of_tasks[name] += parameter.main_grad
+    for name, gradient in zip(of_step, gradients):
+        for found in (of_step, of_tasks):
+            assert_near(found[name], gradient, 1e-5, name, floor=1e-7)
 
 
 @pytest.fixture(scope="module")
