@@ -1,4 +1,5 @@
-"""A model of 4 codes an image token, trained by pretrain_unified.py: it learns, resumes, and keeps its code vectors."""
+"""A model of 4 codes an image token, trained by pretrain_unified.py: it learns, resumes, keeps its code vectors, and
+draws what it was shown."""
 
 import json
 import shutil
@@ -11,8 +12,10 @@ import yaml
 
 from megatron_ext import vq
 from megatron_ext.checkpoints.stored_weights import StoredWeights
-from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
+from megatron_ext.data.format import ANSWER, IMAGE, Dataset, DatasetWriter
+from megatron_ext.vocabulary import Vocabulary
 from support.forked_programs import run_forked
+from support.images import encoded
 from support.vila_u import write_vision_tower
 from support.vocabularies import make_vocabulary
 
@@ -109,3 +112,19 @@ def test_the_checkpoint_has_the_towers_code_vectors_and_no_optimizer_state_of_th
     assert [key for key in stored if "code_vectors" in key] == ["code_vectors.weight"]
     assert torch.equal(weights["code_vectors.weight"], vq.load(material / "tower").vectors)
     assert weights.state["config"]["model"]["image_codes"]["fingerprint"] == vq.load(material / "tower").fingerprint
+
+
+def test_it_draws_the_codes_that_it_was_shown_and_answers(material, output, tmp_path):
+    (tmp_path / "picture.png").write_bytes(encoded(3))
+    prompts = [argument for text in TEXTS for argument in ("--prompt", text)]
+    command = ["tools/generate.py", "--checkpoint", output, "--vq", material / "tower", *prompts]
+    command += ["--image", tmp_path / "picture.png", "--question", "is it red", "--json", tmp_path / "results.json"]
+    # No caption was dropped in training, so guidance has nothing to compare with.
+    command += ["--guidance", 1, "--temperature", 0.5, "--top-k", 4, "--top-p", 0.9, "--out", tmp_path / "pictures"]
+    run_forked(command, processes=2)
+    *pictures, answer = json.loads((tmp_path / "results.json").read_text())
+    pairs, first_code = Dataset(material / "pairs"), Vocabulary(material / "vocabulary").image_offset
+    for number, picture in enumerate(pictures):
+        (_, ids), _ = pairs.document(number)
+        assert picture["codes"] == (ids - first_code).tolist()
+    assert isinstance(answer["answer"], str)

@@ -197,7 +197,9 @@ def test_an_interleaved_document_step_by_step_is_one_pass_under_any_roles(one_pr
 def test_cached_decoding_of_four_codes_is_the_full_forward_pass(one_process, monkeypatch, plan):
     """The hidden states, and all depths' logits from them, one depth after the other."""
     one_process(*SHAPE)
-    codes_of_model = [FOUR_CODES[0].replace("width: 6,", "")] if plan == "learned codes" else FOUR_CODES
+    codes_of_model = (
+        [FOUR_CODES[0].replace("width: 6,", "").replace("codebook: vq,", "")] if plan == "learned codes" else FOUR_CODES
+    )
     model, plan = build(PLANS.get(plan, PLANS["himix_hmgen_share_all"]) + codes_of_model)
     tokens = documents(0)
     tasks = tasks_of(tokens, 0)

@@ -1,11 +1,13 @@
 """Continuations: greedy ones equal decoding without a cache, sampled ones repeat, and both stay in their modality."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_decoder import CODES, DEPTH, FOUR_CODES, PLANS, SHAPE, build, full_logits, full_outputs
 
+from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.generation.continuation import Continuation
 from megatron_ext.generation.document_batch import split_codes, stored_ids
@@ -13,8 +15,11 @@ from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.likelihood import log_likelihoods
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling, next_tokens
+from megatron_ext.generation.session import Session
+from megatron_ext.model_config import ImageCodesConfig
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import Task
+from support.vila_u import write_vision_tower
 
 GREEDY = Sampling(temperature=0)
 
@@ -299,3 +304,19 @@ def test_sampled_codes_have_the_frequencies_of_the_kept_softmax():
     counts = torch.bincount(torch.tensor(tokens), minlength=10).double()
     assert len(kept) == 7 and not counts[7:].any()
     assert float(((counts[:7] - expected) ** 2 / expected).sum()) < 30
+
+
+def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(tmp_path):
+    write_vision_tower(tmp_path / "tower", depth=4, codebook_size=24)
+
+    def session(**image_codes) -> Session:
+        config = Config()
+        config.model.image_codes = ImageCodesConfig(**image_codes)
+        vocabulary = SimpleNamespace(folder="v", codebook_size=24)
+        trained = SimpleNamespace(config=config, vocabulary=vocabulary, model=torch.nn.Linear(1, 1))
+        return Session(trained, tmp_path / "tower", batch_size=1)
+
+    with pytest.raises(UserError, match=r"tower: makes 4 codes of an image token, the model .* has 1$"):
+        session()
+    with pytest.raises(UserError, match=r"tower: its fingerprint is .*, the model was trained with the codes of other"):
+        session(depth=4, fingerprint="other")

@@ -13,7 +13,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
-from megatron_ext.token_classes import Task
+from megatron_ext.token_classes import Modality, Task
 from megatron_ext.training.config_checks import validate
 from megatron_ext.training.metrics import read_metrics
 from megatron_ext.training.prepare import prepare
@@ -61,6 +61,27 @@ def figures_of(u: list[torch.Tensor], g: list[torch.Tensor]) -> dict[str, float]
     cosine = float(F.cosine_similarity(u, g, dim=0, eps=1e-30))
     alone = [float((a & b).double().mean()) for a, b in ((u != 0, g == 0), (u == 0, g != 0), (u == 0, g == 0))]
     return dict(zip(FIGURES, (cosine, float(u.norm()), float(g.norm()), *alone)))
+
+
+@pytest.mark.parametrize("codebook, width", [("vq", 6), ("''", "null")], ids=["frozen vectors", "learned codes"])
+def test_generation_alone_trains_the_depth_head_and_both_tasks_what_images_enter_through(one_process, codebook, width):
+    head = "{num_layers: 1, hidden_size: 8, num_attention_heads: 2}"
+    config = one_process(
+        *SMALL, f"model.image_codes={{depth: 2, codebook: {codebook}, codebook_size: 9, width: {width}, head: {head}}}"
+    )
+    chunks = model_of(config)
+    if width == 6:
+        chunks[0].module.code_vectors.weight.normal_()
+    batch, _ = rows_of(*ROWS, length=48)
+    batch.codes = torch.randint(9, (*batch.shape, 2)).int() * (batch.modality == Modality.IMAGE)[..., None]
+    result = gradients.alignment(chunks, prepare(batch, resolve(config)), resolve(config))
+    entry = "projector" if width == 6 else "code embedding"
+    assert result["outside"].keys() == {"embedding", entry, "final norm", "head", "depth head"}
+    assert result["outside"][entry]["cosine"] is not None
+    assert (
+        result["outside"]["depth head"]["norm_understanding"] == 0 < result["outside"]["depth head"]["norm_generation"]
+    )
+    assert result["outside"]["depth head"]["only_generation"] > 0.5
 
 
 @pytest.mark.parametrize(
