@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --json step_time.json
     python benchmarks/step_time.py --only himix,hmgen --profile hmgen
 
-A document has 256 image and 24 text tokens, a row holds one or as many as fit, and a step is a whole one: forward,
+A document has 256 image and 24 text tokens (the base's, also where image tokens have 4 codes), a row holds one or as many as fit, and a step is a whole one: forward,
 backward, gradient clipping, AdamW. Against other libraries a row is one document. A step takes turns with its base; the
 ratio of a round is a step over its base and the median ratio is the figure. A plan should take as long as its FLOPs
 say: ``time / FLOPs`` is the ratio of seconds over the ratio of FLOPs. Memory is the peak of a step beyond weights,
@@ -81,7 +81,8 @@ def main() -> None:
     if arguments.profile:
         case = CASES[arguments.profile]
         batch = random_rows(case.rows, size.rows * size.micro_batches, size.sequence, size.vocab_size)
-        print(kernel_table(profile(case.build(size.configuration(case.plan), size.vocab_size, batch))))
+        step = case.build(size.configuration(case.plan), size.vocab_size, case.batch(batch))
+        print(kernel_table(profile(step)))
         return distributed.shut_down()
     results = {}
     time_cases(with_bases(only), size, arguments.repeats, results.__setitem__)

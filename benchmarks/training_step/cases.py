@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from megatron_ext import config_file, cpu
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, forward_flops
 from megatron_ext.routing.plan import Plan
+from megatron_ext.token_classes import Modality
 
 Build = Callable[[Config, int, Batch], Callable[[], float]]
 """Builds, from a configuration, the size of the vocabulary and a global batch on the host, a whole step that returns
@@ -45,7 +48,8 @@ class Case:
     Attributes:
         rows: kind of rows, see :func:`training_step.random_rows.random_rows`.
         base: the case that this one is measured against.
-        plan: settings of the plan; its FLOPs are those of the case.
+        plan: settings of the plan, and of the model where it is another than the base's; its FLOPs are those of the
+            case.
         limit: upper limit of the figure.
         build: builds the step.
     """
@@ -55,6 +59,15 @@ class Case:
     plan: tuple[str, ...] = ()
     limit: float | None = None
     build: Build = _ours
+    codes: int = 1
+    """D, codes of an image token."""
+
+    def batch(self, base: Batch) -> Batch:
+        """The rows of the base, with random codes for image tokens that have several."""
+        if self.codes == 1:
+            return base
+        codes = torch.randint(CODEBOOK_SIZE, (*base.shape, self.codes), dtype=torch.int32)
+        return replace(base, codes=codes * (base.modality == Modality.IMAGE)[..., None])
 
     @property
     def is_other_library(self) -> bool:
@@ -64,6 +77,18 @@ class Case:
 
 def _of_plan(rows: str, setting: str, limit: float, build: Build = _ours) -> Case:
     return Case(rows, f"dense on {rows}", (setting,), limit, build)
+
+
+CODEBOOK_SIZE = 1024
+FOUR_CODES = (
+    f"model.image_codes={{depth: 4, codebook: random, codebook_size: {CODEBOOK_SIZE}, width: 256, "
+    "head: {num_layers: 2, hidden_size: 256, num_attention_heads: 4}}"
+)
+"""A depth head that costs a token a third of the 8 layers of 512, as the published head of 7B does."""
+
+
+def _of_codes(setting: str) -> Case:
+    return Case("generation", "dense on generation", (setting, FOUR_CODES), 1.15, codes=4)
 
 
 CASES = {
@@ -76,6 +101,8 @@ CASES = {
     "dense on generation": Case("generation", "dense on generation"),
     "hmgen": _of_plan("generation", "plan.preset=hmgen", 1.05),
     "hmgen by masking": _of_plan("generation", "plan.preset=hmgen", None, _masked),
+    "4 codes": _of_codes("plan.preset=dense"),
+    "4 codes and hmgen": _of_codes("plan.preset=hmgen"),
     "separate": _of_plan("generation", "plan.projections.kind=separate", 1.10),
     "delta": _of_plan("generation", "plan.projections.kind=delta", 1.10),
     "dense on both": Case("both", "dense on both"),

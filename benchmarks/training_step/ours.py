@@ -31,8 +31,8 @@ class OurStep:
         self.optimizer.step()
 
     def output_head(self) -> None:
-        """Forward and backward pass of the output layer and the loss, over as many rows as a step computes logits
-        for, micro-batch by micro-batch."""
+        """Forward and backward pass of the output layer (for several codes an image token, of the depth head) and the
+        loss, over as many rows as a step has targets, micro-batch by micro-batch."""
         chunk, training = self.chunks[-1], self.config.training
         model = get_attr_wrapped_model(chunk, "token_losses", return_model_obj=True)
         micro_batches = training.global_batch_size // training.micro_batch_size
@@ -42,5 +42,9 @@ class OurStep:
         labels = torch.zeros(shape[0], dtype=torch.int64, device=weight.device)
         with chunk.no_sync():  # an overlapped reduction would wait for the gradients of all other parameters
             for _ in range(micro_batches):
-                logits, _ = model.output_layer(rows, weight=weight)
-                model.token_losses(logits, labels).sum().backward()
+                if model.depth_head:
+                    codes = labels[:, None].expand(-1, model.depth_head.depth)
+                    losses = model.depth_head.losses(rows.squeeze(1), codes, model.code_vectors)
+                else:
+                    losses = model.token_losses(model.output_layer(rows, weight=weight)[0], labels)
+                losses.sum().backward()

@@ -54,7 +54,7 @@ def _with_base(base: str, against: list[str], size: Size, batch: Batch, repeats:
 
 def _beside(name: str, base: Callable, size: Size, batch: Batch, repeats: int) -> dict:
     case = CASES[name]
-    step = case.build(size.configuration(case.plan), size.vocab_size, batch)
+    step = case.build(size.configuration(case.plan), size.vocab_size, case.batch(batch))
     seconds, base_seconds = take_turns([step, base], repeats)
     return _figures(case, step, seconds, base_seconds, size, batch)
 
@@ -66,7 +66,7 @@ def _failed(error: Exception) -> dict:
 def _figures(case: Case, step: Callable, seconds: list, base_seconds: list, size: Size, batch: Batch) -> dict:
     other = case.is_other_library
     median = statistics.median(seconds)
-    flops, base_flops = size.flops(case, batch), size.flops(CASES[case.base], batch)
+    flops, base_flops = size.flops(case, case.batch(batch)), size.flops(CASES[case.base], batch)
     device = "cpu" if cpu.available() else torch.cuda.get_device_name()
     figures = {
         "seconds": median,

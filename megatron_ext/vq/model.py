@@ -105,9 +105,13 @@ class VQModel(ABC):
     @torch.no_grad()
     def decode_first(self, codes: Tensor, count: int) -> Tensor:
         """As :meth:`decode`, from the first ``count`` codes of each position alone."""
+        latents = self.quantized(codes, count).unflatten(1, self.grid).permute(0, 3, 1, 2)
+        return self._images(latents).float().clamp(-1, 1)
+
+    def quantized(self, codes: Tensor, count: int | None = None) -> Tensor:
+        """Codes [n, h*w*D] to the sum of each position's vectors, or of its first ``count``: [n, h*w, e]."""
         codes = codes.to(self.device).view(len(codes), -1, self.depth)[..., :count]
-        vectors = F.embedding(codes, self._codebook()).sum(2)  # [n, h*w, e]
-        return self._images(vectors.unflatten(1, self.grid).permute(0, 3, 1, 2)).float().clamp(-1, 1)
+        return F.embedding(codes, self._codebook()).sum(2)
 
     def _size_text(self) -> str:
         return f"{self.image_size[0]}, {self.image_size[1]}"
