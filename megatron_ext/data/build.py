@@ -12,6 +12,8 @@ from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.source import Source
 from megatron_ext.data.vq_metadata import depth_of
 from megatron_ext.errors import UserError
+from megatron_ext.templates import TEMPLATES
+from megatron_ext.token_classes import Layout
 
 VALIDATION_SEED = 0
 """Validation rows do not depend on the seed of the run, so that runs can be compared."""
@@ -39,6 +41,7 @@ def build_mixture(
         try:
             opened = _open("data.train" if train else "data.validation", sources, data_config, vocabulary)
             _check_images(opened, depth)
+            _check_dropout(opened, dropout, vocabulary)
         except UserError as refusal:
             error = str(refusal)
     shared = _share(opened, error)
@@ -78,6 +81,18 @@ def _check_images(sources: list[Source], depth: int | None) -> None:
                 f"{source.path}: an image token has {depth_of(vq)} codes, 'model.image_codes.depth' is {depth}; "
                 "set it to that, or encode the images again"
             )
+
+
+def _check_dropout(opened: list[Source], dropout: float, vocabulary) -> None:
+    """Refuse to drop captions that a chat template writes: guidance puts an empty turn in their place, rendering
+    nothing."""
+    if dropout and vocabulary.templates.captions == "conversation":
+        for source in opened:
+            if source.layout == Layout.GENERATION:
+                raise UserError(
+                    f"config: 'data.caption_dropout' is {dropout:g}, must be 0: by {vocabulary.folder / TEMPLATES} the "
+                    f"captions of {source.path} are conversations, of which nothing can be dropped"
+                )
 
 
 def _share(opened: list[Source] | None, error: str | None) -> list[Source]:

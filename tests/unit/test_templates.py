@@ -4,12 +4,15 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import LlamaTokenizer
 
 from megatron_ext import chat_template
+from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.conversion import vila_u
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT
+from megatron_ext.data import build_mixture
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.preprocess.parts import tokenise
@@ -85,7 +88,7 @@ def test_a_conversation_is_vila_u_s(family):
 
 
 def test_a_stored_caption_is_the_prompt_of_its_picture(family):
-    options = ReadOptions(None, "caption", chat_template=True)
+    options = ReadOptions(None, prefer="caption", chat_template=True)
     image = ImageFile("image", "image")
     samples = [make_sample(caption, {"caption": caption}, [image], options) for caption in ("a red", " ")]
     part = tokenise("0", samples, True, options, family.vocabulary)
@@ -94,6 +97,18 @@ def test_a_stored_caption_is_the_prompt_of_its_picture(family):
     request = prompts.picture(family.vocabulary, "a red")
     assert [family.vocabulary.bos, *ids, family.vocabulary.boi] == request.tokens
     assert [skipped["reason"] for skipped in part.skipped] == ["its text is empty"]
+
+
+def test_captions_of_conversations_are_not_dropped(one_process, family, tmp_path):
+    vq = {"fingerprint": "0" * 16, "grid": [1, 2], "codebook_size": CODES}
+    with DatasetWriter(tmp_path / "captions", family.vocabulary.fingerprint, vq, {}) as writer:
+        writer.add([(IMAGE, family.vocabulary.image_ids(np.arange(2))), (TEXT, [5])])
+    source = SourceConfig(str(tmp_path / "captions"), "generation")
+    one_process()
+    with pytest.raises(UserError, match=f"'data.caption_dropout' is 0.1, must be 0: by .*{TEMPLATES} the captions"):
+        build_mixture([source], DataConfig(), family.vocabulary, train=True)
+    build_mixture([source], DataConfig(caption_dropout=0.0), family.vocabulary, train=True)
+    build_mixture([source], DataConfig(), family.vocabulary, train=False)
 
 
 @pytest.mark.parametrize(
