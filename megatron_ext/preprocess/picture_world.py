@@ -211,7 +211,7 @@ class _Preparation:
 
         pictures = min(settings.limit, sum(self.recipe.scenes[split] for split in settings.splits))
         cost = 2.5 + 2.5e-4 * pictures + (0.0 if settings.kind == "dictionary" else 0.05 * config.steps)
-        key = _key(settings, config, [scenes[split].key for split in settings.splits])
+        key = _key(settings, config.settings(), [scenes[split].key for split in settings.splits])
         return Piece("image tokenizer", key, [folder / "training.json", folder], cost, make)
 
     def _text_tokenizer(self, train: list[Piece], vq: Piece) -> Piece:

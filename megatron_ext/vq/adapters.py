@@ -66,6 +66,29 @@ class JanusVQ(_Transformers):
         return F.pixel_shuffle(decoded, _patch(self.network.config))
 
 
+class ResidualVQ(JanusVQ):
+    """Janus's network with several codes a position (tools/train_vq.py --depth); the latents are no unit vectors."""
+
+    kind = "residual_vqgan"
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: dict) -> "ResidualVQ":
+        """Build the network from ``config``, which is Janus's and has ``depth``, and read its weights from ``folder``.
+
+        Raises:
+            UserError: the depth or weights are missing.
+        """
+        config = dict(config)
+        depth = config.pop("depth", None)
+        if type(depth) is not int or depth < 1:
+            raise UserError(f"{folder / 'config.json'}: depth is {depth!r}, must be a positive integer")
+        network = _read_network(cls.network_class, folder, {**config, "model_type": JanusVQ.kind})
+        return cls(network, folder, *cls._sizes(network.config), depth)
+
+    def _codebook(self):
+        return self.network.quantize.embedding.weight.float()
+
+
 class ChameleonVQ(_Transformers):
     """Chameleon's image tokenizer. Its decoder was never published."""
 
@@ -116,7 +139,7 @@ class Emu3VQ(_Transformers):
         return clips.reshape(len(latents), -1, 3, *self.image_size)[:, 0]
 
 
-ADAPTERS = {adapter.kind: adapter for adapter in (JanusVQ, Emu3VQ, ChameleonVQ)}
+ADAPTERS = {adapter.kind: adapter for adapter in (JanusVQ, ResidualVQ, Emu3VQ, ChameleonVQ)}
 
 
 def _reduction(config) -> int:

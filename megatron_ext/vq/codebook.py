@@ -77,6 +77,29 @@ def kmeans(points: Tensor, weights: Tensor, count: int, generator: torch.Generat
     return centers[totals.argsort(descending=True, stable=True)]
 
 
+def residual_kmeans(points: Tensor, weights: Tensor, count: int, depth: int, generator: torch.Generator) -> Tensor:
+    """Codes of residual quantization, shared by ``depth`` rounds: k-means of the points, of what its centers leave, and
+    so on, an equal number of codes each.
+
+    Args:
+        points: float32 [m, d].
+        weights: [m], how often each point counts.
+        count: codes, ``depth`` or more.
+
+    Returns:
+        Up to ``count`` codes [k, d]: fewer if less points are left than centers wanted.
+    """
+    codebook = []
+    for size in [count // depth + (number < count % depth) for number in range(depth)]:
+        distinct = points.unique(dim=0)
+        if len(distinct) <= size:
+            # What is left are so few points that they are codes themselves.
+            return torch.cat([*codebook, distinct])
+        codebook.append(kmeans(points, weights, size, generator))
+        points = points - codebook[-1][nearest(points, codebook[-1])]
+    return torch.cat(codebook)
+
+
 class MovingAverageCodebook:
     """A codebook of unit vectors that follows the latents.
 

@@ -1,11 +1,12 @@
 """Fitting a patch dictionary (:mod:`.patch_dictionary`): k-means over the distinct patches of the training images.
 
 Most patches of flat pictures occur many times. A distinct patch counts as often as it occurs; if there are no more than
-codes, they are the dictionary, and encoding loses nothing.
+codes, they are the dictionary, and encoding loses nothing. With several codes a position, the dictionary is fitted to
+the patches and to what its own codes leave of them.
 """
 
+import math
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.vq.codebook import kmeans
-from megatron_ext.vq.patch_dictionary import PatchDictionary
+from megatron_ext.vq.codebook import kmeans, residual_codes, residual_kmeans
+from megatron_ext.vq.patch_dictionary import PatchDictionary, ResidualPatchDictionary
+from megatron_ext.vq.pixels import from_bytes
 from megatron_ext.vq.trained_folder import evaluate, publish, split_held_out
 from megatron_ext.vq.training_config import DictionaryConfig
+
+RESIDUAL_ITERATIONS = 20
+"""Of each of the two ways in which a residual dictionary is improved."""
 
 
 def train_dictionary(images: Tensor, out: Path, config: DictionaryConfig) -> dict:
@@ -33,6 +38,13 @@ def train_dictionary(images: Tensor, out: Path, config: DictionaryConfig) -> dic
     """
     held_out, images = split_held_out(images, config.held_out)
     patches, counts = distinct_patches(images, config.patch_size)
+    facts = {"pictures": len(images), "distinct_patches": len(patches), "settings": config.settings()}
+    sizes = {"image_size": config.image_size, "patch_size": config.patch_size}
+    if config.depth > 1:
+        vectors = _residual_vectors(from_bytes(patches.flatten(1)), counts, config)
+        settings = {"model_type": ResidualPatchDictionary.kind, **sizes, "depth": config.depth}
+        publish(out, {"vectors": vectors.view(-1, *patches.shape[1:])}, settings)
+        return evaluate(out, held_out, facts)
     if len(patches) > config.codebook_size:
         generator = torch.Generator().manual_seed(config.seed)
         centers = kmeans(patches.flatten(1).float(), counts, config.codebook_size, generator)
@@ -40,10 +52,48 @@ def train_dictionary(images: Tensor, out: Path, config: DictionaryConfig) -> dic
         entries, _ = distinct_patches(centers.round().to(torch.uint8).view(-1, *patches.shape[1:]), config.patch_size)
     else:
         entries = patches
-    settings = {"image_size": config.image_size, "patch_size": config.patch_size, "codebook_size": len(entries)}
-    publish(out, {"patches": entries}, {"model_type": PatchDictionary.kind, **settings})
-    facts = {"pictures": len(images), "distinct_patches": len(patches), "settings": asdict(config)}
+    publish(out, {"patches": entries}, {"model_type": PatchDictionary.kind, **sizes, "codebook_size": len(entries)})
     return evaluate(out, held_out, facts)
+
+
+def _residual_vectors(patches: Tensor, counts: Tensor, config: DictionaryConfig) -> Tensor:
+    """One dictionary for all codes of a position: [k, 3 p^2] for patches [m, 3 p^2] in [-1, 1].
+
+    First each code moves to the mean of the residuals that choose it, then all codes to the least squares solution for
+    the choices made. Choices are greedy, so either may make things worse: the best dictionary is kept.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    vectors = residual_kmeans(patches, counts, config.codebook_size, config.depth, generator)
+    best, least = vectors, math.inf
+    for move in (_to_means, _to_least_squares):
+        vectors = best
+        for _ in range(RESIDUAL_ITERATIONS):
+            codes = residual_codes(patches, vectors, config.depth)
+            error = float(counts @ (patches - vectors[codes].sum(1)).square().sum(1))
+            if error < least:
+                best, least = vectors, error
+            vectors = move(patches, counts, vectors, codes)
+    return best
+
+
+def _to_means(patches: Tensor, counts: Tensor, vectors: Tensor, codes: Tensor) -> Tensor:
+    sums, totals = torch.zeros_like(vectors), torch.zeros(len(vectors))
+    for chosen in codes.unbind(1):
+        sums.index_add_(0, chosen, patches * counts[:, None])
+        totals.index_add_(0, chosen, counts)
+        patches = patches - vectors[chosen]
+    # A code that nothing chooses stays where it is.
+    return torch.where(totals[:, None] > 0, sums / totals[:, None].clamp(min=1), vectors)
+
+
+def _to_least_squares(patches: Tensor, counts: Tensor, vectors: Tensor, codes: Tensor) -> Tensor:
+    chosen = torch.zeros(len(patches), len(vectors), dtype=torch.float64)
+    chosen.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.float64))
+    weighted = chosen * counts[:, None]
+    # A little weight on where the codes are: those that nothing chooses stay there.
+    ridge = 1e-3 * float(counts.sum()) / len(vectors)
+    system = chosen.T @ weighted + ridge * torch.eye(len(vectors), dtype=torch.float64)
+    return torch.linalg.solve(system, weighted.T @ patches.double() + ridge * vectors.double()).float()
 
 
 def distinct_patches(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:

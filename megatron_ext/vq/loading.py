@@ -7,7 +7,7 @@ import torch
 from megatron_ext import files
 from megatron_ext.errors import UserError
 from megatron_ext.vq.model import VQModel
-from megatron_ext.vq.patch_dictionary import PatchDictionary
+from megatron_ext.vq.patch_dictionary import DICTIONARIES
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VQModel:
@@ -28,8 +28,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
         config = _read_config(folder)
     # A whole checkpoint keeps the tokenizer's configuration in a section of its own.
     config = config.get("vq_config") or config
-    if config.get("model_type") == PatchDictionary.kind:
-        return PatchDictionary.from_folder(folder, config).to(device)
+    if dictionary := DICTIONARIES.get(config.get("model_type")):
+        return dictionary.from_folder(folder, config).to(device)
     # Importing transformers takes seconds.
     from megatron_ext.vq.adapters import ADAPTERS
     from megatron_ext.vq.vila_u import VilaUVisionTower
@@ -39,7 +39,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     if adapter is None:
         raise UserError(
             f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not a known VQ tokenizer; "
-            f"expected one of {', '.join([PatchDictionary.kind, *adapters])}, or a checkpoint with such a 'vq_config'"
+            f"expected one of {', '.join([*DICTIONARIES, *adapters])}, or a checkpoint with such a 'vq_config'"
         )
     return adapter.from_folder(folder, config).to(device, dtype)
 

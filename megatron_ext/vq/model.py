@@ -76,13 +76,16 @@ class VQModel(ABC):
         Raises:
             ValueError: the images are not of ``image_size``.
         """
+        return residual_codes(self.latents(images), self._codebook(), self.depth).view(len(images), -1)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """What :meth:`encode` quantizes: images [n, 3, H, W] to [n*h*w, e], of the codebook's type."""
         if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.image_size:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected [n, 3, {self._size_text()}]")
         images = images.to(self.device, self.dtype).contiguous(memory_format=self.memory_format)
-        codebook = self._codebook()
-        latents = self._latents(images).to(codebook.dtype)  # [n, e, h, w]
-        codes = residual_codes(latents.permute(0, 2, 3, 1).flatten(0, 2), codebook, self.depth)
-        return codes.view(len(images), -1)
+        latents = self._latents(images).to(self._codebook().dtype)  # [n, e, h, w]
+        return latents.permute(0, 2, 3, 1).flatten(0, 2)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -102,9 +105,13 @@ class VQModel(ABC):
     @torch.no_grad()
     def decode_first(self, codes: Tensor, count: int) -> Tensor:
         """As :meth:`decode`, from the first ``count`` codes of each position alone."""
+        latents = self.quantized(codes, count).unflatten(1, self.grid).permute(0, 3, 1, 2)
+        return self._images(latents).float().clamp(-1, 1)
+
+    def quantized(self, codes: Tensor, count: int | None = None) -> Tensor:
+        """Codes [n, h*w*D] to the sum of each position's vectors, or of its first ``count``: [n, h*w, e]."""
         codes = codes.to(self.device).view(len(codes), -1, self.depth)[..., :count]
-        vectors = F.embedding(codes, self._codebook()).sum(2)  # [n, h*w, e]
-        return self._images(vectors.unflatten(1, self.grid).permute(0, 3, 1, 2)).float().clamp(-1, 1)
+        return F.embedding(codes, self._codebook()).sum(2)
 
     def _size_text(self) -> str:
         return f"{self.image_size[0]}, {self.image_size[1]}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
+from megatron_ext.vq.codebook import residual_codes
 from megatron_ext.vq.loading import load
 from megatron_ext.vq.model import VQModel
 from megatron_ext.vq.pixels import from_bytes, to_bytes
@@ -47,12 +48,14 @@ def evaluate(out: Path, held_out: Tensor, facts: dict) -> dict:
 
     Returns:
         The contents of OUT/training.json, which is written last: held-out PSNR (dB), codebook size, use and perplexity,
-        the fingerprint and ``facts``.
+        the fingerprint and ``facts``. With several codes a position also, for the first 1, 2, ... of them, the PSNR,
+        and for each the share of codes in use and the share that distances in bfloat16 would choose as well.
     """
     vq = load(out)
     codes, reconstructed = reconstruct(vq, held_out)
     numbers = {
         **quality(held_out, reconstructed, codes, vq.codebook_size),
+        **(_quality_by_depth(vq, held_out, codes) if vq.depth > 1 else {}),
         "codebook_size": vq.codebook_size,
         "fingerprint": vq.fingerprint,
         **facts,
@@ -62,8 +65,23 @@ def evaluate(out: Path, held_out: Tensor, facts: dict) -> dict:
     return numbers
 
 
+def _quality_by_depth(vq: VQModel, images: Tensor, codes: Tensor) -> dict:
+    depths = range(1, vq.depth + 1)
+    decoded = [to_bytes(vq.decode_first(codes, count)).cpu() for count in depths]
+    by_depth = codes.view(-1, vq.depth)
+    qualities = [
+        quality(images, pictures, by_depth[:, depth - 1], vq.codebook_size) for depth, pictures in zip(depths, decoded)
+    ]
+    rounded = residual_codes(vq.latents(from_bytes(images)).bfloat16(), vq.vectors.bfloat16(), vq.depth)
+    return {
+        "psnr_by_depth": [figures["psnr"] for figures in qualities],
+        "codebook_use_by_depth": [figures["codebook_use"] for figures in qualities],
+        "bfloat16_agreement_by_depth": (rounded == by_depth).double().mean(0).tolist(),
+    }
+
+
 def reconstruct(vq: VQModel, images: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Codes [n, h*w] of images uint8 [n, 3, s, s], and the images decoded from them, uint8."""
+    """Codes [n, h*w*D] of images uint8 [n, 3, s, s], and the images decoded from them, uint8."""
     codes = torch.cat([vq.encode(from_bytes(batch)) for batch in images.split(batch_size)])
     decoded = torch.cat([vq.decode(batch) for batch in codes.split(batch_size)])
     return codes, to_bytes(decoded).cpu()

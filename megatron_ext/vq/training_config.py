@@ -1,13 +1,25 @@
 """Settings of the two trainings: of a VQ network (:mod:`.training`), of a patch dictionary."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_ext.errors import UserError
 
 
+class _Settings:
+    depth: int
+
+    def settings(self) -> dict:
+        """The settings as JSON; without the depth if it is one, as they were before there was another."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("depth", 1)}
+
+    def _check_depth(self, codebook_size: int) -> None:
+        if not 1 <= self.depth <= codebook_size:
+            raise UserError(f"depth {self.depth}: must be from 1 to the codebook size {codebook_size}")
+
+
 @dataclass
-class VQTrainingConfig:
+class VQTrainingConfig(_Settings):
     """The shape of a small tokenizer and its training.
 
     Attributes:
@@ -18,6 +30,7 @@ class VQTrainingConfig:
             patches: on images of a few flat colors the norms remove too much.
         channels: of the convolutions at the finest level; doubled once, at the first halving. At least 64: the norms
             have 32 groups, and with one channel per group they would remove the colors.
+        depth: codes of a position. With more than one they are residual, and latents are no unit vectors.
         warmup: fraction of the steps before the codebook starts.
         commitment: weight of the distance between a latent and its code.
     """
@@ -37,8 +50,10 @@ class VQTrainingConfig:
     codebook_decay: float = 0.97
     held_out: int = 128
     seed: int = 1234
+    depth: int = 1
 
     def __post_init__(self):
+        self._check_depth(self.codebook_size)
         halvings = math.log2(self.image_size / self.patch / self.grid) if self.image_size % self.patch == 0 else 0.5
         if halvings < 0 or halvings % 1:
             raise UserError(
@@ -53,7 +68,7 @@ class VQTrainingConfig:
 
 
 @dataclass
-class DictionaryConfig:
+class DictionaryConfig(_Settings):
     """The shape of a patch dictionary.
 
     Attributes:
@@ -61,6 +76,7 @@ class DictionaryConfig:
         codebook_size: most codes.
         held_out: images held out to measure the quality.
         seed: of the start of k-means.
+        depth: codes of a position, residual if there are several.
     """
 
     image_size: int = 64
@@ -68,8 +84,10 @@ class DictionaryConfig:
     codebook_size: int = 512
     held_out: int = 128
     seed: int = 1234
+    depth: int = 1
 
     def __post_init__(self):
+        self._check_depth(self.codebook_size)
         if self.grid < 1 or self.image_size % self.grid:
             raise UserError(f"image size {self.image_size}, grid {self.grid}: image size must be a multiple of grid")
         if self.codebook_size < 1:
