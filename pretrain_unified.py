@@ -36,7 +36,7 @@ def main() -> None:
     output = Path(config.output)
     if distributed.is_logging_rank():
         output.mkdir(parents=True, exist_ok=True)
-        config_file.write_yaml(output / "config.yaml", config)
+        config_file.write_yaml(output / "config.yaml", run.config)
         if run.progress.iteration < config.training.iterations:
             clear_finished(output)
     if train(run, callbacks) and distributed.is_logging_rank():

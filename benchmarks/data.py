@@ -1,13 +1,14 @@
 """Speed of the data path: tokens per second through DALI and through torch's DataLoader, in one run.
 
 Both prepare the same steps from a synthetic data set in a temporary folder (rows, routes and labels in one buffer) and
-copy them to the device. The rounds alternate, so that a busy machine slows both alike; the ratio is the median of the
-rounds' ratios.
+copy them to the device. Rows of several codes an image token are packed and unpacked against rows of one. The rounds
+alternate, so that a busy machine slows both sides alike; a ratio is the median of the rounds' ratios.
 """
 
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +49,16 @@ def main() -> None:
     arguments.add_argument("--documents", type=int, default=20_000, help="documents in the data set (default 20000)")
     arguments.add_argument("--image-tokens", type=int, default=256, help="VQ codes in an image (default 256)")
     arguments.add_argument("--text-tokens", type=int, default=24, help="mean tokens of a caption (default 24)")
+    arguments.add_argument(
+        "--depth", type=int, default=4, help="codes an image token of the second data set (default 4)"
+    )
     options = arguments.parse_args()
     if not dali_loader.available():
         raise UserError("DALI is not installed; pip install nvidia-dali-cuda130")
     with tempfile.TemporaryDirectory() as folder:
-        numbers = measure(mixture(Path(folder) / "pairs", options), options)
+        one = mixture(Path(folder) / "pairs", options)
+        numbers = measure(one, options)
+        numbers["depth_ratio"] = depth_ratio(one, mixture(Path(folder) / "several", options, options.depth), options)
     print(_summary(numbers, options))
     if options.json:
         write_json(options.json, numbers)
@@ -79,6 +85,19 @@ def measure(mixture: Mixture, options) -> dict:
         "ratio": statistics.median(a / b for a, b in zip(speeds["dali"], speeds["torch"])),
         "padding": float(((step & TASK) == PADDING).mean()),
     }
+
+
+def depth_ratio(one: Mixture, several: Mixture, options) -> float:
+    """Rows per second, packed and unpacked in one process, with several codes an image token, relative to one code."""
+    sides = [PackedRows(mixture, options.length) for mixture in (one, several)]
+    for rows in sides:
+        rows.batch(0, options.rows)  # plans the rows ahead
+    ratios = []
+    for i in progress(range(options.rounds), desc="rounds of codes"):
+        first = (i + 1) * options.rows
+        of_one, of_several = (_timed(partial(rows.batch, first, first + options.rows))[1] for rows in sides)
+        ratios.append(of_one / of_several)
+    return statistics.median(ratios)
 
 
 def preparation(options) -> Preparation:
@@ -110,13 +129,15 @@ def _timed(function):
     return result, time.perf_counter() - started
 
 
-def mixture(prefix: Path, options) -> Mixture:
-    """Captioned random images, for generation and for understanding."""
+def mixture(prefix: Path, options, depth: int = 1) -> Mixture:
+    """Captioned random images with ``depth`` codes a token, for generation and for understanding."""
     random = np.random.default_rng(0)
-    vq = {"fingerprint": "random", "grid": [1, options.image_tokens], "codebook_size": CODES}
+    vq = {"fingerprint": "random", "grid": [1, options.image_tokens], "codebook_size": CODES} | (
+        {"depth": depth} if depth > 1 else {}
+    )
     with DatasetWriter(prefix, "random", vq, {"made_by": "benchmarks/data.py"}) as writer:
         for length in random.integers(1, 2 * options.text_tokens, options.documents):
-            codes = random.integers(0, CODES, options.image_tokens) + SPECIAL.eoi + 1
+            codes = random.integers(0, CODES, options.image_tokens * depth) + SPECIAL.image_offset
             writer.add([(IMAGE, codes), (ANSWER, random.integers(2, SPECIAL.pad, length))])
     sources = [
         Source.open("benchmark", SourceConfig(str(prefix), task), "random", options.length)
@@ -135,6 +156,7 @@ def _summary(numbers: dict, options) -> str:
             f"DALI, {options.workers} worker(s)        {millions['dali_tokens_per_second']}",
             f"DataLoader, {options.workers} worker(s)  {millions['torch_tokens_per_second']}",
             f"DALI / DataLoader        {numbers['ratio']:7.2f}",
+            f"{options.depth} codes / one            {numbers['depth_ratio']:7.2f} rows/s, packed and unpacked",
         ]
     )
 

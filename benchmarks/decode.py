@@ -7,12 +7,15 @@ Batches of two kinds of documents are continued greedily: ``picture``, a caption
 ``answer``, a picture of 256 tokens and a question of 24, with 64 text tokens. Hugging Face's
 ``generate`` has the same weights, prompts and allowed tokens, and must choose the same tokens, or there is no result.
 So must decoding without a cache, a forward pass over the whole row for each token, which is measured for some tokens.
+One more side draws pictures of as many image tokens of several codes (``--depth``), with a depth head whose share of
+the FLOPs is that of VILA-U's 7B model.
 
 The sides take turns; a ratio is the median of the rounds' ratios. ``first token`` is the time to read the prompts,
 ``tokens/s`` counts what follows. On CPUs every side has one thread and CPU time is measured, which other processes
 disturb less. On GPUs it is wall time.
 """
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +28,7 @@ from decoding.sides import (
     Continued,
     build_generator,
     build_hugging_face,
+    build_several_codes,
     decode_cached,
     decode_hugging_face,
     decode_uncached,
@@ -38,11 +42,18 @@ from megatron_ext.routing.plan import PRESETS, Plan
 from megatron_ext.training.config_checks import validate
 
 UNCACHED_TOKENS = 8
+SEVERAL_CODES = "several codes"
 
 
-def configuration(layers: int, hidden_size: int, preset: str) -> Config:
-    """The model under test as a run's configuration."""
+def configuration(layers: int, hidden_size: int, preset: str, depth: int = 1) -> Config:
+    """The model under test as a run's configuration; with several codes an image token (``depth``) it has a depth head
+    of half its width and a quarter of its layers."""
     shape = {"num_layers": layers, "hidden_size": hidden_size, "num_attention_heads": max(1, hidden_size // 64)}
+    if depth > 1:
+        width = hidden_size // 2
+        head = {"num_layers": max(1, layers // 4), "hidden_size": width, "num_attention_heads": max(1, width // 64)}
+        codes = {"depth": depth, "codebook_size": TokenIds.size - TokenIds.image_offset, "width": width, "head": head}
+        shape["image_codes"] = json.dumps(codes | {"codebook": "random"})
     return config_file.load(Config, [], [*(f"model.{k}={v}" for k, v in shape.items()), f"plan.preset={preset}"])
 
 
@@ -50,10 +61,14 @@ def flops(config: Config, kind: str, new: int) -> tuple[int, int]:
     """FLOPs per row up to the first token, and those of the ``new - 1`` tokens after it."""
     (request,) = requests(kind, 1)
     follows = [TokenIds.image_offset if kind == "picture" else TokenIds.eod] * (new - 1)
-    plan = Plan.from_config(config)
+    plan, depth = Plan.from_config(config), config.model.image_codes.depth
+    vocab_size = TokenIds.size if depth == 1 else TokenIds.image_offset
 
     def forward(tokens: Sequence[int], asked: int) -> int:
-        return forward_flops(config.model, TokenIds.size, plan, count(document_rows(kind, [tokens], asked), plan))
+        batch = document_rows(kind, [tokens], asked)
+        if depth > 1:
+            batch.codes = torch.zeros(*batch.shape, depth, dtype=torch.int32)
+        return forward_flops(config.model, vocab_size, plan, count(batch, plan))
 
     prompt = forward(request.tokens, 1)
     return prompt, forward([*request.tokens, *follows], new) - prompt
@@ -115,6 +130,16 @@ def plans(kind: str, rounds: dict[str, list[Continued]], configs: dict[str, Conf
     return results
 
 
+def several_codes(rounds: dict[str, list[Continued]], config: Config, dense: Config) -> dict:
+    """Image tokens of several codes against those of one: seconds per token, and FLOPs."""
+    new = len(rounds["dense"][0].tokens[0])
+    return {
+        "depth": config.model.image_codes.depth,
+        "per_token": ratio(rounds["dense"], rounds[SEVERAL_CODES], "rate"),
+        "per_token_flops": flops(config, "picture", new)[1] / flops(dense, "picture", new)[1],
+    }
+
+
 def table(results: dict[str, dict]) -> str:
     """The results as Markdown tables."""
     lines = [
@@ -132,6 +157,9 @@ def table(results: dict[str, dict]) -> str:
     for name, r in results.items():
         for preset, plan in r["plans"].items():
             lines.append(f"| {name} | {preset} | {' | '.join(f'{value:.2f}' for value in plan.values())} |")
+        if codes := r.get("several_codes"):
+            figures = f"{codes['per_token']:.2f} | {codes['per_token_flops']:.2f}"
+            lines.append(f"| {name} | dense, {codes['depth']} codes an image token | | | {figures} |")
     return "\n".join(lines)
 
 
@@ -142,6 +170,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(KINDS), help="comma-separated kinds of documents")
     parser.add_argument("--rows", default="1,16", help="comma-separated numbers of documents at once")
     parser.add_argument("--presets", default=",".join(PRESETS), help="comma-separated; dense comes along")
+    parser.add_argument("--depth", type=int, default=4, help="codes of an image token of one more side; 1: without it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
     arguments = parser.parse_args()
@@ -156,15 +185,22 @@ def main() -> None:
     distributed.initialize(configs["dense"])
     llama = build_hugging_face(configs["dense"])
     generators = {preset: build_generator(config, llama) for preset, config in configs.items()}
+    codes = configuration(arguments.layers, arguments.hidden_size, "dense", arguments.depth)
+    codes_generator = build_several_codes(codes) if arguments.depth > 1 else None
     results = {}
     for kind in arguments.only.split(","):
         for rows in map(int, arguments.rows.split(",")):
             sides = {preset: partial(decode_cached, generator, kind, rows) for preset, generator in generators.items()}
             # Next to the dense plan, so that both meet the same load of the machine.
             sides = {"Hugging Face": partial(decode_hugging_face, llama, kind, rows), **sides}
+            if kind == "picture" and codes_generator:
+                sides[SEVERAL_CODES] = partial(decode_cached, codes_generator, kind, rows)
             continued = measure(sides, arguments.rounds)
             result = against_others(kind, continued, generators["dense"], UNCACHED_TOKENS)
-            results[f"{kind}, {rows} at once"] = result | {"plans": plans(kind, continued, configs)}
+            result["plans"] = plans(kind, continued, configs)
+            if SEVERAL_CODES in continued:
+                result["several_codes"] = several_codes(continued, codes, configs["dense"])
+            results[f"{kind}, {rows} at once"] = result
     print(table(results))
     if arguments.json:
         settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "markdown")}

@@ -90,10 +90,25 @@ def build_generator(config: Config, llama) -> Generator:
     return Generator(model.eval(), Plan.from_config(config), TokenIds, documents.GRID)
 
 
+def build_several_codes(config: Config) -> Generator:
+    """Our model with several codes an image token, with random weights."""
+    from megatron_ext.transformer.model import build_chunks
+
+    (model,) = build_chunks(resolve(config, TokenIds.image_offset))
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in [*model.parameters(), model.code_vectors.weight]:
+            if weight.dim() == 2:
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=random))
+    return Generator(model.eval(), Plan.from_config(config), TokenIds, documents.GRID)
+
+
 def decode_cached(generator: Generator, kind: str, rows: int) -> Continued:
-    """Cached decoding."""
-    new = new_tokens(kind)
-    return Continued.timed(lambda tick: [row[:new] for row in generator(requests(kind, rows), GREEDY, tick)])
+    """Cached decoding; of several codes an image token the tokens are the first ones."""
+    new, step = new_tokens(kind), generator.depth
+    return Continued.timed(
+        lambda tick: [row[: new * step : step] for row in generator(requests(kind, rows), GREEDY, tick)]
+    )
 
 
 def decode_hugging_face(model, kind: str, rows: int) -> Continued:

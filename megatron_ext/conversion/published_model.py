@@ -80,7 +80,7 @@ def convert(
         "rows": {
             "published": rows.published,
             "new": rows.new,
-            "padding": padded_size - vocab_size(source.model, vocabulary),
+            "padding": padded_size - vocab_size(config, vocabulary),
             "left_out": rows.left_out,
         },
         "new_rows_std": rows.stds,

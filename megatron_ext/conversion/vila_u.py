@@ -49,7 +49,7 @@ def convert_vila_u(folder: Path, out: Path, seed: int = 1234) -> dict:
     """
     require_no_checkpoints(out)
     source = VilaUFolder(folder)
-    vectors, unused = _tokenizer(source)
+    vectors, unused = read_tokenizer(source)
     vocabulary = create_vocabulary(out / "vocabulary", source.text_file, source.model.image_codes.codebook_size)
     if (kept := vocabulary.text_size) > min(source.added_tokens[name] for name in IMAGE_TOKENS):
         raise UserError(f"{source.text_file}: has {kept} tokens, but the ids of {' and '.join(IMAGE_TOKENS)} are lower")
@@ -70,7 +70,7 @@ def left_out_by_kind(tensors: list[str]) -> dict[str, int]:
     return dict(Counter(".".join(part for part in name.split(".")[:4] if not part.isdigit()) for name in tensors))
 
 
-def _tokenizer(source: VilaUFolder) -> tuple[torch.Tensor, list[str]]:
+def read_tokenizer(source: VilaUFolder) -> tuple[torch.Tensor, list[str]]:
     """Code vectors, and the names of tensors that neither the VQ tokenizer nor the model needs; completes the shape of
     image tokens."""
     tower, codes = vq.load(source.model.image_codes.codebook), source.model.image_codes

@@ -19,9 +19,9 @@ def available() -> bool:
 
 
 def _estimated_bytes(rows: StepRows) -> int:
-    """Bytes of a step: about 30 a token, and twice 4 for each of several codes (all of them, and those to learn)."""
+    """Bytes of a step: about 30 a token, and 12 for each of its several codes, which are inputs and targets."""
     count, length = rows.shape
-    return count * length * (32 + 8 * (rows.depth - 1))
+    return count * length * (32 + (12 * rows.depth if rows.depth > 1 else 0))
 
 
 class DaliLoader:

@@ -254,13 +254,11 @@ def _copy_images(
 ) -> None:
     """Write images of several codes a token, which are never cut, into a buffer: places and pointers, [images] each."""
     count = codes_of_image(dataset.metadata["vq"])
-    ids = np.empty((len(starts), count), dtype=np.int32)
-    for image, pointer in zip(ids, pointers.tolist()):
-        image[:] = dataset.tokens[pointer : pointer + count]
-    ids = ids.reshape(len(starts), -1, dataset.depth)
-    places = starts[:, None] + np.arange(ids.shape[1])
-    buffer.ids[places] = ids[:, :, 0]
-    buffer.further_codes[places, : dataset.depth - 1] = ids[:, :, 1:] - image_offset
+    for place, pointer in zip(starts.tolist(), pointers.tolist()):
+        ids = dataset.tokens[pointer : pointer + count].reshape(-1, dataset.depth)
+        stop = place + len(ids)
+        buffer.ids[place:stop] = ids[:, 0]
+        buffer.further_codes[place:stop, : dataset.depth - 1] = ids[:, 1:] - image_offset
 
 
 def _learnt(

@@ -66,13 +66,8 @@ def export(
         raise UserError(f"{out}: already holds a model; name another folder")
     path = checkpoint_folder.of_run(checkpoint)
     weights = StoredWeights(path)
-    exported = _exported(path, weights, dtype, vocabulary, overrides)
-    if (depth := exported.model.image_codes.depth) > 1:
-        raise UserError(
-            f"{path}: image tokens have {depth} codes (model.image_codes.depth); without --vila-u the forms of this tool have one"
-        )
-    if exported.vocabulary.templates != NO_TEMPLATES:
-        raise UserError(f"{exported.vocabulary.folder / TEMPLATES}: an exported folder cannot follow it")
+    exported = read(path, weights, dtype, vocabulary, overrides)
+    _require_own_form(exported, path)
     form = choose_form(exported, form)
     tokenizer = _vq(vq, exported.vocabulary) if vq else None
     if form == "own" and tokenizer is None:
@@ -97,9 +92,10 @@ def export(
     return {"form": form, "class": description["architectures"][0], "dtype": exported.dtype, **numbers}
 
 
-def _exported(
+def read(
     path: Path, weights: StoredWeights, dtype: str, vocabulary_folder: Path | None, overrides: Sequence[str]
 ) -> Exported:
+    """What is exported of a checkpoint; arguments as those of :func:`export`."""
     config = with_roles(config_file.from_tree(Config, weights.state["config"]), overrides)
     vocabulary = Vocabulary(vocabulary_folder or config.data.vocabulary)
     check_compatible(weights.state, {"fingerprints": {"vocabulary": vocabulary.fingerprint}}, path)
@@ -111,6 +107,17 @@ def _exported(
         dtype=str(weights.dtype).removeprefix("torch.") if dtype == "trained" else dtype,
         sequence_length=config.data.sequence_length,
     )
+
+
+def _require_own_form(exported: Exported, path: Path) -> None:
+    """Refuse what neither form of :func:`export` can hold."""
+    if (depth := exported.model.image_codes.depth) > 1:
+        raise UserError(
+            f"{path}: image tokens have {depth} codes (model.image_codes.depth), which VILA-U's layout alone has "
+            "(--vila-u)"
+        )
+    if exported.vocabulary.templates != NO_TEMPLATES:
+        raise UserError(f"{exported.vocabulary.folder / TEMPLATES}: an exported folder cannot follow it")
 
 
 def _vq(folder: Path, vocabulary: Vocabulary) -> VQModel:

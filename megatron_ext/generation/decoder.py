@@ -171,13 +171,14 @@ def _with_tokens(route: Route, batch: Batch, places: np.ndarray) -> Route:
             query_positions = positions[query_rows].to(device)
         return replace(layer, query_positions=query_positions, key_positions=key_positions)
 
+    tokens = batch.tokens if batch.codes is None else np.where(batch.modality == Modality.IMAGE, 0, batch.tokens)
     distinct = {id(layer): layer for layer in route.layers}
     layers = {key: moved(layer) for key, layer in distinct.items()}
     return replace(
         route,
         layers=[layers[id(layer)] for layer in route.layers],
         longest_document=int(positions.max()) + 1,
-        tokens=torch.as_tensor(batch.tokens.ravel()).to(device)[route.order].unsqueeze(0),
+        tokens=torch.as_tensor(tokens.ravel()).to(device)[route.order].unsqueeze(0),
         **_codes_of(route, batch),
         image_places=torch.as_tensor(places.ravel()).to(device)[route.order],
         longest_image=int(places.max()),

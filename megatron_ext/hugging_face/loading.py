@@ -25,6 +25,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_ext import command_line, distributed
+from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.hugging_face.folder import BLOCK, ModelFolder
 from megatron_ext.hugging_face.weights import HEAD, TABLES
@@ -101,7 +102,7 @@ def _table_rows(source: ModelFolder, model: ModelConfig, vocabulary: Vocabulary)
     tables = [item for item in TABLES.items() if not (model.tie_embeddings and item[0] == HEAD)]
     stds = {name: _text_std(source, tensor, vocabulary) for name, tensor in tables}
     whole = _has_all_tokens(source, vocabulary)
-    size = vocab_size(model, vocabulary)
+    size = vocab_size(Config(model=model), vocabulary)
     taken = min(size if whole else vocabulary.text_size, source.vocab_size)
     special = {} if whole else source.special_rows(vocabulary)
     left_out = source.vocab_size - taken - len({row for row in special.values() if row >= taken})

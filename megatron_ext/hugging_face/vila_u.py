@@ -19,6 +19,7 @@ from megatron_ext.hugging_face.folder import ModelFolder
 from megatron_ext.hugging_face.tensor_files import TensorFiles
 from megatron_ext.model_config import DepthHeadConfig, ImageCodesConfig
 from megatron_ext.text_model import SENTENCEPIECE
+from megatron_ext.transformer.initialization import shard
 from megatron_ext.vocabulary import Vocabulary
 
 MODEL_TYPE, LLM, PROJECTOR, TOWER = "vila_u_llama", "llm", "mm_projector", "vision_tower"
@@ -68,8 +69,8 @@ class VilaUFolder(ModelFolder):
         self.added_tokens = self._added_tokens()
 
     def parameter(self, name: str, rank: int, size: int) -> Tensor | None:
-        weight = vila_u_weights.read_parameter(self.files, self.model.image_codes.head, name, rank, size)
-        return super().parameter(name, rank, size) if weight is None else weight
+        whole = vila_u_weights.read_parameter(self.files, self.model.image_codes.head, name)
+        return super().parameter(name, rank, size) if whole is None else shard(whole, name)
 
     def special_rows(self, vocabulary: Vocabulary) -> dict[int, int]:
         """``<pad>`` with that of ``<unk>``, which VILA-U pads with, and images between VILA-U's own tokens."""

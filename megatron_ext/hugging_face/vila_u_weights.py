@@ -15,14 +15,13 @@
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from megatron_ext.hugging_face.tensor_files import TensorFiles
 from megatron_ext.model_config import DepthHeadConfig, ModelConfig
-from megatron_ext.transformer.initialization import cut
 
 HEAD = "rqtransformer."
 _PROJECTOR = {"projector.linear_in": "layers.0", "projector.linear_out": "layers.2"}
@@ -61,31 +60,19 @@ def _with_biases(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
     return shapes | {f"{name}.bias": shape[:1] for name, shape in weights.items()}
 
 
-def read_parameter(
-    files: Mapping[str, TensorFiles], head: DepthHeadConfig, name: str, rank: int = 0, size: int = 1
-) -> Tensor | None:
-    """Rank ``rank`` of ``size``'s slice of a parameter of the projector or the depth head; None: of neither.
+def read_parameter(files: Mapping[str, TensorFiles], head: DepthHeadConfig, name: str) -> Tensor | None:
+    """A whole parameter of the projector or the depth head; None: it is of neither.
 
     Args:
         files: the tensors, by folder.
     """
     if name == _POSITIONS:
         return files["vision_tower"].rows(_POSITIONS_THERE)[0]
-    folder, tensors = _tensors_of(name)
-    dim = cut(name)[0]
-
-    def share(tensor: str) -> Tensor:
-        if dim is None:
-            return files[folder].rows(tensor)
-        # A bias is cut only with the rows of its weight.
-        length = files[folder].shape(tensor)[dim]
-        place = rank * length // size, (rank + 1) * length // size
-        return files[folder].columns(tensor, *place) if dim else files[folder].rows(tensor, *place)
-
-    parts = [share(tensor) for tensor in tensors]
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else _by_heads(parts, head.num_attention_heads // size)
+    folder, names = _tensors_of(name)
+    parts = [files[folder].rows(stored) for stored in names]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return torch.stack([part.unflatten(0, (head.num_attention_heads, -1)) for part in parts], 1).flatten(0, 2)
 
 
 def tensors(parameters: Mapping[str, Tensor], head: DepthHeadConfig) -> Iterator[tuple[str, str, Tensor]]:
@@ -115,8 +102,3 @@ def _tensors_of(name: str) -> tuple[str, list[str]]:
         there = _QKV if match[2] == "qkv" else [_LAYER[match[2]]]
         return "vision_tower", [f"{HEAD}head_transformer.blocks.{match[1]}.{part}.{kind}" for part in there]
     return "", []
-
-
-def _by_heads(parts: Iterable[Tensor], heads: int) -> Tensor:
-    """Rows of query, key and value, head by head."""
-    return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 2)

@@ -3,7 +3,9 @@
 ::
 
     units.py        input files -> units of work (a shard takes some of them) -> samples (samples.py), read by
-                    webdataset.py, llava.py, jsonl.py
+                    webdataset.py (tars, folders), llava.py (lists), jsonl.py (lines, also compressed)
+    records.py      a JSON record -> a sample, of captions and filters by key (record_fields.py), of images in folders
+                    and tars (tar_members.py), of texts with images (interleaved.py)
     parts.py        samples -> parts of fixed size: text tokenised, each image listed once
     encoding.py     a part -> VQ codes: files read ahead, decoded ahead (dali_decoder.py or Pillow), encoded
     store.py        a part -> a small data set under PREFIX.parts/, complete or absent

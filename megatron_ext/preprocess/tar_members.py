@@ -49,7 +49,7 @@ class ImageFolder:
         place = os.path.normpath(self.folder / path)
         parent = os.path.dirname(place)
         if parent not in self._tar_of:
-            self._tar_of[parent] = _tar_of(parent)
+            self._tar_of[parent] = _tar_of(Path(parent), Path(os.path.normpath(self.folder)))
         if tar := self._tar_of[parent]:
             inside = os.path.relpath(place, tar.with_suffix(""))
             index = self._index(tar)
@@ -75,11 +75,11 @@ def exists(image: ImageFile) -> bool:
     return image.size is not None or os.path.exists(image.file)
 
 
-def _tar_of(folder: str) -> Path | None:
-    """The tar in place of a folder or of one of the folders above it, None if the folder is there."""
-    if os.path.isdir(folder):
+def _tar_of(folder: Path, root: Path) -> Path | None:
+    """The tar in place of a folder or of one of those above it up to ``root``, None if the folder is there."""
+    if folder.is_dir():
         return None
-    for place in (Path(folder), *Path(folder).parents):
-        if place.name and (tar := place.with_name(f"{place.name}.tar")).is_file():
+    for place in (folder, *folder.parents):
+        if place.name and place.is_relative_to(root) and (tar := place.with_name(f"{place.name}.tar")).is_file():
             return tar
     return None

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ext.model_config import ImageCodesConfig
 from megatron_ext.transformer.code_vectors import CodeVectors, LearnedCodes
-from megatron_ext.transformer.depth_layer import NORM_EPSILON, DepthLayer, KeyValueCache, column_linear
+from megatron_ext.transformer.depth_layer import NORM_EPSILON, ColumnLinear, DepthLayer, KeyValueCache
 from megatron_ext.transformer.initialization import cut
 
 
@@ -47,7 +47,7 @@ class DepthHead(torch.nn.Module):
         options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         # A rank's gradient of the hidden state is a partial sum. Under sequence parallelism the gather of the rows,
         # outside, sums it over the ranks; else this layer does.
-        self.hidden_linear = column_linear(
+        self.hidden_linear = ColumnLinear(
             config.hidden_size, head.hidden_size, self.config, gather_output=True, disable_grad_reduce=gathered
         )
         if image_codes.width is None:
@@ -58,7 +58,7 @@ class DepthHead(torch.nn.Module):
         sizes = head.hidden_size, head.num_attention_heads
         self.layers = torch.nn.ModuleList(DepthLayer(self.config, *sizes) for _ in range(head.num_layers))
         self.norm = torch.nn.LayerNorm(head.hidden_size, NORM_EPSILON, **options)
-        self.classifier = column_linear(head.hidden_size, classes, self.config)
+        self.classifier = ColumnLinear(head.hidden_size, classes, self.config)
 
     def losses(self, hidden: Tensor, target_codes: Tensor, vectors: CodeVectors | None = None) -> Tensor:
         """Cross-entropy of every code given the codes before it, [n, D], float32.
@@ -93,14 +93,14 @@ class DepthHead(torch.nn.Module):
         x = inputs + self.positions(places)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
             x = layer(x, cache)
-        return self.classifier(self.norm(x))[0]
+        return self.classifier(self.norm(x))
 
     def _vectors(self, vectors: CodeVectors | None) -> CodeVectors | LearnedCodes:
         return self.code_embedding if vectors is None else vectors
 
     def _hidden_input(self, hidden: Tensor) -> Tensor:
         """Input [n, 1, E] of the first place."""
-        return self.hidden_linear(hidden)[0].unsqueeze(1)
+        return self.hidden_linear(hidden).unsqueeze(1)
 
     def _code_inputs(self, sums: Tensor) -> Tensor:
         """Inputs [n, m, E] of later places from sums of code vectors [n, m, e]."""

@@ -2,29 +2,51 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 NORM_EPSILON = 1e-5
 
 
-def column_linear(inputs: int, outputs: int, config: TransformerConfig, **options) -> ColumnParallelLinear:
-    """A linear layer with a bias whose outputs are cut over the tensor-parallel group."""
-    return ColumnParallelLinear(inputs, outputs, config=config, init_method=config.init_method, bias=True, **options)
+class ColumnLinear(ColumnParallelLinear):
+    """With a bias; outputs are cut over the tensor-parallel group.
+
+    Without gradients it is one call of torch: for few rows, as in decoding, Megatron-Core's calls around a product take
+    longer than the product.
+    """
+
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, **options):
+        super().__init__(inputs, outputs, config=config, init_method=config.init_method, bias=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)[0]
+        output = F.linear(x, self.weight, self.bias)
+        if self.gather_output and self.tp_group.size() > 1:
+            output = gather_from_tensor_model_parallel_region(output, group=self.tp_group)
+        return output
 
 
-def row_linear(inputs: int, outputs: int, config: TransformerConfig) -> RowParallelLinear:
-    """A linear layer whose inputs are cut over the tensor-parallel group; the bias is added to the whole sum."""
-    return RowParallelLinear(
-        inputs,
-        outputs,
-        config=config,
-        init_method=config.init_method,
-        bias=True,
-        input_is_parallel=True,
-        skip_bias_add=False,
-    )
+class RowLinear(RowParallelLinear):
+    """With a bias, added to the whole sum; inputs are cut over the tensor-parallel group. Without gradients as
+    :class:`ColumnLinear`."""
+
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig):
+        options = {"bias": True, "input_is_parallel": True, "skip_bias_add": False}
+        super().__init__(inputs, outputs, config=config, init_method=config.init_method, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)[0]
+        if self.tp_group.size() == 1:
+            return F.linear(x, self.weight, self.bias)
+        return reduce_from_tensor_model_parallel_region(F.linear(x, self.weight), group=self.tp_group) + self.bias
 
 
 class DepthLayer(torch.nn.Module):
@@ -39,21 +61,21 @@ class DepthLayer(torch.nn.Module):
         self.head_size = hidden_size // num_attention_heads
         options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.attention_norm = torch.nn.LayerNorm(hidden_size, NORM_EPSILON, **options)
-        self.qkv = column_linear(hidden_size, 3 * hidden_size, config)
-        self.proj = row_linear(hidden_size, hidden_size, config)
+        self.qkv = ColumnLinear(hidden_size, 3 * hidden_size, config)
+        self.proj = RowLinear(hidden_size, hidden_size, config)
         self.mlp_norm = torch.nn.LayerNorm(hidden_size, NORM_EPSILON, **options)
-        self.fc1 = column_linear(hidden_size, 4 * hidden_size, config)
-        self.fc2 = row_linear(4 * hidden_size, hidden_size, config)
+        self.fc1 = ColumnLinear(hidden_size, 4 * hidden_size, config)
+        self.fc2 = RowLinear(4 * hidden_size, hidden_size, config)
 
     def forward(self, x: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
         """[n, m, E] from the places ``x`` [n, m, E]: all of them, or with a ``cache`` the one after those in it."""
-        query, key, value = self._heads(self.qkv(self.attention_norm(x))[0])
+        query, key, value = self._heads(self.qkv(self.attention_norm(x)))
         if cache is None:
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             attended = F.scaled_dot_product_attention(query, *cache.append(key, value))
-        x = x + self.proj(attended.transpose(1, 2).flatten(2))[0]
-        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))[0]))[0]
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value, each [n, heads, m, d], of this rank's heads."""

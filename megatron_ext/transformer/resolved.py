@@ -9,7 +9,6 @@ import torch
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
-from megatron_ext.model_config import ModelConfig
 from megatron_ext.routing.plan import Plan
 from megatron_ext.transformer import fp8, transformer_engine
 from megatron_ext.transformer.core_attention import varlen_supports
@@ -86,12 +85,12 @@ def resolve(config: Config, padded_vocab_size: int = 0) -> ResolvedConfig:
 def padded_vocab_size(config: Config, vocabulary: Vocabulary) -> int:
     """Rows of the embedding."""
     multiple = math.lcm(VOCABULARY_MULTIPLE, config.parallel.tensor)
-    return -(-vocab_size(config.model, vocabulary) // multiple) * multiple
+    return -(-vocab_size(config, vocabulary) // multiple) * multiple
 
 
-def vocab_size(model: ModelConfig, vocabulary: Vocabulary) -> int:
+def vocab_size(config: Config, vocabulary: Vocabulary) -> int:
     """Ids with a row in the embedding and the output layer: with several codes an image token, none of image tokens."""
-    return vocabulary.size if model.image_codes.depth == 1 else vocabulary.image_offset
+    return vocabulary.size if config.model.image_codes.depth == 1 else vocabulary.image_offset
 
 
 def _implementation(config: Config) -> str:

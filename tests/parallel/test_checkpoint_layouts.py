@@ -161,37 +161,60 @@ def _resume_with_another_learning_rate(folder: Path, layout: Layout) -> set[tupl
     return {(group["lr"], group["max_lr"]) for group in run.optimizer.param_groups}
 
 
+SHAPE = "model={num_layers: 2, hidden_size: 32, num_attention_heads: 4, num_query_groups: 4}"
 FEATURES = [
-    "model={num_layers: 2, hidden_size: 32, num_attention_heads: 4, num_query_groups: 2}",
+    SHAPE,
     "model={qkv_bias: true, qk_norm: true, head_size: 12}",
     "plan={preset: himix_hmgen_share_partial, projections: {rank: 4, modules: [qkv, proj, fc1, fc2]}}",
 ]
+SEVERAL_CODES = [
+    SHAPE,
+    "model.image_codes={depth: 4, codebook: random, codebook_size: 48, width: 6}",
+    "model.image_codes.head={num_layers: 1, hidden_size: 16, num_attention_heads: 4}",
+]
+LEARNED_CODES = [*SEVERAL_CODES, "model.image_codes.codebook=''", "model.image_codes.width=null"]
 
 
-def test_every_parameter_of_the_model_moves_to_another_layout(tmp_path):
-    """Also the bias of queries, keys and values, which is cut, and their norms, which are not."""
-    for moved, expected in world(2, _from_two_ranks_to_one, tmp_path, folder=tmp_path):
-        assert moved.keys() == expected.keys()
-        assert {"bias", "q_layernorm", "k_layernorm"} <= {part for name in moved for part in name.split(".")}
-        for name in moved:
-            assert torch.equal(moved[name], expected[name]), name
+@pytest.mark.parametrize(
+    "settings, size, saved, loaded, has",
+    [
+        (FEATURES, 2, (2, 1), [(1, 1)], {"bias", "q_layernorm", "k_layernorm"}),
+        (SEVERAL_CODES, 4, (2, 2), [(1, 1), (4, 1)], {"projector", "depth_head", "code_vectors"}),
+        (LEARNED_CODES, 2, (1, 2), [(2, 1)], {"code_embedding", "depth_head"}),
+    ],
+    ids=["bias and norms", "several codes", "learned codes"],
+)
+def test_every_tensor_of_the_model_moves_to_another_layout(tmp_path, settings, size, saved, loaded, has):
+    """Also the bias of queries, keys and values, which is cut, and their norms, which are not; and code vectors, which
+    the first and the last stage have."""
+    for moves in world(size, _from_layout_to_layouts, tmp_path, settings, saved, loaded, folder=tmp_path):
+        assert len(moves) == len(loaded)
+        for moved, expected in moves:
+            assert moved.keys() == expected.keys()
+            assert has <= {part for name in moved for part in name.split(".")}
+            for name in moved:
+                assert torch.equal(moved[name], expected[name]), name
 
 
-def _from_two_ranks_to_one(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Parameters that were saved under tensor parallelism, and the same made in one process."""
+def _from_layout_to_layouts(folder: Path, settings: list[str], saved: tuple[int, int], loaded: list) -> list[tuple]:
+    """For each layout, (tensor, pipeline), the model as loaded from a checkpoint that was saved under another one, and
+    as made there."""
     from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights
 
-    chunks = _perturbed(2)
-    Checkpointer(folder / "checkpoints").save(1, chunks, None, {})
-    whole = _perturbed(1)
-    expected = {name: parameter.detach().clone() for name, parameter in whole[0].named_parameters()}
-    for parameter in whole[0].parameters():
-        parameter.data.zero_()
-    load_weights(folder / "checkpoints" / "iter_0000001", whole)
-    return [dict(whole[0].named_parameters()), expected]
+    Checkpointer(folder / "checkpoints").save(1, _perturbed(settings, *saved), None, {})
+    moves = []
+    for layout in loaded:
+        (model,) = _perturbed(settings, *layout)
+        expected = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if tensor is not None}
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.zero_()
+        load_weights(folder / "checkpoints" / "iter_0000001", [model])
+        moved = {name: tensor for name, tensor in model.state_dict().items() if tensor is not None}
+        moves.append((moved, expected))
+    return moves
 
 
-def _perturbed(tensor: int) -> list:
+def _perturbed(settings: list[str], tensor: int, pipeline: int) -> list:
     """The model in a layout, with values that depend on a parameter's name alone."""
     from megatron.core import parallel_state, tensor_parallel
 
@@ -202,9 +225,13 @@ def _perturbed(tensor: int) -> list:
     from parity import VOCABULARY, perturb
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor)
+    parallel_state.initialize_model_parallel(tensor, pipeline)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    config = config_file.load(Config, [], [*FEATURES, f"parallel.tensor={tensor}"])
-    chunks = build_chunks(resolve(config, VOCABULARY))
+    layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
+    config = config_file.load(Config, [], [*settings, *layout])
+    codes, vectors = config.model.image_codes, None
+    if codes.width:
+        vectors = torch.randn(codes.codebook_size, codes.width, generator=torch.Generator().manual_seed(0))
+    chunks = build_chunks(resolve(config, VOCABULARY), vectors)
     perturb([SimpleNamespace(module=chunk) for chunk in chunks])
     return chunks

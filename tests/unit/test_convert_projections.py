@@ -13,6 +13,7 @@ from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, read_state
 from megatron_ext.checkpoints.state import steps_taken
+from megatron_ext.checkpoints.stored_weights import StoredWeights
 from megatron_ext.config import Config
 from megatron_ext.conversion.projections import convert, converted
 from megatron_ext.errors import UserError
@@ -21,7 +22,7 @@ from megatron_ext.routing.route import Route
 from megatron_ext.training.run import identity_of
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.resolved import resolve
-from parity import VOCABULARY, packed_batch, perturb
+from parity import CODES, VOCABULARY, packed_batch, perturb
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 LAYERS = 2
@@ -202,15 +203,18 @@ def run_tool(monkeypatch, *arguments) -> None:
     runpy.run_path(str(TOOL))["main"]()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    "precision, codes", [("float32", []), ("bf16", []), ("bf16", CODES)], ids=["float32", "bf16", "bf16-4 codes"]
+)
 def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_from(
-    one_process, vocabulary, tmp_path, monkeypatch, precision
+    one_process, vocabulary, tmp_path, monkeypatch, precision, codes
 ):
-    settings = (*SMALL, f"training.precision={precision}")
+    settings = (*SMALL, *codes, f"training.precision={precision}")
     config = one_process(*settings)
-    chunks = build_model(resolve(config, VOCABULARY))
+    vectors = torch.randn(VOCABULARY, config.model.image_codes.width) if codes else None
+    chunks = build_model(resolve(config, VOCABULARY), vectors)
     perturb(chunks)
-    batch = packed_batch(4, 48, seed=3)
+    batch = packed_batch(4, 48, seed=3, depth=config.model.image_codes.depth)
     with torch.no_grad():
         expected = chunks[0].module(Route.of(batch, Plan.of(config.plan, LAYERS)))
     recorded = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=2))
@@ -238,6 +242,9 @@ def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_f
     load_weights(split, chunks, identity)
     with torch.no_grad():
         actual = chunks[0].module(Route.of(batch, Plan.of(config.plan, LAYERS)))
+    if codes:
+        assert torch.equal(chunks[0].module.code_vectors.weight, vectors)
+        assert StoredWeights(split).dtype == torch.bfloat16
     tolerance = {"float32": 1e-5, "bf16": 0.02}[precision]
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
     counted = json.loads(numbers.read_text())

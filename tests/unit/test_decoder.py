@@ -104,7 +104,8 @@ def full_outputs(
 
 def build(overrides: list[str]):
     config = config_file.load(Config, [], SHAPE + overrides)
-    (model,) = build_chunks(resolve(config, VOCABULARY))
+    several = config.model.image_codes.depth > 1
+    (model,) = build_chunks(resolve(config, TokenIds.image_offset if several else VOCABULARY))
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random)

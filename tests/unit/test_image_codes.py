@@ -1,6 +1,8 @@
 """Image tokens of several codes: the model and its training against the plain reference."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,17 +10,25 @@ import torch
 from test_routing import SHAPE, VOCABULARY, assert_near, config_of, plan_of, random_plan, random_rows, weights_of
 from torch.nn.functional import cross_entropy
 
+from megatron_ext import vq
+from megatron_ext.checkpoints.checkpointer import check_compatible
+from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
+from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training.image_codes import check_images, with_tokenizer
 from megatron_ext.training.losses import MeanLosses
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.training.step import evaluate_step, train_step
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
+from megatron_ext.vocabulary import Vocabulary
 from support import reference
+from support.vila_u import write_vision_tower
+from support.vocabularies import make_vocabulary
 
 DEPTH, CODES, WIDTH = 4, 24, 6
 FROZEN = (
@@ -136,3 +146,60 @@ def test_the_objective_is_a_sum_of_means_over_the_global_batch(one_process, code
         assert found.named() == pytest.approx({name: float(loss) for name, loss in expected.items()}, rel=1e-5)
     for (name, parameter), gradient in zip(model.named_parameters(), gradients):
         assert_near(parameter.main_grad, gradient, 1e-5, name, floor=1e-7)
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tower")
+    write_vision_tower(folder, depth=DEPTH, codebook_size=CODES, width=16, head_width=16, grid=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory) -> Vocabulary:
+    return make_vocabulary(tmp_path_factory.mktemp("vocabulary"), CODES)
+
+
+def of_tower(tower: Path, *overrides: str) -> Config:
+    return config_of(f"model.image_codes={{depth: {DEPTH}, codebook: '{tower}'}}", *overrides)
+
+
+def test_a_run_takes_sizes_and_vectors_from_its_tokenizer(tower, vocabulary):
+    tokenizer = vq.load(tower)
+    for given in ([], ["model.image_codes.width=16", f"model.image_codes.fingerprint='{tokenizer.fingerprint}'"]):
+        config, vectors = with_tokenizer(of_tower(tower, *given), vocabulary)
+        codes = config.model.image_codes
+        assert (codes.codebook_size, codes.width, codes.fingerprint) == (CODES, 16, tokenizer.fingerprint)
+        assert torch.equal(vectors, tokenizer.vectors)
+    config, vectors = with_tokenizer(config_of(f"model.image_codes.depth={DEPTH}"), vocabulary)
+    assert (config.model.image_codes.codebook_size, config.model.image_codes.width, vectors) == (CODES, None, None)
+
+
+@pytest.mark.parametrize(
+    "override, codes, message",
+    [
+        ("model.image_codes.depth=2", CODES, "'model.image_codes.depth' is 2, .* has 4"),
+        ("model.image_codes.fingerprint=abc", CODES, "'model.image_codes.fingerprint' is abc, .* has "),
+        ("parallel.tensor=1", CODES + 1, f"has {CODES} codes, the vocabulary .* {CODES + 1}"),
+    ],
+    ids=["depth", "fingerprint", "codebook"],
+)
+def test_another_tokenizer_is_refused(tower, tmp_path, override, codes, message):
+    with pytest.raises(UserError, match=message):
+        with_tokenizer(of_tower(tower, override), make_vocabulary(tmp_path, codes))
+
+
+def test_data_of_another_tokenizer_are_refused(tower, vocabulary):
+    config, _ = with_tokenizer(of_tower(tower), vocabulary)
+    own = {"fingerprint": config.model.image_codes.fingerprint}
+    for images in (None, own):
+        check_images(config, SimpleNamespace(vq=images), "data.train")
+    with pytest.raises(UserError, match=f"data.train.*VQ model abc.*{own['fingerprint']}"):
+        check_images(config, SimpleNamespace(vq={"fingerprint": "abc"}), "data.train")
+
+
+def test_a_checkpoint_of_another_depth_is_refused_by_name():
+    four, one = ({"model": config_of(*settings).model.identity} for settings in (FROZEN, ()))
+    for saved, expected, values in ((four, one, "4.*None"), (one, four, "None.*4")):
+        with pytest.raises(UserError, match=f"its model.image_codes.depth is {values}"):
+            check_compatible(saved, expected)

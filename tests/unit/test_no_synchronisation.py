@@ -8,7 +8,7 @@ from megatron_ext.training import step as step_module
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.resolved import resolve
-from parity import VOCABULARY, packed_batch
+from parity import PLANS, VOCABULARY, packed_batch
 from support.tracing import Trace, world_on_meta
 
 SHAPE = (
@@ -27,7 +27,8 @@ def traced(config) -> Trace:
     """Forward, loss and backward of all micro-batches, and what finishes gradients."""
     chunks = build_model(resolve(config, VOCABULARY))
     optimizer = build_optimizer(config, chunks)
-    step = prepare(packed_batch(2, 96, seed=1), resolve(config), torch.device("meta"))
+    batch = packed_batch(2, 96, seed=1, depth=config.model.image_codes.depth)
+    step = prepare(batch, resolve(config), torch.device("meta"))
     with Trace() as trace:
         for chunk in chunks:
             chunk.zero_grad_buffer()
@@ -71,6 +72,12 @@ def test_no_step_with_every_feature_of_the_model_waits_for_the_device(monkeypatc
         monkeypatch, *SHAPE, *LAYOUTS["tp4-sp"], *features, "plan.preset=himix_hmgen_share_partial"
     ) as config:
         assert traced(config).operators["amax"] == 2  # the z-loss of two micro-batches
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_step_with_several_codes_an_image_token_waits_for_the_device(monkeypatch, layout):
+    with world_on_meta(monkeypatch, *SHAPE, *LAYOUTS[layout], *PLANS["4 codes"]) as config:
+        assert traced(config).operators["index_copy"] == 2  # the image tokens of two micro-batches
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_conversation_is_vila_u_s(family):
 def test_a_stored_caption_is_the_prompt_of_its_picture(family):
     options = ReadOptions(None, "caption", chat_template=True)
     image = ImageFile("image", "image")
-    samples = [make_sample(caption, {"caption": caption}, [image], "caption") for caption in ("a red", " ")]
+    samples = [make_sample(caption, {"caption": caption}, [image], options) for caption in ("a red", " ")]
     part = tokenise("0", samples, True, options, family.vocabulary)
     ((_, [[stored, (mode, ids)]]),) = part.documents
     assert stored == (IMAGE, image) and mode == TEXT

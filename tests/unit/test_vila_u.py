@@ -1,5 +1,6 @@
 """A published VILA-U as the start of a run: every part computes what it does there, or is named as left out."""
 
+import dataclasses
 import json
 import runpy
 import shutil
@@ -11,13 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ext import config_file
+from megatron_ext.checkpoints.checkpointer import Checkpointer
 from megatron_ext.config import Config
 from megatron_ext.conversion.vila_u import convert_vila_u
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
+from megatron_ext.export_hf.vila_u import export_vila_u
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
+from megatron_ext.training.run import identity_of
+from megatron_ext.transformer.resolved import resolve
 from megatron_ext.vocabulary import Vocabulary
 from support.vila_u import write_vila_u
 
@@ -144,6 +149,47 @@ def test_every_tensor_and_row_is_used_or_named(imported):
     config = config_file.load(Config, [imported.out / "model.yaml"])
     assert config.model.rotary_interpolation_factor == 2.0
     assert config.model.image_codes.codebook == str(imported.folder / "vision_tower")
+
+
+def test_what_is_imported_is_exported_bit_for_bit(imported, tmp_path):
+    out = tmp_path / "again"
+    checkpoint = ("--checkpoint", imported.out / "iter_0000000")
+    run_tool("export_hf.py", *checkpoint, "--vila-u", imported.folder, "--out", out)
+    for part in ("llm", "mm_projector", "vision_tower"):
+        published, exported = imported.tensors(part), tensors(out / part)
+        assert exported.keys() == published.keys()
+        assert all(torch.equal(exported[name], tensor) for name, tensor in published.items())
+    files = {file.relative_to(imported.folder) for file in imported.folder.rglob("*.json")}
+    files = {file for file in files if "index" not in file.name} | {Path("llm/tokenizer.model")}
+    assert all((out / file).read_bytes() == (imported.folder / file).read_bytes() for file in files)
+    with pytest.raises(UserError, match=f"^{out}: is not an empty folder"):
+        run_tool("export_hf.py", *checkpoint, "--vila-u", imported.folder, "--out", out)
+
+
+def test_what_was_trained_is_exported_and_the_rest_stays(one_process, imported, tmp_path):
+    trained = load(imported.out / "iter_0000000", [])
+    for parameter in trained.model.parameters():
+        parameter.data.add_(1)
+    state = {"progress": {}, "data": None, **identity_of(resolve(trained.config), imported.vocabulary)}
+    state["config"] = dataclasses.asdict(trained.config)
+    Checkpointer(tmp_path / "run" / "checkpoints", keep=0).save(1, [trained.model], None, state)
+    export_vila_u(tmp_path / "run", imported.folder, tmp_path / "again")
+    for part in ("llm", "mm_projector", "vision_tower"):
+        exported = tensors(tmp_path / "again" / part)
+        for name, published in imported.tensors(part).items():
+            change = exported[name] - published
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                assert torch.equal(change[-2:], torch.zeros_like(change[-2:]))  # <vi_start>, <vi_end>
+                change = change[:-2]
+            expected = torch.zeros_like(change) if name.startswith("rqvaesiglip.") else torch.ones_like(change)
+            torch.testing.assert_close(change, expected)
+
+    with pytest.raises(UserError, match="cannot take VILA-U's layout: its plan .himix. has tokens that are not FULL"):
+        export_vila_u(tmp_path / "run", imported.folder, tmp_path / "other", overrides=["plan.preset=himix"])
+    other = shutil.copytree(imported.folder, tmp_path / "vila-u")
+    change_tensors(other / "vision_tower", lambda t: t.update({"rqvaesiglip.post_quant_conv.bias": torch.ones(32)}))
+    with pytest.raises(UserError, match="its model.image_codes is .*; name the folder that it started from"):
+        export_vila_u(tmp_path / "run", other, tmp_path / "other")
 
 
 def test_one_type_of_numbers_stays(one_process, tmp_path):

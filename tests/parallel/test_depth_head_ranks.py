@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, param_is_not_tensor_parallel_duplicate
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    param_is_not_tensor_parallel_duplicate,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ext.config import ModelConfig
@@ -53,7 +57,7 @@ class Chunk(torch.nn.Module):
         self.weights = torch.rand(ROWS, DEPTH)
 
     def run(self) -> dict[str, torch.Tensor]:
-        """Losses, the gradients that the optimizer gets, and the share of the norm that this rank counts."""
+        """Losses, decoded logits, the gradients that the optimizer gets and their squared norm."""
         vectors = self.code_vectors(self.codes)
         if self.sequence:
             vectors = vectors.chunk(dist.get_world_size())[dist.get_rank()]
@@ -62,7 +66,7 @@ class Chunk(torch.nn.Module):
             hidden = gather_from_sequence_parallel_region(hidden)
         losses = self.depth_head.losses(hidden, self.codes, self.code_vectors)
         (losses * self.weights).sum().backward()
-        result = {"losses": losses.detach()}
+        result = {"losses": losses.detach(), "decoded logits": self.decoded(hidden.detach())}
         squares = torch.zeros(())
         for name, parameter in self.named_parameters():
             if getattr(parameter, "sequence_parallel", False):  # as Megatron-Core does at the end of a step
@@ -73,6 +77,15 @@ class Chunk(torch.nn.Module):
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             dist.all_reduce(squares)
         return result | {"squared norm": squares}
+
+    @torch.no_grad()
+    def decoded(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, depth, codes] of all ranks, for codes that are given."""
+        decoding, logits = self.depth_head.decoding(hidden, self.code_vectors), []
+        for codes in self.codes.unbind(1):
+            logits.append(gather_from_tensor_model_parallel_region(decoding.logits()))
+            decoding.append(codes)
+        return torch.stack(logits, 1)
 
 
 def parameter_is_cut(parameter: torch.nn.Parameter) -> bool:
@@ -88,9 +101,10 @@ def largest_differences(sequence: bool, chunk: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("sequence, chunk", [(False, 0), (True, 0), (True, 3)])
-def test_losses_gradients_and_norm_are_those_of_one_process(tmp_path, sequence, chunk):
+def test_losses_logits_gradients_and_norm_are_those_of_one_process(tmp_path, sequence, chunk):
+    compared = {"losses", "decoded logits", "squared norm", "projector.linear_in.weight", "depth_head.classifier.bias"}
     for rank, differences in enumerate(world(2, largest_differences, sequence, chunk, folder=tmp_path)):
-        assert differences.keys() >= {"losses", "projector.linear_in.weight", "depth_head.layers.1.qkv.bias"}
+        assert differences.keys() >= compared
         assert not {name: x for name, x in differences.items() if not x < 1e-5}, rank
 
 

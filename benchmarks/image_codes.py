@@ -1,0 +1,88 @@
+"""Image tokens of several codes beside image tokens of one code on the picture world: the same pictures, as many
+positions, codebooks of the same size.
+
+Reads answers and pictures that tools/evaluate.py made with --benchmark gqa and mjhq, and the tokenizers' training.json.
+The control checks pictures against the captions of other pictures. Intervals are 95 %, by resampling questions or
+captions; both sides of a difference are resampled together.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from editing import compare, questions, seen_pictures
+from megatron_ext import command_line, files
+from megatron_ext.evaluation import mjhq
+from megatron_ext.evaluation.detected_files import detect_all
+from megatron_ext.evaluation.faithfulness import ALL, ROWS, WHOLE, count_facts
+from megatron_ext.evaluation.scene_check import caption_facts, reconstructions
+from megatron_ext.vq import load
+
+NAMES = ["facts of captions", "whole pictures"]
+_ROWS = [ROWS.index(ALL), ROWS.index(WHOLE)]
+
+
+def drawn(data: Path, scores: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Right facts and all facts of generated pictures, [captions, 2, 2] (single facts, whole pictures): of their own
+    captions, and of those of other pictures."""
+    prompts = mjhq.read(data / "mjhq")
+    seen, facts = seen_pictures(prompts, scores / "mjhq"), caption_facts(prompts)
+    own, others = count_facts([seen.get(id) for id in facts], list(facts.values()))
+    return own[:, _ROWS], others[:, _ROWS]
+
+
+def at_best(data: Path, vq: Path) -> np.ndarray:
+    """The same, of the captions' own pictures as a tokenizer reconstructs them."""
+    prompts = mjhq.read(data / "mjhq")
+    facts, images = caption_facts(prompts), mjhq.images(data / "mjhq")
+    seen = detect_all(reconstructions(load(vq), [(id, images[id]) for id in facts]), len(facts))
+    return count_facts([seen.get(id) for id in facts], list(facts.values()), control=False)[0][:, _ROWS]
+
+
+def markdown(results: dict[str, dict[str, dict]], heads: dict[str, tuple[str, str]]) -> str:
+    """A table for each comparison."""
+    lines = []
+    for part, (before, after) in heads.items():
+        lines += [f"| {part}, in percent | {before} | {after} | difference |", "| --- | --- | --- | --- |"]
+        for name, row in results[part].items():
+            between = f"{row['difference']:+.1f} [{row['from']:+.1f}, {row['to']:+.1f}]"
+            lines.append(f"| {name} ({row['number']}) | {row['before']:.1f} | {row['after']:.1f} | {between} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = command_line.parser(
+        __doc__,
+        "python benchmarks/image_codes.py --one runs/one/training/scores --several runs/several/training/scores \\\n"
+        "      --vq runs/one/vq runs/several/vq --data runs/one/benchmarks/validation",
+    )
+    for name in ("one", "several"):
+        help = f"scores of the run with {name} code{'s' * (name != 'one')} a token"
+        parser.add_argument(f"--{name}", type=Path, required=True, metavar="FOLDER", help=help)
+    parser.add_argument("--vq", type=Path, nargs=2, required=True, metavar="FOLDER", help="the two tokenizers")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with gqa/ and mjhq/")
+    arguments = parser.parse_args()
+    tokenizers = [files.read_json(folder / "training.json") for folder in arguments.vq]
+    codes = [f"{load(folder).depth} code{'s' * (load(folder).depth > 1)}" for folder in arguments.vq]
+    (one, one_others), (several, several_others) = (
+        drawn(arguments.data, run) for run in (arguments.one, arguments.several)
+    )
+    results = {
+        "reconstructed pictures": compare(NAMES, *(at_best(arguments.data, vq) for vq in arguments.vq)),
+        "drawn pictures": compare(NAMES, one, several),
+        f"{codes[0]}, against others' captions": compare(NAMES, one_others, one),
+        f"{codes[1]}, against others' captions": compare(NAMES, several_others, several),
+        "questions": compare(
+            ["answers"], *(questions(arguments.data, run) for run in (arguments.one, arguments.several))
+        ),
+    }
+    print(", ".join(f"{name}: {numbers['psnr']:.2f} dB" for name, numbers in zip(codes, tokenizers)))
+    heads = {part: ("others'", "own") if "others" in part else tuple(codes) for part in results}
+    print("\n" + markdown(results, heads))
+    if arguments.json:
+        files.write_json(arguments.json, {**results, "psnr": [numbers["psnr"] for numbers in tokenizers]})
+
+
+if __name__ == "__main__":
+    command_line.run(main)
