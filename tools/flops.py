@@ -98,7 +98,7 @@ def with_vocabulary(config: Config) -> tuple[Config, int]:
     from megatron_ext.transformer.resolved import vocab_size
 
     vocabulary = Vocabulary(folder)
-    return with_tokenizer(config, vocabulary)[0], vocab_size(config.model, vocabulary)
+    return with_tokenizer(config, vocabulary)[0], vocab_size(config, vocabulary)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,7 @@ def plan_costs(config: Config, plan: Plan, vocabulary: Vocabulary) -> list[PlanC
     costs: list[PlanCost] = []
     for name, other in plans.items():
         flops = {
-            task: _per_token(config, vocab_size(config.model, vocabulary), other, part)
-            for task, part in batches.items()
+            task: _per_token(config, vocab_size(config, vocabulary), other, part) for task, part in batches.items()
         }
         if other is plan:  # replaces dense, if it costs the same
             costs = [cost for cost in costs if cost.flops != flops]

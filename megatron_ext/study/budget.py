@@ -81,7 +81,7 @@ class Lengths:
 
         vocabulary = Vocabulary(config.data.vocabulary)
         config = with_tokenizer(config, vocabulary)[0]
-        model, rows_of_head = config.model, vocab_size(config.model, vocabulary)
+        model, rows_of_head = config.model, vocab_size(config, vocabulary)
         plan = Plan.from_config(config)
         batches = self._batches_of(config, vocabulary)
         flops = dense_flops = 0
