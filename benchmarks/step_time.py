@@ -4,12 +4,12 @@
     python benchmarks/step_time.py --json step_time.json
     python benchmarks/step_time.py --only himix,hmgen --profile hmgen
 
-A document has 256 image and 24 text tokens (the base's, also where image tokens have 4 codes), a row holds one or as many as fit, and a step is a whole one: forward,
+A document has 256 image and 24 text tokens, a row holds one or as many as fit, and a step is a whole one: forward,
 backward, gradient clipping, AdamW. Against other libraries a row is one document. A step takes turns with its base; the
-ratio of a round is a step over its base and the median ratio is the figure. A plan should take as long as its FLOPs
-say: ``time / FLOPs`` is the ratio of seconds over the ratio of FLOPs. Memory is the peak of a step beyond weights,
-gradients and the optimizer's state. ``optimizer`` and ``output head`` are the shares of a step of what no plan makes
-shorter: gradient norm, clipping and AdamW; and the last matrix and the loss.
+ratio of a round is a step over its base and the median ratio is the figure. A plan, and image tokens of 4 codes, should
+take as long as their FLOPs say: ``time / FLOPs`` is the ratio of seconds over the ratio of FLOPs. Memory is the peak of
+a step beyond weights, gradients and the optimizer's state. ``optimizer`` and ``output head`` are the shares of a step
+of what no plan makes shorter: gradient norm, clipping and AdamW; and the last matrix (the depth head) and the loss.
 """
 
 import argparse

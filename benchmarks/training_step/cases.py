@@ -87,8 +87,8 @@ FOUR_CODES = (
 """A depth head that costs a token a third of the 8 layers of 512, as the published head of 7B does."""
 
 
-def _of_codes(setting: str) -> Case:
-    return Case("generation", "dense on generation", (setting, FOUR_CODES), 1.15, codes=4)
+def _of_codes(*settings: str) -> Case:
+    return Case("generation", "dense on generation", (FOUR_CODES, *settings), 1.15, codes=4)
 
 
 CASES = {
@@ -101,7 +101,7 @@ CASES = {
     "dense on generation": Case("generation", "dense on generation"),
     "hmgen": _of_plan("generation", "plan.preset=hmgen", 1.05),
     "hmgen by masking": _of_plan("generation", "plan.preset=hmgen", None, _masked),
-    "4 codes": _of_codes("plan.preset=dense"),
+    "4 codes": _of_codes(),
     "4 codes and hmgen": _of_codes("plan.preset=hmgen"),
     "separate": _of_plan("generation", "plan.projections.kind=separate", 1.10),
     "delta": _of_plan("generation", "plan.projections.kind=delta", 1.10),
