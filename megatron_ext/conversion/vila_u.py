@@ -1,5 +1,6 @@
 """VILA-U (arXiv 2409.04429): its published folder as a vocabulary, a checkpoint and a shape to start from."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_ext.hugging_face.vila_u import IMAGE_TOKENS, VilaUFolder
 from megatron_ext.templates import Templates
 from megatron_ext.vocabulary import Vocabulary
 
+_MODULES = re.compile(r".*?\.(text_model|vision_model\.(encoder\.layers\.\d+|\w+))")
 CHAT_TEMPLATE = Path(__file__).with_name("vicuna_v1.jinja")
 TEMPLATES = {"captions": "conversation", "before_image": " ", "after_image": "\n", "text_after_image": "continued"}
 
@@ -66,8 +68,13 @@ def convert_vila_u(folder: Path, out: Path, seed: int = 1234) -> dict:
 
 
 def left_out_by_kind(tensors: list[str]) -> dict[str, int]:
-    """How many tensors there are of each kind, without the numbers of layers and the like."""
-    return dict(Counter(".".join(part for part in name.split(".")[:4] if not part.isdigit()) for name in tensors))
+    """How many tensors there are of each module that is left out as a whole, or of each name with a number."""
+
+    def kind(name: str) -> str:
+        module = _MODULES.match(name)
+        return module[0] if module else re.sub(r"\.\d+\.", ".N.", name)
+
+    return dict(Counter(map(kind, tensors)))
 
 
 def read_tokenizer(source: VilaUFolder) -> tuple[torch.Tensor, list[str]]:

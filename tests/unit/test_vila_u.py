@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ext import config_file
 from megatron_ext.checkpoints.checkpointer import Checkpointer
 from megatron_ext.config import Config
-from megatron_ext.conversion.vila_u import convert_vila_u
+from megatron_ext.conversion.vila_u import convert_vila_u, left_out_by_kind
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.export_hf.vila_u import export_vila_u
@@ -144,6 +144,9 @@ def test_every_tensor_and_row_is_used_or_named(imported):
     assert set(unused) <= imported.tensors("vision_tower").keys()
     kinds = (".text_model.", ".vision_model.head.", ".post_layernorm.", ".encoder.layers.1.", "logit_", "_ema")
     assert all(any(kind in name for kind in kinds) for name in unused)
+    counts = left_out_by_kind(unused)
+    assert sum(counts.values()) == len(unused) and counts["rqvaesiglip.quantizer.codebooks.N.embed_ema"] == DEPTH
+    assert counts["rqvaesiglip.siglip_model.vision_model.encoder.layers.1"] == 16
     assert numbers["left_out"]["rows"] == ["<vi_start> (402)", "<vi_end> (403)"]
     assert numbers["rows"] == {"published": 404, "new": 0, "padding": 108, "left_out": 2}
     config = config_file.load(Config, [imported.out / "model.yaml"])
