@@ -112,6 +112,7 @@ def build(overrides: list[str]):
         parameter.data.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.2 * noise)
     if model.code_vectors is not None:
         model.code_vectors.weight.normal_(generator=random)
+        model.depth_head.hidden_linear.weight.data *= 5  # else the codes hardly depend on what stands before
     return model.eval(), Plan.of(config.plan, config.model.num_layers)
 
 

@@ -254,6 +254,7 @@ def test_every_code_is_that_of_the_guided_logits_of_the_full_forward_pass(one_pr
             ((_, of_codes),) = full_outputs(generator.model, generator.plan, [tokens], [tasks], [codes])
             of_prompts.append([of_codes[place] for place in range(first - 1, len(tokens) - 2)])
         drawn = codes[-generator.picture_tokens :]
+        assert len({tuple(of_token) for of_token in drawn}) > 1, "a picture in which a stale code would not show"
         for conditional, unconditional, of_token in zip(*of_prompts, drawn, strict=True):
             assert (unconditional + scale * (conditional - unconditional)).argmax(-1).tolist() == of_token
 
