@@ -49,7 +49,9 @@ class Checkpointer:
         self.asynchronous = asynchronous
         self._queue = AsyncCallsQueue()
 
-    def save(self, iteration: int, model: list[nn.Module], optimizer, state: dict) -> None:
+    def save(
+        self, iteration: int, model: list[nn.Module], optimizer, state: dict, release: bool = False
+    ) -> None:
         """Save everything that a run needs to resume bit for bit after ``iteration``.
 
         Waits for an earlier save that is still being written. Needs host memory for a copy of the tensors that this
@@ -62,6 +64,7 @@ class Checkpointer:
             optimizer: Megatron-Core's; None to save only weights, from which a run can start but not resume.
             state: the rest of the run's state, the same on every rank, as plain JSON data. :meth:`load` returns it, and
                 :func:`read_state` reads it without loading.
+            release: the model is not used again, and memory need not hold any of it twice.
 
         Raises:
             UserError: the checkpoint cannot be written (for an asynchronous save, possibly raised at a later call).
@@ -71,6 +74,8 @@ class Checkpointer:
         partial = from_rank_zero(lambda: checkpoint_folder.begin(self.folder, iteration))
         gather_weights(model)
         sharded = {"model": checkpoint_state.model_state(model)}
+        if release:
+            sharded["model"] = checkpoint_state.release_parts(sharded["model"])
         sharded["random"] = checkpoint_state.random_state()
         if optimizer is not None:
             sharded["optimizer"] = checkpoint_state.optimizer_state(optimizer, sharded["model"])

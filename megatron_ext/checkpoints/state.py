@@ -52,6 +52,22 @@ def parameters(model: dict) -> list[ShardedTensor]:
     return [t for values in built for t in nested_values(values) if isinstance(t, ShardedTensor)]
 
 
+def release_parts(model: dict) -> dict:
+    """A :func:`model_state` of its own for tensors that are stored in parts, such as gate and up, whose parameters become
+    empty. The writer copies parts that are views of a parameter, those of all layers at once."""
+
+    def separate(value):
+        if not isinstance(value, ShardedTensorFactory):
+            return value
+        parts = value.build()
+        for part in nested_values(parts):
+            part.data = part.data.clone()
+        value.data.data = value.data.new_empty(0)
+        return parts
+
+    return dict_list_map_inplace(separate, model)
+
+
 def load_model_state(chunks: list[nn.Module], loaded: dict) -> None:
     for i, chunk in enumerate(chunks):
         # The checkpointer verifies the keys before the load.

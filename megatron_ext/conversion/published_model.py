@@ -25,8 +25,7 @@ def convert_published(folder: Path, vocabulary: Vocabulary, out: Path, seed: int
     """Write a published model's weights as ``out``/iter_0000000 and its shape as ``out``/model.yaml.
 
     The checkpoint holds only weights, in bf16 if all of the model's have it, else in float32. Memory holds the model
-    once, and its gate and up matrices (half the model) a second time during the save. Joins and leaves a process group
-    of this process only.
+    once. Joins and leaves a process group of this process only.
 
     Args:
         folder: config.json and safetensors of a Llama, Mistral, Qwen2 or Qwen3.
@@ -69,7 +68,7 @@ def convert(
     try:
         chunks = build_chunks(resolved, code_vectors)
         rows = load_published(source, chunks, source.model, vocabulary)
-        Checkpointer(out, keep=0).save(0, chunks, None, state)
+        Checkpointer(out, keep=0).save(0, chunks, None, state, release=True)
     finally:
         distributed.shut_down()
     return {
