@@ -53,7 +53,7 @@ def parameters(model: dict) -> list[ShardedTensor]:
 
 
 def release_parts(model: dict) -> dict:
-    """A :func:`model_state` of its own for tensors that are stored in parts, such as gate and up, whose parameters become
+    """A :func:`model_state` of its own for tensors that are stored in parts, such as gate and up; their parameters become
     empty. The writer copies parts that are views of a parameter, those of all layers at once."""
 
     def separate(value):
