@@ -53,8 +53,8 @@ def parameters(model: dict) -> list[ShardedTensor]:
 
 
 def release_parts(model: dict) -> dict:
-    """A :func:`model_state` of its own for tensors that are stored in parts, such as gate and up; their parameters become
-    empty. The writer copies parts that are views of a parameter, those of all layers at once."""
+    """A :func:`model_state` with memory of its own for tensors that are stored in parts, such as gate and up; their
+    parameters become empty. The writer copies parts that are views of a parameter, those of all layers at once."""
 
     def separate(value):
         if not isinstance(value, ShardedTensorFactory):
