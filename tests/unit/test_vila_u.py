@@ -251,6 +251,17 @@ def change_tensors(folder: Path, change) -> None:
             lambda t: t.update({"rqvaesiglip.quantizer.codebooks.2.weight": torch.ones(25, 32)}),
             "codebooks.2.weight differs from",
         ),
+        (
+            "vision_tower/config.json",
+            lambda c: c["rqtransformer"].update(block_size=4),
+            r"'rqtransformer.block_size' is 4, must be \[rows, columns, codes\]",
+        ),
+        (
+            "vision_tower/config.json",
+            lambda c: c["rqtransformer"].update(embed_dim="32"),
+            "'rqtransformer.embed_dim' is '32', must be a whole number",
+        ),
+        ("llm/added_tokens.json", lambda c: c.update({"<im_end>": "x"}), "'<im_end>' is 'x', must be a whole number"),
         ("llm/added_tokens.json", lambda c: c.pop("<im_end>"), "added_tokens.json: '<im_end>' is missing"),
         (
             "llm/added_tokens.json",
@@ -265,4 +276,4 @@ def test_what_does_not_fit_is_named(imported, tmp_path, part, change, message):
     (change_json if part.endswith(".json") else change_tensors)(folder / part, change)
     with pytest.raises(UserError, match=f"^{folder}/?.*{message}"):
         convert_vila_u(folder, tmp_path / "out")
-    assert not (tmp_path / "out" / "iter_0000000").exists()
+    assert not (tmp_path / "out").exists()
