@@ -185,7 +185,10 @@ def test_a_run_of_another_shape_is_refused(one_process, vocabulary, tmp_path):
     ("overrides", "message"),
     [
         ({"rotary_interpolation_factor": 2.0}, "model.rotary_interpolation_factor is 1.0, this run's is 2.0"),
-        ({"rotary_scaling_factor": 32.0}, r"model.rotary_scaling is None, this run's is RotaryScalingConfig\(factor=32"),
+        (
+            {"rotary_scaling_factor": 32.0},
+            r"model.rotary_scaling is None, this run's is RotaryScalingConfig\(factor=32",
+        ),
     ],
 )
 def test_a_run_with_other_rotary_positions_is_refused_by_name(saved, overrides, message):

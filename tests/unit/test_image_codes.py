@@ -1,6 +1,7 @@
 """Image tokens of several codes: the model and its training against the plain reference."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Modality, Task
-from megatron_ext.training.image_codes import check_images, with_tokenizer
+from megatron_ext.training.image_codes import check_images, with_code_shape, with_tokenizer
 from megatron_ext.training.losses import MeanLosses
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
@@ -182,6 +183,27 @@ def test_a_run_takes_sizes_and_vectors_from_its_tokenizer(tower, vocabulary):
         assert torch.equal(vectors, tokenizer.vectors)
     config, vectors = with_tokenizer(config_of(f"model.image_codes.depth={DEPTH}"), vocabulary)
     assert (config.model.image_codes.codebook_size, config.model.image_codes.width, vectors) == (CODES, None, None)
+
+
+def test_costs_need_no_weights_of_the_tower_and_read_any_tokenizer_once(tower, vocabulary, tmp_path, monkeypatch):
+    read, whole = [], vq.load(tower)
+    monkeypatch.setattr(vq.loading, "load", lambda folder: read.append(folder) or whole)
+    for name in ("whole", "without"):
+        config = json.loads((tower / "config.json").read_text())
+        if name == "without":
+            del config["rqvaesiglip"]["latent_shape"]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        for known in (vocabulary, None, vocabulary):
+            codes = with_code_shape(of_tower(tmp_path / name), known).model.image_codes
+            assert (codes.codebook_size, codes.width) == tuple(whole.vectors.shape)
+    assert read == [str(tmp_path / "without")]
+    given = ("model.image_codes.width=16", f"model.image_codes.codebook_size={CODES}")
+    assert with_code_shape(of_tower(tmp_path / "absent", *given), None).model.image_codes.width == 16
+    with pytest.raises(UserError, match="absent/config.json: not found"):
+        with_code_shape(of_tower(tmp_path / "absent"), None)
+    with pytest.raises(UserError, match="'model.image_codes.depth' is 2, .* has 4"):
+        with_code_shape(of_tower(tmp_path / "whole", "model.image_codes.depth=2"), vocabulary)
 
 
 @pytest.mark.parametrize(

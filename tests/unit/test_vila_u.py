@@ -167,6 +167,8 @@ def test_what_is_imported_is_exported_bit_for_bit(imported, tmp_path):
     assert all((out / file).read_bytes() == (imported.folder / file).read_bytes() for file in files)
     with pytest.raises(UserError, match=f"^{out}: is not an empty folder"):
         run_tool("export_hf.py", *checkpoint, "--vila-u", imported.folder, "--out", out)
+    with pytest.raises(SystemExit, match="2"):
+        run_tool("export_hf.py", *checkpoint, "--vila-u", imported.folder, "--vq", imported.folder, "--out", out)
 
 
 def test_what_was_trained_is_exported_and_the_rest_stays(one_process, imported, tmp_path):
