@@ -189,6 +189,11 @@ def test_what_was_trained_is_exported_and_the_rest_stays(one_process, imported, 
             expected = torch.zeros_like(change) if name.startswith("rqvaesiglip.") else torch.ones_like(change)
             torch.testing.assert_close(change, expected)
 
+    export_vila_u(tmp_path / "run", imported.folder, tmp_path / "half", dtype="bfloat16")
+    for part, key, name in (("llm", "dtype", "bfloat16"), (".", "model_dtype", "torch.bfloat16")):
+        assert json.loads((tmp_path / "half" / part / "config.json").read_text())[key] == name
+    assert {tensor.dtype for tensor in tensors(tmp_path / "half" / "llm").values()} == {torch.bfloat16}
+
     with pytest.raises(UserError, match="cannot take VILA-U's layout: its plan .himix. has tokens that are not FULL"):
         export_vila_u(tmp_path / "run", imported.folder, tmp_path / "other", overrides=["plan.preset=himix"])
     other = shutil.copytree(imported.folder, tmp_path / "vila-u")
