@@ -12,6 +12,7 @@ from test_routing import SHAPE, VOCABULARY, assert_near, config_of, plan_of, ran
 from torch.nn.functional import cross_entropy
 
 from megatron_ext import vq
+from megatron_ext.analysis import batches
 from megatron_ext.checkpoints.checkpointer import check_compatible
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
@@ -227,6 +228,13 @@ def test_data_of_another_tokenizer_are_refused(tower, vocabulary):
         check_images(config, SimpleNamespace(vq=images), "data.train")
     with pytest.raises(UserError, match=f"data.train.*VQ model abc.*{own['fingerprint']}"):
         check_images(config, SimpleNamespace(vq={"fingerprint": "abc"}), "data.train")
+
+
+def test_analyses_refuse_data_of_another_tokenizer(tower, vocabulary, monkeypatch):
+    config, _ = with_tokenizer(of_tower(tower, "data.validation=[{path: pairs, task: generation}]"), vocabulary)
+    monkeypatch.setattr(batches, "build_mixture", lambda *_, **__: SimpleNamespace(vq={"fingerprint": "abc"}))
+    with pytest.raises(UserError, match="'data.validation': images were encoded with VQ model abc"):
+        batches.run_batches(config, vocabulary, "validation", 1, 1)
 
 
 def test_a_checkpoint_of_another_depth_is_refused_by_name():

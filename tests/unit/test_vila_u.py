@@ -154,6 +154,12 @@ def test_every_tensor_and_row_is_used_or_named(imported):
     assert config.model.image_codes.codebook == str(imported.folder / "vision_tower")
 
 
+def test_the_written_shape_leaves_how_the_head_is_computed_to_the_run(imported, tmp_path):
+    (tmp_path / "own.yaml").write_text("model: {image_codes: {head: {chunk: 7}}}")
+    model = config_file.load(Config, [tmp_path / "own.yaml", imported.out / "model.yaml"]).model
+    assert (model.image_codes.head.chunk, model.image_codes.head.hidden_size) == (7, 32)
+
+
 def test_what_is_imported_is_exported_bit_for_bit(imported, tmp_path):
     out = tmp_path / "again"
     checkpoint = ("--checkpoint", imported.out / "iter_0000000")
