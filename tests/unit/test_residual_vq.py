@@ -68,6 +68,23 @@ def test_a_code_that_nothing_chooses_restarts_at_a_residual():
         assert (vector - latents).abs().sum(1).min() < 1e-3
 
 
+def test_a_code_in_use_does_not_restart_where_a_batch_has_few_latents_for_each():
+    codebook = ResidualCodebook(torch.eye(40), 1, 0.9, torch.Generator().manual_seed(0))
+    latents = torch.eye(40)[:20] * 1.1
+    codebook.counts.fill_(0.5)  # one latent for two codes
+    codebook.sums *= 0.5
+    codebook.quantize(latents)
+    assert (codebook.vectors.argmax(1) == torch.arange(40)).all()
+
+
+def test_a_book_with_room_for_all_patches_loses_nothing(tmp_path):
+    pictures = two_colored_pictures(40)  # their quarters have four colors
+    numbers = train_dictionary(pictures, tmp_path, DictionaryConfig(16, 2, 5, held_out=8, depth=3))
+    assert numbers["distinct_patches"] == 4 and min(numbers["psnr_by_depth"]) > 70
+    tokenizer = vq.load(tmp_path)
+    assert torch.equal(to_bytes(tokenizer.decode(tokenizer.encode(from_bytes(pictures)))), pictures)
+
+
 def noisy_pictures(count: int) -> torch.Tensor:
     """uint8 [count, 3, 8, 8] that no small dictionary holds."""
     return torch.randint(0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -142,6 +159,22 @@ def test_a_tower_that_is_not_whole_or_has_a_book_for_each_depth_is_refused(tmp_p
         vq.load(tmp_path)
     write_vision_tower(tmp_path, changes={f"rqvaesiglip.{book}": torch.ones(25, 32)})
     with pytest.raises(UserError, match=rf"{book} differs from .*codebooks.0.weight; a codebook for each depth"):
+        vq.load(tmp_path)
+    write_vision_tower(tmp_path, changes={f"rqvaesiglip.{book.replace('2', '4')}": torch.ones(25, 32)})
+    with pytest.raises(UserError, match=r"'rqvaesiglip.code_shape' tells 4 codes a position, but .*codebooks.4.weight"):
+        vq.load(tmp_path)
+    first, padded = book.replace("2", "0"), torch.zeros(25, 32)
+    for stored, found in ((padded[1:], "24 rows"), (padded + 1, "another last row")):
+        write_vision_tower(tmp_path, changes={f"rqvaesiglip.{first}": stored})
+        with pytest.raises(UserError, match=rf"{first} has {found}, expected 'rqvaesiglip.n_embed' \+ 1 = 25 rows"):
+            vq.load(tmp_path)
+    write_vision_tower(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rqvaesiglip"]["decoder_latent_shape"] = [4, 4]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"'rqvaesiglip.decoder_latent_shape' \[4, 4\] .* \[16, 16\] pixels, .*\[32, 32\]"
+    ):
         vq.load(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"preprocessor_config.json: not found"):
