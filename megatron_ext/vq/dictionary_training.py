@@ -31,8 +31,8 @@ PATCHES_AT_ONCE = 1 << 16
 def train_dictionary(images: Tensor, out: Path, config: DictionaryConfig) -> dict:
     """Fit a dictionary to ``images`` uint8 [n, 3, s, s] and save a tokenizer that :func:`megatron_ext.vq.load` reads.
 
-    The dictionary has fewer than ``config.codebook_size`` codes if the images have fewer distinct patches. With one code
-    a position, code 0 is the most frequent patch, or the center that most patches are nearest to.
+    The dictionary has fewer than ``config.codebook_size`` codes if the images have fewer distinct patches. With one
+    code a position, code 0 is the most frequent patch, or the center that most patches are nearest to.
 
     Returns:
         The contents of ``OUT/training.json``: that of :func:`.training.train`, with ``distinct_patches``.

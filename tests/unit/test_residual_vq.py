@@ -173,7 +173,7 @@ def test_a_tower_that_is_not_whole_or_has_a_book_for_each_depth_is_refused(tmp_p
     config["rqvaesiglip"]["decoder_latent_shape"] = [4, 4]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match=r"'rqvaesiglip.decoder_latent_shape' \[4, 4\] .* \[16, 16\] pixels, .*\[32, 32\]"
+        UserError, match=r"'rqvaesiglip.decoder_latent_shape' \[4, 4\] .* \[16, 16\] pixels"
     ):
         vq.load(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
