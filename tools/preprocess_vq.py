@@ -135,8 +135,6 @@ def _add_forms(parser: argparse.ArgumentParser) -> None:
 def _preprocess(arguments: argparse.Namespace) -> dict:
     from megatron_ext.preprocess import PreprocessOptions, preprocess
 
-    if arguments.caption:
-        arguments.prefer = "caption"
     vocabulary = Vocabulary(arguments.vocabulary)
     vq = _load(arguments.vq) if arguments.vq else None
     options = PreprocessOptions(**{field.name: getattr(arguments, field.name) for field in fields(PreprocessOptions)})
@@ -176,10 +174,11 @@ def _report(out: Path, summary) -> dict:
         print(f"{filtered:,} samples filtered out")
     if missing := source.get("missing_images"):
         print(f"{missing:,} images are not there and were left out of interleaved documents")
-    if summary.skipped:
+    skipped = {"samples": summary.skipped, "documents of other samples": source.get("skipped_documents", 0)}
+    if counts := [f"{count:,} {what}" for what, count in skipped.items() if count]:
         from megatron_ext.preprocess import skipped_file
 
-        print(f"{summary.skipped} samples skipped, listed in {skipped_file(out)}")
+        print(f"{' and '.join(counts)} skipped, listed in {skipped_file(out)}")
     return summary.numbers()
 
 

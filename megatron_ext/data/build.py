@@ -41,7 +41,7 @@ def build_mixture(
         try:
             opened = _open("data.train" if train else "data.validation", sources, data_config, vocabulary)
             _check_images(opened, depth)
-            _check_dropout(opened, dropout, vocabulary)
+            _check_dropout(opened, dropout)
         except UserError as refusal:
             error = str(refusal)
     shared = _share(opened, error)
@@ -83,16 +83,23 @@ def _check_images(sources: list[Source], depth: int | None) -> None:
             )
 
 
-def _check_dropout(opened: list[Source], dropout: float, vocabulary) -> None:
-    """Refuse to drop captions that a chat template writes: guidance puts an empty turn in their place, rendering
+def _check_dropout(opened: list[Source], dropout: float) -> None:
+    """Refuse to drop captions that a chat template wrote: guidance puts an empty turn in their place, rendering
     nothing."""
-    if dropout and vocabulary.templates.captions == "conversation":
-        for source in opened:
-            if source.layout == Layout.GENERATION:
-                raise UserError(
-                    f"config: 'data.caption_dropout' is {dropout:g}, must be 0: by {vocabulary.folder / TEMPLATES} the "
-                    f"captions of {source.path} are conversations, of which nothing can be dropped"
-                )
+    for source in opened:
+        if dropout and source.layout == Layout.GENERATION and _has_conversations(source.metadata["source"]):
+            raise UserError(
+                f"config: 'data.caption_dropout' is {dropout:g}, must be 0: the captions of {source.path} are "
+                f"conversations (its metadata has 'uses' of {TEMPLATES}), of which nothing can be dropped"
+            )
+
+
+def _has_conversations(source: dict) -> bool:
+    """Whether a chat template wrote the captions of a data set, or of one that was merged into it."""
+    if any(_has_conversations(shard["source"]) for shard in source.get("merged", [])):
+        return True
+    template = source.get("settings", {}).get("chat_template") or {}
+    return template.get("uses", {}).get("captions") == "conversation"
 
 
 def _share(opened: list[Source] | None, error: str | None) -> list[Source]:

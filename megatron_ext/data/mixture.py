@@ -159,11 +159,13 @@ class Mixture:
         fingerprints = {"vocabulary": metadata["vocabulary"], "data": metadata["files"]["bin"]["sha256"][:16]}
         if metadata["vq"]:
             fingerprints["VQ"] = metadata["vq"]["fingerprint"]
+        plain = [f"{source.plain:,} documents without answers and drawn images: all their text is learnt"]
         return [
             f"{documents:,} documents, {source.tokens:,} tokens ({source.tokens / documents:.0f} a document), "
             f"{metadata['images']:,} images",
             f"weight {source.weight:g}: {share:.1%} of documents, {token_share:.1%} of tokens"
             + (f", {samples * share / documents:.2f} epochs in this run" if samples else ""),
+            *(plain if source.plain else []),
             ", ".join(f"{kind} {fingerprint}" for kind, fingerprint in fingerprints.items()),
         ]
 

@@ -21,6 +21,7 @@ class Source:
         path: prefix of the data set.
         metadata: its metadata (:mod:`megatron_ext.data.format`).
         tokens: tokens of one epoch of the data set as this layout renders it, captions included.
+        plain: documents with neither answers nor drawn images, of which an interleaved source learns all text.
         dataset: the open data set; None on a rank that does not read.
     """
 
@@ -29,6 +30,7 @@ class Source:
     weight: float
     metadata: dict
     tokens: int
+    plain: int
     dataset: Dataset | None
 
     @classmethod
@@ -50,15 +52,18 @@ class Source:
                 "prepare it again or set data.vocabulary to the one it was made with"
             )
         layout = Layout[config.task.upper()]
-        tokens = 0
+        tokens, plain = 0, 0
         for start in range(0, len(dataset), _CHUNK):
             documents = np.arange(start, min(start + _CHUNK, len(dataset)))
-            tokens += _check_documents(name, dataset, documents, layout, row_length)
-        return cls(config.path, layout, config.weight, dataset.metadata, tokens, dataset)
+            counts = _check_documents(name, dataset, documents, layout, row_length)
+            tokens, plain = tokens + counts[0], plain + counts[1]
+        return cls(config.path, layout, config.weight, dataset.metadata, tokens, plain, dataset)
 
 
-def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, layout: Layout, row_length: int) -> int:
-    """Check documents and count their rendered tokens."""
+def _check_documents(
+    name: str, dataset: Dataset, documents: np.ndarray, layout: Layout, row_length: int
+) -> tuple[int, int]:
+    """Check documents, and count their rendered tokens and those of them that :attr:`Source.plain` counts."""
     places = lay_out(dataset, documents, np.zeros(len(documents), dtype=bool), layout)
     images, drawn, answers, plain = (
         np.bincount(places.owner, kind, len(documents))
@@ -82,4 +87,4 @@ def _check_documents(name: str, dataset: Dataset, documents: np.ndarray, layout:
             f"{name}: document {documents[worst]} is {lengths[worst]} tokens long and holds an image, so it cannot be "
             f"cut; raise data.sequence_length ({row_length})"
         )
-    return int(lengths.sum())
+    return int(lengths.sum()), int((plain > 0).sum())

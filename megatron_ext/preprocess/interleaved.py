@@ -30,6 +30,8 @@ def interleaved_sample(name: str, record: dict, folder: ImageFolder, options: Re
         raise ValueError("'text_list' is not a list of strings")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("'image_info' is not a list of objects")
+    if not entries:
+        return Sample(name, unusable="holds no image")
     kept = [entry for entry in entries if options.keeps(entry)]
     if not kept:
         return Sample(name, filtered=True)

@@ -4,11 +4,13 @@ The list is never held as a whole, since published ones have more than a million
 sample begins, reading decodes a stretch of them.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_ext.preprocess.records import cut_records, samples_of_records
 from megatron_ext.preprocess.samples import ReadOptions, Sample, Unit, naming_errors
@@ -50,7 +52,8 @@ def _first_element(file: Path) -> int:
     """The byte after the bracket that opens the list."""
     with file.open("rb") as stream:
         start = stream.read(CHUNK)
-    opening = _BLANKS.match(start.decode("latin-1")).end()
+    mark = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+    opening = _BLANKS.match(start.decode("latin-1"), mark).end()
     if start[opening : opening + 1] != b"[":
         raise ValueError("not a list of LLaVA samples")
     return opening + 1
@@ -62,14 +65,14 @@ def _elements(file: Path, offset: int) -> Iterator[tuple[int, bytes]]:
     Raises:
         ValueError: the file is not valid JSON from there on; names the byte.
     """
-    text, place = "", 0  # one character a byte: JSON's own characters are ASCII, and indices are bytes
+    text, place, more = "", 0, False  # one character a byte: JSON's own characters are ASCII, and indices are bytes
     with file.open("rb") as stream:
         stream.seek(offset)
         while True:
             place = _BLANKS.match(text, place).end()
             try:
-                if text[place : place + 1] == "]":
-                    return
+                if text[place : place + 1] == "]" and not more:
+                    return _refuse_more(stream, text[place + 1 :], offset + place + 1)
                 _, end = _DECODER.raw_decode(text, place)
                 following = _BLANKS.match(text, end).end()
                 if text[following : following + 1] not in (",", "]"):
@@ -81,4 +84,15 @@ def _elements(file: Path, offset: int) -> Iterator[tuple[int, bytes]]:
                 text, offset, place = text[place:] + chunk.decode("latin-1"), offset + place, 0
                 continue
             yield offset + place, text[place:end].encode("latin-1")
-            place = following + (text[following] == ",")
+            more = text[following] == ","
+            place = following + more
+
+
+def _refuse_more(stream: BinaryIO, text: str, offset: int) -> None:
+    """Raise ValueError if anything but blanks follows the list; ``text`` begins at byte ``offset``."""
+    while (blanks := _BLANKS.match(text).end()) == len(text):
+        offset += len(text)
+        if not (chunk := stream.read(CHUNK)):
+            return
+        text = chunk.decode("latin-1")
+    raise ValueError(f"Extra data (byte {offset + blanks})")

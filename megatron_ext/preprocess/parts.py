@@ -28,7 +28,7 @@ class Part:
         samples: number of samples, unusable ones included.
         bytes: size of the samples in the input.
         documents: name and documents of each usable sample.
-        skipped: a description of each skipped sample.
+        skipped: a description of each skipped sample; with "documents", their number, of a sample that has others.
         filtered: number of samples that filters removed.
         missing: number of images that are left out of documents because they are not there.
     """
@@ -101,8 +101,10 @@ def tokenise(name: str, samples: list[Sample], last: bool, options: ReadOptions,
         learnt = (TEXT if with_captions and sample.is_caption else sample.required_mode, DRAWN)
         usable = [document for document in encoded if any(mode in learnt for mode, _ in document)]
         if options.max_tokens and usable:
+            whole, reason = len(usable), f"more tokens than --max-tokens {options.max_tokens}"
             usable = [fitting for document in usable if (fitting := _fitting(document, sample, options))]
-            reason = f"more tokens than --max-tokens {options.max_tokens}"
+            if 0 < len(usable) < whole:
+                part.skipped.append({"sample": sample.name, "documents": whole - len(usable), "reason": reason})
         if usable:
             part.documents.append((sample.name, usable))
         else:
@@ -123,11 +125,19 @@ def _documents(sample: Sample, split: bool, template: ChatTemplate | None) -> li
 def _fitting(document: Document, sample: Sample, options: ReadOptions) -> Document:
     """The document if its rendering fits ``max_tokens``; the beginning that does if it is interleaved, else nothing.
     Documents without images always fit, since rows may cut them."""
-    images = sum(is_image(mode) for mode, _ in document)
-    texts = sum(len(item) + (mode == ANSWER) for mode, item in document if not is_image(mode))
-    if not images or 2 + images * (options.image_tokens + 2) + texts <= options.max_tokens:  # bos, <eod>; <boi>, <eoi>
+    if not any(is_image(mode) for mode, _ in document) or _length(document, options) <= options.max_tokens:
         return document
     return cut(document, options.max_tokens - 2, options.image_tokens + 2) if sample.required_mode == TEXT else []
+
+
+def _length(document: Document, options: ReadOptions) -> int:
+    """Tokens of a document in the task that renders it longest (``data/rendering.py``)."""
+    modes = [mode for mode, _ in document]
+    contents = sum(options.image_tokens + 2 if is_image(mode) else len(item) for mode, item in document)  # <boi>, <eoi>
+    answers = modes.count(ANSWER)
+    followed = sum(pair == (ANSWER, DRAWN) for pair in zip(modes, modes[1:]))  # by <boi> instead of <eod>
+    ends = max(1, answers, answers - followed + (modes[-1] == DRAWN))
+    return 1 + contents + ends  # <bos>
 
 
 def cut(document: Document, room: int, image: int) -> Document:

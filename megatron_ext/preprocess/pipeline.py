@@ -11,13 +11,14 @@ import torch
 
 from megatron_ext import chat_template
 from megatron_ext.command_line import progress
+from megatron_ext.data.format import DRAWN
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import dali_decoder, units
 from megatron_ext.preprocess.encoding import Encoded, encode
 from megatron_ext.preprocess.parts import Part, unit_parts
 from megatron_ext.preprocess.record_fields import Filter
 from megatron_ext.preprocess.samples import ReadOptions, Unit
-from megatron_ext.preprocess.store import Store, finished, joined, remove_parts
+from megatron_ext.preprocess.store import Store, finished, joined, remove_parts, skipped_samples
 from megatron_ext.vocabulary import Vocabulary
 from megatron_ext.vq import VQModel
 from megatron_ext.vq.image_decoder import CROP, PillowDecoder, Preparation
@@ -30,7 +31,8 @@ class PreprocessOptions:
     Attributes:
         inputs: WebDataset tars, LLaVA JSON files, JSONL files (.jsonl, .jsonl.gz, .jsonl.zip).
         out: prefix of the data set.
-        images, prefer, split_turns, caption, filters, max_tokens: see :class:`.ReadOptions`.
+        images, prefer, split_turns, caption, filters, max_tokens: see :class:`.ReadOptions`; with ``caption``,
+            ``prefer`` is "caption".
         chat_template: the vocabulary's chat template writes conversations; None: if it has one.
         resize: "crop" or "squash"; None: the tokenizer's own choice, for pictures to be drawn if captions are
             preferred, else for pictures that are asked about.
@@ -56,6 +58,10 @@ class PreprocessOptions:
     workers: int = 2
     strict: bool = False
     shard: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.caption:
+            self.prefer = "caption"
 
 
 @dataclass
@@ -160,7 +166,7 @@ def _make_parts(
         manifests = store.done(index)
         for manifest in manifests:
             _refuse_skipped(options, manifest["skipped"])
-            summary.skipped += len(manifest["skipped"])
+            summary.skipped += skipped_samples(manifest["skipped"])
         if not manifests or not manifests[-1]["last"]:
             todo[index] = (unit, len(manifests))
             bytes_left += unit.bytes - sum(manifest["bytes"] for manifest in manifests)
@@ -177,7 +183,7 @@ def _make_parts(
             summary.seconds = time.perf_counter() - started
             if batch.codes is not None:
                 manifest = store.write(batch.part, batch.codes, failures, vocabulary.image_offset)
-                summary.skipped += len(manifest["skipped"])
+                summary.skipped += skipped_samples(manifest["skipped"])
                 failures = {}
             _show(bar, batch, summary)
 
@@ -196,7 +202,19 @@ def _parts(todo: dict, options: PreprocessOptions, vocabulary: Vocabulary, vq: V
         for part in unit_parts(index, unit, done, options.part_samples, read_options, vocabulary):
             if vq is None and part.images:
                 raise UserError(f"{part.images[0].name}: the input has images; give the VQ tokenizer with --vq")
+            if vq is not None and not options.resize and vq.preparation.generation != vq.preparation.understanding:
+                _refuse_drawn(part, vq)
             yield part
+
+
+def _refuse_drawn(part: Part, vq: VQModel) -> None:
+    """An image that is drawn in one document and given in another has one code, so it is made in one way."""
+    documents = (document for _, documents in part.documents for document in documents)
+    for image in (item for document in documents for mode, item in document if mode == DRAWN):
+        raise UserError(
+            f"{image.name}: an answer draws it, and {vq.folder} makes pictures to be drawn otherwise than given ones; "
+            f"choose one way for both with --resize ({vq.preparation.generation} or {vq.preparation.understanding})"
+        )
 
 
 def _refuse_skipped(options: PreprocessOptions, skipped: list[dict]) -> None:
@@ -222,11 +240,11 @@ def _resize(options: PreprocessOptions, vq: VQModel | None) -> str:
     return vq.preparation.generation if options.prefer == "caption" else vq.preparation.understanding
 
 
-def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None, decoder, units: int) -> dict:
+def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | None, decoder, unit_count: int) -> dict:
     """Everything that the bytes of the data set depend on; runs with other values never share parts."""
     device, dtype = (vq.device, vq.dtype) if vq is not None else (torch.device("cpu"), torch.float32)
     return {
-        "inputs": [{"file": str(file), "bytes": file.stat().st_size} for file in options.inputs],
+        "inputs": [{"file": str(file), **units.identity(file)} for file in options.inputs],
         "images": str(options.images) if options.images else None,
         "as": options.prefer,
         # Without these options data sets stay as they are.
@@ -238,7 +256,7 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         "resize": _resize(options, vq),
         "batch_size": options.batch_size,
         "part_samples": options.part_samples,
-        "units": units,
+        "units": unit_count,
         "vocabulary": vocabulary.fingerprint,
         "vq": vq.metadata if vq is not None else None,
         "decoder": decoder.name if decoder is not None else None,

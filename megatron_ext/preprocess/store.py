@@ -109,12 +109,21 @@ class Store:
         filtered, missing = (
             sum(manifest.get(key, 0) for _, manifest in parts) for key in ("filtered", "missing_images")
         )
-        if len(skipped) + filtered == samples:
+        lost = skipped_samples(skipped)
+        if lost + filtered == samples:
             raise UserError(
                 f"{self.prefix}: none of {samples} samples was usable, {filtered} were filtered out; see 'skipped' in "
                 f"{self.folder}"
             )
-        counts = {"samples": samples, "skipped": len(skipped), **_nonzero(filtered=filtered, missing_images=missing)}
+        counts = {
+            "samples": samples,
+            "skipped": lost,
+            **_nonzero(
+                skipped_documents=sum(entry.get("documents", 0) for entry in skipped),
+                filtered=filtered,
+                missing_images=missing,
+            ),
+        }
         source = {"made_by": TOOL, **counts, "settings": self.settings}
         self._remove_temporaries()
         writer = DatasetWriter(self.prefix, self.settings["vocabulary"], self.settings["vq"], source)
@@ -168,8 +177,13 @@ def _nonzero(**counts: int) -> dict[str, int]:
     return {key: count for key, count in counts.items() if count}
 
 
+def skipped_samples(skipped: list[dict]) -> int:
+    """How many samples a list of what was skipped has as a whole."""
+    return sum("documents" not in entry for entry in skipped)
+
+
 def skipped_file(prefix: str | Path) -> Path:
-    """The file that lists the samples missing from the data set."""
+    """The file that lists the samples, and documents of samples, missing from the data set."""
     return Path(f"{prefix}.skipped.jsonl")
 
 
@@ -226,7 +240,13 @@ def _first_difference(before: list, now: list) -> str:
     if len(before) != len(now):
         return f"{len(before)} files, now {len(now)}"
     old, new = next((a, b) for a, b in zip(before, now) if a != b)
-    return f"{old['file']} of {old['bytes']} bytes, now {new['file']} of {new['bytes']} bytes"
+    return f"{_input(old)}, now {_input(new)}"
+
+
+def _input(entry: dict) -> str:
+    """An entry of ``inputs`` (:func:`.units.identity`)."""
+    files = f" in {entry['files']} files ({entry['hash']})" if "files" in entry else ""
+    return f"{entry['file']} of {entry['bytes']} bytes{files}"
 
 
 def _readable(value) -> str:

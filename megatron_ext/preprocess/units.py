@@ -18,7 +18,7 @@ FORMATS = {".tar": webdataset, ".json": llava, ".jsonl": jsonl, ".jsonl.gz": jso
 """Module by file ending; each has ``units(file, size, part_samples)`` and ``read(unit, options, skip)``."""
 
 TRIED = 64
-"""Samples at the start of a unit after which a caption that none has is taken for a wrong key."""
+"""Samples at the start of a file after which a caption that none has is taken for a wrong key."""
 
 
 def plan(files: list[Path], part_samples: int) -> list[Unit]:
@@ -34,16 +34,22 @@ def read(unit: Unit, options: ReadOptions, skip: int = 0) -> Iterator[Sample]:
     """The samples of a unit from sample ``skip`` on.
 
     Raises:
-        UserError: a record is malformed, or no record has the caption that is asked for; names the file and the record.
+        UserError: a record is malformed, or none at the start of the file has the caption that is asked for; names the
+            file and the record.
     """
     samples = _format(unit.file).read(unit, options, skip)
-    if not options.caption:
+    if not options.caption or unit.first or skip:
         return samples
     first = list(islice(samples, TRIED))
     lacking = no_caption(options.caption)
     if len(first) == TRIED and all(sample.unusable == lacking for sample in first):
         raise UserError(f"{first[0].name} {lacking}, nor have the {TRIED - 1} samples after it")
     return chain(first, samples)
+
+
+def identity(file: Path) -> dict:
+    """What tells an input from another one of its name: its size in bytes; of a folder also its files."""
+    return webdataset.identity(file) if file.is_dir() else {"bytes": file.stat().st_size}
 
 
 def _format(file: Path) -> ModuleType | None:

@@ -3,6 +3,7 @@
 They lie in a WebDataset tar, one sample after the other, or unpacked in a folder, as img2dataset writes both.
 """
 
+import hashlib
 import json
 import os
 import tarfile
@@ -45,6 +46,14 @@ def units(file: Path, size: int, part_samples: int) -> Iterator[Unit]:
             empty = False
     if empty:
         raise UserError(f"{file}: holds no sample")
+
+
+def identity(folder: Path) -> dict:
+    """Number of the files in a folder and below it, their size in bytes, and a hash of their paths and sizes."""
+    paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if name[0] != ".")
+    files = {os.path.relpath(path, folder): os.path.getsize(path) for path in paths if os.path.isfile(path)}
+    digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:16]
+    return {"bytes": sum(files.values()), "files": len(files), "hash": digest}
 
 
 def read(unit: Unit, options: ReadOptions, skip: int) -> Iterator[Sample]:

@@ -54,7 +54,7 @@ def kmeans(points: Tensor, weights: Tensor, count: int, generator: torch.Generat
     """Weighted k-means (Lloyd), started by k-means++.
 
     Args:
-        points: float32 [m, d], all different, m >= ``count``.
+        points: float32 [m, d], of which ``count`` or more differ.
         weights: [m], how often each point counts.
 
     Returns:

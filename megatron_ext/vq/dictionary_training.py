@@ -2,7 +2,8 @@
 
 Most patches of flat pictures occur many times. A distinct patch counts as often as it occurs; if there are no more than
 codes, they are the dictionary, and encoding loses nothing. With several codes a position, the dictionary is fitted to
-the patches and to what its own codes leave of them.
+the patches and to what its own codes leave of them, unless it has room for all patches and a vector of zeros, which the
+further codes choose then.
 """
 
 import math
@@ -23,12 +24,15 @@ from megatron_ext.vq.training_config import DictionaryConfig
 RESIDUAL_ITERATIONS = 20
 """Of each of the two ways in which a residual dictionary is improved."""
 
+PATCHES_AT_ONCE = 1 << 16
+"""Patches whose vectors are held in memory together, beside the patches themselves."""
+
 
 def train_dictionary(images: Tensor, out: Path, config: DictionaryConfig) -> dict:
     """Fit a dictionary to ``images`` uint8 [n, 3, s, s] and save a tokenizer that :func:`megatron_ext.vq.load` reads.
 
-    The dictionary has fewer than ``config.codebook_size`` codes if the images have fewer distinct patches. Code 0 is
-    the most frequent patch, or its mean.
+    The dictionary has fewer than ``config.codebook_size`` codes if the images have fewer distinct patches. With one
+    code a position, code 0 is the most frequent patch, or the center that most patches are nearest to.
 
     Returns:
         The contents of ``OUT/training.json``: that of :func:`.training.train`, with ``distinct_patches``.
@@ -62,6 +66,8 @@ def _residual_vectors(patches: Tensor, counts: Tensor, config: DictionaryConfig)
     First each code moves to the mean of the residuals that choose it, then all codes to the least squares solution for
     the choices made. Choices are greedy, so either may make things worse: the best dictionary is kept.
     """
+    if len(patches) < config.codebook_size:
+        return torch.cat([patches, torch.zeros_like(patches[:1])])
     generator = torch.Generator().manual_seed(config.seed)
     vectors = residual_kmeans(patches, counts, config.codebook_size, config.depth, generator)
     best, least = vectors, math.inf
@@ -69,7 +75,8 @@ def _residual_vectors(patches: Tensor, counts: Tensor, config: DictionaryConfig)
         vectors = best
         for _ in range(RESIDUAL_ITERATIONS):
             codes = residual_codes(patches, vectors, config.depth)
-            error = float(counts @ (patches - vectors[codes].sum(1)).square().sum(1))
+            quantized = torch.cat([vectors[part].sum(1) for part in codes.split(PATCHES_AT_ONCE)])
+            error = float(counts @ (patches - quantized).square().sum(1))
             if error < least:
                 best, least = vectors, error
             vectors = move(patches, counts, vectors, codes)
@@ -87,13 +94,21 @@ def _to_means(patches: Tensor, counts: Tensor, vectors: Tensor, codes: Tensor) -
 
 
 def _to_least_squares(patches: Tensor, counts: Tensor, vectors: Tensor, codes: Tensor) -> Tensor:
-    chosen = torch.zeros(len(patches), len(vectors), dtype=torch.float64)
-    chosen.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.float64))
-    weighted = chosen * counts[:, None]
+    size = len(vectors)
+    together = torch.zeros(size * size, dtype=torch.float64)  # how often two codes are of the same patch
+    sums = torch.zeros(vectors.shape, dtype=torch.float64)
+    for part in range(0, len(patches), PATCHES_AT_ONCE):
+        here = slice(part, part + PATCHES_AT_ONCE)
+        weights = counts[here].double()
+        weighted = patches[here].double() * weights[:, None]
+        for chosen in codes[here].unbind(1):
+            sums.index_add_(0, chosen, weighted)
+            for other in codes[here].unbind(1):
+                together.index_add_(0, chosen * size + other, weights)
     # A little weight on where the codes are: those that nothing chooses stay there.
-    ridge = 1e-3 * float(counts.sum()) / len(vectors)
-    system = chosen.T @ weighted + ridge * torch.eye(len(vectors), dtype=torch.float64)
-    return torch.linalg.solve(system, weighted.T @ patches.double() + ridge * vectors.double()).float()
+    ridge = 1e-3 * float(counts.sum()) / size
+    system = together.view(size, size) + ridge * torch.eye(size, dtype=torch.float64)
+    return torch.linalg.solve(system, sums + ridge * vectors.double()).float()
 
 
 def distinct_patches(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:

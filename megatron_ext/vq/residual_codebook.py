@@ -1,8 +1,10 @@
 """The codebook of residual quantization in training: one book for all rounds, that follows what they quantize.
 
 As in VILA-U and RQ-VAE (Lee et al., arXiv 2203.01941): each code follows the mean of the residuals that chose it
-(exponential moving average), a code that fewer than one residual a round chooses restarts at a random residual, and the
-rounds of a step update the book one after the other, so each round uses the book that the one before it left.
+(exponential moving average), an unused code restarts at a random residual, and the rounds of a step update the book one
+after the other, so each round uses the book that the one before it left. There, a code is unused if fewer than one
+residual a round chooses it, of batches of many residuals for each code; in small ones that would restart codes in use,
+so a tenth of a code's fair share is enough.
 """
 
 import torch
@@ -62,7 +64,7 @@ class ResidualCodebook:
         new = torch.zeros_like(self.sums).index_add_(0, codes, residuals)
         self.sums.mul_(self.decay).add_(new, alpha=1 - self.decay)
         if self.restart:
-            unused = self.counts < 1
+            unused = self.counts < min(1.0, 0.1 * len(residuals) / len(self.counts))
             self.sums[unused] = self._random(residuals, int(unused.sum()))
             self.counts[unused] = 1
         total = self.counts.sum()

@@ -15,6 +15,9 @@ from megatron_ext.vq.loading import load
 from megatron_ext.vq.model import VQModel
 from megatron_ext.vq.pixels import from_bytes, to_bytes
 
+BATCH_SIZE = 32
+"""Held-out images that are encoded or decoded at once."""
+
 LEAST_ERROR = 1e-3
 """Least mean square error (of bytes) in the PSNR; a lossless reconstruction has 78 dB."""
 
@@ -67,12 +70,16 @@ def evaluate(out: Path, held_out: Tensor, facts: dict) -> dict:
 
 def _quality_by_depth(vq: VQModel, images: Tensor, codes: Tensor) -> dict:
     depths = range(1, vq.depth + 1)
-    decoded = [to_bytes(vq.decode_first(codes, count)).cpu() for count in depths]
+    decoded = [
+        torch.cat([to_bytes(vq.decode_first(batch, count)).cpu() for batch in codes.split(BATCH_SIZE)])
+        for count in depths
+    ]
     by_depth = codes.view(-1, vq.depth)
     qualities = [
         quality(images, pictures, by_depth[:, depth - 1], vq.codebook_size) for depth, pictures in zip(depths, decoded)
     ]
-    rounded = residual_codes(vq.latents(from_bytes(images)).bfloat16(), vq.vectors.bfloat16(), vq.depth)
+    latents = torch.cat([vq.latents(from_bytes(batch)).bfloat16() for batch in images.split(BATCH_SIZE)])
+    rounded = residual_codes(latents, vq.vectors.bfloat16(), vq.depth)
     return {
         "psnr_by_depth": [figures["psnr"] for figures in qualities],
         "codebook_use_by_depth": [figures["codebook_use"] for figures in qualities],
@@ -80,10 +87,10 @@ def _quality_by_depth(vq: VQModel, images: Tensor, codes: Tensor) -> dict:
     }
 
 
-def reconstruct(vq: VQModel, images: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+def reconstruct(vq: VQModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [n, h*w*D] of images uint8 [n, 3, s, s], and the images decoded from them, uint8."""
-    codes = torch.cat([vq.encode(from_bytes(batch)) for batch in images.split(batch_size)])
-    decoded = torch.cat([vq.decode(batch) for batch in codes.split(batch_size)])
+    codes = torch.cat([vq.encode(from_bytes(batch)) for batch in images.split(BATCH_SIZE)])
+    decoded = torch.cat([vq.decode(batch) for batch in codes.split(BATCH_SIZE)])
     return codes, to_bytes(decoded).cpu()
 
 

@@ -6,6 +6,7 @@ codebook starts from its latents (:mod:`.codebook`, :mod:`.residual_codebook`). 
 adversarial term: their networks would have to be downloaded.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -48,7 +49,7 @@ def train(
         captions the share of held-out pictures whose own caption is the nearest.
 
     Raises:
-        UserError: there are too few images, or ``out`` holds a training with other settings.
+        UserError: there are too few images, or ``out`` holds a training with other settings or captions.
     """
     held_out, images = split_held_out(images, config.held_out)
     trainer = _Trainer(config, captions[config.held_out :] if captions else None)
@@ -100,6 +101,7 @@ class _Trainer:
         vectors.requires_grad_(False)
         self.alignment = Alignment(captions, config.embed_dim, config.grid**2) if captions else None
         self.caption_ids = self.alignment.ids(captions) if captions else None
+        self.captions_hash = hashlib.sha256(json.dumps(captions).encode()).hexdigest() if captions else None
         trained = [p for module in self._trained() for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -132,7 +134,8 @@ class _Trainer:
         if self.alignment:
             loss = loss + self.alignment.loss(quantized, self.caption_ids[selected])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for module in self._trained():
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         self.optimizer.step()
         self._keep_local()
         self.step += 1
@@ -195,7 +198,7 @@ class _Trainer:
         self.codebook.start(latents.permute(0, 2, 3, 1).flatten(0, 2))
 
     def _settings(self) -> dict:
-        return self.config.settings() | ({"align": True} if self.alignment else {})
+        return self.config.settings() | ({"captions": self.captions_hash} if self.alignment else {})
 
     def save(self, file: Path) -> None:
         """Save everything that a resumed training needs; the file appears only when it is complete."""
@@ -218,13 +221,15 @@ class _Trainer:
         """Resume from a saved state, if there is one.
 
         Raises:
-            UserError: the state was saved with other settings.
+            UserError: the state was saved with other settings or captions.
         """
         if not file.is_file():
             return
         state = torch.load(file)
         if state["config"] != self._settings():
-            raise UserError(f"{file}: a training with other settings was interrupted here; delete it or change --out")
+            raise UserError(
+                f"{file}: a training with other settings or captions was interrupted here; delete it or change --out"
+            )
         self.step = state["step"]
         self.network.load_state_dict(state["network"])
         if self.alignment:

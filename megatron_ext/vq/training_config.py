@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
+from megatron_ext.data.vq_metadata import MAX_CODEBOOK
 from megatron_ext.errors import UserError
 
 
@@ -13,9 +14,13 @@ class _Settings:
         """The settings as JSON; without the depth if it is one, as they were before there was another."""
         return {name: value for name, value in asdict(self).items() if (name, value) != ("depth", 1)}
 
-    def _check_depth(self, codebook_size: int) -> None:
+    def _check_codes(self, codebook_size: int) -> None:
+        if codebook_size < 1:
+            raise UserError(f"codebook size {codebook_size}: must be at least 1")
         if not 1 <= self.depth <= codebook_size:
             raise UserError(f"depth {self.depth}: must be from 1 to the codebook size {codebook_size}")
+        if self.depth > 1 and codebook_size > MAX_CODEBOOK:
+            raise UserError(f"codebook size {codebook_size}: with depth {self.depth} at most {MAX_CODEBOOK}")
 
 
 @dataclass
@@ -53,7 +58,7 @@ class VQTrainingConfig(_Settings):
     depth: int = 1
 
     def __post_init__(self):
-        self._check_depth(self.codebook_size)
+        self._check_codes(self.codebook_size)
         halvings = math.log2(self.image_size / self.patch / self.grid) if self.image_size % self.patch == 0 else 0.5
         if halvings < 0 or halvings % 1:
             raise UserError(
@@ -87,11 +92,9 @@ class DictionaryConfig(_Settings):
     depth: int = 1
 
     def __post_init__(self):
-        self._check_depth(self.codebook_size)
+        self._check_codes(self.codebook_size)
         if self.grid < 1 or self.image_size % self.grid:
             raise UserError(f"image size {self.image_size}, grid {self.grid}: image size must be a multiple of grid")
-        if self.codebook_size < 1:
-            raise UserError(f"codebook size {self.codebook_size}: must be at least 1")
 
     @property
     def patch_size(self) -> int:

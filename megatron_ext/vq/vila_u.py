@@ -24,6 +24,7 @@ from megatron_ext.vq.pixels import from_bytes
 
 _PREFIX = "rqvaesiglip."
 _VISION = "siglip_model.vision_model."
+_BOOK = re.compile(r"quantizer\.codebooks\.\d+\.weight")
 _UNUSED = re.compile(r"siglip_model\.text_model\.|siglip_model\.vision_model\.(post_layernorm|head)\.|(.*\.)?logit_")
 
 _HEADS = {768: 12, 1024: 16, 1152: 16}
@@ -55,7 +56,7 @@ class VilaUVisionTower(VQModel):
         network.vision_model = _vision_model(folder, settings, weights)
         network.quantize = nn.Embedding.from_pretrained(_codebook(settings, weights))
         network.post_quant_conv = nn.Conv2d(*reversed(weights["post_quant_conv.weight"].shape[:2]), 1)
-        network.decoder = _decoder(weights)
+        network.decoder = _decoder(settings, weights)
         left_out = _load(network, weights, settings.blocks)
         tower = cls(network, folder, settings.grid, settings.image_size, settings.depth)
         tower.decoder_latent_shape, tower.left_out = settings.decoder_latent_shape, left_out
@@ -83,7 +84,9 @@ class _Settings:
     """What config.json and preprocessor_config.json tell.
 
     Attributes:
+        file: config.json.
         grid, depth: positions (h, w), and codes of each.
+        codebook_size: K, without the padding row.
         decoder_latent_shape: to which latents are resized before they are decoded; None: not.
         shared: one codebook for all depths, so that its further copies may be left out of the file.
         encoder: SigLIP's own configuration if ``pretrained_model`` is a folder, else empty.
@@ -91,15 +94,17 @@ class _Settings:
     """
 
     def __init__(self, folder: Path, config: dict):
-        file, section = folder / "config.json", config.get("rqvaesiglip")
-        if not isinstance(section, dict) or "code_shape" not in section:
-            raise UserError(f"{file}: 'rqvaesiglip.code_shape' is missing")
+        self.file, section = folder / "config.json", config.get("rqvaesiglip")
+        for key in ("code_shape", "n_embed"):
+            if not isinstance(section, dict) or key not in section:
+                raise UserError(f"{self.file}: 'rqvaesiglip.{key}' is missing")
         *grid, self.depth = section["code_shape"]
+        self.codebook_size = section["n_embed"]
         self.grid = tuple(grid)
         latents = section.get("latent_shape", section["code_shape"])[:2]
         if latents != grid:
             raise UserError(
-                f"{file}: code_shape {grid} and latent_shape {latents}: a code of several latents is not known"
+                f"{self.file}: code_shape {grid} and latent_shape {latents}: a code of several latents is not known"
             )
         shape = section.get("decoder_latent_shape")
         self.decoder_latent_shape = tuple(shape) if shape else None
@@ -166,7 +171,7 @@ def _vision_model(folder: Path, settings: _Settings, weights: _Weights) -> nn.Mo
     heads = settings.encoder.get("num_attention_heads") or _HEADS.get(patches[0])
     if heads is None:
         raise UserError(
-            f"{folder / 'config.json'}: attention heads of a SigLIP encoder of width {patches[0]} are unknown; let "
+            f"{settings.file}: attention heads of a SigLIP encoder of width {patches[0]} are unknown; let "
             "'rqvaesiglip.pretrained_model' be a folder with its config.json"
         )
     sizes = {
@@ -186,7 +191,19 @@ def _vision_model(folder: Path, settings: _Settings, weights: _Weights) -> nn.Mo
 def _codebook(settings: _Settings, weights: _Weights) -> Tensor:
     """The code vectors [K, e], without the padding row that the file keeps last."""
     names = [f"quantizer.codebooks.{depth}.weight" for depth in range(settings.depth)]
-    book = weights[names[0]]
+    for name in weights:
+        if _BOOK.fullmatch(name) and name not in names:
+            raise UserError(
+                f"{settings.file}: 'rqvaesiglip.code_shape' tells {settings.depth} codes a position, but "
+                f"{weights.folder} holds {_PREFIX}{name}"
+            )
+    book, rows = weights[names[0]], settings.codebook_size + 1
+    if len(book) != rows or book[-1].any():
+        found = f"{len(book)} rows" if len(book) != rows else "another last row"
+        raise UserError(
+            f"{weights.folder}: {_PREFIX}{names[0]} has {found}, expected 'rqvaesiglip.n_embed' + 1 = {rows} rows, the "
+            "last one of zeros"
+        )
     for name in names[1:]:
         if settings.shared and name not in weights:
             continue
@@ -198,8 +215,16 @@ def _codebook(settings: _Settings, weights: _Weights) -> Tensor:
     return book[:-1].clone()
 
 
-def _decoder(weights: _Weights) -> nn.Module:
+def _decoder(settings: _Settings, weights: _Weights) -> nn.Module:
     levels = weights.count(r"decoder\.up\.(\d+)\.")
+    key = "decoder_latent_shape" if settings.decoder_latent_shape else "code_shape"
+    latents = settings.decoder_latent_shape or settings.grid
+    drawn = tuple(side << (levels - 1) for side in latents)
+    if drawn != settings.image_size:
+        raise UserError(
+            f"{settings.file}: 'rqvaesiglip.{key}' {list(latents)} and a decoder of {levels} levels make pictures of "
+            f"{list(drawn)} pixels, but those that are encoded have {list(settings.image_size)}"
+        )
     channels = [len(weights[f"decoder.up.{level}.block.0.conv1.bias"]) for level in range(levels)]
     config = transformers.JanusVQVAEConfig(
         latent_channels=weights["decoder.conv_in.weight"].shape[1],
@@ -229,8 +254,7 @@ def _load(network: nn.Module, weights: _Weights, blocks: int) -> list[str]:
                     f"{weights.folder}: {_PREFIX}{name} is {list(stored.shape)}, expected {list(tensor.shape)}"
                 )
             tensor.copy_(stored)
-    books = re.compile(r"quantizer\.codebooks\.\d+\.weight")
-    return [_PREFIX + name for name in weights if name not in expected and not books.fullmatch(name)]
+    return [_PREFIX + name for name in weights if name not in expected and not _BOOK.fullmatch(name)]
 
 
 def _stored_name(name: str, levels: int) -> str:

@@ -84,6 +84,11 @@ def test_a_document_without_answers_and_drawn_images_learns_all_its_text(tmp_pat
     assert batch.loss_mask.tolist() == [[1, 1, 0,   0,   0,   0,   0,   1, 1, 1,   0]]
     # fmt: on
     assert set(batch.task[0].tolist()) == {Task.UNDERSTANDING}
+    some = write(tmp_path / "some", [document, EDIT, document], grid=[1, 3])
+    line = "documents without answers and drawn images: all their text is learnt"
+    assert f"2 {line}" in mixture((some, "interleaved", 1.0)).tree()
+    edits = write(tmp_path / "edits", [EDIT], grid=[1, 3])
+    assert line not in mixture((edits, "interleaved", 1.0)).tree()
 
 
 def test_drawn_images_and_their_boi_count_to_generation_s_loss_and_answers_to_understanding_s(tmp_path):

@@ -1,6 +1,7 @@
 """Preprocessing: a run that was stopped, ran in shards or met damaged images still gives the right bytes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 
 from megatron_ext import vq as vq_package
 from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset, DatasetWriter
+from megatron_ext.data.rendering import lay_out
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import PreprocessOptions, dali_decoder, merge_shards, preprocess, verify_data_set
 from megatron_ext.preprocess.parts import split_turns
-from megatron_ext.vq.image_decoder import PillowDecoder
+from megatron_ext.token_classes import Layout
+from megatron_ext.vq.image_decoder import SQUASH, PillowDecoder, Preparation
 from support.images import caption_tar, encoded, write_tar
 from support.tiny_vq import CODES, GRID, PIXELS, ResidualPixels, make_vq
 from support.vocabularies import make_vocabulary
@@ -202,6 +205,18 @@ def test_resuming_with_other_inputs_is_refused(tmp_path, tars, vocabulary, vq):
         preprocess(small([tars[1], tars[0], tars[2]], tmp_path / "set"), vocabulary, vq)
 
 
+def test_a_folder_with_another_file_is_another_input(tmp_path, vocabulary, vq):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(encoded(0))
+    (folder / "0.txt").write_text("red")
+    preprocess(small([folder], tmp_path / "set"), vocabulary, vq)
+    assert preprocess(small([folder], tmp_path / "set"), vocabulary, vq).already
+    (folder / "0.txt").rename(folder / "1.txt")
+    with pytest.raises(UserError, match=r"other inputs \(.*in of .* bytes in 2 files \(.*\), now .* in 2 files \("):
+        preprocess(small([folder], tmp_path / "set"), vocabulary, vq)
+
+
 @pytest.fixture
 def damaged(tmp_path) -> Path:
     """JSONL of captions for: a whole image, a truncated one, text, a PNG with a wrong checksum, none, and a whole."""
@@ -320,6 +335,47 @@ def test_a_damaged_image_skips_every_turn_of_its_sample_and_lists_it_once(tmp_pa
     (tmp_path / "1.png").write_bytes(b"no picture")
     summary = preprocess(small([conversations], tmp_path / "set", split_turns=True), vocabulary, vq)
     assert summary.skipped == 1 and len(Dataset(tmp_path / "set")) == 3
+
+
+def test_documents_that_a_row_cannot_hold_are_counted_and_listed_and_others_kept(
+    tmp_path, conversations, vocabulary, vq
+):
+    def longest(name: str, **options) -> int:
+        """The least row length that holds the data set."""
+        preprocess(small([conversations], tmp_path / name, split_turns=True, **options), vocabulary, vq)
+        dataset = Dataset(tmp_path / name)
+        lengths = [
+            lay_out(dataset, np.arange(len(dataset)), np.zeros(len(dataset), dtype=bool), layout).length
+            for layout in (Layout.UNDERSTANDING, Layout.GENERATION)
+        ]
+        return int(np.max(lengths))
+
+    row = longest("all")
+    assert longest("fits", max_tokens=row) == row
+    assert not (tmp_path / "fits.skipped.jsonl").exists()
+    assert longest("less", max_tokens=row - 1) < row
+    counts = {key: Dataset(tmp_path / "less").metadata["source"].get(key) for key in ("skipped", "skipped_documents")}
+    assert counts == {"skipped": 0, "skipped_documents": 2} and len(Dataset(tmp_path / "less")) == 3
+    listed = [json.loads(line) for line in (tmp_path / "less.skipped.jsonl").read_text().splitlines()]
+    reason = f"more tokens than --max-tokens {row - 1}"
+    assert listed == [{"sample": f"{conversations}:{line}", "documents": 1, "reason": reason} for line in (1, 2)]
+
+
+def test_drawn_images_need_one_way_for_all_where_a_tokenizer_has_two(tmp_path, vocabulary):
+    vq = ResidualPixels(depth=2)
+    vq.preparation = Preparation(understanding=SQUASH)
+    (tmp_path / "0.png").write_bytes(encoded(0))
+    turns = [{"from": "human", "value": "red"}, {"from": "gpt", "value": "<image>"}]
+    file = tmp_path / "drawn.jsonl"
+    file.write_text(json.dumps({"image": "0.png", "conversations": turns}))
+    with pytest.raises(UserError, match=r"0\.png: an answer draws it, and .* --resize \(crop or squash\)"):
+        preprocess(small([file], tmp_path / "set"), vocabulary, vq)
+    shutil.rmtree(tmp_path / "set.parts")
+    assert preprocess(small([file], tmp_path / "set", resize="crop"), vocabulary, vq).images == 1
+
+
+def test_captions_by_a_key_are_prepared_as_pictures_to_be_drawn():
+    assert small([], "set", caption=("prompt",)).prefer == "caption"
 
 
 @pytest.mark.parametrize("kind", ["bin", "idx"])

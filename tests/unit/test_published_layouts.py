@@ -87,9 +87,23 @@ def test_a_damaged_list_is_named_with_the_byte(tmp_path):
     file.write_text('[{"text": "a"}, {"text": b}]')
     with pytest.raises(UserError, match=r"list\.json: Expecting value \(byte 25\)"):
         read_all(file)
+    for content, message in (
+        ('[{"text": "a"}, ]', r"Expecting value \(byte 16\)"),
+        ('[{"text": "a"}]\n {', r"Extra data \(byte 17\)"),
+        ("[] []", r"Extra data \(byte 3\)"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError, match=rf"list\.json: {message}"):
+            read_all(file)
     file.write_text('[{"text": "a"} {"text": "b"}]')
     with pytest.raises(UserError, match=r"list\.json: Expecting ',' delimiter \(byte 15\)"):
         read_all(file)
+
+
+def test_a_list_may_begin_with_a_byte_order_mark_and_end_with_blanks(tmp_path):
+    file = tmp_path / "list.json"
+    file.write_bytes(b'\xef\xbb\xbf[{"text": "\xc3\xa9"}, {"text": "b"}] \n\n')
+    assert [sample.segments[0][1] for sample in read_all(file, part_samples=1)] == ["é", "b"]
 
 
 # MMC4: compressed shards of texts whose images have places
@@ -136,7 +150,7 @@ def test_mmc4_puts_each_image_before_its_sentence(tmp_path, pictures):
     assert [name for mode, name in segments(many) if mode == IMAGE] == [f"{i}.png" for i in (7, 5, 3, 6, 4, 2)]
     assert segments(partly) == [(IMAGE, "3.png"), (TEXT, "One. Two. Three.")] and partly.missing == 1
     assert gone.unusable == "none of its 1 images is there" and gone.missing == 1
-    assert bare.filtered and not many.filtered
+    assert bare.unusable == "holds no image" and not bare.filtered and not many.filtered
 
 
 def test_mmc4_leaves_images_out_that_filters_refuse(tmp_path, pictures):
@@ -218,6 +232,15 @@ def test_a_caption_that_no_sample_has_is_refused_before_all_are_read(tmp_path):
         read_all(file, caption=("promt",))
 
 
+def test_a_stretch_without_the_caption_is_skipped_once_a_file_s_start_has_it(tmp_path):
+    records = [{"image": "a", "prompt": "b"} if i < TRIED else {"image": "a"} for i in range(2 * TRIED)]
+    file = write_lines(tmp_path / "a.jsonl", *records)
+    samples = read_all(file, part_samples=TRIED, caption=("prompt",))  # the second unit
+    assert [sample.unusable is None for sample in samples] == [True] * TRIED + [False] * TRIED
+    (unit,) = plan([file], len(records))
+    assert len(list(read(unit, ReadOptions(None, "caption", caption=("prompt",)), skip=TRIED))) == TRIED
+
+
 # COYO: what img2dataset writes
 
 
@@ -258,8 +281,8 @@ def test_mmc4_becomes_a_data_set_that_rows_can_hold(tmp_path, pictures, vocabula
     vq = vq_package.load(make_vq(tmp_path / "vq"))
     options = {"images": tmp_path / "{shard}_images", "max_tokens": 60, "part_samples": 3}
     metadata = preprocess(PreprocessOptions([file], tmp_path / "set", **options), vocabulary, vq).metadata
-    counts = {key: metadata["source"][key] for key in ("samples", "skipped", "filtered", "missing_images")}
-    assert counts == {"samples": 4, "skipped": 1, "filtered": 1, "missing_images": 2}
+    counts = {key: metadata["source"].get(key) for key in ("samples", "skipped", "filtered", "missing_images")}
+    assert counts == {"samples": 4, "skipped": 2, "filtered": None, "missing_images": 2}
     long, short = (Dataset(tmp_path / "set").document(i) for i in range(2))
     assert [mode for mode, _ in short] == [TEXT, IMAGE, TEXT]
     assert [mode for mode, _ in long] == [IMAGE, TEXT] * (len(long) // 2) and 0 < len(long) < 8

@@ -10,13 +10,14 @@ from PIL import Image
 
 from megatron_ext import vq
 from megatron_ext.errors import UserError
+from megatron_ext.vq import dictionary_training
 from megatron_ext.vq.alignment import Alignment
 from megatron_ext.vq.codebook import residual_codes
 from megatron_ext.vq.dictionary_training import train_dictionary
 from megatron_ext.vq.image_decoder import CROP, SQUASH, PillowDecoder
 from megatron_ext.vq.pixels import from_bytes, to_bytes
 from megatron_ext.vq.residual_codebook import EPSILON, ResidualCodebook
-from megatron_ext.vq.training import train
+from megatron_ext.vq.training import _Trainer, train
 from megatron_ext.vq.training_config import DictionaryConfig, VQTrainingConfig
 from support.images import encoded, picture, two_colored_pictures
 from support.vila_u import write_vision_tower
@@ -68,6 +69,34 @@ def test_a_code_that_nothing_chooses_restarts_at_a_residual():
         assert (vector - latents).abs().sum(1).min() < 1e-3
 
 
+def test_a_code_in_use_does_not_restart_where_a_batch_has_few_latents_for_each():
+    codebook = ResidualCodebook(torch.eye(40), 1, 0.9, torch.Generator().manual_seed(0))
+    latents = torch.eye(40)[:20] * 1.1
+    codebook.counts.fill_(0.5)  # one latent for two codes
+    codebook.sums *= 0.5
+    codebook.quantize(latents)
+    assert (codebook.vectors.argmax(1) == torch.arange(40)).all()
+
+
+def test_a_book_with_room_for_all_patches_loses_nothing(tmp_path):
+    pictures = two_colored_pictures(40)  # their quarters have four colors
+    numbers = train_dictionary(pictures, tmp_path, DictionaryConfig(16, 2, 5, held_out=8, depth=3))
+    assert numbers["distinct_patches"] == 4 and min(numbers["psnr_by_depth"]) > 70
+    tokenizer = vq.load(tmp_path)
+    assert torch.equal(to_bytes(tokenizer.decode(tokenizer.encode(from_bytes(pictures)))), pictures)
+
+
+def test_least_squares_find_the_best_vectors_for_the_codes_chosen(monkeypatch):
+    monkeypatch.setattr(dictionary_training, "PATCHES_AT_ONCE", 7)
+    random = torch.Generator().manual_seed(0)
+    patches, vectors = torch.randn(60, 4, generator=random), torch.zeros(5, 4)
+    codes, counts = torch.randint(5, (60, 2), generator=random), torch.randint(1, 4, (60,), generator=random).float()
+    chosen = torch.nn.functional.one_hot(codes, 5).sum(1).double() * counts[:, None].sqrt()
+    best = torch.linalg.lstsq(chosen, patches.double() * counts[:, None].sqrt()).solution.float()
+    found = dictionary_training._to_least_squares(patches, counts, vectors, codes)
+    torch.testing.assert_close(found, best, rtol=0, atol=3e-3)  # it keeps a little weight on where the vectors are
+
+
 def noisy_pictures(count: int) -> torch.Tensor:
     """uint8 [count, 3, 8, 8] that no small dictionary holds."""
     return torch.randint(0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -111,6 +140,13 @@ def test_a_network_of_four_codes_is_trained_with_captions_and_read(tmp_path):
     pictures = two_colored_pictures(30)
     captions = [f"Number {red}." for red in pictures[:, 0, 0, 0].tolist()]
     config = VQTrainingConfig(image_size=16, grid=4, codebook_size=32, steps=12, batch_size=4, held_out=8, depth=4)
+    trainer = _Trainer(config, captions)
+    trainer.train_step(pictures)
+    for module in (trainer.network, trainer.alignment):
+        assert torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]) < 1.01
+    trainer.save(tmp_path / "other" / "state.pt")
+    with pytest.raises(UserError, match=r"state.pt: a training with other settings or captions was interrupted here"):
+        _Trainer(config, captions[::-1]).resume(tmp_path / "other" / "state.pt")
     numbers = train(pictures, tmp_path, config, captions=captions)
     assert 0 <= numbers["retrieval"] <= 100 and len(numbers["bfloat16_agreement_by_depth"]) == 4
     tokenizer = vq.load(tmp_path)
@@ -142,6 +178,20 @@ def test_a_tower_that_is_not_whole_or_has_a_book_for_each_depth_is_refused(tmp_p
         vq.load(tmp_path)
     write_vision_tower(tmp_path, changes={f"rqvaesiglip.{book}": torch.ones(25, 32)})
     with pytest.raises(UserError, match=rf"{book} differs from .*codebooks.0.weight; a codebook for each depth"):
+        vq.load(tmp_path)
+    write_vision_tower(tmp_path, changes={f"rqvaesiglip.{book.replace('2', '4')}": torch.ones(25, 32)})
+    with pytest.raises(UserError, match=r"'rqvaesiglip.code_shape' tells 4 codes a position, but .*codebooks.4.weight"):
+        vq.load(tmp_path)
+    first, padded = book.replace("2", "0"), torch.zeros(25, 32)
+    for stored, found in ((padded[1:], "24 rows"), (padded + 1, "another last row")):
+        write_vision_tower(tmp_path, changes={f"rqvaesiglip.{first}": stored})
+        with pytest.raises(UserError, match=rf"{first} has {found}, expected 'rqvaesiglip.n_embed' \+ 1 = 25 rows"):
+            vq.load(tmp_path)
+    write_vision_tower(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rqvaesiglip"]["decoder_latent_shape"] = [4, 4]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"'rqvaesiglip.decoder_latent_shape' \[4, 4\] .* \[16, 16\] pixels"):
         vq.load(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"preprocessor_config.json: not found"):

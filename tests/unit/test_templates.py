@@ -12,7 +12,7 @@ from megatron_ext import chat_template
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.conversion import vila_u
 from megatron_ext.data import build_mixture
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter, merge
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.preprocess.parts import tokenise
@@ -101,14 +101,19 @@ def test_a_stored_caption_is_the_prompt_of_its_picture(family):
 
 def test_captions_of_conversations_are_not_dropped(one_process, family, tmp_path):
     vq = {"fingerprint": "0" * 16, "grid": [1, 2], "codebook_size": CODES}
-    with DatasetWriter(tmp_path / "captions", family.vocabulary.fingerprint, vq, {}) as writer:
-        writer.add([(IMAGE, family.vocabulary.image_ids(np.arange(2))), (TEXT, [5])])
-    source = SourceConfig(str(tmp_path / "captions"), "generation")
+    written = {"settings": {"chat_template": chat_template.description(family.vocabulary)}}
+    for name, source in (("plain", {"settings": {}}), ("captions", written)):
+        with DatasetWriter(tmp_path / name, family.vocabulary.fingerprint, vq, source) as writer:
+            writer.add([(IMAGE, family.vocabulary.image_ids(np.arange(2))), (TEXT, [5])])
+    merge([tmp_path / "plain", tmp_path / "captions"], tmp_path / "merged")
     one_process()
-    with pytest.raises(UserError, match=f"'data.caption_dropout' is 0.1, must be 0: by .*{TEMPLATES} the captions"):
-        build_mixture([source], DataConfig(), family.vocabulary, train=True)
-    build_mixture([source], DataConfig(caption_dropout=0.0), family.vocabulary, train=True)
-    build_mixture([source], DataConfig(), family.vocabulary, train=False)
+    for name in ("captions", "merged"):
+        source = SourceConfig(str(tmp_path / name), "generation")
+        with pytest.raises(UserError, match=f"'data.caption_dropout' is 0.1, must be 0: the captions of .*{name} are"):
+            build_mixture([source], DataConfig(), family.vocabulary, train=True)
+        build_mixture([source], DataConfig(caption_dropout=0.0), family.vocabulary, train=True)
+        build_mixture([source], DataConfig(), family.vocabulary, train=False)
+    build_mixture([SourceConfig(str(tmp_path / "plain"), "generation")], DataConfig(), family.vocabulary, train=True)
 
 
 @pytest.mark.parametrize(

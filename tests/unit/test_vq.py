@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -14,8 +15,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.vq.trained_folder import quality
 from megatron_ext.vq.training import train
 from megatron_ext.vq.training_config import VQTrainingConfig
-from megatron_ext.vq.training_images import load_images
-from support.images import two_colored_pictures
+from megatron_ext.vq.training_images import load_captioned, load_images
+from support.images import encoded, two_colored_pictures
 
 COMMON = {"embed_dim": 8, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1}
 JANUS = {**COMMON, "num_embeddings": 64, "channel_multiplier": [1, 1, 1], "num_patches": 8}
@@ -166,6 +167,10 @@ def test_impossible_settings_and_pictures_are_refused(tmp_path):
         replace(SMALL, image_size=32, local=True)
     with pytest.raises(UserError, match="multiple of 32"):
         VQTrainingConfig(channels=48)
+    with pytest.raises(UserError, match="codebook size 0: must be at least 1"):
+        VQTrainingConfig(codebook_size=0)
+    with pytest.raises(UserError, match="codebook size 65537: with depth 2 at most 65536"):
+        VQTrainingConfig(codebook_size=65537, depth=2)
     with pytest.raises(UserError, match="held out"):
         train(two_colored_pictures(8), tmp_path, SMALL)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -173,3 +178,22 @@ def test_impossible_settings_and_pictures_are_refused(tmp_path):
         load_images([tmp_path], 16, 10)
     with pytest.raises(UserError, match=r"absent.tar: No such file"):
         load_images([tmp_path / "absent.tar"], 16, 10)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_captions_stand_beside_their_images_and_images_without_one_are_counted(tmp_path, capsys, mode):
+    content = {"a.txt": b" red ", "a.png": encoded(0), "b.png": encoded(1), "c.png": encoded(2), "c.txt": b"blue"}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with tarfile.open(tmp_path / "images.tar", mode) as archive:
+        for name, file in content.items():
+            (folder / name).write_bytes(file)
+            archive.add(folder / name, name)
+    of_folder, _ = load_captioned([folder], 16, 10)
+    images, captions = load_captioned([tmp_path / "images.tar"], 16, 10)
+    assert captions == ["red", "blue"] and torch.equal(images, of_folder)
+    assert capsys.readouterr().out.count("1 images without a caption (KEY.txt) were left out") == 2
+    assert torch.equal(load_images([tmp_path / "images.tar"], 16, 10)[[0, 2]], images)
+    (folder / "a.txt").write_bytes(b"r\xff")
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 \(byte 1\)"):
+        load_captioned([folder], 16, 10)
