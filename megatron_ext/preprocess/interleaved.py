@@ -35,9 +35,9 @@ def interleaved_sample(name: str, record: dict, folder: ImageFolder, options: Re
     kept = [entry for entry in entries if options.keeps(entry)]
     if not kept:
         return Sample(name, filtered=True)
-    found = [(_sentence(entry, len(sentences)), folder.find(_image_name(entry))) for entry in kept]
-    there = [(index, image) for index, image in found if exists(image)]
-    missing = len(found) - len(there)
+    placed = [(_sentence(entry, len(sentences)), folder.find(_image_name(entry))) for entry in kept]
+    there = [(index, image) for index, image in placed if exists(image)]
+    missing = len(placed) - len(there)
     if not there:
         return Sample(name, unusable=f"none of its {missing} images is there", missing=missing)
     segments, text = [], []

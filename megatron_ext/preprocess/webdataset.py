@@ -65,10 +65,10 @@ def read(unit: Unit, options: ReadOptions, skip: int) -> Iterator[Sample]:
     file = unit.file
     with naming_errors(str(file)), ExitStack() as opened:
         if file.is_dir():
-            found = _in_folder(file)
+            members = _in_folder(file)
         else:
-            found = _in_tar(file, opened.enter_context(tarfile.open(file, "r:")))
-        groups = ((key, list(of_key)) for key, of_key in groupby(found, lambda member: _key(member.path)))
+            members = _in_tar(file, opened.enter_context(tarfile.open(file, "r:")))
+        groups = ((key, list(of_key)) for key, of_key in groupby(members, lambda member: _key(member.path)))
         for key, of_key in islice(groups, skip, None):
             name = f"{file}:{key}"
             with naming_errors(name):

@@ -42,8 +42,8 @@ class ResidualCodebook:
     @torch.no_grad()
     def start(self, latents: Tensor) -> None:
         """Place the codes by k-means of latents [m, d] and of what its centers leave."""
-        found = residual_kmeans(latents, torch.ones(len(latents)), len(self.vectors), self.depth, self.generator)
-        self.vectors[: len(found)] = found
+        vectors = residual_kmeans(latents, torch.ones(len(latents)), len(self.vectors), self.depth, self.generator)
+        self.vectors[: len(vectors)] = vectors
         self.counts.fill_(max(1.0, len(latents) / len(self.vectors)))
         self.sums = self.vectors * self.counts[:, None]
 

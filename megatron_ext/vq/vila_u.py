@@ -199,10 +199,10 @@ def _codebook(settings: _Settings, weights: _Weights) -> Tensor:
             )
     book, rows = weights[names[0]], settings.codebook_size + 1
     if len(book) != rows or book[-1].any():
-        found = f"{len(book)} rows" if len(book) != rows else "another last row"
+        actual = f"{len(book)} rows" if len(book) != rows else "another last row"
         raise UserError(
-            f"{weights.folder}: {_PREFIX}{names[0]} has {found}, expected 'rqvaesiglip.n_embed' + 1 = {rows} rows, the "
-            "last one of zeros"
+            f"{weights.folder}: {_PREFIX}{names[0]} has {actual}, expected 'rqvaesiglip.n_embed' + 1 = {rows} rows, "
+            "the last one of zeros"
         )
     for name in names[1:]:
         if settings.shared and name not in weights:

@@ -93,8 +93,8 @@ def test_least_squares_find_the_best_vectors_for_the_codes_chosen(monkeypatch):
     codes, counts = torch.randint(5, (60, 2), generator=random), torch.randint(1, 4, (60,), generator=random).float()
     chosen = torch.nn.functional.one_hot(codes, 5).sum(1).double() * counts[:, None].sqrt()
     best = torch.linalg.lstsq(chosen, patches.double() * counts[:, None].sqrt()).solution.float()
-    found = dictionary_training._to_least_squares(patches, counts, vectors, codes)
-    torch.testing.assert_close(found, best, rtol=0, atol=3e-3)  # it keeps a little weight on where the vectors are
+    solution = dictionary_training._to_least_squares(patches, counts, vectors, codes)
+    torch.testing.assert_close(solution, best, rtol=0, atol=3e-3)  # it keeps a little weight on where the vectors are
 
 
 def noisy_pictures(count: int) -> torch.Tensor:

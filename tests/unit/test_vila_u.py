@@ -67,16 +67,16 @@ def model(one_process, imported):
 @torch.no_grad()
 def test_logits_of_text_are_llama_s_with_linear_scaling(model, imported):
     vocabulary = imported.vocabulary
-    theirs = torch.randint(0, vocabulary.text_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    theirs[0, 5], theirs[0, 6] = vocabulary.text_size, vocabulary.text_size + 1
-    ours = theirs.clone()
-    ours[0, 5], ours[0, 6] = vocabulary.boi, vocabulary.eoi
+    published_ids = torch.randint(0, vocabulary.text_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    published_ids[0, 5], published_ids[0, 6] = vocabulary.text_size, vocabulary.text_size + 1
+    own_ids = published_ids.clone()
+    own_ids[0, 5], own_ids[0, 6] = vocabulary.boi, vocabulary.eoi
     batch = Batch.zeros(1, LENGTH)
-    batch.tokens, batch.positions = ours, torch.arange(LENGTH)[None]
+    batch.tokens, batch.positions = own_ids, torch.arange(LENGTH)[None]
     batch.codes = torch.zeros(1, LENGTH, DEPTH, dtype=torch.int32)
     route = Route.of(batch, Plan.of(Config().plan, 2), logit_mask=torch.ones(1, LENGTH, dtype=torch.bool))
     logits = model(route, hidden_rows=True)[0][:, 0]
-    expected = imported.llm(theirs).logits[0]
+    expected = imported.llm(published_ids).logits[0]
     assert expected.std() > 0.1
     size = vocabulary.text_size
     torch.testing.assert_close(logits[:, :size], expected[:, :size], atol=1e-5, rtol=1e-5)
