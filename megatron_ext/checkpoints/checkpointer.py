@@ -49,9 +49,7 @@ class Checkpointer:
         self.asynchronous = asynchronous
         self._queue = AsyncCallsQueue()
 
-    def save(
-        self, iteration: int, model: list[nn.Module], optimizer, state: dict, release: bool = False
-    ) -> None:
+    def save(self, iteration: int, model: list[nn.Module], optimizer, state: dict, release: bool = False) -> None:
         """Save everything that a run needs to resume bit for bit after ``iteration``.
 
         Waits for an earlier save that is still being written. Needs host memory for a copy of the tensors that this

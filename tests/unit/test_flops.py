@@ -420,7 +420,7 @@ def test_the_tool_shows_what_several_codes_a_token_cost(tmp_path):
     )
     assert completed.returncode == 0, completed.stderr
     numbers = read_json(tmp_path / "cost.json")
-    assert "0.854 of dense, 0.812 in the layers" in completed.stdout
+    assert "0.854 of dense (flops_ratio), 0.812 in the layers (stack_flops_ratio)" in completed.stdout
     assert numbers["image_codes"]["depth_head_flops"] == 256 * 6 * 273_760_256
     assert numbers["image_codes"]["projector_flops"] == 256 * 6 * (1024 * 2048 + 2048**2)
     assert numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
@@ -435,7 +435,7 @@ def test_the_tool_writes_what_it_prints(tmp_path):
     assert completed.returncode == 0, completed.stderr
     numbers = read_json(tmp_path / "cost.json")
     assert "0.242 of dense" in completed.stdout
-    assert round(numbers["ratio"], 3) == 0.242
+    assert round(numbers["flops_ratio"], 3) == 0.242
     assert numbers["vocabulary"] == 128256
     layers = sum(sum(layer["flops"].values()) for layer in numbers["layers"])
     assert layers + numbers["head"]["flops"] == numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
