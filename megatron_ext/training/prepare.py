@@ -15,7 +15,7 @@ from megatron_ext.config import Config, ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.routing.dense_share import Selection
-from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops
+from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops, layer_flops
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
@@ -55,6 +55,7 @@ class StepInput:
         loss_tokens: number of targets of each task, then of those that predict image tokens, float64 [tasks + 1]; the
             last is 0 where the loss does not tell image tokens from text.
         flops, dense_flops: training FLOPs under the plan and under the dense plan; padding has none.
+        stack_flops: with several codes an image token, both of the layers alone.
         tokens: number of tokens without padding.
         stored_length: T of the hidden states that pipeline stages exchange, over all ranks.
     """
@@ -63,6 +64,7 @@ class StepInput:
     loss_tokens: np.ndarray
     flops: int
     dense_flops: int
+    stack_flops: tuple[int, ...]
     tokens: int
     stored_length: int
 
@@ -144,6 +146,7 @@ class Preparation:
             TRAINING_PER_FORWARD * forward_flops(self.model, self.vocab_size, plan, counted)
             for plan, counted in zip(plans, counts)
         )
+        stack = zip(plans, counts) if self.model.image_codes.depth > 1 else ()
         tasks, images = batch.predicted_task(), batch.predicts_image() if self.image_loss else None
         learnt = batch.loss_mask > 0
         numbers = [(learnt & (tasks == task)).sum() for task in Task]
@@ -157,6 +160,7 @@ class Preparation:
             loss_tokens=np.array(numbers, np.float64),
             flops=flops,
             dense_flops=dense_flops,
+            stack_flops=tuple(TRAINING_PER_FORWARD * sum(layer_flops(self.model, *of_plan)) for of_plan in stack),
             tokens=sum(counts[0].tokens),
             stored_length=stored_length(tokens, self.plan, self.row_layout.ranks, self.row_layout.multiple),
         )
