@@ -15,6 +15,7 @@ setup(
     packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
     package_data={
         "megatron_ext.analysis": ["published.json"],
+        "megatron_ext.conversion": ["*.jinja"],
         "megatron_ext.report": ["templates/*"],
         "megatron_ext.export_hf": ["templates/*"],
     },

@@ -32,15 +32,21 @@ def questions(data: Path, scores: Path) -> np.ndarray:
 def captions(data: Path, scores: Path) -> np.ndarray:
     """Right facts and all facts of generated pictures, [captions, 2, 2]: single facts, and whole pictures."""
     prompts = mjhq.read(data / "mjhq")
-    seen, facts = _seen(prompts, scores / "mjhq"), caption_facts(prompts)
+    seen, facts = seen_pictures(prompts, scores / "mjhq"), caption_facts(prompts)
     own, _ = count_facts([seen.get(id) for id in facts], list(facts.values()), control=False)
     return own[:, [ROWS.index(ALL), ROWS.index(WHOLE)]]
+
+
+def seen_pictures(prompts: Sequence[Prompt], folder: Path) -> dict[str, DetectedScene]:
+    """The contents of the prompts' pictures in a folder, by id."""
+    pictures = {prompt.id: file for prompt in prompts if (file := picture_file(folder, prompt)).is_file()}
+    return detect_files(pictures, saved_file(folder))
 
 
 def edited(data: Path, scores: Path) -> np.ndarray:
     """Right facts and all facts of edited pictures, [edits, rows of :data:`edits.ROWS`, 2]."""
     items = edits.read(data / "edits")
-    return edits.counts(items, _seen(items, scores / "edits"))
+    return edits.counts(items, seen_pictures(items, scores / "edits"))
 
 
 def inputs(data: Path) -> np.ndarray:
@@ -65,22 +71,16 @@ def compare(names: Sequence[str], before: np.ndarray, after: np.ndarray) -> dict
     }
 
 
-def markdown(results: dict[str, dict[str, dict]]) -> str:
-    """A table for each comparison."""
-    heads = {"tasks": ("without edits", "with edits"), "edits": ("as given", "edited")}
+def markdown(results: dict[str, dict[str, dict]], heads: dict[str, tuple[str, str]]) -> str:
+    """A table for each comparison, between two sides that ``heads`` names."""
     lines = []
     for part, (before, after) in heads.items():
-        lines += [f"| right, in percent | {before} | {after} | difference |", "| --- | --- | --- | --- |"]
+        lines += [f"| {part}, in percent | {before} | {after} | difference |", "| --- | --- | --- | --- |"]
         for name, row in results[part].items():
             between = f"{row['difference']:+.1f} [{row['from']:+.1f}, {row['to']:+.1f}]"
             lines.append(f"| {name} ({row['number']}) | {row['before']:.1f} | {row['after']:.1f} | {between} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _seen(prompts: Sequence[Prompt], folder: Path) -> dict[str, DetectedScene]:
-    pictures = {prompt.id: file for prompt in prompts if (file := picture_file(folder, prompt)).is_file()}
-    return detect_files(pictures, saved_file(folder))
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def main() -> None:
         | compare(facts, *(captions(data, run) for run in runs)),
         "edits": of_edits,
     }
-    print(markdown(results))
+    print(markdown(results, {"tasks": ("without edits", "with edits"), "edits": ("as given", "edited")}))
     if arguments.json:
         files.write_json(arguments.json, results)
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from editing import compare, questions, seen_pictures
-from megatron_ext import command_line, files
+from editing import compare, markdown, questions, seen_pictures
+from megatron_ext import command_line
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.detected_files import detect_all
 from megatron_ext.evaluation.faithfulness import ALL, ROWS, WHOLE, count_facts
 from megatron_ext.evaluation.scene_check import caption_facts, reconstructions
+from megatron_ext.files import read_json, write_json
 from megatron_ext.vq import load
 
 NAMES = ["facts of captions", "whole pictures"]
@@ -34,21 +35,10 @@ def drawn(data: Path, scores: Path) -> tuple[np.ndarray, np.ndarray]:
 def at_best(data: Path, vq: Path) -> np.ndarray:
     """The same, of the captions' own pictures as a tokenizer reconstructs them."""
     prompts = mjhq.read(data / "mjhq")
-    facts, images = caption_facts(prompts), mjhq.images(data / "mjhq")
-    seen = detect_all(reconstructions(load(vq), [(id, images[id]) for id in facts]), len(facts))
+    facts = caption_facts(prompts)
+    files = [(prompt.id, mjhq.image_file(data / "mjhq", prompt)) for prompt in prompts if prompt.id in facts]
+    seen = detect_all(reconstructions(load(vq), files), len(files))
     return count_facts([seen.get(id) for id in facts], list(facts.values()), control=False)[0][:, _ROWS]
-
-
-def markdown(results: dict[str, dict[str, dict]], heads: dict[str, tuple[str, str]]) -> str:
-    """A table for each comparison."""
-    lines = []
-    for part, (before, after) in heads.items():
-        lines += [f"| {part}, in percent | {before} | {after} | difference |", "| --- | --- | --- | --- |"]
-        for name, row in results[part].items():
-            between = f"{row['difference']:+.1f} [{row['from']:+.1f}, {row['to']:+.1f}]"
-            lines.append(f"| {name} ({row['number']}) | {row['before']:.1f} | {row['after']:.1f} | {between} |")
-        lines.append("")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -63,7 +53,7 @@ def main() -> None:
     parser.add_argument("--vq", type=Path, nargs=2, required=True, metavar="FOLDER", help="the two tokenizers")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with gqa/ and mjhq/")
     arguments = parser.parse_args()
-    tokenizers = [files.read_json(folder / "training.json") for folder in arguments.vq]
+    tokenizers = [read_json(folder / "training.json") for folder in arguments.vq]
     codes = [f"{load(folder).depth} code{'s' * (load(folder).depth > 1)}" for folder in arguments.vq]
     (one, one_others), (several, several_others) = (
         drawn(arguments.data, run) for run in (arguments.one, arguments.several)
@@ -81,7 +71,7 @@ def main() -> None:
     heads = {part: ("others'", "own") if "others" in part else tuple(codes) for part in results}
     print("\n" + markdown(results, heads))
     if arguments.json:
-        files.write_json(arguments.json, {**results, "psnr": [numbers["psnr"] for numbers in tokenizers]})
+        write_json(arguments.json, {**results, "psnr": [numbers["psnr"] for numbers in tokenizers]})
 
 
 if __name__ == "__main__":

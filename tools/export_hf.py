@@ -39,6 +39,8 @@ def main() -> None:
     )
     add("overrides", nargs="*", metavar="plan.key=value", help="changes the roles of tokens")
     arguments = parser.parse_args()
+    if arguments.vila_u and arguments.vq:
+        parser.error("--vila-u goes without --vq: the VQ tokenizer is that of its folder")
     shard_size = _bytes(arguments.shard_size)
     # Imported late: --help should not wait for torch.
     if arguments.vila_u:

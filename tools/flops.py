@@ -6,6 +6,8 @@ The data is a mix of documents, for example
 each entry gives a task, its runs of tokens in order and the number of documents.
 """
 
+import argparse
+import math
 from pathlib import Path
 
 from megatron_ext import config_file
@@ -23,9 +25,36 @@ from megatron_ext.training.devices import peak_flops
 from megatron_ext.vocabulary import Vocabulary
 
 MIX = "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image"
+GPU, MFU = "H100", 0.35
 
 
 def main() -> None:
+    options = _arguments()
+    settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
+    config = config_file.load(Config, [s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+    validate(config, config.parallel.tensor * config.parallel.pipeline)
+    validate_evaluation(config)
+    if options.paper:
+        numbers = {"paper": published_costs.compare(), "heads": published_costs.compare_heads()}
+        text = published_costs.describe(numbers["paper"], numbers["heads"])
+        if options.tokens:
+            numbers["training"] = published_costs.compare_training(options.tokens, speed(options.gpu, options.mfu))
+            text += "\n\n" + published_costs.describe_training(numbers["training"])
+    elif options.plan:
+        plan = Plan.from_config(config)
+        numbers = {"plan": plan.name, "roles": [[role.name.lower() for role in roles] for roles in plan.roles]}
+        text = plan.table()
+    else:
+        config, size = with_vocabulary(config)
+        batch = mix_batch(options.mix, config.model.image_codes.depth, config.data.generation_text)
+        numbers = {"mix": options.mix} | summarize(config, options.vocabulary or size, batch, options.logits == "all")
+        text = describe(numbers)
+    print(text)
+    if options.json:
+        write_json(options.json, numbers)
+
+
+def _arguments() -> argparse.Namespace:
     arguments = parser(__doc__, "python tools/flops.py --config examples/configs/llama-3.2-1b.yaml plan.preset=himix")
     arguments.add_argument("--config", nargs="+", default=[], metavar="FILE", help="as for pretrain_unified.py")
     arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for pretrain_unified.py")
@@ -52,32 +81,21 @@ def main() -> None:
         metavar="N",
         help="with --paper: what its runs cost here, with N tokens in a unified one",
     )
-    arguments.add_argument("--gpu", default="H100", help="for --tokens: GPU (default: H100)")
-    arguments.add_argument("--mfu", type=float, default=0.35, help="for --tokens: share of its peak (default: 0.35)")
+    arguments.add_argument("--gpu", metavar="NAME", help=f"for --tokens: GPU (default: {GPU})")
+    arguments.add_argument(
+        "--mfu", type=float, metavar="SHARE", help=f"for --tokens: share of its peak (default: {MFU})"
+    )
     options = arguments.parse_intermixed_args()
-
-    settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
-    config = config_file.load(Config, [s for s in settings if "=" not in s], [s for s in settings if "=" in s])
-    validate(config, config.parallel.tensor * config.parallel.pipeline)
-    validate_evaluation(config)
-    if options.paper:
-        numbers = {"paper": published_costs.compare(), "heads": published_costs.compare_heads()}
-        text = published_costs.describe(numbers["paper"], numbers["heads"])
-        if options.tokens:
-            numbers["training"] = published_costs.compare_training(options.tokens, speed(options.gpu, options.mfu))
-            text += "\n\n" + published_costs.describe_training(numbers["training"])
-    elif options.plan:
-        plan = Plan.from_config(config)
-        numbers = {"plan": plan.name, "roles": [[role.name.lower() for role in roles] for roles in plan.roles]}
-        text = plan.table()
-    else:
-        config, size = with_vocabulary(config)
-        batch = mix_batch(options.mix, config.model.image_codes.depth, config.data.generation_text)
-        numbers = {"mix": options.mix} | summarize(config, options.vocabulary or size, batch, options.logits == "all")
-        text = describe(numbers)
-    print(text)
-    if options.json:
-        write_json(options.json, numbers)
+    if options.tokens is None and (options.gpu, options.mfu) != (None, None):
+        arguments.error("--gpu and --mfu need --tokens")
+    if options.tokens is not None and not options.paper:
+        arguments.error("--tokens needs --paper")
+    if options.tokens is not None and not 0 < options.tokens < math.inf:
+        arguments.error(f"--tokens {options.tokens:g}: must be above 0")
+    options.gpu, options.mfu = options.gpu or GPU, MFU if options.mfu is None else options.mfu
+    if not 0 < options.mfu <= 1:
+        arguments.error(f"--mfu {options.mfu:g}: must be above 0 and at most 1")
+    return options
 
 
 def speed(gpu: str, mfu: float) -> float:
@@ -88,17 +106,18 @@ def speed(gpu: str, mfu: float) -> float:
 
 
 def with_vocabulary(config: Config) -> tuple[Config, int]:
-    """The configuration with what the VQ tokenizer says about ``model.image_codes``, and the rows of the output head;
-    the configuration as it is where ``data.vocabulary`` is not there."""
-    folder = config.data.vocabulary
-    if not folder or not Path(folder).is_dir():
+    """The configuration with the sizes of ``model.image_codes`` that vocabulary and VQ tokenizer tell, and the rows of
+    the output head; those of the published models where ``data.vocabulary`` is not there."""
+    folder, codes = config.data.vocabulary, config.model.image_codes
+    vocabulary = Vocabulary(folder) if folder and Path(folder).is_dir() else None
+    if vocabulary is None and (codes.depth == 1 or None not in (codes.codebook_size, codes.width)):
         return config, published_costs.VOCABULARY
-    # Imported late: without a vocabulary the tool does not wait for torch.
-    from megatron_ext.training.image_codes import with_tokenizer
+    # Imported late: where nothing is to be read, the tool does not wait for torch.
+    from megatron_ext.training.image_codes import with_code_shape
     from megatron_ext.transformer.resolved import vocab_size
 
-    vocabulary = Vocabulary(folder)
-    return with_tokenizer(config, vocabulary)[0], vocab_size(config, vocabulary)
+    size = vocab_size(config, vocabulary) if vocabulary else published_costs.VOCABULARY
+    return with_code_shape(config, vocabulary), size
 
 
 if __name__ == "__main__":

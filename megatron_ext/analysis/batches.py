@@ -6,6 +6,7 @@ from megatron_ext.config import Config
 from megatron_ext.data import build_mixture, step_batches
 from megatron_ext.data.step_loader import StepBatches
 from megatron_ext.errors import UserError
+from megatron_ext.training.image_codes import check_images
 from megatron_ext.vocabulary import Vocabulary
 
 
@@ -17,12 +18,13 @@ def run_batches(config: Config, vocabulary: Vocabulary, split: str, rows: int, c
         rows: the rows of a batch over all replicas.
 
     Raises:
-        UserError: the run has no such split, or its data cannot be read.
+        UserError: the run has no such split, its data cannot be read, or they are of another VQ tokenizer.
     """
     sources = getattr(config.data, split)
     if not sources:
         raise UserError(f"config: 'data.{split}' is empty; use the other split, or name data")
     depth = config.model.image_codes.depth
     mixture = build_mixture(sources, config.data, vocabulary, train=False, depth=depth)
+    check_images(config, mixture, f"data.{split}")
     plain = dataclasses.replace(config.data, loader="plain", workers=0)
     return step_batches(mixture, plain, rows, 0, num_steps=count)

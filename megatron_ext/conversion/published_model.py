@@ -108,6 +108,8 @@ def write_shape(source: ModelFolder, file: Path, converted: bool = False) -> Pat
         del section["max_image_tokens"]
     if source.model.image_codes.depth == 1:  # what image tokens consist of is the run's choice
         del section["image_codes"]
+    else:
+        del section["image_codes"]["head"]["chunk"]
     header = f"# The shape of {source.name}: lay it over a configuration that starts from its weights.\n"
     files.write_text(file, header + yaml.safe_dump({"model": section}, sort_keys=False))
     return file

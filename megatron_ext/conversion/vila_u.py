@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext import vq
+from megatron_ext import text_model, vq
+from megatron_ext.config import Config
 from megatron_ext.conversion.published_model import convert, require_no_checkpoints
 from megatron_ext.errors import UserError
 from megatron_ext.hugging_face.vila_u import IMAGE_TOKENS, VilaUFolder
 from megatron_ext.templates import Templates
+from megatron_ext.transformer.config_checks import validate_image_codes
 from megatron_ext.vocabulary import Vocabulary
 
 _MODULES = re.compile(r".*?\.(text_model|vision_model\.(encoder\.layers\.\d+|\w+))")
@@ -52,9 +54,8 @@ def convert_vila_u(folder: Path, out: Path, seed: int = 1234) -> dict:
     require_no_checkpoints(out)
     source = VilaUFolder(folder)
     vectors, unused = read_tokenizer(source)
+    _check(source)
     vocabulary = create_vocabulary(out / "vocabulary", source.text_file, source.model.image_codes.codebook_size)
-    if (kept := vocabulary.text_size) > min(source.added_tokens[name] for name in IMAGE_TOKENS):
-        raise UserError(f"{source.text_file}: has {kept} tokens, but the ids of {' and '.join(IMAGE_TOKENS)} are lower")
     numbers = convert(source, vocabulary, out, seed, vectors)
     rows = [f"{name} ({i})" for name, i in source.added_tokens.items() if name not in IMAGE_TOKENS]
     stored = {name: set(files) for name, files in source.files.items()}
@@ -65,6 +66,16 @@ def convert_vila_u(folder: Path, out: Path, seed: int = 1234) -> dict:
         "tensors": used,
         "left_out": {"rows": rows, "tensors": unused},
     }
+
+
+def _check(source: VilaUFolder) -> None:
+    """What the conversion would refuse after it has written the vocabulary."""
+    if (kept := text_model.load(source.text_file).size) > min(source.added_tokens[name] for name in IMAGE_TOKENS):
+        raise UserError(f"{source.text_file}: has {kept} tokens, but the ids of {' and '.join(IMAGE_TOKENS)} are lower")
+    try:
+        validate_image_codes(Config(model=source.model))
+    except UserError as error:
+        raise UserError(f"{source.model.image_codes.codebook}: {error}") from None
 
 
 def left_out_by_kind(tensors: list[str]) -> dict[str, int]:

@@ -42,11 +42,7 @@ def claim(
     Raises:
         UserError: the file holds answers of other settings, or to other questions.
     """
-    settings = {
-        **manifest.model_settings(session, checkpoint),
-        "chat_template": chat_template.fingerprint(session.trained.vocabulary),
-        "max_new_tokens": max_new_tokens,
-    }
+    settings = {**manifest.model_settings(session, checkpoint), "max_new_tokens": max_new_tokens}
 
     def claim_on_rank_zero() -> None:
         _merge_parts(file)

@@ -30,9 +30,11 @@ def validate_evaluation(config: Config) -> None:
             f"config: 'evaluation.interval' is {evaluation.interval}, but evaluation.benchmarks and "
             "evaluation.prompts are both empty; set one of them, or the interval to 0"
         )
-    for key in ("guidance", "temperature"):
-        if (value := getattr(evaluation, key)) < 0:
+    for key in ("guidance", "temperature", "top_k"):
+        if not (value := getattr(evaluation, key)) >= 0:
             raise UserError(f"config: 'evaluation.{key}' is {value}, must be 0 or more")
+    if not 0 < evaluation.top_p <= 1:
+        raise UserError(f"config: 'evaluation.top_p' is {evaluation.top_p}, must be above 0 and at most 1")
     _validate_benchmarks(evaluation.benchmarks)
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ext import config_file, files
+from megatron_ext import chat_template, config_file, files
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.errors import UserError
 
@@ -33,6 +33,7 @@ def model_settings(session: "Session", checkpoint: Path) -> dict:
         "precision": config["training"]["precision"],
         "vq": session.vq.fingerprint,
         "vocabulary": session.trained.vocabulary.fingerprint,
+        "chat_template": chat_template.fingerprint(session.trained.vocabulary),
     }
 
 

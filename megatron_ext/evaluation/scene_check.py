@@ -53,7 +53,7 @@ def scores(reference: ImageSet, generated: ImageSet, vq: VQModel | None, saved: 
             best["reference"] = _measure_reference(detect_files(files), facts)
         if files and vq:
             best["reference through VQ"] = _measure_reference(
-                detect_all(_reconstructions(vq, list(files.items())), len(files)), facts
+                detect_all(reconstructions(vq, list(files.items())), len(files)), facts
             )
     except UserError as error:
         notes.append(f"{TITLE}: the best that can be reached is incomplete, {error}")
@@ -115,7 +115,7 @@ def _measure_reference(seen: dict[str, DetectedScene], facts: dict[str, CaptionF
     return measure(list(seen.values()), [facts[id] for id in seen], control=False)
 
 
-def _reconstructions(vq: VQModel, files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, np.ndarray]]:
+def reconstructions(vq: VQModel, files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, np.ndarray]]:
     """Pictures as the tokenizer reconstructs them, uint8 [H, W, 3]."""
     decoder = PillowDecoder(vq.image_size, vq.preparation.generation, 1, vq.preparation)
     for start in range(0, len(files), BATCH):

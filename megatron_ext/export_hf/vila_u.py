@@ -15,6 +15,7 @@ from megatron_ext.export_hf.form import Exported, why_not_stock
 from megatron_ext.export_hf.shards import INDEX, write_shards
 from megatron_ext.export_hf.weights import tensors
 from megatron_ext.export_hf.write import read
+from megatron_ext.files import read_json, write_json
 from megatron_ext.hugging_face import vila_u_weights
 from megatron_ext.hugging_face.loading import require_same_text
 from megatron_ext.hugging_face.vila_u import LLM, PROJECTOR, TOWER, VilaUFolder
@@ -63,7 +64,9 @@ def export_vila_u(
     llm = ((name, tensor.to(own)) for name, tensor in _language_model(weights, exported, source))
     streams = {LLM: llm, PROJECTOR: head[PROJECTOR].items(), TOWER: tower}
     numbers = {folder: write_shards(out / folder, stream, shard_size) for folder, stream in streams.items()}
-    shutil.copyfile(published / "config.json", out / "config.json")
+    for folder in (LLM, PROJECTOR):
+        _copy_config(published / folder / "config.json", out / folder / "config.json", exported.dtype)
+    _copy_config(published / "config.json", out / "config.json", exported.dtype)
     return {"dtype": exported.dtype, **numbers}
 
 
@@ -80,6 +83,18 @@ def _check(exported: Exported, source: VilaUFolder, path: Path) -> None:
                 "folder that it started from"
             )
     require_same_text(source, exported.vocabulary)
+
+
+def _copy_config(file: Path, target: Path, dtype: str) -> None:
+    """Copy a config.json, byte for byte if it names ``dtype`` or none. The vision tower's names that of the weights
+    that stay."""
+    published = read_json(file)
+    names = {"torch_dtype": dtype, "dtype": dtype, "model_dtype": f"torch.{dtype}"}
+    config = {key: names.get(key, value) for key, value in published.items()}
+    if config != published:
+        write_json(target, config)
+    else:
+        shutil.copyfile(file, target)
 
 
 def _language_model(weights: StoredWeights, exported: Exported, source: VilaUFolder) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.generation.cache import Cache
-from megatron_ext.generation.document_batch import depth_of, document_batch, row_alignment_of
+from megatron_ext.generation.document_batch import codes_of_image_token, document_batch, row_alignment_of
 from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.layer_route import CachedLayerRoute
 from megatron_ext.routing.plan import Plan, class_index
@@ -52,7 +52,7 @@ class Decoder:
         """
         self._alignment = row_alignment_of(model)
         self._model, self._plan, self._vocabulary, self._cache = model, plan, vocabulary, cache
-        self._depth = depth_of(model)
+        self._depth = codes_of_image_token(model)
         self._positions = torch.zeros(rows, dtype=torch.int64)
         self._images = np.zeros(rows, dtype=np.int64)  # image tokens at the end of each document
         self._single_token_routes: dict[bytes, Route] = {}  # by the tokens' classes

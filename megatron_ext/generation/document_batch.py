@@ -89,6 +89,6 @@ def row_alignment_of(model: UnifiedModel) -> tuple[int, int]:
     return size if model.config.sequence_parallel else 1, row_multiple_of(model.config)
 
 
-def depth_of(model: UnifiedModel) -> int:
-    """Codes of an image token."""
+def codes_of_image_token(model: UnifiedModel) -> int:
+    """The number of codes, D."""
     return 1 if model.depth_head is None else model.depth_head.depth

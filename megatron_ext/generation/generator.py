@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_ext.generation.cache import Cache, cache_bytes, layer_capacities
 from megatron_ext.generation.continuation import IMAGE_TOKEN, Continuation
 from megatron_ext.generation.decoder import Decoder, tokens_by_class
-from megatron_ext.generation.document_batch import depth_of, split_codes, stored_ids
+from megatron_ext.generation.document_batch import codes_of_image_token, split_codes, stored_ids
 from megatron_ext.generation.guidance import guided_logits, guided_prompts
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling, next_tokens
@@ -32,7 +32,7 @@ class Generator:
     def __init__(self, model: UnifiedModel, plan: Plan, vocabulary: Vocabulary, grid: tuple[int, int]):
         self.model, self.plan, self.vocabulary = model, plan, vocabulary
         self.picture_tokens = grid[0] * grid[1]
-        self.depth = depth_of(model)
+        self.depth = codes_of_image_token(model)
         size = parallel_state.get_tensor_model_parallel_world_size()
         self._groups = model.config.num_query_groups // size
         parameter = next(model.parameters())

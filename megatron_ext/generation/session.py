@@ -1,5 +1,6 @@
 """A trained model with its VQ tokenizer: pictures from captions, and answers to questions about pictures."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from megatron_ext import command_line, distributed
 from megatron_ext import vq as vq_package
+from megatron_ext.chat_template import UnusableConversation
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.generation.checkpoint import TrainedModel
@@ -95,16 +97,20 @@ class Session:
     def generate_pictures(
         self, captions: Sequence[str], out: Path, settings: dict, first_number: int = 0
     ) -> list[dict]:
-        """Write a PNG for each caption, and a sheet of all of them, to ``out``. Collective.
+        """Write a PNG for each caption, and a sheet of all of them, to ``out``. Collective. A caption that the chat
+        template cannot write is named on standard error and left out.
 
         Returns:
             For each picture its file, caption and codes; the files exist on return.
         """
         vocabulary = self.trained.vocabulary
-        numbers = range(first_number, first_number + len(captions))
-        requests = [prompts.picture(vocabulary, caption, number) for caption, number in zip(captions, numbers)]
+        captions, requests = self._requests(
+            captions, lambda text, i: prompts.picture(vocabulary, text, first_number + i)
+        )
+        if not requests:
+            return []
         codes = self.codes(self._generate(requests, Sampling(**settings), "pictures"))
-        files = [out / f"{number:04d}.png" for number in numbers]
+        files = [out / f"{request.number:04d}.png" for request in requests]
         distributed.from_rank_zero(lambda: self._save(codes, files, out / SHEET))
         for file, caption in zip(files, captions):
             self._report(f"{file}: {caption}")
@@ -149,9 +155,12 @@ class Session:
         return [to_picture(image) for image in self.vq.decode(torch.tensor(codes)).cpu()]
 
     def ask(self, image: Path, questions: Sequence[str], max_new_tokens: int, settings: dict) -> list[dict]:
-        """Answer each question about a picture. Collective."""
+        """Answer each question about a picture. Collective. A question that the chat template cannot write is named on
+        standard error and left out."""
         vocabulary, codes = self.trained.vocabulary, self.encode(image)
-        requests = [prompts.answer(vocabulary, codes, q, max_new_tokens, i) for i, q in enumerate(questions)]
+        questions, requests = self._requests(
+            questions, lambda text, i: prompts.answer(vocabulary, codes, text, max_new_tokens, i)
+        )
         continuations = self._generate(requests, Sampling(**settings), "answers")
         answers = [vocabulary.decode_answer(tokens) for tokens in continuations]
         for question, answer in zip(questions, answers):
@@ -172,6 +181,24 @@ class Session:
     def close(self) -> None:
         """Leave the process group."""
         distributed.shut_down()
+
+    def _requests(
+        self, texts: Sequence[str], request: Callable[[str, int], Request]
+    ) -> tuple[list[str], list[Request]]:
+        """The texts that the chat template can write, and what the model is asked for each.
+
+        Args:
+            request: called with a text and the number of those before it that can be written.
+        """
+        written, requests = [], []
+        for text in texts:
+            try:
+                requests.append(request(text, len(requests)))
+                written.append(text)
+            except UnusableConversation as error:
+                if self.is_reporting_rank:
+                    print(f"{error}; left out: {text}", file=sys.stderr)
+        return written, requests
 
     def _generate(self, requests: list[Request], sampling: Sampling, kind: str) -> list[list[int]]:
         """The continuation of each request, the same on every rank; each of n replicas generates every n-th."""

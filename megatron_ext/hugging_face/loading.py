@@ -154,7 +154,8 @@ def require_same_shape(source: ModelFolder, model: ModelConfig) -> None:
     published, own = source.model.identity, model.identity
     for key in dict.fromkeys((*published, *own)):
         if key not in _OWN and published.get(key) != own.get(key):
-            key = key.removesuffix("_factor")  # a short form, of which the model keeps no value
+            if key == "rotary_scaling_factor":  # a short form, of which the model keeps no value
+                key = "rotary_scaling"
             raise UserError(
                 f"{source.folder}: its model.{key} is {getattr(source.model, key)}, this run's is "
                 f"{getattr(model, key)}; write its shape with tools/convert_hf.py --shape and lay it over the "

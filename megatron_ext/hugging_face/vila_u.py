@@ -84,15 +84,18 @@ class VilaUFolder(ModelFolder):
     def _image_codes(self) -> ImageCodesConfig:
         """The depth head's shape; what the VQ tokenizer says, its fingerprint, is left empty."""
         file = self.root / TOWER / "config.json"
+        block = _value(file, "rqtransformer.block_size")
+        if not isinstance(block, list) or len(block) != 3 or not all(type(n) is int and n > 0 for n in block):
+            raise UserError(f"{file}: 'rqtransformer.block_size' is {block!r}, must be [rows, columns, codes]")
         codes = ImageCodesConfig(
-            depth=_value(file, "rqtransformer.block_size")[-1],
+            depth=block[-1],
             codebook=str(self.root / TOWER),
-            codebook_size=_value(file, "rqtransformer.vocab_size"),
-            width=_value(file, "rqtransformer.input_embed_dim_1"),
+            codebook_size=_number(file, "rqtransformer.vocab_size", 1),
+            width=_number(file, "rqtransformer.input_embed_dim_1", 1),
             head=DepthHeadConfig(
-                num_layers=_value(file, "rqtransformer.head.n_layer"),
-                hidden_size=_value(file, "rqtransformer.embed_dim"),
-                num_attention_heads=_value(file, "rqtransformer.head.block.n_head"),
+                num_layers=_number(file, "rqtransformer.head.n_layer", 1),
+                hidden_size=_number(file, "rqtransformer.embed_dim", 1),
+                num_attention_heads=_number(file, "rqtransformer.head.block.n_head", 1),
             ),
         )
         if (width := _value(file, "rqtransformer.input_embed_dim_2")) != self.model.hidden_size:
@@ -106,12 +109,20 @@ class VilaUFolder(ModelFolder):
         if not self.text_file.is_file():
             raise UserError(f"{self.text_file}: not found")
         file = self.folder / ADDED_TOKENS
-        tokens = {name: _value(file, name) for name in IMAGE_TOKENS}
-        tokens = {name: i for name, i in read_json(file).items() if i < self.vocab_size} | tokens
-        for name in IMAGE_TOKENS:
-            if not 0 <= tokens[name] < self.vocab_size:
-                raise UserError(f"{file}: '{name}' is {tokens[name]}, the embedding has {self.vocab_size} rows")
-        return tokens
+        around_images = {name: _number(file, name, 0) for name in IMAGE_TOKENS}
+        for name, i in around_images.items():
+            if i >= self.vocab_size:
+                raise UserError(f"{file}: '{name}' is {i}, the embedding has {self.vocab_size} rows")
+        others = {name: _number(file, name, 0) for name in read_json(file)}
+        return {name: i for name, i in others.items() if i < self.vocab_size} | around_images
+
+
+def _number(file: Path, key: str, least: int) -> int:
+    """:func:`_value`, a whole number."""
+    value = _value(file, key)
+    if type(value) is not int or value < least:
+        raise UserError(f"{file}: '{key}' is {value!r}, must be a whole number, at least {least}")
+    return value
 
 
 def _value(file: Path, key: str):

@@ -76,5 +76,7 @@ def codebook_size(model: ModelConfig) -> int:
 
 def _known(value: int | None, key: str) -> int:
     if value is None:
-        raise UserError(f"config: 'model.image_codes.{key}' is empty; the cost of several codes a token needs it")
+        raise UserError(
+            f"config: 'model.image_codes.{key}' is empty; set it, or data.vocabulary, to count several codes"
+        )
     return value

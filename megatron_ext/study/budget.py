@@ -75,12 +75,12 @@ class Lengths:
         # Imported late: a study whose lengths are in plan.json should not wait for torch.
         from megatron_ext.routing.flops import count, dense, forward_flops, parameter_count
         from megatron_ext.routing.plan import Plan, Projections
-        from megatron_ext.training.image_codes import with_tokenizer
+        from megatron_ext.training.image_codes import with_code_shape
         from megatron_ext.transformer.resolved import vocab_size
         from megatron_ext.vocabulary import Vocabulary
 
         vocabulary = Vocabulary(config.data.vocabulary)
-        config = with_tokenizer(config, vocabulary)[0]
+        config = with_code_shape(config, vocabulary)
         model, rows_of_head = config.model, vocab_size(config, vocabulary)
         plan = Plan.from_config(config)
         batches = self._batches_of(config, vocabulary)

@@ -20,27 +20,29 @@ def with_tokenizer(config: Config, vocabulary: Vocabulary) -> tuple[Config, Tens
     Raises:
         UserError: the tokenizer is missing, or is not that of the vocabulary or of the configuration.
     """
-    codes, vectors = config.model.image_codes, None
+    codes, of_tokenizer, vectors = config.model.image_codes, {}, None
     if codes.depth == 1:
         return config, None
-    found = {"codebook_size": vocabulary.codebook_size}
     if codes.codebook:
         of_tokenizer, vectors = distributed.from_rank_zero(lambda: _read_tokenizer(codes.codebook))
-        if of_tokenizer["codebook_size"] != vocabulary.codebook_size:
-            raise UserError(
-                f"{codes.codebook}: has {of_tokenizer['codebook_size']} codes, the vocabulary {vocabulary.folder} "
-                f"{vocabulary.codebook_size}"
-            )
-        found |= of_tokenizer
-    for key, value in found.items():
-        given = getattr(codes, key)
-        if given not in (None, value):
-            source = codes.codebook or vocabulary.folder
-            raise UserError(f"config: 'model.image_codes.{key}' is {given}, {source} has {value}")
-    model = dataclasses.replace(config.model, image_codes=dataclasses.replace(codes, **found))
-    config = dataclasses.replace(config, model=model)
-    validate_image_codes(config)
-    return config, vectors
+    return _filled(config, vocabulary, of_tokenizer), vectors
+
+
+def with_code_shape(config: Config, vocabulary: Vocabulary | None) -> Config:
+    """The configuration with the sizes that the cost of several codes an image token depends on; the VQ tokenizer is
+    read only for what the configuration leaves out, by :func:`megatron_ext.vq.code_shape`.
+
+    Args:
+        vocabulary: None: not there.
+
+    Raises:
+        UserError: the tokenizer is missing, or is not that of the vocabulary or of the configuration.
+    """
+    codes = config.model.image_codes
+    if codes.depth == 1:
+        return config
+    known = codes.width is not None and not (vocabulary is None and codes.codebook_size is None)
+    return _filled(config, vocabulary, vq.code_shape(codes.codebook) if codes.codebook and not known else {})
 
 
 def check_images(config: Config, mixture: Mixture, key: str) -> None:
@@ -55,6 +57,26 @@ def check_images(config: Config, mixture: Mixture, key: str) -> None:
             f"config: '{key}': images were encoded with VQ model {images['fingerprint']}, the code vectors of "
             f"'model.image_codes.codebook' are those of {own}; encode the images again, or name their tokenizer"
         )
+
+
+def _filled(config: Config, vocabulary: Vocabulary | None, of_tokenizer: dict) -> Config:
+    """The configuration with what the tokenizer and the vocabulary say about ``model.image_codes``, and checked."""
+    codes, found = config.model.image_codes, dict(of_tokenizer)
+    if vocabulary is not None:
+        own = found.setdefault("codebook_size", vocabulary.codebook_size)
+        if own != vocabulary.codebook_size:
+            raise UserError(
+                f"{codes.codebook}: has {own} codes, the vocabulary {vocabulary.folder} {vocabulary.codebook_size}"
+            )
+    for key, value in found.items():
+        given = getattr(codes, key)
+        if given not in (None, value):
+            source = codes.codebook or vocabulary.folder
+            raise UserError(f"config: 'model.image_codes.{key}' is {given}, {source} has {value}")
+    model = dataclasses.replace(config.model, image_codes=dataclasses.replace(codes, **found))
+    config = dataclasses.replace(config, model=model)
+    validate_image_codes(config)
+    return config
 
 
 def _read_tokenizer(folder: str) -> tuple[dict, Tensor]:

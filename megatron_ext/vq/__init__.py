@@ -24,6 +24,6 @@ This package imports its members on first use: settings and finished files are r
 
 from megatron_ext.lazy_members import lazy_members
 
-_HOMES = {"VQModel": "model", "load": "loading"}
+_HOMES = {"VQModel": "model", "load": "loading", "code_shape": "loading"}
 __all__ = list(_HOMES)
 __getattr__ = lazy_members(__name__, _HOMES)

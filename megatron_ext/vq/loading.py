@@ -1,5 +1,6 @@
 """Loading the VQ tokenizer that a local folder holds."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,13 +22,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     Raises:
         UserError: the folder holds no such tokenizer, or weights are missing.
     """
-    folder = Path(folder)
-    config = _read_config(folder)
-    if config.get("model_type") == "vila_u_llama":
-        folder = folder / "vision_tower"
-        config = _read_config(folder)
-    # A whole checkpoint keeps the tokenizer's configuration in a section of its own.
-    config = config.get("vq_config") or config
+    folder, config = _network(Path(folder))
     if dictionary := DICTIONARIES.get(config.get("model_type")):
         return dictionary.from_folder(folder, config).to(device)
     # Importing transformers takes seconds.
@@ -42,6 +37,34 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
             f"expected one of {', '.join([*DICTIONARIES, *adapters])}, or a checkpoint with such a 'vq_config'"
         )
     return adapter.from_folder(folder, config).to(device, dtype)
+
+
+@cache
+def code_shape(folder: str) -> dict[str, int]:
+    """What :func:`load` would find: codes of a position ("depth") and of the codebook ("codebook_size"), and the
+    "width" of a code vector. A folder is read once, and of VILA-U's vision tower config.json alone: its weights have
+    gigabytes.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    try:
+        tower = _network(Path(folder))[1]["rqvaesiglip"]
+        sizes = tower["code_shape"][-1], tower["n_embed"], tower["latent_shape"][-1]
+    except (KeyError, TypeError, IndexError):
+        tokenizer = load(folder)
+        sizes = tokenizer.depth, *tokenizer.vectors.shape
+    return dict(zip(("depth", "codebook_size", "width"), sizes))
+
+
+def _network(folder: Path) -> tuple[Path, dict]:
+    """The folder and the configuration of the tokenizer's network."""
+    config = _read_config(folder)
+    if config.get("model_type") == "vila_u_llama":
+        folder = folder / "vision_tower"
+        config = _read_config(folder)
+    # A whole checkpoint keeps the tokenizer's configuration in a section of its own.
+    return folder, config.get("vq_config") or config
 
 
 def _read_config(folder: Path) -> dict:

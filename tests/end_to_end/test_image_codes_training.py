@@ -124,8 +124,7 @@ def test_it_draws_the_codes_that_it_was_shown_and_answers(material, output, tmp_
     prompts = [argument for text in TEXTS for argument in ("--prompt", text)]
     command = ["tools/generate.py", "--checkpoint", output, "--vq", material / "tower", *prompts]
     command += ["--image", tmp_path / "picture.png", "--question", "is it red", "--json", tmp_path / "results.json"]
-    # No caption was dropped in training, so guidance has nothing to compare with.
-    command += ["--guidance", 1, "--temperature", 0.5, "--top-k", 4, "--top-p", 0.9, "--out", tmp_path / "pictures"]
+    command += ["--guidance", 3, "--temperature", 0.5, "--top-k", 4, "--top-p", 0.9, "--out", tmp_path / "pictures"]
     run_forked(command, processes=2)
     *pictures, answer = json.loads((tmp_path / "results.json").read_text())
     pairs, first_code = Dataset(material / "pairs"), Vocabulary(material / "vocabulary").image_offset

@@ -195,5 +195,6 @@ def write_vila_u(folder: Path, dtype: torch.dtype = torch.float32, **tower) -> t
     flags = {"mm_use_im_start_end": True, "mm_use_vi_start_end": True, "hidden_size": h, "mm_hidden_size": width}
     parts = {"llm_cfg": {}, "vision_tower_cfg": {}, "mm_projector_cfg": {}}
     top = {"architectures": ["VILAULlamaModel"], "model_type": "vila_u_llama", **flags, **parts}
+    top["model_dtype"] = str(dtype)
     (folder / "config.json").write_text(json.dumps(top))
     return llm

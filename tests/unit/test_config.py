@@ -110,6 +110,8 @@ def test_unknown_keys_and_wrong_types_are_named(override, parts):
         ([*EVALUATED, "evaluation.prompts=[]"], 1, ["evaluation.benchmarks", "evaluation.prompts", "empty"]),
         ([*EVALUATED, "parallel.pipeline=2"], 2, ["evaluation.interval", "parallel.pipeline", "tools/evaluate.py"]),
         ([*EVALUATED, "evaluation.temperature=-1"], 1, ["evaluation.temperature", "-1"]),
+        ([*EVALUATED, "evaluation.top_k=-1"], 1, ["evaluation.top_k", "-1"]),
+        ([*EVALUATED, "evaluation.top_p=1.5"], 1, ["evaluation.top_p", "1.5"]),
         ([*EVALUATED, "evaluation.batch_size=0"], 1, ["evaluation.batch_size", "at least 1"]),
         ([*EVALUATED, benchmarks("{name: vqa, data: x}")], 1, ["evaluation.benchmarks[0].name", "'vqa'", "gqa, mme"]),
         ([*EVALUATED, benchmarks("{name: gqa, data: x, limit: -1}")], 1, ["evaluation.benchmarks[0].limit", "-1"]),

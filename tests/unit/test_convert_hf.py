@@ -1,5 +1,6 @@
 """A published model as the start of a run: it computes what it does in transformers on text, or is refused by name."""
 
+import dataclasses
 import json
 import runpy
 import shutil
@@ -22,6 +23,7 @@ from megatron_ext.export_hf.tokenizer_files import exported_tokenizer
 from megatron_ext.generation.checkpoint import load
 from megatron_ext.hugging_face.config_json import model_config
 from megatron_ext.hugging_face.folder import ModelFolder
+from megatron_ext.hugging_face.loading import require_same_shape
 from megatron_ext.model_config import RotaryScalingConfig
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
@@ -177,6 +179,22 @@ def test_a_run_of_another_shape_is_refused(one_process, vocabulary, tmp_path):
     write_shape(ModelFolder(tmp_path / "published"), tmp_path / "shape" / "model.yaml")
     with pytest.raises(UserError, match="published: its model.qk_norm is True, this run's is False; .* --shape"):
         run_from(tmp_path / "shape", vocabulary, tmp_path, tmp_path / "published", "model.qk_norm=false")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"rotary_interpolation_factor": 2.0}, "model.rotary_interpolation_factor is 1.0, this run's is 2.0"),
+        (
+            {"rotary_scaling_factor": 32.0},
+            r"model.rotary_scaling is None, this run's is RotaryScalingConfig\(factor=32",
+        ),
+    ],
+)
+def test_a_run_with_other_rotary_positions_is_refused_by_name(saved, overrides, message):
+    source = ModelFolder(saved)
+    with pytest.raises(UserError, match=f"its {message}"):
+        require_same_shape(source, dataclasses.replace(source.model, **overrides))
 
 
 def run_tool(monkeypatch, *arguments) -> None:

@@ -468,6 +468,21 @@ def shown_by_the_tool(monkeypatch, capsys, *arguments: str) -> dict[str, list[st
     return {cells[0]: cells[1:] for cells in lines}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1e9"], "--tokens needs --paper"),
+        (["--paper", "--tokens", "-1"], "--tokens -1: must be above 0"),
+        (["--paper", "--mfu", "0.3"], "--gpu and --mfu need --tokens"),
+        (["--paper", "--tokens", "1e9", "--mfu", "35"], "--mfu 35: must be above 0 and at most 1"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        shown_by_the_tool(monkeypatch, capsys, *arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_the_tool_shows_the_role_of_every_class_in_every_layer(monkeypatch, capsys):
     shown = shown_by_the_tool(monkeypatch, capsys, "plan.preset=himix", "plan.himix_start=1", "--plan")
     assert shown["layer"] == [

@@ -1,6 +1,7 @@
 """Image tokens of several codes: the model and its training against the plain reference."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from test_routing import SHAPE, VOCABULARY, assert_near, config_of, plan_of, ran
 from torch.nn.functional import cross_entropy
 
 from megatron_ext import vq
+from megatron_ext.analysis import batches
 from megatron_ext.checkpoints.checkpointer import check_compatible
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
@@ -18,7 +20,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Modality, Task
-from megatron_ext.training.image_codes import check_images, with_tokenizer
+from megatron_ext.training.image_codes import check_images, with_code_shape, with_tokenizer
 from megatron_ext.training.losses import MeanLosses
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
@@ -184,6 +186,27 @@ def test_a_run_takes_sizes_and_vectors_from_its_tokenizer(tower, vocabulary):
     assert (config.model.image_codes.codebook_size, config.model.image_codes.width, vectors) == (CODES, None, None)
 
 
+def test_costs_need_no_weights_of_the_tower_and_read_any_tokenizer_once(tower, vocabulary, tmp_path, monkeypatch):
+    read, whole = [], vq.load(tower)
+    monkeypatch.setattr(vq.loading, "load", lambda folder: read.append(folder) or whole)
+    for name in ("whole", "without"):
+        config = json.loads((tower / "config.json").read_text())
+        if name == "without":
+            del config["rqvaesiglip"]["latent_shape"]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        for known in (vocabulary, None, vocabulary):
+            codes = with_code_shape(of_tower(tmp_path / name), known).model.image_codes
+            assert (codes.codebook_size, codes.width) == tuple(whole.vectors.shape)
+    assert read == [str(tmp_path / "without")]
+    given = ("model.image_codes.width=16", f"model.image_codes.codebook_size={CODES}")
+    assert with_code_shape(of_tower(tmp_path / "absent", *given), None).model.image_codes.width == 16
+    with pytest.raises(UserError, match="absent/config.json: not found"):
+        with_code_shape(of_tower(tmp_path / "absent"), None)
+    with pytest.raises(UserError, match="'model.image_codes.depth' is 2, .* has 4"):
+        with_code_shape(of_tower(tmp_path / "whole", "model.image_codes.depth=2"), vocabulary)
+
+
 @pytest.mark.parametrize(
     "override, codes, message",
     [
@@ -205,6 +228,13 @@ def test_data_of_another_tokenizer_are_refused(tower, vocabulary):
         check_images(config, SimpleNamespace(vq=images), "data.train")
     with pytest.raises(UserError, match=f"data.train.*VQ model abc.*{own['fingerprint']}"):
         check_images(config, SimpleNamespace(vq={"fingerprint": "abc"}), "data.train")
+
+
+def test_analyses_refuse_data_of_another_tokenizer(tower, vocabulary, monkeypatch):
+    config, _ = with_tokenizer(of_tower(tower, "data.validation=[{path: pairs, task: generation}]"), vocabulary)
+    monkeypatch.setattr(batches, "build_mixture", lambda *_, **__: SimpleNamespace(vq={"fingerprint": "abc"}))
+    with pytest.raises(UserError, match="'data.validation': images were encoded with VQ model abc"):
+        batches.run_batches(config, vocabulary, "validation", 1, 1)
 
 
 def test_a_checkpoint_of_another_depth_is_refused_by_name():

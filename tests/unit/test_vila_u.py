@@ -154,6 +154,12 @@ def test_every_tensor_and_row_is_used_or_named(imported):
     assert config.model.image_codes.codebook == str(imported.folder / "vision_tower")
 
 
+def test_the_written_shape_leaves_how_the_head_is_computed_to_the_run(imported, tmp_path):
+    (tmp_path / "own.yaml").write_text("model: {image_codes: {head: {chunk: 7}}}")
+    model = config_file.load(Config, [tmp_path / "own.yaml", imported.out / "model.yaml"]).model
+    assert (model.image_codes.head.chunk, model.image_codes.head.hidden_size) == (7, 32)
+
+
 def test_what_is_imported_is_exported_bit_for_bit(imported, tmp_path):
     out = tmp_path / "again"
     checkpoint = ("--checkpoint", imported.out / "iter_0000000")
@@ -167,6 +173,8 @@ def test_what_is_imported_is_exported_bit_for_bit(imported, tmp_path):
     assert all((out / file).read_bytes() == (imported.folder / file).read_bytes() for file in files)
     with pytest.raises(UserError, match=f"^{out}: is not an empty folder"):
         run_tool("export_hf.py", *checkpoint, "--vila-u", imported.folder, "--out", out)
+    with pytest.raises(SystemExit, match="2"):
+        run_tool("export_hf.py", *checkpoint, "--vila-u", imported.folder, "--vq", imported.folder, "--out", out)
 
 
 def test_what_was_trained_is_exported_and_the_rest_stays(one_process, imported, tmp_path):
@@ -186,6 +194,11 @@ def test_what_was_trained_is_exported_and_the_rest_stays(one_process, imported, 
                 change = change[:-2]
             expected = torch.zeros_like(change) if name.startswith("rqvaesiglip.") else torch.ones_like(change)
             torch.testing.assert_close(change, expected)
+
+    export_vila_u(tmp_path / "run", imported.folder, tmp_path / "half", dtype="bfloat16")
+    for part, key, name in (("llm", "dtype", "bfloat16"), (".", "model_dtype", "torch.bfloat16")):
+        assert json.loads((tmp_path / "half" / part / "config.json").read_text())[key] == name
+    assert {tensor.dtype for tensor in tensors(tmp_path / "half" / "llm").values()} == {torch.bfloat16}
 
     with pytest.raises(UserError, match="cannot take VILA-U's layout: its plan .himix. has tokens that are not FULL"):
         export_vila_u(tmp_path / "run", imported.folder, tmp_path / "other", overrides=["plan.preset=himix"])
@@ -251,6 +264,17 @@ def change_tensors(folder: Path, change) -> None:
             lambda t: t.update({"rqvaesiglip.quantizer.codebooks.2.weight": torch.ones(25, 32)}),
             "codebooks.2.weight differs from",
         ),
+        (
+            "vision_tower/config.json",
+            lambda c: c["rqtransformer"].update(block_size=4),
+            r"'rqtransformer.block_size' is 4, must be \[rows, columns, codes\]",
+        ),
+        (
+            "vision_tower/config.json",
+            lambda c: c["rqtransformer"].update(embed_dim="32"),
+            "'rqtransformer.embed_dim' is '32', must be a whole number",
+        ),
+        ("llm/added_tokens.json", lambda c: c.update({"<im_end>": "x"}), "'<im_end>' is 'x', must be a whole number"),
         ("llm/added_tokens.json", lambda c: c.pop("<im_end>"), "added_tokens.json: '<im_end>' is missing"),
         (
             "llm/added_tokens.json",
@@ -265,4 +289,4 @@ def test_what_does_not_fit_is_named(imported, tmp_path, part, change, message):
     (change_json if part.endswith(".json") else change_tensors)(folder / part, change)
     with pytest.raises(UserError, match=f"^{folder}/?.*{message}"):
         convert_vila_u(folder, tmp_path / "out")
-    assert not (tmp_path / "out" / "iter_0000000").exists()
+    assert not (tmp_path / "out").exists()
