@@ -189,7 +189,7 @@ def against_references(
     references = References(folder, sampled_numbers(config))
     results = {}
     for plan in plans:
-        config = config_file.load(Config, [], BASE + settings + overrides(layout) + PLANS[plan])
+        config = config_file.load(Config, [], BASE + PLANS[plan] + settings + overrides(layout))
         measured = measure(config, plan == INTERLEAVED)
         if references.missing([plan]):
             references.save(plan, measured)

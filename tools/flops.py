@@ -46,7 +46,7 @@ def main() -> None:
         text = plan.table()
     else:
         config, size = with_vocabulary(config)
-        batch = mix_batch(options.mix, config.model.image_codes.depth)
+        batch = mix_batch(options.mix, config.model.image_codes.depth, config.data.generation_text)
         numbers = {"mix": options.mix} | summarize(config, options.vocabulary or size, batch, options.logits == "all")
         text = describe(numbers)
     print(text)

@@ -1,8 +1,8 @@
 """Gradient alignment: how far understanding and generation pull the same weights in the same direction.
 
-Let u and g be the gradients of the two tasks' mean cross-entropies over one global batch (each with weight 1),
-restricted to a part of the parameters (arXiv 2606.01503 traces the loss of synergy to which parameters each task
-trains)::
+Let u and g be the gradients of the two tasks' mean cross-entropies over one global batch (each with weight 1; with
+``training.means: modality``, of the sums of cross-entropies by which the tasks enter its two means), restricted to a
+part of the parameters (arXiv 2606.01503 traces the loss of synergy to which parameters each task trains)::
 
     cosine              = <u, g> / (|u| |g|)
     norm_understanding  = |u|

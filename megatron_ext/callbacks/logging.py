@@ -58,6 +58,7 @@ class Logger:
     step_seconds, data_wait_seconds       wall-clock time of the iteration, without callbacks; the part of it spent
                                           waiting for the batch
     flops, flops_ratio                    FLOPs of the iteration; relative to the dense plan
+    stack_flops_ratio                     that of the layers alone; with several codes an image token only
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
     validation_loss, validation_loss_...  and validation_z_loss; on iterations with a validation only

@@ -72,12 +72,16 @@ def convert(checkpoint: Path, out: Path, overrides: Sequence[str], tolerance: fl
         "config": dataclasses.asdict(after),
         "plan": {"projections": target.identity},
     }
-    distributed.initialize(resolved_after.config)
+    # No step is taken here: groups matter to the run that trains on, whose moments start from zero for all parameters.
+    config = dataclasses.replace(
+        resolved_after.config, optimizer=dataclasses.replace(resolved_after.config.optimizer, groups=[])
+    )
+    distributed.initialize(config)
     try:
-        chunks = build_model(dataclasses.replace(resolved_after, padded_vocab_size=vocab_size))
+        chunks = build_model(dataclasses.replace(resolved_after, config=config, padded_vocab_size=vocab_size))
         originals = build_chunks(dataclasses.replace(resolved_before, padded_vocab_size=vocab_size))
         _fill(chunks[0].module, checkpoint, originals, source, target, tolerance)
-        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(resolved_after.config, chunks), state)
+        Checkpointer(out, keep=0).save(0, chunks, build_optimizer(config, chunks), state)
     finally:
         distributed.shut_down()
     numbers = {

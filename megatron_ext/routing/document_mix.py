@@ -5,6 +5,9 @@ about an image and three with a caption and its image: a layout, runs of tokens 
 Loss is on answers in understanding, on image tokens in generation, and on all tokens in text. ``interleaved: 256 image,
 12 text, 256 drawn`` is an edit; its loss is on drawn image tokens and answers.
 
+With ``data.generation_text`` the texts around drawn images are taken to hold special tokens that are learnt: a text
+before an image ends in ``<boi>``, one after it begins with ``<eoi>``, and the last one ends in ``<eod>``.
+
 The loss is at the learnt tokens themselves, one place after those that predict them, which changes no cost. Image
 tokens of several codes have another head than text, so their loss is at the tokens that predict them.
 """
@@ -27,11 +30,12 @@ _LEARNT = {
 _ONLY_IN = {"answer": (Layout.UNDERSTANDING, Layout.INTERLEAVED), "drawn": (Layout.INTERLEAVED,)}
 
 
-def mix_batch(mix: str, depth: int = 1) -> Batch:
+def mix_batch(mix: str, depth: int = 1, generation_text: bool = False) -> Batch:
     """The documents of a mix, end to end in one row [1, t] without padding, as arrays; all ids and codes are 0.
 
     Args:
         depth: D, codes of an image token.
+        generation_text: ``data.generation_text``.
 
     Raises:
         UserError: quotes the part of the mix that cannot be read.
@@ -48,12 +52,28 @@ def mix_batch(mix: str, depth: int = 1) -> Batch:
             fields["modality"].append(np.full(n, _KINDS[kind]))
             fields["task"].append(np.full(n, _task(layout, kind)))
             fields["loss_mask"].append(np.full(n, kind in _LEARNT[layout]))
+        if generation_text and layout == Layout.GENERATION:
+            _learn_special_tokens(runs, fields["loss_mask"][-len(runs) :])
     fields["tokens"] = fields["labels"] = [np.zeros_like(p) for p in fields["positions"]]
     batch = Batch(**{name: np.concatenate(parts)[None].astype(Batch.DTYPES[name]) for name, parts in fields.items()})
     if depth > 1:
         batch.codes = np.zeros((*batch.shape, depth), np.int32)
         _predict_images(batch)
     return batch
+
+
+def _learn_special_tokens(runs: list[tuple[int, str]], loss_mask: list[np.ndarray]) -> None:
+    """Mark, in the loss masks of a generation document's runs, the special tokens around images. The loss of ``<boi>``
+    is at the token before, which predicts it: with several codes a token, ``<boi>`` itself has the codes' loss."""
+    kinds = [kind for _, kind in runs]
+    for number, (kind, mask) in enumerate(zip(kinds, loss_mask)):
+        if kind != "text":
+            continue
+        if kinds[number + 1 : number + 2] == ["image"]:
+            mask[-2:-1] = True
+        if number and kinds[number - 1] == "image":
+            mask[0] = True
+            mask[-1] |= number == len(runs) - 1
 
 
 def _predict_images(batch: Batch) -> None:

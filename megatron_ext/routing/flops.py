@@ -12,6 +12,9 @@ plus h*V for the logits of a position, and the projector and depth head of image
 pass. A low-rank delta (LoRA) costs another r*(in + out) for every token that uses it. A full-rank delta is added to the
 weights, not to the activations, so it costs no product per token. Recomputation is not counted, since it is not work of
 the model; nor are norms, biases, activations and the embedding.
+
+Parameters are counted as trained, also if ``optimizer.groups`` freeze them: FLOPs of such a run, and its MFU, include
+gradients of weights that it does not compute, a third of the FLOPs of a frozen matrix.
 """
 
 from collections.abc import Sequence

@@ -17,9 +17,8 @@ from megatron_ext.errors import UserError
 
 def projector_multiply_adds(model: ModelConfig) -> int:
     """Multiply-adds of the projector for one image token."""
-    if not _has_projector(model):
-        return 0
-    return _width(model) * model.hidden_size + model.hidden_size**2
+    width = vector_width(model)
+    return 0 if width is None else width * model.hidden_size + model.hidden_size**2
 
 
 def depth_head_multiply_adds(model: ModelConfig) -> int:
@@ -28,19 +27,19 @@ def depth_head_multiply_adds(model: ModelConfig) -> int:
         return 0
     depth, head = model.image_codes.depth, model.image_codes.head
     width = head.hidden_size
-    entries = model.hidden_size * width + (depth - 1) * _width(model) * width * _has_projector(model)
+    entries = model.hidden_size * width + (depth - 1) * (vector_width(model) or 0) * width
     layers = head.num_layers * (12 * depth * width**2 + width * depth * (depth + 1))
     return entries + layers + depth * width * codebook_size(model)
 
 
 def projector_parameters(model: ModelConfig) -> int:
     """Parameters that make an image token of its codes; frozen code vectors are none."""
-    h = model.hidden_size
+    h, width = model.hidden_size, vector_width(model)
     if model.image_codes.depth == 1:
         return 0
-    if not _has_projector(model):
+    if width is None:
         return model.image_codes.depth * codebook_size(model) * h
-    return (_width(model) + 1) * h + (h + 1) * h
+    return (width + 1) * h + (h + 1) * h
 
 
 def depth_head_parameters(model: ModelConfig) -> int:
@@ -48,20 +47,22 @@ def depth_head_parameters(model: ModelConfig) -> int:
     if model.image_codes.depth == 1:
         return 0
     depth, head, codes = model.image_codes.depth, model.image_codes.head, codebook_size(model)
-    width = head.hidden_size
-    entry = (_width(model) + 1) * width if _has_projector(model) else depth * codes * width
+    width, of_vectors = head.hidden_size, vector_width(model)
+    # Nothing sees the last code of a token.
+    entry = (depth - 1) * codes * width if of_vectors is None else (of_vectors + 1) * width
     entries = (model.hidden_size + 1) * width + entry + depth * width
     layer = 12 * width**2 + 13 * width  # biases of four projections, of the FFN's 4 * width and width, and two norms
     return entries + head.num_layers * layer + 2 * width + (width + 1) * codes
 
 
-def _has_projector(model: ModelConfig) -> bool:
+def vector_width(model: ModelConfig) -> int | None:
+    """e, width of the frozen code vectors; None where there are none.
+
+    Raises:
+        UserError: the configuration does not say.
+    """
     codes = model.image_codes
-    return codes.depth > 1 and bool(codes.codebook or codes.width)
-
-
-def _width(model: ModelConfig) -> int:
-    return _known(model.image_codes.width, "width") if _has_projector(model) else 0
+    return _known(codes.width, "width") if codes.codebook else codes.width
 
 
 def codebook_size(model: ModelConfig) -> int:

@@ -26,8 +26,13 @@ Left out: rotary tables (shared by the layers); attention masks on CPUs; keys st
 before and after a KV_ONLY image; copies of rows that a layer needs together but the stored order keeps apart;
 embedding, logits and loss; tensor parallelism.
 
-The depth head of image tokens of several codes keeps for each of the D places of a predicted token, with a width of E,
-n heads and K codes in the codebook::
+The projector of image tokens of several codes keeps of each the sum of its code vectors, of width e, and what is before
+and after GELU::
+
+    an image token e + 2*h
+
+The depth head keeps for each of the D places of a predicted token, with a width of E, n heads and K codes in the
+codebook::
 
     a layer        16*E + n + 4               inputs of two norms and normed (4*E); query, key and value (3*E);
                                               attention's output; FFN before and after GELU (8*E); softmax sums; norms
@@ -40,7 +45,7 @@ from typing import Literal
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.routing.flops import Counts, key_width, low_rank_modules, projection_shapes, query_width
-from megatron_ext.routing.image_code_costs import codebook_size
+from megatron_ext.routing.image_code_costs import codebook_size, vector_width
 from megatron_ext.routing.plan import Plan, Projections, Role
 
 
@@ -75,6 +80,13 @@ def activation_bytes(
         matrices = 0 if recompute == "full" else _matrices(model, plan.projections, of_role[Role.KV_ONLY] > 0)
         elements.append(times * kept + matrices)
     return [round(element_size * n) for n in elements]
+
+
+def projector_bytes(model: ModelConfig, counts: Counts, element_size: int, times: float = 1) -> int:
+    """Bytes that the projector keeps of a micro-batch that holds the counted tokens ``times`` times."""
+    width = vector_width(model)
+    kept = 0 if width is None else width + 2 * model.hidden_size
+    return round(element_size * times * counts.images * kept)
 
 
 def depth_head_bytes(model: ModelConfig, counts: Counts, element_size: int, times: float = 1) -> int:

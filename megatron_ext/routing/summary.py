@@ -23,18 +23,19 @@ from megatron_ext.routing.flops import (
     with_all_logits,
 )
 from megatron_ext.routing.image_code_costs import depth_head_multiply_adds
-from megatron_ext.routing.memory import activation_bytes, depth_head_bytes
+from megatron_ext.routing.memory import activation_bytes, depth_head_bytes, projector_bytes
 from megatron_ext.routing.plan import CLASSES, Plan, class_index, task_and_modality
 
 
 def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = False) -> dict:
     """The cost of training on ``batch`` under ``config.plan``: FLOPs of forward and backward pass together, parameters
-    of the whole model, and the bytes that its layers keep between the two passes of a micro-batch full of such data.
+    of the whole model, and the bytes that its layers, projector and depth head keep between the two passes of a
+    micro-batch full of such data.
 
     Args:
         all_logits: compute the output head for all tokens that are FULL in the last layer instead of those with loss.
     """
-    model, parallel, training = config.model, config.parallel, config.training
+    model, parallel = config.model, config.parallel
     plan = Plan.from_config(config)
     reference = dense(plan)
     counts, dense_counts = count(batch, plan), count(batch, reference)
@@ -42,12 +43,9 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         counts, dense_counts = with_all_logits(counts, plan), with_all_logits(dense_counts, reference)
     names = {i: _name(i) for i in _order(plan) if counts.tokens[i]}
     dense_layers = layer_flops(model, reference, dense_counts)
-    element_size = 2 if training.precision == "bf16" else 4
-    micro_batch = training.micro_batch_size * config.data.sequence_length
-    kept, dense_kept = (
-        activation_bytes(model, p, c, element_size, micro_batch / sum(c.tokens), training.recompute)
-        for p, c in ((plan, counts), (reference, dense_counts))
-    )
+    micro_batch = config.training.micro_batch_size * config.data.sequence_length
+    kept, ends = _kept(config, plan, counts, micro_batch)
+    dense_kept, dense_ends = _kept(config, reference, dense_counts, micro_batch)
     layers = [
         {
             "layer": number,
@@ -72,28 +70,35 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
         "logits": counts.logits,
         "flops": TRAINING_PER_FORWARD * flops,
         "dense_flops": TRAINING_PER_FORWARD * dense_flops,
-        "ratio": flops / dense_flops,
+        "flops_ratio": flops / dense_flops,
         "stack_flops_ratio": stack / dense_stack,
         "layers": layers,
         "head": {"flops": TRAINING_PER_FORWARD * head, "ratio": head / dense_head if dense_head else 1.0},
-        "stages": _stages(stage_layers(model.num_layers, *split), stages, kept),
+        "stages": _stages(stage_layers(model.num_layers, *split), stages, kept, ends),
         "parameters": {
             "text": parameter_count(model, vocab_size, plan.projections) - image_parameters,
             "image": image_parameters,
         },
         "micro_batch_tokens": micro_batch,
-        "activation_bytes": sum(kept),
-        "dense_activation_bytes": sum(dense_kept),
-        "image_codes": _image_codes(model, counts, stack, element_size, micro_batch / sum(counts.tokens)),
+        "activation_bytes": sum(kept) + sum(ends),
+        "dense_activation_bytes": sum(dense_kept) + sum(dense_ends),
+        "image_codes": _image_codes(model, counts, stack, ends),
     }
 
 
-def _image_codes(model: ModelConfig, counts: Counts, stack: int, element_size: int, times: float) -> dict | None:
+def _kept(config: Config, plan: Plan, counts: Counts, micro_batch: int) -> tuple[list[int], list[int]]:
+    """Bytes that each layer, and that projector and depth head, keep of a micro-batch of so many tokens."""
+    element_size, times = 2 if config.training.precision == "bf16" else 4, micro_batch / sum(counts.tokens)
+    layers = activation_bytes(config.model, plan, counts, element_size, times, config.training.recompute)
+    return layers, [f(config.model, counts, element_size, times) for f in (projector_bytes, depth_head_bytes)]
+
+
+def _image_codes(model: ModelConfig, counts: Counts, stack: int, kept: list[int]) -> dict | None:
     """What image tokens of several codes cost besides the layers; None where they have one.
 
     Args:
         stack: FLOPs of one forward pass through the layers.
-        times: how many times the micro-batch holds the counted tokens.
+        kept: bytes that the projector and the depth head keep.
     """
     if model.image_codes.depth == 1:
         return None
@@ -105,21 +110,26 @@ def _image_codes(model: ModelConfig, counts: Counts, stack: int, element_size: i
         "projector_flops": TRAINING_PER_FORWARD * projector_flops(model, counts),
         "depth_head_flops": TRAINING_PER_FORWARD * depth_head,
         "depth_head_of_layers": depth_head / stack,
-        "depth_head_bytes": depth_head_bytes(model, counts, element_size, times),
+        "projector_bytes": kept[0],
+        "depth_head_bytes": kept[1],
     }
 
 
-def _stages(layers: list[list[int]], flops: list[int], kept: list[int]) -> list[dict]:
-    """The figures of each pipeline stage, from its layers, its forward FLOPs and the bytes that each layer keeps."""
+def _stages(layers: list[list[int]], flops: list[int], kept: list[int], ends: list[int]) -> list[dict]:
+    """The figures of each pipeline stage, from its layers, its forward FLOPs, and the bytes that each layer and, before
+    and after them, the projector and the depth head keep."""
     total = sum(flops)
+    activations = [sum(kept[layer] for layer in numbers) for numbers in layers]
+    activations[0] += ends[0]
+    activations[-1] += ends[1]
     return [
         {
             "layers": numbers,
             "flops": TRAINING_PER_FORWARD * stage,
             "of_mean": stage * len(flops) / total,
-            "activation_bytes": sum(kept[layer] for layer in numbers),
+            "activation_bytes": kept_of_stage,
         }
-        for numbers, stage in zip(layers, flops)
+        for numbers, stage, kept_of_stage in zip(layers, flops, activations)
     ]
 
 
@@ -131,7 +141,8 @@ def describe(summary: dict) -> str:
         f"plan {summary['plan']}, vocabulary {summary['vocabulary']}",
         f"tokens: {tokens}; {summary['logits']} logits",
         f"training FLOPs {_si(summary['flops'])}, dense {_si(summary['dense_flops'])}: "
-        f"{summary['ratio']:.3f} of dense, {summary['stack_flops_ratio']:.3f} in the layers",
+        f"{summary['flops_ratio']:.3f} of dense (flops_ratio), {summary['stack_flops_ratio']:.3f} in the layers "
+        "(stack_flops_ratio)",
         f"activations {_si(kept)}B, dense {_si(dense_kept)}B: {kept / dense_kept:.3f} of dense, "
         f"for a micro-batch of {summary['micro_batch_tokens']} tokens",
         f"parameters {_si(parameters['text'])}, and {_si(parameters['image'])} for image tokens only",

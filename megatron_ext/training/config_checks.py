@@ -4,6 +4,8 @@ Each section is checked beside what it configures; here are the checks of the tr
 the order of them all.
 """
 
+import math
+
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.config_checks import validate_data
 from megatron_ext.errors import UserError, check_at_least_one, check_divisible
@@ -70,9 +72,9 @@ def _validate_training(config: Config, world_size: int) -> None:
 def _validate_optimizer(config: Config) -> None:
     optimizer, iterations = config.optimizer, config.training.iterations
     for number, group in enumerate(optimizer.groups):
-        if group.lr_multiplier < 0:
+        if not 0 <= group.lr_multiplier < math.inf:  # also refuses NaN
             raise UserError(
-                f"config: 'optimizer.groups[{number}].lr_multiplier' is {group.lr_multiplier}, must be at least 0"
+                f"config: 'optimizer.groups[{number}].lr_multiplier' is {group.lr_multiplier}, must be a number from 0"
             )
     if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_decay_iterations <= iterations:
         raise UserError(

@@ -57,7 +57,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
             stop_reason = lifecycle.stop_reason(stop_flags)
             learning_rate = scheduler.get_lr({})  # that of parameters without a group
             scheduler.step(1)
-            progress.advance(config.training.global_batch_size, *work)
+            progress.advance(config.training.global_batch_size, *work[:3])
             progress.bad_steps = run.bad_steps.state_dict()
             seconds += time.perf_counter() - step_started
             hooks.after_step(run, _record(run, result, learning_rate, seconds, steps.wait_seconds, stop_reason))
@@ -79,16 +79,17 @@ def _steps(run: Run):
     )
 
 
-def _work(step: StepInput) -> tuple[float, float, float]:
-    """This rank's share of the step's training FLOPs under the plan and under the dense plan, and of its tokens."""
+def _work(step: StepInput) -> list[float]:
+    """This rank's share of the step's training FLOPs under the plan and under the dense plan and of its tokens; with
+    several codes an image token also of the FLOPs of the layers alone, under both plans."""
     shares = parallel_state.get_model_parallel_group().size()
-    return step.flops / shares, step.dense_flops / shares, step.tokens / shares
+    return [amount / shares for amount in (step.flops, step.dense_flops, step.tokens, *step.stack_flops)]
 
 
 def _record(
     run: Run, result: StepResult, learning_rate: float, seconds: float, wait: float, stop_reason: str | None
 ) -> StepRecord:
-    _, flops, dense_flops, tokens = result.metrics
+    _, flops, dense_flops, tokens, *stack = result.metrics
     devices = torch.distributed.get_world_size()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     metrics = {
@@ -108,6 +109,8 @@ def _record(
         "learning_rate": learning_rate,
         "skipped_steps": run.bad_steps.total,
     }
+    if stack:  # the depth head, which no plan shortens, hides what a plan saves
+        metrics["stack_flops_ratio"] = stack[0] / stack[1]
     reason = run.bad_steps.reason
     if reason:
         metrics["skip_reason"] = reason

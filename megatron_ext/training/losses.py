@@ -6,8 +6,8 @@ image token of several codes is the mean over its codes. With ``training.means: 
 mean over all text tokens plus the mean over all image tokens (VILA-U).
 
 Sums of losses are one vector, so that they can be added over micro-batches, replicas and batches: of cross-entropy and,
-with a z-loss, of (log Z)^2 for each task; then, where image tokens are told from text (:func:`summed_depths`), of the
-cross-entropy of image tokens at each of D depths.
+with a z-loss, of (log Z)^2 for each task; then, where image tokens are told from text
+(:func:`~megatron_ext.training.prepare.summed_depths`), of the cross-entropy of image tokens at each of D depths.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.config import Config, TrainingConfig
+from megatron_ext.config import TrainingConfig
 from megatron_ext.token_classes import Modality, Task
 
 
@@ -83,12 +83,6 @@ class MeanLosses:
 def sums_of_tasks(training: TrainingConfig) -> int:
     """Number of terms that are summed for each task: cross-entropy and, with a z-loss, (log Z)^2."""
     return 1 + (training.z_loss > 0)
-
-
-def summed_depths(config: Config) -> int:
-    """Number of depths whose losses are summed apart; 0 where image tokens are not told from text."""
-    depth = config.model.image_codes.depth
-    return depth if depth > 1 or config.training.means == "modality" else 0
 
 
 def global_counts(counts: Tensor) -> Tensor:

@@ -27,25 +27,22 @@ def assign(chunks: Sequence[torch.nn.Module], config: Config) -> None:
     """Freeze parameters, and mark those with a rate of their own. Before data parallelism wraps the chunks; collective.
 
     Raises:
-        UserError: a pattern matches no parameter of the model, or all parameters are frozen.
+        UserError: a pattern has no effect, a bias is trained whose weight is frozen, or all parameters are frozen.
     """
     groups = config.optimizer.groups
     if not groups:
         return
-    matched, trained, names = set(), False, set()
+    matching: dict[str, list[int]] = {}
     for chunk in chunks:
         for name, parameter in global_parameters(chunk):
-            names.add(name)
-            matching = [i for i, group in enumerate(groups) if fnmatchcase(name, group.parameters)]
-            matched.update(matching)
-            multiplier = groups[matching[0]].lr_multiplier if matching else 1.0
+            matching[name] = _matching(name, groups, config.model.tie_embeddings)
+            multiplier = _multiplier(matching[name], groups)
             parameter.requires_grad_(multiplier > 0)
-            trained |= multiplier > 0
             if multiplier not in (0, 1):
                 setattr(parameter, _MULTIPLIER, multiplier)
         if config.training.recompute == "full" and chunk.pre_process:
             chunk.embedding.register_forward_hook(_with_gradient)
-    _check(groups, matched, trained, names)
+    _check(groups, _of_all_ranks(matching))
 
 
 def overrides(megatron_config, config: OptimizerConfig) -> dict:
@@ -74,15 +71,41 @@ def _with_gradient(module: torch.nn.Module, inputs: tuple, output: torch.Tensor)
     return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
-def _check(groups: list[ParameterGroup], matched: set[int], trained: bool, names: set[str]) -> None:
+def _matching(name: str, groups: list[ParameterGroup], tied: bool) -> list[int]:
+    """Numbers of the groups that match a parameter; a table that is also the output layer has two names."""
+    names = [name, "output_layer.weight"] if tied and name == "embedding.word_embeddings.weight" else [name]
+    return [i for i, group in enumerate(groups) if any(fnmatchcase(n, group.parameters) for n in names)]
+
+
+def _multiplier(matching: list[int], groups: list[ParameterGroup]) -> float:
+    return groups[matching[0]].lr_multiplier if matching else 1.0
+
+
+def _of_all_ranks(matching: dict[str, list[int]]) -> dict[str, list[int]]:
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (matched, trained, names))
+    dist.all_gather_object(gathered, matching)
+    return {name: numbers for of_rank in gathered for name, numbers in sorted(of_rank.items())}
+
+
+def _check(groups: list[ParameterGroup], matching: dict[str, list[int]]) -> None:
+    rates = {name: _multiplier(numbers, groups) for name, numbers in matching.items()}
     for number, group in enumerate(groups):
-        if not any(number in of_rank for of_rank, _, _ in gathered):
-            known = sorted({name for _, _, of_rank in gathered for name in of_rank})
+        matched = [name for name, numbers in matching.items() if number in numbers]
+        key = f"config: 'optimizer.groups[{number}].parameters' is {group.parameters!r}, which matches"
+        if not matched:
+            raise UserError(f"{key} no parameter; names are like {min(matching)} and {max(matching)}")
+        hidden = all(matching[name][0] < number for name in matched)
+        # One that repeats their rate is accepted: it may name a tied table a second time.
+        if hidden and any(rates[name] != group.lr_multiplier for name in matched):
+            first = matching[matched[0]][0]
             raise UserError(
-                f"config: 'optimizer.groups[{number}].parameters' is {group.parameters!r}, which matches no parameter; "
-                f"names are like {known[0]} and {known[-1]}"
+                f"{key} only parameters of earlier groups, such as {matched[0]} of optimizer.groups[{first}] "
+                f"({groups[first].parameters!r}); the first group that matches counts"
             )
-    if not any(of_rank for _, of_rank, _ in gathered):
+    if not any(rates.values()):
         raise UserError("config: 'optimizer.groups' freeze every parameter; leave some out, or give them a rate")
+    for name, rate in rates.items():
+        bias = name.removesuffix("weight") + "bias"
+        # Megatron-Core's linear layer gives its bias no gradient where the weight has none.
+        if name.endswith(".weight") and not rate and rates.get(bias):
+            raise UserError(f"config: 'optimizer.groups' freeze {name} but not {bias}; freeze both, or neither")

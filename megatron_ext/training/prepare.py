@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import Config, ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.routing.dense_share import Selection
-from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops
+from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops, layer_flops
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
@@ -38,13 +38,13 @@ class MicroBatch:
         labels: [n], ids of the tokens that the logits predict.
         tasks: [n + m], the task that the loss counts to (:meth:`~megatron_ext.data.batch.Batch.predicted_task`), of
             these n targets and then of the route's m code targets.
-        modalities: [n + m], modality of the predicted tokens.
+        modalities: [n + m], modality of the predicted tokens; None where the loss does not tell image tokens from text.
     """
 
     route: Route
     labels: np.ndarray
     tasks: np.ndarray
-    modalities: np.ndarray
+    modalities: np.ndarray | None
 
 
 @dataclass
@@ -52,8 +52,10 @@ class StepInput:
     """The input of one step from a replica's rows; arrays on the host, tensors on a device.
 
     Attributes:
-        loss_tokens: number of targets of each task, then of those that predict image tokens, float64 [tasks + 1].
+        loss_tokens: number of targets of each task, then of those that predict image tokens, float64 [tasks + 1]; the
+            last is 0 where the loss does not tell image tokens from text.
         flops, dense_flops: training FLOPs under the plan and under the dense plan; padding has none.
+        stack_flops: with several codes an image token, both of the layers alone.
         tokens: number of tokens without padding.
         stored_length: T of the hidden states that pipeline stages exchange, over all ranks.
     """
@@ -62,6 +64,7 @@ class StepInput:
     loss_tokens: np.ndarray
     flops: int
     dense_flops: int
+    stack_flops: tuple[int, ...]
     tokens: int
     stored_length: int
 
@@ -81,6 +84,7 @@ class Preparation:
         by_task: each row holds one task; rows of one task are placed together.
         pad, image_offset: ids of the padding token and of VQ code 0.
         iterations: length of the run, for a dense share that changes during training; None: the share of evaluation.
+        image_loss: the loss tells image tokens from text, see :func:`summed_depths`.
     """
 
     plan: Plan
@@ -93,6 +97,7 @@ class Preparation:
     pad: int = 0
     image_offset: int = 0
     iterations: int | None = None
+    image_loss: bool = False
 
     @classmethod
     def of(
@@ -116,6 +121,7 @@ class Preparation:
             pad=pad,
             image_offset=image_offset,
             iterations=config.training.iterations if training else None,
+            image_loss=summed_depths(config) > 0,
         )
 
     def __call__(self, packed_tokens: np.ndarray, step: int) -> StepInput:
@@ -140,35 +146,51 @@ class Preparation:
             TRAINING_PER_FORWARD * forward_flops(self.model, self.vocab_size, plan, counted)
             for plan, counted in zip(plans, counts)
         )
-        tasks = batch.predicted_task()
-        kinds = [*(tasks == task for task in Task), batch.predicts_image()]
+        stack = zip(plans, counts) if self.model.image_codes.depth > 1 else ()
+        tasks, images = batch.predicted_task(), batch.predicts_image() if self.image_loss else None
+        learnt = batch.loss_mask > 0
+        numbers = [(learnt & (tasks == task)).sum() for task in Task]
+        numbers.append(0 if images is None else (learnt & images).sum())
+        rows = [slice(start, start + self.micro_batch_size) for start in starts]
         return StepInput(
             micro_batches=[
-                self._micro_batch(part, tasks[start : start + self.micro_batch_size], selection)
-                for start, part in zip(starts, parts)
+                self._micro_batch(part, tasks[of_part], None if images is None else images[of_part], selection)
+                for of_part, part in zip(rows, parts)
             ],
-            loss_tokens=np.array([((batch.loss_mask > 0) & kind).sum() for kind in kinds], np.float64),
+            loss_tokens=np.array(numbers, np.float64),
             flops=flops,
             dense_flops=dense_flops,
+            stack_flops=tuple(TRAINING_PER_FORWARD * sum(layer_flops(self.model, *of_plan)) for of_plan in stack),
             tokens=sum(counts[0].tokens),
             stored_length=stored_length(tokens, self.plan, self.row_layout.ranks, self.row_layout.multiple),
         )
 
-    def _micro_batch(self, part: Batch, predicted: np.ndarray, selection: Selection | None) -> MicroBatch:
+    def _micro_batch(
+        self, part: Batch, predicted: np.ndarray, images: np.ndarray | None, selection: Selection | None
+    ) -> MicroBatch:
         rows = self.row_layout
-        route = Route.arrays(part, self.plan, selection=selection, **vars(rows))
+        route = Route.arrays(part, self.plan, selection=selection, code_mask=images, **vars(rows))
         targets = [route.targets] if route.code_targets is None else [route.targets, route.code_targets]
+        modalities = None
+        if images is not None:
+            modalities = _of_targets(images * Modality.IMAGE, targets, rows.fill, Modality.TEXT)
         micro_batch = MicroBatch(
             route,
             labels=_of_targets(part.labels, targets[:1], rows.fill, 0),
             tasks=_of_targets(predicted, targets, rows.fill, NO_TASK),
-            modalities=_of_targets(part.predicts_image() * Modality.IMAGE, targets, rows.fill, Modality.TEXT),
+            modalities=modalities,
         )
         # Only the host uses these.
         route.targets = route.code_targets = route.order = None
         if not self.model.max_image_tokens:
             route.image_places = None
         return micro_batch
+
+
+def summed_depths(config: Config) -> int:
+    """Number of depths whose losses are summed apart; 0 where the loss does not tell image tokens from text."""
+    depth = config.model.image_codes.depth
+    return depth if depth > 1 or config.training.means == "modality" else 0
 
 
 def _of_targets(values: np.ndarray, targets: list[np.ndarray], multiple: int, filler: int) -> np.ndarray:

@@ -18,17 +18,16 @@ from torch import Tensor
 from megatron_ext import compat
 from megatron_ext.checkpoints.state import single_optimizer
 from megatron_ext.config import Config, TaskWeights
-from megatron_ext.token_classes import Task
+from megatron_ext.token_classes import Modality, Task
 from megatron_ext.training.losses import (
     MeanLosses,
     cross_entropy_weights,
     depth_sums,
     global_counts,
-    summed_depths,
     sums_of_tasks,
     task_sums,
 )
-from megatron_ext.training.prepare import MicroBatch, StepInput
+from megatron_ext.training.prepare import MicroBatch, StepInput, summed_depths
 from megatron_ext.training.z_loss import cross_entropy_and_square
 
 
@@ -181,6 +180,8 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This micro-batch's share of the objective. The schedule calls it on the last stage only."""
     labels, tasks, modalities = micro_batch.labels, micro_batch.tasks, micro_batch.modalities
+    if modalities is None:
+        modalities = int(Modality.TEXT)  # whose weights are those of all
     logits, code_losses = output if isinstance(output, tuple) else (output, None)
     if z_loss := config.training.z_loss:  # not with several codes an image token
         losses, squares = terms = cross_entropy_and_square(logits, labels)

@@ -50,8 +50,8 @@ def validate_model(config: Config) -> None:
 
 
 def validate_image_codes(config: Config) -> None:
-    """Refuse image tokens of several codes that do not fit the data's format, or whose depth head has no consistent
-    shape or cannot be cut by tensor parallelism.
+    """Refuse image tokens of several codes that do not fit the data's format, settings of theirs that would have no
+    effect, and a depth head that has no consistent shape or cannot be cut by tensor parallelism.
 
     Raises:
         UserError: names the key, its value and what would do.
@@ -60,12 +60,21 @@ def validate_image_codes(config: Config) -> None:
     section, head = "model.image_codes", codes.head
     check_at_least_one(section, codes, "depth")
     if codes.depth == 1:
-        if codes.codebook:
-            raise UserError(
-                f"config: '{section}.codebook' is {codes.codebook!r}, but image tokens of one code are rows of the "
-                f"embedding; set {section}.depth to the tokenizer's, or leave it out"
-            )
+        for key in ("codebook", "codebook_size", "width", "fingerprint"):
+            if value := getattr(codes, key):
+                raise UserError(
+                    f"config: '{section}.{key}' is {value!r}, but image tokens of one code are rows of the embedding; "
+                    f"set {section}.depth to the tokenizer's, or leave it out"
+                )
         return
+    for key in ("width", "fingerprint"):
+        if not codes.codebook and (value := getattr(codes, key)) is not None:
+            raise UserError(
+                f"config: '{section}.{key}' is {value!r}, but {section}.codebook is empty, so that vectors are "
+                f"learned; name the VQ tokenizer's folder, or leave {key} out"
+            )
+    if codes.width is not None:
+        check_at_least_one(section, codes, "width")
     if head.chunk < 0:
         raise UserError(f"config: '{section}.head.chunk' is {head.chunk}, must be at least 0")
     check_at_least_one(f"{section}.head", head, "num_layers", "hidden_size", "num_attention_heads")

@@ -51,7 +51,8 @@ class DepthHead(torch.nn.Module):
             config.hidden_size, head.hidden_size, self.config, gather_output=True, disable_grad_reduce=gathered
         )
         if image_codes.width is None:
-            self.code_embedding = LearnedCodes(self.config, depth, classes, head.hidden_size)
+            # Nothing sees the last code of a token.
+            self.code_embedding = LearnedCodes(self.config, depth - 1, classes, head.hidden_size)
         else:
             self.code_linear = torch.nn.Linear(image_codes.width, head.hidden_size, **options)
         self.positions = torch.nn.Embedding(depth, head.hidden_size, **options)

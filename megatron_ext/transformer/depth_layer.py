@@ -12,6 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 NORM_EPSILON = 1e-5
+LARGEST_BATCH = 65535
+"""Sequences of one call of attention: fused CUDA kernels have a block for each in a dimension of the grid that holds no
+more."""
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -71,15 +74,23 @@ class DepthLayer(torch.nn.Module):
         """[n, m, E] from the places ``x`` [n, m, E]: all of them, or with a ``cache`` the one after those in it."""
         query, key, value = self._heads(self.qkv(self.attention_norm(x)))
         if cache is None:
-            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            attended = _attention(query, key, value, is_causal=True)
         else:
-            attended = F.scaled_dot_product_attention(query, *cache.append(key, value))
+            attended = _attention(query, *cache.append(key, value))
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value, each [n, heads, m, d], of this rank's heads."""
         return qkv.unflatten(2, (-1, 3, self.head_size)).permute(3, 0, 2, 1, 4).unbind()
+
+
+def _attention(*heads: Tensor, **options) -> Tensor:
+    """Attention [n, heads, m, d] of query, key and value, for any number n of sequences."""
+    if len(heads[0]) <= LARGEST_BATCH:
+        return F.scaled_dot_product_attention(*heads, **options)
+    parts = zip(*(x.split(LARGEST_BATCH) for x in heads))
+    return torch.cat([F.scaled_dot_product_attention(*part, **options) for part in parts])
 
 
 class KeyValueCache:

@@ -93,6 +93,11 @@ def test_every_depth_is_learnt(output):
         assert record["loss_codes"] == pytest.approx(sum(record[name] for name in depths) / DEPTH)
 
 
+def test_what_a_plan_saves_is_logged_with_the_head_and_without(output):
+    for record in metrics(output):
+        assert 0 < record["stack_flops_ratio"] < record["flops_ratio"] < 1
+
+
 def test_a_run_resumes_bit_for_bit(material, output, tmp_path):
     name = f"iter_{FIRST:07}"
     shutil.copytree(output / "checkpoints" / name, tmp_path / "checkpoints" / name)

@@ -151,21 +151,33 @@ def _thaw(folder: Path) -> str:
     return str(refused.value)
 
 
+BOTH_TABLES = "[{parameters: embedding.*, lr_multiplier: 0.1}, {parameters: output_layer.*, lr_multiplier: 0.1}]"
 REFUSED = {
     "[{parameters: decoder.*}, {parameters: depth_head.*}]": "'optimizer.groups[1].parameters' is 'depth_head.*'",
     "[{parameters: '*', lr_multiplier: 0}]": "'optimizer.groups' freeze every parameter",
+    "[{parameters: embedding.*, lr_multiplier: 0.1}, {parameters: output_layer.*, lr_multiplier: 0}]": (
+        "which matches only parameters of earlier groups, such as embedding.word_embeddings.weight of "
+        "optimizer.groups[0] ('embedding.*')"
+    ),
+    "[{parameters: '*.3.*linear_qkv.weight', lr_multiplier: 0}]": (
+        "freeze decoder.layers.3.self_attention.linear_qkv.weight but not "
+        "decoder.layers.3.self_attention.linear_qkv.bias"
+    ),
 }
+"""For a tied model with biases."""
 
 
 def test_groups_that_do_not_fit_are_refused_on_every_rank(tmp_path):
     for refusals in world(2, _refusals, folder=tmp_path):
-        assert [message in refusal for message, refusal in zip(REFUSED.values(), refusals)] == [True, True]
+        assert all(message in refusal for message, refusal in zip(REFUSED.values(), refusals, strict=True)), refusals
 
 
 def _refusals() -> list[str]:
+    settings = [*SETTINGS, "parallel.pipeline=2", "model.tie_embeddings=true", "model.qkv_bias=true"]
     refusals = []
     for number, groups in enumerate(REFUSED):
         with pytest.raises(UserError) as refused:
-            _build([*SETTINGS, "parallel.pipeline=2", f"optimizer.groups={groups}"], initialized=number > 0)
+            _build([*settings, f"optimizer.groups={groups}"], initialized=number > 0)
         refusals.append(str(refused.value))
+    _build([*settings, f"optimizer.groups={BOTH_TABLES}"], initialized=True)
     return refusals

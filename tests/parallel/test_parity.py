@@ -21,8 +21,13 @@ from support.forked_programs import run_forked
             "himix_hmgen_share_partial",
             ["model.qkv_bias=true", "model.qk_norm=true", "model.head_size=12", "training.z_loss=0.01"],
         ),
+        (
+            "tp2",
+            "4 codes",
+            ["model.image_codes.codebook=''", "model.image_codes.width=null", "training.means=modality"],
+        ),
     ],
-    ids=["untied", "tied-recomputed", "bias-and-norms"],
+    ids=["untied", "tied-recomputed", "bias-and-norms", "learned-codes"],
 )
 def test_layouts_agree_with_one_process(monkeypatch, layouts, plans, settings):
     def launch(size: int, arguments: list[str], minutes: float) -> None:

@@ -14,7 +14,7 @@ from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, read_state
 from megatron_ext.checkpoints.state import steps_taken
 from megatron_ext.checkpoints.stored_weights import StoredWeights
-from megatron_ext.config import Config
+from megatron_ext.config import Config, ParameterGroup
 from megatron_ext.conversion.projections import convert, converted
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan, Projections
@@ -217,7 +217,12 @@ def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_f
     batch = packed_batch(4, 48, seed=3, depth=config.model.image_codes.depth)
     with torch.no_grad():
         expected = chunks[0].module(Route.of(batch, Plan.of(config.plan, LAYERS)))
-    recorded = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, tensor=2))
+    groups = [ParameterGroup("*.image_weight", 0.5)]  # of components that only the source may have
+    recorded = dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(config.parallel, tensor=2),
+        optimizer=dataclasses.replace(config.optimizer, groups=groups),
+    )
     state = {"progress": {"iteration": 7}, "config": dataclasses.asdict(recorded), "data": "5f0c"}
     state |= identity_of(resolve(config), vocabulary)
     Checkpointer(tmp_path / "dense").save(7, chunks, build_optimizer(config, chunks), state)
@@ -234,7 +239,8 @@ def test_the_tool_writes_a_checkpoint_that_a_run_with_other_projections_starts_f
     assert written["data"] == "5f0c"
     assert config_file.from_tree(Config, written["config"]) == config_file.override(recorded, changes)
 
-    config = one_process(*settings, *changes)
+    frozen = "[{parameters: embedding.*, lr_multiplier: 0}, {parameters: '*.understanding_*', lr_multiplier: 0.5}]"
+    config = one_process(*settings, *changes, f"optimizer.groups={frozen}")
     chunks = build_model(resolve(config, VOCABULARY))
     identity = identity_of(resolve(config), vocabulary)
     with pytest.raises(UserError, match="its plan.projections.kind is shared, this run's is delta; tools/convert"):

@@ -9,6 +9,7 @@ from megatron_ext import config_file
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.model_config import DepthHeadConfig, ImageCodesConfig
+from megatron_ext.transformer import depth_layer
 from megatron_ext.transformer.code_vectors import CodeVectors, LearnedCodes
 from megatron_ext.transformer.config_checks import validate_image_codes
 from megatron_ext.transformer.depth_head import DepthHead
@@ -204,3 +205,21 @@ def test_a_head_that_cannot_be_built_is_refused(setting, message):
     overrides = ["model.image_codes.depth=4", f"model.image_codes.{setting}", "parallel.tensor=2"]
     with pytest.raises(UserError, match=message):
         validate_image_codes(config_file.load(Config, [], overrides))
+
+
+def test_any_number_of_rows_goes_through_attention_in_parts(monkeypatch):
+    losses, gradients = Example().losses_and_gradients()
+    monkeypatch.setattr(depth_layer, "LARGEST_BATCH", 4)
+    in_parts, gradients_in_parts = Example().losses_and_gradients()
+    torch.testing.assert_close(in_parts, losses)
+    torch.testing.assert_close(gradients_in_parts, gradients)
+    example = Example()
+    decoding = example.head.decoding(example.hidden, example.vectors)
+    decoding.append(example.codes[:, 0])
+    torch.testing.assert_close(decoding.logits(), example.head.logits(*example.inputs)[:, 1])
+
+
+def test_every_learned_vector_is_trained():
+    example = Example(depth=3, learned=True, rows=200)
+    example.head.losses(*example.inputs).sum().backward()
+    assert example.head.code_embedding.embedding.weight.grad.any(1).all()

@@ -383,6 +383,12 @@ def test_a_mix_is_documents_with_their_loss():
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 1]]
 
 
+def test_a_mix_may_learn_the_special_tokens_around_drawn_images():
+    mix = "generation: 3 text, 2 image, 2 text; understanding: 2 image, 1 text, 1 answer"
+    assert mix_batch(mix, generation_text=True).loss_mask.tolist() == [[0, 1, 0, 1, 1, 1, 1, 0, 0, 0, 1]]
+    assert mix_batch(mix, 4, generation_text=True).loss_mask.tolist() == [[0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1]]
+
+
 def test_a_mix_of_an_edit_has_given_and_drawn_images():
     batch = mix_batch("interleaved: 2 image, 1 text, 2 drawn, 1 text, 1 answer")
     assert batch.modality.tolist() == [[1, 1, 0, 1, 1, 0, 0]]
@@ -420,10 +426,17 @@ def test_the_tool_shows_what_several_codes_a_token_cost(tmp_path):
     )
     assert completed.returncode == 0, completed.stderr
     numbers = read_json(tmp_path / "cost.json")
-    assert "0.854 of dense, 0.812 in the layers" in completed.stdout
+    assert "0.854 of dense (flops_ratio), 0.812 in the layers (stack_flops_ratio)" in completed.stdout
     assert numbers["image_codes"]["depth_head_flops"] == 256 * 6 * 273_760_256
     assert numbers["image_codes"]["projector_flops"] == 256 * 6 * (1024 * 2048 + 2048**2)
     assert numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
+    first, last = (stage["activation_bytes"] for stage in numbers["stages"])
+    layers = [layer["activation_bytes"] for layer in numbers["layers"]]
+    assert first == sum(layers[:8]) + numbers["image_codes"]["projector_bytes"]
+    assert last == sum(layers[8:]) + numbers["image_codes"]["depth_head_bytes"]
+    assert numbers["activation_bytes"] == first + last
+    # What the projector keeps of each token of a micro-batch in bf16.
+    assert numbers["image_codes"]["projector_bytes"] == 2 * numbers["micro_batch_tokens"] * (1024 + 2 * 2048)
 
 
 def test_the_tool_writes_what_it_prints(tmp_path):
@@ -435,7 +448,7 @@ def test_the_tool_writes_what_it_prints(tmp_path):
     assert completed.returncode == 0, completed.stderr
     numbers = read_json(tmp_path / "cost.json")
     assert "0.242 of dense" in completed.stdout
-    assert round(numbers["ratio"], 3) == 0.242
+    assert round(numbers["flops_ratio"], 3) == 0.242
     assert numbers["vocabulary"] == 128256
     layers = sum(sum(layer["flops"].values()) for layer in numbers["layers"])
     assert layers + numbers["head"]["flops"] == numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
