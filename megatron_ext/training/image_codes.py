@@ -61,19 +61,19 @@ def check_images(config: Config, mixture: Mixture, key: str) -> None:
 
 def _filled(config: Config, vocabulary: Vocabulary | None, of_tokenizer: dict) -> Config:
     """The configuration with what the tokenizer and the vocabulary say about ``model.image_codes``, and checked."""
-    codes, found = config.model.image_codes, dict(of_tokenizer)
+    codes, sizes = config.model.image_codes, dict(of_tokenizer)
     if vocabulary is not None:
-        own = found.setdefault("codebook_size", vocabulary.codebook_size)
+        own = sizes.setdefault("codebook_size", vocabulary.codebook_size)
         if own != vocabulary.codebook_size:
             raise UserError(
                 f"{codes.codebook}: has {own} codes, the vocabulary {vocabulary.folder} {vocabulary.codebook_size}"
             )
-    for key, value in found.items():
+    for key, value in sizes.items():
         given = getattr(codes, key)
         if given not in (None, value):
             source = codes.codebook or vocabulary.folder
             raise UserError(f"config: 'model.image_codes.{key}' is {given}, {source} has {value}")
-    model = dataclasses.replace(config.model, image_codes=dataclasses.replace(codes, **found))
+    model = dataclasses.replace(config.model, image_codes=dataclasses.replace(codes, **sizes))
     config = dataclasses.replace(config, model=model)
     validate_image_codes(config)
     return config
@@ -82,5 +82,5 @@ def _filled(config: Config, vocabulary: Vocabulary | None, of_tokenizer: dict) -
 def _read_tokenizer(folder: str) -> tuple[dict, Tensor]:
     tokenizer = vq.load(folder)
     vectors = tokenizer.vectors.cpu()
-    found = {"depth": tokenizer.depth, "codebook_size": len(vectors), "width": vectors.shape[1]}
-    return found | {"fingerprint": tokenizer.fingerprint}, vectors
+    sizes = {"depth": tokenizer.depth, "codebook_size": len(vectors), "width": vectors.shape[1]}
+    return sizes | {"fingerprint": tokenizer.fingerprint}, vectors

@@ -1,10 +1,8 @@
 """Checks of the model's shape and of its layout over processes, made before anything is built."""
 
 from megatron_ext.config import Config
+from megatron_ext.data.vq_metadata import MAX_CODEBOOK
 from megatron_ext.errors import UserError, check_at_least_one, check_divisible
-
-LARGEST_CODEBOOK = 1 << 16
-"""Codes of a codebook, where image tokens have several."""
 
 
 def validate_model(config: Config) -> None:
@@ -83,9 +81,9 @@ def validate_image_codes(config: Config) -> None:
     check_divisible(*heads, "parallel.tensor", tensor)
     if codes.codebook_size is not None:
         check_at_least_one(section, codes, "codebook_size")
-        if codes.codebook_size > LARGEST_CODEBOOK:
+        if codes.codebook_size > MAX_CODEBOOK:
             raise UserError(
-                f"config: '{section}.codebook_size' is {codes.codebook_size}, must be at most {LARGEST_CODEBOOK}: "
+                f"config: '{section}.codebook_size' is {codes.codebook_size}, must be at most {MAX_CODEBOOK}: "
                 "packed rows hold a code in 16 bits"
             )
         check_divisible(f"{section}.codebook_size", codes.codebook_size, "parallel.tensor", tensor)
