@@ -48,6 +48,7 @@ class TokenIds:
 
     text_size, bos, pad, eod, boi, eoi, image_offset, codebook_size, size = 34, 1, 34, 35, 36, 37, 40, 20, 60
     answer_end = eod
+    ends = (eod,)
 
 
 def build(settings: list[str]):

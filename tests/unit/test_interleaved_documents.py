@@ -97,7 +97,7 @@ def test_drawn_images_and_their_boi_count_to_generation_s_loss_and_answers_to_un
     row = batch.tokens.shape[1]
     config = config_file.load(Config, [], [f"data.sequence_length={row}", "training.micro_batch_size=1"])
     step = prepare(batch, resolve(config))
-    assert step.loss_tokens.tolist() == [3, 8, 0, 6]  # an answer and its end; two images and their <boi>; the images
+    assert step.loss_tokens.tolist() == [3, 8, 0, 0]  # an answer and its end; two images and their <boi>
     (part,) = step.micro_batches
     of_code = np.asarray(part.labels) >= FIRST_CODE
     assert np.asarray(part.tasks)[of_code].tolist() == [Task.GENERATION] * 6
