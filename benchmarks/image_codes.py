@@ -17,7 +17,7 @@ from megatron_ext.evaluation.detected_files import detect_all
 from megatron_ext.evaluation.faithfulness import ALL, ROWS, WHOLE, count_facts
 from megatron_ext.evaluation.scene_check import caption_facts, reconstructions
 from megatron_ext.files import read_json, write_json
-from megatron_ext.vq import load
+from megatron_ext.vq import VQModel, load
 
 NAMES = ["facts of captions", "whole pictures"]
 _ROWS = [ROWS.index(ALL), ROWS.index(WHOLE)]
@@ -32,12 +32,12 @@ def drawn(data: Path, scores: Path) -> tuple[np.ndarray, np.ndarray]:
     return own[:, _ROWS], others[:, _ROWS]
 
 
-def at_best(data: Path, vq: Path) -> np.ndarray:
+def at_best(data: Path, vq: VQModel) -> np.ndarray:
     """The same, of the captions' own pictures as a tokenizer reconstructs them."""
     prompts = mjhq.read(data / "mjhq")
     facts = caption_facts(prompts)
     files = [(prompt.id, mjhq.image_file(data / "mjhq", prompt)) for prompt in prompts if prompt.id in facts]
-    seen = detect_all(reconstructions(load(vq), files), len(files))
+    seen = detect_all(reconstructions(vq, files), len(files))
     return count_facts([seen.get(id) for id in facts], list(facts.values()), control=False)[0][:, _ROWS]
 
 
@@ -53,13 +53,14 @@ def main() -> None:
     parser.add_argument("--vq", type=Path, nargs=2, required=True, metavar="FOLDER", help="the two tokenizers")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with gqa/ and mjhq/")
     arguments = parser.parse_args()
-    tokenizers = [read_json(folder / "training.json") for folder in arguments.vq]
-    codes = [f"{load(folder).depth} code{'s' * (load(folder).depth > 1)}" for folder in arguments.vq]
+    psnr = [read_json(folder / "training.json")["psnr"] for folder in arguments.vq]
+    tokenizers = [load(folder) for folder in arguments.vq]
+    codes = [f"{vq.depth} code{'s' * (vq.depth > 1)}" for vq in tokenizers]
     (one, one_others), (several, several_others) = (
         drawn(arguments.data, run) for run in (arguments.one, arguments.several)
     )
     results = {
-        "reconstructed pictures": compare(NAMES, *(at_best(arguments.data, vq) for vq in arguments.vq)),
+        "reconstructed pictures": compare(NAMES, *(at_best(arguments.data, vq) for vq in tokenizers)),
         "drawn pictures": compare(NAMES, one, several),
         f"{codes[0]}, against others' captions": compare(NAMES, one_others, one),
         f"{codes[1]}, against others' captions": compare(NAMES, several_others, several),
@@ -67,11 +68,11 @@ def main() -> None:
             ["answers"], *(questions(arguments.data, run) for run in (arguments.one, arguments.several))
         ),
     }
-    print(", ".join(f"{name}: {numbers['psnr']:.2f} dB" for name, numbers in zip(codes, tokenizers)))
+    print(", ".join(f"{name}: {value:.2f} dB" for name, value in zip(codes, psnr)))
     heads = {part: ("others'", "own") if "others" in part else tuple(codes) for part in results}
     print("\n" + markdown(results, heads))
     if arguments.json:
-        write_json(arguments.json, {**results, "psnr": [numbers["psnr"] for numbers in tokenizers]})
+        write_json(arguments.json, {**results, "psnr": psnr})
 
 
 if __name__ == "__main__":
