@@ -4,7 +4,8 @@ A run is configured by one YAML file, or several merged in order (a model size, 
 
     python pretrain_unified.py --config examples/configs/tiny.yaml parallel.tensor=2 training.iterations=50
 
-The keys of ``model`` are in :mod:`megatron_ext.model_config`.
+The keys of ``model`` are in :mod:`megatron_ext.model_config`, those of what happens around training in
+:mod:`megatron_ext.run_config`.
 
 The checks are beside what each section configures; :func:`megatron_ext.training.config_checks.validate` calls them
 before anything is built.
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ext.model_config import ModelConfig
+from megatron_ext.run_config import BadStepConfig, CheckpointConfig, EvaluationConfig, LifecycleConfig, LoggingConfig
 
 LayoutName = Literal["understanding", "generation", "text", "interleaved"]
 
@@ -91,6 +93,11 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int = 1
     """Model chunks per pipeline stage; more than 1: the interleaved schedule."""
+    layout: str = ""
+    """Layers of each pipeline stage, where they are not equal: Megatron-Core's pipeline layout, such as
+    ``"Et*7|t*9|t*9|t*7L"``; entry i is chunk i div pipeline of stage i mod pipeline. Empty: even."""
+    context: int = 1
+    """Context parallelism: ranks that share the tokens of each row, so that rows may be longer."""
     sequence: bool = False
     """Sequence parallelism over the tensor-parallel group."""
     distributed_optimizer: bool = False
@@ -135,6 +142,9 @@ class DataConfig:
     """Worker processes that pack rows; 0: pack in the training process."""
     prefetch: int = 4
     """Steps prepared ahead of training."""
+    composition: Literal["in_order", "balanced"] = "in_order"
+    """Which rows of a step share a micro-batch. in_order: neighbours; balanced: rows whose work is equal over replicas
+    and micro-batches under the plan. The rows of a step, and so its loss, are the same."""
 
 
 @dataclass
@@ -213,106 +223,6 @@ class OptimizerConfig:
 
 
 @dataclass
-class EvaluationBenchmark:
-    """A benchmark to answer during training."""
-
-    name: str
-    """gqa, mme, pope or seed."""
-    data: str
-    """Folder of the benchmark, as released."""
-    parts: list[str] = field(default_factory=list)
-    """Splits or subtasks; empty: all."""
-    limit: int = 0
-    """Number of questions, spread evenly over the benchmark and the same in every evaluation; 0: all."""
-
-
-@dataclass
-class EvaluationConfig:
-    """Benchmark answers and generated pictures during training, written to OUTPUT/evaluation/iter_NNNNNNN."""
-
-    interval: int = 0
-    """Iterations between evaluations; 0: never."""
-    vq: str = ""
-    """Folder of the VQ tokenizer that encoded the training data."""
-    benchmarks: list[EvaluationBenchmark] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    """Captions to generate pictures for."""
-    guidance: float = 3.0
-    """Scale of classifier-free guidance for pictures; 1: no guidance."""
-    temperature: float = 1.0
-    """Sampling temperature for pictures; 0: greedy. Answers are always greedy."""
-    top_k: int = 0
-    """Pictures: only the k most likely codes; 0: all."""
-    top_p: float = 1.0
-    """Pictures: only the most likely codes that together have this probability."""
-    seed: int = 0
-    """Seed of the pictures, the same in every evaluation."""
-    batch_size: int = 16
-    """Questions or pictures per batch of a replica."""
-    max_new_tokens: int = 16
-    """Maximum tokens of an answer."""
-
-
-@dataclass
-class BadStepConfig:
-    """A bad step is counted and logged but not applied; the run stops when there are too many.
-
-    A step is bad if the loss or the gradient norm is not finite or if the loss spikes: it exceeds the mean of the last
-    ``spike_window`` good steps by more than ``spike_deviations`` standard deviations and by more than ``spike_ratio``
-    of that mean.
-    """
-
-    max_consecutive: int = 5
-    """Bad steps in a row that the run survives."""
-    max_total: int = 50
-    """Bad steps in all that the run survives, resumptions included."""
-    spike_window: int = 100
-    """0: no spike detection."""
-    spike_deviations: float = 8.0
-    spike_ratio: float = 0.5
-
-
-@dataclass
-class CheckpointConfig:
-    interval: int = 0
-    """Iterations between checkpoints; 0: only at the end of training and on a signal."""
-    keep: int = 2
-    """Number of complete checkpoints kept, newest first; 0: all."""
-    asynchronous: bool = False
-    """Write checkpoints in the background."""
-    resume: bool = True
-    """Resume from the newest complete checkpoint in the output folder, if there is one."""
-    load: str | None = None
-    """Whose weights a new run starts from, at step 0: a checkpoint, the folder of a run, or the folder of a published
-    model (docs/published_models.md); ignored when a run resumes."""
-
-
-@dataclass
-class LoggingConfig:
-    interval: int = 1
-    """Iterations between log lines."""
-    tensorboard: bool = True
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "unified"
-    profile_start: int = 0
-    """First iteration that torch.profiler records, into OUTPUT/profile; 0: no profile."""
-    profile_iterations: int = 3
-    gradient_alignment_interval: int = 0
-    """Iterations between measurements of the alignment of the two tasks' gradients (``analysis/gradients.py``); each
-    takes about as long as two steps. 0: never."""
-
-
-@dataclass
-class LifecycleConfig:
-    time_limit_minutes: float = 0.0
-    """Wall-clock time after which the run saves a checkpoint and exits cleanly; 0: no limit."""
-    slurm_margin_minutes: float = 5.0
-    """Under Slurm, time that remains of the job when the run saves a checkpoint and exits cleanly."""
-    distributed_timeout_minutes: float = 10.0
-    """Timeout of a collective; a lost rank ends the run after this time."""
-
-
-@dataclass
 class Config:
     """The configuration of a run."""
 
@@ -334,7 +244,7 @@ class Config:
 
     def data_parallel(self, world_size: int) -> int:
         """Number of model replicas in a world of ``world_size`` processes."""
-        return world_size // (self.parallel.tensor * self.parallel.pipeline)
+        return world_size // (self.parallel.tensor * self.parallel.context * self.parallel.pipeline)
 
     def micro_batches(self, world_size: int) -> int:
         """Number of micro-batches per replica and optimizer step."""

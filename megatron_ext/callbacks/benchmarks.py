@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_ext.config import EvaluationBenchmark
 from megatron_ext.distributed import device, from_rank_zero, report
 from megatron_ext.evaluation import training_folder
 from megatron_ext.evaluation.answer_generation import answer
@@ -19,6 +18,7 @@ from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.files import write_json
 from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.session import Session
+from megatron_ext.run_config import EvaluationBenchmark
 from megatron_ext.training.callback import Callback, StepRecord, is_due
 from megatron_ext.training.run import Run
 from megatron_ext.training.step import evaluation_mode

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext.config import LoggingConfig
 from megatron_ext.distributed import report
+from megatron_ext.run_config import LoggingConfig
 from megatron_ext.training.callback import Callback, StepRecord
 from megatron_ext.training.run import Run
 

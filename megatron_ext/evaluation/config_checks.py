@@ -1,8 +1,9 @@
 """Checks of the evaluation section, made before anything is built."""
 
-from megatron_ext.config import Config, EvaluationBenchmark
+from megatron_ext.config import Config
 from megatron_ext.errors import UserError, check_at_least_one
 from megatron_ext.evaluation.registry import BENCHMARKS
+from megatron_ext.run_config import EvaluationBenchmark
 
 
 def validate_evaluation(config: Config) -> None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from megatron_ext.config import Config, EvaluationBenchmark
+from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import training_folder
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.registry import benchmark_named
 from megatron_ext.report.cards import Card, question_card, read_png
+from megatron_ext.run_config import EvaluationBenchmark
 
 MAX_QUESTIONS = 8
 

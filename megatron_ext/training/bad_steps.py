@@ -7,8 +7,8 @@ Pure bookkeeping. Every rank reaches the same judgement, given the same numbers:
 import math
 from collections import deque
 
-from megatron_ext.config import BadStepConfig
 from megatron_ext.errors import UserError
+from megatron_ext.run_config import BadStepConfig
 
 
 class BadSteps:

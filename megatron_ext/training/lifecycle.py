@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 
-from megatron_ext.config import LifecycleConfig
+from megatron_ext.run_config import LifecycleConfig
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _REASONS = (

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from megatron_ext.config import BadStepConfig
 from megatron_ext.errors import UserError
+from megatron_ext.run_config import BadStepConfig
 from megatron_ext.training.bad_steps import BadSteps
 
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from megatron_ext.config import LifecycleConfig
+from megatron_ext.run_config import LifecycleConfig
 from megatron_ext.training.finished import clear_finished, finished_file, mark_finished
 from megatron_ext.training.lifecycle import Lifecycle
 

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_ext.callbacks.logging import Logger, console_line
 from megatron_ext.callbacks.profiling import Profiling
 from megatron_ext.command_line import duration
-from megatron_ext.config import Config, LoggingConfig, TrainingConfig
+from megatron_ext.config import Config, TrainingConfig
+from megatron_ext.run_config import LoggingConfig
 from megatron_ext.training.callback import StepRecord
 from megatron_ext.training.devices import model_flops_utilisation, peak_flops
 from megatron_ext.training.metrics import MetricsFile, read_metrics
