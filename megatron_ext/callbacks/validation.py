@@ -34,6 +34,7 @@ def validation_losses(run: Run) -> dict[str, float]:
         0,
         num_steps=config.training.validation_batches,
         prepare=run.preparation(training=False),
+        composition=run.composition(training=False),
         own_share=own_share,
     )
     with evaluation_mode(run.chunks):

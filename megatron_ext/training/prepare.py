@@ -19,7 +19,7 @@ from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forwa
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route, placed
-from megatron_ext.token_classes import Modality, Task
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +88,7 @@ class Preparation:
 
     Attributes:
         vocab_size: for the FLOPs of the output layer.
+        micro_batch_size: rows of a micro-batch; rows of padding fill it up.
         by_task: each row holds one task; rows of one task are placed together.
         pad, image_offset: ids of the padding token and of VQ code 0.
         iterations: length of the run, for a dense share that changes during training; None: the share of evaluation.
@@ -180,6 +181,8 @@ class Preparation:
         self, part: Batch, predicted: np.ndarray, images: np.ndarray | None, selection: Selection | None
     ) -> list[MicroBatch]:
         """The input of each context rank."""
+        if (part.document == PADDING_DOCUMENT).all():
+            part, predicted = _one_token(part)
         rows, placement = self.row_layout, None
         if rows.context > 1:
             costs = 2 * query_width(self.model), self.model.hidden_size * self.vocab_size
@@ -209,6 +212,14 @@ class Preparation:
         if not self.model.max_image_tokens:
             route.image_places = None
         return micro_batch
+
+
+def _one_token(padding: Batch) -> tuple[Batch, np.ndarray]:
+    """In place of a micro-batch of padding, a token that predicts nothing that counts, and the tasks of its targets: so
+    no kernel meets an empty tensor, and all parameters take part on every replica."""
+    batch = padding.map(np.array)
+    batch.document[0, 0], batch.loss_mask[0, 0] = 0, 1
+    return batch, np.full(batch.shape, NO_TASK, dtype=np.int8)
 
 
 def summed_depths(config: Config) -> int:
