@@ -15,6 +15,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hugging_face.folder import ModelFolder, is_model_folder
 from megatron_ext.hugging_face.loading import check_published, load_published
 from megatron_ext.routing.flops import parameter_count
+from megatron_ext.routing.pipeline_layout import layers_of_chunks
 from megatron_ext.routing.plan import Plan, task_and_modality
 from megatron_ext.routing.row_costs import RowCosts
 from megatron_ext.training.bad_steps import BadSteps
@@ -213,6 +214,8 @@ def describe(run: Run) -> str:
     layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}{idle}"]
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
+    if parallel.layout:
+        layout[1] += f" of {'+'.join(map(str, layers_of_chunks(parallel.layout)))} layers"
     if parallel.sequence:
         layout.append("sequence parallel")
     fp8 = run.resolved.fp8
