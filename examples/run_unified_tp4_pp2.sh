@@ -34,7 +34,8 @@
 #   RESTARTS      how often failed ranks are started again               3
 #   NNODES        number of machines, or MIN:MAX: the run goes on with   under Slurm those of the job, else 1
 #                 as many as there are
-#   RENDEZVOUS    without Slurm, several machines: HOST[:PORT] of one of them; run this on each of them
+#   MASTER_ADDR MASTER_PORT   without Slurm, several machines: one of them, and a free port there (29500); run this on
+#                 each of them
 #   SRUN          under Slurm: more arguments for srun, such as --container-image=...
 #   MAX_RESTARTS  under Slurm: most requeues of the job                  100
 #   ROOT          the repository, if it is neither that of the script nor the folder of submission
@@ -72,7 +73,6 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-$PYTORCH_CUDA_ALLOC_CONF}
 
-
 gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
 [[ $gpus =~ ^[0-9]+$ ]] || gpus=0
 NPROC=${NPROC:-$((gpus > 0 ? gpus : TP * PP))}
@@ -84,7 +84,7 @@ launch=("$PYTHON" -m megatron_ext.training.launcher --nproc_per_node "$NPROC" --
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     rendezvous=(--standalone)
     [[ $NNODES == 1 ]] || rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$OUTPUT"
-        --rdzv-endpoint "${RENDEZVOUS:?NNODES is $NNODES: set RENDEZVOUS to HOST[:PORT] of one machine}")
+        --rdzv-endpoint "${MASTER_ADDR:?NNODES is $NNODES: set MASTER_ADDR}:${MASTER_PORT:-29500}")
     exec "${launch[@]}" "${rendezvous[@]}" "${train[@]}"
 fi
 
@@ -106,11 +106,12 @@ before=$(newest_checkpoint) stop=
 trap 'stop=USR1' USR1
 trap 'stop=TERM' TERM
 read -ra srun <<<"${SRUN:-}"
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun does not take it from sbatch
 # The launcher's signals are ignored until it is ready for them.
 # shellcheck disable=SC2016
 srun --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 ${srun[@]+"${srun[@]}"} bash -c '
     trap "" USR1 TERM
-    exec "$@" ' launcher "${launch[@]}" "${rendezvous[@]}" "${train[@]}" &
+    exec "$@"' launcher "${launch[@]}" "${rendezvous[@]}" "${train[@]}" &
 step=$! said=
 while kill -0 "$step" 2>/dev/null; do
     if [[ -n $stop ]]; then
