@@ -68,9 +68,7 @@ class RowHashes(Callback):
 
         def recorded(rows: StepRows, step: int):
             packed = read(rows, step)
-            hashes = [
-                hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in packed if (row & TASK != PADDING).any()
-            ]
+            hashes = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in packed if (row & TASK != PADDING).any()]
             line = {"launch": os.environ["FAULT_LAUNCH"], "step": step, "replicas": replicas, "rows": hashes}
             with file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
