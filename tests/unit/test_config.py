@@ -93,7 +93,6 @@ def test_unknown_keys_and_wrong_types_are_named(override, parts):
         (["parallel.virtual_pipeline=2"], 1, ["parallel.virtual_pipeline", "parallel.pipeline > 1"]),
         (["parallel.tensor=2"], 3, ["processes", "(3)"]),
         (["parallel.sequence=true"], 1, ["parallel.sequence", "parallel.tensor > 1"]),
-        (["training.global_batch_size=6"], 2, ["global_batch_size", "(6)", "micro_batch_size", "(4)"]),
         (["data.caption_dropout=1.5"], 1, ["data.caption_dropout", "1.5"]),
         (["optimizer.schedule=wsd"], 1, ["optimizer.wsd_decay_iterations"]),
         (["optimizer.warmup_iterations=100"], 1, ["optimizer.warmup_iterations", "training.iterations"]),
