@@ -24,10 +24,11 @@ VOCABULARY = 2048
 
 @dataclass
 class Passes:
-    """When the passes of a step on this rank began and ended, by the clock that all processes share."""
+    """The passes of a step on this rank: when each began and ended, by the clock that all processes share, and its
+    seconds of a CPU."""
 
-    forward: list[tuple[float, float]] = field(default_factory=list)
-    backward: list[tuple[float, float]] = field(default_factory=list)
+    forward: list[tuple[float, float, float]] = field(default_factory=list)
+    backward: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 def measure(settings: list[str], cases: dict[str, tuple[str, Batch]], repeats: int) -> dict[str, dict]:
@@ -38,8 +39,9 @@ def measure(settings: list[str], cases: dict[str, tuple[str, Batch]], repeats: i
         cases: by name a layout and the rows of the step in the order of its micro-batches.
 
     Returns:
-        For each case the median seconds between the first pass and the end of the last one ("seconds"), and of a step
-        that is simulated from the seconds that each of its passes took ("simulated").
+        For each case medians: the seconds between the first pass and the end of the last one ("seconds"), and those of
+        the step that is simulated from the seconds that each of its passes took ("simulated"), and from the seconds of
+        a CPU that it took, which other processes change less ("of_cpu_seconds").
     """
     parallel_state.initialize_model_parallel(1, dist.get_world_size())
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -70,9 +72,9 @@ def _timed() -> Iterator[Passes]:
 
     def timed(function, times):
         def call(*arguments, **options):
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.thread_time()
             result = function(*arguments, **options)
-            times.append((start, time.perf_counter()))
+            times.append((start, time.perf_counter(), time.thread_time() - busy))
             return result
 
         return call
@@ -88,10 +90,15 @@ def _step(own: Passes) -> dict[str, float]:
     """The figures of a step from the passes of all ranks."""
     ranks: list[Passes] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
-    times = [time for passes in ranks for time in passes.forward + passes.backward]
-    seconds = [[[end - start for start, end in passes] for passes in (p.forward, p.backward)] for p in ranks]
-    simulated = simulate([forward for forward, _ in seconds], len(ranks), backward=[back for _, back in seconds])
-    return {
-        "seconds": max(end for _, end in times) - min(start for start, _ in times),
-        "simulated": simulated.makespan,
-    }
+    passes = [each for rank in ranks for each in rank.forward + rank.backward]
+    figures = {"seconds": max(end for _, end, _ in passes) - min(start for start, *_ in passes)}
+    for name, seconds in (
+        ("simulated", lambda start, end, _: end - start),
+        ("of_cpu_seconds", lambda *times: times[2]),
+    ):
+        forward, backward = (
+            [[seconds(*each) for each in passes] for passes in kind]
+            for kind in ([rank.forward for rank in ranks], [rank.backward for rank in ranks])
+        )
+        figures[name] = simulate(forward, len(ranks), backward=backward).makespan
+    return figures
