@@ -22,8 +22,8 @@ def all_layouts() -> list[str]:
 
 def overrides(layout: str) -> list[str]:
     """Settings of a layout."""
-    keys = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline"}
-    sizes = re.findall(r"(tp|pp|vp)(\d+)", layout)
+    keys = {"tp": "tensor", "cp": "context", "pp": "pipeline", "vp": "virtual_pipeline"}
+    sizes = re.findall(r"(tp|cp|pp|vp)(\d+)", layout)
     if "uneven" in layout.split("-"):
         chunks = math.prod(int(size) for key, size in sizes if key in ("pp", "vp"))
         return [*overrides(layout.replace("-uneven", "")), f"parallel.layout={UNEVEN[chunks]}"]
@@ -33,6 +33,6 @@ def overrides(layout: str) -> list[str]:
 def processes(layout: str) -> int:
     """Number of processes of a layout."""
     total = 1
-    for _, size in re.findall(r"(tp|pp|dp)(\d+)", layout):
+    for _, size in re.findall(r"(tp|cp|pp|dp)(\d+)", layout):
         total *= int(size)
     return total
