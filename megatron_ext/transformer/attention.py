@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_ext.transformer.forward_context import ForwardContext
 from megatron_ext.transformer.kernels.functions import head_norm, query_key_value, unpermute
+from megatron_ext.transformer.key_exchange import query_key_value_of_ranks
 
 
 class UnifiedSelfAttention(SelfAttention):
@@ -24,16 +25,20 @@ class UnifiedSelfAttention(SelfAttention):
         """
         layer = self.layer_number - 1
         route = context.routes[layer]
-        slices, queries, keys = route.slices, route.queries, route.queries
+        slices, queries = route.slices, route.queries
         mixed, key_value = self.linear_qkv(full, slices.full_splits, kv_only, slices.kv_only_splits, norm_weight)
         # Per key/value group its query heads, its key and its value: [n, 1, groups, q + 2, d]
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         mixed = mixed.view(-1, 1, groups, self.num_attention_heads_per_partition // groups + 2, d)
         if key_value is not None:
-            key_value, keys = key_value.view(-1, 1, groups, 2, d), route.keys
+            key_value = key_value.view(-1, 1, groups, 2, d)
         if self.config.qk_layernorm:
             mixed, key_value = self._normed(mixed, key_value)
-        query, key, value = query_key_value(mixed, key_value, queries, keys, context.angles[layer])
+        keys, angles = route.keys or queries, context.angles[layer]
+        if route.exchange is None:
+            query, key, value = query_key_value(mixed, key_value, queries, keys, angles)
+        else:
+            query, key, value = query_key_value_of_ranks(mixed, key_value, queries, keys, angles, route.exchange)
         if context.attend is not None:
             output = context.attend(layer, query, key, value)
         else:
