@@ -50,8 +50,8 @@ class Simulation:
 
 
 def group_size(micro_batches: int, pipeline: int) -> int:
-    """Megatron-Core's ``microbatch_group_size_per_vp_stage`` q for the interleaved schedule: a rank takes q micro-batches
-    through a chunk before it goes to the next chunk.
+    """Megatron-Core's ``microbatch_group_size_per_vp_stage`` q for the interleaved schedule: a rank takes q
+    micro-batches through a chunk before it goes to the next chunk.
 
     The schedule refuses q < P, q > M, and a last group of fewer than P micro-batches. The smallest q that it takes is
     best, since every rank keeps (V - 1) q micro-batches more: P itself where M is a multiple of P.
