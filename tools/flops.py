@@ -17,7 +17,9 @@ from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.config_checks import validate_evaluation
 from megatron_ext.files import write_json
+from megatron_ext.routing.balance_summary import describe_balance, summarize_balance
 from megatron_ext.routing.document_mix import mix_batch
+from megatron_ext.routing.pipeline_layout import even_counts, layout_string
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.summary import describe, summarize
 from megatron_ext.training.config_checks import validate
@@ -32,6 +34,11 @@ def main() -> None:
     options = _arguments()
     settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
     config = config_file.load(Config, [s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+    if options.balance and not config.parallel.layout:
+        # Layers need not divide by stages, since a layout is what is asked for.
+        chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+        if config.model.num_layers % chunks:
+            config.parallel.layout = layout_string(even_counts(config.model.num_layers, chunks))
     validate(config, config.parallel.tensor * config.parallel.pipeline)
     validate_evaluation(config)
     if options.paper:
@@ -49,6 +56,9 @@ def main() -> None:
         batch = mix_batch(options.mix, config.model.image_codes.depth, config.data.generation_text)
         numbers = {"mix": options.mix} | summarize(config, options.vocabulary or size, batch, options.logits == "all")
         text = describe(numbers)
+        if options.balance:
+            numbers["balance"] = summarize_balance(config, options.vocabulary or size, options.mix, options.balance)
+            text += "\n\n" + describe_balance(numbers["balance"])
     print(text)
     if options.json:
         write_json(options.json, numbers)
@@ -72,6 +82,12 @@ def _arguments() -> argparse.Namespace:
         help="positions of the output head: tokens with a loss, as in training (default), or all tokens that are "
         "FULL in the last layer",
     )
+    arguments.add_argument(
+        "--balance",
+        type=int,
+        metavar="MICRO_BATCHES",
+        help="also choose parallel.layout, for steps of so many micro-batches per replica, and simulate the gain",
+    )
     output = arguments.add_mutually_exclusive_group()
     output.add_argument("--plan", action="store_true", help="only show the table of roles")
     output.add_argument("--paper", action="store_true", help="only compare with published FLOPs (arXiv 2606.01503)")
@@ -92,6 +108,8 @@ def _arguments() -> argparse.Namespace:
         arguments.error("--tokens needs --paper")
     if options.tokens is not None and not 0 < options.tokens < math.inf:
         arguments.error(f"--tokens {options.tokens:g}: must be above 0")
+    if options.balance is not None and options.balance < 1:
+        arguments.error(f"--balance {options.balance}: must be at least 1")
     options.gpu, options.mfu = options.gpu or GPU, MFU if options.mfu is None else options.mfu
     if not 0 < options.mfu <= 1:
         arguments.error(f"--mfu {options.mfu:g}: must be above 0 and at most 1")
