@@ -24,7 +24,7 @@ from megatron_ext import command_line, config_file, files
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.planning.devices import DEVICES
-from megatron_ext.planning.memory import rank_memory
+from megatron_ext.planning.memory import MicroBatchMemory, rank_memory
 from megatron_ext.planning.workload import Workload
 from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.plan import Plan
@@ -114,7 +114,8 @@ def predict(config: Config, world_size: int) -> list[tuple[int, int]]:
     """The same as :func:`measure` for a rank of each pipeline stage, as predicted."""
     batch = rows_of_documents(config.training.global_batch_size, config.data.sequence_length)
     workload = Workload.of_batch(batch, Plan.from_config(config))
-    ranks = rank_memory(config, workload, VOCABULARY, world_size, DEVICES["cpu"])
+    sizes = MicroBatchMemory(config, workload, VOCABULARY, DEVICES["cpu"])
+    ranks = rank_memory(config, sizes, VOCABULARY, world_size, DEVICES["cpu"])
     return [(rank.static, rank.total) for rank in ranks]
 
 

@@ -18,10 +18,11 @@ from megatron_ext.config import Config, ModelConfig
 from megatron_ext.planning.devices import Device
 from megatron_ext.planning.workload import Workload, of_role
 from megatron_ext.routing import memory
-from megatron_ext.routing.flops import projection_shapes, stage_layers
+from megatron_ext.routing.flops import projection_shapes
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.image_code_costs import depth_head_parameters, projector_parameters
 from megatron_ext.routing.pipeline import Task, order
+from megatron_ext.routing.pipeline_layout import stage_layers
 from megatron_ext.routing.plan import Plan, Projections, Role
 
 
@@ -50,18 +51,19 @@ class RankMemory:
 
 
 def rank_memory(
-    config: Config, workload: Workload, vocab_size: int, world_size: int, device: Device
+    config: Config, sizes: "MicroBatchMemory", vocab_size: int, world_size: int, device: Device
 ) -> list[RankMemory]:
     """The memory of a rank of each pipeline stage.
 
     Args:
+        sizes: of micro-batches under ``config``, or one that differs in pipeline stages alone.
         vocab_size: rows of the embedding, padded.
     """
     parallel = config.parallel
     chunks = chunk_layers(config)
-    sizes = MicroBatchMemory(config, workload, vocab_size, device)
     of_chunks = [sizes.chunk(layers, number, len(chunks)) for number, layers in enumerate(chunks)]
-    micro_batches = max(1, config.micro_batches(world_size))
+    # The peak is there once the pipeline has filled.
+    micro_batches = simulated_micro_batches(config, world_size)
     heaviest = np.argsort(-sum(chunk.kept for chunk in of_chunks)).tolist()
     shards = config.data_parallel(world_size) * parallel.context
     result = []
@@ -78,14 +80,18 @@ def rank_memory(
     return result
 
 
+def simulated_micro_batches(config: Config, world_size: int) -> int:
+    """A number of micro-batches, at most those of a step, that shows what a schedule does: the pipeline fills, goes on,
+    and drains."""
+    pipeline, number = config.parallel.pipeline, config.micro_batches(world_size)
+    return number if number <= 6 * pipeline else 4 * pipeline + number % pipeline
+
+
 def chunk_layers(config: Config) -> list[list[int]]:
     """Layers of each of the P * V chunks of the model, in order."""
     parallel = config.parallel
-    stages, virtual = stage_layers(config.model.num_layers, parallel.pipeline, parallel.virtual_pipeline), []
-    size = config.model.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
-    for chunk in range(parallel.virtual_pipeline):
-        virtual += [layers[chunk * size : (chunk + 1) * size] for layers in stages]
-    return virtual
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    return stage_layers(config.model.num_layers, chunks, layout=parallel.layout)
 
 
 def bytes_per_parameter(config: Config, shards: int) -> float:

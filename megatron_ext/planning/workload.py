@@ -1,6 +1,6 @@
 """What the rows of a run hold, as far as their cost depends on it: counts of tokens, from a mix or from prepared data."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
@@ -88,7 +88,7 @@ class Workload:
                 row.append((chosen, min(1.0, (length - used) / lengths[chosen])))
                 used += lengths[chosen]
             left = 0.0
-            rows.append(reduce(Counts.__add__, (_scaled(documents[i], share) for i, share in row)))
+            rows.append(reduce(Counts.__add__, (documents[i].scaled(share) for i, share in row)))
         return cls(plan, tuple(rows), 1.0, int(lengths.max()))
 
 
@@ -110,13 +110,3 @@ def _mask_bytes(batch: Batch, plan: Plan) -> list[int]:
 
 def _cut(batch: Batch, start: int, stop: int) -> Batch:
     return batch.map(lambda field: field[:, start:stop])
-
-
-def _scaled(counts: Counts, share: float) -> Counts:
-    """The counts of a part of a document; of attention's pairs an equal part."""
-    if share == 1:
-        return counts
-    scaled = [round(n * share) for n in counts.tokens]
-    visible = tuple(tuple(round(n * share) for n in layer) for layer in counts.visible)
-    numbers = {name: round(getattr(counts, name) * share) for name in ("logits", "images", "codes")}
-    return replace(counts, tokens=tuple(scaled), visible=visible, **numbers)
