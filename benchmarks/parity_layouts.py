@@ -18,14 +18,14 @@ def all_layouts() -> list[str]:
 
 def overrides(layout: str) -> list[str]:
     """Settings of a layout."""
-    keys = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline"}
-    sizes = re.findall(r"(tp|pp|vp)(\d+)", layout)
+    keys = {"tp": "tensor", "cp": "context", "pp": "pipeline", "vp": "virtual_pipeline"}
+    sizes = re.findall(r"(tp|cp|pp|vp)(\d+)", layout)
     return [f"parallel.{keys[k]}={n}" for k, n in sizes] + ["parallel.sequence=true"] * ("sp" in layout.split("-"))
 
 
 def processes(layout: str) -> int:
     """Number of processes of a layout."""
     total = 1
-    for _, size in re.findall(r"(tp|pp|dp)(\d+)", layout):
+    for _, size in re.findall(r"(tp|cp|pp|dp)(\d+)", layout):
         total *= int(size)
     return total

@@ -15,7 +15,7 @@ def validate_model(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
     check_at_least_one("model", model, *sizes)
-    check_at_least_one("parallel", config.parallel, "tensor", "pipeline", "virtual_pipeline")
+    check_at_least_one("parallel", config.parallel, "tensor", "context", "pipeline", "virtual_pipeline")
     heads = ("model.num_attention_heads", model.num_attention_heads)
     groups = ("model.num_query_groups", model.num_query_groups)
     if model.head_size == model.hidden_size // model.num_attention_heads:
@@ -115,8 +115,11 @@ def validate_layout(config: Config, world_size: int) -> None:
         raise UserError(
             f"config: 'parallel.virtual_pipeline' is {parallel.virtual_pipeline}, needs parallel.pipeline > 1"
         )
-    processes = parallel.tensor * parallel.pipeline
-    check_divisible("number of processes", world_size, "parallel.tensor x parallel.pipeline", processes)
+    processes = parallel.tensor * parallel.context * parallel.pipeline
+    named = "parallel.tensor x parallel.context x parallel.pipeline"
+    if parallel.context == 1:
+        named = "parallel.tensor x parallel.pipeline"
+    check_divisible("number of processes", world_size, named, processes)
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("config: 'parallel.sequence' is true, needs parallel.tensor > 1")
 
