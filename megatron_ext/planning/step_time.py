@@ -199,7 +199,10 @@ def step_time(
     more = (micro_batches - shown) / sampled
     makespan = simulated.makespan + more * max(of_rank)
     busy = sum(simulated.busy) / pipeline + more * sum(of_rank) / pipeline
-    per_rank = [stage_parameters(config, vocab_size, chunks[rank::pipeline], rank) for rank in range(pipeline)]
+    per_rank = [
+        stage_parameters(config, workload.plan.projections, vocab_size, chunks[rank::pipeline], rank)
+        for rank in range(pipeline)
+    ]
     exposed = max(
         _replica_seconds(
             config, device, per_rank[rank], replicas, sum(backward[c][0] for c in range(rank, len(chunks), pipeline))

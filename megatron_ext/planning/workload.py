@@ -1,7 +1,7 @@
 """What the rows of a run hold, as far as their cost depends on it: counts of tokens, from a mix or from prepared data."""
 
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
 
 import numpy as np
 
@@ -32,17 +32,21 @@ class Workload:
     fill: float
     longest: int
     batch: Batch | None = None
+    _micro_batches: dict[int, list[Counts]] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def counts(self) -> Counts:
         """Counts of all sampled rows."""
         return reduce(Counts.__add__, self.rows)
 
-    def micro_batches(self, size: int, most: int = 64) -> list[Counts]:
+    def micro_batches(self, size: int, most: int = 32) -> list[Counts]:
         """Counts of micro-batches of ``size`` neighbours, at least one and of about ``most`` rows in all."""
-        count = max(1, min(len(self.rows), most) // size)
-        chosen = [self.rows[i % len(self.rows)] for i in range(size * count)]
-        return [reduce(Counts.__add__, chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        if size not in self._micro_batches:
+            count = max(1, min(len(self.rows), most) // size)
+            chosen = [self.rows[i % len(self.rows)] for i in range(size * count)]
+            parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+            self._micro_batches[size] = [reduce(Counts.__add__, part) for part in parts]
+        return self._micro_batches[size]
 
     def device_bytes(self, device: Device, config: Config) -> np.ndarray:
         """Bytes that attention's masks take on CPUs, [micro-batches, layers]; zeros on GPUs and where the documents are
