@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, read_state
+from megatron_ext.checkpoints.errors import DamageError
 from megatron_ext.config import Config
 from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.errors import UserError
@@ -168,8 +169,16 @@ def _published_start(config: Config, vocabulary: Vocabulary) -> ModelFolder | No
 
 def _resume(run: Run, path: Path) -> None:
     """Resume from a checkpoint in the output folder."""
-    _require_same_roles(run, path)
-    state = run.checkpoints.load(path, run.chunks, run.optimizer, run.identity)
+    try:
+        _require_same_roles(run, path)
+        state = run.checkpoints.load(path, run.chunks, run.optimizer, run.identity)
+    except DamageError as error:
+        older = run.checkpoints.set_aside(path) if run.config.checkpoint.on_damage == "older" else None
+        if older is None:
+            raise
+        fault = str(error).partition("; ")[0]
+        distributed.report(f"{fault}; {path.name} is renamed {path.name}.damaged, resuming from {older.name}")
+        return _resume(run, older)
     run.progress = Progress(**state["progress"])
     if run.progress.bad_steps:
         run.bad_steps.load_state_dict(run.progress.bad_steps)
