@@ -1,0 +1,109 @@
+"""Injects faults into real runs of a tiny model and records what each run does about them.
+
+    python benchmarks/faults.py --markdown docs/faults.md
+    python benchmarks/faults.py --only 3,10 --json faults.json
+
+Every case starts pretrain_unified.py under torchrun over gloo, harms it from outside or by a callback, and checks the
+outcome. A file of --json keeps the outcomes: cases that passed are not run again unless --only names them.
+"""
+
+import importlib
+import pkgutil
+import tempfile
+import time
+from pathlib import Path
+
+import fault_cases
+from fault_cases import harness
+from megatron_ext import command_line, files
+from megatron_ext.errors import UserError
+
+HEAD = """# Faults
+
+What a run does when something breaks. Every row is a real run of a tiny model under torchrun over gloo, on a CPU, to
+which the fault was done; `python benchmarks/faults.py --markdown docs/faults.md` makes this page. Seconds are of the
+whole case; starting programs takes most of them.
+
+| # | fault | expected | outcome | s |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def main() -> None:
+    parser = command_line.parser(__doc__.splitlines()[0], "python benchmarks/faults.py --only 1,16")
+    parser.add_argument("--only", default="", metavar="1,2", help="numbers of the cases to run, done or not")
+    parser.add_argument("--list", action="store_true", help="only list the cases")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the runs in this folder")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of all recorded outcomes")
+    arguments = parser.parse_args()
+    _load()
+    if arguments.list:
+        for number, case in sorted(harness.CASES.items()):
+            print(f"{number:3} {case.title}: {case.expected}")
+        return
+    record = arguments.json or Path(__file__).parent / "results" / "faults.json"
+    done = files.read_json(record) if record.exists() else {}
+    for number in _chosen(arguments.only, done):
+        done[str(number)] = outcome = _run(harness.CASES[number], arguments.keep)
+        print(
+            f"{number:3} {'passed' if outcome['passed'] else 'FAILED'} ({outcome['seconds']} s): {outcome['outcome']}"
+        )
+        files.write_json(record, dict(sorted(done.items(), key=lambda item: int(item[0]))))
+    if arguments.markdown:
+        files.write_text(
+            arguments.markdown, HEAD + "".join(_row(number, done[number]) for number in sorted(done, key=int))
+        )
+    failed = [number for number in sorted(done, key=int) if not done[number]["passed"]]
+    if failed:
+        raise UserError(f"cases that failed: {', '.join(failed)}")
+
+
+def _load() -> None:
+    """Import every file of cases."""
+    for module in pkgutil.iter_modules(fault_cases.__path__):
+        if module.name != "injections":
+            importlib.import_module(f"fault_cases.{module.name}")
+
+
+def _chosen(only: str, done: dict) -> list[int]:
+    try:
+        numbers = [int(number) for number in only.split(",") if number]
+    except ValueError:
+        raise UserError(f"--only {only}: expected numbers, such as 1,16") from None
+    if unknown := [number for number in numbers if number not in harness.CASES]:
+        raise UserError(f"--only {only}: no case {unknown[0]}; --list shows them")
+    left = [number for number in sorted(harness.CASES) if not done.get(str(number), {}).get("passed")]
+    return numbers or left
+
+
+def _run(case: harness.Case, keep: Path | None) -> dict:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+        folder = (keep or Path(scratch)).resolve() / f"case-{case.number}"
+        folder.mkdir(parents=True)
+        try:
+            outcome, passed = case.function(folder), True
+        except (harness.Missed, OSError, AssertionError) as error:
+            outcome, passed = f"{error}".replace("\n", " ")[:1000] or type(error).__name__, False
+        finally:
+            harness.end_all()
+        outcome = outcome.replace(str(folder), "RUN").replace(str(harness.ROOT), ".")
+    seconds = round(time.monotonic() - started)
+    return {
+        "title": case.title,
+        "expected": case.expected,
+        "outcome": outcome,
+        "passed": passed,
+        "seconds": seconds,
+    }
+
+
+def _row(number: str, entry: dict) -> str:
+    cells = [number, entry["title"], entry["expected"], entry["outcome"], str(entry["seconds"])]
+    if not entry["passed"]:
+        cells[3] = f"**failed**: {cells[3]}"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
+
+
+if __name__ == "__main__":
+    command_line.run(main)
