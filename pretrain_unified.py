@@ -23,11 +23,13 @@ def main() -> None:
     from megatron_ext.training.config_checks import validate
     from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
+    from megatron_ext.training.output_lock import hold_output
     from megatron_ext.training.run import build_run, describe
 
     validate(config, distributed.world_size())
     validate_callbacks(config)
     distributed.initialize(config)
+    hold_output(config.output)
     run = build_run(config)
     callbacks = build_callbacks(run)
     distributed.report(describe(run))

@@ -11,17 +11,18 @@ is stale, and taken over, if
 A holder that finds its lock taken over, because it was suspended for so long, ends at once and writes nothing more.
 """
 
+import atexit
+import errno
 import json
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from megatron_ext.distributed import from_rank_zero, report
+from megatron_ext.distributed import from_rank_zero
 from megatron_ext.errors import UserError
 
 HEARTBEAT_SECONDS = 10.0
@@ -29,19 +30,19 @@ STALE_SECONDS = 60.0
 LOST_EXIT_CODE = 1
 
 
-@contextmanager
-def output_lock(output: str | Path) -> Iterator[None]:
-    """Hold ``OUTPUT/LOCK`` on rank 0 while the run lasts. Collective.
+class OutputInUse(UserError):
+    """Another run trains in the folder."""
+
+
+def hold_output(output: str | Path) -> None:
+    """Hold ``OUTPUT/LOCK`` on rank 0 until the program ends, however it ends. Collective.
 
     Raises:
-        UserError: another run holds it; names the host, process, job and times.
+        OutputInUse: another run holds it; names the host, process, job and times.
     """
     lock = OutputLock(Path(output))
     from_rank_zero(lock.acquire)
-    try:
-        yield
-    finally:
-        lock.release()
+    atexit.register(lock.release)
 
 
 class OutputLock:
@@ -56,7 +57,7 @@ class OutputLock:
         self,
         output: Path,
         environment: Mapping[str, str] = os.environ,
-        say: Callable[[str], None] = report,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
         heartbeat: float = HEARTBEAT_SECONDS,
         stale: float = STALE_SECONDS,
     ):
@@ -70,7 +71,7 @@ class OutputLock:
         """Take the lock, and keep renewing it in a thread.
 
         Raises:
-            UserError: another run holds it.
+            OutputInUse: another run holds it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while not self._create():
@@ -80,34 +81,47 @@ class OutputLock:
 
     def release(self) -> None:
         """Give the lock back; does nothing without it."""
-        if self._thread:
+        if self._thread and self._own["pid"] == os.getpid():  # not a forked process
             self._ended.set()
             self._thread.join()
             self._thread = None
-            if self._is_own():
+            if _read(self.path).get("token") == self._own["token"]:
                 self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
+        text = json.dumps(self._own, indent=2) + "\n"
         draft = self.path.with_name(f".LOCK.{self._own['token']}")
         try:
-            draft.write_text(json.dumps(self._own, indent=2) + "\n")
+            draft.write_text(text)
             os.link(draft, self.path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            return self._create_without_links(text)
         finally:
             draft.unlink(missing_ok=True)
+        return True
+
+    def _create_without_links(self, text: str) -> bool:
+        try:
+            with open(self.path, "x") as stream:
+                stream.write(text)
+        except FileExistsError:
+            return False
         return True
 
     def _take_over_if_stale(self) -> None:
         """Remove the lock that is there if it is stale.
 
         Raises:
-            UserError: it is not.
+            OutputInUse: it is not.
         """
         holder = _read(self.path)
         reason = _why_stale(holder, self._own) or self._watch(holder)
         if reason is None:
-            raise UserError(f"{self.path.parent}: {_described(holder, self.path)}")
+            raise OutputInUse(f"{self.path.parent}: {_described(holder, self.path)}")
         # Whoever renames first takes over. A lock that a third run has made meanwhile is put back.
         aside = self.path.with_name(f".LOCK.{self._own['token']}.stale")
         try:
@@ -146,19 +160,15 @@ class OutputLock:
     def _renew(self) -> None:
         while not self._ended.wait(self._heartbeat):
             try:
-                if not self._is_own():
-                    self._lost()
+                holder = json.loads(self.path.read_text())
+                if holder.get("token") != self._own["token"]:
+                    self._say(f"{self.path}: taken over by {_process(holder)}, because this run was suspended; it ends")
+                    os._exit(LOST_EXIT_CODE)
                 os.utime(self.path)
-            except OSError:  # a file system that is away for a while
+            except FileNotFoundError:  # somebody removed it
+                self._create()
+            except (OSError, ValueError):  # a file system that is away for a while
                 continue
-
-    def _is_own(self) -> bool:
-        return _read(self.path).get("token") == self._own["token"]
-
-    def _lost(self) -> None:
-        holder = _read(self.path)
-        self._say(f"{self.path}: was taken over by {_process(holder)} while this run was suspended; this run ends")
-        os._exit(LOST_EXIT_CODE)
 
 
 def _identity(environment: Mapping[str, str]) -> dict:
@@ -219,9 +229,10 @@ def _described(holder: dict, path: Path) -> str:
 
 
 def _modified(path: Path) -> int | None:
-    """Nanoseconds."""
+    """Nanoseconds. The file is opened: a network file system then asks its server, not its cache."""
     try:
-        return path.stat().st_mtime_ns
+        with open(path) as stream:
+            return os.fstat(stream.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
 
