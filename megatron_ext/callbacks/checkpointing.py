@@ -31,9 +31,11 @@ class Checkpointing(Callback):
 
     def after_step(self, run: Run, record: StepRecord) -> None:
         self._attempt(run.checkpoints.poll)  # completes an asynchronous save
-        interval = run.config.checkpoint.interval
-        if interval and record.iteration % interval == 0:
+        checkpoint = run.config.checkpoint
+        if checkpoint.interval and record.iteration % checkpoint.interval == 0:
             self._save(run)
+        elif checkpoint.local_interval and record.iteration % checkpoint.local_interval == 0:
+            self._save_locally(run)
 
     def on_train_end(self, run: Run) -> None:
         self._attempt(run.checkpoints.finish)
@@ -41,19 +43,22 @@ class Checkpointing(Callback):
             self._failures = MAX_FAILURES - 1  # no other attempt follows
             self._save(run)
             self._attempt(run.checkpoints.finish)
+        if run.checkpoints.local:
+            run.checkpoints.local.finish()
+            if run.progress.iteration >= run.config.training.iterations:
+                run.checkpoints.local.keep(lambda file: False)
 
     def _save(self, run: Run) -> None:
         self._attempt(run.checkpoints.finish)
         started = time.perf_counter()
-        state = {
-            "progress": dataclasses.asdict(run.progress),
-            "config": dataclasses.asdict(run.config),
-            "data": run.train_data.fingerprint,
-            **run.identity,
-        }
         self._saving = run.progress.iteration
-        if self._attempt(lambda: run.checkpoints.save(self._saving, run.chunks, run.optimizer, state)):
+        if self._attempt(lambda: run.checkpoints.save(self._saving, run.chunks, run.optimizer, _state(run))):
             report(f"checkpoint of iteration {self._saving} ({time.perf_counter() - started:.1f} s)")
+
+    def _save_locally(self, run: Run) -> None:
+        started = time.perf_counter()
+        run.checkpoints.local.save(run.progress.iteration, run.chunks, run.optimizer, _state(run))
+        self.seconds += time.perf_counter() - started
 
     def _attempt(self, act: Callable[[], bool]) -> bool:
         """Call ``act``, which returns whether a checkpoint became complete. False if one could not be written."""
@@ -73,6 +78,15 @@ class Checkpointing(Callback):
         finally:
             self.seconds += time.perf_counter() - started
         return True
+
+
+def _state(run: Run) -> dict:
+    return {
+        "progress": dataclasses.asdict(run.progress),
+        "config": dataclasses.asdict(run.config),
+        "data": run.train_data.fingerprint,
+        **run.identity,
+    }
 
 
 class CheckpointSeconds(Callback):

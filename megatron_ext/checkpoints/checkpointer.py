@@ -23,6 +23,7 @@ from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints import state as checkpoint_state
 from megatron_ext.checkpoints import writer as checkpoint_writer
 from megatron_ext.checkpoints.errors import WriteError, cause, writing
+from megatron_ext.checkpoints.local import LocalCheckpoints, LocalPoint
 from megatron_ext.distributed import from_rank_zero, gather_weights
 from megatron_ext.errors import UserError
 
@@ -35,14 +36,16 @@ class Checkpointer:
     Every method is collective: all ranks call it in the same order.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, asynchronous: bool = False):
+    def __init__(self, folder: Path, keep: int = 2, asynchronous: bool = False, local: LocalCheckpoints | None = None):
         """
         Args:
             folder: holds one ``iter_NNNNNNN`` per checkpoint.
             keep: number of newest checkpoints to keep; 0: all.
             asynchronous: write in a forked process while training continues. Call :meth:`poll` each iteration and
                 :meth:`finish` at the end: a written checkpoint is completed only there.
+            local: checkpoints on the disks of the nodes, which a run may resume from too.
         """
+        self.local = local
         self.folder = Path(folder)
         self.keep = keep
         self.asynchronous = asynchronous
@@ -122,6 +125,19 @@ class Checkpointer:
         checkpoints = from_rank_zero(lambda: checkpoint_folder.checkpoints(self.folder))
         return checkpoints[-1] if checkpoints else None
 
+    def resume_point(self) -> Path | LocalPoint | None:
+        """What a run resumes from: the newest checkpoint, or a newer local one; None: there is neither."""
+        newest = self.newest()
+        local = self.local.newest() if self.local else None
+        if local and (newest is None or local.iteration > checkpoint_folder.iteration_of(newest)):
+            return local
+        return newest
+
+    def forget_after(self, iteration: int) -> None:
+        """Delete local checkpoints of later iterations: the run goes on from this one, maybe otherwise than before."""
+        if self.local:
+            self.local.keep(lambda file: file.iteration <= iteration)
+
     def set_aside(self, path: Path) -> Path | None:
         """Rename the damaged checkpoint ``path`` to ``iter_NNNNNNN.damaged`` if there is an older one.
 
@@ -138,14 +154,14 @@ class Checkpointer:
 
         return from_rank_zero(rename)
 
-    def load(self, path: Path, model: list[nn.Module], optimizer, expected: dict | None = None) -> dict:
+    def load(self, path: Path | LocalPoint, model: list[nn.Module], optimizer, expected: dict | None = None) -> dict:
         """Load a saved run under the same layout or another one.
 
         Every file is first read in full by one rank to verify its checksum, then by each rank that needs part of it.
         Random generators are restored under the same layout; under another one they stay as seeded, which is logged.
 
         Args:
-            path: the checkpoint's folder.
+            path: the checkpoint's folder, or a local checkpoint of the same layout.
             model: this rank's model chunks; any tensor, pipeline, virtual pipeline and data parallel size.
             optimizer: Megatron-Core's, distributed or not, however it was saved.
             expected: sections that the checkpoint's state must match, see :func:`check_compatible`.
@@ -157,6 +173,8 @@ class Checkpointer:
             DamageError: a file of the checkpoint is missing or damaged.
             UserError: the contents of the checkpoint do not fit.
         """
+        if isinstance(path, LocalPoint):
+            return self.local.load(path, model, optimizer, expected or {})
         marker = checks.verified(path, expected)
         stored = checks.stored_shapes(path)
         if not any(key.startswith("optimizer.") for key in stored):

@@ -6,8 +6,8 @@ import pytest
 from megatron_ext import config_file
 from megatron_ext.config import Config, micro_batch_count
 from megatron_ext.data.composition import Composition, rise_and_fall, shares_of, spread
-from megatron_ext.data.packed_rows import NO_ROW, PackedRows
 from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT
+from megatron_ext.data.packed_rows import NO_ROW, PackedRows
 from megatron_ext.routing.flops import count, dense, forward_flops
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.row_costs import RowCosts
