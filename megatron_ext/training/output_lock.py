@@ -72,10 +72,14 @@ class OutputLock:
 
         Raises:
             OutputInUse: another run holds it.
+            UserError: the folder cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            self._take_over_if_stale()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                self._take_over_if_stale()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
         self._thread = threading.Thread(target=self._renew, name="output lock", daemon=True)
         self._thread.start()
 
