@@ -51,11 +51,13 @@ def pretrain(config: Config) -> None:
     from megatron_ext.callbacks import build_callbacks
     from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
+    from megatron_ext.training.output_lock import OutputInUse, hold_output
     from megatron_ext.training.run import build_run, describe
 
     output = Path(config.output)
     try:
         distributed.initialize(config)
+        hold_output(output)
         run = build_run(config)
         callbacks = build_callbacks(run)
         distributed.report(describe(run))
@@ -72,6 +74,8 @@ def pretrain(config: Config) -> None:
             if complete:
                 mark_finished(output, run.progress.iteration)
             starts.record_end(output, run.progress.iteration, complete)
+    except OutputInUse:  # the folder is another run's
+        raise
     except Exception as error:
         starts.record_error(output, int(os.environ.get("RANK", 0)), error)
         raise
