@@ -24,24 +24,26 @@ def main() -> None:
     from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
     from megatron_ext.training.run import build_run, describe
+    from megatron_ext.training.watch import watching
 
     validate(config, distributed.world_size())
     validate_callbacks(config)
     distributed.initialize(config)
-    run = build_run(config)
-    callbacks = build_callbacks(run)
-    distributed.report(describe(run))
-    rows = config.training.iterations * config.training.global_batch_size
-    distributed.report(run.train_data.tree(rows, config.data.sequence_length))
-    output = Path(config.output)
-    if distributed.is_logging_rank():
-        output.mkdir(parents=True, exist_ok=True)
-        config_file.write_yaml(output / "config.yaml", run.config)
-        if run.progress.iteration < config.training.iterations:
-            clear_finished(output)
-    if train(run, callbacks) and distributed.is_logging_rank():
-        mark_finished(output, run.progress.iteration)
-    distributed.report(f"trained to iteration {run.progress.iteration}: {output}")
+    with watching(config):
+        run = build_run(config)
+        callbacks = build_callbacks(run)
+        distributed.report(describe(run))
+        rows = config.training.iterations * config.training.global_batch_size
+        distributed.report(run.train_data.tree(rows, config.data.sequence_length))
+        output = Path(config.output)
+        if distributed.is_logging_rank():
+            output.mkdir(parents=True, exist_ok=True)
+            config_file.write_yaml(output / "config.yaml", run.config)
+            if run.progress.iteration < config.training.iterations:
+                clear_finished(output)
+        if train(run, callbacks) and distributed.is_logging_rank():
+            mark_finished(output, run.progress.iteration)
+        distributed.report(f"trained to iteration {run.progress.iteration}: {output}")
     distributed.shut_down()
 
 

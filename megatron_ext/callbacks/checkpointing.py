@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 from megatron_ext.distributed import report
+from megatron_ext.training import watch
 from megatron_ext.training.callback import Callback, StepRecord
 from megatron_ext.training.run import Run
 
@@ -19,13 +20,16 @@ class Checkpointing(Callback):
         interval = run.config.checkpoint.interval
         if interval and record.iteration % interval == 0:
             self._save(run)
+            watch.at(record.iteration, "callbacks")
 
     def on_train_end(self, run: Run) -> None:
         if self._saved != run.progress.iteration or run.checkpoints.newest() is None:
             self._save(run)
+        watch.at(run.progress.iteration, "save")
         run.checkpoints.finish()
 
     def _save(self, run: Run) -> None:
+        watch.at(run.progress.iteration, "save")
         started = time.perf_counter()
         state = {
             "progress": dataclasses.asdict(run.progress),

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data import reading
 from megatron_ext.data.vq_metadata import check_codebook, codes_of_image, depth_of, grid_text
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
@@ -201,6 +202,7 @@ class Dataset:
             raise UserError(f"{prefix}.json: 'documents' is {self.metadata['documents']}, the index holds {len(self)}")
 
     def _open(self) -> None:
+        reading.note(_file(self.prefix, "idx"))
         index = np.asarray(np.memmap(_file(self.prefix, "idx"), mode="r"))
         magic, version, code, sequences, ends = _INDEX_HEADER.unpack(bytes(index[: _INDEX_HEADER.size]))
         if (magic, version, code) != (_INDEX_MAGIC, 1, _INT32_CODE):
@@ -216,7 +218,9 @@ class Dataset:
         self.sequence_pointers = take(np.int64, sequences)
         self.document_ends = take(np.int64, ends)
         self.sequence_modes = take(np.int8, sequences)
+        reading.note(_file(self.prefix, "bin"))
         self.tokens = np.asarray(np.memmap(_file(self.prefix, "bin"), dtype=np.int32, mode="r"))
+        reading.note(None)
 
     def __getstate__(self):
         return {"prefix": self.prefix, "metadata": self.metadata}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.config import DataConfig
-from megatron_ext.data import counter_random, packed_tokens
+from megatron_ext.data import counter_random, packed_tokens, reading
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.mixture import Mixture, Samples
 from megatron_ext.data.packed_tokens import unpack
@@ -124,6 +124,7 @@ class PackedRows:
                 document, dropped = chunk.samples.document[sample[own]], chunk.samples.dropped[sample[own]]
                 pieces = DocumentPieces(document, dropped, start[own], stop[own], places[own])
                 generation_text = self.mixture.generation_text
+                reading.note(f"{source.path}.bin")
                 render(buffer, source.dataset, pieces, source.layout, self.mixture.special, generation_text)
         buffer.mark(row_place + np.diff(row_filled), row_place + self.length, packed_tokens.PADDING)
 

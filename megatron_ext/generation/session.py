@@ -18,6 +18,7 @@ from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
+from megatron_ext.training import watch
 from megatron_ext.vq.image_decoder import PillowDecoder
 from megatron_ext.vq.pixels import from_bytes, to_picture
 
@@ -209,7 +210,8 @@ class Session:
         self._report(f"{len(requests)} {kind}; cache of keys and values: {memory / 2**20:.1f} MiB on each device")
         continuations = []
         with command_line.progress(desc=kind, unit=" tokens") as bar:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                watch.enter("evaluate", number)
                 continuations += self.generator(batch, sampling, bar.update)
         shares: list = [None] * replicas
         dist.all_gather_object(shares, continuations, parallel_state.get_data_parallel_group())
