@@ -36,6 +36,7 @@ def validation_losses(run: Run) -> dict[str, float]:
         0,
         num_steps=config.training.validation_batches,
         prepare=run.preparation(training=False),
+        composition=run.composition(training=False),
     )
     with evaluation_mode(run.chunks):
         sums, counts = map(sum, zip(*(evaluate_step(run.chunks, step, config) for step in steps)))

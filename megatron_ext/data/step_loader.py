@@ -15,11 +15,13 @@ import torch.distributed as dist
 from megatron_ext.config import DataConfig
 from megatron_ext.data import dali_loader
 from megatron_ext.data.mixture import Mixture
-from megatron_ext.data.packed_rows import PackedRows, StepRows
+from megatron_ext.data.composition import Composition
+from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.data.packed_tokens import Unpack
 from megatron_ext.data.plain_loader import PlainLoader
 from megatron_ext.data.rank_info import RankInfo
 from megatron_ext.data.serialization import from_bytes
+from megatron_ext.data.step_rows import StepRows
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
 
@@ -32,11 +34,12 @@ def step_batches(
     *,
     num_steps: int | None = None,
     prepare: Callable[[np.ndarray, int], object] | None = None,
+    composition: Composition | None = None,
 ) -> "StepBatches":
     """The steps of this process's replica, as ``prepare`` makes them of its rows; see :class:`StepBatches`. The default
     is :class:`~megatron_ext.data.packed_tokens.Unpack`."""
     prepare = prepare or Unpack(mixture.special.pad, mixture.depth, mixture.special.image_offset)
-    return StepBatches(mixture, data_config, rows_per_step, start_step, prepare, num_steps)
+    return StepBatches(mixture, data_config, rows_per_step, start_step, prepare, num_steps, composition)
 
 
 class StepBatches:
@@ -49,6 +52,7 @@ class StepBatches:
         prepare: runs in the worker processes, so it must pickle; called with the replica's rows of a step as packed
             tokens (:mod:`megatron_ext.data.packed_tokens`), int32 [rows, numbers of a row], and the step's number.
         num_steps: steps of the run, counted from step 0; None: without end.
+        composition: how the replicas' rows are cut; see :class:`~megatron_ext.data.step_rows.StepRows`.
 
     Attributes:
         wait_seconds: time spent waiting for the last step that ``next()`` returned.
@@ -62,6 +66,7 @@ class StepBatches:
         start_step: int,
         prepare: Callable[[np.ndarray, int], object],
         num_steps: int | None = None,
+        composition: Composition | None = None,
     ):
         self.wait_seconds = 0.0
         self._rank = RankInfo.here()
@@ -72,7 +77,7 @@ class StepBatches:
         self._loader = None
         if self._rank.reads:
             rows = PackedRows.of(mixture, data_config)
-            step_rows = StepRows(rows, rows_per_step, self._rank.replica, self._rank.replicas)
+            step_rows = StepRows(rows, rows_per_step, self._rank.replica, self._rank.replicas, composition)
             use_dali = data_config.loader == "dali" or (data_config.loader == "auto" and dali_loader.available())
             self._loader = (dali_loader.DaliLoader if use_dali else PlainLoader)(
                 WorkerSteps(step_rows, start_step, self._end, prepare), data_config.workers, data_config.prefetch

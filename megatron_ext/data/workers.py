@@ -17,8 +17,8 @@ from multiprocessing import connection, resource_tracker
 import numpy as np
 
 from megatron_ext.data import reading
-from megatron_ext.data.packed_rows import StepRows
 from megatron_ext.data.serialization import to_bytes
+from megatron_ext.data.step_rows import StepRows
 from megatron_ext.errors import UserError
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -76,7 +76,7 @@ def answer(session: Session, items: Sequence[Item], file: Path, max_new_tokens: 
     answered = read_answers(file).records
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     todo = [item for item in items if item.id not in answered][replica::replicas]
-    writes = parallel_state.get_tensor_model_parallel_rank() == 0
+    writes = dist.get_rank() == parallel_state.get_model_parallel_src_rank()
     vocabulary, unanswered = session.trained.vocabulary, 0
     with command_line.progress(total=len(todo), desc=file.stem, unit=" questions") as bar:
         writer = AnswersWriter(_part(file, replica)) if writes and todo else None

@@ -16,6 +16,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.generator import Generator
+from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.training import watch
@@ -50,7 +51,7 @@ class Session:
             UserError: there is no such VQ tokenizer, or it does not fit the vocabulary.
         """
         self.trained, self._report = trained, report
-        device = next(trained.model.parameters()).device
+        device = next(trained.chunks[0].parameters()).device
         self.vq = vq_package.load(vq, device)
         vocabulary = trained.vocabulary
         if self.vq.codebook_size != vocabulary.codebook_size:
@@ -69,7 +70,7 @@ class Session:
                 f"{vq}: its fingerprint is {self.vq.fingerprint}, the model was trained with the codes of "
                 f"{image_codes.fingerprint} (model.image_codes.fingerprint)"
             )
-        self.generator = Generator(trained.model, trained.plan, vocabulary, self.vq.grid)
+        self.generator = Generator(PipelinedModel(trained.chunks), trained.plan, vocabulary, self.vq.grid)
         self.batch_size = batch_size
 
     @property

@@ -8,7 +8,7 @@ import math
 
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.config_checks import validate_data
-from megatron_ext.errors import UserError, check_at_least_one, check_divisible
+from megatron_ext.errors import UserError, check_at_least_one
 from megatron_ext.routing.plan import validate_plan
 from megatron_ext.transformer.config_checks import (
     validate_image_codes,
@@ -41,7 +41,7 @@ def validate(config: Config, world_size: int) -> None:
 
         fp8.validate(config, plan)
     validate_layout(config, world_size)
-    _validate_training(config, world_size)
+    _validate_training(config)
     validate_data(config.data)
     _validate_optimizer(config)
     check_at_least_one("logging", config.logging, "interval")
@@ -51,8 +51,8 @@ def validate(config: Config, world_size: int) -> None:
             raise UserError(f"config: '{section}.{key}' is {value}, must be a number from 0")
 
 
-def _validate_training(config: Config, world_size: int) -> None:
-    training, parallel = config.training, config.parallel
+def _validate_training(config: Config) -> None:
+    training = config.training
     counts = ("iterations", "micro_batch_size", "global_batch_size", "row_multiple")
     check_at_least_one("training", training, *counts)
     if training.z_loss < 0:
@@ -66,17 +66,6 @@ def _validate_training(config: Config, world_size: int) -> None:
         raise UserError(
             "config: 'training.task_weights' weighs the means of training.means=task; means by modality have none"
         )
-    replicas = config.data_parallel(world_size)
-    check_divisible(
-        "training.global_batch_size",
-        training.global_batch_size,
-        f"training.micro_batch_size x data parallel size {replicas}",
-        training.micro_batch_size * replicas,
-    )
-    if parallel.virtual_pipeline > 1:
-        micro_batches = config.micro_batches(world_size)
-        interleaved = "parallel.pipeline (interleaved schedule)"
-        check_divisible("micro-batches per step", micro_batches, interleaved, parallel.pipeline)
 
 
 def _validate_optimizer(config: Config) -> None:

@@ -84,6 +84,7 @@ def _steps(run: Run):
         run.progress.iteration,
         num_steps=run.config.training.iterations,
         prepare=run.preparation(),
+        composition=run.composition(),
     )
 
 

@@ -19,7 +19,7 @@ from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forwa
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
-from megatron_ext.token_classes import Modality, Task
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ class Preparation:
 
     Attributes:
         vocab_size: for the FLOPs of the output layer.
+        micro_batch_size: rows of a micro-batch; rows of padding fill it up.
         by_task: each row holds one task; rows of one task are placed together.
         pad, image_offset: ids of the padding token and of VQ code 0.
         iterations: length of the run, for a dense share that changes during training; None: the share of evaluation.
@@ -168,6 +169,8 @@ class Preparation:
     def _micro_batch(
         self, part: Batch, predicted: np.ndarray, images: np.ndarray | None, selection: Selection | None
     ) -> MicroBatch:
+        if (part.document == PADDING_DOCUMENT).all():
+            part, predicted = _one_token(part)
         rows = self.row_layout
         route = Route.arrays(part, self.plan, selection=selection, code_mask=images, **vars(rows))
         targets = [route.targets] if route.code_targets is None else [route.targets, route.code_targets]
@@ -185,6 +188,14 @@ class Preparation:
         if not self.model.max_image_tokens:
             route.image_places = None
         return micro_batch
+
+
+def _one_token(padding: Batch) -> tuple[Batch, np.ndarray]:
+    """In place of a micro-batch of padding, a token that predicts nothing that counts, and the tasks of its targets: so
+    no kernel meets an empty tensor, and all parameters take part on every replica."""
+    batch = padding.map(np.array)
+    batch.document[0, 0], batch.loss_mask[0, 0] = 0, 1
+    return batch, np.full(batch.shape, NO_TASK, dtype=np.int8)
 
 
 def summed_depths(config: Config) -> int:

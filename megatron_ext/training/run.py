@@ -10,11 +10,14 @@ from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, read_state
 from megatron_ext.config import Config
 from megatron_ext.data import Mixture, build_mixture
+from megatron_ext.data.composition import Composition
 from megatron_ext.errors import UserError
 from megatron_ext.hugging_face.folder import ModelFolder, is_model_folder
 from megatron_ext.hugging_face.loading import check_published, load_published
 from megatron_ext.routing.flops import parameter_count
+from megatron_ext.routing.pipeline_layout import layers_of_chunks
 from megatron_ext.routing.plan import Plan, task_and_modality
+from megatron_ext.routing.row_costs import RowCosts
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.image_codes import check_images, with_tokenizer
 from megatron_ext.training.prepare import Preparation
@@ -79,6 +82,14 @@ class Run:
         """What turns packed rows into the inputs of steps, of training or of validation."""
         size, vocabulary = vocab_size(self.config, self.vocabulary), self.vocabulary
         return Preparation.of(self.resolved, size, vocabulary.pad, training, vocabulary.image_offset)
+
+    def composition(self, training: bool = True) -> Composition:
+        """What cuts the rows of a step into those of replicas and micro-batches, in training or in validation."""
+        config, costs = self.config, None
+        if config.data.composition == "balanced":
+            iterations = config.training.iterations if training else None
+            costs = RowCosts(self.plan, config.model, vocab_size(config, self.vocabulary), iterations)
+        return Composition(config.training.micro_batch_size, config.micro_batch_multiple, costs)
 
 
 def build_run(config: Config) -> Run:
@@ -197,9 +208,14 @@ def describe(run: Run) -> str:
     """One line: size, layout, kernels."""
     config, parallel = run.config, run.config.parallel
     replicas = parallel_state.get_data_parallel_world_size()
-    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}"]
+    rows = config.training.global_batch_size
+    most = -(-rows // replicas)
+    idle = f" (up to {most} of {rows} rows each, {1 - rows / (replicas * most):.0%} idle)" if rows % replicas else ""
+    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}{idle}"]
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
+    if parallel.layout:
+        layout[1] += f" of {'+'.join(map(str, layers_of_chunks(parallel.layout)))} layers"
     if parallel.sequence:
         layout.append("sequence parallel")
     fp8 = run.resolved.fp8

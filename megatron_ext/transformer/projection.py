@@ -205,10 +205,11 @@ class SplitProjection:
 
 
 @contextmanager
-def merged_weights(model: torch.nn.Module) -> Iterator[None]:
+def merged_weights(*models: torch.nn.Module) -> Iterator[None]:
     """Compute every W + D once for all products inside the context, in which weights must not change."""
     modules = [
         module
+        for model in models
         for module in model.modules()
         if isinstance(module, SplitProjection)
         and module.projections.kind == "delta"
