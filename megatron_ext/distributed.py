@@ -42,6 +42,7 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
     if config.lifecycle.hang_minutes:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "512")  # collectives that recorded_collectives() can see
         os.environ.setdefault("TORCH_INCLUDE_STACK_TRACE", "0")  # taking one may wait for the interpreter lock
+    store = store or _store_of_restart(datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes))
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
         timeout=datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes),
@@ -62,6 +63,19 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if on_cpu:
         report(f"no GPU: {dist.get_world_size()} CPU process{'es' * (dist.get_world_size() > 1)} over gloo")
+
+
+def _store_of_restart(timeout: datetime.timedelta) -> dist.Store | None:
+    """The store of ranks that plain torchrun has started again on one machine; None: there is no need for one.
+
+    torchrun of torch 2.13 keeps its store over restarts, with the addresses of ranks that are gone. Several machines
+    need ``training/launcher.py``: their counts of restarts differ.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not attempt or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["GROUP_WORLD_SIZE"] != "1":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(address, port, is_master=False, timeout=timeout))
 
 
 def _set_arithmetic(deterministic: bool) -> None:

@@ -2,7 +2,8 @@
 
 A run that is told to stop saves a checkpoint and exits with code 0, as a complete run does; only a complete one leaves
 ``OUTPUT/FINISHED`` (``finished.py``). Nothing here requeues a job: ``examples/run_unified_tp4_pp2.sh`` does
-(``scontrol requeue``), when training has exited with 0 and without that file.
+(``scontrol requeue``), when training has exited with 0 and without that file. ``stop_signals.py`` remembers what came
+before training began.
 """
 
 import math
@@ -12,8 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from megatron_ext.run_config import LifecycleConfig
+from megatron_ext.training import stop_signals
+from megatron_ext.training.stop_signals import SIGNALS
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _REASONS = (
     None,
     "lifecycle.time_limit_minutes is used up",
@@ -52,14 +54,19 @@ class Lifecycle:
         if job_end := environment.get("SLURM_JOB_END_TIME"):
             self._deadlines.append((float(job_end) - 60 * config.slurm_margin_minutes, _JOB_END))
         self._previous_handlers = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        for number in stop_signals.received():
+            self._handle(number, None)
 
-    def stop_flag(self) -> float:
+    def stop_flag(self, deadlines: bool = True) -> float:
         """Whether and why this rank asks to stop, for a sum over all ranks; 0: it does not ask.
 
         Reason ``c`` is the flag 2^(20 c), so the sum over up to a million ranks still shows the highest reason. The
         flag travels in a reduction that every step does anyway, and costs no communication of its own.
+
+        Args:
+            deadlines: look at time limits too, not only at signals.
         """
-        code = self._local_code()
+        code = self._local_code() if deadlines else self._signal_code
         return 2.0 ** (_BITS * code) if code else 0.0
 
     @staticmethod

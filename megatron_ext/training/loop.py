@@ -33,11 +33,12 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
     config, progress = run.config, run.progress
     scheduler = build_scheduler(run.optimizer, config.optimizer, config.training.iterations, progress.iteration)
     hooks = CallbackList(callbacks)
-    stop_reason = None
     with ExitStack() as resources:  # closed in reverse order
         resources.enter_context(closing(hooks))
         hooks.on_train_begin(run)
         lifecycle = resources.enter_context(closing(Lifecycle(config.lifecycle)))
+        stop_reason = _told_already(lifecycle)
+        started_at = progress.iteration
         steps = resources.enter_context(closing(_steps(run)))
         while progress.iteration < config.training.iterations and stop_reason is None:
             watch.at(progress.iteration + 1, "data")
@@ -69,10 +70,18 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
             watch.enter("callbacks")
             hooks.after_step(run, record)
         watch.enter("end")
-        hooks.on_train_end(run)
+        if not stop_reason or progress.iteration > started_at:  # otherwise there is nothing new to save
+            hooks.on_train_end(run)
     if stop_reason:
         distributed.report(f"stopped after iteration {progress.iteration}: {stop_reason}; the same command resumes it")
     return progress.iteration >= config.training.iterations
+
+
+def _told_already(lifecycle: Lifecycle) -> str | None:
+    """Why the run stops before its first step, the same on every rank: a signal came while it was being built."""
+    flags = torch.tensor([lifecycle.stop_flag(deadlines=False)], dtype=torch.float64, device=distributed.device())
+    torch.distributed.all_reduce(flags)
+    return lifecycle.stop_reason(flags.item())
 
 
 def _steps(run: Run):
