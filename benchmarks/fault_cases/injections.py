@@ -6,6 +6,7 @@ says how often in all, over restarts. Each time leaves a file ``OUTPUT/.fault-N`
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -51,3 +52,10 @@ class Refuse(Fault):
 
     def strike(self, run, step) -> None:
         raise UserError("injected: something only this rank can see is wrong")
+
+
+class Slow(Callback):
+    """No harm: every step takes ``FAULT_SLEEP`` (0.5) seconds longer, so that there is time for harm from outside."""
+
+    def before_step(self, run, step) -> None:
+        time.sleep(float(os.environ.get("FAULT_SLEEP", 0.5)))
