@@ -49,6 +49,7 @@ def pretrain(config: Config) -> None:
     """Join the other ranks, build the run, resume it, train it."""
     from megatron_ext import distributed
     from megatron_ext.callbacks import build_callbacks
+    from megatron_ext.training import lifecycle
     from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
     from megatron_ext.training.output_lock import OutputInUse, hold_output
@@ -58,6 +59,10 @@ def pretrain(config: Config) -> None:
     output = Path(config.output)
     try:
         distributed.initialize(config)
+        if reason := lifecycle.told_already():
+            distributed.report(f"stopped before training began: {reason}; the same command starts it")
+            distributed.shut_down()
+            return
         hold_output(output)
         with watching(config):
             run = build_run(config)
@@ -72,6 +77,7 @@ def pretrain(config: Config) -> None:
                 if run.progress.iteration < config.training.iterations:
                     clear_finished(output)
             complete = train(run, callbacks)
+            stop_signals.ignore()
             if distributed.is_logging_rank():
                 if complete:
                     mark_finished(output, run.progress.iteration)

@@ -180,3 +180,10 @@ class Slow(Callback):
 
     def _sleep(self, *unused) -> None:
         time.sleep(0.45 * (time.perf_counter() - self._started))
+
+
+class Slow(Callback):
+    """No harm: every step takes ``FAULT_SLEEP`` (0.5) seconds longer, so that there is time for harm from outside."""
+
+    def before_step(self, run, step) -> None:
+        time.sleep(float(os.environ.get("FAULT_SLEEP", 0.5)))

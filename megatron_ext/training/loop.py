@@ -11,7 +11,7 @@ from megatron_ext.data import step_batches
 from megatron_ext.training import watch
 from megatron_ext.training.callback import Callback, CallbackList, StepRecord
 from megatron_ext.training.devices import model_flops_utilisation
-from megatron_ext.training.lifecycle import Lifecycle
+from megatron_ext.training.lifecycle import Lifecycle, told_already
 from megatron_ext.training.non_finite import is_non_finite, locate
 from megatron_ext.training.prepare import StepInput, own_share
 from megatron_ext.training.run import Run
@@ -36,7 +36,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
         resources.enter_context(closing(hooks))
         hooks.on_train_begin(run)
         lifecycle = resources.enter_context(closing(Lifecycle(config.lifecycle)))
-        stop_reason = _told_already(lifecycle)
+        stop_reason = told_already(lifecycle)
         started_at = progress.iteration
         steps = resources.enter_context(closing(_steps(run)))
         while progress.iteration < config.training.iterations and stop_reason is None:
@@ -74,13 +74,6 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
     if stop_reason:
         distributed.report(f"stopped after iteration {progress.iteration}: {stop_reason}; the same command resumes it")
     return progress.iteration >= config.training.iterations
-
-
-def _told_already(lifecycle: Lifecycle) -> str | None:
-    """Why the run stops before its first step, the same on every rank: a signal came while it was being built."""
-    flags = torch.tensor([lifecycle.stop_flag(deadlines=False)], dtype=torch.float64, device=distributed.device())
-    torch.distributed.all_reduce(flags)
-    return lifecycle.stop_reason(flags.item())
 
 
 def _steps(run: Run):
