@@ -237,13 +237,13 @@ def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Pa
             files.write_json(result_file, known)
 
 
-def launch(size: int, arguments: list[str], minutes: float) -> None:
-    """Run this program in ``size`` processes, for so many minutes at most."""
+def launch(size: int, arguments: list[str], minutes: float, program: str = __file__) -> None:
+    """Run a program, by default this one, in ``size`` processes, for so many minutes at most."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), __file__, *arguments]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), program, *arguments]
     subprocess.run(command, check=True, timeout=60 * minutes, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
