@@ -1,6 +1,6 @@
 """Memory that training steps take on each rank against what ``tools/plan_run.py`` predicts.
 
-    python benchmarks/plan_memory.py                                     # all cases, on CPU processes (some minutes)
+    python benchmarks/plan_memory.py                                     # all cases, on CPU processes (10 minutes)
     python benchmarks/plan_memory.py --only tp2-sp --plans dense,himix
     python benchmarks/plan_memory.py --json FILE --markdown FILE
 
@@ -47,7 +47,7 @@ PLANS = {
     "himix": ["plan.preset=himix"],
     "share partial": ["plan.preset=himix_hmgen_share_partial"],
 }
-LAYOUTS = ("tp1", "tp2", "tp2-sp", "pp2", "pp2-vp2", "dp2", "dp2-sharded")
+LAYOUTS = ("tp1", "tp2", "tp2-sp", "pp2", "pp2-vp2", "cp2", "dp2-sharded", "tp2-sp-pp2", "cp2-pp2")
 RECOMPUTE = ("none", "selective", "full")
 MIX = (
     "understanding: 200 image, 40 text, 12 answer",
