@@ -93,7 +93,12 @@ def sent_by_a_step(layout: str, settings: list[str]) -> tuple[dict[str, float], 
     }
     by_group = {name: sent.bytes.get(group.group_name, 0) for name, group in groups.items()}
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-    return by_group, {"routes": routes, "parameters": parameters, "stored_length": step.stored_length, "micro_batches": len(routes)}
+    return by_group, {
+        "routes": routes,
+        "parameters": parameters,
+        "stored_length": step.stored_length,
+        "micro_batches": len(routes),
+    }
 
 
 PRESETS = ("dense", "himix", "himix_hmgen_share_partial")
