@@ -84,7 +84,7 @@ def left_out(folder: Path) -> str:
     callback, environment = injected("LoseMessage", rank=0)
     stages = ("parallel.pipeline=2",)
     run = start(folder / "stages", LIMIT, *stages, callback, restarts=1, **environment)
-    waiting = hang_report(run, "recv_forward", "rank 0 in step 3, forward 1")
+    waiting = hang_report(run, "has sent rank 1 too few activations", "recv_forward", "recv_backward", rank=0)
     return f"{said}; {outcome}. Stage: {waiting}; {restarted(run, *stages)}"
 
 
