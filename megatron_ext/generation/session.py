@@ -204,7 +204,7 @@ class Session:
 
     def _generate(self, requests: list[Request], sampling: Sampling, kind: str) -> list[list[int]]:
         """The continuation of each request, the same on every rank; each of n replicas generates every n-th."""
-        replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        replica, replicas = distributed.decoding_replica()
         share = requests[replica::replicas]
         batches = [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
         memory = max((self.generator.memory(batch, sampling) for batch in batches), default=0)
@@ -215,7 +215,8 @@ class Session:
                 watch.enter("evaluate", number)
                 continuations += self.generator(batch, sampling, bar.update)
         shares: list = [None] * replicas
-        dist.all_gather_object(shares, continuations, parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_gather_object(shares, continuations, group)
         return [shares[i % replicas][i // replicas] for i in range(len(requests))]
 
     def _save(self, codes: list[list[int]], files: Sequence[Path], sheet: Path) -> None:
