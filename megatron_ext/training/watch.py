@@ -22,11 +22,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.config import Config
-from megatron_ext.distributed import from_rank_zero
+from megatron_ext.distributed import device, from_rank_zero
 from megatron_ext.errors import UserError
 from megatron_ext.training import hang_report, starts
 from megatron_ext.training.beats import Beats
@@ -85,7 +86,9 @@ def watching(config: Config) -> Iterator[None]:
         raise
     at(_place[0], "end")
     watch.close()
-    dist.barrier()  # the rank that holds the store must not leave while others still write to it
+    arrived = torch.zeros(1, device=device())
+    dist.all_reduce(arrived)
+    arrived.item()  # the rank that holds the store must not leave while others still write to it
 
 
 def _beats() -> Beats | None:
