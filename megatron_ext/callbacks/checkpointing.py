@@ -43,6 +43,8 @@ class Checkpointing(Callback):
             self._failures = MAX_FAILURES - 1  # no other attempt follows
             self._save(run)
             self._attempt(run.checkpoints.finish)
+        if run.checkpoints.replica:
+            run.checkpoints.replica.finish()
         if run.checkpoints.local:
             run.checkpoints.local.finish()
             if run.progress.iteration >= run.config.training.iterations:
