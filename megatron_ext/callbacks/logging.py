@@ -60,6 +60,8 @@ class Logger:
     flops, flops_ratio                    FLOPs of the iteration; relative to the dense plan
     stack_flops_ratio                     that of the layers alone; with several codes an image token only
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
+    checkpoint_seconds                    time that checkpoints have held up training since the record before; no part
+                                          of step_seconds
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
     validation_loss, validation_loss_...  and validation_z_loss; on iterations with a validation only
     pope_accuracy, gqa_accuracy, ...      headline figures of the benchmarks, on iterations with an evaluation only
