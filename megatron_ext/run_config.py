@@ -76,9 +76,9 @@ class CheckpointConfig:
     resume: bool = True
     """Resume from the newest complete checkpoint in the output folder, if there is one."""
     load: str | None = None
-    """Whose weights a new run starts from, at step 0: a checkpoint, the folder of a run, or the folder of a published
-    model (docs/published_models.md); or the URL of a run, whose newest checkpoint is copied into
-    OUTPUT/start. Ignored when a run resumes."""
+    """Whose weights a new run starts from, at step 0: a checkpoint, the folder of a run, the URL of a run (its newest
+    checkpoint is copied into OUTPUT/start), or the folder of a published model (docs/published_models.md). Ignored when
+    a run resumes."""
     on_damage: Literal["refuse", "older"] = "refuse"
     """What a run does whose newest checkpoint is damaged. refuse: stop and name the file; older: rename the checkpoint
     and resume from the one before."""
