@@ -1,6 +1,7 @@
 """Processes, groups and seeds, and collective operations outside of a step."""
 
 import datetime
+import json
 import os
 import random
 from collections.abc import Callable
@@ -38,6 +39,9 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
         os.environ.setdefault(name, value)
     if store is None and "MASTER_PORT" not in os.environ:
         store = dist.HashStore()
+    if config.lifecycle.hang_minutes:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "512")  # collectives that recorded_collectives() can see
+        os.environ.setdefault("TORCH_INCLUDE_STACK_TRACE", "0")  # taking one may wait for the interpreter lock
     store = store or _store_of_restart(datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes))
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
@@ -51,6 +55,7 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
     )
     seed = config.training.seed
     random.seed(seed)
@@ -101,6 +106,7 @@ def _local_device(local_rank: int, visible: int) -> int:
 
 def shut_down() -> None:
     """Leave the process groups; safe to call without any."""
+    _replica_groups.clear()
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -109,6 +115,35 @@ def shut_down() -> None:
 def device() -> torch.device:
     """The device that this process trains on."""
     return torch.device(torch.cuda.current_device())
+
+
+_replica_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def replica_group() -> dist.ProcessGroup:
+    """The ranks that train one replica of the model together, over tensor, context and pipeline parallelism. Collective
+    over the world on the first call."""
+    model_parallel, size = parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return model_parallel
+    if model_parallel not in _replica_groups:
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+        replicas = parallel_state.get_data_parallel_world_size()
+        # Megatron-Core has no such group; its order of ranks is that of its groups.
+        ranks = parallel_state.RankGenerator(tensor, 1, replicas, pipeline, size, order="tp-cp-ep-dp-pp")
+        for members in ranks.get_ranks("tp-cp-pp"):
+            group = dist.new_group(members)
+            if dist.get_rank() in members:
+                _replica_groups[model_parallel] = group
+    return _replica_groups[model_parallel]
+
+
+def decoding_replica() -> tuple[int, int]:
+    """This rank's replica and the number of replicas where whole documents are decoded: context ranks are replicas
+    there."""
+    whole = {"with_context_parallel": True}
+    return parallel_state.get_data_parallel_rank(**whole), parallel_state.get_data_parallel_world_size(**whole)
 
 
 def is_logging_rank() -> bool:
@@ -145,3 +180,24 @@ def gather_weights(chunks: list[torch.nn.Module]) -> None:
     for chunk in chunks:
         if getattr(chunk, "use_forward_hook", False):
             chunk.start_param_sync(force_sync=True)
+
+
+def recorded_collectives() -> dict[str, dict]:
+    """The last collective that this process entered, by process group, from torch's flight recorder: its number
+    ("entered"), the last one that it completed ("completed", at least 0), and its "operation". Empty where this torch
+    has no recorder. Does not communicate."""
+    library = torch._C._distributed_c10d
+    dump = getattr(library, "_dump_nccl_trace_json", None) or getattr(library, "_dump_fr_trace_json", None)
+    if dump is None or not dist.is_initialized():
+        return {}
+    trace = json.loads(dump())
+    completed = {group: int(state["last_completed_collective"]) for group, state in trace.get("pg_status", {}).items()}
+    return {
+        " ".join(entry["process_group"]): {
+            "entered": entry["collective_seq_id"],
+            "completed": max(0, completed.get(str(entry["pg_id"]), 0)),
+            "operation": entry["profiling_name"],
+        }
+        for entry in trace.get("entries", ())  # oldest first
+        if not entry["is_p2p"]
+    }

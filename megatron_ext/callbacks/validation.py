@@ -3,8 +3,10 @@
 import dataclasses
 
 from megatron_ext.data import step_batches
+from megatron_ext.training import watch
 from megatron_ext.training.callback import Callback, StepRecord, is_due
 from megatron_ext.training.losses import MeanLosses
+from megatron_ext.training.prepare import own_share
 from megatron_ext.training.run import Run
 from megatron_ext.training.step import evaluate_step, evaluation_mode
 
@@ -14,8 +16,10 @@ class Validation(Callback):
 
     def after_step(self, run: Run, record: StepRecord) -> None:
         if run.validation_data and is_due(record.iteration, run.config.training.validation_interval, run.config):
+            watch.at(record.iteration, "evaluate")
             record.metrics |= validation_losses(run)
             record.log_now = True
+            watch.at(record.iteration, "callbacks")
 
 
 def validation_losses(run: Run) -> dict[str, float]:
@@ -34,6 +38,7 @@ def validation_losses(run: Run) -> dict[str, float]:
         num_steps=config.training.validation_batches,
         prepare=run.preparation(training=False),
         composition=run.composition(training=False),
+        own_share=own_share,
     )
     with evaluation_mode(run.chunks):
         sums, counts = map(sum, zip(*(evaluate_step(run.chunks, step, config) for step in steps)))

@@ -1,6 +1,6 @@
 """The steps of a run: one reader per replica, the same step on all ranks of the replica.
 
-The first rank of each model-parallel group reads. Ahead of each step, one broadcast between hosts gives the other ranks
+The first rank of each replica reads. Ahead of each step, one broadcast between hosts gives the other ranks
 the buffer that a worker process made; from there one copy takes it to the device.
 """
 
@@ -35,16 +35,17 @@ def step_batches(
     num_steps: int | None = None,
     prepare: Callable[[np.ndarray, int], object] | None = None,
     composition: Composition | None = None,
+    own_share: Callable[[object], object] = lambda step: step,
 ) -> "StepBatches":
     """The steps of this process's replica, as ``prepare`` makes them of its rows; see :class:`StepBatches`. The default
     is :class:`~megatron_ext.data.packed_tokens.Unpack`."""
     prepare = prepare or Unpack(mixture.special.pad, mixture.depth, mixture.special.image_offset)
-    return StepBatches(mixture, data_config, rows_per_step, start_step, prepare, num_steps, composition)
+    return StepBatches(mixture, data_config, rows_per_step, start_step, prepare, num_steps, composition, own_share)
 
 
 class StepBatches:
     """Iterates over optimizer steps: the results of ``prepare``, with arrays as tensors on this rank's device; the same
-    on every rank of a replica.
+    on every rank of a replica, but for what ``own_share`` leaves.
 
     Args:
         rows_per_step: rows of a step over all replicas.
@@ -53,6 +54,7 @@ class StepBatches:
             tokens (:mod:`megatron_ext.data.packed_tokens`), int32 [rows, numbers of a row], and the step's number.
         num_steps: steps of the run, counted from step 0; None: without end.
         composition: how the replicas' rows are cut; see :class:`~megatron_ext.data.step_rows.StepRows`.
+        own_share: the part of a result that this rank copies to its device.
 
     Attributes:
         wait_seconds: time spent waiting for the last step that ``next()`` returned.
@@ -67,9 +69,10 @@ class StepBatches:
         prepare: Callable[[np.ndarray, int], object],
         num_steps: int | None = None,
         composition: Composition | None = None,
+        own_share: Callable[[object], object] = lambda step: step,
     ):
         self.wait_seconds = 0.0
-        self._rank = RankInfo.here()
+        self._rank, self._own_share = RankInfo.here(), own_share
         self._group = _host_group(self._rank)
         self._step, self._end = start_step, sys.maxsize if num_steps is None else num_steps
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,7 +108,7 @@ class StepBatches:
             buffer = next(self._loader)
         if self._group is not None:
             buffer = self._broadcast(buffer)
-        value = to_device(from_bytes(buffer.numpy()), self._device)
+        value = to_device(self._own_share(from_bytes(buffer.numpy())), self._device)
         self._fetched.append((value, time.perf_counter() - started))
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
+from megatron_ext.training import watch
 from megatron_ext.vq.image_decoder import PillowDecoder
 from megatron_ext.vq.pixels import from_bytes, to_picture
 
@@ -203,17 +204,19 @@ class Session:
 
     def _generate(self, requests: list[Request], sampling: Sampling, kind: str) -> list[list[int]]:
         """The continuation of each request, the same on every rank; each of n replicas generates every n-th."""
-        replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        replica, replicas = distributed.decoding_replica()
         share = requests[replica::replicas]
         batches = [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
         memory = max((self.generator.memory(batch, sampling) for batch in batches), default=0)
         self._report(f"{len(requests)} {kind}; cache of keys and values: {memory / 2**20:.1f} MiB on each device")
         continuations = []
         with command_line.progress(desc=kind, unit=" tokens") as bar:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                watch.enter("evaluate", number)
                 continuations += self.generator(batch, sampling, bar.update)
         shares: list = [None] * replicas
-        dist.all_gather_object(shares, continuations, parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_gather_object(shares, continuations, group)
         return [shares[i % replicas][i // replicas] for i in range(len(requests))]
 
     def _save(self, codes: list[list[int]], files: Sequence[Path], sheet: Path) -> None:

@@ -15,7 +15,7 @@ def validate_model(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
     check_at_least_one("model", model, *sizes)
-    check_at_least_one("parallel", config.parallel, "tensor", "pipeline", "virtual_pipeline")
+    check_at_least_one("parallel", config.parallel, "tensor", "context", "pipeline", "virtual_pipeline")
     heads = ("model.num_attention_heads", model.num_attention_heads)
     groups = ("model.num_query_groups", model.num_query_groups)
     if model.head_size == model.hidden_size // model.num_attention_heads:
@@ -115,8 +115,13 @@ def validate_layout(config: Config, world_size: int) -> None:
         raise UserError(
             f"config: 'parallel.virtual_pipeline' is {parallel.virtual_pipeline}, needs parallel.pipeline > 1"
         )
-    processes = parallel.tensor * parallel.pipeline
-    check_divisible("number of processes", world_size, "parallel.tensor x parallel.pipeline", processes)
+    processes = parallel.tensor * parallel.context * parallel.pipeline
+    if world_size % processes:
+        fitting = max(processes, world_size - world_size % processes)
+        raise UserError(
+            f"config: {world_size} processes do not make whole replicas of parallel.tensor x parallel.context x "
+            f"parallel.pipeline ({processes}); start {fitting} of them, or take a smaller layout"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("config: 'parallel.sequence' is true, needs parallel.tensor > 1")
 
