@@ -22,7 +22,7 @@ from megatron_ext.routing.row_costs import RowCosts
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.image_codes import check_images, with_tokenizer
 from megatron_ext.training.prepare import Preparation
-from megatron_ext.training.resuming import build_checkpointer, load_intact
+from megatron_ext.training.resuming import build_checkpointer, fetched, load_intact
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve, vocab_size
 from megatron_ext.vocabulary import Vocabulary
@@ -130,7 +130,7 @@ def build_run(config: Config) -> Run:
     if newest:
         _resume(run, newest)
     elif config.checkpoint.load:
-        _start(run, Path(config.checkpoint.load), published)
+        _start(run, fetched(config.checkpoint.load, config.output), published)
     checkpoints.forget_after(run.progress.iteration)
     return run
 
