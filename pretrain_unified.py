@@ -52,6 +52,7 @@ def pretrain(config: Config) -> None:
     from megatron_ext.training import lifecycle
     from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
+    from megatron_ext.training.output_lock import OutputInUse, hold_output
     from megatron_ext.training.run import build_run, describe
 
     output = Path(config.output)
@@ -61,6 +62,7 @@ def pretrain(config: Config) -> None:
             distributed.report(f"stopped before training began: {reason}; the same command starts it")
             distributed.shut_down()
             return
+        hold_output(output)
         run = build_run(config)
         callbacks = build_callbacks(run)
         distributed.report(describe(run))
@@ -78,6 +80,8 @@ def pretrain(config: Config) -> None:
             if complete:
                 mark_finished(output, run.progress.iteration)
             starts.record_end(output, run.progress.iteration, complete)
+    except OutputInUse:  # the folder is another run's
+        raise
     except Exception as error:
         starts.record_error(output, int(os.environ.get("RANK", 0)), error)
         raise

@@ -24,6 +24,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_ext import command_line, config_file, cpu, files
@@ -31,6 +32,7 @@ from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
+from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.resolved import resolve
 from one_gpu import share_one_gpu
@@ -127,7 +129,9 @@ def measure(config: Config, interleaved: bool = False) -> Measured:
     optimizer = build_optimizer(config, chunks)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rows = config.training.global_batch_size // replicas
-    measured = Measured({}, [], [], [])
+    batch = packed_batch(config.training.global_batch_size, config.data.sequence_length, 0, interleaved, codes.depth)
+    targets = own_targets(batch.rows(replica * rows, (replica + 1) * rows), config)
+    measured = Measured({}, [], [], [], targets)
 
     def keep_logits(model, arguments, output) -> None:
         if model.post_process and not measured.losses:
@@ -150,6 +154,17 @@ def measure(config: Config, interleaved: bool = False) -> Measured:
         measured.losses.append(result.loss + (result.losses.z_loss or 0))
         measured.norms.append(result.grad_norm)
     return measured
+
+
+def own_targets(batch: Batch, config: Config) -> list[torch.Tensor]:
+    """For each micro-batch of a replica's rows, the places of this rank's targets among all of them."""
+    from megatron.core import parallel_state
+
+    resolved, b = resolve(config), config.training.micro_batch_size
+    own = resolved.rows.of_rank(parallel_state.get_context_parallel_rank())
+    parts = [batch.rows(start, start + b) for start in range(0, batch.shape[0], b)]
+    held, whole = ([Route.arrays(part, resolved.plan, **o).targets for part in parts] for o in (own, {}))
+    return [torch.from_numpy(np.searchsorted(every, some)) for some, every in zip(held, whole)]
 
 
 def sampled_numbers(config: Config) -> torch.Tensor:
@@ -197,7 +212,7 @@ def against_references(
         results[plan] = errors(measured, expected)
         # The optimizer does not know plans: one plan without and one with components stand for all.
         replicas = config.data_parallel(distributed.world_size())
-        if replicas > 1 and plan in (plans[0], plans[-1]):
+        if replicas * config.parallel.context > 1 and plan in (plans[0], plans[-1]):
             config.parallel.distributed_optimizer = config.parallel.overlap = True
             results[plan]["sharded_optimizer_losses"] = relative(
                 measure(config, plan == INTERLEAVED).losses, expected.losses

@@ -4,7 +4,7 @@ The ranks of a layout hold slices of parameters and of logits; the references ar
 float32 and can be carried to another machine: a GPU is compared with them, never with itself.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,12 +24,15 @@ class Measured:
         gradients: of the first step, by the parameter's global name.
         logits: of the first step's micro-batches, [n, 1, vocabulary] each; none on a stage without the output layer.
         losses, norms: loss and gradient norm of each step.
+        targets: for each of these micro-batches, which of its targets the logits are of; other context ranks have the
+            others.
     """
 
     gradients: dict[str, Tensor]
     logits: list[Tensor]
     losses: list[float]
     norms: list[float]
+    targets: list[Tensor] = field(default_factory=list)
 
 
 class References:
@@ -81,7 +84,7 @@ def errors(measured: Measured, expected: Measured) -> dict[str, float]:
     """Relative errors, the largest over all ranks, by name."""
     return {
         "loss": relative(measured.losses[:1], expected.losses),
-        "logits": _worst_logits(measured.logits, expected.logits),
+        "logits": _worst_logits(measured, expected.logits),
         "gradient": _worst_gradient(measured.gradients, expected.gradients),
         "gradient_norm": relative(measured.norms[:1], expected.norms),
         "later_losses": relative(measured.losses, expected.losses),
@@ -93,7 +96,7 @@ def relative(values: list[float], expected: list[float]) -> float:
     return max(abs(v - e) / abs(e) for v, e in zip(values, expected))
 
 
-def _worst_logits(logits: list[Tensor], expected: list[Tensor]) -> float:
+def _worst_logits(measured: Measured, expected: list[Tensor]) -> float:
     """The largest error of this replica's micro-batches; a tensor-parallel rank holds a slice of the vocabulary."""
     from megatron.core import parallel_state
 
@@ -101,9 +104,10 @@ def _worst_logits(logits: list[Tensor], expected: list[Tensor]) -> float:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
     )
-    first = parallel_state.get_data_parallel_rank() * len(logits)
-    slices = [whole.chunk(size, -1)[rank] for whole in expected[first : first + len(logits)]]
-    errors = [float((x - e).double().norm() / e.double().norm()) for x, e in zip(logits, slices)]
+    logits, targets = measured.logits, measured.targets
+    first = parallel_state.get_data_parallel_rank() * len(targets)
+    slices = [whole.chunk(size, -1)[rank][own] for whole, own in zip(expected[first:], targets)]
+    errors = [float((x - e).double().norm() / e.double().norm()) for x, e in zip(logits, slices) if e.numel()]
     return _largest(torch.tensor(max(errors, default=0.0), dtype=torch.float64))
 
 

@@ -143,8 +143,9 @@ class DataConfig:
     prefetch: int = 4
     """Steps prepared ahead of training."""
     composition: Literal["in_order", "balanced"] = "in_order"
-    """Which rows of a step share a micro-batch. in_order: neighbours; balanced: rows whose work is equal over replicas
-    and micro-batches under the plan. The rows of a step, and so its loss, are the same."""
+    """Which rows of a step share a replica and a micro-batch. in_order: neighbours; balanced: so many that replicas and
+    micro-batches have equal work under the plan (with rows: by_task replicas alone). The rows of a step, and so its
+    loss, are the same."""
 
 
 @dataclass
@@ -246,6 +247,18 @@ class Config:
         """Number of model replicas in a world of ``world_size`` processes."""
         return world_size // (self.parallel.tensor * self.parallel.context * self.parallel.pipeline)
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The number of a replica's micro-batches is a multiple of this: the interleaved schedule needs one."""
+        return self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1
+
     def micro_batches(self, world_size: int) -> int:
-        """Number of micro-batches per replica and optimizer step."""
-        return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel(world_size))
+        """Number of micro-batches per optimizer step, of the replica that has most."""
+        rows = -(-self.training.global_batch_size // self.data_parallel(world_size))
+        return micro_batch_count(rows, self.training.micro_batch_size, self.micro_batch_multiple)
+
+
+def micro_batch_count(rows: int, size: int, multiple: int = 1) -> int:
+    """Number of micro-batches of at most ``size`` rows in which a replica computes ``rows`` rows: at least one, and a
+    multiple of ``multiple``."""
+    return -(-max(1, -(-rows // size)) // multiple) * multiple

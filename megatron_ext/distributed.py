@@ -51,6 +51,7 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
     )
     seed = config.training.seed
     random.seed(seed)
@@ -101,6 +102,7 @@ def _local_device(local_rank: int, visible: int) -> int:
 
 def shut_down() -> None:
     """Leave the process groups; safe to call without any."""
+    _replica_groups.clear()
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -109,6 +111,35 @@ def shut_down() -> None:
 def device() -> torch.device:
     """The device that this process trains on."""
     return torch.device(torch.cuda.current_device())
+
+
+_replica_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def replica_group() -> dist.ProcessGroup:
+    """The ranks that train one replica of the model together, over tensor, context and pipeline parallelism. Collective
+    over the world on the first call."""
+    model_parallel, size = parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return model_parallel
+    if model_parallel not in _replica_groups:
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+        replicas = parallel_state.get_data_parallel_world_size()
+        # Megatron-Core has no such group; its order of ranks is that of its groups.
+        ranks = parallel_state.RankGenerator(tensor, 1, replicas, pipeline, size, order="tp-cp-ep-dp-pp")
+        for members in ranks.get_ranks("tp-cp-pp"):
+            group = dist.new_group(members)
+            if dist.get_rank() in members:
+                _replica_groups[model_parallel] = group
+    return _replica_groups[model_parallel]
+
+
+def decoding_replica() -> tuple[int, int]:
+    """This rank's replica and the number of replicas where whole documents are decoded: context ranks are replicas
+    there."""
+    whole = {"with_context_parallel": True}
+    return parallel_state.get_data_parallel_rank(**whole), parallel_state.get_data_parallel_world_size(**whole)
 
 
 def is_logging_rank() -> bool:

@@ -8,7 +8,6 @@ each entry gives a task, its runs of tokens in order and the number of documents
 
 import argparse
 import math
-from pathlib import Path
 
 from megatron_ext import config_file
 from megatron_ext.analysis import published_costs
@@ -17,14 +16,15 @@ from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.config_checks import validate_evaluation
 from megatron_ext.files import write_json
+from megatron_ext.planning.inputs import MIX, with_vocabulary
+from megatron_ext.routing.balance_summary import describe_balance, summarize_balance
 from megatron_ext.routing.document_mix import mix_batch
+from megatron_ext.routing.pipeline_layout import even_counts, layout_string
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.summary import describe, summarize
 from megatron_ext.training.config_checks import validate
 from megatron_ext.training.devices import peak_flops
-from megatron_ext.vocabulary import Vocabulary
 
-MIX = "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image"
 GPU, MFU = "H100", 0.35
 
 
@@ -32,6 +32,11 @@ def main() -> None:
     options = _arguments()
     settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
     config = config_file.load(Config, [s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+    if options.balance and not config.parallel.layout:
+        # Layers need not divide by stages, since a layout is what is asked for.
+        chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+        if config.model.num_layers % chunks:
+            config.parallel.layout = layout_string(even_counts(config.model.num_layers, chunks))
     validate(config, config.parallel.tensor * config.parallel.pipeline)
     validate_evaluation(config)
     if options.paper:
@@ -49,6 +54,9 @@ def main() -> None:
         batch = mix_batch(options.mix, config.model.image_codes.depth, config.data.generation_text)
         numbers = {"mix": options.mix} | summarize(config, options.vocabulary or size, batch, options.logits == "all")
         text = describe(numbers)
+        if options.balance:
+            numbers["balance"] = summarize_balance(config, options.vocabulary or size, options.mix, options.balance)
+            text += "\n\n" + describe_balance(numbers["balance"])
     print(text)
     if options.json:
         write_json(options.json, numbers)
@@ -72,6 +80,12 @@ def _arguments() -> argparse.Namespace:
         help="positions of the output head: tokens with a loss, as in training (default), or all tokens that are "
         "FULL in the last layer",
     )
+    arguments.add_argument(
+        "--balance",
+        type=int,
+        metavar="MICRO_BATCHES",
+        help="also choose parallel.layout, for steps of so many micro-batches per replica, and simulate the gain",
+    )
     output = arguments.add_mutually_exclusive_group()
     output.add_argument("--plan", action="store_true", help="only show the table of roles")
     output.add_argument("--paper", action="store_true", help="only compare with published FLOPs (arXiv 2606.01503)")
@@ -92,6 +106,8 @@ def _arguments() -> argparse.Namespace:
         arguments.error("--tokens needs --paper")
     if options.tokens is not None and not 0 < options.tokens < math.inf:
         arguments.error(f"--tokens {options.tokens:g}: must be above 0")
+    if options.balance is not None and options.balance < 1:
+        arguments.error(f"--balance {options.balance}: must be at least 1")
     options.gpu, options.mfu = options.gpu or GPU, MFU if options.mfu is None else options.mfu
     if not 0 < options.mfu <= 1:
         arguments.error(f"--mfu {options.mfu:g}: must be above 0 and at most 1")
@@ -103,21 +119,6 @@ def speed(gpu: str, mfu: float) -> float:
     if (peak := peak_flops(gpu)) is None:
         raise UserError(f"--gpu {gpu}: not known; megatron_ext/training/devices.py lists the GPUs")
     return mfu * peak
-
-
-def with_vocabulary(config: Config) -> tuple[Config, int]:
-    """The configuration with the sizes of ``model.image_codes`` that vocabulary and VQ tokenizer tell, and the rows of
-    the output head; those of the published models where ``data.vocabulary`` is not there."""
-    folder, codes = config.data.vocabulary, config.model.image_codes
-    vocabulary = Vocabulary(folder) if folder and Path(folder).is_dir() else None
-    if vocabulary is None and (codes.depth == 1 or None not in (codes.codebook_size, codes.width)):
-        return config, published_costs.VOCABULARY
-    # Imported late: where nothing is to be read, the tool does not wait for torch.
-    from megatron_ext.training.image_codes import with_code_shape
-    from megatron_ext.transformer.resolved import vocab_size
-
-    size = vocab_size(config, vocabulary) if vocabulary else published_costs.VOCABULARY
-    return with_code_shape(config, vocabulary), size
 
 
 if __name__ == "__main__":

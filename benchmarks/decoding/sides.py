@@ -12,6 +12,7 @@ from decoding.documents import TokenIds, allowed, document_rows, new_tokens, req
 from megatron_ext import cpu
 from megatron_ext.config import Config
 from megatron_ext.generation.generator import Generator
+from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route
@@ -87,7 +88,7 @@ def build_generator(config: Config, llama) -> Generator:
 
     (model,) = build_chunks(resolve(config, TokenIds.size))
     model.load_state_dict(parameters_of(StateDict(llama.state_dict(), config.model)), strict=False)
-    return Generator(model.eval(), Plan.from_config(config), TokenIds, documents.GRID)
+    return Generator(PipelinedModel([model.eval()]), Plan.from_config(config), TokenIds, documents.GRID)
 
 
 def build_several_codes(config: Config) -> Generator:
@@ -100,7 +101,7 @@ def build_several_codes(config: Config) -> Generator:
         for weight in [*model.parameters(), model.code_vectors.weight]:
             if weight.dim() == 2:
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=random))
-    return Generator(model.eval(), Plan.from_config(config), TokenIds, documents.GRID)
+    return Generator(PipelinedModel([model.eval()]), Plan.from_config(config), TokenIds, documents.GRID)
 
 
 def decode_cached(generator: Generator, kind: str, rows: int) -> Continued:

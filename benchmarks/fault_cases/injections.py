@@ -4,13 +4,18 @@
 says how often in all, over restarts. Each time leaves a file ``OUTPUT/.fault-N``.
 """
 
+import hashlib
+import json
 import os
 import signal
 import time
 from pathlib import Path
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
+from megatron_ext.data.packed_tokens import PADDING, TASK
+from megatron_ext.data.step_rows import StepRows
 from megatron_ext.errors import UserError
 from megatron_ext.training.callback import Callback
 
@@ -54,8 +59,28 @@ class Refuse(Fault):
         raise UserError("injected: something only this rank can see is wrong")
 
 
+<<<<<<< HEAD
 class Slow(Callback):
     """No harm: every step takes ``FAULT_SLEEP`` (0.5) seconds longer, so that there is time for harm from outside."""
 
     def before_step(self, run, step) -> None:
         time.sleep(float(os.environ.get("FAULT_SLEEP", 0.5)))
+=======
+class RowHashes(Callback):
+    """Harmless: records in OUTPUT/rows.jsonl a hash of every row that this rank reads, by step, with the number of
+    replicas and ``FAULT_LAUNCH``. Needs ``data.workers=0``."""
+
+    def on_train_begin(self, run) -> None:
+        file, read = Path(run.config.output) / "rows.jsonl", StepRows.__getitem__
+        replicas = parallel_state.get_data_parallel_world_size()
+
+        def recorded(rows: StepRows, step: int):
+            packed = read(rows, step)
+            hashes = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in packed if (row & TASK != PADDING).any()]
+            line = {"launch": os.environ["FAULT_LAUNCH"], "step": step, "replicas": replicas, "rows": hashes}
+            with file.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            return packed
+
+        StepRows.__getitem__ = recorded
+>>>>>>> main

@@ -22,7 +22,7 @@ def step_input(batch: Batch, config: Config) -> StepInput:
 def stored_order(batch: Batch, config: Config) -> torch.Tensor:
     """For each stored token of a micro-batch its flat index into the rows [b, s], [T]; -1 for a dummy."""
     resolved = resolve(config)
-    route = Route.arrays(batch, resolved.plan, **vars(resolved.rows))
+    route = Route.arrays(batch, resolved.plan, **resolved.rows.of_rank(0))
     return torch.as_tensor(route.order)
 
 

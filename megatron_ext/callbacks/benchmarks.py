@@ -48,20 +48,16 @@ class Benchmarking(Callback):
 
     def __init__(self, run: Run):
         """
-        Args:
-            run: its model is a single chunk on every rank.
-
         Raises:
             UserError: a benchmark's file or the VQ tokenizer is missing, malformed, or has another vocabulary.
         """
         self._settings, self._chunks = run.config.evaluation, run.chunks
         self._output = Path(run.config.output)
         self._benchmarks = [_questions(benchmark) for benchmark in self._settings.benchmarks]
-        (model,) = unwrap_model(run.chunks)
         # Building the tokenizer's network takes random numbers for weights that its file then replaces.
         with torch.random.fork_rng([device()]):
             self._session = Session(
-                TrainedModel(run.resolved, run.vocabulary, model),
+                TrainedModel(run.resolved, run.vocabulary, unwrap_model(run.chunks)),
                 Path(self._settings.vq),
                 self._settings.batch_size,
                 report=lambda line: None,

@@ -84,6 +84,7 @@ class Logger:
         self._config, self._say, self._clock = config, say, clock
         self._start = (resumed_iteration, clock())
         write_json(output / "environment.json", environment())
+        self._fault: str | None = None
         self._metrics = MetricsFile(output / "metrics.jsonl", resumed_iteration)
         self._tensorboard = _tensorboard(output, resumed_iteration) if config.logging.tensorboard else None
         self._wandb = _wandb(config, resumed_iteration, say) if config.logging.wandb != "off" else None
@@ -94,7 +95,10 @@ class Logger:
         Args:
             pictures: (caption, file) of each picture that the model generated after this iteration.
         """
-        self._metrics.write(record)
+        fault = self._metrics.write(record)
+        if fault and not self._fault:
+            self._say(f"{fault}; training goes on, and they will be once there is room")
+        self._fault = fault
         iteration = record["iteration"]
         numbers = {k: v for k, v in record.items() if k != "iteration" and isinstance(v, int | float)}
         alignment = record.get("gradient_alignment")
@@ -129,7 +133,8 @@ class Logger:
 
     def close(self) -> None:
         """Flush and close all files."""
-        self._metrics.close()
+        if fault := self._metrics.close():
+            self._say(fault)
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:

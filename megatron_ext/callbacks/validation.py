@@ -5,6 +5,7 @@ import dataclasses
 from megatron_ext.data import step_batches
 from megatron_ext.training.callback import Callback, StepRecord, is_due
 from megatron_ext.training.losses import MeanLosses
+from megatron_ext.training.prepare import own_share
 from megatron_ext.training.run import Run
 from megatron_ext.training.step import evaluate_step, evaluation_mode
 
@@ -33,6 +34,8 @@ def validation_losses(run: Run) -> dict[str, float]:
         0,
         num_steps=config.training.validation_batches,
         prepare=run.preparation(training=False),
+        composition=run.composition(training=False),
+        own_share=own_share,
     )
     with evaluation_mode(run.chunks):
         sums, counts = map(sum, zip(*(evaluate_step(run.chunks, step, config) for step in steps)))

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_ext.checkpoints.errors import DamageError
 from megatron_ext.errors import UserError
 
 MARKER = "COMPLETE.json"
@@ -112,11 +113,18 @@ def keep_newest(folder: Path, count: int) -> None:
         delete(path)
 
 
+def damaged_name(path: Path) -> Path:
+    """What to rename the damaged checkpoint ``path`` to, so that it no longer counts as one."""
+    names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *range(2, 1000)))
+    return next(name for name in names if not name.exists())
+
+
 def read_marker(path: Path) -> dict:
     """The marker that :func:`complete` wrote for the checkpoint ``path``: "iteration", "state", "layout", "files" ...
 
     Raises:
-        UserError: there is no checkpoint, or its marker is missing, damaged or of another format.
+        DamageError: the marker is missing or damaged.
+        UserError: there is no checkpoint, or it has another format.
     """
     marker = path / MARKER
     if not path.is_dir():
@@ -127,13 +135,13 @@ def read_marker(path: Path) -> dict:
         body = json.loads(marker.read_text())
         checksum = body.pop("checksum")
     except FileNotFoundError:
-        raise UserError(f"{marker}: missing, so this is not a complete checkpoint{remedy(path)}") from None
+        raise DamageError(f"{marker}: missing, so this is not a complete checkpoint{remedy(path)}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{marker}: damaged, cannot be read{remedy(path)}") from None
+        raise DamageError(f"{marker}: damaged, cannot be read{remedy(path)}") from None
     if body.get("format") != FORMAT:
         raise UserError(f"{marker}: checkpoint format {body.get('format')}, this version reads {FORMAT}")
     if _checksum_of(body) != checksum:
-        raise UserError(f"{marker}: damaged, its checksum is wrong{remedy(path)}")
+        raise DamageError(f"{marker}: damaged, its checksum is wrong{remedy(path)}")
     return body
 
 

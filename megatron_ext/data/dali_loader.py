@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-from megatron_ext.data.packed_rows import StepRows
+from megatron_ext.data.step_rows import StepRows
 from megatron_ext.data.workers import Workers, WorkerSteps
 from megatron_ext.errors import UserError
 

@@ -10,6 +10,7 @@ spread at random over their block, or over a part of it that is well inside an e
 their samples.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +18,18 @@ import numpy as np
 from megatron_ext.config import DataConfig
 from megatron_ext.data import counter_random, packed_tokens
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.mixture import Mixture, Samples
+from megatron_ext.data.mixture import Mixture, Samples, by_source
 from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.data.packing import pack
 from megatron_ext.data.rendering import DocumentPieces, TokenBuffer, render
+from megatron_ext.data.row_contents import RowContents, contents_of
+from megatron_ext.data.source import Source
 
 BLOCK = 4096
 """Samples packed together. The rows depend on it: with another value a run does not resume exactly."""
+
+NO_ROW = -1
+"""Stands for a row of padding among the numbers of rows."""
 
 _MOST_PIECES = 64 * BLOCK  # approximate number per chunk; affects only speed and memory
 _PIECES = 3  # purpose of random numbers
@@ -91,49 +97,72 @@ class PackedRows:
     def packed_tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop``, int32 [rows, length], longer if an image token has several codes (see
         :mod:`megatron_ext.data.packed_tokens`)."""
-        buffer = TokenBuffer((stop - start) * self.length, self.mixture.special.pad, self.mixture.depth)
-        row = start
-        while row < stop:
-            chunk, first = self._find(row)
-            last = min(chunk.rows, first + stop - row)
-            self._write(buffer, (row - start) * self.length, chunk, first, last)
-            row += last - first
-        return buffer.packed_tokens(stop - start)
+        return self.gather(np.arange(start, stop))
+
+    def gather(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows with these numbers, int64 [rows], in this order, as :meth:`packed_tokens` gives them; ``NO_ROW`` is
+        a row of padding."""
+        buffer = TokenBuffer(len(numbers) * self.length, self.mixture.special.pad, self.mixture.depth)
+        for places, chunk, rows in self._find(numbers):
+            self._write(buffer, places * self.length, chunk, rows)
+        padding = np.flatnonzero(numbers == NO_ROW) * self.length
+        buffer.mark(padding, padding + self.length, packed_tokens.PADDING)
+        return buffer.packed_tokens(len(numbers))
+
+    def contents(self, start: int, stop: int) -> RowContents:
+        """What rows ``start`` to ``stop`` hold, from the lengths of their documents: nothing is rendered."""
+        parts = []
+        for places, chunk, rows in self._find(np.arange(start, stop)):
+            row_of, sample, first, last = self._items(chunk, rows)
+            for source, own, document, dropped in self._by_source(chunk, sample):
+                pieces = DocumentPieces(document, dropped, first[own], last[own], places[row_of[own]])
+                parts.append(contents_of(source.dataset, pieces, source.layout, self.mixture.generation_text))
+        return RowContents.joined(parts, stop - start)
 
     def documents(self, row: int) -> list[tuple[int, int, int]]:
         """(source, document, epoch) of each document or document piece in a row."""
-        chunk, i = self._find(row)
+        [(_, chunk, [i])] = self._find(np.array([row]))
         places = chunk.sample[chunk.ends[i] : chunk.ends[i + 1]]
         samples = chunk.samples
         return list(zip(*(field[places].tolist() for field in (samples.source, samples.document, samples.epoch))))
 
-    def _write(self, buffer: TokenBuffer, place: int, chunk: _Chunk, first: int, last: int) -> None:
-        """Write the rows ``first`` to ``last`` of a chunk into a buffer, from ``place`` on."""
-        ends = chunk.ends[first : last + 1]
-        items = slice(ends[0], ends[-1])
-        sample, start = chunk.sample[items], chunk.piece[items] * (self.length - 1)
-        stop = np.minimum(start + self.length, chunk.samples.length[sample])
+    def _write(self, buffer: TokenBuffer, row_place: np.ndarray, chunk: _Chunk, rows: np.ndarray) -> None:
+        """Write rows of a chunk into a buffer, each to its ``row_place``."""
+        row_of, sample, start, stop = self._items(chunk, rows)
         filled = np.cumsum(stop - start)  # tokens up to the end of each item, not counting padding
-        row_filled = np.concatenate([[0], filled])[ends - ends[0]]
-        row_place = place + np.arange(last - first) * self.length
-        row_of = np.repeat(np.arange(last - first), np.diff(ends))
+        row_filled = np.concatenate([[0], filled])[np.searchsorted(row_of, np.arange(len(rows) + 1))]
         places = filled - (stop - start) + (row_place - row_filled[:-1])[row_of]
-        for number, source in enumerate(self.mixture.sources):
-            own = chunk.samples.source[sample] == number
-            if own.any():
-                document, dropped = chunk.samples.document[sample[own]], chunk.samples.dropped[sample[own]]
-                pieces = DocumentPieces(document, dropped, start[own], stop[own], places[own])
-                generation_text = self.mixture.generation_text
-                render(buffer, source.dataset, pieces, source.layout, self.mixture.special, generation_text)
+        for source, own, document, dropped in self._by_source(chunk, sample):
+            pieces = DocumentPieces(document, dropped, start[own], stop[own], places[own])
+            render(buffer, source.dataset, pieces, source.layout, self.mixture.special, self.mixture.generation_text)
         buffer.mark(row_place + np.diff(row_filled), row_place + self.length, packed_tokens.PADDING)
 
-    def _find(self, row: int) -> tuple[_Chunk, int]:
-        """The chunk that holds ``row``, and the row's number in it."""
-        while self._first_rows[-1] <= row:
+    def _items(self, chunk: _Chunk, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The items of rows of a chunk, row by row: the row of each (an index into ``rows``), its sample, and the range
+        of its document, [items] each."""
+        first, counts = chunk.ends[rows], chunk.ends[rows + 1] - chunk.ends[rows]
+        row_of = np.repeat(np.arange(len(rows)), counts)
+        item = np.arange(len(row_of)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        sample, start = chunk.sample[item], chunk.piece[item] * (self.length - 1)
+        return row_of, sample, start, np.minimum(start + self.length, chunk.samples.length[sample])
+
+    def _by_source(self, chunk: _Chunk, sample: np.ndarray) -> Iterator[tuple[Source, np.ndarray, ...]]:
+        """For each source of items: the source, the items [n] that are its own, their documents, whether they are
+        dropped."""
+        for number, own in by_source(chunk.samples.source[sample]):
+            documents, dropped = chunk.samples.document[sample[own]], chunk.samples.dropped[sample[own]]
+            yield self.mixture.sources[number], own, documents, dropped
+
+    def _find(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, _Chunk, np.ndarray]]:
+        """For each chunk that holds some of the rows ``numbers``: the places of these in ``numbers``, the chunk, and
+        their numbers in it."""
+        while self._first_rows[-1] <= numbers.max(initial=NO_ROW):
             number = len(self._first_rows) - 1
             self._first_rows.append(self._first_rows[-1] + self._chunk(number).rows)
-        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        return self._chunk(number), row - self._first_rows[number]
+        chunk_of = np.searchsorted(self._first_rows, numbers, side="right") - 1
+        for number in np.unique(chunk_of[numbers != NO_ROW]).tolist():
+            places = np.flatnonzero(chunk_of == number)
+            yield places, self._chunk(number), numbers[places] - self._first_rows[number]
 
     def _chunk(self, number: int) -> _Chunk:
         if number not in self._kept:
@@ -215,34 +244,3 @@ def _spread(packed: np.ndarray, alone: np.ndarray) -> np.ndarray:
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return place
-
-
-class StepRows:
-    """The rows of each step for one replica: ``step_rows[g]`` is what
-    :meth:`PackedRows.packed_tokens` gives.
-
-    Step g of the run is rows ``g * rows_per_step`` to ``(g + 1) * rows_per_step``; every replica takes an equal,
-    contiguous share.
-    """
-
-    def __init__(self, rows: PackedRows, rows_per_step: int, replica: int = 0, replicas: int = 1):
-        if rows_per_step % replicas:
-            raise ValueError(f"{rows_per_step} rows per step cannot be shared by {replicas} replicas")
-        self.rows = rows
-        self.rows_per_step = rows_per_step
-        self.share = rows_per_step // replicas
-        self.offset = replica * self.share
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, tokens in each)."""
-        return self.share, self.rows.length
-
-    @property
-    def depth(self) -> int:
-        """Codes of an image token."""
-        return self.rows.mixture.depth
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        start = step * self.rows_per_step + self.offset
-        return self.rows.packed_tokens(start, start + self.share)

@@ -27,11 +27,14 @@ class RankInfo:
             return cls(0, 1, None, 0)
         from megatron.core import parallel_state
 
+        from megatron_ext.distributed import replica_group
+
+        group = replica_group()
         return cls(
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
-            parallel_state.get_model_parallel_group(),
-            parallel_state.get_model_parallel_src_rank(),
+            group,
+            dist.get_process_group_ranks(group)[0],
         )
 
     @property

@@ -228,7 +228,7 @@ def render(
     closed_answer = places.answer & places.closed
     put(owner[closed_answer], end[closed_answer], special.answer_end)
     put(documents[places.ended], places.length[places.ended] - 1, special.eod)
-    learnt_owner, learnt_begin, learnt_end = _learnt(places, layout, generation_text, pieces.dropped)
+    learnt_owner, learnt_begin, learnt_end = learnt_ranges(places, layout, generation_text, pieces.dropped)
 
     starts, stops = buffer_place(owner, begin), buffer_place(owner, end)
     pointers = places.pointer + np.maximum(pieces.start[owner] - begin, 0)
@@ -261,7 +261,7 @@ def _copy_images(
         buffer.further_codes[place:stop, : dataset.depth - 1] = ids[:, 1:] - image_offset
 
 
-def _learnt(
+def learnt_ranges(
     places: SequencePlaces, layout: Layout, generation_text: bool, dropped: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Owner, begin and end in the rendered document of each range of learnt tokens; ranges are disjoint."""

@@ -1,6 +1,6 @@
 """The steps of a run: one reader per replica, the same step on all ranks of the replica.
 
-The first rank of each model-parallel group reads. Ahead of each step, one broadcast between hosts gives the other ranks
+The first rank of each replica reads. Ahead of each step, one broadcast between hosts gives the other ranks
 the buffer that a worker process made; from there one copy takes it to the device.
 """
 
@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 from megatron_ext.config import DataConfig
 from megatron_ext.data import dali_loader
+from megatron_ext.data.composition import Composition
 from megatron_ext.data.mixture import Mixture
-from megatron_ext.data.packed_rows import PackedRows, StepRows
+from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.data.packed_tokens import Unpack
 from megatron_ext.data.plain_loader import PlainLoader
 from megatron_ext.data.rank_info import RankInfo
 from megatron_ext.data.serialization import from_bytes
+from megatron_ext.data.step_rows import StepRows
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
 
@@ -32,16 +34,18 @@ def step_batches(
     *,
     num_steps: int | None = None,
     prepare: Callable[[np.ndarray, int], object] | None = None,
+    composition: Composition | None = None,
+    own_share: Callable[[object], object] = lambda step: step,
 ) -> "StepBatches":
     """The steps of this process's replica, as ``prepare`` makes them of its rows; see :class:`StepBatches`. The default
     is :class:`~megatron_ext.data.packed_tokens.Unpack`."""
     prepare = prepare or Unpack(mixture.special.pad, mixture.depth, mixture.special.image_offset)
-    return StepBatches(mixture, data_config, rows_per_step, start_step, prepare, num_steps)
+    return StepBatches(mixture, data_config, rows_per_step, start_step, prepare, num_steps, composition, own_share)
 
 
 class StepBatches:
     """Iterates over optimizer steps: the results of ``prepare``, with arrays as tensors on this rank's device; the same
-    on every rank of a replica.
+    on every rank of a replica, but for what ``own_share`` leaves.
 
     Args:
         rows_per_step: rows of a step over all replicas.
@@ -49,6 +53,8 @@ class StepBatches:
         prepare: runs in the worker processes, so it must pickle; called with the replica's rows of a step as packed
             tokens (:mod:`megatron_ext.data.packed_tokens`), int32 [rows, numbers of a row], and the step's number.
         num_steps: steps of the run, counted from step 0; None: without end.
+        composition: how the replicas' rows are cut; see :class:`~megatron_ext.data.step_rows.StepRows`.
+        own_share: the part of a result that this rank copies to its device.
 
     Attributes:
         wait_seconds: time spent waiting for the last step that ``next()`` returned.
@@ -62,9 +68,11 @@ class StepBatches:
         start_step: int,
         prepare: Callable[[np.ndarray, int], object],
         num_steps: int | None = None,
+        composition: Composition | None = None,
+        own_share: Callable[[object], object] = lambda step: step,
     ):
         self.wait_seconds = 0.0
-        self._rank = RankInfo.here()
+        self._rank, self._own_share = RankInfo.here(), own_share
         self._group = _host_group(self._rank)
         self._step, self._end = start_step, sys.maxsize if num_steps is None else num_steps
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +80,7 @@ class StepBatches:
         self._loader = None
         if self._rank.reads:
             rows = PackedRows.of(mixture, data_config)
-            step_rows = StepRows(rows, rows_per_step, self._rank.replica, self._rank.replicas)
+            step_rows = StepRows(rows, rows_per_step, self._rank.replica, self._rank.replicas, composition)
             use_dali = data_config.loader == "dali" or (data_config.loader == "auto" and dali_loader.available())
             self._loader = (dali_loader.DaliLoader if use_dali else PlainLoader)(
                 WorkerSteps(step_rows, start_step, self._end, prepare), data_config.workers, data_config.prefetch
@@ -100,7 +108,7 @@ class StepBatches:
             buffer = next(self._loader)
         if self._group is not None:
             buffer = self._broadcast(buffer)
-        value = to_device(from_bytes(buffer.numpy()), self._device)
+        value = to_device(self._own_share(from_bytes(buffer.numpy())), self._device)
         self._fetched.append((value, time.perf_counter() - started))
 
     def close(self) -> None:

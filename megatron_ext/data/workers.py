@@ -16,8 +16,8 @@ from multiprocessing import connection
 
 import numpy as np
 
-from megatron_ext.data.packed_rows import StepRows
 from megatron_ext.data.serialization import to_bytes
+from megatron_ext.data.step_rows import StepRows
 from megatron_ext.errors import UserError
 
 SECONDS_TO_NOTICE = 60

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext import chat_template, command_line
-from megatron_ext.distributed import from_rank_zero
+from megatron_ext.distributed import decoding_replica, from_rank_zero
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import manifest
 from megatron_ext.evaluation.answers import AnswersWriter, question_fingerprint, read_answers
@@ -74,9 +74,9 @@ def answer(session: Session, items: Sequence[Item], file: Path, max_new_tokens: 
     """
     from_rank_zero(lambda: _merge_parts(file))
     answered = read_answers(file).records
-    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    replica, replicas = decoding_replica()
     todo = [item for item in items if item.id not in answered][replica::replicas]
-    writes = parallel_state.get_tensor_model_parallel_rank() == 0
+    writes = dist.get_rank() == parallel_state.get_model_parallel_src_rank()
     vocabulary, unanswered = session.trained.vocabulary, 0
     with command_line.progress(total=len(todo), desc=file.stem, unit=" questions") as bar:
         writer = AnswersWriter(_part(file, replica)) if writes and todo else None

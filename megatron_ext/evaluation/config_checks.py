@@ -12,18 +12,12 @@ def validate_evaluation(config: Config) -> None:
     Raises:
         UserError: names the key, its value and what would do.
     """
-    evaluation, pipeline = config.evaluation, config.parallel.pipeline
+    evaluation = config.evaluation
     check_at_least_one("evaluation", evaluation, "batch_size", "max_new_tokens")
     if not evaluation.interval:
         return
     if evaluation.interval < 0:
         raise UserError(f"config: 'evaluation.interval' is {evaluation.interval}, must be 0 (never) or more")
-    if pipeline > 1:
-        raise UserError(
-            f"config: 'evaluation.interval' is {evaluation.interval}, needs parallel.pipeline=1 (it is {pipeline}): "
-            "decoding needs the whole model in one stage; set evaluation.interval=0 and run tools/evaluate.py and "
-            "tools/generate.py on the checkpoints"
-        )
     if not evaluation.vq:
         raise UserError("config: 'evaluation.vq' is empty; name the folder of the VQ tokenizer")
     if not (evaluation.benchmarks or evaluation.prompts):

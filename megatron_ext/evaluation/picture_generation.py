@@ -75,7 +75,7 @@ def generate(
         UserError: the folder holds pictures of other settings, or the chat template cannot be used at all.
     """
     missing = distributed.from_rank_zero(lambda: _missing(prompts, folder, settings, set_aside))
-    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    replica, replicas = distributed.decoding_replica()
     todo = [prompt for prompt in prompts if prompt.id in missing][replica::replicas]
     writes = parallel_state.get_tensor_model_parallel_rank() == 0
     started = time.monotonic()

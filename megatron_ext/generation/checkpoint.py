@@ -1,9 +1,11 @@
 """A trained checkpoint, ready to generate."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 
 from megatron_ext import config_file
@@ -13,14 +15,27 @@ from megatron_ext.training.config_checks import validate
 from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve
 from megatron_ext.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from megatron_ext.transformer.model import UnifiedModel
+
 
 @dataclass
 class TrainedModel:
-    """A model with the configuration and vocabulary of its training."""
+    """A model with the configuration and vocabulary of its training.
+
+    Attributes:
+        chunks: this rank's part of the model.
+    """
 
     resolved: ResolvedConfig
     vocabulary: Vocabulary
-    model: torch.nn.Module
+    chunks: list[UnifiedModel]
+
+    @property
+    def model(self) -> UnifiedModel:
+        """The whole model, without pipeline stages."""
+        (model,) = self.chunks
+        return model
 
     @property
     def config(self) -> Config:
@@ -65,4 +80,4 @@ def load(
     resolved = resolve(config, padded_vocab_size(config, trained_vocabulary))
     (model,) = build_chunks(resolved)
     load_weights(path, [model], {"fingerprints": {"vocabulary": trained_vocabulary.fingerprint}})
-    return TrainedModel(resolved, trained_vocabulary, model.eval())
+    return TrainedModel(resolved, trained_vocabulary, [model.eval()])

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.generation.cache import Cache
-from megatron_ext.generation.document_batch import codes_of_image_token, document_batch, row_alignment_of
+from megatron_ext.generation.document_batch import document_batch, row_alignment_of
+from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.layer_route import CachedLayerRoute
 from megatron_ext.routing.plan import Plan, class_index
 from megatron_ext.routing.route import Route, image_places
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
-from megatron_ext.transformer.model import UnifiedModel
 from megatron_ext.vocabulary import Vocabulary
 
 PREFILL_CHUNK = 512
@@ -24,7 +24,7 @@ PREFILL_CHUNK = 512
 
 
 class Outputs(NamedTuple):
-    """What follows each of several documents; zeros where it is not asked for.
+    """What follows each of several documents, on the last pipeline stage; zeros where it is not asked for.
 
     Attributes:
         logits: of the next text token, or image token of one code, [documents, vocabulary / tensor-parallel size].
@@ -43,16 +43,16 @@ class Decoder:
     visible through the cache only.
     """
 
-    def __init__(self, model: UnifiedModel, plan: Plan, vocabulary: Vocabulary, rows: int, cache: Cache):
+    def __init__(self, model: PipelinedModel, plan: Plan, vocabulary: Vocabulary, rows: int, cache: Cache):
         """
         Args:
-            model: the whole model (one pipeline stage), in evaluation mode; any tensor-parallel size.
+            model: in evaluation mode; any tensor-parallel size and any pipeline.
             rows: number of documents.
             cache: empty, with a row for each document and enough room.
         """
         self._alignment = row_alignment_of(model)
         self._model, self._plan, self._vocabulary, self._cache = model, plan, vocabulary, cache
-        self._depth = codes_of_image_token(model)
+        self._depth = model.depth
         self._positions = torch.zeros(rows, dtype=torch.int64)
         self._images = np.zeros(rows, dtype=np.int64)  # image tokens at the end of each document
         self._single_token_routes: dict[bytes, Route] = {}  # by the tokens' classes
@@ -64,7 +64,7 @@ class Decoder:
         tasks: Sequence[Sequence[Task]],
         codes: Sequence[Sequence[Sequence[int]]] | None = None,
         draws: Sequence[bool] | None = None,
-    ) -> Outputs:
+    ) -> Outputs | None:
         """Read the next tokens of each document; a document may have none.
 
         Args:
@@ -73,7 +73,7 @@ class Decoder:
             draws: whether an image token of several codes follows, for each document; None: nowhere.
 
         Returns:
-            What follows the last token of each document that has tokens.
+            What follows the last token of each document that has tokens; None on other pipeline stages than the last.
         """
         rows, longest = len(tokens), max(map(len, tokens))
         draws = torch.tensor([False] * rows if draws is None else draws)
@@ -91,7 +91,7 @@ class Decoder:
             last = [len(row) <= start + PREFILL_CHUNK and len(part) > 0 for row, part in zip(tokens, chunk)]
             last = torch.tensor(last)
             part = self._advance(chunk, chunk_tasks, chunk_codes, last, draws)
-            outputs = part if outputs is None else _merged(outputs, part, last)
+            outputs = part if outputs is None or part is None else _merged(outputs, part, last)
         return outputs
 
     def _advance(
@@ -101,15 +101,17 @@ class Decoder:
         codes: Sequence[Sequence[Sequence[int]]],
         last: Tensor,
         draws: Tensor,
-    ) -> Outputs:
+    ) -> Outputs | None:
         """Read a chunk; outputs of the documents that are at their ``last`` token, zeros for others."""
         route = self._route(tokens, tasks, codes, last, draws)
         self._cache.begin_chunk(route.layers)
         self._positions += torch.tensor([len(row) for row in tokens])
+        outputs = self._model(route, attend=self._cache.attend, hidden_rows=self._depth > 1)
+        if outputs is None:
+            return None
         if self._depth == 1:
-            logits = self._model(route, attend=self._cache.attend).squeeze(1)
-            return Outputs(_at(last, logits), None)
-        logits, hidden = self._model(route, attend=self._cache.attend, hidden_rows=True)
+            return Outputs(_at(last, outputs.squeeze(1)), None)
+        logits, hidden = outputs
         return Outputs(_at(last & ~draws, logits.squeeze(1)), _at(last & draws, hidden.squeeze(1)))
 
     def _route(
@@ -139,7 +141,7 @@ class Decoder:
             cached=True,
             places=places,
         )
-        route = route.to(next(self._model.parameters()).device)
+        route = route.to(self._model.device)
         if single:
             self._single_token_routes[key] = route
         return route

@@ -11,9 +11,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.data.batch import Batch
+from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.transformer.fp8 import row_multiple_of
-from megatron_ext.transformer.model import UnifiedModel
 from megatron_ext.vocabulary import Vocabulary
 
 
@@ -82,13 +82,8 @@ def document_batch(
     )
 
 
-def row_alignment_of(model: UnifiedModel) -> tuple[int, int]:
+def row_alignment_of(model: PipelinedModel) -> tuple[int, int]:
     """The number of ranks over which the model's hidden states are cut, and the multiple of their rows: a model that is
     being trained keeps those of its training."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     return size if model.config.sequence_parallel else 1, row_multiple_of(model.config)
-
-
-def codes_of_image_token(model: UnifiedModel) -> int:
-    """The number of codes, D."""
-    return 1 if model.depth_head is None else model.depth_head.depth

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from megatron_ext.generation.cache import Cache, cache_bytes, layer_capacities
 from megatron_ext.generation.continuation import IMAGE_TOKEN, Continuation
-from megatron_ext.generation.decoder import Decoder, tokens_by_class
-from megatron_ext.generation.document_batch import codes_of_image_token, split_codes, stored_ids
+from megatron_ext.generation.decoder import Decoder, Outputs, tokens_by_class
+from megatron_ext.generation.document_batch import split_codes, stored_ids
 from megatron_ext.generation.guidance import guided_logits, guided_prompts
+from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling, next_tokens
 from megatron_ext.routing.plan import Plan
 from megatron_ext.token_classes import Task
-from megatron_ext.transformer.model import UnifiedModel
 from megatron_ext.transformer.projection import merged_weights
 from megatron_ext.vocabulary import Vocabulary
 
@@ -25,18 +25,17 @@ class Generator:
     """Continues requests with a model.
 
     Args:
-        model: the whole model in evaluation mode; on every tensor-parallel rank.
+        model: in evaluation mode; all ranks that hold a part of it generate together.
         grid: rows and columns of image tokens in a picture.
     """
 
-    def __init__(self, model: UnifiedModel, plan: Plan, vocabulary: Vocabulary, grid: tuple[int, int]):
+    def __init__(self, model: PipelinedModel, plan: Plan, vocabulary: Vocabulary, grid: tuple[int, int]):
         self.model, self.plan, self.vocabulary = model, plan, vocabulary
         self.picture_tokens = grid[0] * grid[1]
-        self.depth = codes_of_image_token(model)
+        self.depth = model.depth
         size = parallel_state.get_tensor_model_parallel_world_size()
         self._groups = model.config.num_query_groups // size
-        parameter = next(model.parameters())
-        self._dtype, self._device = parameter.dtype, parameter.device
+        self._dtype, self._device = model.dtype, model.device
         # With several codes an image token, the codes have a softmax of their own.
         ids = torch.arange(vocabulary.size if self.depth == 1 else vocabulary.image_offset, device=self._device)
         ends = torch.isin(ids, torch.tensor(vocabulary.ends, device=self._device))
@@ -75,23 +74,22 @@ class Generator:
             requests[i % n].prompt_tasks(tokens, self.vocabulary) + self._tasks(requests[i % n], rows[i % n].tokens)
             for i, (tokens, _) in enumerate(prompts)
         ]
-        with merged_weights(self.model):
+        with merged_weights(*self.model.chunks):
             while active := [i for i, row in enumerate(rows) if not row.done]:
                 draws = [i for i in active if self.depth > 1 and rows[i].allowed_kind == IMAGE_TOKEN]
                 outputs = decoder.advance(unread, tasks, codes, [i in draws for i in range(n)] * copies)
+                writes = [i for i in active if i not in draws]
+                kinds = [rows[i].allowed_kind for i in writes]
+                chosen = self._sample(outputs, writes, kinds, draws, n, sampling, generators)
                 unread, codes, before = [[] for _ in rows], [[] for _ in rows], sum(len(row.tokens) for row in rows)
-                if writes := [i for i in active if i not in draws]:
-                    kinds = [rows[i].allowed_kind for i in writes]
-                    logits = _of_documents(outputs.logits, writes, n)
-                    tokens = self._sample_tokens(logits, kinds, sampling, [generators[i] for i in writes])
-                    for i, token in zip(writes, tokens):
-                        unread[i] = rows[i].append(token)
-                if draws:
-                    hidden = _of_documents(outputs.hidden, draws, n)
-                    for i, of_token in zip(draws, self._sample_codes(hidden, sampling, [generators[i] for i in draws])):
-                        drawn[i].append(of_token)
-                        if more := rows[i].append(self.vocabulary.image_offset + of_token[0]):
-                            unread[i], codes[i] = more, [of_token]
+                for i, token in zip(writes, chosen):
+                    unread[i] = rows[i].append(token)
+                for place, i in enumerate(draws):
+                    start = len(writes) + place * self.depth
+                    of_token = chosen[start : start + self.depth]
+                    drawn[i].append(of_token)
+                    if more := rows[i].append(self.vocabulary.image_offset + of_token[0]):
+                        unread[i], codes[i] = more, [of_token]
                 progress(sum(len(row.tokens) for row in rows) - before)
                 tasks = [self._tasks(request, tokens) for request, tokens in zip(requests, unread)]
                 unread, codes, tasks = unread * copies, codes * copies, tasks * copies
@@ -105,6 +103,38 @@ class Generator:
 
     def _tasks(self, request: Request, generated: Sequence[int]) -> list[Task]:
         return [request.generated_task(token, self.vocabulary) for token in generated]
+
+    def _sample(
+        self,
+        outputs: Outputs | None,
+        writes: Sequence[int],
+        kinds: Sequence[int],
+        draws: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+    ) -> list[int]:
+        """The next token of the documents ``writes``, out of n, then the codes of the next image token of each of
+        ``draws``; the same on every rank.
+
+        Args:
+            outputs: None on other pipeline stages than the last, which chooses.
+            kinds: of ``writes``, see :meth:`_sample_tokens`.
+        """
+
+        def choose() -> Tensor:
+            chosen = []
+            if writes:
+                logits = _of_documents(outputs.logits, writes, n)
+                chosen += self._sample_tokens(logits, kinds, sampling, [generators[i] for i in writes])
+            if draws:
+                hidden = _of_documents(outputs.hidden, draws, n)
+                for of_token in self._sample_codes(hidden, sampling, [generators[i] for i in draws]):
+                    chosen += of_token
+            return torch.tensor(chosen)
+
+        count = len(writes) + self.depth * len(draws)
+        return self.model.from_last_stage(choose, count, dtype=torch.int64).tolist()
 
     def _sample_tokens(
         self, logits: Tensor, kinds: Sequence[int], sampling: Sampling, generators: Sequence[torch.Generator]
@@ -126,7 +156,8 @@ class Generator:
         Args:
             hidden: under guidance those without the conditions follow; they read the same codes.
         """
-        decoding, codes = self.model.depth_head.decoding(hidden, self.model.code_vectors), []
+        head = self.model.last
+        decoding, codes = head.depth_head.decoding(hidden, head.code_vectors), []
         for _ in range(self.depth):
             if codes:
                 decoding.append(torch.tensor(codes[-1], device=self._device).repeat(len(hidden) // len(codes[-1])))
@@ -144,7 +175,7 @@ class Generator:
         return logits if sampling.guidance == 1 else guided_logits(*logits.chunk(2), sampling.guidance)
 
     def _capacities(self, requests: Sequence[Request], sampling: Sampling) -> list[int]:
-        """The largest number of keys per row in each layer."""
+        """The largest number of keys per row in each layer; 0 in those of other pipeline stages."""
         capacities = []
         for request in requests:
             images = [self.vocabulary.image_offset] * self.picture_tokens * request.images
@@ -155,7 +186,8 @@ class Generator:
                 all_tasks = request.prompt_tasks(prompt, self.vocabulary) + tasks
                 counts = tokens_by_class(self.vocabulary, [*prompt, *images, *texts], all_tasks)
                 capacities.append(layer_capacities(self.plan, counts))
-        return [max(layer) for layer in zip(*capacities)]
+        own = set(self.model.layers)
+        return [max(keys) if layer in own else 0 for layer, keys in enumerate(zip(*capacities))]
 
 
 def _of_documents(rows: Tensor, documents: Sequence[int], n: int) -> Tensor:

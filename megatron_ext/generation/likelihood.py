@@ -48,11 +48,15 @@ def _losses(generator: Generator, batch: Batch, predicts: Tensor) -> Tensor:
     """What each token that ``predicts``, bool [b, s], loses at the next one, [n], float64."""
     model = generator.model
     route = Route.of(batch, generator.plan, *row_alignment_of(model), logit_mask=predicts)
-    losses = torch.zeros(batch.tokens.numel(), dtype=torch.float64)
-    outputs = model(route.to(next(model.parameters()).device))
-    if generator.depth > 1:
-        outputs, of_codes = outputs
-        losses[route.code_targets] = of_codes.cpu().double().sum(1)
-    labels = batch.labels.flatten()[route.targets].to(outputs.device)
-    losses[route.targets] = model.token_losses(outputs, labels).cpu().double()
-    return losses[predicts.flatten()]
+    outputs = model(route.to(model.device))
+
+    def losses() -> Tensor:
+        logits, of_codes = outputs if generator.depth > 1 else (outputs, None)
+        by_token = torch.zeros(batch.tokens.numel(), dtype=torch.float64)
+        if of_codes is not None:
+            by_token[route.code_targets] = of_codes.cpu().double().sum(1)
+        labels = batch.labels.flatten()[route.targets].to(logits.device)
+        by_token[route.targets] = model.last.token_losses(logits, labels).cpu().double()
+        return by_token[predicts.flatten()]
+
+    return model.from_last_stage(losses, int(predicts.sum()), dtype=torch.float64).cpu()

@@ -16,6 +16,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.generator import Generator
+from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
 from megatron_ext.vq.image_decoder import PillowDecoder
@@ -49,7 +50,7 @@ class Session:
             UserError: there is no such VQ tokenizer, or it does not fit the vocabulary.
         """
         self.trained, self._report = trained, report
-        device = next(trained.model.parameters()).device
+        device = next(trained.chunks[0].parameters()).device
         self.vq = vq_package.load(vq, device)
         vocabulary = trained.vocabulary
         if self.vq.codebook_size != vocabulary.codebook_size:
@@ -68,7 +69,7 @@ class Session:
                 f"{vq}: its fingerprint is {self.vq.fingerprint}, the model was trained with the codes of "
                 f"{image_codes.fingerprint} (model.image_codes.fingerprint)"
             )
-        self.generator = Generator(trained.model, trained.plan, vocabulary, self.vq.grid)
+        self.generator = Generator(PipelinedModel(trained.chunks), trained.plan, vocabulary, self.vq.grid)
         self.batch_size = batch_size
 
     @property
@@ -202,7 +203,7 @@ class Session:
 
     def _generate(self, requests: list[Request], sampling: Sampling, kind: str) -> list[list[int]]:
         """The continuation of each request, the same on every rank; each of n replicas generates every n-th."""
-        replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        replica, replicas = distributed.decoding_replica()
         share = requests[replica::replicas]
         batches = [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
         memory = max((self.generator.memory(batch, sampling) for batch in batches), default=0)
@@ -212,7 +213,8 @@ class Session:
             for batch in batches:
                 continuations += self.generator(batch, sampling, bar.update)
         shares: list = [None] * replicas
-        dist.all_gather_object(shares, continuations, parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_gather_object(shares, continuations, group)
         return [shares[i % replicas][i // replicas] for i in range(len(requests))]
 
     def _save(self, codes: list[list[int]], files: Sequence[Path], sheet: Path) -> None:

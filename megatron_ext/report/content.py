@@ -208,6 +208,8 @@ def _roles(run: RunData) -> dict:
 def _layout(run: RunData) -> str:
     parallel = run.config.parallel
     parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
+    if parallel.layout:
+        parts[1] += f" ({parallel.layout})"
     if parallel.virtual_pipeline > 1:
         parts.append(f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.sequence:

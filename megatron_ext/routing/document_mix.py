@@ -40,9 +40,16 @@ def mix_batch(mix: str, depth: int = 1, generation_text: bool = False) -> Batch:
     Raises:
         UserError: quotes the part of the mix that cannot be read.
     """
-    documents = [document for part in mix.split(";") if part.strip() for document in _documents(part.strip())]
-    if not documents:
-        raise UserError(f"mix {mix!r}: no document in it; write for example 'generation: 30 text, 256 image'")
+    return _batch([document for documents in _parts(mix) for document in documents], depth, generation_text)
+
+
+def mix_documents(mix: str, depth: int = 1, generation_text: bool = False) -> list[tuple[int, Batch]]:
+    """For each part of a mix the number of its documents, and one of them as :func:`mix_batch` makes it."""
+    return [(len(documents), _batch(documents[:1], depth, generation_text)) for documents in _parts(mix)]
+
+
+def _batch(documents: list[tuple[Layout, list[tuple[int, str]]]], depth: int, generation_text: bool) -> Batch:
+    """Documents end to end in one row."""
     fields = {name: [] for name in ("loss_mask", "positions", "modality", "task", "document")}
     for number, (layout, runs) in enumerate(documents):
         length = sum(n for n, _ in runs)
@@ -81,6 +88,14 @@ def _predict_images(batch: Batch) -> None:
     image = batch.modality == Modality.IMAGE
     predicts = batch.predicts_image() & np.roll((batch.loss_mask > 0) & image, -1, axis=1)
     batch.loss_mask = (predicts | (batch.loss_mask > 0) & ~image).astype(np.float32)
+
+
+def _parts(mix: str) -> list[list[tuple[Layout, list[tuple[int, str]]]]]:
+    """The documents of each part of a mix."""
+    parts = [_documents(part.strip()) for part in mix.split(";") if part.strip()]
+    if not parts:
+        raise UserError(f"mix {mix!r}: no document in it; write for example 'generation: 30 text, 256 image'")
+    return parts
 
 
 def _documents(text: str) -> list[tuple[Layout, list[tuple[int, str]]]]:

@@ -32,6 +32,7 @@ from megatron_ext.routing.image_code_costs import (
     projector_multiply_adds,
     projector_parameters,
 )
+from megatron_ext.routing.pipeline_layout import stage_layers
 from megatron_ext.routing.plan import Plan, Projections, Role, task_and_modality
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
@@ -66,6 +67,16 @@ class Counts:
             self.images + other.images,
             self.codes + other.codes,
         )
+
+    def scaled(self, share: float) -> "Counts":
+        """Of so large a share of the tokens, rounded; of attention's pairs the same share."""
+        if share == 1:
+            return self
+
+        def part(numbers: Sequence[int]) -> tuple[int, ...]:
+            return tuple(round(n * share) for n in numbers)
+
+        return Counts(part(self.tokens), tuple(map(part, self.visible)), *part((self.logits, self.images, self.codes)))
 
 
 def dense(plan: Plan) -> Plan:
@@ -143,24 +154,25 @@ def head_flops(model: ModelConfig, vocab_size: int, counts: Counts) -> int:
 
 
 def stage_flops(
-    model: ModelConfig, vocab_size: int, plan: Plan, counts: Counts, pipeline: int, virtual: int = 1
+    model: ModelConfig,
+    vocab_size: int,
+    plan: Plan,
+    counts: Counts,
+    pipeline: int,
+    virtual: int = 1,
+    layout: str = "",
 ) -> list[int]:
     """FLOPs of one forward pass on each pipeline stage; the first has the projector, the last the output head and the
-    depth head."""
+    depth head.
+
+    Args:
+        layout: ``parallel.layout``.
+    """
     layers = layer_flops(model, plan, counts)
-    stages = [sum(layers[n] for n in numbers) for numbers in stage_layers(plan.num_layers, pipeline, virtual)]
+    stages = [sum(layers[n] for n in numbers) for numbers in stage_layers(plan.num_layers, pipeline, virtual, layout)]
     stages[0] += projector_flops(model, counts)
     stages[-1] += head_flops(model, vocab_size, counts)
     return stages
-
-
-def stage_layers(num_layers: int, pipeline: int, virtual: int = 1) -> list[list[int]]:
-    """Layers of each pipeline stage, split evenly into ``virtual`` chunks per stage in round-robin order."""
-    size = num_layers // (pipeline * virtual)
-    return [
-        [(chunk * pipeline + stage) * size + n for chunk in range(virtual) for n in range(size)]
-        for stage in range(pipeline)
-    ]
 
 
 def parameter_count(model: ModelConfig, vocab_size: int, projections: Projections) -> int:

@@ -2,7 +2,8 @@
 and end.
 
 A run of FULL tokens without a KV_ONLY token in between attends causally to all keys of its document up to the end of
-the run: a segment of q queries and k >= q keys whose last query sees all k (bottom-right aligned).
+the run: a segment of q queries and k >= q keys whose last query sees all k (bottom-right aligned). The segments of a
+document share its keys, which are in attention's order once.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.context import Exchange, Placement
 from megatron_ext.routing.permutation import Permutation
 from megatron_ext.routing.plan import Role
 from megatron_ext.routing.segment_buckets import Bucket, filled, in_order
@@ -72,14 +74,20 @@ class LayerRoute:
     Attributes:
         slices: the rows that take part.
         queries: from gathered FULL rows to the order of attention; None: they are in that order already.
-        keys: from gathered FULL and gathered KV_ONLY rows to the order of keys; None without KV_ONLY rows, when keys
-            have the order of the queries.
-        query_lengths, key_lengths: queries and keys of each segment, in document order. They and the cumulative lengths
-            describe attention's order only where segments are not brought into buckets.
+        keys: from gathered FULL, gathered KV_ONLY and received rows to the order of keys; None without KV_ONLY rows and
+            an exchange, when keys have the order of the queries.
+        query_lengths, key_lengths: queries and keys of each segment, in document order.
+        key_starts: row of the keys at which those of each segment begin. Segments of one document share its keys: these
+            rows overlap. This list and the two before describe attention's order only where segments are not brought
+            into buckets.
+        segment_keys: from the order of keys to one in which every segment has its own, for kernels that take cumulative
+            lengths; None: it has them already.
         buckets: the segments that share a kernel call, in attention's order.
         query_positions, key_positions: rotary positions in the order of attention, int32; 0 for fillers.
-        cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments.
+        cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments; of keys after
+            ``segment_keys``.
         max_query_length, max_key_length: bounds of the lengths, powers of two.
+        exchange: the keys that context ranks send one another; None: none of them sends any.
     """
 
     slices: RowSlices
@@ -87,6 +95,8 @@ class LayerRoute:
     keys: Permutation | None
     query_lengths: list[int]
     key_lengths: list[int]
+    key_starts: list[int]
+    segment_keys: Permutation | None
     buckets: list[Bucket]
     query_positions: np.ndarray
     key_positions: np.ndarray
@@ -94,6 +104,7 @@ class LayerRoute:
     cu_seqlens_kv: np.ndarray
     max_query_length: int
     max_key_length: int
+    exchange: Exchange | None
 
 
 @dataclass
@@ -113,13 +124,16 @@ class StoredRows:
 
     Attributes:
         batch: the micro-batch, as arrays.
-        group, stored: [t], group and stored row of each token; the group of padding comes after the last.
+        group, stored: [t], group and stored row of each token; the group of padding comes after the last. Tokens that
+            another context rank holds have no row, -1.
         document: [t], number of the document over the whole micro-batch.
         sizes: rows of each group on a rank.
         ranks: number of ranks that the rows are cut over.
         components: the weights that each group uses.
         multiple: queries, keys and targets are filled up to a multiple of this.
         bucketed: whether attention's order has similar segments together, filled up to equal lengths.
+        context_rank, placement: this rank's number among the context ranks, and what each of them holds; None: one
+            holds all.
     """
 
     batch: Batch
@@ -131,6 +145,8 @@ class StoredRows:
     components: Sequence[int]
     multiple: int
     bucketed: bool
+    context_rank: int
+    placement: Placement | None
 
     def gathered(self, chosen: list[int], sizes: list[int]) -> np.ndarray:
         """[t] row of each token once the ``chosen`` slices, out of slices of ``sizes`` rows, are gathered from all
@@ -160,41 +176,53 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
     slices = row_slices(rows.sizes, roles, rows.components)
     role = np.array([*roles, Role.SKIP])[rows.group]
     key = np.flatnonzero(role != Role.SKIP)
-    full = role[key] == Role.FULL
+    full = (role[key] == Role.FULL) & (rows.stored[key] >= 0)
     first, end, begin = _segments(rows.document[key], full)
     query_lengths, key_lengths = end - first, end - begin
-    order = filled(query_lengths, key_lengths) if rows.bucketed and not cached else None
+    seen, key_starts = (np.arange(key.size), begin) if cached else _seen_keys(begin, end)
+    order = filled(query_lengths, key_lengths, key_starts) if rows.bucketed and not cached else None
+    shared = not cached and key_lengths.sum() > seen.size
 
     query, gathered_rows = key[full], rows.ranks * row_count(slices.full_splits)
+    received = None if rows.placement is None else rows.placement.received(roles, rows.context_rank)
     query = rows.with_fillers(_select(query, order.query_index) if order else query)
     gathered = rows.gathered(slices.full, slices.sizes)
     queries, keys = Permutation.of(_select(gathered, query), [gathered_rows]), None
     query_positions = key_positions = _positions(rows.batch, query)
-    if slices.kv_only:
+    exchange = None
+    if slices.kv_only or received is not None:
         kv_rows = rows.ranks * row_count(slices.kv_only_splits)
         kv_gathered = rows.gathered(slices.kv_only, slices.sizes)
+        if received is not None:
+            exchange = rows.placement.exchange(roles, rows.context_rank, gathered, kv_gathered)
         gathered = np.where(kv_gathered >= 0, gathered_rows + kv_gathered, gathered)
-        seen, repeated = key, False
-        if not cached:
-            skipped = begin - (key_lengths.cumsum() - key_lengths)
-            seen = key[np.arange(key_lengths.sum()) + skipped.repeat(key_lengths)]
-            repeated = first.size > np.unique(begin).size
+        if received is not None:
+            gathered[received] = gathered_rows + kv_rows + np.arange(received.size)
+            kv_rows += received.size
+        seen = key[seen]
         seen = rows.with_fillers(_select(seen, order.key_index) if order else seen)
-        keys = Permutation.of(_select(gathered, seen), [gathered_rows, kv_rows], repeated)
+        keys = Permutation.of(_select(gathered, seen), [gathered_rows, kv_rows], shared and order is not None)
         key_positions = _positions(rows.batch, seen)
+    segment_keys = None
+    if shared and not rows.bucketed:
+        index = rows.with_fillers(_ranges(key_starts, key_lengths))
+        segment_keys = Permutation.of(index, [key_positions.size], repeated=True)
     route = LayerRoute(
         slices=slices,
         queries=queries,
         keys=keys,
         query_lengths=query_lengths.tolist(),
         key_lengths=key_lengths.tolist(),
-        buckets=order.buckets if order else in_order(query_lengths, key_lengths),
+        key_starts=key_starts.tolist(),
+        segment_keys=segment_keys,
+        buckets=order.buckets if order else in_order(query_lengths, key_lengths, key_starts),
         query_positions=query_positions,
         key_positions=key_positions,
         cu_seqlens_q=_cumulative(query_lengths),
         cu_seqlens_kv=_cumulative(key_lengths),
         max_query_length=_power_of_two(query_lengths),
         max_key_length=_power_of_two(key_lengths),
+        exchange=exchange,
     )
     return CachedLayerRoute(**vars(route), places=_cache_places(key, full, *rows.batch.shape)) if cached else route
 
@@ -231,6 +259,22 @@ def _segments(document: np.ndarray, full: np.ndarray) -> tuple[np.ndarray, np.nd
     first, end = np.flatnonzero(full & ~before), np.flatnonzero(full & ~after) + 1
     documents = np.flatnonzero(new)
     return first, end, documents[np.searchsorted(documents, first, side="right") - 1]
+
+
+def _seen_keys(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the keys that some query sees, each once, and for each segment the place among them at which its keys
+    begin; from the results of :func:`_segments`."""
+    new = np.ones(begin.size, dtype=bool)
+    new[1:] = begin[1:] != begin[:-1]
+    last = np.roll(new, -1)
+    lengths = end[last] - begin[last]
+    starts = lengths.cumsum() - lengths
+    return _ranges(begin[last], lengths), starts[new.cumsum() - 1]
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers from each start on, as many as its length."""
+    return np.arange(lengths.sum()) + (starts - (lengths.cumsum() - lengths)).repeat(lengths)
 
 
 def _select(values: np.ndarray, index: np.ndarray) -> np.ndarray:

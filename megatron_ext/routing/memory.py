@@ -24,7 +24,12 @@ drops attention's output as computed and the softmax sums; full recomputation ke
 
 Left out: rotary tables (shared by the layers); attention masks on CPUs; keys stored twice because a document has text
 before and after a KV_ONLY image; copies of rows that a layer needs together but the stored order keeps apart;
-embedding, logits and loss; tensor parallelism.
+embedding, logits and loss.
+
+On t tensor-parallel ranks a, g, f and n, and the matrices, are an t-th. Under sequence parallelism so are h and the norms
+(of the input, the residual stream and the normed inputs), except where a product gathers rows beforehand and keeps what
+it gathered: the normed input of split projections, and of qkv in layers with KV_ONLY rows, whose normed rows are then
+kept whole in every layer (h). Without sequence parallelism these FULL and KV_ONLY rows are put together in a copy.
 
 The projector of image tokens of several codes keeps of each the sum of its code vectors, of width e, and what is before
 and after GELU::
@@ -41,12 +46,15 @@ codebook::
 of the tokens of a chunk (``image_codes.head.chunk``), or of all of them.
 """
 
+from collections.abc import Collection
 from typing import Literal
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.routing.flops import Counts, key_width, low_rank_modules, projection_shapes, query_width
 from megatron_ext.routing.image_code_costs import codebook_size, vector_width
 from megatron_ext.routing.plan import Plan, Projections, Role
+
+_ROW_PARALLEL = ("proj", "fc2")
 
 
 def activation_bytes(
@@ -56,28 +64,37 @@ def activation_bytes(
     element_size: int,
     times: float = 1,
     recompute: Literal["none", "selective", "full"] = "none",
+    tensor: int = 1,
+    sequence: bool = False,
+    first: Collection[int] = (0,),
 ) -> list[int]:
-    """Bytes that each layer keeps of a micro-batch.
+    """Bytes that each layer keeps of a micro-batch on one tensor-parallel rank.
 
     Args:
         element_size: bytes of an element; 4 for float32, 2 for bf16.
         times: how many times the micro-batch holds the counted tokens.
         recompute: ``training.recompute``.
+        tensor: t, tensor-parallel ranks.
+        sequence: whether they share the rows (sequence parallelism).
+        first: the layers whose input is one tensor, whatever their roles: the first of each part of the model.
     """
+    h, g, ranks = model.hidden_size, 2 * key_width(model) / tensor, tensor if sequence else 1
     elements = []
-    for roles, before in zip(plan.roles, [None, *plan.roles]):
+    for number, (roles, before) in enumerate(zip(plan.roles, [None, *plan.roles])):
         of_role = {role: sum(n for n, r in zip(counts.tokens, roles) if r == role) for role in Role}
-        whole = roles != before or recompute == "full"
-        kept = model.hidden_size * (sum(counts.tokens) if whole else of_role[Role.FULL])
+        full, kv_only = of_role[Role.FULL], of_role[Role.KV_ONLY]
+        changed = roles != before or number in first
+        kept = h / ranks * (sum(counts.tokens) if changed or recompute == "full" else full)
         if recompute != "full":
-            kept += of_role[Role.KV_ONLY] * (2 * key_width(model) + (model.hidden_size + 1 if whole else 0))
-            kept += of_role[Role.FULL] * _full(model, recompute == "selective")
+            kept += kv_only * (g + ((h + 1) / ranks if changed else 0) + (h if tensor > 1 else 0))
+            kept += full * _full(model, plan.projections, recompute == "selective", kv_only > 0, tensor, ranks)
             if model.qk_norm:
-                pairs, heads = 2 * key_width(model) + model.num_query_groups, model.num_attention_heads
-                kept += of_role[Role.KV_ONLY] * pairs + of_role[Role.FULL] * (pairs + query_width(model) + heads)
+                pairs, heads = g + model.num_query_groups / tensor, model.num_attention_heads / tensor
+                kept += kv_only * pairs + full * (pairs + query_width(model) / tensor + heads)
             for index, (n, role) in enumerate(zip(counts.tokens, roles)):
-                kept += n * len(low_rank_modules(plan.projections, index, role)) * (plan.projections.rank or 0)
-        matrices = 0 if recompute == "full" else _matrices(model, plan.projections, of_role[Role.KV_ONLY] > 0)
+                modules = low_rank_modules(plan.projections, index, role)
+                kept += n * sum((plan.projections.rank or 0) / (tensor if m in _ROW_PARALLEL else 1) for m in modules)
+        matrices = 0 if recompute == "full" else _matrices(model, plan.projections, kv_only > 0) / tensor
         elements.append(times * kept + matrices)
     return [round(element_size * n) for n in elements]
 
@@ -102,10 +119,16 @@ def depth_head_bytes(model: ModelConfig, counts: Counts, element_size: int, time
     return round(tokens * depth * place)
 
 
-def _full(model: ModelConfig, without_core: bool) -> int:
+def _full(
+    model: ModelConfig, projections: Projections, without_core: bool, kv_only: bool, tensor: int, ranks: int
+) -> float:
+    """Elements that a FULL row keeps beside its input."""
     h, a = model.hidden_size, query_width(model)
     core = 0 if without_core else a + model.num_attention_heads
-    return 3 * h + 2 * a + core + 2 * key_width(model) + 3 * model.ffn_hidden_size + 2
+    split = projections.modules if projections.components else ()
+    gathered = [module in split or (module == "qkv" and kv_only) for module in ("qkv", "fc1")]
+    whole_rows = h / ranks + sum(h if whole else h / ranks for whole in gathered) + 2 / ranks
+    return whole_rows + (2 * a + core + 2 * key_width(model) + 3 * model.ffn_hidden_size) / tensor
 
 
 def _matrices(model: ModelConfig, projections: Projections, kv_only: bool) -> int:

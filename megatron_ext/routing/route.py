@@ -10,6 +10,8 @@ plan that treats all tokens alike keeps the order of the batch. Padding is not s
 
 **Ranks.** Under sequence parallelism the rows are cut over R ranks, each of which holds an R-th of every group: ranks
 compute and gather equal amounts in every layer. Dummy rows make groups divisible. Gathered rows are ordered by rank.
+Under context parallelism each of C ranks has a route of its own, of the tokens that it holds
+(:mod:`~megatron_ext.routing.context`); T is then the rows of one context rank.
 
 **Attention** needs whole documents; :mod:`~megatron_ext.routing.layer_route` brings rows into document order.
 """
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_ext.data.batch import Batch
+from megatron_ext.routing.context import Placement, attention_load, place, quotas
 from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.groups import plan_groups, stored_length, token_classes
 from megatron_ext.routing.layer_route import LayerRoute, RowSlices, StoredRows, layer_route, row_count, row_slices
@@ -99,6 +102,8 @@ class Route:
         fill: int = 1,
         bucketed: bool = False,
         code_mask: np.ndarray | None = None,
+        context: tuple[int, int] = (0, 1),
+        placement: Placement | None = None,
     ) -> Route:
         """The route of one micro-batch of [b, s] tokens on the host, as arrays.
 
@@ -107,29 +112,29 @@ class Route:
             multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels need one).
             fixed_length: make T depend on b * s alone, as messages between pipeline stages require.
             logit_mask: where to compute logits, bool [b, s]; None: where the loss counts. Padding has none.
-            cached: each row is the next piece of a document whose earlier keys are cached. Keys are then all the keys
-                of a piece, in order.
+            cached: each row is the next piece of a document with earlier keys in a cache; all its keys then count.
             selection: this step's selection of the plan's dense share; None: that of evaluation.
             places: [b, s], result of :func:`image_places`; None: computed for whole documents.
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
             bucketed: bring similar segments of attention together and fill them up to equal lengths
                 (:mod:`~megatron_ext.routing.segment_buckets`). Not with ``cached``.
             code_mask: bool [b, s], which targets predict an image token of several codes; None: those before one.
+            context: the context rank of the route, and the number of context ranks.
+            placement: result of :func:`placed`, the same for all; None: computed, for attention alone.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
-        real = (batch.document != PADDING_DOCUMENT).ravel()
-        group = np.array(groups.of_class)[token_classes(batch, plan, selection).ravel()]
-        group[~real] = len(groups.members)
-        length = stored_length(real.size, plan, ranks, multiple) if fixed_length else None
-        order, sizes = _stored_order(group, len(groups.members), ranks, multiple, length)
-        components, document = groups.components, _document_numbers(batch)
-        rows = StoredRows(batch, group, _places(order, real.size), document, sizes, ranks, components, fill, bucketed)
-        by_roles = {
-            roles: layer_route(rows, [*roles, *[Role.SKIP] * fixed_length], cached) for roles in set(groups.roles)
-        }
+        if cached and context[1] > 1:
+            raise ValueError("with a cache context ranks are replicas")
+        group = _groups_of_tokens(batch, plan, selection)
+        if context[1] > 1 and placement is None:
+            placement = placed(batch, plan, context[1], ranks, multiple, selection)
+        alignment = ranks, multiple, fixed_length
+        rows, order = _stored_rows(batch, plan, group, *alignment, fill, bucketed, context, placement)
+        fill_up = [Role.SKIP] * fixed_length
+        by_roles = {roles: layer_route(rows, [*roles, *fill_up], cached) for roles in set(groups.roles)}
         mask = (batch.loss_mask > 0) if logit_mask is None else np.asarray(logit_mask)
-        targets = np.flatnonzero(mask.ravel() & real)
-        head = _head(rows, targets)
+        targets = np.flatnonzero(mask.ravel() & (group < len(rows.components)))
+        head, targets = _head(rows, targets), targets[rows.stored[targets] >= 0]
         places = (image_places(batch) if places is None else np.asarray(places)).ravel()
         route = cls(
             tokens=batch.tokens.ravel()[order.clip(min=0)].astype(np.int32)[None],
@@ -142,12 +147,10 @@ class Route:
             longest_image=int(places.max(initial=0)),
             longest_document=int(batch.positions.max(initial=-1)) + 1,
         )
-        if batch.codes is not None:
-            route._add_codes(rows, code_mask)
-        return route
+        return route if batch.codes is None else route._with_codes(rows, code_mask)
 
-    def _add_codes(self, rows: StoredRows, code_mask: np.ndarray | None) -> None:
-        """What image tokens of several codes need: the codes that enter, and targets of their own."""
+    def _with_codes(self, rows: StoredRows, code_mask: np.ndarray | None) -> Route:
+        """The route with what image tokens of several codes need: the codes that enter, and targets of their own."""
         batch, order = rows.batch, self.order
         code_mask = batch.predicts_image() if code_mask is None else np.asarray(code_mask)
         codes = batch.codes.reshape(-1, batch.codes.shape[-1])
@@ -166,6 +169,30 @@ class Route:
         following = np.append(codes, np.zeros_like(codes[:1]), axis=0)[rows.with_fillers(self.code_targets) + 1]
         following[self.code_targets.size :] = 0
         self.target_codes = following.astype(np.int64)
+        return self
+
+
+def placed(
+    batch: Batch,
+    plan: Plan,
+    size: int,
+    ranks: int = 1,
+    multiple: int = 1,
+    selection: Selection | None = None,
+    costs: tuple[int, int] = (1, 0),
+) -> Placement:
+    """The placement of a micro-batch's tokens on ``size`` context ranks; other arguments as for :meth:`Route.arrays`.
+
+    Args:
+        costs: work of a pair of query and key in a layer, and of a token with loss in the output head.
+    """
+    batch, groups = batch.arrays(), plan_groups(plan)
+    group, document = _groups_of_tokens(batch, plan, selection), _document_numbers(batch)
+    pair_cost, loss_cost = costs
+    load = attention_load(group, document, groups.roles, pair_cost)
+    load += loss_cost * ((batch.loss_mask > 0) & (batch.document != PADDING_DOCUMENT)).ravel()
+    of_ranks = quotas(group, len(groups.members), ranks * size, multiple)
+    return place(group, document, load, [ranks * rows for rows in of_ranks], size)
 
 
 def image_places(batch: Batch, before: np.ndarray | None = None) -> np.ndarray:
@@ -198,17 +225,47 @@ def _head_rows(rows: StoredRows, head: RowSlices, targets: np.ndarray) -> Permut
     return Permutation.of(rows.with_fillers(gathered), [rows.ranks * row_count(head.full_splits)])
 
 
-def _stored_order(
-    group: np.ndarray, groups: int, ranks: int, multiple: int, length: int | None
-) -> tuple[np.ndarray, list[int]]:
-    """Flat index of each stored row, ordered by rank, and the number of rows of each group on a rank; with a ``length``
-    T, dummy rows up to it as one more group."""
-    members = [np.flatnonzero(group == g) for g in range(groups)]
-    step = ranks * multiple
-    sizes = [-(-m.size // step) * multiple for m in members]
+def _groups_of_tokens(batch: Batch, plan: Plan, selection: Selection | None) -> np.ndarray:
+    """[t] group of each token of a batch of arrays; that of padding comes after the last."""
+    groups = plan_groups(plan)
+    group = np.array(groups.of_class)[token_classes(batch, plan, selection).ravel()]
+    group[(batch.document == PADDING_DOCUMENT).ravel()] = len(groups.members)
+    return group
+
+
+def _stored_rows(
+    batch: Batch,
+    plan: Plan,
+    group: np.ndarray,
+    ranks: int,
+    multiple: int,
+    fixed_length: bool,
+    fill: int,
+    bucketed: bool,
+    context: tuple[int, int],
+    placement: Placement | None,
+) -> tuple[StoredRows, np.ndarray]:
+    """The stored rows of a context rank, and [T] the flat index of each.
+
+    Args: those of :meth:`Route.arrays`, with the ``group`` of each token.
+    """
+    groups, (rank, size) = plan_groups(plan), context
+    count = len(groups.members)
+    length = stored_length(group.size, plan, ranks * size, multiple) // size if fixed_length else None
+    held = group if placement is None else np.where(placement.owner == rank, group, count)
+    order, sizes = _stored_order(held, quotas(group, count, ranks * size, multiple), ranks, length)
+    stored, document = _places(order, group.size), _document_numbers(batch)
+    rows = StoredRows(batch, group, stored, document, sizes, ranks, groups.components, fill, bucketed, rank, placement)
+    return rows, order
+
+
+def _stored_order(group: np.ndarray, sizes: list[int], ranks: int, length: int | None) -> tuple[np.ndarray, list[int]]:
+    """Flat index of each stored row, ordered by rank, and the number of rows of each group on a rank, ``sizes``; with a
+    ``length`` T, dummy rows up to it as one more group."""
+    members = [np.flatnonzero(group == g) for g in range(len(sizes))]
     if length is not None:
         members.append(group[:0])
-        sizes.append(length // ranks - sum(sizes))
+        sizes = [*sizes, length // ranks - sum(sizes)]
     stored = [np.pad(m, (0, ranks * n - m.size), constant_values=-1) for m, n in zip(members, sizes)]
     return np.concatenate([rows.reshape(ranks, -1) for rows in stored], axis=1).ravel(), sizes
 

@@ -19,11 +19,11 @@ from megatron_ext.routing.flops import (
     parameter_count,
     projector_flops,
     stage_flops,
-    stage_layers,
     with_all_logits,
 )
 from megatron_ext.routing.image_code_costs import depth_head_multiply_adds
 from megatron_ext.routing.memory import activation_bytes, depth_head_bytes, projector_bytes
+from megatron_ext.routing.pipeline_layout import stage_layers
 from megatron_ext.routing.plan import CLASSES, Plan, class_index, task_and_modality
 
 
@@ -60,7 +60,7 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
     dense_flops = forward_flops(model, vocab_size, reference, dense_counts)
     stack, dense_stack = sum(layer_flops(model, plan, counts)), sum(dense_layers)
     head, dense_head = head_flops(model, vocab_size, counts), head_flops(model, vocab_size, dense_counts)
-    split = (parallel.pipeline, parallel.virtual_pipeline)
+    split = (parallel.pipeline, parallel.virtual_pipeline, parallel.layout)
     stages = stage_flops(model, vocab_size, plan, counts, *split)
     image_parameters = image_parameter_count(model, plan.projections)
     return {

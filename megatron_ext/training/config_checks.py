@@ -8,8 +8,9 @@ import math
 
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.config_checks import validate_data
-from megatron_ext.errors import UserError, check_at_least_one, check_divisible
+from megatron_ext.errors import UserError, check_at_least_one
 from megatron_ext.routing.plan import validate_plan
+from megatron_ext.run_config import CheckpointConfig
 from megatron_ext.transformer.config_checks import (
     validate_image_codes,
     validate_implementation,
@@ -35,14 +36,15 @@ def validate(config: Config, world_size: int) -> None:
 
         fp8.validate(config, plan)
     validate_layout(config, world_size)
-    _validate_training(config, world_size)
+    _validate_training(config)
     validate_data(config.data)
     _validate_optimizer(config)
+    _validate_checkpoints(config.checkpoint)
     check_at_least_one("logging", config.logging, "interval")
 
 
-def _validate_training(config: Config, world_size: int) -> None:
-    training, parallel = config.training, config.parallel
+def _validate_training(config: Config) -> None:
+    training = config.training
     counts = ("iterations", "micro_batch_size", "global_batch_size", "row_multiple")
     check_at_least_one("training", training, *counts)
     if training.z_loss < 0:
@@ -56,17 +58,6 @@ def _validate_training(config: Config, world_size: int) -> None:
         raise UserError(
             "config: 'training.task_weights' weighs the means of training.means=task; means by modality have none"
         )
-    replicas = config.data_parallel(world_size)
-    check_divisible(
-        "training.global_batch_size",
-        training.global_batch_size,
-        f"training.micro_batch_size x data parallel size {replicas}",
-        training.micro_batch_size * replicas,
-    )
-    if parallel.virtual_pipeline > 1:
-        micro_batches = config.micro_batches(world_size)
-        interleaved = "parallel.pipeline (interleaved schedule)"
-        check_divisible("micro-batches per step", micro_batches, interleaved, parallel.pipeline)
 
 
 def _validate_optimizer(config: Config) -> None:
@@ -85,4 +76,15 @@ def _validate_optimizer(config: Config) -> None:
         raise UserError(
             f"config: 'optimizer.warmup_iterations' is {optimizer.warmup_iterations}, "
             f"must be less than training.iterations ({iterations})"
+        )
+
+
+def _validate_checkpoints(checkpoint: CheckpointConfig) -> None:
+    for key in ("interval", "keep", "local_interval"):
+        if (value := getattr(checkpoint, key)) < 0:
+            raise UserError(f"config: 'checkpoint.{key}' is {value}, must be at least 0")
+    if bool(checkpoint.local) != bool(checkpoint.local_interval):
+        raise UserError(
+            f"config: 'checkpoint.local' is {checkpoint.local!r} and 'checkpoint.local_interval' is "
+            f"{checkpoint.local_interval}; local checkpoints need both"
         )

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_ext import distributed
 from megatron_ext.data import step_batches
 from megatron_ext.training.callback import Callback, CallbackList, StepRecord
 from megatron_ext.training.devices import model_flops_utilisation
 from megatron_ext.training.lifecycle import Lifecycle, told_already
-from megatron_ext.training.prepare import StepInput
+from megatron_ext.training.prepare import StepInput, own_share
 from megatron_ext.training.run import Run
 from megatron_ext.training.schedule import build_scheduler
 from megatron_ext.training.step import StepResult, train_step
@@ -78,13 +77,15 @@ def _steps(run: Run):
         run.progress.iteration,
         num_steps=run.config.training.iterations,
         prepare=run.preparation(),
+        composition=run.composition(),
+        own_share=own_share,
     )
 
 
 def _work(step: StepInput) -> list[float]:
     """This rank's share of the step's training FLOPs under the plan and under the dense plan and of its tokens; with
     several codes an image token also of the FLOPs of the layers alone, under both plans."""
-    shares = parallel_state.get_model_parallel_group().size()
+    shares = distributed.replica_group().size()
     return [amount / shares for amount in (step.flops, step.dense_flops, step.tokens, *step.stack_flops)]
 
 

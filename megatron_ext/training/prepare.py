@@ -6,7 +6,7 @@ steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +15,11 @@ from megatron_ext.config import Config, ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.routing.dense_share import Selection
-from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops, layer_flops
+from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops, layer_flops, query_width
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.plan import Plan
-from megatron_ext.routing.route import Route
-from megatron_ext.token_classes import Modality, Task
+from megatron_ext.routing.route import Route, placed
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,8 @@ class StepInput:
         stack_flops: with several codes an image token, both of the layers alone.
         tokens: number of tokens without padding.
         stored_length: T of the hidden states that pipeline stages exchange, over all ranks.
+        others: the micro-batches of context ranks 1, 2, ...; ``micro_batches`` are those of context rank 0. Empty once
+            this is the input of one rank.
     """
 
     micro_batches: list[MicroBatch]
@@ -67,6 +69,11 @@ class StepInput:
     stack_flops: tuple[int, ...]
     tokens: int
     stored_length: int
+    others: list[list[MicroBatch]] = field(default_factory=list)
+
+    def of_rank(self, context_rank: int) -> StepInput:
+        """The input of one context rank."""
+        return replace(self, micro_batches=[self.micro_batches, *self.others][context_rank], others=[])
 
     def to(self, device: torch.device | str) -> StepInput:
         """The same input on ``device``, in one copy that the host does not wait for."""
@@ -81,6 +88,7 @@ class Preparation:
 
     Attributes:
         vocab_size: for the FLOPs of the output layer.
+        micro_batch_size: rows of a micro-batch; rows of padding fill it up.
         by_task: each row holds one task; rows of one task are placed together.
         pad, image_offset: ids of the padding token and of VQ code 0.
         iterations: length of the run, for a dense share that changes during training; None: the share of evaluation.
@@ -137,6 +145,7 @@ class Preparation:
         if self.by_task:
             order = np.argsort(batch.task[:, 0], kind="stable")
             batch = batch.map(lambda field: field[order])
+        layout = self.row_layout
         starts = range(0, batch.shape[0], self.micro_batch_size)
         tokens = self.micro_batch_size * self.sequence_length
         parts = [batch.rows(start, start + self.micro_batch_size) for start in starts]
@@ -152,24 +161,42 @@ class Preparation:
         numbers = [(learnt & (tasks == task)).sum() for task in Task]
         numbers.append(0 if images is None else (learnt & images).sum())
         rows = [slice(start, start + self.micro_batch_size) for start in starts]
+        of_parts = [
+            self._of_ranks(part, tasks[of_part], None if images is None else images[of_part], selection)
+            for of_part, part in zip(rows, parts)
+        ]
+        of_ranks = [list(micro_batches) for micro_batches in zip(*of_parts)]
         return StepInput(
-            micro_batches=[
-                self._micro_batch(part, tasks[of_part], None if images is None else images[of_part], selection)
-                for of_part, part in zip(rows, parts)
-            ],
+            micro_batches=of_ranks[0],
             loss_tokens=np.array(numbers, np.float64),
             flops=flops,
             dense_flops=dense_flops,
             stack_flops=tuple(TRAINING_PER_FORWARD * sum(layer_flops(self.model, *of_plan)) for of_plan in stack),
             tokens=sum(counts[0].tokens),
-            stored_length=stored_length(tokens, self.plan, self.row_layout.ranks, self.row_layout.multiple),
+            stored_length=stored_length(tokens, self.plan, layout.ranks * layout.context, layout.multiple),
+            others=of_ranks[1:],
         )
 
-    def _micro_batch(
+    def _of_ranks(
         self, part: Batch, predicted: np.ndarray, images: np.ndarray | None, selection: Selection | None
+    ) -> list[MicroBatch]:
+        """The input of each context rank."""
+        if (part.document == PADDING_DOCUMENT).all():
+            part, predicted = _one_token(part)
+        rows, placement = self.row_layout, None
+        if rows.context > 1:
+            costs = 2 * query_width(self.model), self.model.hidden_size * self.vocab_size
+            placement = placed(part, self.plan, rows.context, rows.ranks, rows.multiple, selection, costs)
+        return [
+            self._micro_batch(part, predicted, images, selection, rows.of_rank(rank) | {"placement": placement})
+            for rank in range(rows.context)
+        ]
+
+    def _micro_batch(
+        self, part: Batch, predicted: np.ndarray, images: np.ndarray | None, selection: Selection | None, options: dict
     ) -> MicroBatch:
         rows = self.row_layout
-        route = Route.arrays(part, self.plan, selection=selection, code_mask=images, **vars(rows))
+        route = Route.arrays(part, self.plan, selection=selection, code_mask=images, **options)
         targets = [route.targets] if route.code_targets is None else [route.targets, route.code_targets]
         modalities = None
         if images is not None:
@@ -187,6 +214,14 @@ class Preparation:
         return micro_batch
 
 
+def _one_token(padding: Batch) -> tuple[Batch, np.ndarray]:
+    """In place of a micro-batch of padding, a token that predicts nothing that counts, and the tasks of its targets: so
+    no kernel meets an empty tensor, and all parameters take part on every replica."""
+    batch = padding.map(np.array)
+    batch.document[0, 0], batch.loss_mask[0, 0] = 0, 1
+    return batch, np.full(batch.shape, NO_TASK, dtype=np.int8)
+
+
 def summed_depths(config: Config) -> int:
     """Number of depths whose losses are summed apart; 0 where the loss does not tell image tokens from text."""
     depth = config.model.image_codes.depth
@@ -200,6 +235,15 @@ def _of_targets(values: np.ndarray, targets: list[np.ndarray], multiple: int, fi
 
 
 def prepare(batch: Batch, resolved: ResolvedConfig, device: torch.device | str = "cpu") -> StepInput:
-    """The input, on ``device``, of a step over a batch on the host, with the dense share of evaluation. FLOPs exclude
-    the output head."""
-    return Preparation.of(resolved, training=False).step_input(batch).to(device)
+    """The input of this rank, on ``device``, of a step over a batch on the host, with the dense share of evaluation.
+    FLOPs exclude the output head."""
+    return own_share(Preparation.of(resolved, training=False).step_input(batch)).to(device)
+
+
+def own_share(step: StepInput) -> StepInput:
+    """The input of this process, of those of all context ranks."""
+    if not step.others:
+        return step
+    from megatron.core import parallel_state  # Imported late: worker processes need neither it nor torch.
+
+    return step.of_rank(parallel_state.get_context_parallel_rank())

@@ -8,16 +8,21 @@ from megatron.core import parallel_state
 from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, read_state
+from megatron_ext.checkpoints.local import LocalPoint
 from megatron_ext.config import Config
 from megatron_ext.data import Mixture, build_mixture
+from megatron_ext.data.composition import Composition
 from megatron_ext.errors import UserError
 from megatron_ext.hugging_face.folder import ModelFolder, is_model_folder
 from megatron_ext.hugging_face.loading import check_published, load_published
 from megatron_ext.routing.flops import parameter_count
+from megatron_ext.routing.pipeline_layout import layers_of_chunks
 from megatron_ext.routing.plan import Plan, task_and_modality
+from megatron_ext.routing.row_costs import RowCosts
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.image_codes import check_images, with_tokenizer
 from megatron_ext.training.prepare import Preparation
+from megatron_ext.training.resuming import build_checkpointer, load_intact
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve, vocab_size
 from megatron_ext.vocabulary import Vocabulary
@@ -80,6 +85,14 @@ class Run:
         size, vocabulary = vocab_size(self.config, self.vocabulary), self.vocabulary
         return Preparation.of(self.resolved, size, vocabulary.pad, training, vocabulary.image_offset)
 
+    def composition(self, training: bool = True) -> Composition:
+        """What cuts the rows of a step into those of replicas and micro-batches, in training or in validation."""
+        config, costs = self.config, None
+        if config.data.composition == "balanced":
+            iterations = config.training.iterations if training else None
+            costs = RowCosts(self.plan, config.model, vocab_size(config, self.vocabulary), iterations)
+        return Composition(config.training.micro_batch_size, config.micro_batch_multiple, costs)
+
 
 def build_run(config: Config) -> Run:
     """Build the run, and resume it from the newest checkpoint in its output folder.
@@ -98,10 +111,8 @@ def build_run(config: Config) -> Run:
         distributed.report(f"no FP8 ({config.training.fp8}) here: {reason}; training in {config.training.precision}")
     train_data = _mixture(config, vocabulary, "train")
     validation_data = _mixture(config, vocabulary, "validation") if config.data.validation else None
-    checkpoints = Checkpointer(
-        Path(config.output) / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
-    )
-    newest = checkpoints.newest() if config.checkpoint.resume else None
+    checkpoints = build_checkpointer(config)
+    newest = checkpoints.resume_point() if config.checkpoint.resume else None
     published = None if newest else _published_start(config, vocabulary)
     chunks = build_model(resolved, code_vectors)
     run = Run(
@@ -120,6 +131,7 @@ def build_run(config: Config) -> Run:
         _resume(run, newest)
     elif config.checkpoint.load:
         _start(run, Path(config.checkpoint.load), published)
+    checkpoints.forget_after(run.progress.iteration)
     return run
 
 
@@ -166,10 +178,15 @@ def _published_start(config: Config, vocabulary: Vocabulary) -> ModelFolder | No
     return published
 
 
-def _resume(run: Run, path: Path) -> None:
+def _resume(run: Run, path: Path | LocalPoint) -> None:
     """Resume from a checkpoint in the output folder."""
-    _require_same_roles(run, path)
-    state = run.checkpoints.load(path, run.chunks, run.optimizer, run.identity)
+
+    def load(point: Path | LocalPoint) -> dict:
+        if isinstance(point, Path):  # a local checkpoint of other roles does not count
+            _require_same_roles(run, point)
+        return run.checkpoints.load(point, run.chunks, run.optimizer, run.identity)
+
+    path, state = load_intact(run.checkpoints, path, run.config.checkpoint.on_damage, load)
     run.progress = Progress(**state["progress"])
     if run.progress.bad_steps:
         run.bad_steps.load_state_dict(run.progress.bad_steps)
@@ -197,9 +214,14 @@ def describe(run: Run) -> str:
     """One line: size, layout, kernels."""
     config, parallel = run.config, run.config.parallel
     replicas = parallel_state.get_data_parallel_world_size()
-    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}"]
+    rows = config.training.global_batch_size
+    most = -(-rows // replicas)
+    idle = f" (up to {most} of {rows} rows each, {1 - rows / (replicas * most):.0%} idle)" if rows % replicas else ""
+    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}{idle}"]
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
+    if parallel.layout:
+        layout[1] += f" of {'+'.join(map(str, layers_of_chunks(parallel.layout)))} layers"
     if parallel.sequence:
         layout.append("sequence parallel")
     fp8 = run.resolved.fp8

@@ -3,6 +3,7 @@
 from megatron_ext.config import Config
 from megatron_ext.data.vq_metadata import MAX_CODEBOOK
 from megatron_ext.errors import UserError, check_at_least_one, check_divisible
+from megatron_ext.routing.pipeline_layout import even_counts, layers_of_chunks, layout_string
 
 
 def validate_model(config: Config) -> None:
@@ -14,7 +15,7 @@ def validate_model(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
     check_at_least_one("model", model, *sizes)
-    check_at_least_one("parallel", config.parallel, "tensor", "pipeline", "virtual_pipeline")
+    check_at_least_one("parallel", config.parallel, "tensor", "context", "pipeline", "virtual_pipeline")
     heads = ("model.num_attention_heads", model.num_attention_heads)
     groups = ("model.num_query_groups", model.num_query_groups)
     if model.head_size == model.hidden_size // model.num_attention_heads:
@@ -109,15 +110,45 @@ def validate_layout(config: Config, world_size: int) -> None:
         UserError: names the key, its value and what would do.
     """
     parallel = config.parallel
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    check_divisible(
-        "model.num_layers", config.model.num_layers, "parallel.pipeline x parallel.virtual_pipeline", stages
-    )
+    _validate_stages(config)
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise UserError(
             f"config: 'parallel.virtual_pipeline' is {parallel.virtual_pipeline}, needs parallel.pipeline > 1"
         )
-    processes = parallel.tensor * parallel.pipeline
-    check_divisible("number of processes", world_size, "parallel.tensor x parallel.pipeline", processes)
+    processes = parallel.tensor * parallel.context * parallel.pipeline
+    if world_size % processes:
+        fitting = max(processes, world_size - world_size % processes)
+        raise UserError(
+            f"config: {world_size} processes do not make whole replicas of parallel.tensor x parallel.context x "
+            f"parallel.pipeline ({processes}); start {fitting} of them, or take a smaller layout"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("config: 'parallel.sequence' is true, needs parallel.tensor > 1")
+
+
+def _validate_stages(config: Config) -> None:
+    """Refuse layers that do not divide by the stages, without a layout, and a layout of other stages or layers."""
+    parallel, layers = config.parallel, config.model.num_layers
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    of_key = f"parallel.pipeline x parallel.virtual_pipeline ({parallel.pipeline} x {parallel.virtual_pipeline})"
+    if layers < stages:
+        raise UserError(f"config: 'model.num_layers' is {layers}, fewer than {of_key}: each needs at least one layer")
+    near = layout_string(even_counts(layers, stages))
+    if not parallel.layout:
+        if layers % stages:
+            raise UserError(
+                f"config: model.num_layers ({layers}) is not divisible by {of_key}; say which stage has how many, for "
+                f"example parallel.layout='{near}' (tools/flops.py --balance computes a balanced one)"
+            )
+        return
+    counts = layers_of_chunks(parallel.layout)
+    if len(counts) != stages:
+        raise UserError(
+            f"config: 'parallel.layout' is {parallel.layout!r}, with {len(counts)} chunks for {of_key}; "
+            f"leave it out, or write for example '{near}'"
+        )
+    if sum(counts) != layers:
+        raise UserError(
+            f"config: 'parallel.layout' is {parallel.layout!r}, with {sum(counts)} layers; 'model.num_layers' is "
+            f"{layers}; write for example '{near}'"
+        )

@@ -32,6 +32,9 @@ class UnifiedModel(GPTModel):
 
     With several codes an image token (``model.image_codes``), an image token enters as what the projector makes of the
     sum of its code vectors, and its codes are predicted by the depth head.
+
+    Attributes:
+        code_depth: codes of an image token.
     """
 
     def __init__(self, resolved: ResolvedConfig, vp_stage: int | None = None):
@@ -72,6 +75,7 @@ class UnifiedModel(GPTModel):
         """The modules of this stage for image tokens of several codes, if they have several."""
         self.code_vectors = self.code_embedding = self.projector = self.depth_head = None
         depth, codebook_size, width = image_codes.depth, image_codes.codebook_size, image_codes.width
+        self.code_depth = depth
         if depth == 1:
             return
         if width is not None and (self.pre_process or self.post_process):

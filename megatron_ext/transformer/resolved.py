@@ -28,6 +28,7 @@ class RowLayout:
         fixed_length: whether T depends on the size of a micro-batch alone, as pipeline stages need.
         fill: queries, keys and targets are filled up to a multiple of this.
         bucketed: whether attention gets similar segments together, filled up to equal lengths.
+        context: number of context ranks, which share the tokens of each row.
     """
 
     ranks: int = 1
@@ -35,6 +36,11 @@ class RowLayout:
     fixed_length: bool = False
     fill: int = 1
     bucketed: bool = False
+    context: int = 1
+
+    def of_rank(self, context_rank: int) -> dict:
+        """The arguments of ``Route.arrays`` for a context rank."""
+        return {**vars(self), "context": (context_rank, self.context)}
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ def resolve(config: Config, padded_vocab_size: int = 0) -> ResolvedConfig:
         fixed_length=config.parallel.pipeline > 1,
         fill=config.training.row_multiple,
         bucketed=implementation == "local" and not _varlen(config),
+        context=config.parallel.context,
     )
     plan = Plan.from_config(config)
     return ResolvedConfig(config, plan, padded_vocab_size, implementation, recipe, why_no_fp8, rows)

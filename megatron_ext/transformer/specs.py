@@ -56,6 +56,7 @@ def transformer_config(resolved: ResolvedConfig) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=parallel.layout or None,
         sequence_parallel=parallel.sequence,
         # Batched sends and receives mix two neighbours up when both are the same rank (2 stages, interleaved).
         batch_p2p_comm=parallel.virtual_pipeline == 1,

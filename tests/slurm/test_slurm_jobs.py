@@ -34,7 +34,7 @@ def jobs(slurm) -> dict:
         "early": slurm.train("early", HIGH, "--cpus-per-task=1", ITERATIONS="9"),
         "refused": slurm.train("refused", HIGH, "--cpus-per-task=1", overrides=("model.num_layers=0",), ranks=1),
     }
-    jobs["early"].wait_for(lambda: jobs["early"].field("JobState") == "RUNNING")
+    jobs["early"].wait_for(lambda: "start 1" in jobs["early"].text())
     subprocess.run(["scancel", "--batch", "--signal=USR1", jobs["early"].number], check=True)
     quick = ("--cpus-per-task=1", "--time=20")
     jobs["undisturbed"] = slurm.train("undisturbed", HIGH, *quick, ITERATIONS=ITERATIONS, STEP_SECONDS="0")

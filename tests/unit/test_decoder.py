@@ -11,6 +11,7 @@ from megatron_ext.data.batch import Batch
 from megatron_ext.generation.cache import Cache, layer_capacities
 from megatron_ext.generation.decoder import Decoder
 from megatron_ext.generation.document_batch import document_batch
+from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.routing.plan import PRESETS, Plan
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -157,7 +158,7 @@ def test_cached_decoding_is_the_full_forward_pass(one_process, monkeypatch, plan
         tasks = tasks_of(tokens, seed)
         expected = full_logits(model, plan, tokens, tasks)
         cache = cache_for(plan, len(tokens), max(map(len, tokens)), dtype, model.config.kv_channels)
-        decoder = Decoder(model, plan, TokenIds, len(tokens), cache)
+        decoder = Decoder(PipelinedModel([model]), plan, TokenIds, len(tokens), cache)
         largest = max(float(logits.abs().max()) for logits in expected)
         monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", max(2, chunk_size))
         for start in range(0, max(map(len, tokens)), chunk_size):
@@ -188,7 +189,7 @@ def test_an_interleaved_document_step_by_step_is_one_pass_under_any_roles(one_pr
     given = [Task.UNDERSTANDING] * 9
     tasks = [*given, *drawn, given[0], *[drawn, given[:6]][seed % 2], *given[:2]]
     (expected,) = full_logits(model, plan, [tokens], [tasks])
-    decoder = Decoder(model, plan, TokenIds, 1, cache_for(plan, 1, len(tokens), torch.float32))
+    decoder = Decoder(PipelinedModel([model]), plan, TokenIds, 1, cache_for(plan, 1, len(tokens), torch.float32))
     for place, (token, task) in enumerate(zip(tokens, tasks, strict=True)):
         logits = decoder.advance([[token]], [[task]]).logits
         torch.testing.assert_close(logits[0], expected[place], atol=1e-4, rtol=1e-5)
@@ -208,7 +209,9 @@ def test_cached_decoding_of_four_codes_is_the_full_forward_pass(one_process, mon
     codes = [torch.randint(CODES, (sum(t >= 40 for t in row), DEPTH), generator=random).tolist() for row in tokens]
     expected = full_outputs(model, plan, tokens, tasks, codes)
     longest, compared = max(map(len, tokens)), 0
-    decoder = Decoder(model, plan, TokenIds, len(tokens), cache_for(plan, len(tokens), longest, torch.float32))
+    decoder = Decoder(
+        PipelinedModel([model]), plan, TokenIds, len(tokens), cache_for(plan, len(tokens), longest, torch.float32)
+    )
     monkeypatch.setattr("megatron_ext.generation.decoder.PREFILL_CHUNK", 2)
     ends = [3, *range(4, longest + 1)]
     for start, end in zip([0, *ends], ends):

@@ -28,10 +28,10 @@ from megatron_ext.routing.flops import (
     parameter_count,
     query_width,
     stage_flops,
-    stage_layers,
     with_all_logits,
 )
 from megatron_ext.routing.memory import activation_bytes, depth_head_bytes
+from megatron_ext.routing.pipeline_layout import stage_layers
 from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_index
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task

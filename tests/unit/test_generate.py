@@ -10,74 +10,20 @@ from test_decoder import CODES, DEPTH, FOUR_CODES, PLANS, SHAPE, build, full_log
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.generation.continuation import Continuation
-from megatron_ext.generation.document_batch import split_codes, stored_ids
+from megatron_ext.generation.document_batch import split_codes
 from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.likelihood import log_likelihoods
+from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling, next_tokens
 from megatron_ext.generation.session import Session
 from megatron_ext.model_config import ImageCodesConfig
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import Task
+from support.generation import EDITS, NULL, PICTURE, REQUESTS, TokenIds, with_codes
 from support.vila_u import write_vision_tower
 
 GREEDY = Sampling(temperature=0)
-
-
-class TokenIds:
-    """A vocabulary of 30 text tokens, ``bos`` among them, the special tokens, and 20 image codes."""
-
-    text_size, bos, pad, eod, boi, eoi, image_offset, size = 30, 1, 30, 31, 32, 33, 40, 60
-    ends = [29, 31, 28]
-
-    @staticmethod
-    def is_image(ids):
-        return (ids >= 40) & (ids < 60)
-
-
-PICTURE = [TokenIds.bos, 7, 9, TokenIds.boi]
-NULL = [TokenIds.bos, TokenIds.boi]
-QUESTION = [TokenIds.bos, TokenIds.boi, 41, 52, 43, 44, 45, 46, TokenIds.eoi, 12, 13]
-REQUESTS = [
-    Request(PICTURE, Task.GENERATION, images=1, unconditional=NULL, number=0),
-    Request([TokenIds.bos, 3, 4, 5, 6, TokenIds.boi], Task.GENERATION, images=1, unconditional=NULL, number=1),
-    Request(QUESTION, Task.UNDERSTANDING, text_tokens=7, unconditional=QUESTION, number=2),
-    Request([TokenIds.bos, 5], Task.GENERATION, text_tokens=3, images=2, unconditional=NULL[:1], number=3),
-]
-GIVEN, DRAWN = QUESTION[1:9], [TokenIds.boi, 50, 42, 43, 51, 45, 46, TokenIds.eoi]
-EDITS = [
-    Request(
-        [TokenIds.bos, *GIVEN, 12, 13, TokenIds.boi],
-        Task.UNDERSTANDING,
-        images=1,
-        unconditional=[TokenIds.bos, *GIVEN, TokenIds.boi],
-        number=4,
-    ),
-    Request(
-        [TokenIds.bos, *GIVEN, 12, *DRAWN, 14, TokenIds.boi],
-        Task.UNDERSTANDING,
-        images=1,
-        unconditional=[TokenIds.bos, *GIVEN, *DRAWN, TokenIds.boi],
-        drawn=[1],
-        number=5,
-    ),
-    Request([TokenIds.bos, *GIVEN, 12, *DRAWN, 15], Task.UNDERSTANDING, text_tokens=5, images=1, drawn=[1], number=6),
-]
-
-
-def with_codes(request: Request) -> Request:
-    """The request with random codes of a depth of DEPTH in place of its image tokens' only one."""
-    random = torch.Generator().manual_seed(0)  # the same for the prompt without its condition: it has the same images
-
-    def stored(tokens: list[int]) -> list[int]:
-        images = sum(map(TokenIds.is_image, tokens))
-        return stored_ids(TokenIds, tokens, torch.randint(CODES, (images, DEPTH), generator=random).tolist())
-
-    prompts = []
-    for tokens in (request.tokens, request.unconditional):
-        random.manual_seed(0)
-        prompts.append(None if tokens is None else stored(tokens))
-    return replace(request, tokens=prompts[0], unconditional=prompts[1])
 
 
 def tasks_of(request: Request, tokens: list[int]) -> list[Task]:
@@ -92,7 +38,7 @@ def tasks_of(request: Request, tokens: list[int]) -> list[Task]:
 
 def generator_of(settings: list[str]) -> Generator:
     model, plan = build(settings)
-    return Generator(model, plan, TokenIds, grid=(2, 3))
+    return Generator(PipelinedModel([model]), plan, TokenIds, grid=(2, 3))
 
 
 def assert_greedy(generator: Generator, request: Request, continuation: list[int]) -> None:
@@ -251,7 +197,7 @@ def test_every_code_is_that_of_the_guided_logits_of_the_full_forward_pass(one_pr
             tokens, codes = split_codes(TokenIds, [*prompt, *continuation], DEPTH)
             first = len(split_codes(TokenIds, prompt, DEPTH)[0])
             tasks = tasks_of(replace(request, tokens=tokens[:first]), tokens)
-            ((_, of_codes),) = full_outputs(generator.model, generator.plan, [tokens], [tasks], [codes])
+            ((_, of_codes),) = full_outputs(generator.model.last, generator.plan, [tokens], [tasks], [codes])
             of_prompts.append([of_codes[place] for place in range(first - 1, len(tokens) - 2)])
         drawn = codes[-generator.picture_tokens :]
         assert len({tuple(of_token) for of_token in drawn}) > 1, "a picture in which a stale code would not show"
@@ -284,7 +230,7 @@ def test_log_likelihood_of_an_image_is_summed_over_its_codes(one_process):
     tokens, codes = split_codes(TokenIds, [*request.tokens, *picture, TokenIds.eoi, 5], DEPTH)
     first = len(tokens) - 8
     tasks = tasks_of(replace(request, tokens=tokens[:first]), tokens)
-    ((of_text, of_codes),) = full_outputs(generator.model, generator.plan, [tokens], [tasks], [codes])
+    ((of_text, of_codes),) = full_outputs(generator.model.last, generator.plan, [tokens], [tasks], [codes])
     expected = sum(
         float(of_codes[first - 1 + i].log_softmax(-1)[torch.arange(DEPTH), torch.tensor(codes[i - 6])].sum())
         for i in range(6)
@@ -314,7 +260,7 @@ def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(tmp_path):
         config = Config()
         config.model.image_codes = ImageCodesConfig(**image_codes)
         vocabulary = SimpleNamespace(folder="v", codebook_size=24)
-        trained = SimpleNamespace(config=config, vocabulary=vocabulary, model=torch.nn.Linear(1, 1))
+        trained = SimpleNamespace(config=config, vocabulary=vocabulary, chunks=[torch.nn.Linear(1, 1)])
         return Session(trained, tmp_path / "tower", batch_size=1)
 
     with pytest.raises(UserError, match=r"tower: makes 4 codes of an image token, the model .* has 1$"):

@@ -1,0 +1,89 @@
+"""Layers of each pipeline stage that balance a plan's work on given documents, as numbers and as text."""
+
+import random
+from itertools import accumulate
+
+from megatron_ext.config import Config
+from megatron_ext.routing.document_mix import mix_documents
+from megatron_ext.routing.flops import count, head_flops, layer_flops, projector_flops
+from megatron_ext.routing.pipeline_balance import ModelCosts, balance
+from megatron_ext.routing.pipeline_layout import even_counts, layers_of_chunks, layout_string
+from megatron_ext.routing.plan import Plan
+
+
+def sampled_costs(config: Config, vocab_size: int, mix: str, micro_batches: int) -> ModelCosts:
+    """FLOPs of forward passes of micro-batches whose rows are filled with documents drawn from a mix.
+
+    Args:
+        vocab_size: rows of the output head.
+        mix: as for :func:`~megatron_ext.routing.document_mix.mix_batch`.
+    """
+    model, plan = config.model, Plan.from_config(config)
+    weights, lengths, parts = [], [], []
+    for number, batch in mix_documents(mix, model.image_codes.depth, config.data.generation_text):
+        counts = count(batch, plan)
+        ends = [projector_flops(model, counts), head_flops(model, vocab_size, counts)]
+        weights.append(number)
+        lengths.append(batch.tokens.size)
+        parts.append([*layer_flops(model, plan, counts), *ends])
+    drawn, columns = random.Random(0), []
+    for _ in range(micro_batches):
+        numbers = _fill(config, drawn, list(accumulate(weights)), lengths)
+        columns.append([float(sum(flops)) for flops in zip(*(parts[n] for n in numbers))])
+    *layers, first, last = map(list, zip(*columns))
+    return ModelCosts(layers, first, last)
+
+
+def _fill(config: Config, drawn: random.Random, cumulative: list[int], lengths: list[int]) -> list[int]:
+    """Kinds of the documents of one micro-batch. A row is full when the next document does not fit; that document
+    begins the next row."""
+    numbers, row, used = [], 0, 0
+    while True:
+        (number,) = drawn.choices(range(len(lengths)), cum_weights=cumulative)
+        if numbers and used + lengths[number] > config.data.sequence_length:
+            row, used = row + 1, 0
+            if row == config.training.micro_batch_size:
+                return numbers
+        used += lengths[number]
+        numbers.append(number)
+
+
+def summarize_balance(config: Config, vocab_size: int, mix: str, micro_batches: int) -> dict:
+    """The even layout, that of the configuration and the balanced one, with the time that a step of each takes by
+    simulation over that of the same work without waiting.
+
+    Args:
+        micro_batches: of a step and replica.
+    """
+    parallel = config.parallel
+    costs = sampled_costs(config, vocab_size, mix, micro_batches)
+    layouts = {"even": even_counts(config.model.num_layers, parallel.pipeline * parallel.virtual_pipeline)}
+    given = layers_of_chunks(parallel.layout) if parallel.layout else layouts["even"]
+    if given != layouts["even"]:
+        layouts["given"] = given
+    layouts["balanced"] = balance(costs, parallel.pipeline, parallel.virtual_pipeline)
+    steps = {name: costs.simulate(counts, parallel.pipeline) for name, counts in layouts.items()}
+    return {
+        "micro_batches": micro_batches,
+        "layouts": {
+            name: {
+                "layout": layout_string(layouts[name]),
+                "over_ideal": step.over_ideal,
+                "idle_of_stages": [seconds / step.makespan for seconds in step.idle],
+                "of_even": step.makespan / steps["even"].makespan,
+            }
+            for name, step in steps.items()
+        },
+    }
+
+
+def describe_balance(summary: dict) -> str:
+    """The numbers of :func:`summarize_balance` as text."""
+    lines = [f"pipeline layouts, a step of {summary['micro_batches']} micro-batches simulated:"]
+    for name, layout in summary["layouts"].items():
+        idle = ", ".join(f"{share:.0%}" for share in layout["idle_of_stages"])
+        lines.append(
+            f"  {name:<8}  parallel.layout='{layout['layout']}'  {layout['over_ideal']:.3f} of the time without "
+            f"waiting, {layout['of_even']:.3f} of the even one's; stages idle {idle}"
+        )
+    return "\n".join(lines)
