@@ -59,13 +59,13 @@ class Refuse(Fault):
         raise UserError("injected: something only this rank can see is wrong")
 
 
-<<<<<<< HEAD
 class Slow(Callback):
     """No harm: every step takes ``FAULT_SLEEP`` (0.5) seconds longer, so that there is time for harm from outside."""
 
     def before_step(self, run, step) -> None:
         time.sleep(float(os.environ.get("FAULT_SLEEP", 0.5)))
-=======
+
+
 class RowHashes(Callback):
     """Harmless: records in OUTPUT/rows.jsonl a hash of every row that this rank reads, by step, with the number of
     replicas and ``FAULT_LAUNCH``. Needs ``data.workers=0``."""
@@ -83,4 +83,3 @@ class RowHashes(Callback):
             return packed
 
         StepRows.__getitem__ = recorded
->>>>>>> main
