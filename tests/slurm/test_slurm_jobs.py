@@ -11,6 +11,7 @@ import sys
 from datetime import datetime
 
 import pytest
+from one_machine import SLOWER
 
 from megatron_ext.training.metrics import read_metrics
 from support.images import caption_tar
@@ -20,7 +21,7 @@ from support.tiny_vq import make_vq
 from support.vocabularies import make_vocabulary
 
 pytestmark = pytest.mark.slurm
-ITERATIONS = "70"
+ITERATIONS = str(70 * SLOWER)
 HIGH = "--partition=high"
 """Jobs there are not preempted."""
 
@@ -28,7 +29,7 @@ HIGH = "--partition=high"
 @pytest.fixture(scope="module")
 def jobs(slurm) -> dict:
     """The jobs that all tests look at."""
-    limited = ("--cpus-per-task=8", "--time=2", "--signal=B:USR1@60")
+    limited = ("--cpus-per-task=8", f"--time={2 * SLOWER}", f"--signal=B:USR1@{60 * SLOWER}")
     jobs = {
         "disturbed": slurm.train("disturbed", *limited, ITERATIONS=ITERATIONS, STEP_SECONDS="1"),
         "early": slurm.train("early", HIGH, "--cpus-per-task=1", ITERATIONS="9"),
