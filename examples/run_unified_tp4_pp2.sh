@@ -121,7 +121,7 @@ while kill -0 "$step" 2>/dev/null; do
         [[ $said == "$stop" ]] || say "SIG$stop: asking the run to save and stop"
         said=$stop
         kill -USR1 "$step" 2>/dev/null || true
-        sleep 5 &
+        sleep 10 &
     else
         sleep 86400 &
     fi

@@ -47,7 +47,7 @@ def test_a_preempted_job_that_then_meets_its_time_limit_ends_with_the_same_losse
     job.wait_for(lambda: _iterations(output) >= 3)
     slurm.submit("urgent", ["--wrap", "sleep 1"], HIGH, "--cpus-per-task=10")
     job.wait_for(lambda: "goes back into the queue" in job.text())
-    assert "SIGTERM: asking the run to save and stop" in job.text()
+    assert "stopped after iteration" in job.text() and "received SIGTERM" in job.text()
     assert _iterations(output) < int(ITERATIONS)
     while not (output / "FINISHED").exists():
         if job.field("JobState") == "PENDING":
@@ -139,11 +139,14 @@ def _losses(output) -> list[float]:
 
 
 def _seconds_to_requeue(text: str) -> list[tuple[str, float]]:
-    """For every signal in a log of the launch script, the seconds until its job was requeued."""
+    """For every signal in a log of the launch script, the seconds until its job was requeued. Slurm sends SIGTERM of a
+    preemption to the ranks alone, and says so."""
     found, told = [], None
+    preempted = r"^slurmstepd\S* error: \*\*\* STEP \S+ ON \S+ CANCELLED AT \S+T(\S+) \*\*\*$"
+    text = re.sub(preempted, r"\1 SIGTERM: preempted", text, flags=re.MULTILINE)
     for clock, said in re.findall(r"^(\d\d:\d\d:\d\d) (.*)$", text, re.MULTILINE):
         at = datetime.strptime(clock, "%H:%M:%S")
-        if "asking the run" in said and told is None:
+        if said.startswith("SIG") and told is None:
             told = (said.split(":")[0], at)
         elif "goes back" in said and told:
             found.append((told[0], (at - told[1]).seconds))
