@@ -2,8 +2,8 @@
 
 Importing Megatron-Core, joining the other ranks and loading a checkpoint can take minutes. SIGUSR1 that arrives
 meanwhile, shortly before a Slurm job ends, must neither kill the process nor be forgotten: :func:`remember` keeps it
-until :class:`~megatron_ext.training.lifecycle.Lifecycle` takes over. Slurm and the launch script repeat signals: from the
-first on, more are ignored, and :func:`ignore` does the same when training has ended. Imports nothing heavy.
+until :class:`~megatron_ext.training.lifecycle.Lifecycle` takes over. Slurm and the launch script repeat signals: after
+the first, more are ignored, and :func:`ignore` does the same when training has ended. Imports nothing heavy.
 """
 
 import os
