@@ -45,7 +45,7 @@ def killed_rank(folder: Path) -> str:
 )
 def killed_worker(folder: Path) -> str:
     settings = ("data.workers=1", "training.iterations=12")
-    run = start(folder / "run", *settings, INJECT.format("Slow"), restarts=1)
+    run = start(folder / "run", *settings, INJECT.format("LongSteps"), restarts=1)
     run.wait_for_iteration(3)
     workers = [p for p in run.ranks()[1].children() if "spawn_main" in " ".join(p.cmdline())]
     expect(workers, "rank 1 has no process that packs rows")
@@ -66,7 +66,7 @@ def killed_worker(folder: Path) -> str:
 )
 def lost_machine(folder: Path) -> str:
     sizes = ("training.iterations=40", "training.global_batch_size=6", "training.micro_batch_size=1")
-    settings = (*sizes, INJECT.format("Slow"))
+    settings = (*sizes, INJECT.format("LongSteps"))
     launchers = _launchers(folder, 3, "2:3", *settings)
     launchers[0].wait_for_iteration(4)
     launchers[2].kill()
@@ -110,7 +110,7 @@ def one_rank_refuses(folder: Path) -> str:
     expected="the other launchers end within 60 s, not with 0; the next start resumes",
 )
 def lost_rendezvous(folder: Path) -> str:
-    settings = ("training.iterations=30", INJECT.format("Slow"))
+    settings = ("training.iterations=30", INJECT.format("LongSteps"))
     launchers = _launchers(folder, 2, "2", *settings)
     launchers[1].wait_for_iteration(3)
     launchers[0].kill()

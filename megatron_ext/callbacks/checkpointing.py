@@ -7,6 +7,7 @@ from collections.abc import Callable
 from megatron_ext.checkpoints.errors import WriteError
 from megatron_ext.distributed import report
 from megatron_ext.errors import UserError
+from megatron_ext.training import watch
 from megatron_ext.training.callback import Callback, StepRecord, is_due
 from megatron_ext.training.run import Run
 
@@ -36,8 +37,10 @@ class Checkpointing(Callback):
             self._save(run)
         elif checkpoint.local_interval and record.iteration % checkpoint.local_interval == 0:
             self._save_locally(run)
+        watch.at(record.iteration, "callbacks")
 
     def on_train_end(self, run: Run) -> None:
+        watch.at(run.progress.iteration, "save")
         self._attempt(run.checkpoints.finish)
         if self._saved != run.progress.iteration or run.checkpoints.newest() is None:
             self._failures = MAX_FAILURES - 1  # no other attempt follows
@@ -49,6 +52,7 @@ class Checkpointing(Callback):
                 run.checkpoints.local.keep(lambda file: False)
 
     def _save(self, run: Run) -> None:
+        watch.at(run.progress.iteration, "save")
         self._attempt(run.checkpoints.finish)
         started = time.perf_counter()
         self._saving = run.progress.iteration
@@ -56,6 +60,7 @@ class Checkpointing(Callback):
             report(f"checkpoint of iteration {self._saving} ({time.perf_counter() - started:.1f} s)")
 
     def _save_locally(self, run: Run) -> None:
+        watch.at(run.progress.iteration, "save")
         started = time.perf_counter()
         run.checkpoints.local.save(run.progress.iteration, run.chunks, run.optimizer, _state(run))
         self.seconds += time.perf_counter() - started

@@ -61,6 +61,11 @@ class Logger:
     stack_flops_ratio                     that of the layers alone; with several codes an image token only
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
+    non_finite                            ranks and parameters with numbers that are not finite, on the first of the
+                                          skipped steps in a row, if it had such numbers
+    slowest_rank, slowest_rank_speed      which rank computed most slowly, and how fast relative to its peers, every
+                                          logging.straggler_interval iterations; with several ranks only
+    stragglers                            lines about ranks that were slow three times in a row
     validation_loss, validation_loss_...  and validation_z_loss; on iterations with a validation only
     pope_accuracy, gqa_accuracy, ...      headline figures of the benchmarks, on iterations with an evaluation only
     evaluation_seconds                    time of the evaluation, no part of step_seconds
@@ -121,6 +126,8 @@ class Logger:
             self._wandb.log(values)
         if reason := record.get("skip_reason"):
             self._say(f"iteration {iteration}: step skipped, {reason} ({record['skipped_steps']} skipped so far)")
+        if origin := record.get("non_finite"):
+            self._say(f"iteration {iteration}: {origin}")
         self._say(console_line(record, self._config.training.iterations, self._seconds_left(iteration)))
         if "validation_loss" in record:
             self._say(f"iteration {iteration}: validation {_losses(record, 'validation_')}")

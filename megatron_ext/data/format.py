@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data import reading
 from megatron_ext.data.vq_metadata import check_codebook, codes_of_image, depth_of, grid_text
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
@@ -220,6 +221,7 @@ class Dataset:
             for name in _MAPPED:
                 earlier.__dict__.pop(name, None)
         _mapped.append(self)
+        reading.note(_file(self.prefix, "idx"))
         index = _map_file(_file(self.prefix, "idx"), np.uint8)
         magic, version, code, sequences, ends = _INDEX_HEADER.unpack(bytes(index[: _INDEX_HEADER.size]))
         if (magic, version, code) != (_INDEX_MAGIC, 1, _INT32_CODE):
@@ -235,7 +237,9 @@ class Dataset:
         self.sequence_pointers = take(np.int64, sequences)
         self.document_ends = take(np.int64, ends)
         self.sequence_modes = take(np.int8, sequences)
+        reading.note(_file(self.prefix, "bin"))
         self.tokens = _map_file(_file(self.prefix, "bin"), np.int32)
+        reading.note(None)
 
     def __getstate__(self):
         return {"prefix": self.prefix, "metadata": self.metadata}

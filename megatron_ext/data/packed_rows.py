@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.config import DataConfig
-from megatron_ext.data import counter_random, packed_tokens
+from megatron_ext.data import counter_random, packed_tokens, reading
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.mixture import Mixture, Samples, by_source
 from megatron_ext.data.packed_tokens import unpack
@@ -151,6 +151,7 @@ class PackedRows:
         dropped."""
         for number, own in by_source(chunk.samples.source[sample]):
             documents, dropped = chunk.samples.document[sample[own]], chunk.samples.dropped[sample[own]]
+            reading.note(f"{self.mixture.sources[number].path}.bin")
             yield self.mixture.sources[number], own, documents, dropped
 
     def _find(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, _Chunk, np.ndarray]]:

@@ -80,7 +80,9 @@ def describe(numbers: dict) -> str:
     ]
     known = next((d for d in DEVICES.values() if peak_flops(numbers["name"]) == d.peak), None)
     if known:
-        lines.append(f"assumed without calibration: {known.peak * known.efficiency / 1e12:.3g} TFLOP/s, half at {known.half_rows:.0f} rows")
+        lines.append(
+            f"assumed without calibration: {known.peak * known.efficiency / 1e12:.3g} TFLOP/s, half at {known.half_rows:.0f} rows"
+        )
     return "\n".join(lines)
 
 

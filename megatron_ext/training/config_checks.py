@@ -18,6 +18,12 @@ from megatron_ext.transformer.config_checks import (
     validate_model,
 )
 
+_FROM_ZERO = (
+    ("logging", "straggler_interval"),
+    ("lifecycle", "hang_minutes"),
+    ("lifecycle", "replica_check_interval"),
+)
+
 
 def validate(config: Config, world_size: int) -> None:
     """Refuse a configuration that cannot run on ``world_size`` processes.
@@ -41,6 +47,10 @@ def validate(config: Config, world_size: int) -> None:
     _validate_optimizer(config)
     _validate_checkpoints(config.checkpoint)
     check_at_least_one("logging", config.logging, "interval")
+    for section, key in _FROM_ZERO:
+        value = getattr(getattr(config, section), key)
+        if not 0 <= value < math.inf:  # also refuses NaN
+            raise UserError(f"config: '{section}.{key}' is {value}, must be a number from 0")
 
 
 def _validate_training(config: Config) -> None:

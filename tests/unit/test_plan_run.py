@@ -1,19 +1,14 @@
 """The planner: memory, messages and time of layouts, and the tool."""
 
-import pytest
-
 from megatron_ext import config_file
 from megatron_ext.config import Config
-from megatron_ext.planning import report
-from megatron_ext.planning.calibration import fit_products
 from megatron_ext.planning.devices import DEVICES, device_of
 from megatron_ext.planning.inputs import padded
-from megatron_ext.planning.memory import MicroBatchMemory, bytes_per_parameter, rank_memory
+from megatron_ext.planning.memory import MicroBatchMemory, rank_memory
 from megatron_ext.planning.search import Search
 from megatron_ext.planning.workload import Workload
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan
-from support.programs import run_tool
 
 SMALL = [
     "model.num_layers=8",
