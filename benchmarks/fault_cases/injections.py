@@ -182,7 +182,7 @@ class Slow(Callback):
         time.sleep(0.45 * (time.perf_counter() - self._started))
 
 
-class Slow(Callback):
+class LongSteps(Callback):
     """No harm: every step takes ``FAULT_SLEEP`` (0.5) seconds longer, so that there is time for harm from outside."""
 
     def before_step(self, run, step) -> None:
