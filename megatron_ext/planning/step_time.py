@@ -116,18 +116,19 @@ def layer_costs(
         exposed = saved = 0.0
         known = {}
         for number, roles in enumerate(plan.roles):
-            if roles not in known:
+            same = number > 0 and roles == plan.roles[number - 1] and config.training.recompute != "full"
+            if (roles, same) not in known:
                 compute, attention = kernels.layer(plan, counts, number)
-                sent = _layer_messages(config, workload, counts, number, size, device, received)
+                sent = _layer_messages(config, workload, counts, number, size, device, received, same)
                 forward, backward = compute.forward + sent.forward, compute.backward + sent.backward
                 again = {"none": 0.0, "selective": attention.forward, "full": forward}[config.training.recompute]
                 best = unlimited.layer(plan, counts, number)[0]
-                known[roles] = (
+                known[roles, same] = (
                     Seconds(forward, backward + again),
                     sent.forward + sent.backward,
                     compute.forward + compute.backward - best.forward - best.backward,
                 )
-            seconds, sent_seconds, lost = known[roles]
+            seconds, sent_seconds, lost = known[roles, same]
             layers[number].append(seconds)
             exposed += sent_seconds
             saved += lost
@@ -139,13 +140,22 @@ def layer_costs(
 
 
 def _layer_messages(
-    config: Config, workload: Workload, counts: Counts, layer: int, size: int, device: Device, received: float
+    config: Config,
+    workload: Workload,
+    counts: Counts,
+    layer: int,
+    size: int,
+    device: Device,
+    received: float,
+    gathered: bool,
 ) -> Seconds:
-    """Exposed seconds of a layer's messages."""
+    """Exposed seconds of a layer's messages; ``gathered``: the layer before gathered its KV_ONLY rows."""
     model, parallel, roles, plan = config.model, config.parallel, workload.plan.roles[layer], workload.plan
     tensor = parallel.tensor
     full, kv_only = (of_role(counts, roles, role) for role in (Role.FULL, Role.KV_ONLY))
-    forward, backward = traffic.layer_messages(model, plan.projections, full, kv_only, tensor, parallel.sequence, size)
+    forward, backward = traffic.layer_messages(
+        model, plan.projections, full, kv_only, tensor, parallel.sequence, size, gathered
+    )
     low_rank = traffic.low_rank_messages(plan.projections, counts.tokens, roles, tensor, size)
     hidden = 0.5 if parallel.sequence else 1.0
     reach = tensor
