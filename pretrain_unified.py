@@ -3,46 +3,102 @@
     python pretrain_unified.py --config examples/configs/tiny.yaml training.iterations=20
     torchrun --nproc_per_node 2 pretrain_unified.py --config examples/configs/tiny.yaml parallel.tensor=2
 
-Alone it is a world of one process; under torchrun, or srun through examples/run_unified_tp4_pp2.sh, it is one rank of
+Alone it is a world of one process; under torchrun, or through examples/run_unified_tp4_pp2.sh, it is one rank of
 many. Run again with the same output folder, it resumes from the newest complete checkpoint.
 """
 
+from megatron_ext.training import starts, stop_signals
+
+if __name__ == "__main__":
+    stop_signals.remember()
+
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from megatron_ext import command_line, config_file
 from megatron_ext.config import Config
+from megatron_ext.errors import UserError
 
 
 def main() -> None:
     arguments = parse_arguments()
-    config = config_file.load(Config, arguments.config, arguments.overrides)
-    # Imported late: --help and mistakes in the configuration should not wait for Megatron-Core.
+    try:
+        config = config_file.load(Config, arguments.config, arguments.overrides)
+    except UserError as error:
+        refuse(error)
+    try:
+        starts.check(config.output)
+        # Imported late: --help and mistakes in the configuration should not wait for Megatron-Core.
+        from megatron_ext import distributed
+        from megatron_ext.callbacks import validate_callbacks
+        from megatron_ext.training.config_checks import validate
+
+        validate(config, distributed.world_size())
+        validate_callbacks(config)
+    except UserError as error:
+        refuse(error, config.output)
+
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(pretrain)(config)  # torchrun then names the rank that failed first
+
+
+def pretrain(config: Config) -> None:
+    """Join the other ranks, build the run, resume it, train it."""
     from megatron_ext import distributed
-    from megatron_ext.callbacks import build_callbacks, validate_callbacks
-    from megatron_ext.training.config_checks import validate
+    from megatron_ext.callbacks import build_callbacks
+    from megatron_ext.training import lifecycle
     from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
+    from megatron_ext.training.output_lock import OutputInUse, hold_output
     from megatron_ext.training.run import build_run, describe
+    from megatron_ext.training.watch import watching
 
-    validate(config, distributed.world_size())
-    validate_callbacks(config)
-    distributed.initialize(config)
-    run = build_run(config)
-    callbacks = build_callbacks(run)
-    distributed.report(describe(run))
-    rows = config.training.iterations * config.training.global_batch_size
-    distributed.report(run.train_data.tree(rows, config.data.sequence_length))
     output = Path(config.output)
-    if distributed.is_logging_rank():
-        output.mkdir(parents=True, exist_ok=True)
-        config_file.write_yaml(output / "config.yaml", run.config)
-        if run.progress.iteration < config.training.iterations:
-            clear_finished(output)
-    if train(run, callbacks) and distributed.is_logging_rank():
-        mark_finished(output, run.progress.iteration)
+    try:
+        distributed.initialize(config)
+        if reason := lifecycle.told_already():
+            stop_signals.ignore()
+            distributed.report(f"stopped before training began: {reason}; the same command starts it")
+            distributed.shut_down()
+            return
+        hold_output(output)
+        with watching(config):
+            run = build_run(config)
+            callbacks = build_callbacks(run)
+            distributed.report(describe(run))
+            rows = config.training.iterations * config.training.global_batch_size
+            distributed.report(run.train_data.tree(rows, config.data.sequence_length))
+            if distributed.is_logging_rank():
+                output.mkdir(parents=True, exist_ok=True)
+                config_file.write_yaml(output / "config.yaml", run.config)
+                starts.record_start(output, distributed.world_size(), run.progress.iteration)
+                if run.progress.iteration < config.training.iterations:
+                    clear_finished(output)
+            complete = train(run, callbacks)
+            stop_signals.ignore()
+            if distributed.is_logging_rank():
+                if complete:
+                    mark_finished(output, run.progress.iteration)
+                starts.record_end(output, run.progress.iteration, complete)
+    except OutputInUse:  # the folder is another run's
+        raise
+    except Exception as error:
+        starts.record_error(output, int(os.environ.get("RANK", 0)), error)
+        raise
     distributed.report(f"trained to iteration {run.progress.iteration}: {output}")
     distributed.shut_down()
+
+
+def refuse(error: UserError, output: str = "") -> None:
+    """End with exit code 2: starting again cannot help."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if output:
+            starts.refuse(output, str(error))
+    sys.exit(2)
 
 
 def parse_arguments() -> argparse.Namespace:

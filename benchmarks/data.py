@@ -21,12 +21,12 @@ from megatron_ext.data import dali_loader
 from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.packed_rows import PackedRows
-from megatron_ext.data.step_rows import StepRows
 from megatron_ext.data.packed_tokens import PADDING, TASK
 from megatron_ext.data.plain_loader import PlainLoader
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.serialization import from_bytes, to_bytes
 from megatron_ext.data.source import Source
+from megatron_ext.data.step_rows import StepRows
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
 from megatron_ext.errors import UserError

@@ -1,6 +1,7 @@
 """Processes, groups and seeds, and collective operations outside of a step."""
 
 import datetime
+import json
 import os
 import random
 from collections.abc import Callable
@@ -38,6 +39,10 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
         os.environ.setdefault(name, value)
     if store is None and "MASTER_PORT" not in os.environ:
         store = dist.HashStore()
+    if config.lifecycle.hang_minutes:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "512")  # collectives that recorded_collectives() can see
+        os.environ.setdefault("TORCH_INCLUDE_STACK_TRACE", "0")  # taking one may wait for the interpreter lock
+    store = store or _store_of_restart(datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes))
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
         timeout=datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes),
@@ -59,6 +64,19 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if on_cpu:
         report(f"no GPU: {dist.get_world_size()} CPU process{'es' * (dist.get_world_size() > 1)} over gloo")
+
+
+def _store_of_restart(timeout: datetime.timedelta) -> dist.Store | None:
+    """The store of ranks that plain torchrun has started again on one machine; None: there is no need for one.
+
+    torchrun of torch 2.13 keeps its store over restarts, with the addresses of ranks that are gone. Several machines
+    need ``training/launcher.py``: their counts of restarts differ.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not attempt or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["GROUP_WORLD_SIZE"] != "1":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(address, port, is_master=False, timeout=timeout))
 
 
 def _set_arithmetic(deterministic: bool) -> None:
@@ -162,3 +180,24 @@ def gather_weights(chunks: list[torch.nn.Module]) -> None:
     for chunk in chunks:
         if getattr(chunk, "use_forward_hook", False):
             chunk.start_param_sync(force_sync=True)
+
+
+def recorded_collectives() -> dict[str, dict]:
+    """The last collective that this process entered, by process group, from torch's flight recorder: its number
+    ("entered"), the last one that it completed ("completed", at least 0), and its "operation". Empty where this torch
+    has no recorder. Does not communicate."""
+    library = torch._C._distributed_c10d
+    dump = getattr(library, "_dump_nccl_trace_json", None) or getattr(library, "_dump_fr_trace_json", None)
+    if dump is None or not dist.is_initialized():
+        return {}
+    trace = json.loads(dump())
+    completed = {group: int(state["last_completed_collective"]) for group, state in trace.get("pg_status", {}).items()}
+    return {
+        " ".join(entry["process_group"]): {
+            "entered": entry["collective_seq_id"],
+            "completed": max(0, completed.get(str(entry["pg_id"]), 0)),
+            "operation": entry["profiling_name"],
+        }
+        for entry in trace.get("entries", ())  # oldest first
+        if not entry["is_p2p"]
+    }

@@ -12,9 +12,9 @@ from megatron_ext import config_file, distributed
 from megatron_ext.config import Config
 from megatron_ext.data import dali_loader
 from megatron_ext.data.packed_rows import PackedRows
-from megatron_ext.data.step_rows import StepRows
 from megatron_ext.data.plain_loader import PlainLoader
 from megatron_ext.data.serialization import from_bytes
+from megatron_ext.data.step_rows import StepRows
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
 

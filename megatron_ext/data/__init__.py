@@ -12,6 +12,9 @@
         v   samples -> rows
     packing.py packed_rows.py  a pure function of the row number; whole documents, best fit, little padding
         |
+        v   rows of a step -> those of a replica, micro-batch after micro-batch
+    step_rows.py composition.py     neighbours, or rows of equal work (row_contents.py); any number of replicas
+        |
         v   documents -> packed tokens, by task
     rendering.py packed_tokens.py   one int32 a token: id, loss, modality, task, first of its document
         |

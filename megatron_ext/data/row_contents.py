@@ -1,4 +1,4 @@
-"""What packed rows hold, from the lengths of their documents alone: what their work depends on, without their tokens."""
+"""What packed rows hold, from the lengths of their documents: all that their work depends on, but no token of them."""
 
 from dataclasses import dataclass, fields
 

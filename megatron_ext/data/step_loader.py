@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from megatron_ext.config import DataConfig
 from megatron_ext.data import dali_loader
-from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.composition import Composition
+from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.data.packed_tokens import Unpack
 from megatron_ext.data.plain_loader import PlainLoader

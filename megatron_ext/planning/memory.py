@@ -9,8 +9,8 @@ alive and what the task needs for itself: the output head; the gradients of a la
 there; with full recomputation, the activations of one layer. The heaviest of the sampled micro-batches come first.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,12 +18,12 @@ from megatron_ext.config import Config, ModelConfig
 from megatron_ext.planning.devices import Device
 from megatron_ext.planning.workload import Workload, of_role
 from megatron_ext.routing import memory
-from megatron_ext.routing.flops import projection_shapes
+from megatron_ext.routing.flops import key_width, projection_shapes
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.image_code_costs import depth_head_parameters, projector_parameters
 from megatron_ext.routing.pipeline import Task, order
 from megatron_ext.routing.pipeline_layout import stage_layers
-from megatron_ext.routing.plan import Plan, Projections, Role
+from megatron_ext.routing.plan import Projections, Role
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def rank_memory(
         tasks = order(rank, parallel.pipeline, parallel.virtual_pipeline, micro_batches)
         alive, transient = _peak(tasks, own, heaviest)
         ahead = 2 * sizes.hidden.max() if parallel.virtual_pipeline > 1 else 0  # received before they are needed
-        parameters = stage_parameters(config, vocab_size, chunks[rank :: parallel.pipeline], rank)
+        parameters = stage_parameters(config, sizes.projections, vocab_size, chunks[rank :: parallel.pipeline], rank)
         static = round(parameters * bytes_per_parameter(config, shards))
         needed = static + alive + transient + ahead
         overhead = round(device.overhead_bytes + device.fragmentation * needed)
@@ -100,10 +100,11 @@ def bytes_per_parameter(config: Config, shards: int) -> float:
     return 6 + 12 / shards if config.training.precision == "bf16" else 8 + 8 / shards
 
 
-def stage_parameters(config: Config, vocab_size: int, chunks: list[list[int]], rank: int) -> int:
+def stage_parameters(
+    config: Config, projections: Projections, vocab_size: int, chunks: list[list[int]], rank: int
+) -> int:
     """Parameters on a tensor-parallel rank of a pipeline stage with these layers."""
     model, tensor, last = config.model, config.parallel.tensor, config.parallel.pipeline - 1
-    projections = Plan.from_config(config).projections
     total = sum(map(len, chunks)) * layer_parameters(model, projections, tensor)
     embedding = vocab_size * model.hidden_size // tensor
     if rank == 0:
@@ -147,7 +148,7 @@ class MicroBatchMemory:
 
     def __init__(self, config: Config, workload: Workload, vocab_size: int, device: Device):
         model, parallel, training = config.model, config.parallel, config.training
-        self._config, self._plan = config, workload.plan
+        self._config, self._plan, self.projections = config, workload.plan, workload.plan.projections
         self._size = 2 if training.precision == "bf16" else 4
         self._counts = workload.micro_batches(training.micro_batch_size)
         self._share = 1 / parallel.context
@@ -162,17 +163,31 @@ class MicroBatchMemory:
         self.hidden: np.ndarray = row * stored
         """Bytes of a rank's hidden states."""
         self._padding = row * (stored - real)  # where T is fixed, a part of layers' whole inputs
-        self._layers = self._kept(training.recompute, ())
-        self._first_layers = self._kept(training.recompute, range(model.num_layers))
+        self._layers, self._first_layers = self._kept(training.recompute)
         self._device_layers = workload.device_bytes(device, config)
+        if training.recompute == "none" and parallel.context > 1:
+            keys = 2 * key_width(model) / parallel.tensor * self._size * workload.received_share(config)
+            self._layers, self._first_layers = (x + self._keys() * keys for x in (self._layers, self._first_layers))
         self._logits = np.array([counts.logits for counts in self._counts]) * self._share
         self._logit_bytes = self._logits * vocab_size / parallel.tensor * (4 if self._size == 4 else 6)
 
-    def _kept(self, recompute: str, first: Collection[int]) -> np.ndarray:
-        """[micro-batches, layers], as :func:`~megatron_ext.routing.memory.activation_bytes`."""
-        model, parallel = self._config.model, self._config.parallel
-        options = self._size, self._share, recompute, parallel.tensor, parallel.sequence, first
-        return np.array([memory.activation_bytes(model, self._plan, c, *options) for c in self._counts], float)
+    def _kept(self, recompute: str) -> tuple[np.ndarray, np.ndarray]:
+        """:func:`~megatron_ext.routing.memory.activation_bytes`, [micro-batches, layers], of layers inside a chunk and
+        where they begin one."""
+        model, parallel, roles = self._config.model, self._config.parallel, self._plan.roles
+        # Few layers differ: each kind once after another one, and once after its own.
+        kinds = list(dict.fromkeys(roles))
+        plan = replace(self._plan, roles=tuple(kind for kind in kinds for _ in range(2)))
+        options = self._size, self._share, recompute, parallel.tensor, parallel.sequence
+        bytes_ = np.array([memory.activation_bytes(model, plan, c, *options) for c in self._counts], float)
+        changed = [2 * kinds.index(kind) for kind in roles]
+        inside = [n + (own == before) for n, own, before in zip(changed, roles, (None, *roles))]
+        return bytes_[:, inside], bytes_[:, changed]
+
+    def _keys(self) -> np.ndarray:
+        """Keys of each micro-batch in each layer, on all context ranks."""
+        takes_part = np.array([[role != Role.SKIP for role in roles] for roles in self._plan.roles])
+        return np.array([counts.tokens for counts in self._counts]) @ takes_part.T
 
     def chunk(self, layers: list[int], number: int, count: int) -> ChunkMemory:
         """The memory of the chunk ``number`` of ``count``."""
@@ -208,7 +223,7 @@ class MicroBatchMemory:
         width = model.ffn_hidden_size / tensor
         needed = self._size * np.maximum(3 * full * width, full * width + model.hidden_size * width)
         if self._config.training.recompute == "full":
-            again = self._kept("none", {layer})[:, layer] - self._layers[:, layer]
+            again = self._kept("none")[1][:, layer] - self._layers[:, layer]
             needed = needed + again + self._device_layers[:, layer]
         return needed
 

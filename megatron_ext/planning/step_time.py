@@ -108,7 +108,7 @@ def layer_costs(
     size, tensor = 2 if config.training.precision == "bf16" else 4, parallel.tensor
     kernels = Kernels(device, model, tensor, tensor if parallel.sequence else 1, size)
     unlimited = Kernels(_unlimited(device), model, tensor, kernels.ranks, size)
-    received = _received_share(config, workload)
+    received = workload.received_share(config)
     layers = [[] for _ in plan.roles]
     first, last, messages, thin = [], [], [], []
     for whole in micro_batches:
@@ -171,18 +171,6 @@ def _layer_messages(
     return seconds
 
 
-def _received_share(config: Config, workload: Workload) -> float:
-    """Keys that a context rank receives, as a share of all keys of a micro-batch: of documents that fill more than three
-    quarters of a rank's rows all others, of short ones what the cuts between ranks take."""
-    context = config.parallel.context
-    rows = config.training.micro_batch_size * config.data.sequence_length
-    if context == 1:
-        return 0.0
-    if workload.longest > 0.75 * rows / context:
-        return (context - 1) / context
-    return min((context - 1) / context, workload.longest / 2 / rows * 2)
-
-
 def step_time(
     config: Config,
     workload: Workload,
@@ -209,7 +197,10 @@ def step_time(
     more = (micro_batches - shown) / sampled
     makespan = simulated.makespan + more * max(of_rank)
     busy = sum(simulated.busy) / pipeline + more * sum(of_rank) / pipeline
-    per_rank = [stage_parameters(config, vocab_size, chunks[rank::pipeline], rank) for rank in range(pipeline)]
+    per_rank = [
+        stage_parameters(config, workload.plan.projections, vocab_size, chunks[rank::pipeline], rank)
+        for rank in range(pipeline)
+    ]
     exposed = max(
         _replica_seconds(
             config, device, per_rank[rank], replicas, sum(backward[c][0] for c in range(rank, len(chunks), pipeline))

@@ -90,6 +90,33 @@ def low_rank_messages(
     return total
 
 
+def embedding_messages(
+    model: ModelConfig, stored: float, tensor: int, sequence: bool, element_size: int
+) -> tuple[Messages, Messages]:
+    """What the forward and the backward pass of the embedding send, of ``stored`` rows on all ranks together."""
+    elements = stored * model.hidden_size
+    if sequence:
+        return gather(elements, tensor, element_size), gather(elements, tensor, element_size)
+    return all_reduce(elements, tensor, element_size), Messages()
+
+
+def head_messages(
+    model: ModelConfig, rows: float, targets: float, tensor: int, sequence: bool, element_size: int
+) -> tuple[Messages, Messages]:
+    """What the forward and the backward pass of the output head and the loss send.
+
+    Args:
+        rows: of the groups that hold targets, on all ranks together.
+        targets: tokens with logits.
+    """
+    loss = all_reduce(targets, tensor, 4, 3)  # largest logit, predicted logit, sum of exponentials
+    if sequence:
+        return loss + gather(rows * model.hidden_size, tensor, element_size), gather(
+            rows * model.hidden_size, tensor, element_size
+        )
+    return loss, all_reduce(targets * model.hidden_size, tensor, element_size)
+
+
 def replica_messages(parameters: float, replicas: int, sharded: bool, element_size: int) -> tuple[Messages, Messages]:
     """What the reduction of gradients sends in a step, and the gathering of new weights."""
     if not sharded:

@@ -2,7 +2,8 @@
 
 A run that is told to stop saves a checkpoint and exits with code 0, as a complete run does; only a complete one leaves
 ``OUTPUT/FINISHED`` (``finished.py``). Nothing here requeues a job: ``examples/run_unified_tp4_pp2.sh`` does
-(``scontrol requeue``), when training has exited with 0 and without that file.
+(``scontrol requeue``), when training has exited with 0 and without that file. ``stop_signals.py`` remembers what came
+before training began.
 """
 
 import math
@@ -11,9 +12,12 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 
-from megatron_ext.run_config import LifecycleConfig
+import torch
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+from megatron_ext.run_config import LifecycleConfig
+from megatron_ext.training import stop_signals
+from megatron_ext.training.stop_signals import SIGNALS
+
 _REASONS = (
     None,
     "lifecycle.time_limit_minutes is used up",
@@ -52,6 +56,9 @@ class Lifecycle:
         if job_end := environment.get("SLURM_JOB_END_TIME"):
             self._deadlines.append((float(job_end) - 60 * config.slurm_margin_minutes, _JOB_END))
         self._previous_handlers = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        stop_signals.taken_over()
+        for number in stop_signals.received():
+            self._handle(number, None)
 
     def stop_flag(self) -> float:
         """Whether and why this rank asks to stop, for a sum over all ranks; 0: it does not ask.
@@ -59,8 +66,11 @@ class Lifecycle:
         Reason ``c`` is the flag 2^(20 c), so the sum over up to a million ranks still shows the highest reason. The
         flag travels in a reduction that every step does anyway, and costs no communication of its own.
         """
-        code = self._local_code()
-        return 2.0 ** (_BITS * code) if code else 0.0
+        return _flag(self._local_code())
+
+    def signal_flag(self) -> float:
+        """As :meth:`stop_flag`, but for signals alone: a run takes at least one step before a deadline ends it."""
+        return _flag(self._signal_code)
 
     @staticmethod
     def stop_reason(stop_flags: float) -> str | None:
@@ -86,4 +96,24 @@ class Lifecycle:
             if self._interrupted_at is not None and now - self._interrupted_at >= 1:
                 raise KeyboardInterrupt
             self._interrupted_at = now
-        self._signal_code = max(self._signal_code, _FIRST_SIGNAL + SIGNALS.index(number))
+        self._signal_code = max(self._signal_code, _code(number))
+
+
+def told_already(lifecycle: Lifecycle | None = None) -> str | None:
+    """Why the run stops before its first step, the same on every rank: a signal has come. Collective.
+
+    Args:
+        lifecycle: None: before there is one.
+    """
+    own = lifecycle.signal_flag() if lifecycle else _flag(max(map(_code, stop_signals.received()), default=0))
+    flags = torch.tensor([own], dtype=torch.float64, device=torch.device(torch.cuda.current_device()))
+    torch.distributed.all_reduce(flags)
+    return Lifecycle.stop_reason(flags.item())
+
+
+def _code(number: int) -> int:
+    return _FIRST_SIGNAL + SIGNALS.index(number)
+
+
+def _flag(code: int) -> float:
+    return 2.0 ** (_BITS * code) if code else 0.0

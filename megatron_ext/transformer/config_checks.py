@@ -116,10 +116,12 @@ def validate_layout(config: Config, world_size: int) -> None:
             f"config: 'parallel.virtual_pipeline' is {parallel.virtual_pipeline}, needs parallel.pipeline > 1"
         )
     processes = parallel.tensor * parallel.context * parallel.pipeline
-    named = "parallel.tensor x parallel.context x parallel.pipeline"
-    if parallel.context == 1:
-        named = "parallel.tensor x parallel.pipeline"
-    check_divisible("number of processes", world_size, named, processes)
+    if world_size % processes:
+        fitting = max(processes, world_size - world_size % processes)
+        raise UserError(
+            f"config: {world_size} processes do not make whole replicas of parallel.tensor x parallel.context x "
+            f"parallel.pipeline ({processes}); start {fitting} of them, or take a smaller layout"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("config: 'parallel.sequence' is true, needs parallel.tensor > 1")
 

@@ -134,7 +134,7 @@ def test_a_signal_saves_and_leaves_cleanly(whole, tmp_path, train, material):
 
 def test_mistakes_are_one_line(whole, tmp_path, train, material):
     unknown = train(tmp_path, "model.hiden_size=3", check=False)
-    assert unknown.returncode == 1
+    assert unknown.returncode == 2
     assert "unknown key 'model.hiden_size' (did you mean 'hidden_size'?)" in unknown.stdout
     output = half_of(whole, tmp_path)
     other_shape = train(output, "model.hidden_size=64", check=False)

@@ -1,13 +1,15 @@
 """Rows of a step are spread over replicas and micro-batches by their exact cost, which needs no token of them."""
 
+import pickle
+
 import numpy as np
 import pytest
 
 from megatron_ext import config_file
 from megatron_ext.config import Config, micro_batch_count
 from megatron_ext.data.composition import Composition, rise_and_fall, shares_of, spread
-from megatron_ext.data.packed_rows import NO_ROW, PackedRows
 from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT
+from megatron_ext.data.packed_rows import NO_ROW, PackedRows
 from megatron_ext.routing.flops import count, dense, forward_flops
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.row_costs import RowCosts
@@ -79,16 +81,15 @@ def test_with_a_dense_share_a_row_costs_what_is_expected(every_layout):
 @pytest.mark.parametrize("replicas, size, multiple", [(1, 4, 1), (3, 2, 1), (5, 3, 4), (30, 1, 1)])
 def test_balanced_replicas_share_the_rows_of_a_step_and_resume_alike(every_layout, replicas, size, multiple):
     whole = Composition(size, multiple, row_costs("plan.preset=himix_hmgen_share_all"))
-    numbers = [
-        whole.row_numbers(PackedRows(every_layout, LENGTH), 2, 24, replica, replicas) for replica in range(replicas)
-    ]
+    whole = pickle.loads(pickle.dumps(whole))  # a worker process gets it so
+    rows = PackedRows(every_layout, LENGTH)
+    numbers = [whole.row_numbers(rows, 2, 24, replica, replicas) for replica in range(replicas)]
     held = [own[own != NO_ROW] for own in numbers]
     assert sorted(np.concatenate(held).tolist()) == list(range(48, 72))
     assert [len(own) for own in held] == shares_of(24, replicas)
     assert [len(own) for own in numbers] == [size * micro_batch_count(len(own), size, multiple) for own in held]
-    rows = PackedRows(every_layout, LENGTH)
-    again = [whole.row_numbers(rows, step, 24, 0, replicas) for step in range(3)][2]
-    np.testing.assert_array_equal(again, numbers[0])
+    resumed = PackedRows(every_layout, LENGTH)
+    np.testing.assert_array_equal(whole.row_numbers(resumed, 2, 24, 0, replicas), numbers[0])
 
 
 def test_balanced_work_is_more_equal_than_work_in_order(every_layout):
@@ -102,7 +103,8 @@ def test_balanced_work_is_more_equal_than_work_in_order(every_layout):
         return work.sum(axis=1).max() / work.sum(axis=1).mean(), work.max() / work.mean()
 
     in_order, balanced = most(Composition(2)), most(Composition(2, costs=costs))
-    assert balanced[0] < 1.01 < in_order[0] and balanced[1] < 1.1 < in_order[1]
+    assert balanced[0] < 1.003 and in_order[0] > 1.02
+    assert balanced[1] < 1.06 < in_order[1]  # the two rows of a micro-batch cannot be more equal
 
 
 def test_rows_are_given_out_by_falling_cost_to_where_work_is_least():
