@@ -49,29 +49,42 @@ def pretrain(config: Config) -> None:
     """Join the other ranks, build the run, resume it, train it."""
     from megatron_ext import distributed
     from megatron_ext.callbacks import build_callbacks
+    from megatron_ext.training import lifecycle
     from megatron_ext.training.finished import clear_finished, mark_finished
     from megatron_ext.training.loop import train
+    from megatron_ext.training.output_lock import OutputInUse, hold_output
     from megatron_ext.training.run import build_run, describe
+    from megatron_ext.training.watch import watching
 
     output = Path(config.output)
     try:
         distributed.initialize(config)
-        run = build_run(config)
-        callbacks = build_callbacks(run)
-        distributed.report(describe(run))
-        rows = config.training.iterations * config.training.global_batch_size
-        distributed.report(run.train_data.tree(rows, config.data.sequence_length))
-        if distributed.is_logging_rank():
-            output.mkdir(parents=True, exist_ok=True)
-            config_file.write_yaml(output / "config.yaml", run.config)
-            starts.record_start(output, distributed.world_size(), run.progress.iteration)
-            if run.progress.iteration < config.training.iterations:
-                clear_finished(output)
-        complete = train(run, callbacks)
-        if distributed.is_logging_rank():
-            if complete:
-                mark_finished(output, run.progress.iteration)
-            starts.record_end(output, run.progress.iteration, complete)
+        if reason := lifecycle.told_already():
+            stop_signals.ignore()
+            distributed.report(f"stopped before training began: {reason}; the same command starts it")
+            distributed.shut_down()
+            return
+        hold_output(output)
+        with watching(config):
+            run = build_run(config)
+            callbacks = build_callbacks(run)
+            distributed.report(describe(run))
+            rows = config.training.iterations * config.training.global_batch_size
+            distributed.report(run.train_data.tree(rows, config.data.sequence_length))
+            if distributed.is_logging_rank():
+                output.mkdir(parents=True, exist_ok=True)
+                config_file.write_yaml(output / "config.yaml", run.config)
+                starts.record_start(output, distributed.world_size(), run.progress.iteration)
+                if run.progress.iteration < config.training.iterations:
+                    clear_finished(output)
+            complete = train(run, callbacks)
+            stop_signals.ignore()
+            if distributed.is_logging_rank():
+                if complete:
+                    mark_finished(output, run.progress.iteration)
+                starts.record_end(output, run.progress.iteration, complete)
+    except OutputInUse:  # the folder is another run's
+        raise
     except Exception as error:
         starts.record_error(output, int(os.environ.get("RANK", 0)), error)
         raise

@@ -24,8 +24,8 @@ class Measured:
         gradients: of the first step, by the parameter's global name.
         logits: of the first step's micro-batches, [n, 1, vocabulary] each; none on a stage without the output layer.
         losses, norms: loss and gradient norm of each step.
-        targets: which of all targets of each of these micro-batches this rank's logits are of; the others are with other
-            context ranks.
+        targets: for each of these micro-batches, which of its targets the logits are of; other context ranks have the
+            others.
     """
 
     gradients: dict[str, Tensor]

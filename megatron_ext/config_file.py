@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_text
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ def read_yaml(file: str | Path) -> dict:
 
 def write_yaml(file: str | Path, config) -> None:
     """Write a dataclass tree; :func:`load` reads the same tree back."""
-    Path(file).write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
+    write_text(Path(file), yaml.safe_dump(to_tree(config), sort_keys=False))
 
 
 def to_tree(config) -> dict:

@@ -1,6 +1,7 @@
 """Processes, groups and seeds, and collective operations outside of a step."""
 
 import datetime
+import json
 import os
 import random
 from collections.abc import Callable
@@ -38,6 +39,9 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
         os.environ.setdefault(name, value)
     if store is None and "MASTER_PORT" not in os.environ:
         store = dist.HashStore()
+    if config.lifecycle.hang_minutes:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "512")  # collectives that recorded_collectives() can see
+        os.environ.setdefault("TORCH_INCLUDE_STACK_TRACE", "0")  # taking one may wait for the interpreter lock
     store = store or _store_of_restart(datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes))
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
@@ -176,3 +180,24 @@ def gather_weights(chunks: list[torch.nn.Module]) -> None:
     for chunk in chunks:
         if getattr(chunk, "use_forward_hook", False):
             chunk.start_param_sync(force_sync=True)
+
+
+def recorded_collectives() -> dict[str, dict]:
+    """The last collective that this process entered, by process group, from torch's flight recorder: its number
+    ("entered"), the last one that it completed ("completed", at least 0), and its "operation". Empty where this torch
+    has no recorder. Does not communicate."""
+    library = torch._C._distributed_c10d
+    dump = getattr(library, "_dump_nccl_trace_json", None) or getattr(library, "_dump_fr_trace_json", None)
+    if dump is None or not dist.is_initialized():
+        return {}
+    trace = json.loads(dump())
+    completed = {group: int(state["last_completed_collective"]) for group, state in trace.get("pg_status", {}).items()}
+    return {
+        " ".join(entry["process_group"]): {
+            "entered": entry["collective_seq_id"],
+            "completed": max(0, completed.get(str(entry["pg_id"]), 0)),
+            "operation": entry["profiling_name"],
+        }
+        for entry in trace.get("entries", ())  # oldest first
+        if not entry["is_p2p"]
+    }

@@ -1,5 +1,6 @@
 """JSON and text files, written atomically."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -13,12 +14,21 @@ def write_json(path: Path, value) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to a temporary file, then rename it: a reader sees the complete file or none."""
+    """Write ``text`` to a temporary file, then rename it: a reader sees the complete file or none.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_json(path: Path):

@@ -8,7 +8,6 @@ each entry gives a task, its runs of tokens in order and the number of documents
 
 import argparse
 import math
-from pathlib import Path
 
 from megatron_ext import config_file
 from megatron_ext.analysis import published_costs
@@ -17,6 +16,7 @@ from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.config_checks import validate_evaluation
 from megatron_ext.files import write_json
+from megatron_ext.planning.inputs import MIX, with_vocabulary
 from megatron_ext.routing.balance_summary import describe_balance, summarize_balance
 from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.pipeline_layout import even_counts, layout_string
@@ -24,9 +24,7 @@ from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.summary import describe, summarize
 from megatron_ext.training.config_checks import validate
 from megatron_ext.training.devices import peak_flops
-from megatron_ext.vocabulary import Vocabulary
 
-MIX = "understanding: 256 image, 64 text, 8 answer; generation: 30 text, 256 image"
 GPU, MFU = "H100", 0.35
 
 
@@ -122,21 +120,6 @@ def speed(gpu: str, mfu: float) -> float:
     if (peak := peak_flops(gpu)) is None:
         raise UserError(f"--gpu {gpu}: not known; megatron_ext/training/devices.py lists the GPUs")
     return mfu * peak
-
-
-def with_vocabulary(config: Config) -> tuple[Config, int]:
-    """The configuration with the sizes of ``model.image_codes`` that vocabulary and VQ tokenizer tell, and the rows of
-    the output head; those of the published models where ``data.vocabulary`` is not there."""
-    folder, codes = config.data.vocabulary, config.model.image_codes
-    vocabulary = Vocabulary(folder) if folder and Path(folder).is_dir() else None
-    if vocabulary is None and (codes.depth == 1 or None not in (codes.codebook_size, codes.width)):
-        return config, published_costs.VOCABULARY
-    # Imported late: where nothing is to be read, the tool does not wait for torch.
-    from megatron_ext.training.image_codes import with_code_shape
-    from megatron_ext.transformer.resolved import vocab_size
-
-    size = vocab_size(config, vocabulary) if vocabulary else published_costs.VOCABULARY
-    return with_code_shape(config, vocabulary), size
 
 
 if __name__ == "__main__":

@@ -18,14 +18,18 @@ def peak_bytes(step: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with _PeakStorage() as memory:
+    with PeakStorage() as memory:
         step()
     return memory.peak
 
 
-class _PeakStorage(TorchDispatchMode):
+class PeakStorage(TorchDispatchMode):
     """Most bytes alive at once among the outputs of operators. For CPUs, whose allocator keeps no statistics; seeing
-    every operator would be too slow on a GPU, whose allocator does."""
+    every operator would be too slow on a GPU, whose allocator does.
+
+    Attributes:
+        live, peak: bytes alive now, and most so far.
+    """
 
     def __init__(self):
         super().__init__()

@@ -141,12 +141,10 @@ class Allocation:
         if not route.query_lengths:
             return
         query_index, key_index = _flat_indices(self._route, route)
-        segments = (
-            tensor.split(lengths)
-            for lengths, tensors in ((route.query_lengths, (query, query_index)), (route.key_lengths, (key, key_index)))
-            for tensor in tensors
-        )
-        for queries, query_tokens, keys, key_tokens in zip(*segments):
+        query_segments = (tensor.split(route.query_lengths) for tensor in (query, query_index))
+        key_ranges = list(zip(route.key_starts, route.key_lengths))
+        key_segments = ([tensor.narrow(0, *rows) for rows in key_ranges] for tensor in (key, key_index))
+        for queries, query_tokens, keys, key_tokens in zip(*query_segments, *key_segments):
             members = self._tokens.members[query_tokens]
             selected = members.any(dim=1).nonzero().flatten()
             if selected.numel():

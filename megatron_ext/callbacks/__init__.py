@@ -6,10 +6,12 @@ import torch.distributed as dist
 
 from megatron_ext.callbacks.bad_step_limits import BadStepLimits
 from megatron_ext.callbacks.benchmarks import Benchmarking
-from megatron_ext.callbacks.checkpointing import Checkpointing
+from megatron_ext.callbacks.checkpointing import Checkpointing, CheckpointSeconds
 from megatron_ext.callbacks.gradient_alignment import GradientAlignment
 from megatron_ext.callbacks.logging import Logging
 from megatron_ext.callbacks.profiling import Profiling
+from megatron_ext.callbacks.replica_check import ReplicaCheck
+from megatron_ext.callbacks.stragglers import Stragglers
 from megatron_ext.callbacks.validation import Validation
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
@@ -21,11 +23,12 @@ from megatron_ext.training.run import Run
 def build_callbacks(run: Run) -> list[Callback]:
     """The callbacks of a run, in order. After each step:
 
-    1. what adds to the step's record: gradient alignment, validation, benchmarks, then the callbacks named in
-       ``callbacks`` of the configuration, which see all of the numbers;
+    1. what adds to the step's record: the time that checkpoints took, the comparison of the ranks' speeds, gradient
+       alignment, validation, benchmarks, then the callbacks named in ``callbacks`` of the configuration, which see all
+       of the numbers;
     2. logging, which writes the record;
     3. profiling, whose trace covers all of the above;
-    4. the limits on bad steps, once the last one is logged and before a checkpoint is saved;
+    4. the limits on bad steps and the check of replicas, once the last step is logged and before a checkpoint is saved;
     5. checkpointing.
 
     The list is the same on every rank.
@@ -34,7 +37,12 @@ def build_callbacks(run: Run) -> list[Callback]:
         UserError: a benchmark's file or the VQ tokenizer is missing, malformed, or has another vocabulary.
     """
     config = run.config
+    checkpointing = Checkpointing()
     callbacks: list[Callback] = []
+    if config.checkpoint.interval or config.checkpoint.local_interval:
+        callbacks.append(CheckpointSeconds(checkpointing))
+    if config.logging.straggler_interval and dist.get_world_size() > 1:
+        callbacks.append(Stragglers())
     if config.logging.gradient_alignment_interval:
         callbacks.append(GradientAlignment(config.logging.gradient_alignment_interval))
     callbacks.append(Validation())
@@ -42,7 +50,10 @@ def build_callbacks(run: Run) -> list[Callback]:
         callbacks.append(Benchmarking(run))
     callbacks += [callback() for callback in named_callbacks(config)]
     callbacks += [Logging(config), Profiling(config.logging, config.output, dist.get_rank())]
-    callbacks += [BadStepLimits(), Checkpointing()]
+    callbacks.append(BadStepLimits())
+    if config.lifecycle.replica_check_interval:
+        callbacks.append(ReplicaCheck())
+    callbacks.append(checkpointing)
     return callbacks
 
 

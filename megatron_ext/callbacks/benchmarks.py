@@ -19,6 +19,7 @@ from megatron_ext.files import write_json
 from megatron_ext.generation.checkpoint import TrainedModel
 from megatron_ext.generation.session import Session
 from megatron_ext.run_config import EvaluationBenchmark
+from megatron_ext.training import watch
 from megatron_ext.training.callback import Callback, StepRecord, is_due
 from megatron_ext.training.run import Run
 from megatron_ext.training.step import evaluation_mode
@@ -66,7 +67,9 @@ class Benchmarking(Callback):
     def after_step(self, run: Run, record: StepRecord) -> None:
         if record.stop_reason or not is_due(record.iteration, self._settings.interval, run.config):
             return
+        watch.at(record.iteration, "evaluate")
         result = self.evaluate(record.iteration)
+        watch.at(record.iteration, "callbacks")
         record.metrics |= result.figures | {"evaluation_seconds": result.seconds}
         record.pictures += result.pictures
         record.log_now = True

@@ -60,7 +60,14 @@ class Logger:
     flops, flops_ratio                    FLOPs of the iteration; relative to the dense plan
     stack_flops_ratio                     that of the layers alone; with several codes an image token only
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
+    checkpoint_seconds                    time that checkpoints have held up training since the record before; no part
+                                          of step_seconds
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
+    non_finite                            ranks and parameters with numbers that are not finite, on the first of the
+                                          skipped steps in a row, if it had such numbers
+    slowest_rank, slowest_rank_speed      which rank computed most slowly, and how fast relative to its peers, every
+                                          logging.straggler_interval iterations; with several ranks only
+    stragglers                            lines about ranks that were slow three times in a row
     validation_loss, validation_loss_...  and validation_z_loss; on iterations with a validation only
     pope_accuracy, gqa_accuracy, ...      headline figures of the benchmarks, on iterations with an evaluation only
     evaluation_seconds                    time of the evaluation, no part of step_seconds
@@ -84,6 +91,7 @@ class Logger:
         self._config, self._say, self._clock = config, say, clock
         self._start = (resumed_iteration, clock())
         write_json(output / "environment.json", environment())
+        self._fault: str | None = None
         self._metrics = MetricsFile(output / "metrics.jsonl", resumed_iteration)
         self._tensorboard = _tensorboard(output, resumed_iteration) if config.logging.tensorboard else None
         self._wandb = _wandb(config, resumed_iteration, say) if config.logging.wandb != "off" else None
@@ -94,7 +102,10 @@ class Logger:
         Args:
             pictures: (caption, file) of each picture that the model generated after this iteration.
         """
-        self._metrics.write(record)
+        fault = self._metrics.write(record)
+        if fault and not self._fault:
+            self._say(f"{fault}; training goes on, and they will be once there is room")
+        self._fault = fault
         iteration = record["iteration"]
         numbers = {k: v for k, v in record.items() if k != "iteration" and isinstance(v, int | float)}
         alignment = record.get("gradient_alignment")
@@ -117,6 +128,8 @@ class Logger:
             self._wandb.log(values)
         if reason := record.get("skip_reason"):
             self._say(f"iteration {iteration}: step skipped, {reason} ({record['skipped_steps']} skipped so far)")
+        if origin := record.get("non_finite"):
+            self._say(f"iteration {iteration}: {origin}")
         self._say(console_line(record, self._config.training.iterations, self._seconds_left(iteration)))
         if "validation_loss" in record:
             self._say(f"iteration {iteration}: validation {_losses(record, 'validation_')}")
@@ -129,7 +142,8 @@ class Logger:
 
     def close(self) -> None:
         """Flush and close all files."""
-        self._metrics.close()
+        if fault := self._metrics.close():
+            self._say(fault)
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from megatron_ext.data import step_batches
+from megatron_ext.training import watch
 from megatron_ext.training.callback import Callback, StepRecord, is_due
 from megatron_ext.training.losses import MeanLosses
 from megatron_ext.training.prepare import own_share
@@ -15,8 +16,10 @@ class Validation(Callback):
 
     def after_step(self, run: Run, record: StepRecord) -> None:
         if run.validation_data and is_due(record.iteration, run.config.training.validation_interval, run.config):
+            watch.at(record.iteration, "evaluate")
             record.metrics |= validation_losses(run)
             record.log_now = True
+            watch.at(record.iteration, "callbacks")
 
 
 def validation_losses(run: Run) -> dict[str, float]:

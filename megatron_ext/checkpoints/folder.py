@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_ext.checkpoints.errors import DamageError
 from megatron_ext.errors import UserError
 
 MARKER = "COMPLETE.json"
@@ -50,6 +51,11 @@ def of_run(folder: Path) -> Path:
         reason = f"no complete checkpoint in {folder / 'checkpoints'}" if folder.exists() else "not found"
         raise UserError(f"{folder}: {reason}")
     return paths[-1]
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return bool(_COMPLETE.fullmatch(name))
 
 
 def iteration_of(path: Path) -> int:
@@ -90,7 +96,19 @@ def complete(partial: Path, description: dict, files: dict[str, dict]) -> Path:
     for path in (*others, marker, partial):
         _sync(path)
 
-    final = partial.with_name(f"iter_{description['iteration']:07d}")
+    return _named(partial, description["iteration"])
+
+
+def publish(partial: Path, iteration: int, marker: bytes) -> Path:
+    """Turn a copy of a checkpoint's files, which are on disk, into a checkpoint with the original's marker."""
+    (partial / MARKER).write_bytes(marker)
+    for path in (partial / MARKER, partial):
+        _sync(path)
+    return _named(partial, iteration)
+
+
+def _named(partial: Path, iteration: int) -> Path:
+    final = partial.with_name(f"iter_{iteration:07d}")
     replaced = _rename_away(final) if final.exists() else None
     os.rename(partial, final)
     _sync(final.parent)
@@ -106,17 +124,31 @@ def delete(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest ``count`` checkpoints; 0 keeps all."""
+def keep_newest(folder: Path, count: int, spared: Path | None = None) -> None:
+    """Delete all but the newest ``count`` checkpoints and ``spared``; 0 keeps all."""
     for path in checkpoints(folder)[:-count] if count else []:
-        delete(path)
+        if path != spared:
+            delete(path)
+
+
+def older_than(path: Path) -> Path | None:
+    """The next older checkpoint beside ``path``."""
+    older = [p for p in checkpoints(path.parent) if iteration_of(p) < iteration_of(path)]
+    return older[-1] if older else None
+
+
+def damaged_name(path: Path) -> Path:
+    """What to rename the damaged checkpoint ``path`` to, so that it no longer counts as one."""
+    names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *range(2, 1000)))
+    return next(name for name in names if not name.exists())
 
 
 def read_marker(path: Path) -> dict:
     """The marker that :func:`complete` wrote for the checkpoint ``path``: "iteration", "state", "layout", "files" ...
 
     Raises:
-        UserError: there is no checkpoint, or its marker is missing, damaged or of another format.
+        DamageError: the marker is missing or damaged.
+        UserError: there is no checkpoint, or it has another format.
     """
     marker = path / MARKER
     if not path.is_dir():
@@ -127,13 +159,13 @@ def read_marker(path: Path) -> dict:
         body = json.loads(marker.read_text())
         checksum = body.pop("checksum")
     except FileNotFoundError:
-        raise UserError(f"{marker}: missing, so this is not a complete checkpoint{remedy(path)}") from None
+        raise DamageError(f"{marker}: missing, so this is not a complete checkpoint{remedy(path)}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{marker}: damaged, cannot be read{remedy(path)}") from None
+        raise DamageError(f"{marker}: damaged, cannot be read{remedy(path)}") from None
     if body.get("format") != FORMAT:
         raise UserError(f"{marker}: checkpoint format {body.get('format')}, this version reads {FORMAT}")
     if _checksum_of(body) != checksum:
-        raise UserError(f"{marker}: damaged, its checksum is wrong{remedy(path)}")
+        raise DamageError(f"{marker}: damaged, its checksum is wrong{remedy(path)}")
     return body
 
 

@@ -89,7 +89,7 @@ def optimizer_state(optimizer, model: dict, stored: Container[str] | None = None
     optimizer = single_optimizer(optimizer)
     if not optimizer.get_parameters():
         return {}
-    _initialize(optimizer)
+    initialize(optimizer)
     state = optimizer.sharded_state_dict(model, is_loading=stored is not None, metadata=_metadata())
     weights = {v.key: v.data for v in nested_values(model) if isinstance(v, ShardedBase)}
 
@@ -177,7 +177,7 @@ def _metadata() -> dict:
     }
 
 
-def _initialize(optimizer) -> None:
+def initialize(optimizer) -> None:
     """Create the initial state of an optimizer that has taken no step, so that it can be saved or loaded into.
     Megatron-Core's initialisation leaves out the step count of torch's Adam."""
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)

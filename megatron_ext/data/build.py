@@ -1,6 +1,8 @@
 """Building the mixture of a run: opening its sources and checking them against each other and the vocabulary."""
 
 import dataclasses
+import hashlib
+import json
 
 import torch.distributed as dist
 
@@ -108,13 +110,14 @@ def _share(opened: list[Source] | None, error: str | None) -> list[Source]:
         if error:
             raise UserError(error)
         return opened
-    files = [source.metadata["files"] for source in opened] if opened else None
+    # A digest: every rank receives that of every reader.
+    digest = opened and hashlib.sha256(json.dumps([source.metadata["files"] for source in opened]).encode()).hexdigest()
     outcomes = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (error, files))
-    for rank, (refusal, rank_files) in enumerate(outcomes):
+    dist.all_gather_object(outcomes, (error, digest))
+    for rank, (refusal, of_rank) in enumerate(outcomes):
         if refusal:
             raise UserError(refusal)
-        if rank_files and rank_files != outcomes[0][1]:
+        if of_rank and of_rank != outcomes[0][1]:
             raise UserError(
                 f"data: rank {rank} found other files than rank 0 at the same paths; copy the data sets again"
             )

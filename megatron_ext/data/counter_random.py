@@ -9,6 +9,7 @@ import numpy as np
 
 _ROUNDS = 6
 _STEP = np.uint64(0x9E3779B97F4A7C15)
+_POWERS_OF_TWO = np.uint64(1) << np.arange(63, dtype=np.uint64)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -38,7 +39,7 @@ def uniform(*parts) -> np.ndarray:
     return (key(*parts) >> np.uint64(11)) * 2.0**-53
 
 
-def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+def permute(index: np.ndarray, size: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Map each index by a keyed random permutation of ``0 .. size - 1``.
 
     A Feistel network permutes the next power of four; indices that land outside ``size`` are permuted again until they
@@ -46,22 +47,25 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
     Args:
         index: integers in ``0 .. size - 1``.
-        keys: uint64, one per index (or one for all); indices with the same key see the same permutation.
+        size: one per index, or one for all.
+        keys: uint64, one per index (or one for all); indices with the same key and size see the same permutation.
 
     Returns:
         int64, the shape of ``index``.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
     result = np.asarray(index).astype(np.uint64)
-    keys = np.broadcast_to(keys, result.shape)
+    keys, sizes = np.broadcast_to(keys, result.shape), np.broadcast_to(size, result.shape).astype(np.uint64)
+    bits = np.searchsorted(_POWERS_OF_TWO, sizes - np.uint64(1), side="right")
+    halves = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
     outside = np.arange(result.size)
     while outside.size:
+        half = halves[outside]
+        mask = (np.uint64(1) << half) - np.uint64(1)
         left, right = result[outside] >> half, result[outside] & mask
         outside_keys = keys[outside]
         for number in range(_ROUNDS):
             left, right = right, left ^ (mix(right ^ mix(outside_keys + np.uint64(number))) & mask)
         moved = (left << half) | right
         result[outside] = moved
-        outside = outside[moved >= np.uint64(size)]
+        outside = outside[moved >= sizes[outside]]
     return result.astype(np.int64)

@@ -7,6 +7,7 @@ order per epoch, before it shows one again. Caption dropout is decided here, too
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
@@ -77,12 +78,12 @@ class Mixture:
         self.seed = seed
         self.caption_dropout = caption_dropout
         self._counts = blend_counts([source.weight for source in sources])
+        self._documents = np.array([source.metadata["documents"] for source in sources])
         self.blend = _interleave(self._counts)
-        self._rank = np.zeros(
-            len(self.blend), dtype=np.int64
-        )  # number of earlier samples of the same source in the blend
-        for number, count in enumerate(self._counts):
-            self._rank[self.blend == number] = np.arange(count)
+        # Number of earlier samples of the same source in the blend.
+        self._rank = np.zeros(len(self.blend), dtype=np.int64)
+        for _, own in by_source(self.blend):
+            self._rank[own] = np.arange(len(own))
 
     def samples(self, start: int, stop: int) -> Samples:
         """Samples ``start`` to ``stop``."""
@@ -90,19 +91,17 @@ class Mixture:
         blends, place = np.divmod(n, len(self.blend))
         source = self.blend[place]
         position = blends * np.array(self._counts)[source] + self._rank[place]  # among the samples of its source
-        epoch, document, length = (np.zeros_like(n) for _ in range(3))
-        dropped = np.zeros(len(n), dtype=bool)
-        for number, opened in enumerate(self.sources):
-            own = np.flatnonzero(source == number)
-            documents = opened.metadata["documents"]
-            epoch[own], index = np.divmod(position[own], documents)
-            keys = counter_random.key(self.seed, _ORDER, number, epoch[own])
-            document[own] = counter_random.permute(index, documents, keys)
+        documents = self._documents[source]
+        epoch, index = np.divmod(position, documents)
+        keys = counter_random.key(self.seed, _ORDER, source, epoch)
+        document = counter_random.permute(index, documents, keys)
+        length, dropped = np.zeros_like(n), np.zeros(len(n), dtype=bool)
+        for number, own in by_source(source):
+            opened = self.sources[number]
             if opened.layout in (Layout.GENERATION, Layout.INTERLEAVED) and self.caption_dropout:
                 dropped[own] = counter_random.uniform(self.seed, _DROP, n[own]) < self.caption_dropout
                 dropped[own] &= text_may_drop(opened.dataset, document[own], opened.layout)
-            if len(own):
-                length[own] = lay_out(opened.dataset, document[own], dropped[own], opened.layout).length
+            length[own] = lay_out(opened.dataset, document[own], dropped[own], opened.layout).length
         return Samples(source, epoch, document, dropped, length)
 
     @property
@@ -173,10 +172,19 @@ class Mixture:
         return self.tree()
 
 
+def by_source(source: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each number in ``source`` [n], and where it stands there, ascending: the work grows with n, not with the number
+    of sources."""
+    order = np.argsort(source, kind="stable")
+    for own in np.split(order, np.flatnonzero(np.diff(source[order])) + 1) if len(order) else ():
+        yield int(source[own[0]]), own
+
+
 def blend_counts(weights: list[float]) -> list[int]:
     """Samples of each source in a blend: the smallest integers in the ratio of the weights."""
     exact = [Fraction(str(weight)) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
+    total = sum(exact)
+    shares = [weight / total for weight in exact]
     length = lcm(*(share.denominator for share in shares))
     if length <= LONGEST_BLEND:
         return [int(share * length) for share in shares]

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.config import DataConfig
-from megatron_ext.data import counter_random, packed_tokens
+from megatron_ext.data import counter_random, packed_tokens, reading
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.mixture import Mixture, Samples
+from megatron_ext.data.mixture import Mixture, Samples, by_source
 from megatron_ext.data.packed_tokens import unpack
 from megatron_ext.data.packing import pack
 from megatron_ext.data.rendering import DocumentPieces, TokenBuffer, render
@@ -149,11 +149,10 @@ class PackedRows:
     def _by_source(self, chunk: _Chunk, sample: np.ndarray) -> Iterator[tuple[Source, np.ndarray, ...]]:
         """For each source of items: the source, the items [n] that are its own, their documents, whether they are
         dropped."""
-        of_item = chunk.samples.source[sample]
-        for number, source in enumerate(self.mixture.sources):
-            own = np.flatnonzero(of_item == number)
-            if own.size:
-                yield source, own, chunk.samples.document[sample[own]], chunk.samples.dropped[sample[own]]
+        for number, own in by_source(chunk.samples.source[sample]):
+            documents, dropped = chunk.samples.document[sample[own]], chunk.samples.dropped[sample[own]]
+            reading.note(f"{self.mixture.sources[number].path}.bin")
+            yield self.mixture.sources[number], own, documents, dropped
 
     def _find(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, _Chunk, np.ndarray]]:
         """For each chunk that holds some of the rows ``numbers``: the places of these in ``numbers``, the chunk, and

@@ -12,13 +12,17 @@ import time
 import types
 from collections.abc import Callable
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 
 import numpy as np
 
+from megatron_ext.data import reading
 from megatron_ext.data.serialization import to_bytes
 from megatron_ext.data.step_rows import StepRows
 from megatron_ext.errors import UserError
+
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that Slurm, or a terminal, sends to all processes, and that are meant for the trainer alone."""
 
 SECONDS_TO_NOTICE = 60
 """A trainer that has not noticed a lost worker after this many seconds would wait for it forever."""
@@ -37,13 +41,19 @@ class Workers:
 
         They do not import the main program: they do not need it, importing it takes seconds (Megatron-Core), and a
         program without a ``__main__`` guard would run again. Terminating them kills them, because they ignore SIGTERM.
+        They inherit the signal mask, so no signal ends them before they ignore it.
         """
         before = set(multiprocessing.active_children())
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
+        # Python's own helper process ignores SIGINT and SIGTERM but not SIGUSR1, which Slurm sends to it too.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)  # starting it unblocks SIGINT and SIGTERM
         try:
             yield
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             sys.modules["__main__"] = main
             self._processes = list(set(multiprocessing.active_children()) - before)
             for process in self._processes:
@@ -110,7 +120,9 @@ class WorkerSteps:
         if self._ready_in != os.getpid():
             _prepare_worker()
             self._ready_in = os.getpid()
-        return to_bytes(self._prepare(self.rows[step], step))
+        made = to_bytes(self._prepare(self.rows[step], step))
+        reading.note(None)
+        return made
 
     def sample(self, sample_info) -> np.ndarray:
         step = self.start + sample_info.idx_in_epoch
@@ -125,7 +137,7 @@ def _prepare_worker() -> None:
     Signals that stop the trainer may reach the whole process group, but the trainer must be able to finish its step.
     When the trainer ends, even by SIGKILL, this process ends too.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -11,7 +11,7 @@ import torch
 from megatron_ext import config_file, files
 from megatron_ext import vq as vq_package
 from megatron_ext.checkpoints import folder as checkpoint_folder
-from megatron_ext.checkpoints.checkpointer import check_compatible
+from megatron_ext.checkpoints.checks import check_compatible
 from megatron_ext.checkpoints.stored_weights import StoredWeights
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError

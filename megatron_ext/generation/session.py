@@ -19,6 +19,7 @@ from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
+from megatron_ext.training import watch
 from megatron_ext.vq.image_decoder import PillowDecoder
 from megatron_ext.vq.pixels import from_bytes, to_picture
 
@@ -210,7 +211,8 @@ class Session:
         self._report(f"{len(requests)} {kind}; cache of keys and values: {memory / 2**20:.1f} MiB on each device")
         continuations = []
         with command_line.progress(desc=kind, unit=" tokens") as bar:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                watch.enter("evaluate", number)
                 continuations += self.generator(batch, sampling, bar.update)
         shares: list = [None] * replicas
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)

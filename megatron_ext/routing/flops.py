@@ -68,6 +68,16 @@ class Counts:
             self.codes + other.codes,
         )
 
+    def scaled(self, share: float) -> "Counts":
+        """Of so large a share of the tokens, rounded; of attention's pairs the same share."""
+        if share == 1:
+            return self
+
+        def part(numbers: Sequence[int]) -> tuple[int, ...]:
+            return tuple(round(n * share) for n in numbers)
+
+        return Counts(part(self.tokens), tuple(map(part, self.visible)), *part((self.logits, self.images, self.codes)))
+
 
 def dense(plan: Plan) -> Plan:
     """The dense plan of the same model: every token FULL in every layer, one set of weights."""

@@ -2,7 +2,8 @@
 and end.
 
 A run of FULL tokens without a KV_ONLY token in between attends causally to all keys of its document up to the end of
-the run: a segment of q queries and k >= q keys whose last query sees all k (bottom-right aligned).
+the run: a segment of q queries and k >= q keys whose last query sees all k (bottom-right aligned). The segments of a
+document share its keys, which are in attention's order once.
 """
 
 from collections.abc import Sequence
@@ -75,11 +76,16 @@ class LayerRoute:
         queries: from gathered FULL rows to the order of attention; None: they are in that order already.
         keys: from gathered FULL, gathered KV_ONLY and received rows to the order of keys; None without KV_ONLY rows and
             an exchange, when keys have the order of the queries.
-        query_lengths, key_lengths: queries and keys of each segment, in document order. They and the cumulative lengths
-            describe attention's order only where segments are not brought into buckets.
+        query_lengths, key_lengths: queries and keys of each segment, in document order.
+        key_starts: row of the keys at which those of each segment begin. Segments of one document share its keys: these
+            rows overlap. This list and the two before describe attention's order only where segments are not brought
+            into buckets.
+        segment_keys: from the order of keys to one in which every segment has its own, for kernels that take cumulative
+            lengths; None: it has them already.
         buckets: the segments that share a kernel call, in attention's order.
         query_positions, key_positions: rotary positions in the order of attention, int32; 0 for fillers.
-        cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments.
+        cu_seqlens_q, cu_seqlens_kv: cumulative lengths, int32 [segments + 1], followed by empty segments; of keys after
+            ``segment_keys``.
         max_query_length, max_key_length: bounds of the lengths, powers of two.
         exchange: the keys that context ranks send one another; None: none of them sends any.
     """
@@ -89,6 +95,8 @@ class LayerRoute:
     keys: Permutation | None
     query_lengths: list[int]
     key_lengths: list[int]
+    key_starts: list[int]
+    segment_keys: Permutation | None
     buckets: list[Bucket]
     query_positions: np.ndarray
     key_positions: np.ndarray
@@ -171,7 +179,9 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
     full = (role[key] == Role.FULL) & (rows.stored[key] >= 0)
     first, end, begin = _segments(rows.document[key], full)
     query_lengths, key_lengths = end - first, end - begin
-    order = filled(query_lengths, key_lengths) if rows.bucketed and not cached else None
+    seen, key_starts = (np.arange(key.size), begin) if cached else _seen_keys(begin, end)
+    order = filled(query_lengths, key_lengths, key_starts) if rows.bucketed and not cached else None
+    shared = not cached and key_lengths.sum() > seen.size
 
     query, gathered_rows = key[full], rows.ranks * row_count(slices.full_splits)
     received = None if rows.placement is None else rows.placement.received(roles, rows.context_rank)
@@ -189,21 +199,23 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
         if received is not None:
             gathered[received] = gathered_rows + kv_rows + np.arange(received.size)
             kv_rows += received.size
-        seen, repeated = key, False
-        if not cached:
-            skipped = begin - (key_lengths.cumsum() - key_lengths)
-            seen = key[np.arange(key_lengths.sum()) + skipped.repeat(key_lengths)]
-            repeated = first.size > np.unique(begin).size
+        seen = key[seen]
         seen = rows.with_fillers(_select(seen, order.key_index) if order else seen)
-        keys = Permutation.of(_select(gathered, seen), [gathered_rows, kv_rows], repeated)
+        keys = Permutation.of(_select(gathered, seen), [gathered_rows, kv_rows], shared and order is not None)
         key_positions = _positions(rows.batch, seen)
+    segment_keys = None
+    if shared and not rows.bucketed:
+        index = rows.with_fillers(_ranges(key_starts, key_lengths))
+        segment_keys = Permutation.of(index, [key_positions.size], repeated=True)
     route = LayerRoute(
         slices=slices,
         queries=queries,
         keys=keys,
         query_lengths=query_lengths.tolist(),
         key_lengths=key_lengths.tolist(),
-        buckets=order.buckets if order else in_order(query_lengths, key_lengths),
+        key_starts=key_starts.tolist(),
+        segment_keys=segment_keys,
+        buckets=order.buckets if order else in_order(query_lengths, key_lengths, key_starts),
         query_positions=query_positions,
         key_positions=key_positions,
         cu_seqlens_q=_cumulative(query_lengths),
@@ -247,6 +259,22 @@ def _segments(document: np.ndarray, full: np.ndarray) -> tuple[np.ndarray, np.nd
     first, end = np.flatnonzero(full & ~before), np.flatnonzero(full & ~after) + 1
     documents = np.flatnonzero(new)
     return first, end, documents[np.searchsorted(documents, first, side="right") - 1]
+
+
+def _seen_keys(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the keys that some query sees, each once, and for each segment the place among them at which its keys
+    begin; from the results of :func:`_segments`."""
+    new = np.ones(begin.size, dtype=bool)
+    new[1:] = begin[1:] != begin[:-1]
+    last = np.roll(new, -1)
+    lengths = end[last] - begin[last]
+    starts = lengths.cumsum() - lengths
+    return _ranges(begin[last], lengths), starts[new.cumsum() - 1]
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers from each start on, as many as its length."""
+    return np.arange(lengths.sum()) + (starts - (lengths.cumsum() - lengths)).repeat(lengths)
 
 
 def _select(values: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -112,39 +112,29 @@ class Route:
             multiple: rows of a group on a rank are rounded up to a multiple of this (FP8 kernels need one).
             fixed_length: make T depend on b * s alone, as messages between pipeline stages require.
             logit_mask: where to compute logits, bool [b, s]; None: where the loss counts. Padding has none.
-            cached: each row is the next piece of a document whose earlier keys are cached. Keys are then all the keys
-                of a piece, in order.
+            cached: each row is the next piece of a document with earlier keys in a cache; all its keys then count.
             selection: this step's selection of the plan's dense share; None: that of evaluation.
             places: [b, s], result of :func:`image_places`; None: computed for whole documents.
             fill: queries, keys and targets are filled up to a multiple of this, so that shapes repeat.
             bucketed: bring similar segments of attention together and fill them up to equal lengths
                 (:mod:`~megatron_ext.routing.segment_buckets`). Not with ``cached``.
             code_mask: bool [b, s], which targets predict an image token of several codes; None: those before one.
-            context: the context rank whose route this is, and the number of context ranks.
-            placement: result of :func:`placed`, the same for all context ranks; None: computed, for attention alone.
+            context: the context rank of the route, and the number of context ranks.
+            placement: result of :func:`placed`, the same for all; None: computed, for attention alone.
         """
         batch, groups = batch.arrays(), plan_groups(plan)
-        rank, size = context
-        if cached and size > 1:
-            raise ValueError("decoding with a cache has no context ranks: each decodes documents of its own")
-        real = (batch.document != PADDING_DOCUMENT).ravel()
+        if cached and context[1] > 1:
+            raise ValueError("with a cache context ranks are replicas")
         group = _groups_of_tokens(batch, plan, selection)
-        document = _document_numbers(batch)
-        if size > 1 and placement is None:
-            placement = placed(batch, plan, size, ranks, multiple, selection)
-        held = real if placement is None else placement.owner == rank
-        length = stored_length(real.size, plan, ranks * size, multiple) // size if fixed_length else None
-        sizes = quotas(group, len(groups.members), ranks * size, multiple)
-        order, sizes = _stored_order(np.where(held, group, len(groups.members)), sizes, ranks, length)
-        stored, components = _places(order, real.size), groups.components
-        rows = StoredRows(batch, group, stored, document, sizes, ranks, components, fill, bucketed, rank, placement)
-        by_roles = {
-            roles: layer_route(rows, [*roles, *[Role.SKIP] * fixed_length], cached) for roles in set(groups.roles)
-        }
+        if context[1] > 1 and placement is None:
+            placement = placed(batch, plan, context[1], ranks, multiple, selection)
+        alignment = ranks, multiple, fixed_length
+        rows, order = _stored_rows(batch, plan, group, *alignment, fill, bucketed, context, placement)
+        fill_up = [Role.SKIP] * fixed_length
+        by_roles = {roles: layer_route(rows, [*roles, *fill_up], cached) for roles in set(groups.roles)}
         mask = (batch.loss_mask > 0) if logit_mask is None else np.asarray(logit_mask)
-        targets = np.flatnonzero(mask.ravel() & real)
-        head = _head(rows, targets)
-        targets = targets[held[targets]]
+        targets = np.flatnonzero(mask.ravel() & (group < len(rows.components)))
+        head, targets = _head(rows, targets), targets[rows.stored[targets] >= 0]
         places = (image_places(batch) if places is None else np.asarray(places)).ravel()
         route = cls(
             tokens=batch.tokens.ravel()[order.clip(min=0)].astype(np.int32)[None],
@@ -157,12 +147,10 @@ class Route:
             longest_image=int(places.max(initial=0)),
             longest_document=int(batch.positions.max(initial=-1)) + 1,
         )
-        if batch.codes is not None:
-            route._add_codes(rows, code_mask)
-        return route
+        return route if batch.codes is None else route._with_codes(rows, code_mask)
 
-    def _add_codes(self, rows: StoredRows, code_mask: np.ndarray | None) -> None:
-        """What image tokens of several codes need: the codes that enter, and targets of their own."""
+    def _with_codes(self, rows: StoredRows, code_mask: np.ndarray | None) -> Route:
+        """The route with what image tokens of several codes need: the codes that enter, and targets of their own."""
         batch, order = rows.batch, self.order
         code_mask = batch.predicts_image() if code_mask is None else np.asarray(code_mask)
         codes = batch.codes.reshape(-1, batch.codes.shape[-1])
@@ -181,6 +169,7 @@ class Route:
         following = np.append(codes, np.zeros_like(codes[:1]), axis=0)[rows.with_fillers(self.code_targets) + 1]
         following[self.code_targets.size :] = 0
         self.target_codes = following.astype(np.int64)
+        return self
 
 
 def placed(
@@ -242,6 +231,32 @@ def _groups_of_tokens(batch: Batch, plan: Plan, selection: Selection | None) -> 
     group = np.array(groups.of_class)[token_classes(batch, plan, selection).ravel()]
     group[(batch.document == PADDING_DOCUMENT).ravel()] = len(groups.members)
     return group
+
+
+def _stored_rows(
+    batch: Batch,
+    plan: Plan,
+    group: np.ndarray,
+    ranks: int,
+    multiple: int,
+    fixed_length: bool,
+    fill: int,
+    bucketed: bool,
+    context: tuple[int, int],
+    placement: Placement | None,
+) -> tuple[StoredRows, np.ndarray]:
+    """The stored rows of a context rank, and [T] the flat index of each.
+
+    Args: those of :meth:`Route.arrays`, with the ``group`` of each token.
+    """
+    groups, (rank, size) = plan_groups(plan), context
+    count = len(groups.members)
+    length = stored_length(group.size, plan, ranks * size, multiple) // size if fixed_length else None
+    held = group if placement is None else np.where(placement.owner == rank, group, count)
+    order, sizes = _stored_order(held, quotas(group, count, ranks * size, multiple), ranks, length)
+    stored, document = _places(order, group.size), _document_numbers(batch)
+    rows = StoredRows(batch, group, stored, document, sizes, ranks, groups.components, fill, bucketed, rank, placement)
+    return rows, order
 
 
 def _stored_order(group: np.ndarray, sizes: list[int], ranks: int, length: int | None) -> tuple[np.ndarray, list[int]]:

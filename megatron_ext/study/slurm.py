@@ -22,11 +22,13 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --requeue
+#SBATCH --signal=B:TERM@120
 #SBATCH --open-mode=append
 #SBATCH --output={output}/slurm-%A-%a.log
 {options}
 # Task number SLURM_ARRAY_TASK_ID of the array does that run of the list. Training saves and exits before the job's time
-# limit (lifecycle.slurm_margin_minutes); the task is then requeued and resumes the run.
+# limit (lifecycle.slurm_margin_minutes); SIGTERM ends an evaluation 120 seconds before. The task is then requeued and
+# goes on with the run.
 set -euo pipefail
 cd {directory}
 runs=(
@@ -34,7 +36,18 @@ runs=(
 )
 run=${{runs[SLURM_ARRAY_TASK_ID - 1]}}
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}
-{command} --run "$run"
+told=
+trap 'told=1; kill "$work" 2>/dev/null' TERM USR1
+{command} --run "$run" &
+work=$!
+status=0
+wait "$work" || status=$?
+while kill -0 "$work" 2>/dev/null; do # a signal ends wait, but not the work
+    wait "$work" || status=$?
+done
+if ((status)) && [[ -z $told ]]; then
+    exit "$status"
+fi
 if ! {command} --run "$run" --status | grep -q "^1 finished$"; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 fi

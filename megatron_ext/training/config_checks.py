@@ -10,11 +10,18 @@ from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.config_checks import validate_data
 from megatron_ext.errors import UserError, check_at_least_one
 from megatron_ext.routing.plan import validate_plan
+from megatron_ext.run_config import CheckpointConfig
 from megatron_ext.transformer.config_checks import (
     validate_image_codes,
     validate_implementation,
     validate_layout,
     validate_model,
+)
+
+_FROM_ZERO = (
+    ("logging", "straggler_interval"),
+    ("lifecycle", "hang_minutes"),
+    ("lifecycle", "replica_check_interval"),
 )
 
 
@@ -38,7 +45,12 @@ def validate(config: Config, world_size: int) -> None:
     _validate_training(config)
     validate_data(config.data)
     _validate_optimizer(config)
+    _validate_checkpoints(config.checkpoint)
     check_at_least_one("logging", config.logging, "interval")
+    for section, key in _FROM_ZERO:
+        value = getattr(getattr(config, section), key)
+        if not 0 <= value < math.inf:  # also refuses NaN
+            raise UserError(f"config: '{section}.{key}' is {value}, must be a number from 0")
 
 
 def _validate_training(config: Config) -> None:
@@ -74,4 +86,15 @@ def _validate_optimizer(config: Config) -> None:
         raise UserError(
             f"config: 'optimizer.warmup_iterations' is {optimizer.warmup_iterations}, "
             f"must be less than training.iterations ({iterations})"
+        )
+
+
+def _validate_checkpoints(checkpoint: CheckpointConfig) -> None:
+    for key in ("interval", "keep", "local_interval"):
+        if (value := getattr(checkpoint, key)) < 0:
+            raise UserError(f"config: 'checkpoint.{key}' is {value}, must be at least 0")
+    if bool(checkpoint.local) != bool(checkpoint.local_interval):
+        raise UserError(
+            f"config: 'checkpoint.local' is {checkpoint.local!r} and 'checkpoint.local_interval' is "
+            f"{checkpoint.local_interval}; local checkpoints need both"
         )

@@ -12,6 +12,8 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+
 from megatron_ext.run_config import LifecycleConfig
 from megatron_ext.training import stop_signals
 from megatron_ext.training.stop_signals import SIGNALS
@@ -54,20 +56,21 @@ class Lifecycle:
         if job_end := environment.get("SLURM_JOB_END_TIME"):
             self._deadlines.append((float(job_end) - 60 * config.slurm_margin_minutes, _JOB_END))
         self._previous_handlers = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        stop_signals.taken_over()
         for number in stop_signals.received():
             self._handle(number, None)
 
-    def stop_flag(self, deadlines: bool = True) -> float:
+    def stop_flag(self) -> float:
         """Whether and why this rank asks to stop, for a sum over all ranks; 0: it does not ask.
 
         Reason ``c`` is the flag 2^(20 c), so the sum over up to a million ranks still shows the highest reason. The
         flag travels in a reduction that every step does anyway, and costs no communication of its own.
-
-        Args:
-            deadlines: look at time limits too, not only at signals.
         """
-        code = self._local_code() if deadlines else self._signal_code
-        return 2.0 ** (_BITS * code) if code else 0.0
+        return _flag(self._local_code())
+
+    def signal_flag(self) -> float:
+        """As :meth:`stop_flag`, but for signals alone: a run takes at least one step before a deadline ends it."""
+        return _flag(self._signal_code)
 
     @staticmethod
     def stop_reason(stop_flags: float) -> str | None:
@@ -93,4 +96,24 @@ class Lifecycle:
             if self._interrupted_at is not None and now - self._interrupted_at >= 1:
                 raise KeyboardInterrupt
             self._interrupted_at = now
-        self._signal_code = max(self._signal_code, _FIRST_SIGNAL + SIGNALS.index(number))
+        self._signal_code = max(self._signal_code, _code(number))
+
+
+def told_already(lifecycle: Lifecycle | None = None) -> str | None:
+    """Why the run stops before its first step, the same on every rank: a signal has come. Collective.
+
+    Args:
+        lifecycle: None: before there is one.
+    """
+    own = lifecycle.signal_flag() if lifecycle else _flag(max(map(_code, stop_signals.received()), default=0))
+    flags = torch.tensor([own], dtype=torch.float64, device=torch.device(torch.cuda.current_device()))
+    torch.distributed.all_reduce(flags)
+    return Lifecycle.stop_reason(flags.item())
+
+
+def _code(number: int) -> int:
+    return _FIRST_SIGNAL + SIGNALS.index(number)
+
+
+def _flag(code: int) -> float:
+    return 2.0 ** (_BITS * code) if code else 0.0

@@ -8,9 +8,11 @@ import torch
 
 from megatron_ext import distributed
 from megatron_ext.data import step_batches
+from megatron_ext.training import watch
 from megatron_ext.training.callback import Callback, CallbackList, StepRecord
 from megatron_ext.training.devices import model_flops_utilisation
-from megatron_ext.training.lifecycle import Lifecycle
+from megatron_ext.training.lifecycle import Lifecycle, told_already
+from megatron_ext.training.non_finite import is_non_finite, locate
 from megatron_ext.training.prepare import StepInput, own_share
 from megatron_ext.training.run import Run
 from megatron_ext.training.schedule import build_scheduler
@@ -34,10 +36,11 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
         resources.enter_context(closing(hooks))
         hooks.on_train_begin(run)
         lifecycle = resources.enter_context(closing(Lifecycle(config.lifecycle)))
-        stop_reason = _told_already(lifecycle)
+        stop_reason = told_already(lifecycle)
         started_at = progress.iteration
         steps = resources.enter_context(closing(_steps(run)))
         while progress.iteration < config.training.iterations and stop_reason is None:
+            watch.at(progress.iteration + 1, "data")
             hooks.before_batch(run)
             fetch_started = time.perf_counter()
             step = next(steps)
@@ -60,19 +63,17 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
             progress.advance(config.training.global_batch_size, *work[:3])
             progress.bad_steps = run.bad_steps.state_dict()
             seconds += time.perf_counter() - step_started
-            hooks.after_step(run, _record(run, result, learning_rate, seconds, steps.wait_seconds, stop_reason))
+            record = _record(run, result, learning_rate, seconds, steps.wait_seconds, stop_reason)
+            if run.bad_steps.consecutive == 1 and is_non_finite(result.loss, result.grad_norm):
+                record.metrics["non_finite"] = locate(run.chunks, step, config)
+            watch.enter("callbacks")
+            hooks.after_step(run, record)
+        watch.enter("end")
         if not stop_reason or progress.iteration > started_at:  # otherwise there is nothing new to save
             hooks.on_train_end(run)
     if stop_reason:
         distributed.report(f"stopped after iteration {progress.iteration}: {stop_reason}; the same command resumes it")
     return progress.iteration >= config.training.iterations
-
-
-def _told_already(lifecycle: Lifecycle) -> str | None:
-    """Why the run stops before its first step, the same on every rank: a signal came while it was being built."""
-    flags = torch.tensor([lifecycle.stop_flag(deadlines=False)], dtype=torch.float64, device=distributed.device())
-    torch.distributed.all_reduce(flags)
-    return lifecycle.stop_reason(flags.item())
 
 
 def _steps(run: Run):

@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, read_state
+from megatron_ext.checkpoints.local import LocalPoint
 from megatron_ext.config import Config
 from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.data.composition import Composition
@@ -21,6 +22,7 @@ from megatron_ext.routing.row_costs import RowCosts
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.image_codes import check_images, with_tokenizer
 from megatron_ext.training.prepare import Preparation
+from megatron_ext.training.resuming import build_checkpointer, fetched, load_intact
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve, vocab_size
 from megatron_ext.vocabulary import Vocabulary
@@ -109,10 +111,8 @@ def build_run(config: Config) -> Run:
         distributed.report(f"no FP8 ({config.training.fp8}) here: {reason}; training in {config.training.precision}")
     train_data = _mixture(config, vocabulary, "train")
     validation_data = _mixture(config, vocabulary, "validation") if config.data.validation else None
-    checkpoints = Checkpointer(
-        Path(config.output) / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous
-    )
-    newest = checkpoints.newest() if config.checkpoint.resume else None
+    checkpoints = build_checkpointer(config)
+    newest = checkpoints.resume_point() if config.checkpoint.resume else None
     published = None if newest else _published_start(config, vocabulary)
     chunks = build_model(resolved, code_vectors)
     run = Run(
@@ -130,7 +130,8 @@ def build_run(config: Config) -> Run:
     if newest:
         _resume(run, newest)
     elif config.checkpoint.load:
-        _start(run, Path(config.checkpoint.load), published)
+        _start(run, fetched(config.checkpoint.load, config.output), published)
+    checkpoints.forget_after(run.progress.iteration)
     return run
 
 
@@ -177,10 +178,15 @@ def _published_start(config: Config, vocabulary: Vocabulary) -> ModelFolder | No
     return published
 
 
-def _resume(run: Run, path: Path) -> None:
+def _resume(run: Run, path: Path | LocalPoint) -> None:
     """Resume from a checkpoint in the output folder."""
-    _require_same_roles(run, path)
-    state = run.checkpoints.load(path, run.chunks, run.optimizer, run.identity)
+
+    def load(point: Path | LocalPoint) -> dict:
+        if isinstance(point, Path):  # a local checkpoint of other roles does not count
+            _require_same_roles(run, point)
+        return run.checkpoints.load(point, run.chunks, run.optimizer, run.identity)
+
+    path, state = load_intact(run.checkpoints, path, run.config.checkpoint.on_damage, load)
     run.progress = Progress(**state["progress"])
     if run.progress.bad_steps:
         run.bad_steps.load_state_dict(run.progress.bad_steps)
@@ -210,8 +216,10 @@ def describe(run: Run) -> str:
     replicas = parallel_state.get_data_parallel_world_size()
     rows = config.training.global_batch_size
     most = -(-rows // replicas)
-    idle = f" (up to {most} of {rows} rows each, {1 - rows / (replicas * most):.0%} idle)" if rows % replicas else ""
-    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}{idle}"]
+    idle = 100 * (1 - rows / (replicas * most))
+    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}"]
+    if idle:
+        layout[-1] += f" (up to {most} of {rows} rows each, {idle:.0f} % idle)"
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.layout:

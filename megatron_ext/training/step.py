@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,13 +12,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_ext import compat
 from megatron_ext.checkpoints.state import single_optimizer
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training import watch
 from megatron_ext.training.losses import (
     MeanLosses,
     cross_entropy_weights,
@@ -28,6 +29,7 @@ from megatron_ext.training.losses import (
     task_sums,
 )
 from megatron_ext.training.prepare import MicroBatch, StepInput, summed_depths
+from megatron_ext.training.schedule_timers import ScheduleTimers
 from megatron_ext.training.z_loss import cross_entropy_and_square
 
 
@@ -54,8 +56,10 @@ class StepResult:
 
 
 def configure(model_config) -> None:
-    """Make Megatron-Core's schedules sum gradients without scaling, since the objective is already normalised."""
+    """Make Megatron-Core's schedules sum gradients without scaling, since the objective is already normalised, and
+    say how far they are."""
     model_config.calculate_per_token_loss = True
+    model_config.timers = ScheduleTimers()
     model_config.finalize_model_grads_func = lambda model, num_tokens, **groups: finalize_model_grads(
         model, None, **groups
     )
@@ -82,12 +86,16 @@ def train_step(
         metrics: numbers of this rank to sum over all ranks in the same message (its stop flag, its share of the work).
         meanwhile: work for the host while the device computes the step.
     """
+    watch.enter("forward")
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     counts, sums = _run(chunks, step, config, forward_only=False)
+    watch.enter("optimizer")
     optimizer.prepare_grads()
+    watch.enter("prefetch")
     meanwhile()
+    watch.enter("optimizer")
     losses, metrics = _reduce(sums, counts, config, metrics)
     grad_norm = _gradient_norm(optimizer)
     applied = accept(losses.objective, grad_norm)
@@ -133,16 +141,37 @@ def task_gradients(chunks: list, step: StepInput, config: Config, task: Task) ->
     task_weights = TaskWeights(**{other.name.lower(): float(other == task) for other in Task})
     training = dataclasses.replace(config.training, task_weights=task_weights, z_loss=0.0)
     config = dataclasses.replace(config, training=training)
+    _forget_gradients(chunks)
     for chunk in chunks:
-        chunk.zero_grad_buffer()
-        # The optimizer's last step may have left the buffers in .grad too; gradients would be added to them twice.
-        chunk.zero_grad(set_to_none=True)
         chunk.force_all_reduce = True  # for gradients that are reduced as they become ready
     try:
         _run(chunks, step, config, forward_only=False, force_all_reduce=True)
     finally:
         for chunk in chunks:
             chunk.force_all_reduce = False
+
+
+def local_gradients(chunks: list, step: StepInput, config: Config) -> None:
+    """Forward and backward pass whose gradients stay where they are computed: ``main_grad`` of every parameter is that
+    of this rank's own passes, and is not reduced over any ranks."""
+    _forget_gradients(chunks)
+    schedule = get_model_config(chunks[0])
+    before = schedule.finalize_model_grads_func, schedule.no_sync_func
+    schedule.finalize_model_grads_func = schedule.no_sync_func = None
+    try:
+        with ExitStack() as without_reduction:
+            for chunk in chunks:
+                without_reduction.enter_context(chunk.no_sync())
+            _run(chunks, step, config, forward_only=False)
+    finally:
+        schedule.finalize_model_grads_func, schedule.no_sync_func = before
+
+
+def _forget_gradients(chunks: list) -> None:
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        # The optimizer's last step may have left the buffers in .grad too; gradients would be added to them twice.
+        chunk.zero_grad(set_to_none=True)
 
 
 def _run(chunks: list, step: StepInput, config: Config, forward_only: bool, **options) -> tuple[Tensor, Tensor]:

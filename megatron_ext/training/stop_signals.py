@@ -2,7 +2,8 @@
 
 Importing Megatron-Core, joining the other ranks and loading a checkpoint can take minutes. SIGUSR1 that arrives
 meanwhile, shortly before a Slurm job ends, must neither kill the process nor be forgotten: :func:`remember` keeps it
-until :class:`~megatron_ext.training.lifecycle.Lifecycle` takes over. Imports nothing heavy.
+until :class:`~megatron_ext.training.lifecycle.Lifecycle` takes over. Slurm and the launch script repeat signals: after
+the first, more are ignored, and :func:`ignore` does the same when training has ended. Imports nothing heavy.
 """
 
 import os
@@ -12,6 +13,7 @@ from multiprocessing import resource_tracker
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
+_training = False
 
 
 def remember() -> None:
@@ -21,7 +23,7 @@ def remember() -> None:
     it is alone, since it has done what it was told to, and with 143 among other ranks, whose launcher must notice.
     Ctrl-C keeps its meaning.
     """
-    signal.signal(signal.SIGUSR1, lambda number, frame: _received.append(number))
+    signal.signal(signal.SIGUSR1, _note)
     signal.signal(signal.SIGTERM, _end)
     # The launcher blocks these signals in the processes it starts, until a handler is there.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -32,13 +34,31 @@ def remember() -> None:
 
 
 def received() -> list[int]:
-    """The signals that arrived since :func:`remember`, once: they are forgotten with this call."""
-    numbers = list(_received)
-    del _received[: len(numbers)]
-    return numbers
+    """The signals that have arrived since :func:`remember`."""
+    return list(_received)
+
+
+def taken_over() -> None:
+    """Call when another handler is in place: from then on, what arrives here arrives after training."""
+    global _training
+    _training = True
+
+
+def ignore() -> None:
+    """Call when training has ended. At its exit Python restores the default of handlers that it knows, which would kill
+    the process, but not of ignored signals."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _note(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_IGN)  # another one would only interrupt system calls
+    _received.append(number)
 
 
 def _end(number: int, frame) -> None:
+    if _training:
+        return
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if alone:
         print("stopped before training began: received SIGTERM", file=sys.stderr, flush=True)

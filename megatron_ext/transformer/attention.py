@@ -12,21 +12,32 @@ from megatron_ext.transformer.key_exchange import query_key_value_of_ranks
 class UnifiedSelfAttention(SelfAttention):
     """Megatron-Core's self-attention: FULL tokens attend to the FULL and KV_ONLY tokens of their document."""
 
-    def forward(self, full: Tensor, kv_only: Tensor | None, norm_weight: Tensor, context: ForwardContext) -> Tensor:
+    def forward(
+        self,
+        full: Tensor,
+        kv_only: Tensor | None,
+        norm_weight: Tensor,
+        context: ForwardContext,
+        kv_only_input: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend from the FULL rows.
 
         Args:
             full: normed hidden states [n, 1, h], under sequence parallelism this rank's share.
-            kv_only: the same of KV_ONLY rows, [m, 1, h], normed without a weight; None: there are none.
+            kv_only: the same of KV_ONLY rows, [m, 1, h], normed without a weight; None: there are none, or they come as
+                ``kv_only_input``.
             norm_weight: [h], that weight.
+            kv_only_input: what the call for the layer before returned for the same KV_ONLY rows.
 
         Returns:
-            [n, 1, h].
+            [n, 1, h], and the ``kv_only_input`` of the next layer.
         """
         layer = self.layer_number - 1
         route = context.routes[layer]
         slices, queries = route.slices, route.queries
-        mixed, key_value = self.linear_qkv(full, slices.full_splits, kv_only, slices.kv_only_splits, norm_weight)
+        mixed, key_value, kv_only_input = self.linear_qkv(
+            full, slices.full_splits, kv_only, slices.kv_only_splits, norm_weight, kv_only_input
+        )
         # Per key/value group its query heads, its key and its value: [n, 1, groups, q + 2, d]
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         mixed = mixed.view(-1, 1, groups, self.num_attention_heads_per_partition // groups + 2, d)
@@ -46,7 +57,7 @@ class UnifiedSelfAttention(SelfAttention):
             if self.checkpoint_core_attention and self.training:
                 attend = self._checkpointed_attention_forward
             output = attend(query, key, value, None, packed_seq_params=route)
-        return self.linear_proj(unpermute(queries, output), slices.full_splits)
+        return self.linear_proj(unpermute(queries, output), slices.full_splits), kv_only_input
 
     def _normed(self, mixed: Tensor, key_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Queries and keys normed over their heads; a key is normed alike, whether of a FULL or a KV_ONLY row."""

@@ -7,7 +7,8 @@ fillers, whose outputs are not used.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from megatron_ext.routing.layer_route import LayerRoute
 from megatron_ext.routing.segment_buckets import Bucket
 from megatron_ext.transformer.hidden_states import join
+from megatron_ext.transformer.segment_keys import with_segment_keys
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -77,7 +79,11 @@ _CAUSAL = causal_options(varlen_attn) if varlen_attn else {}
 
 def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, route: LayerRoute) -> Tensor:
     lengths = route.cu_seqlens_q, route.cu_seqlens_kv, route.max_query_length, route.max_key_length
-    output = varlen_attn(query.squeeze(1), key.squeeze(1), value.squeeze(1), *lengths, **_CAUSAL)
+
+    def attend(*rows: Tensor) -> Tensor:
+        return varlen_attn(*rows, *lengths, **_CAUSAL)
+
+    output = with_segment_keys(attend, query.squeeze(1), key.squeeze(1), value.squeeze(1), route.segment_keys)
     return output.flatten(1).unsqueeze(1)
 
 
@@ -87,7 +93,8 @@ def _bucket_attention(query: Tensor, key: Tensor, value: Tensor, buckets: list[B
         # Torch's kernel for CPUs is slower in bf16 than in float32, even with both conversions.
         query, key, value = query.float(), key.float(), value.float()
     queries = _split(query, [bucket.segments * bucket.queries for bucket in buckets])
-    keys, values = (_split(x, [bucket.segments * bucket.keys for bucket in buckets]) for x in (key, value))
+    ranges = [(bucket.key_start, bucket.segments * bucket.keys) for bucket in buckets]
+    keys, values = (_key_slices(x, ranges) for x in (key, value))
     outputs = []
     for bucket, *rows in zip(buckets, queries, keys, values):
         heads_first = (x.unflatten(0, (bucket.segments, -1)).transpose(1, 2) for x in rows)
@@ -102,6 +109,32 @@ def _split(rows: Tensor, sizes: list[int]) -> list[Tensor]:
     rows, fillers = rows.squeeze(1), rows.shape[0] - sum(sizes)
     sizes = [*sizes, fillers] if fillers else sizes
     return [rows] if len(sizes) == 1 else list(rows.split(sizes))
+
+
+def _key_slices(rows: Tensor, ranges: list[tuple[int, int]]) -> Sequence[Tensor]:
+    """The ``ranges`` (first row, rows) of keys or values [n, 1, groups, d], [size, groups, d] each."""
+    ends = [0, *(start + size for start, size in ranges)]
+    if all(start == end for (start, _), end in zip(ranges, ends)):
+        return _split(rows, [size for _, size in ranges])
+    return _OverlappingSlices.apply(rows.squeeze(1), ranges)
+
+
+class _OverlappingSlices(torch.autograd.Function):
+    """Views of rows, whose gradients are summed into one buffer: one of its own for each slice would make the backward
+    pass of a document with many segments quadratic."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, ranges: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        ctx.ranges, ctx.shape = ranges, rows.shape
+        return tuple(rows.narrow(0, *part) for part in ranges)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        total = grads[0].new_zeros(ctx.shape, dtype=wide)
+        for part, grad in zip(ctx.ranges, grads):
+            total.narrow(0, *part).add_(grad)
+        return total.to(grads[0].dtype), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
@@ -140,11 +173,8 @@ def transformer_engine_attention() -> type:
             route = packed_seq_params
             if not route.query_lengths:
                 return no_attention(query, key, value)
-            # Megatron-Core's wrapper has no name for this mask.
-            output = super(TEDotProductAttention, self).forward(
-                query.squeeze(1),
-                key.squeeze(1),
-                value.squeeze(1),
+            attend = partial(
+                super(TEDotProductAttention, self).forward,  # Megatron-Core's wrapper has no name for this mask
                 qkv_format="thd",
                 attn_mask_type="padding_causal_bottom_right",
                 cu_seqlens_q=route.cu_seqlens_q,
@@ -154,6 +184,7 @@ def transformer_engine_attention() -> type:
                 # Segments are contiguous; otherwise Transformer Engine would check on the device.
                 pad_between_seqs=False,
             )
-            return output.reshape(query.shape[0], 1, -1)
+            rows = (x.squeeze(1) for x in (query, key, value))
+            return with_segment_keys(attend, *rows, route.segment_keys).reshape(query.shape[0], 1, -1)
 
     return TransformerEngineDocumentAttention

@@ -11,23 +11,21 @@ from torch import Tensor
 class SlicedHiddenStates:
     """Hidden states [T / R, 1, h] as consecutive slices, the form in which one layer passes them to the next.
 
-    Layers with the same slices then neither copy nor norm again what none of them changes.
+    Layers with the same slices then neither copy nor norm nor gather again what none of them changes.
 
     Attributes:
         sizes: rows of each slice.
         slices: the slices.
         kv_only: indices of the slices that were KV_ONLY in the layer before.
-        normed_kv_only: rows of these slices, normed without a weight; None: there are none.
+        kv_only_input: rows of these slices as the key and value projection takes them, normed without a weight and, on
+            several tensor-parallel ranks, gathered. Its gradient is summed over the layers before it is reduced. None:
+            there are none.
     """
 
     sizes: list[int]
     slices: list[Tensor]
     kv_only: list[int] = field(default_factory=list)
-    normed_kv_only: Tensor | None = None
-
-    def normed(self, sizes: list[int], kv_only: list[int]) -> Tensor | None:
-        """The normed rows of slices ``kv_only`` of ``sizes`` rows, if the layer before computed them."""
-        return self.normed_kv_only if (self.sizes, self.kv_only) == (sizes, kv_only) else None
+    kv_only_input: Tensor | None = None
 
 
 def join(slices: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -48,6 +46,13 @@ def cut(hidden_states: Tensor | SlicedHiddenStates, sizes: list[int]) -> list[Te
         return list(hidden_states.slices)
     hidden_states = joined(hidden_states)
     return list(hidden_states.split(sizes)) if sizes else [hidden_states]
+
+
+def kv_only_input(hidden_states: Tensor | SlicedHiddenStates, sizes: list[int], kv_only: list[int]) -> Tensor | None:
+    """The projection's input of the slices ``kv_only`` of ``sizes`` rows, if the layer before had them too."""
+    sliced = isinstance(hidden_states, SlicedHiddenStates)
+    same = sliced and (hidden_states.sizes, hidden_states.kv_only) == (sizes, kv_only)
+    return hidden_states.kv_only_input if same else None
 
 
 def replace_slices(slices: list[Tensor], sizes: list[int], chosen: list[int], rows: Tensor | None) -> None:

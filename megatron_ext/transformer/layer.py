@@ -5,7 +5,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ext.transformer.forward_context import ForwardContext
-from megatron_ext.transformer.hidden_states import SlicedHiddenStates, cut, join, replace_slices
+from megatron_ext.transformer.hidden_states import SlicedHiddenStates, cut, join, kv_only_input, replace_slices
 
 
 class UnifiedLayer(TransformerLayer):
@@ -33,22 +33,22 @@ class UnifiedLayer(TransformerLayer):
         if not (layout.full or layout.kv_only or torch.is_grad_enabled()):
             return SlicedHiddenStates(layout.sizes, slices) if self._passes_slices else join(slices, slices[0]), None
         full = join([slices[i] for i in layout.full], slices[0])
-        normed_kv_only = None
-        if isinstance(hidden_states, SlicedHiddenStates):
-            normed_kv_only = hidden_states.normed(layout.sizes, layout.kv_only)
-        if layout.kv_only and normed_kv_only is None:
+        carried = kv_only_input(hidden_states, layout.sizes, layout.kv_only)
+        if layout.kv_only and carried is None:
             kv_only = join([slices[i] for i in layout.kv_only], full)
             full, kv_only, normed, normed_kv_only = self.input_layernorm(full, kv_only)
             replace_slices(slices, layout.sizes, layout.kv_only, kv_only)
         else:
-            full, _, normed, _ = self.input_layernorm(full, None)
-        attended = self.self_attention(normed, normed_kv_only, self.input_layernorm.weight, packed_seq_params)
+            full, _, normed, normed_kv_only = self.input_layernorm(full, None)
+        attended, carried = self.self_attention(
+            normed, normed_kv_only, self.input_layernorm.weight, packed_seq_params, carried
+        )
         full, normed = self.pre_mlp_layernorm(full, attended)
         gate_up = self.mlp.linear_fc1(normed, layout.full_splits)
         full = full + self.mlp.linear_fc2(self.mlp.activation_func(gate_up), layout.full_splits)
 
         replace_slices(slices, layout.sizes, layout.full, full)
         if layout.full and self._passes_slices:
-            return SlicedHiddenStates(layout.sizes, slices, layout.kv_only, normed_kv_only), None
+            return SlicedHiddenStates(layout.sizes, slices, layout.kv_only, carried), None
         # Without FULL tokens the empty result is joined too, so that every weight has a gradient of zero.
         return join(slices if layout.full else [*slices, full], full), None

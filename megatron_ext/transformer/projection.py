@@ -118,7 +118,12 @@ class SplitProjection:
         return not self.components and (torch.is_grad_enabled() or bool(self.config.fp8))
 
     def grouped_gemm(
-        self, rows: Tensor, splits: Splits, select: SelectOutputs = _all_outputs, scale: Tensor | None = None
+        self,
+        rows: Tensor,
+        splits: Splits,
+        select: SelectOutputs = _all_outputs,
+        scale: Tensor | None = None,
+        by_split: bool = False,
     ) -> Tensor:
         """``rows`` [R * n, 1, in / p], split as ``splits`` say, times the matrix of each split, plus the bias:
         [R * n, 1, out / p].
@@ -126,11 +131,23 @@ class SplitProjection:
         Args:
             select: selects the output rows of each matrix to compute.
             scale: [in / p], factors of the matrices' columns.
+            by_split: whether ``rows`` come from :meth:`by_split` with the same splits.
         """
-        output = self._products(rows, splits, select, scale)
+        output = self._products(rows, splits, select, scale, by_split)
         return output.add_(select(self.bias)) if self._has_bias else output
 
-    def _products(self, rows: Tensor, splits: Splits, select: SelectOutputs, scale: Tensor | None) -> Tensor:
+    def by_split(self, rows: Tensor, splits: Splits) -> Tensor:
+        """Gathered rows [R * n, 1, in], which are ordered by rank and then by split, with the rows of each split together,
+        as products need them. Without components a product takes all rows, as they are."""
+        counts = [n for _, n in splits if n]
+        if self._ranks == 1 or not self.components or len(counts) < 2:
+            return rows
+        parts = rows.view(self._ranks, -1, *rows.shape[1:]).split(counts, 1)
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def _products(
+        self, rows: Tensor, splits: Splits, select: SelectOutputs, scale: Tensor | None, by_split: bool
+    ) -> Tensor:
 
         def scaled(weight: Tensor) -> Tensor:
             return weight if scale is None else weight * scale
@@ -143,10 +160,8 @@ class SplitProjection:
             absent = set(range(len(self.components) + 1)) - {component for component, _ in splits}
             splits = [*splits, *((component, 0) for component in sorted(absent))]
         counts = [n for _, n in splits]
-        # Gathered rows are ordered by rank, then by split; the product needs each split's rows of all ranks together.
         reorder = self._ranks > 1 and len(splits) > 1
-        by_rank = (self._ranks, sum(counts), rows.shape[-1])
-        flat = torch.cat([x.flatten(0, 1) for x in rows.view(by_rank).split(counts, 1)]) if reorder else rows.squeeze(1)
+        flat = (rows if by_split else self.by_split(rows, splits)).squeeze(1)
         totals = [self._ranks * n for n in counts]
         if self.projections.rank is None:
             weights = {c: scaled(self._matrix(c, select)) for c, _ in splits}
@@ -250,25 +265,43 @@ class QueryKeyValueSplitProjection(ColumnSplitProjection):
     value."""
 
     def forward(
-        self, full: Tensor, splits: Splits, kv_only: Tensor | None, kv_only_splits: Splits, kv_only_scale: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        full: Tensor,
+        splits: Splits,
+        kv_only: Tensor | None,
+        kv_only_splits: Splits,
+        kv_only_scale: Tensor,
+        kv_only_input: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Projections of FULL rows and the key and value of KV_ONLY rows; with g groups of head size d on this rank::
 
             full    [n, 1, in] -> [R * n, 1, g * (queries + 2) * d]
             kv_only [m, 1, in] -> [R * m, 1, g * 2 * d]
 
         ``kv_only_scale`` [in] multiplies every KV_ONLY row; it is applied to the matrix, which takes fewer operations.
+
+        Also returned is ``kv_only_input`` [R * m, 1, in], the gathered ``kv_only``. The next layer's projection may
+        take it in place of ``kv_only``: then these rows are gathered, and their gradient reduced, once for both.
         """
-        if kv_only is None:
-            return super().forward(full, splits), None
-        if self._size > 1:  # one message for both
-            sizes = full.shape[0], kv_only.shape[0]
-            gathered = self.gather_input(torch.cat([full, kv_only])).unflatten(0, (self._ranks, -1))
-            full, kv_only = (x.flatten(0, 1) for x in gathered.split(sizes, 1))
-            if self._ranks == 1:  # each rank has only its own outputs' share of the gradient
-                kv_only_scale = copy_to_tensor_model_parallel_region(kv_only_scale, group=self._group)
-        key_value = self.grouped_gemm(kv_only, kv_only_splits, self._key_value_rows, kv_only_scale)
-        return self.grouped_gemm(full, splits), key_value
+        if kv_only is None and kv_only_input is None:
+            return super().forward(full, splits), None, None
+        if kv_only_input is None:
+            full, kv_only_input = self._gather_both(full, kv_only, kv_only_splits)
+        else:
+            full = self.gather_input(full)
+        if self._size > self._ranks:  # each rank has only its own outputs' share of the gradient
+            kv_only_scale = copy_to_tensor_model_parallel_region(kv_only_scale, group=self._group)
+        key_value = self.grouped_gemm(kv_only_input, kv_only_splits, self._key_value_rows, kv_only_scale, by_split=True)
+        return self.grouped_gemm(full, splits), key_value, kv_only_input
+
+    def _gather_both(self, full: Tensor, kv_only: Tensor, kv_only_splits: Splits) -> tuple[Tensor, Tensor]:
+        """FULL and KV_ONLY rows of all ranks by one message, the latter :meth:`by_split`."""
+        if self._size == 1:
+            return full, kv_only
+        sizes = full.shape[0], kv_only.shape[0]
+        gathered = self.gather_input(torch.cat([full, kv_only])).unflatten(0, (self._ranks, -1))
+        full, kv_only = (x.flatten(0, 1) for x in gathered.split(sizes, 1))
+        return full, self.by_split(kv_only, kv_only_splits)
 
     def _key_value_rows(self, weight: Tensor) -> Tensor:
         """The output rows of keys and values, [g * 2 * d, in] or, of a bias, [g * 2 * d]."""

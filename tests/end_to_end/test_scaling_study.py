@@ -7,50 +7,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from megatron_ext.analysis import results
-from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
 from megatron_ext.study import grid, state, steps, study_file
 from megatron_ext.training.metrics import read_metrics
-from support.data_sets import write_pairs
 from support.programs import run_program, start_program, wait_until
-from support.tiny_vq import GRID, make_vq
-from support.vocabularies import make_vocabulary
+from support.studies import write_study
 
 
 @pytest.fixture
 def study(tmp_path) -> Path:
     """A study of two equal runs; only the first, which counts as trained on both tasks, answers the benchmark."""
-    make_vq(tmp_path / "vq")
-    vocabulary = make_vocabulary(tmp_path / "vocabulary")
-    write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=2, size=32))
-    write_pairs(tmp_path / "pairs", vocabulary, [["is it red", "yes"]] * 60, grid=(GRID, GRID))
-    source = {"path": str(tmp_path / "pairs"), "task": "understanding"}
-    base = {
-        "plan": {"preset": "himix"},
-        "data": {"vocabulary": str(tmp_path / "vocabulary"), "train": [source], "validation": [source]},
-        "training": {"iterations": 30, "micro_batch_size": 2, "global_batch_size": 4, "validation_batches": 1},
-        "optimizer": {"warmup_iterations": 2},
-        "checkpoint": {"interval": 5},
-        "logging": {"tensorboard": False},
-    }
-    base["data"] |= {"sequence_length": 128, "workers": 0}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    first = {"name": "first", "trained_on": "unified", "partner_group": "same"}
-    second = {"name": "second", "trained_on": "understanding", "partner_group": "same"}
-    pope = {"name": "pope", "data": str(tmp_path / "benchmarks" / "pope"), "task": "generation"}
-    tree = {
-        "name": "test",
-        "output": str(tmp_path / "out"),
-        "base": [str(tmp_path / "base.yaml")],
-        "sizes": [{"name": "tiny", "settings": {"model": {"num_layers": 2, "hidden_size": 32}}}],
-        "methods": [first, second],
-        "evaluation": {"vq": str(tmp_path / "vq"), "benchmarks": [pope | {"options": ["--max-new-tokens", "2"]}]},
-        "replicates": 20,
-    }
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
-    return tmp_path / "study.yaml"
+    return write_study(tmp_path)
 
 
 def test_a_killed_study_ends_as_if_it_had_not_been(study):

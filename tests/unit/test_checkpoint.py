@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_ext.checkpoints import folder as checkpoint_folder
-from megatron_ext.checkpoints.checkpointer import Checkpointer, check_compatible, read_state
+from megatron_ext.checkpoints.checkpointer import Checkpointer, read_state
+from megatron_ext.checkpoints.checks import check_compatible
 from megatron_ext.errors import UserError
 
 STATE = {"model": {"hidden_size": 128, "layers": [1, 2]}, "fingerprints": {"vocabulary": "5f0c", "vq": None}, "rows": 8}

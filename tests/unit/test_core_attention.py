@@ -1,6 +1,7 @@
 """Attention of segments against a dense masked reference, on the CPU's path and, traced, on the GPU's."""
 
 import inspect
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from megatron_ext.data.transfer import to_device
 from megatron_ext.routing.permutation import Permutation
-from megatron_ext.routing.segment_buckets import filled, in_order
+from megatron_ext.routing.segment_buckets import LONGEST, filled, in_order
 from megatron_ext.transformer import core_attention
 from megatron_ext.transformer.core_attention import DocumentAttention, causal_options, varlen_attn
 from megatron_ext.transformer.kernels.functions import permute, unpermute
+from megatron_ext.transformer.segment_keys import with_segment_keys
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 SEGMENTS = {
@@ -21,16 +23,31 @@ SEGMENTS = {
     "queries fewer than keys": [(3, 7), (1, 4), (1, 4), (6, 6)],
     "a segment of nothing": [(0, 0), (0, 0), (4, 6), (0, 0)],
     "no query": [],
+    "segments of one document": [(3, 3, 0), (2, 9, 0), (4, 15, 0), (5, 5, 15), (1, 4, 20), (2, 8, 20)],
 }
+"""Queries, keys and, where segments share keys, the first of them; else keys follow those of the segment before."""
 
 
-def route_of(segments: list[tuple[int, int]], device: str = "cpu") -> SimpleNamespace:
+def key_starts(segments: list[tuple]) -> list[int]:
+    ends = np.cumsum([0, *(k for _, k, *_ in segments)])
+    return [start[0] if start else int(end) for (_, _, *start), end in zip(segments, ends)]
+
+
+def key_count(segments: list[tuple]) -> int:
+    return max((start + k for start, (_, k, *_) in zip(key_starts(segments), segments)), default=0)
+
+
+def route_of(segments: list[tuple], device: str = "cpu") -> SimpleNamespace:
     queries, keys = ([pair[i] for pair in segments] for i in (0, 1))
+    lengths = (np.array(x, dtype=int) for x in (queries, keys, key_starts(segments)))
+    index = [row for start, (_, k, *_) in zip(key_starts(segments), segments) for row in range(start, start + k)]
+    repeat = Permutation.of(np.array(index, dtype=int), [key_count(segments)], repeated=True)
     cumulative = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (queries, keys)]
     return SimpleNamespace(
         query_lengths=queries,
         key_lengths=keys,
-        buckets=to_device(in_order(np.array(queries, dtype=int), np.array(keys, dtype=int)), torch.device(device)),
+        buckets=to_device(in_order(*lengths), torch.device(device)),
+        segment_keys=None if key_count(segments) == sum(keys) else to_device(repeat, torch.device(device)),
         cu_seqlens_q=cumulative[0],
         cu_seqlens_kv=cumulative[1],
         max_query_length=64,
@@ -41,7 +58,7 @@ def route_of(segments: list[tuple[int, int]], device: str = "cpu") -> SimpleName
 def rows(segments: list[tuple[int, int]], fillers: int, size: int = SIZE, **options) -> list[Tensor]:
     """Query, key and value of the segments, followed by filler rows; all require gradients."""
     torch.manual_seed(0)
-    queries, keys = (sum(pair[i] for pair in segments) + fillers for i in (0, 1))
+    queries, keys = sum(pair[0] for pair in segments) + fillers, key_count(segments) + fillers
     shapes = (queries, HEADS), (keys, GROUPS), (keys, GROUPS)
     tensors = [torch.randn(n, 1, heads, size, dtype=torch.float64).to(**options) for n, heads in shapes]
     return [x.requires_grad_() for x in tensors]
@@ -50,11 +67,11 @@ def rows(segments: list[tuple[int, int]], fillers: int, size: int = SIZE, **opti
 def dense(query: Tensor, key: Tensor, value: Tensor, segments: list[tuple[int, int]]) -> Tensor:
     """Every query against every key, with a mask of the keys that it sees; fillers see none."""
     visible = torch.zeros(query.shape[0], key.shape[0], dtype=torch.bool)
-    first, begin = 0, 0
-    for q, k in segments:
+    first = 0
+    for (q, k, *_), begin in zip(segments, key_starts(segments)):
         for i in range(q):
             visible[first + i, begin : begin + k - q + i + 1] = True
-        first, begin = first + q, begin + k
+        first += q
     key, value = (x.squeeze(1).repeat_interleave(HEADS // GROUPS, 1) for x in (key, value))
     scores = torch.einsum("qnd,knd->nqk", query.squeeze(1), key) / SIZE**0.5
     share = scores.masked_fill(~visible, -1e9).softmax(-1) * visible
@@ -81,16 +98,19 @@ def test_outputs_and_gradients_equal_dense_masked_attention(segments, fillers):
     assert_equal_with_gradients(output, dense(*reference_inputs, segments), inputs, reference_inputs)
 
 
-def in_buckets(segments: list[tuple[int, int]]) -> SimpleNamespace:
+def arrays(segments: list[tuple]) -> list[np.ndarray]:
+    """Queries, keys and first keys of segments."""
+    return [np.array(x) for x in (*zip(*(pair[:2] for pair in segments)), key_starts(segments))]
+
+
+def in_buckets(segments: list[tuple]) -> SimpleNamespace:
     """The buckets of segments, with their order as permutations of queries and of keys."""
-    lengths = np.array(segments)
-    order = filled(*lengths.T)
-    queries, keys = (
-        to_device(Permutation.of(index, [total]), torch.device("cpu"))
-        for index, total in zip((order.query_index, order.key_index), lengths.sum(0))
-    )
-    buckets = to_device(order.buckets, torch.device("cpu"))
-    return SimpleNamespace(query_lengths=lengths[:, 0].tolist(), buckets=buckets, queries=queries, keys=keys)
+    lengths = arrays(segments)
+    order, total = filled(*lengths), key_count(segments)
+    queries = Permutation.of(order.query_index, [lengths[0].sum()])
+    keys = Permutation.of(order.key_index, [total], repeated=total < lengths[1].sum())
+    queries, keys, buckets = to_device([queries, keys, order.buckets], torch.device("cpu"))
+    return SimpleNamespace(query_lengths=lengths[0].tolist(), buckets=buckets, queries=queries, keys=keys)
 
 
 BUCKETED = {
@@ -98,6 +118,11 @@ BUCKETED = {
     "queries fewer than keys": [(3, 7), (1, 5), (2, 6), (6, 6), (14, 44), (13, 41), (5, 5), (13, 44)],
     "one query each": [(1, k) for k in (20, 21, 20, 19, 21)],
     "long ones stay alone": [(n, n) for n in (130, 131, 130, *10 * [12, 13])],
+    "documents of many segments": [
+        *((9, 30 * (i + 1), 0) for i in range(16)),
+        *((9, 30 * (i + 1), 480) for i in range(16)),
+        *((n, n, 750 + 20 * n) for n in (11, 12, 13, 14)),
+    ],
 }
 
 
@@ -105,7 +130,7 @@ BUCKETED = {
 def test_segments_in_buckets_equal_dense_masked_attention(segments):
     inputs, reference_inputs = rows(segments, 0), rows(segments, 0)
     route = in_buckets(segments)
-    assert len(route.buckets) < len(in_order(*np.array(segments).T))
+    assert len(route.buckets) < len(in_order(*arrays(segments)))
     query, key, value = (permute(p, x) for p, x in zip((route.queries, route.keys, route.keys), inputs))
     output = unpermute(route.queries, DocumentAttention()(query, key, value, None, packed_seq_params=route))
     assert_equal_with_gradients(output, dense(*reference_inputs, segments), inputs, reference_inputs)
@@ -116,7 +141,7 @@ def test_buckets_hold_every_row_once_and_few_fillers(seed):
     random = np.random.default_rng(seed)
     queries = random.integers(1, 50, 120)
     keys = queries + random.choice([0, 12], 120)
-    order = filled(queries, keys)
+    order = filled(queries, keys, keys.cumsum() - keys)
     for index, lengths in ((order.query_index, queries), (order.key_index, keys)):
         assert np.array_equal(np.sort(index[index >= 0]), np.arange(lengths.sum()))
         assert index.size < 1.2 * lengths.sum()
@@ -131,10 +156,45 @@ def test_buckets_hold_every_row_once_and_few_fillers(seed):
 
 
 def test_nothing_is_filled_where_it_saves_few_calls():
-    assert filled(np.array([12, 12, 12]), np.array([12, 12, 12])) is None
-    assert filled(np.array([12, 40]), np.array([48, 40])) is None
-    assert filled(np.array([100, 30, 100]), np.array([100, 30, 100])) is None
-    assert filled(np.array([], dtype=int), np.array([], dtype=int)) is None
+    for queries, keys in (([12, 12, 12],) * 2, ([12, 40], [48, 40]), ([100, 30, 100],) * 2, ([], [])):
+        queries, keys = np.array(queries, dtype=int), np.array(keys, dtype=int)
+        assert filled(queries, keys, keys.cumsum() - keys) is None
+
+
+def test_documents_of_many_segments_have_their_long_ranges_of_keys_once():
+    segments = BUCKETED["documents of many segments"]
+    order = filled(*arrays(segments))
+    short = sum(k for _, k, *_ in segments if k <= LONGEST)
+    assert order.key_index.size <= key_count(segments) + 1.2 * short < 0.5 * sum(k for _, k, *_ in segments)
+
+
+def test_a_kernel_that_wants_repeated_keys_keeps_them_once():
+    segments = SEGMENTS["segments of one document"]
+    inputs, reference_inputs = rows(segments, 3), rows(segments, 3)
+    repeated = []
+
+    class Kernel(torch.autograd.Function):
+        """Every segment against keys of its own; saves what it is given, as flash attention does."""
+
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            repeated.extend(weakref.ref(x.untyped_storage()) for x in tensors[1:])
+            return Kernel.attention(*tensors)
+
+        @staticmethod
+        def attention(query, key, value):
+            return dense(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), [pair[:2] for pair in segments])
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                tensors = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+                return torch.autograd.grad(Kernel.attention(*tensors), tensors, grad)
+
+    output = with_segment_keys(Kernel.apply, *(x.squeeze(1) for x in inputs), route_of(segments).segment_keys)
+    assert len(repeated) == 2 and not any(storage() for storage in repeated)
+    assert_equal_with_gradients(output, dense(*reference_inputs, segments), inputs, reference_inputs)
 
 
 def test_bfloat16_on_the_cpu_comes_back_as_bfloat16():

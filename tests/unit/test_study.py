@@ -433,7 +433,7 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
         Path("called").unlink(missing_ok=True)
         environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_JOB_ID": "77"}
         done = subprocess.run(["bash", "submitted.sh"], capture_output=True, text=True, env=environment, timeout=60)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr + script
         run_command, status_command = Path("called").read_text().splitlines()
         assert run_command.endswith(f"scaling_study.py {tmp_path}/study.yaml --out {example.output} --run {run.name}")
         assert status_command == f"{run_command} --status"

@@ -1,0 +1,248 @@
+"""What a rank is doing, who holds up a run whose ranks do not get on, and the report about it.
+
+Everything about a rank is a plain dictionary, its *beat*:
+
+=========================  =========================================================================================
+rank, host, pid            who
+previous                   the rank of the pipeline stage before it, with several stages
+step, phase, number        where its training thread is (``watch.py``)
+unmoved, allowed           seconds since it got there, and that it may take
+count                      of its beats; the same in two readings: it is silent
+state, where               "waits" for other ranks or the device, or is "busy"; in which function and line
+stack                      of the training thread, outermost first
+collectives                by process group: the last collective that it entered, from torch's flight recorder
+reading                    files that it and its processes are reading, in phases that read data
+silent, ended              as the judging rank finds it; with which error, if any, it left
+=========================  =========================================================================================
+"""
+
+import json
+import linecache
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from megatron_ext.data import reading
+from megatron_ext.distributed import recorded_collectives
+
+_MOST_NAMED = 4
+_PASSES = ("forward", "backward")
+_ORDER = ("start", "data", "passes", "reduce", "prefetch", "optimizer", "callbacks", "evaluate", "save", "end")
+_WAITS_FOR_DEVICE = (".tolist()", ".item()", "synchronize(", "float(", ".cpu()")
+
+
+def activity(frame: FrameType, others: Sequence[FrameType] = (), phase: str = "") -> dict:
+    """What a thread is doing; ``others``: frames of the other threads, one of which may run its backward pass."""
+    frames = _frames(frame)
+    if frames[-1].f_code.co_name == "_engine_run_backward":  # with a GPU, another thread runs the backward pass
+        running = (_frames(other) for other in others)
+        frames = next((f for f in running if any("torch/autograd/function" in _file(x) for x in f)), frames)
+    inner, own = frames[-1], next((f for f in reversed(frames) if "/megatron_ext/" in _file(f)), None)
+    waits = _waits(inner)
+    where = _call(frames) if waits else _location(inner)
+    if own is not None and own is not inner:
+        where += f", called from {_location(own)}"
+    result = {"state": "waits" if waits else "busy", "where": where, "stack": [_location(f) for f in frames]}
+    result["collectives"] = recorded_collectives()
+    if phase in ("start", "data", "prefetch", "evaluate"):
+        result["reading"] = _being_read()
+    return result
+
+
+def all_stuck(ranks: list[dict], tolerance: float) -> bool:
+    """Whether no rank gets on: each has been where it is for as long as it may, is silent, or has left.
+
+    Args:
+        tolerance: seconds by which the readings may be old.
+    """
+    return all(rank["silent"] or "ended" in rank or rank["unmoved"] > rank["allowed"] - tolerance for rank in ranks)
+
+
+def report(ranks: list[dict], folder: Path) -> dict:
+    """Who holds up the run, and all that is known."""
+    step = max(rank["step"] for rank in ranks)
+    found = causes(ranks)
+    named = [f"rank {n} ({_who(ranks, n)}) {text}" for n, text in found[:_MOST_NAMED]]
+    if len(found) > _MOST_NAMED:
+        named.append(f"and {len(found) - _MOST_NAMED} more ranks")
+    line = f"step {step} hangs: {'; '.join(named) or 'all ranks wait for one another'}"
+    if waiting := _waiting(ranks, {n for n, _ in found}):
+        line += f"; waiting: {waiting}"
+    line += f"; stacks are in {folder}"
+    return {
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "line": line,
+        "causes": [{"rank": n, "cause": text} for n, text in found],
+        "ranks": ranks,
+    }
+
+
+def causes(ranks: list[dict]) -> list[tuple[int, str]]:
+    """The ranks that hold up the others, each with how."""
+    found = []
+    for rank in ranks:
+        if rank.get("ended", "complete") != "complete":
+            found.append((rank["rank"], f"left with {rank['ended']}"))
+        elif rank.get("holds_store"):
+            text = (
+                "or the launcher's agent beside it, does not answer for the store: stopped, killed, or its host is lost"
+            )
+            found.append((rank["rank"], text))
+        elif rank.get("silent"):
+            found.append(
+                (rank["rank"], f"is silent, last heard of in {_place(rank)}: stopped, killed, or holding the GIL")
+            )
+        elif rank.get("state") == "busy" and "ended" not in rank:
+            reads = f"reading {', '.join(rank['reading'])}; " if rank.get("reading") else ""
+            found.append((rank["rank"], f"is busy in {_place(rank)}: {reads}{rank['where']}"))
+    return found or _left_out(ranks) or _not_sent(ranks) or _behind(ranks)
+
+
+def write(report: dict, folder: Path, started: float) -> bool:
+    """Write the report unless another rank of this run has done so; ``started``: when the run did, seconds since 1970.
+
+    Returns:
+        Whether this rank wrote it.
+    """
+    for attempt in range(1, 1000):
+        file = folder / f"step_{report['step']}{f'_{attempt}' if attempt > 1 else ''}.json"
+        try:
+            with file.open("x") as stream:
+                stream.write(json.dumps(report, indent=1) + "\n")
+            return True
+        except FileExistsError:
+            if file.stat().st_mtime > started:
+                return False
+    return False
+
+
+def _left_out(ranks: list[dict]) -> list[tuple[int, str]]:
+    """Ranks that others wait for in a collective that they have passed without taking part in it."""
+    found = {}
+    for name in sorted({name for rank in ranks for name in rank.get("collectives", {})}):
+        members = [rank for rank in ranks if name in rank.get("collectives", {})]
+        newest = max(rank["collectives"][name]["entered"] for rank in members)
+        waiting = [rank for rank in members if rank["collectives"][name]["entered"] == newest]
+        kind = waiting[0]["collectives"][name]["operation"]
+        for rank in members:
+            entered = rank["collectives"][name]["entered"]
+            if entered < newest and _progress(rank) >= min(map(_progress, waiting)):
+                who = _ranges([waiter["rank"] for waiter in waiting])
+                found.setdefault(
+                    rank["rank"],
+                    f"left out collective {newest} of process group {name}, in which {who} {_wait(waiting)} ({kind}): "
+                    f"its own last one there is {entered}, and it is in {_place(rank)}, {rank.get('where')}",
+                )
+    return list(found.items())
+
+
+def _not_sent(ranks: list[dict]) -> list[tuple[int, str]]:
+    """Ranks that have not sent what the next stage waits for, and wait for what it can only send afterwards."""
+    by_rank = {rank["rank"]: rank for rank in ranks}
+    found = []
+    for rank in ranks:
+        before = by_rank.get(rank.get("previous"), {})
+        if "recv_forward" in rank.get("where", "") and "recv_backward" in before.get("where", ""):
+            text = f"has sent rank {rank['rank']} too few activations: that waits in {_place(rank)}, {rank['where']}"
+            found.append((before["rank"], f"{text}, and it itself in {_place(before)}, {before['where']}"))
+    return found
+
+
+def _behind(ranks: list[dict]) -> list[tuple[int, str]]:
+    """Ranks that are behind the others by step and phase."""
+    there = [rank for rank in ranks if "ended" not in rank]
+    least = min(map(_progress, there))
+    behind = [rank for rank in there if _progress(rank) == least]
+    if len(behind) == len(there):
+        return []
+    return [(rank["rank"], f"is behind the others, in {_place(rank)}: {rank.get('where')}") for rank in behind]
+
+
+def _progress(rank: dict) -> tuple[int, int]:
+    return rank["step"], _ORDER.index("passes" if rank["phase"] in _PASSES else rank["phase"])
+
+
+def _place(rank: dict) -> str:
+    number = f" {rank['number']}" if rank["number"] else ""
+    return f"step {rank['step']}, {rank['phase']}{number}"
+
+
+def _who(ranks: list[dict], number: int) -> str:
+    rank = ranks[[r["rank"] for r in ranks].index(number)]
+    return f"{rank.get('host', 'unknown host')}, pid {rank.get('pid', 'unknown')}"
+
+
+def _waiting(ranks: list[dict], found: set[int]) -> str:
+    places: dict[str, list[int]] = {}
+    for rank in ranks:
+        if rank["rank"] not in found:
+            places.setdefault(_place(rank), []).append(rank["rank"])
+    shown = [f"{_ranges(numbers)} in {place}" for place, numbers in list(places.items())[:_MOST_NAMED]]
+    return ", ".join(shown) + (" ..." if len(places) > _MOST_NAMED else "")
+
+
+def _wait(waiting: list) -> str:
+    return "waits" if len(waiting) == 1 else "wait"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Such as ``rank 3`` and ``ranks 0-3, 7``."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    parts = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends)]
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(parts)}"
+
+
+def _frames(frame: FrameType | None) -> list[FrameType]:
+    """The frames of a thread, outermost first."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames[::-1]
+
+
+def _file(frame: FrameType) -> str:
+    return frame.f_code.co_filename
+
+
+def _location(frame: FrameType) -> str:
+    file = _file(frame).rpartition("site-packages/")[2]
+    _, package, rest = file.rpartition("/megatron_ext/")
+    return f"{(package + rest).lstrip('/') if package else file}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _waits(frame: FrameType) -> bool:
+    """Whether a frame waits for other ranks or for the device."""
+    file, line = _file(frame), linecache.getline(_file(frame), frame.f_lineno)
+    if torch.cuda.is_initialized() and any(call in line for call in _WAITS_FOR_DEVICE):
+        return True
+    communicates = "torch/distributed/" in file or "megatron/core/" in file or "/megatron_ext/" in file
+    return "torch/distributed/" in file or "p2p_communication" in file or (communicates and ".wait(" in line)
+
+
+def _call(frames: list[FrameType]) -> str:
+    """The function of torch.distributed, or of messages between stages, in which a thread waits."""
+    name = frames[-1].f_code.co_name
+    for frame in reversed(frames):
+        if "torch/distributed/" not in _file(frame) and "p2p_communication" not in _file(frame):
+            break
+        if frame.f_code.co_name != "wrapper":  # torch's, around every collective
+            name = frame.f_code.co_name
+    return name
+
+
+def _being_read() -> list[str]:
+    """Files that this process and its workers are reading."""
+    processes = [str(os.getpid())]
+    for children in Path("/proc/self/task").glob("*/children"):
+        try:
+            processes += children.read_text().split()
+        except OSError:
+            continue
+    return sorted({file for pid in processes if (file := reading.of(int(pid)))})

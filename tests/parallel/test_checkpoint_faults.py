@@ -1,0 +1,71 @@
+"""Saves on a full disk, and checkpoints that were damaged after their completion."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from support.gpt import Layout, TrainedGPT
+from support.ranks import world
+
+LAYOUT = Layout(tensor=2, layers=2)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_a_full_disk_is_called_that_on_every_rank_and_leaves_no_trace_of_the_checkpoint(tmp_path, asynchronous):
+    first, second = world(2, _save_with_little_room, tmp_path / "checkpoints", asynchronous, folder=tmp_path)
+    assert first == second, "the ranks disagree"
+    path = tmp_path / "checkpoints"
+    assert (
+        first
+        == [
+            f"{path}/iter_0000002/__1_0.distcp: File too large (rank 1)",
+            f"{path}/iter_0000003: File too large",
+            f"{path}/iter_0000004/common.pt: File too large (rank 0)",
+        ][: len(first)]
+    )
+    assert len(first) >= 2
+    assert sorted(p.name for p in path.iterdir()) == ["iter_0000001", "iter_0000005"]
+
+
+def _save_with_little_room(folder: Path, asynchronous: bool) -> list[str]:
+    """Saves five times: whole, and with a limit on the size of files in which one rank's tensors, what describes the
+    checkpoint, or the state that ranks share has no room; then whole again."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.dist_checkpointing.strategies import common
+
+    from megatron_ext.checkpoints import writer as checkpoint_writer
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
+    from megatron_ext.checkpoints.errors import WriteError
+
+    checkpointer = Checkpointer(folder, keep=2, asynchronous=asynchronous)
+    run = TrainedGPT(LAYOUT)
+    failures = []
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def save(iteration: int):
+        try:
+            checkpointer.save(iteration, run.chunks, run.optimizer, {})
+            checkpointer.finish()
+        except WriteError as error:
+            failures.append(str(error))
+        finally:
+            limit(resource.RLIM_INFINITY)
+
+    save(1)
+    limit(1000 if dist.get_rank() else resource.RLIM_INFINITY)
+    save(2)
+    take = checkpoint_writer.Report.take
+    checkpoint_writer.Report.take = lambda report: (take(report), limit(100))[0]
+    save(3)
+    checkpoint_writer.Report.take = take
+    if hasattr(common, "TorchCommonSaveStrategy"):  # before 0.19
+        whole = torch.save
+        torch.save = lambda value, stream: (limit(100) if isinstance(value, dict) else None, whole(value, stream))
+        save(4)
+        torch.save = whole
+    save(5)
+    return failures
