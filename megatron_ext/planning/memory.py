@@ -18,7 +18,7 @@ from megatron_ext.config import Config, ModelConfig
 from megatron_ext.planning.devices import Device
 from megatron_ext.planning.workload import Workload, of_role
 from megatron_ext.routing import memory
-from megatron_ext.routing.flops import projection_shapes
+from megatron_ext.routing.flops import key_width, projection_shapes
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.image_code_costs import depth_head_parameters, projector_parameters
 from megatron_ext.routing.pipeline import Task, order
@@ -165,6 +165,9 @@ class MicroBatchMemory:
         self._padding = row * (stored - real)  # where T is fixed, a part of layers' whole inputs
         self._layers, self._first_layers = self._kept(training.recompute)
         self._device_layers = workload.device_bytes(device, config)
+        if training.recompute == "none" and parallel.context > 1:
+            keys = 2 * key_width(model) / parallel.tensor * self._size * workload.received_share(config)
+            self._layers, self._first_layers = (x + self._keys() * keys for x in (self._layers, self._first_layers))
         self._logits = np.array([counts.logits for counts in self._counts]) * self._share
         self._logit_bytes = self._logits * vocab_size / parallel.tensor * (4 if self._size == 4 else 6)
 
@@ -180,6 +183,11 @@ class MicroBatchMemory:
         changed = [2 * kinds.index(kind) for kind in roles]
         inside = [n + (own == before) for n, own, before in zip(changed, roles, (None, *roles))]
         return bytes_[:, inside], bytes_[:, changed]
+
+    def _keys(self) -> np.ndarray:
+        """Keys of each micro-batch in each layer, on all context ranks."""
+        takes_part = np.array([[role != Role.SKIP for role in roles] for roles in self._plan.roles])
+        return np.array([counts.tokens for counts in self._counts]) @ takes_part.T
 
     def chunk(self, layers: list[int], number: int, count: int) -> ChunkMemory:
         """The memory of the chunk ``number`` of ``count``."""

@@ -216,8 +216,10 @@ def describe(run: Run) -> str:
     replicas = parallel_state.get_data_parallel_world_size()
     rows = config.training.global_batch_size
     most = -(-rows // replicas)
-    idle = f" (up to {most} of {rows} rows each, {1 - rows / (replicas * most):.0%} idle)" if rows % replicas else ""
-    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}{idle}"]
+    idle = 100 * (1 - rows / (replicas * most))
+    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}"]
+    if idle:
+        layout[-1] += f" (up to {most} of {rows} rows each, {idle:.0f} % idle)"
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.layout:
