@@ -65,12 +65,11 @@ def full_disk(folder: Path) -> str:
     settings = ("training.iterations=14", "checkpoint.interval=2")
     for kind in ("false", "true"):
         with _disk(folder / f"disk_{kind}") as disk:
-            run = _start(
-                disk / "run", folder / f"{kind}.log", *settings, f"checkpoint.asynchronous={kind}", pauses="5,9"
-            )
-            run.wait_for_iteration(4)
+            background = f"checkpoint.asynchronous={kind}"
+            run = _start(disk / "run", folder / f"{kind}.log", *settings, background, pauses="6,9")
+            _wait_for_checkpoint(run, 4)
             with _filled(disk):
-                _go_on(run, 5)
+                _go_on(run, 6)
                 run.wait_until(lambda run=run: "\n 8/14" in run.text())
             _go_on(run, 9)
             expect(run.wait() == 0, run.tail())
