@@ -103,17 +103,20 @@ def _bandwidth(device: str, elements: int) -> float:
 def _seconds(call: Callable[[], object]) -> float:
     """Least seconds of a call, of several repeats."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    call()
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    calls = max(1, min(1000, int(0.02 / max(1e-7, time.perf_counter() - start))))
-    least = float("inf")
-    for _ in range(REPEATS):
-        start = time.perf_counter()
+    clock = time.perf_counter if torch.cuda.is_available() else cpu_clock
+
+    def timed(calls: int) -> float:
+        start = clock()
         for _ in range(calls):
             call()
         synchronize()
-        least = min(least, (time.perf_counter() - start) / calls)
-    return least
+        return (clock() - start) / calls
+
+    timed(1)
+    calls = max(1, min(1000, int(0.02 / max(1e-7, timed(1)))))
+    return min(timed(calls) for _ in range(REPEATS))
+
+
+def cpu_clock() -> float:
+    """Seconds of this process on its threads, which other processes of the machine do not lengthen."""
+    return time.process_time() / torch.get_num_threads()
