@@ -12,6 +12,8 @@
 ``bad_steps.py``          steps that are skipped: a loss that is not finite, or jumps
 ``lifecycle.py``          when to stop: signals, time limits, the end of a Slurm job
 ``stop_signals.py``       signals that arrive before training begins
+``resuming.py``           where checkpoints are, and resuming from the newest one that is intact
+``output_lock.py``        ``OUTPUT/LOCK``: one run at a time in an output folder
 ``finished.py``           ``OUTPUT/FINISHED``, the mark of a complete run
 ``starts.py``             ``OUTPUT/starts.jsonl``, ``OUTPUT/REFUSED``: runs that a launcher starts again
 ``launcher.py``           torchrun for runs that are told to stop

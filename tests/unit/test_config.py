@@ -118,7 +118,6 @@ def test_unknown_keys_and_wrong_types_are_named(override, parts):
         (["evaluation.interval=-1"], 1, ["evaluation.interval", "-1"]),
         ([*EVALUATED, 'evaluation.vq=""'], 1, ["evaluation.vq", "empty"]),
         ([*EVALUATED, "evaluation.prompts=[]"], 1, ["evaluation.benchmarks", "evaluation.prompts", "empty"]),
-        ([*EVALUATED, "parallel.pipeline=2"], 2, ["evaluation.interval", "parallel.pipeline", "tools/evaluate.py"]),
         ([*EVALUATED, "evaluation.temperature=-1"], 1, ["evaluation.temperature", "-1"]),
         ([*EVALUATED, "evaluation.top_k=-1"], 1, ["evaluation.top_k", "-1"]),
         ([*EVALUATED, "evaluation.top_p=1.5"], 1, ["evaluation.top_p", "1.5"]),
@@ -136,7 +135,7 @@ def test_impossible_combinations_are_refused(overrides, world_size, parts):
 
 
 def test_a_run_without_evaluation_needs_none_of_its_settings():
-    check(load("parallel.pipeline=2", "evaluation.prompts=[a circle]"), 2)
+    check(load("parallel.pipeline=2", *EVALUATED), 2)
     check(load(*EVALUATED, benchmarks("{name: mme, data: x, parts: [count, OCR], limit: 20}")), 1)
 
 

@@ -1,0 +1,70 @@
+"""Callbacks that do harm while a checkpoint is written; ``FAULT_RANK`` and ``FAULT_ITERATION`` say where, once per run.
+
+They strike right before the save of that iteration.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_ext.training.callback import Callback
+
+CHANGES = ("mkdir", "rename", "replace", "fsync", "rmdir")
+"""Functions of ``os`` that change the file system."""
+
+
+class InSave(Callback):
+    """Calls :meth:`arm` before the save."""
+
+    def arm(self) -> None:
+        raise NotImplementedError
+
+    def after_step(self, run, record) -> None:
+        mark = Path(run.config.output) / ".fault-in-save"
+        where = (int(os.environ.get("FAULT_RANK", 0)), int(os.environ["FAULT_ITERATION"]))
+        if (dist.get_rank(), record.iteration) == where and not mark.exists():
+            mark.touch()
+            self.arm()
+
+
+class KillInSave(InSave):
+    """SIGKILL before the ``FAULT_CHANGE``-th change to the file system in the save."""
+
+    def arm(self) -> None:
+        changes = iter(range(1, int(os.environ["FAULT_CHANGE"])))
+
+        def strike() -> None:
+            if next(changes, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        _before_every_change(strike)
+
+
+class TerminateInSave(InSave):
+    """SIGTERM in the midst of the save."""
+
+    def arm(self) -> None:
+        signals = iter([signal.SIGTERM])
+
+        def strike() -> None:
+            if number := next(signals, None):
+                os.kill(os.getpid(), number)
+
+        _before_every_change(strike)
+
+
+def _before_every_change(strike: Callable[[], None]) -> None:
+    def watched(change: Callable) -> Callable:
+        def struck(*args, **kwargs):
+            strike()
+            return change(*args, **kwargs)
+
+        return struck
+
+    for name in CHANGES:
+        setattr(os, name, watched(getattr(os, name)))
+    shutil.rmtree = watched(shutil.rmtree)
