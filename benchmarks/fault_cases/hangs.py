@@ -121,7 +121,9 @@ def not_a_number(folder: Path) -> str:
 
 
 @case(
-    9, "a bit flips in the weights of one of three replicas", expected="rank and parameter are named within the interval; exit 1"
+    9,
+    "a bit flips in the weights of one of three replicas",
+    expected="rank and parameter are named within the interval; exit 1",
 )
 def flipped_bit(folder: Path) -> str:
     callback, environment = injected("FlipBit")

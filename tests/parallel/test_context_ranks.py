@@ -60,6 +60,29 @@ def _around_layers(folder: Path) -> tuple:
     return [x[order >= 0] for x in rows[::2]], [x[order >= 0] for x in rows[1::2]], [f[order >= 0] for f in full], order
 
 
+def test_context_ranks_validate_and_compare_gradients_as_replicas_do(tmp_path):
+    for context, replicas in world(2, _validate_and_compare, tmp_path, folder=tmp_path):
+        assert context == pytest.approx(replicas, rel=1e-4)
+
+
+def _validate_and_compare(folder: Path) -> list[list[float]]:
+    """Sums of losses, counts, and how alike the tasks' gradients are, with two context ranks and with two replicas."""
+    from megatron_ext.analysis.gradients import alignment
+    from megatron_ext.training.prepare import prepare
+    from megatron_ext.training.step import evaluate_step, evaluation_mode
+    from megatron_ext.transformer.resolved import resolve
+
+    figures = []
+    for context in (2, 1):
+        chunks, _, config = _build(context)
+        step = prepare(_own_rows(4), resolve(config))
+        with evaluation_mode(chunks):
+            sums, counts = evaluate_step(chunks, step, config)
+        measured = alignment(chunks, step, resolve(config))["all"]
+        figures.append([*sums.tolist(), *counts.tolist(), *(measured[name] for name in sorted(measured))])
+    return figures
+
+
 @pytest.mark.slow
 def test_a_run_goes_from_context_ranks_to_replicas_and_back_with_the_same_losses(tmp_path):
     for whole, moved in world(2, _move, tmp_path, folder=tmp_path):
@@ -103,14 +126,20 @@ def _build(context: int) -> tuple:
 
 
 def _train(chunks: list, optimizer, config, steps: range) -> list[float]:
-    from megatron.core import parallel_state
-
     from megatron_ext.training.prepare import prepare
     from megatron_ext.training.step import train_step
     from megatron_ext.transformer.resolved import resolve
+
+    inputs = (prepare(_own_rows(seed), resolve(config)) for seed in steps)
+    return [train_step(chunks, optimizer, step, config).loss for step in inputs]
+
+
+def _own_rows(seed: int):
+    """This replica's rows of a global batch of 4."""
+    from megatron.core import parallel_state
+
     from parity import packed_batch
 
     rows = 4 // parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * rows
-    batches = (packed_batch(4, 64, seed).rows(first, first + rows) for seed in steps)
-    return [train_step(chunks, optimizer, prepare(batch, resolve(config)), config).loss for batch in batches]
+    return packed_batch(4, 64, seed).rows(first, first + rows)
