@@ -2,9 +2,9 @@
 
     python benchmarks/plan_time.py --json FILE
 
-The machine is calibrated first (a minute). Then whole steps are timed under several plans and sizes of micro-batches, on
-a CPU in seconds of the process. ``error`` compares seconds; ``relative error`` the ratio of a case to the first one, which
-is what a plan chooses by.
+The machine is calibrated first (a minute). Then whole steps are timed under several plans and sizes of micro-batches,
+on a CPU in seconds of the process. ``error`` compares seconds; ``relative error`` the ratio of a case to the first one,
+which is what a plan chooses by.
 """
 
 import statistics
