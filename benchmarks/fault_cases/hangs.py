@@ -84,7 +84,7 @@ def left_out(folder: Path) -> str:
     callback, environment = injected("LoseMessage", rank=0)
     stages = ("parallel.pipeline=2",)
     run = start(folder / "stages", LIMIT, *stages, callback, restarts=1, **environment)
-    waiting = hang_report(run, "recv_forward", "rank 0 in step 3, forward 1")
+    waiting = hang_report(run, "has sent rank 1 too few activations", "recv_forward", "recv_backward", rank=0)
     return f"{said}; {outcome}. Stage: {waiting}; {restarted(run, *stages)}"
 
 
@@ -121,20 +121,22 @@ def not_a_number(folder: Path) -> str:
 
 
 @case(
-    9, "a bit flips in the weights of one replica", expected="rank and parameter are named within the interval; exit 1"
+    9,
+    "a bit flips in the weights of one of three replicas",
+    expected="rank and parameter are named within the interval; exit 1",
 )
 def flipped_bit(folder: Path) -> str:
     callback, environment = injected("FlipBit")
     check = "lifecycle.replica_check_interval=1"
-    run = start(folder / "run", check, callback, restarts=1, **environment)
+    run = start(folder / "run", check, callback, processes=3, restarts=1, **environment)
     expect(run.wait() == 0, run.tail())
-    line = run.line("the replicas' weights differ", "decoder.layers.1.mlp.linear_fc1.weight")
+    line = run.line("the replicas' weights differ (decoder.layers.1.mlp.linear_fc1.weight on rank 1)")
     expect("iter_0000002 is from before" in line, line)
-    expect(losses(run.output) == undisturbed(), "the losses differ from those of an undisturbed run")
+    expect(losses(run.output) == undisturbed(processes=3), "the losses differ from those of an undisturbed run")
     return f'"{line.partition(": ")[2]}"; restarted, same losses bit for bit'
 
 
-@case(14, "a rank sleeps 30 % of each layer's time", expected="named after three comparisons; the run goes on")
+@case(14, "a rank takes 30 % more time for each pass", expected="named after three comparisons; the run goes on")
 def slow_rank(folder: Path) -> str:
     callback, environment = injected("Slow")
     settings = ("logging.straggler_interval=5", "training.iterations=30", "checkpoint.interval=0", "model.num_layers=8")

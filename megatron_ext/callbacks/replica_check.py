@@ -50,7 +50,7 @@ class ReplicaCheck(Callback):
 def differing(chunks: list) -> list[str]:
     """What differs between replicas, the same on every rank: ranks and a parameter for each. Collective."""
     parameters = [pair for chunk in chunks for pair in global_parameters(unwrap_model(chunk))]
-    own = torch.stack([_bits(parameter) for _, parameter in parameters])
+    own = torch.stack([sum_of_bits(parameter) for _, parameter in parameters])
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     # One message: the largest sum, and the largest of the negated sums.
     extremes = torch.cat([own, -own])
@@ -63,20 +63,20 @@ def differing(chunks: list) -> list[str]:
     replicas = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(replicas, own, group=group)
     ranks = dist.get_process_group_ranks(group)
-    lines = [_line(parameters[i][0], [int(replica[i]) for replica in replicas], ranks) for i in unequal]
+    lines = [odd_ranks(parameters[i][0], [int(replica[i]) for replica in replicas], ranks) for i in unequal]
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, lines)
     return sorted({line for of_rank in gathered for line in of_rank})
 
 
-def _bits(parameter: Tensor) -> Tensor:
+def sum_of_bits(parameter: Tensor) -> Tensor:
     """The sum of a parameter's bits as integers, int64."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     data = parameter.detach()
     return data.contiguous().view(kinds[data.element_size()]).sum(dtype=torch.int64)
 
 
-def _line(name: str, sums: list[int], ranks: list[int]) -> str:
+def odd_ranks(name: str, sums: list[int], ranks: list[int]) -> str:
     """Names the ranks that are not of the majority, or all of them where there is none."""
     (common, times), *others = Counter(sums).most_common()
     tied = any(other == times for _, other in others)

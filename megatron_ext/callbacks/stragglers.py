@@ -2,6 +2,7 @@
 
 import socket
 import statistics
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -76,13 +77,19 @@ class Stragglers(Callback):
         return f"rank {rank} ({self._places[rank]}) computes at {speed:.2f} of the speed of its peers"
 
     def _relative(self, speeds: list[float]) -> list[float]:
-        """Speeds relative to the median of the peers; of two peers to the faster one."""
-        alone = min(map(self._stages.count, self._stages)) < 2
-        if alone:
-            self._first = self._first or speeds
-            speeds = [speed / first if first else 0.0 for speed, first in zip(speeds, self._first)]
-        result = []
-        for stage, speed in zip(self._stages, speeds):
-            median = statistics.median_high(s for s, of in zip(speeds, self._stages) if alone or of == stage)
-            result.append(speed / median if median else 1.0)
-        return result
+        if has_peers(self._stages):
+            return relative_speeds(speeds, self._stages)
+        self._first = self._first or speeds
+        since_first = [speed / first if first else 0.0 for speed, first in zip(speeds, self._first)]
+        return relative_speeds(since_first, [0] * len(speeds))
+
+
+def has_peers(stages: Sequence[int]) -> bool:
+    """Whether every pipeline stage has several ranks; ``stages``: that of each rank."""
+    return min(map(list(stages).count, stages)) > 1
+
+
+def relative_speeds(speeds: Sequence[float], stages: Sequence[int]) -> list[float]:
+    """Each rank's speed relative to the median of its stage, to the higher one where two are in the middle."""
+    median = {stage: statistics.median_high(s for s, of in zip(speeds, stages) if of == stage) for stage in set(stages)}
+    return [speed / median[stage] if median[stage] else 1.0 for speed, stage in zip(speeds, stages)]

@@ -1,6 +1,5 @@
 """The beats of all ranks, through a store that may not answer."""
 
-import contextlib
 import json
 import queue
 import threading
@@ -28,7 +27,8 @@ class Beats:
         self._store = store
         self._calls: queue.Queue = queue.Queue()
         self._waiting: threading.Event | None = None
-        threading.Thread(target=self._serve, daemon=True, name="beats").start()
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="beats")
+        self._thread.start()
         self._call(lambda: store.set(str(rank), "{}"))
 
     def write(self, beat: dict) -> bool:
@@ -63,8 +63,9 @@ class Beats:
 
     def _call(self, function: Callable):
         """The result of a function of the store; None: it did not answer in time, or is gone."""
-        if self._waiting is not None and not self._waiting.is_set():
-            return None  # still busy with an earlier call
+        busy = self._waiting is not None and not self._waiting.is_set()
+        if busy or not self._thread.is_alive():
+            return None
         result, done = [], threading.Event()
         self._waiting = done
         self._calls.put((function, result, done))
@@ -74,6 +75,9 @@ class Beats:
     def _serve(self) -> None:
         while True:
             function, result, done = self._calls.get()
-            with contextlib.suppress(RuntimeError):  # such as torch's DistError
+            try:
                 result.append(function())
-            done.set()
+            except RuntimeError:  # such as torch's DistError: the server has ended
+                return  # every further call would print a warning
+            finally:
+                done.set()

@@ -4,6 +4,7 @@ Everything about a rank is a plain dictionary, its *beat*:
 
 =========================  =========================================================================================
 rank, host, pid            who
+previous                   the rank of the pipeline stage before it, with several stages
 step, phase, number        where its training thread is (``watch.py``)
 unmoved, allowed           seconds since it got there, and that it may take
 count                      of its beats; the same in two readings: it is silent
@@ -42,7 +43,7 @@ def activity(frame: FrameType, others: Sequence[FrameType] = (), phase: str = ""
         frames = next((f for f in running if any("torch/autograd/function" in _file(x) for x in f)), frames)
     inner, own = frames[-1], next((f for f in reversed(frames) if "/megatron_ext/" in _file(f)), None)
     waits = _waits(inner)
-    where = inner.f_code.co_name if waits else _location(inner)
+    where = _call(frames) if waits else _location(inner)
     if own is not None and own is not inner:
         where += f", called from {_location(own)}"
     result = {"state": "waits" if waits else "busy", "where": where, "stack": [_location(f) for f in frames]}
@@ -99,7 +100,7 @@ def causes(ranks: list[dict]) -> list[tuple[int, str]]:
         elif rank.get("state") == "busy" and "ended" not in rank:
             reads = f"reading {', '.join(rank['reading'])}; " if rank.get("reading") else ""
             found.append((rank["rank"], f"is busy in {_place(rank)}: {reads}{rank['where']}"))
-    return found or _left_out(ranks) or _behind(ranks)
+    return found or _left_out(ranks) or _not_sent(ranks) or _behind(ranks)
 
 
 def write(report: dict, folder: Path, started: float) -> bool:
@@ -138,6 +139,18 @@ def _left_out(ranks: list[dict]) -> list[tuple[int, str]]:
                     f"its own last one there is {entered}, and it is in {_place(rank)}, {rank.get('where')}",
                 )
     return list(found.items())
+
+
+def _not_sent(ranks: list[dict]) -> list[tuple[int, str]]:
+    """Ranks that have not sent what the next stage waits for, and wait for what it can only send afterwards."""
+    by_rank = {rank["rank"]: rank for rank in ranks}
+    found = []
+    for rank in ranks:
+        before = by_rank.get(rank.get("previous"), {})
+        if "recv_forward" in rank.get("where", "") and "recv_backward" in before.get("where", ""):
+            text = f"has sent rank {rank['rank']} too few activations: that waits in {_place(rank)}, {rank['where']}"
+            found.append((before["rank"], f"{text}, and it itself in {_place(before)}, {before['where']}"))
+    return found
 
 
 def _behind(ranks: list[dict]) -> list[tuple[int, str]]:
@@ -211,6 +224,17 @@ def _waits(frame: FrameType) -> bool:
         return True
     communicates = "torch/distributed/" in file or "megatron/core/" in file or "/megatron_ext/" in file
     return "torch/distributed/" in file or "p2p_communication" in file or (communicates and ".wait(" in line)
+
+
+def _call(frames: list[FrameType]) -> str:
+    """The function of torch.distributed, or of messages between stages, in which a thread waits."""
+    name = frames[-1].f_code.co_name
+    for frame in reversed(frames):
+        if "torch/distributed/" not in _file(frame) and "p2p_communication" not in _file(frame):
+            break
+        if frame.f_code.co_name != "wrapper":  # torch's, around every collective
+            name = frame.f_code.co_name
+    return name
 
 
 def _being_read() -> list[str]:

@@ -28,6 +28,8 @@ SECONDS_WITHOUT_RANKS = 60
 def main() -> None:
     # Before any thread starts: signals are then blocked in all threads, and one thread waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # It asks ranks for their stacks (training/watch.py). Slurm sends it to this process too, and to ranks not ready.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     stop = _Stop()
     threading.Thread(target=stop.watch, daemon=True).start()
@@ -40,7 +42,7 @@ def main() -> None:
         run.run(run.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if stop.told and failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        if stop.told and failure.exitcode in (-signal.SIGUSR1, -signal.SIGTERM, 128 + signal.SIGTERM):
             sys.exit(0)  # told to stop before training began
         print(f"launcher: rank {rank} failed first, {_describe(failure)}", file=sys.stderr, flush=True)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)

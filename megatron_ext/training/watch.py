@@ -22,12 +22,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_ext.config import Config
-from megatron_ext.distributed import from_rank_zero
+from megatron_ext.distributed import device, from_rank_zero
 from megatron_ext.errors import UserError
-from megatron_ext.training import hang_report
+from megatron_ext.training import hang_report, starts
 from megatron_ext.training.beats import Beats
 
 EXIT_CODE = 75
@@ -84,7 +86,9 @@ def watching(config: Config) -> Iterator[None]:
         raise
     at(_place[0], "end")
     watch.close()
-    dist.barrier()  # the rank that holds the store must not leave while others still write to it
+    arrived = torch.zeros(1, device=device())
+    dist.all_reduce(arrived)
+    arrived.item()  # the rank that holds the store must not leave while others still write to it
 
 
 def _beats() -> Beats | None:
@@ -110,6 +114,9 @@ class Watch:
         self._limit, self._folder, self._beats, self._leave = limit, folder, beats, leave
         self._interval = min(2.5, limit / 15)
         self._rank = beats.rank if beats else 0
+        self._identity = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid()}
+        if beats and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            self._identity["previous"] = parallel_state.get_pipeline_model_parallel_prev_rank()
         self._thread = threading.get_ident()
         self._started = time.time()
         self._seen, self._since, self._count = _place, time.monotonic(), 0
@@ -165,7 +172,7 @@ class Watch:
         """What others can read about this rank; with the stack once it has not moved for a while."""
         unmoved = time.monotonic() - self._since
         step, phase, number = self._seen
-        beat = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "count": self._count}
+        beat = self._identity | {"count": self._count}
         beat |= {"step": step, "phase": phase, "number": number, "unmoved": unmoved, "allowed": self._allowed()}
         if unmoved > self._allowed() / 2:
             frames = sys._current_frames()
@@ -197,6 +204,7 @@ class Watch:
         report["line"] += remark
         if hang_report.write(report, self._folder, self._started):
             os.write(2, f"{report['line']}\n".encode())
+            starts.record_error(self._folder.parent, self._rank, UserError(report["line"]))
         if self._beats:
             self._beats.declare()
         self._end()

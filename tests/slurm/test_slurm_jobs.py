@@ -11,6 +11,7 @@ import sys
 from datetime import datetime
 
 import pytest
+from one_machine import SLOWER
 
 from megatron_ext.training.metrics import read_metrics
 from support.images import caption_tar
@@ -20,7 +21,8 @@ from support.tiny_vq import make_vq
 from support.vocabularies import make_vocabulary
 
 pytestmark = pytest.mark.slurm
-ITERATIONS = "70"
+ITERATIONS = str(70 * SLOWER)
+REQUEUED = "goes back into the queue"
 HIGH = "--partition=high"
 """Jobs there are not preempted."""
 
@@ -28,26 +30,41 @@ HIGH = "--partition=high"
 @pytest.fixture(scope="module")
 def jobs(slurm) -> dict:
     """The jobs that all tests look at."""
-    limited = ("--cpus-per-task=8", "--time=2", "--signal=B:USR1@60")
+    limited = ("--cpus-per-task=8", f"--time={2 * SLOWER}", f"--signal=B:USR1@{60 * SLOWER}")
     jobs = {
         "disturbed": slurm.train("disturbed", *limited, ITERATIONS=ITERATIONS, STEP_SECONDS="1"),
         "early": slurm.train("early", HIGH, "--cpus-per-task=1", ITERATIONS="9"),
         "refused": slurm.train("refused", HIGH, "--cpus-per-task=1", overrides=("model.num_layers=0",), ranks=1),
     }
-    jobs["early"].wait_for(lambda: jobs["early"].field("JobState") == "RUNNING")
+    jobs["early"].wait_for(lambda: "start 1" in jobs["early"].text())
     subprocess.run(["scancel", "--batch", "--signal=USR1", jobs["early"].number], check=True)
     quick = ("--cpus-per-task=1", "--time=20")
     jobs["undisturbed"] = slurm.train("undisturbed", HIGH, *quick, ITERATIONS=ITERATIONS, STEP_SECONDS="0")
     return jobs
 
 
+def test_a_signal_before_training_begins_is_not_lost(slurm, jobs):
+    job = jobs["early"]
+    job.wait_for(lambda: REQUEUED in job.text() and job.field("Restarts") == "1")
+    subprocess.run(["scancel", job.number], check=True)
+    assert re.search("stopped before training began|stopped after iteration 0", job.text())
+    assert "checkpoint of iteration" not in job.text() and "Traceback" not in job.text()
+
+
+def test_a_refused_configuration_is_not_requeued(jobs):
+    job = jobs["refused"]
+    job.wait_for(lambda: job.field("JobState") in ("FAILED", "PENDING", "COMPLETED"))
+    assert (job.field("JobState"), job.field("Restarts"), job.field("ExitCode")) == ("FAILED", "0", "2:0")
+    assert "config: 'model.num_layers' is 0" in job.text() and "not requeued" in job.text()
+
+
 def test_a_preempted_job_that_then_meets_its_time_limit_ends_with_the_same_losses(slurm, jobs):
     job, output = jobs["disturbed"], slurm.folder / "disturbed"
     job.wait_for(lambda: _iterations(output) >= 3)
+    times = job.text().count(REQUEUED)
     slurm.submit("urgent", ["--wrap", "sleep 1"], HIGH, "--cpus-per-task=10")
-    job.wait_for(lambda: "goes back into the queue" in job.text())
-    assert "SIGTERM: asking the run to save and stop" in job.text()
-    assert _iterations(output) < int(ITERATIONS)
+    job.wait_for(lambda: job.text().count(REQUEUED) > times)
+    assert "received SIGTERM" in job.text() and _iterations(output) < int(ITERATIONS)
     while not (output / "FINISHED").exists():
         if job.field("JobState") == "PENDING":
             job.release()
@@ -60,24 +77,6 @@ def test_a_preempted_job_that_then_meets_its_time_limit_ends_with_the_same_losse
     assert _losses(output) == _losses(slurm.folder / "undisturbed")
     for signal, seconds in _seconds_to_requeue(text):
         print(f"{signal} to requeued: {seconds} s")
-
-
-def test_a_signal_before_training_begins_is_not_lost(slurm, jobs):
-    job = jobs["early"]
-    job.wait_for(lambda: "goes back into the queue" in job.text())
-    assert not (slurm.folder / "early" / "FINISHED").exists()
-    assert not (slurm.folder / "early" / "checkpoints").exists()
-    assert "Traceback" not in job.text()
-    job.wait_for(lambda: job.field("JobState") == "PENDING")
-    assert job.field("Restarts") == "1"
-    job.cancel()
-
-
-def test_a_refused_configuration_is_not_requeued(jobs):
-    job = jobs["refused"]
-    job.wait_for(lambda: job.field("JobState") in ("FAILED", "PENDING", "COMPLETED"))
-    assert (job.field("JobState"), job.field("Restarts"), job.field("ExitCode")) == ("FAILED", "0", "2:0")
-    assert "config: 'model.num_layers' is 0" in job.text() and "not requeued" in job.text()
 
 
 def test_preprocessing_as_an_array(slurm, jobs):
@@ -138,11 +137,14 @@ def _losses(output) -> list[float]:
 
 
 def _seconds_to_requeue(text: str) -> list[tuple[str, float]]:
-    """For every signal in a log of the launch script, the seconds until its job was requeued."""
+    """For every signal in a log of the launch script, the seconds until its job was requeued. Slurm sends SIGTERM of a
+    preemption to the ranks alone, and says so."""
     found, told = [], None
+    preempted = r"^slurmstepd\S* error: \*\*\* STEP \S+ ON \S+ CANCELLED AT \S+T(\S+) \*\*\*$"
+    text = re.sub(preempted, r"\1 SIGTERM: preempted", text, flags=re.MULTILINE)
     for clock, said in re.findall(r"^(\d\d:\d\d:\d\d) (.*)$", text, re.MULTILINE):
         at = datetime.strptime(clock, "%H:%M:%S")
-        if "asking the run" in said and told is None:
+        if said.startswith("SIG") and told is None:
             told = (said.split(":")[0], at)
         elif "goes back" in said and told:
             found.append((told[0], (at - told[1]).seconds))
