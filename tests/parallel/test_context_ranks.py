@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.data_sets import write_pairs
 from support.ranks import world
 
 SETTINGS = ["plan.preset=himix_hmgen_share_partial", "model.num_layers=4", "model.hidden_size=32"]
@@ -81,6 +82,42 @@ def _validate_and_compare(folder: Path) -> list[list[float]]:
         measured = alignment(chunks, step, resolve(config))["all"]
         figures.append([*sums.tolist(), *counts.tolist(), *(measured[name] for name in sorted(measured))])
     return figures
+
+
+def test_each_context_rank_gets_its_own_part_of_the_same_rows(tmp_path, vocabulary):
+    path = write_pairs(tmp_path / "pairs", vocabulary, [["two red circle " * (1 + n % 4)] for n in range(40)])
+    (whole,) = world(1, _labels_of_a_step, vocabulary.folder, path, 1, folder=tmp_path)
+    parts = world(2, _labels_of_a_step, vocabulary.folder, path, 2, folder=tmp_path)
+    assert [opened for opened, *_ in parts] == [True, False]  # one reader
+    assert parts[0][2:] == parts[1][2:] == whole[2:]
+    for of_ranks, together in zip(zip(*(labels for _, labels, *_ in parts)), whole[1]):
+        assert all(of_ranks) and sorted(sum(of_ranks, [])) == sorted(together)
+
+
+def _labels_of_a_step(vocabulary_folder: str, path: str, context: int) -> tuple:
+    """Whether this rank opened files, the labels of each micro-batch, and counts of a step."""
+    from megatron.core import parallel_state
+
+    from megatron_ext import config_file
+    from megatron_ext.config import Config, SourceConfig
+    from megatron_ext.data import build_mixture, step_batches
+    from megatron_ext.training.prepare import Preparation, own_share
+    from megatron_ext.transformer.resolved import resolve
+    from megatron_ext.vocabulary import Vocabulary
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(context_parallel_size=context)
+    loader = ["data.sequence_length=64", "data.loader=plain", "data.workers=1"]
+    config = config_file.load(Config, [], [*SETTINGS, *loader, f"parallel.context={context}"])
+    vocabulary = Vocabulary(vocabulary_folder)
+    mixture = build_mixture([SourceConfig(path, "generation")], config.data, vocabulary, train=True)
+    prepare = Preparation.of(resolve(config), vocabulary.size, vocabulary.pad)
+    steps = step_batches(mixture, config.data, 4, 3, prepare=prepare, own_share=own_share)
+    step = next(steps)
+    steps.close()
+    labels = [micro_batch.labels.tolist() for micro_batch in step.micro_batches]
+    opened = any(source.dataset for source in mixture.sources)
+    return opened, labels, step.loss_tokens.tolist(), step.tokens, step.flops
 
 
 @pytest.mark.slow
