@@ -232,14 +232,17 @@ class MicroBatchMemory:
 def _peak(tasks: list[Task], chunks: list[ChunkMemory], sampled: list[int]) -> tuple[float, float]:
     """What is alive, and what the task needs besides, at the moment when both are most over a rank's tasks. The
     ``sampled`` micro-batches come in this order, and again once all have been there."""
-    alive, most = 0.0, (0.0, 0.0)
-    for task in tasks:
-        chunk, m = chunks[task.chunk], sampled[task.micro_batch % len(sampled)]
-        if task.is_forward:
-            alive += chunk.kept[m]
-            moments = [(alive, chunk.forward[m])]
+    alive, most, highest = 0.0, (0.0, 0.0), 0.0
+    parts = [np.stack([c.kept, c.forward, c.backward, c.end], 1).tolist() for c in chunks]
+    for is_forward, chunk, micro_batch in tasks:
+        kept, forward, backward, end = parts[chunk][sampled[micro_batch % len(sampled)]]
+        if is_forward:
+            alive += kept
+            needed = forward
         else:
-            moments = [(alive, chunk.backward[m]), (alive - chunk.kept[m], chunk.end[m])]
-            alive -= chunk.kept[m]
-        most = max(most, *moments, key=sum)
+            alive -= kept
+            needed = max(kept + backward, end)
+        if alive + needed > highest:
+            highest = alive + needed
+            most = (alive, forward) if is_forward else (alive + kept, needed - kept)
     return most

@@ -195,6 +195,8 @@ def assumptions(device: Device, source: str, calibrated: bool, devices: int, rel
         else "memory: as much as wanted",
         f"faults: one in {hours:.0f} hours; a save holds training up for {reliability.save_seconds:.0f} s, a restart "
         f"takes {reliability.restart_seconds / 60:.0f} minutes",
+        "messages of tensor parallelism are exposed in the forward pass and half hidden in the backward pass; "
+        "gradients are reduced during the last micro-batch's backward pass",
         "frozen parameters count as trained ones; the dense share is that of evaluation",
     ]
 
@@ -210,8 +212,8 @@ def describe_run(best: Candidate, cost: dict, devices: int) -> str:
     lines = [
         "best: " + " ".join(keys),
         f"step {time.seconds:.2f} s: a rank computes {time.busy - time.messages:.2f} s, waits for messages "
-        f"{time.messages:.2f} s and in the pipeline {time.idle:.2f} s; messages between replicas {time.replicas:.2f} s, optimizer "
-        f"{time.optimizer:.2f} s; MFU {time.mfu:.1%}",
+        f"{time.messages:.2f} s and in the pipeline {time.idle:.2f} s; messages between replicas "
+        f"{time.replicas:.2f} s, optimizer {time.optimizer:.2f} s; MFU {time.mfu:.1%}",
         f"{cost['tokens']:.3g} tokens: {cost['steps']:,} steps, {cost['tokens_per_second']:,.0f} tokens/s, goodput "
         f"{cost['goodput']:.1%} with checkpoint.interval={cost['checkpoint_interval']}",
         f"{cost['days']:.1f} days, {cost['gpu_hours']:,.0f} GPU hours{money}",
@@ -223,6 +225,7 @@ def yaml_of(best: Candidate, cost: dict, devices: int, device: Device, source: s
     """The layout as a configuration file."""
     head = (
         f"# The layout that tools/plan_run.py recommends for {devices} x {device.name}: predicted "
-        f"{best.time.seconds:.2f} s a step,\n# MFU {best.time.mfu:.1%}, {best.worst / GB:.1f} GB on the rank that needs most; for {source}.\n"
+        f"{best.time.seconds:.2f} s a step,\n# MFU {best.time.mfu:.1%}, {best.worst / GB:.1f} GB on the rank that "
+        f"needs most.\n# For {source}.\n"
     )
     return head + yaml.safe_dump(overrides(best.config, cost["checkpoint_interval"]), sort_keys=False)
