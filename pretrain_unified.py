@@ -60,6 +60,7 @@ def pretrain(config: Config) -> None:
     try:
         distributed.initialize(config)
         if reason := lifecycle.told_already():
+            stop_signals.ignore()
             distributed.report(f"stopped before training began: {reason}; the same command starts it")
             distributed.shut_down()
             return

@@ -61,7 +61,7 @@ def main() -> None:
 def _load() -> None:
     """Import every file of cases."""
     for module in pkgutil.iter_modules(fault_cases.__path__):
-        if module.name != "injections":
+        if not module.name.endswith("injections"):
             importlib.import_module(f"fault_cases.{module.name}")
 
 

@@ -1,13 +1,13 @@
 """Parallel layouts against one process: equal losses and gradients of every parameter on the same global batch,
 under every plan.
 
-    python benchmarks/parity.py                        # the whole table, on CPU processes (half an hour)
+    python benchmarks/parity.py                        # the whole table, on CPU processes (an hour)
     python benchmarks/parity.py --layouts tp2,pp2,tp2-sp-dp2 --plans dense,himix
     python benchmarks/parity.py --markdown docs/parity.md --json parity.json    # resumes where it stopped
     python benchmarks/parity.py --references FOLDER --layouts tp1               # on a CPU: computes the references
     python benchmarks/parity.py --references FOLDER --layouts tp1,tp2,tp2-sp    # on a GPU: against the CPU's
 
-A layout is written tp2-pp2-vp2-sp-dp2. For each layout and plan this measures, in float32 against one process, the
+A layout is written tp2-pp2-vp2-cp2-sp-dp2. For each layout and plan this measures, in float32 against one process, the
 relative error of the loss, of the logits and of the gradient norm, and the largest relative error |g - g'| / |g'| over
 all parameters (Frobenius norms of whole parameters). The loss of a second optimizer step is compared too; with replicas
 also with sharded optimizer states.
@@ -237,13 +237,13 @@ def worker(layouts: list[str], plans: list[str], settings: list[str], folder: Pa
             files.write_json(result_file, known)
 
 
-def launch(size: int, arguments: list[str], minutes: float) -> None:
-    """Run this program in ``size`` processes, for so many minutes at most."""
+def launch(size: int, arguments: list[str], minutes: float, program: str = __file__) -> None:
+    """Run a program, by default this one, in ``size`` processes, for so many minutes at most."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), __file__, *arguments]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), program, *arguments]
     subprocess.run(command, check=True, timeout=60 * minutes, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

@@ -8,9 +8,10 @@ Made by `python benchmarks/parity.py --markdown docs/parity.md`. {count} layouts
 global batch under every plan, in float32 over gloo; each number is a relative error against one process. The model:
 `{settings}`.
 
-`tp` tensor, `pp` pipeline, `vp` virtual stages (interleaved schedule), `sp` sequence parallelism, `dp` replicas. The
-column of a plan is the largest |g - g'| / |g'| over all parameters of the model, each taken whole; the other columns
-are the worst of all plans. The last column repeats the steps with optimizer states sharded over the replicas. The plan
+`tp` tensor, `cp` context, `pp` pipeline, `vp` virtual stages (interleaved schedule), `sp` sequence parallelism, `dp`
+replicas; `uneven` stages of different depths, `selective` and `full` recomputation. The column of a plan is the largest
+|g - g'| / |g'| over all parameters of the model, each taken whole; the other columns are the worst of all plans. The
+last column repeats the steps with optimizer states sharded over context ranks and replicas. The plan
 "rank 4 per task" starts HiMix in layer 2 and gives all four projections a low-rank delta of rank 4 for each task;
 "interleaved documents" is separate projections for each task over rows that also hold documents with given and drawn
 images. "4 codes" has image tokens of 4 codes, with projector and depth head, which takes 8 image tokens at once; one of

@@ -86,12 +86,14 @@ def describe_table(results: list[dict]) -> str:
 
 SLEPT = [(2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2)]  # (pipeline, virtual, replicas)
 MICRO_BATCHES = 16
+WAITING = {"waiting": "seconds", "simulated_waiting": "simulated"}
+"""Waiting over work, of measured and simulated seconds."""
 
 
 def sleep(unit: float = 0.1, repeats: int = 3) -> list[dict]:
     """Steps of a 7B model's shape whose mean forward pass through a chunk takes ``unit`` seconds of sleep."""
     from pipeline_steps.ranks import world
-    from pipeline_steps.sleeping import Sleeps, measure
+    from pipeline_steps.sleeping import measure
 
     preset = "himix_hmgen_share_partial"
     sample, results = sampled(preset, 64, seed=1000), []
@@ -101,29 +103,27 @@ def sleep(unit: float = 0.1, repeats: int = 3) -> list[dict]:
         scale = unit * chunks * len(flops) / flops.sum()
         layouts = {"even": even_counts(32, chunks), "balanced": chosen(sample, pipeline, virtual)}
         forward = [[[unit] * MICRO_BATCHES] * chunks] * replicas
-        steps = [("equal", "", Sleeps(pipeline, virtual, forward), 3 * unit * (virtual * MICRO_BATCHES + pipeline - 1))]
+        steps = [("equal", "", forward, 3 * unit * (virtual * MICRO_BATCHES + pipeline - 1))]
         for layout, name in CASES:
             composition, counts = compose(name, flops, replicas, 1), layouts[layout]
             forward = [model_costs(flops, replica, scale).of_chunks(counts) for replica in composition]
             expected = simulated(flops, counts, pipeline, composition, scale)
-            steps.append((layout, name, Sleeps(pipeline, virtual, forward), expected))
-        measured = world(pipeline * replicas, measure, [step for *_, step, _ in steps], repeats)[0]
-        results += compared(
-            {
-                "pipeline": pipeline,
-                "virtual": virtual,
-                "replicas": replicas,
-                "layout": layout_string(layouts["balanced"]),
-            },
-            [(layout, name, seconds, expected) for (layout, name, _, expected), seconds in zip(steps, measured)],
-        )
+            steps.append((layout, name, forward, expected))
+        measured = world(pipeline * replicas, measure, pipeline, virtual, [step for *_, step, _ in steps], repeats)[0]
+        shared = {"pipeline": pipeline, "virtual": virtual, "replicas": replicas}
+        shared["layout"] = layout_string(layouts["balanced"])
+        work = 3 * unit * virtual * MICRO_BATCHES  # of each rank, on average, in every case
+        # Sleeps last longer than asked for where other processes run: that is taken out.
+        cases = [(*step[:2], work * seconds / asleep, step[3]) for step, (seconds, asleep) in zip(steps, measured)]
+        for result, (seconds, _) in zip(compared(shared, cases), measured):
+            waiting = {key: result[name] / work - 1 for key, name in WAITING.items()}
+            results.append(result | waiting | {"unscaled_seconds": seconds})
         print(describe_measured(results[-len(steps) :]), flush=True)
     return results
 
 
 def compared(shared: dict, cases: list[tuple[str, str, float, float]]) -> list[dict]:
-    """The figures of cases (layout, composition, seconds, simulated seconds) against even stages with rows in order;
-    for equal costs the share of waiting in a step."""
+    """The figures of cases (layout, composition, seconds, simulated seconds) against even stages with rows in order."""
     (base, base_simulated), results = [case[2:] for case in cases if case[:2] == ("even", "in order")][0], []
     for layout, name, seconds, expected in cases:
         result = {**shared, "stages": layout, "rows": name, "seconds": seconds, "simulated": expected}
@@ -138,6 +138,8 @@ def describe_measured(results: list[dict]) -> str:
     for r in results:
         text = f"P {r['pipeline']} V {r['virtual']} D {r['replicas']}  {r['stages']:>8}, {r['rows'] or 'costs':<10} "
         text += f"{r['seconds']:.3f} s, simulated {r['simulated']:.3f}: {r['seconds'] / r['simulated']:.3f}"
+        if "waiting" in r:
+            text += f"; waiting {r['waiting']:.3f}, simulated {r['simulated_waiting']:.3f}"
         if r.get("simulated_gain"):
             text += f"; gain {r['gain']:.3f}, simulated {r['simulated_gain']:.3f}"
         lines.append(text)

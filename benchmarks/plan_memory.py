@@ -1,7 +1,7 @@
 """Memory that training steps take on each rank against what ``tools/plan_run.py`` predicts.
 
-    python benchmarks/plan_memory.py                                     # all cases, on CPU processes (some minutes)
-    python benchmarks/plan_memory.py --only tp2-sp --plans dense,himix
+    python benchmarks/plan_memory.py                                     # all cases, on CPU processes (10 minutes)
+    python benchmarks/plan_memory.py --only tp2-sp,pp2
     python benchmarks/plan_memory.py --json FILE --markdown FILE
 
 Real training steps in float32 over gloo: the bytes of all tensors alive at once, from the outputs of every operator, in
@@ -39,7 +39,7 @@ BASE = [
     "model.implementation=local",
     "data.sequence_length=512",
     "training.micro_batch_size=2",
-    "training.global_batch_size=16",
+    "training.global_batch_size=8",
     "training.iterations=1000",
 ]
 PLANS = {
@@ -47,8 +47,24 @@ PLANS = {
     "himix": ["plan.preset=himix"],
     "share partial": ["plan.preset=himix_hmgen_share_partial"],
 }
-LAYOUTS = ("tp1", "tp2", "tp2-sp", "pp2", "pp2-vp2", "dp2", "dp2-sharded")
-RECOMPUTE = ("none", "selective", "full")
+CASES = (
+    ("tp1", "share partial", "none"),
+    ("tp2", "himix", "none"),
+    ("tp2-sp", "dense", "none"),
+    ("tp2-sp", "himix", "none"),
+    ("tp2-sp", "share partial", "full"),
+    ("pp2", "dense", "none"),
+    ("pp2", "share partial", "none"),
+    ("pp2-vp2", "himix", "none"),
+    ("pp2-vp2", "share partial", "full"),
+    ("cp2", "dense", "none"),
+    ("cp2", "himix", "none"),
+    ("cp2", "share partial", "selective"),
+    ("dp2-sharded", "dense", "selective"),
+    ("dp2-sharded", "himix", "none"),
+    ("dp2-sharded", "share partial", "full"),
+)
+"""Layout, plan and ``training.recompute``."""
 MIX = (
     "understanding: 200 image, 40 text, 12 answer",
     "generation: 30 text, 200 image",
@@ -110,11 +126,12 @@ def measure(config: Config) -> tuple[int, int]:
         return memory.live, memory.peak
 
 
-def predict(config: Config, world_size: int) -> list[tuple[int, int]]:
-    """The same as :func:`measure` for a rank of each pipeline stage, as predicted."""
+def predict(config: Config, world_size: int, replica: int) -> list[tuple[int, int]]:
+    """The same as :func:`measure` for a rank of each pipeline stage of a replica, as predicted."""
     batch = rows_of_documents(config.training.global_batch_size, config.data.sequence_length)
-    workload = Workload.of_batch(batch, Plan.from_config(config))
-    sizes = MicroBatchMemory(config, workload, VOCABULARY, DEVICES["cpu"])
+    rows = batch.shape[0] // config.data_parallel(world_size)
+    own = batch.rows(replica * rows, (replica + 1) * rows)
+    sizes = MicroBatchMemory(config, Workload.of_batch(own, Plan.from_config(config)), VOCABULARY, DEVICES["cpu"])
     ranks = rank_memory(config, sizes, VOCABULARY, world_size, DEVICES["cpu"])
     return [(rank.static, rank.total) for rank in ranks]
 
@@ -132,9 +149,9 @@ def worker(cases: list[list[str]], file: Path) -> None:
     for case in cases:
         config = case_config(*case)
         distributed.initialize(config, dist.PrefixStore("/".join(case), meeting_point))
-        stage = parallel_state.get_pipeline_model_parallel_rank()
+        place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
         results = [None] * dist.get_world_size()
-        dist.all_gather_object(results, (stage, *measure(config)))
+        dist.all_gather_object(results, (*place, *measure(config)))
         distributed.shut_down()
         if int(os.environ["RANK"]) == 0:
             known = files.read_json(file) if file.exists() else []
@@ -154,20 +171,21 @@ def launch(size: int, cases: list[list[str]], file: Path) -> None:
 
 def compare(cases: list[list[str]]) -> list[dict]:
     """Measured and predicted bytes of each case, with the errors of the rank that is furthest off."""
-    results = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measured.json"
         for size in sorted({processes(layout) for layout, *_ in cases}):
             launch(size, [case for case in cases if processes(case[0]) == size], file)
-        for entry in files.read_json(file):
-            layout, plan, recompute = entry["case"]
-            predicted = predict(case_config(*entry["case"]), processes(layout))
-            ranks = [
-                {"stage": stage, "measured": [static, peak], "predicted": list(predicted[stage])}
-                for stage, static, peak in entry["ranks"]
-            ]
-            results.append({"layout": layout, "plan": plan, "recompute": recompute, "ranks": ranks} | _errors(ranks))
+        results = [judged(*entry["case"], entry["ranks"]) for entry in files.read_json(file)]
     return results
+
+
+def judged(layout: str, plan: str, recompute: str, measured: list[tuple[int, int, int, int]]) -> dict:
+    """A case with predictions and errors, from stage, replica, static bytes and peak of each rank."""
+    config, ranks = case_config(layout, plan, recompute), []
+    for stage, replica, *sizes in measured:
+        predicted = predict(config, processes(layout), replica)[stage]
+        ranks.append({"stage": stage, "replica": replica, "measured": sizes, "predicted": list(predicted)})
+    return {"layout": layout, "plan": plan, "recompute": recompute, "ranks": ranks} | _errors(ranks)
 
 
 def _errors(ranks: list[dict]) -> dict[str, float]:
@@ -199,16 +217,14 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     parser = command_line.parser(__doc__.splitlines()[0], "python benchmarks/plan_memory.py --only tp2-sp,pp2")
-    parser.add_argument("--only", default=",".join(LAYOUTS), help="comma-separated layouts (default: all)")
-    parser.add_argument("--plans", default=",".join(PLANS), help="comma-separated plans (default: all)")
-    parser.add_argument("--recompute", default=",".join(RECOMPUTE), help="comma-separated kinds (default: all)")
+    layouts = ",".join(dict.fromkeys(layout for layout, *_ in CASES))
+    parser.add_argument("--only", default=layouts, help="comma-separated layouts (default: all)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return worker(json.loads(arguments.worker), arguments.json)
-    layouts, plans, kinds = (value.split(",") for value in (arguments.only, arguments.plans, arguments.recompute))
-    results = compare([[layout, plan, kind] for layout in layouts for plan in plans for kind in kinds])
+    results = compare([list(case) for case in CASES if case[0] in arguments.only.split(",")])
     print(table(results))
     if arguments.json:
         files.write_json(arguments.json, results)

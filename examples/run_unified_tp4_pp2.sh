@@ -41,6 +41,13 @@
 #   ROOT          the repository, if it is neither that of the script nor the folder of submission
 set -euo pipefail
 
+# Under Slurm, signals reach this script first and are remembered, however early they come.
+stop=
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    trap 'stop=USR1' USR1
+    trap 'stop=TERM' TERM
+fi
+
 # sbatch runs a copy of this script, so its location may not be in the repository.
 for ROOT in "${ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
     [[ -n $ROOT && -f $ROOT/pretrain_unified.py ]] && break
@@ -100,14 +107,10 @@ newest_checkpoint() { # its name; empty without any
 }
 say() { echo "$(date +%T) $*"; }
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), ${SLURM_JOB_NUM_NODES:-1} node(s), output $OUTPUT"
-before=$(newest_checkpoint) stop=
-
-# Signals reach this script first, so none is lost, however early: they are passed on until the launchers have ended.
-trap 'stop=USR1' USR1
-trap 'stop=TERM' TERM
+before=$(newest_checkpoint)
 read -ra srun <<<"${SRUN:-}"
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun does not take it from sbatch
-# The launcher's signals are ignored until it is ready for them.
+# The launcher's signals are ignored until it is ready for them; the script repeats them until the launchers have ended.
 # shellcheck disable=SC2016
 srun --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 ${srun[@]+"${srun[@]}"} bash -c '
     trap "" USR1 TERM
@@ -118,7 +121,7 @@ while kill -0 "$step" 2>/dev/null; do
         [[ $said == "$stop" ]] || say "SIG$stop: asking the run to save and stop"
         said=$stop
         kill -USR1 "$step" 2>/dev/null || true
-        sleep 5 &
+        sleep 10 &
     else
         sleep 86400 &
     fi

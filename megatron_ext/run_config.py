@@ -76,16 +76,18 @@ class CheckpointConfig:
     resume: bool = True
     """Resume from the newest complete checkpoint in the output folder, if there is one."""
     load: str | None = None
-    """Whose weights a new run starts from, at step 0: a checkpoint, the folder of a run, or the folder of a published
-    model (docs/published_models.md); ignored when a run resumes."""
+    """Whose weights a new run starts from, at step 0: a checkpoint, the folder of a run, the URL of a run (its newest
+    checkpoint is copied into OUTPUT/start), or the folder of a published model (docs/published_models.md). Ignored when
+    a run resumes."""
     on_damage: Literal["refuse", "older"] = "refuse"
     """What a run does whose newest checkpoint is damaged. refuse: stop and name the file; older: rename the checkpoint
     and resume from the one before."""
     replicate: str = ""
-    """A second place for complete checkpoints: a folder, or a URL that fsspec knows (s3://bucket/run); empty: none."""
+    """A second place for complete checkpoints: a folder, or a URL that fsspec knows (s3://bucket/run); empty: none. A
+    run whose own folder has no checkpoint resumes from the newest one there."""
     local: str = ""
-    """Folder on a disk of each node (or in /dev/shm) for frequent checkpoints that survive a lost process or node;
-    empty: none."""
+    """Folder on a disk of each node (or in /dev/shm) for frequent checkpoints that survive a lost process or node; may
+    name environment variables ($TMPDIR); empty: none."""
     local_interval: int = 0
     """Iterations between local checkpoints; 0: never."""
 

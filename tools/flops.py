@@ -37,7 +37,7 @@ def main() -> None:
         chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
         if config.model.num_layers % chunks:
             config.parallel.layout = layout_string(even_counts(config.model.num_layers, chunks))
-    validate(config, config.parallel.tensor * config.parallel.pipeline)
+    validate(config, config.parallel.tensor * config.parallel.context * config.parallel.pipeline)
     validate_evaluation(config)
     if options.paper:
         numbers = {"paper": published_costs.compare(), "heads": published_costs.compare_heads()}
@@ -51,11 +51,12 @@ def main() -> None:
         text = plan.table()
     else:
         config, size = with_vocabulary(config)
+        size, all_logits = options.vocabulary or size, options.logits == "all"
         batch = mix_batch(options.mix, config.model.image_codes.depth, config.data.generation_text)
-        numbers = {"mix": options.mix} | summarize(config, options.vocabulary or size, batch, options.logits == "all")
+        numbers = {"mix": options.mix} | summarize(config, size, batch, all_logits)
         text = describe(numbers)
         if options.balance:
-            numbers["balance"] = summarize_balance(config, options.vocabulary or size, options.mix, options.balance)
+            numbers["balance"] = summarize_balance(config, size, options.mix, options.balance, all_logits)
             text += "\n\n" + describe_balance(numbers["balance"])
     print(text)
     if options.json:

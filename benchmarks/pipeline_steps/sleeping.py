@@ -1,9 +1,8 @@
 """Megatron-Core's schedule with chunks that sleep for as long as their layers would compute."""
 
-import statistics
 import time
-from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -13,47 +12,45 @@ from pipeline_steps import schedule
 BACKWARD = 2
 """A backward pass takes as long as so many forward passes."""
 
-
-@dataclass(frozen=True)
-class Sleeps:
-    """A step to measure.
-
-    Attributes:
-        forward: seconds of each forward pass, [replica][P * V chunks][micro-batch].
-    """
-
-    pipeline: int
-    virtual: int
-    forward: list[list[list[float]]]
+Forward = list[list[list[float]]]
+"""Seconds of each forward pass, [replica][P * V chunks][micro-batch]."""
 
 
-def measure(steps: list[Sleeps], repeats: int) -> list[float]:
-    """Seconds of each step, the median of so many; call it on all ranks."""
-    medians = []
-    for sleeps in steps:
-        model = schedule.chunks(sleeps.pipeline, sleeps.virtual, len(sleeps.forward[0][0]), _Sleep(sleeps))
-        # The first step also connects the ranks.
-        times = [_seconds(model, len(sleeps.forward[0][0])) for _ in range(repeats + 1)][1:]
-        medians.append(statistics.median(times))
-    return medians
+def measure(pipeline: int, virtual: int, steps: list[Forward], repeats: int) -> list[tuple[float, float]]:
+    """Seconds of each step, and those that a rank slept in it, on average; of the shortest of so many rounds in which
+    the steps take turns, since other processes only add to them. Call it on all ranks."""
+    sleep, micro_batches = _Sleep(pipeline), len(steps[0][0][0])
+    model = schedule.chunks(pipeline, virtual, micro_batches, sleep)
+    schedule.step(model, micro_batches)  # connects the ranks
+    shortest = [(float("inf"), 0.0)] * len(steps)
+    for _ in range(repeats):
+        for number, forward in enumerate(steps):
+            sleep.choose(forward)
+            dist.barrier()
+            start = time.perf_counter()
+            schedule.step(model, micro_batches)
+            dist.barrier()
+            seconds, asleep = time.perf_counter() - start, torch.tensor(sleep.asleep)
+            dist.all_reduce(asleep)
+            shortest[number] = min(shortest[number], (seconds, asleep.item() / dist.get_world_size()))
+    return shortest
 
 
 class _Sleep:
     """Sleeps for a task of this rank."""
 
-    def __init__(self, sleeps: Sleeps):
-        self.sleeps = sleeps
+    def __init__(self, pipeline: int):
+        self.pipeline, self.own, self.asleep = pipeline, None, 0.0
+
+    def choose(self, forward: Forward) -> None:
+        """The step that is slept from now on; before, no task takes time."""
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        self.own = forward[parallel_state.get_data_parallel_rank()][rank :: self.pipeline]
+        self.asleep = 0.0
 
     def __call__(self, task: Task) -> None:
-        replica, rank = parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-        seconds = self.sleeps.forward[replica][task.chunk * self.sleeps.pipeline + rank][task.micro_batch]
-        time.sleep(seconds if task.is_forward else BACKWARD * seconds)
-
-
-def _seconds(model: list[schedule.Chunk], micro_batches: int) -> float:
-    """From the moment when all ranks are ready to the moment when all have done their tasks."""
-    dist.barrier()
-    start = time.perf_counter()
-    schedule.step(model, micro_batches)
-    dist.barrier()
-    return time.perf_counter() - start
+        if self.own:
+            seconds = self.own[task.chunk][task.micro_batch]
+            start = time.perf_counter()
+            time.sleep(seconds if task.is_forward else BACKWARD * seconds)
+            self.asleep += time.perf_counter() - start

@@ -46,6 +46,8 @@ class Checkpointing(Callback):
             self._failures = MAX_FAILURES - 1  # no other attempt follows
             self._save(run)
             self._attempt(run.checkpoints.finish)
+        if run.checkpoints.replica:
+            run.checkpoints.replica.finish()
         if run.checkpoints.local:
             run.checkpoints.local.finish()
             if run.progress.iteration >= run.config.training.iterations:
@@ -74,7 +76,7 @@ class Checkpointing(Callback):
         except WriteError as error:
             self._failures += 1
             if self._failures >= MAX_FAILURES:
-                raise UserError(f"{error}; this checkpoint was the last attempt") from None
+                raise UserError(f"{error}; this was the last attempt") from None
             report(
                 f"checkpoint of iteration {self._saving} not written: {error}; training goes on, and stops when "
                 f"{MAX_FAILURES} in a row fail ({self._failures} so far)"

@@ -60,6 +60,8 @@ class Logger:
     flops, flops_ratio                    FLOPs of the iteration; relative to the dense plan
     stack_flops_ratio                     that of the layers alone; with several codes an image token only
     mfu                                   model FLOPs utilisation, 0 .. 1; None where the device's peak is not known
+    checkpoint_seconds                    time that checkpoints have held up training since the record before; no part
+                                          of step_seconds
     skipped_steps, skip_reason            bad steps so far; why this one was skipped, on skipped ones only
     non_finite                            ranks and parameters with numbers that are not finite, on the first of the
                                           skipped steps in a row, if it had such numbers

@@ -5,7 +5,6 @@ All ranks must see the same file system.
 
 import importlib.metadata
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,10 @@ from megatron_ext.checkpoints import checks
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints import state as checkpoint_state
 from megatron_ext.checkpoints import writer as checkpoint_writer
-from megatron_ext.checkpoints.errors import WriteError, cause, writing
+from megatron_ext.checkpoints.errors import DamageError, WriteError, cause, writing
 from megatron_ext.checkpoints.local import LocalCheckpoints, LocalPoint
-from megatron_ext.distributed import from_rank_zero, gather_weights
+from megatron_ext.checkpoints.replica import Replica
+from megatron_ext.distributed import from_rank_zero, gather_weights, report
 from megatron_ext.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,14 @@ class Checkpointer:
     Every method is collective: all ranks call it in the same order.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, asynchronous: bool = False, local: LocalCheckpoints | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        asynchronous: bool = False,
+        local: LocalCheckpoints | None = None,
+        replica: Replica | None = None,
+    ):
         """
         Args:
             folder: holds one ``iter_NNNNNNN`` per checkpoint.
@@ -44,8 +51,9 @@ class Checkpointer:
             asynchronous: write in a forked process while training continues. Call :meth:`poll` each iteration and
                 :meth:`finish` at the end: a written checkpoint is completed only there.
             local: checkpoints on the disks of the nodes, which a run may resume from too.
+            replica: a second place that complete checkpoints are copied to.
         """
-        self.local = local
+        self.local, self.replica = local, replica
         self.folder = Path(folder)
         self.keep = keep
         self.asynchronous = asynchronous
@@ -111,6 +119,8 @@ class Checkpointer:
         Raises:
             WriteError: as for :meth:`save`.
         """
+        if self.replica:
+            self.replica.poll()
         return bool(self._queue.maybe_finalize_async_calls())
 
     def finish(self) -> bool:
@@ -126,12 +136,20 @@ class Checkpointer:
         return checkpoints[-1] if checkpoints else None
 
     def resume_point(self) -> Path | LocalPoint | None:
-        """What a run resumes from: the newest checkpoint, or a newer local one; None: there is neither."""
-        newest = self.newest()
+        """What a run resumes from: the newest checkpoint, of the second place if there is none here, or a newer local
+        one; None: there is no checkpoint."""
+        newest = self.newest() or self._restored()
         local = self.local.newest() if self.local else None
         if local and (newest is None or local.iteration > checkpoint_folder.iteration_of(newest)):
             return local
         return newest
+
+    def _restored(self) -> Path | None:
+        """The newest checkpoint of the second place, copied back."""
+        path = self.replica.restore(self.folder) if self.replica else None
+        if path:
+            report(f"{path} is copied back from checkpoint.replicate, {self.replica.place}")
+        return path
 
     def forget_after(self, iteration: int) -> None:
         """Delete local checkpoints of later iterations: the run goes on from this one, maybe otherwise than before."""
@@ -139,20 +157,28 @@ class Checkpointer:
             self.local.keep(lambda file: file.iteration <= iteration)
 
     def set_aside(self, path: Path) -> Path | None:
-        """Rename the damaged checkpoint ``path`` to ``iter_NNNNNNN.damaged`` if there is an older one.
+        """Rename the damaged checkpoint ``path`` to ``iter_NNNNNNN.damaged``, if there is another to go on from.
 
         Returns:
-            The next older checkpoint; None: there is none, and nothing was renamed.
+            The newest other one: the next older, or a copy from the second place; None: there is none, and nothing was
+            renamed.
         """
-
-        def rename() -> Path | None:
-            iteration = checkpoint_folder.iteration_of
-            older = [p for p in checkpoint_folder.checkpoints(self.folder) if iteration(p) < iteration(path)]
-            if older:
-                os.rename(path, checkpoint_folder.damaged_name(path))
-            return older[-1] if older else None
-
-        return from_rank_zero(rename)
+        iteration = checkpoint_folder.iteration_of
+        older = from_rank_zero(lambda: checkpoint_folder.older_than(path))
+        copied = self.replica.newest() if self.replica else None
+        from_copy = copied is not None and (not older or copied > iteration(older))
+        if not (older or from_copy):
+            return None
+        damaged = from_rank_zero(lambda: path.rename(checkpoint_folder.damaged_name(path)))
+        if not from_copy:
+            return older
+        try:
+            return self._restored()
+        except DamageError as error:
+            report(str(error))
+            if not older:
+                from_rank_zero(lambda: damaged.rename(path))
+            return older
 
     def load(self, path: Path | LocalPoint, model: list[nn.Module], optimizer, expected: dict | None = None) -> dict:
         """Load a saved run under the same layout or another one.
@@ -207,11 +233,13 @@ class Checkpointer:
         with writing(self.folder):
             return checkpoint_folder.begin(self.folder, iteration)
 
-    def _complete(self, partial: Path, description: dict, report: checkpoint_writer.Report, describe: Callable) -> None:
+    def _complete(
+        self, partial: Path, description: dict, written: checkpoint_writer.Report, describe: Callable
+    ) -> None:
         """Make the written files a complete checkpoint; runs on every rank once all ranks have written."""
-        written = report.take()
+        spared = self.replica.source if self.replica else None
         of_ranks: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(written, of_ranks)
+        dist.gather_object(written.take(), of_ranks)
 
         def publish() -> Path:
             try:
@@ -225,7 +253,7 @@ class Checkpointer:
                 name = f"iter_{description['iteration']:07d}"
                 raise WriteError(str(error).replace(partial.name, name)) from None
             try:
-                checkpoint_folder.keep_newest(self.folder, self.keep)
+                checkpoint_folder.keep_newest(self.folder, self.keep, spared)
             except OSError as error:
                 _log.warning("%s: an older checkpoint could not be deleted (%s)", self.folder, cause(error))
             return final
@@ -233,6 +261,8 @@ class Checkpointer:
         final = from_rank_zero(publish)
         if dist.get_rank() == 0:
             _log.info("%s is complete", final)
+        if self.replica:
+            self.replica.offer(final)
 
 
 def _require_written(of_ranks: list[checkpoint_writer.Written]) -> None:

@@ -53,6 +53,11 @@ def of_run(folder: Path) -> Path:
     return paths[-1]
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return bool(_COMPLETE.fullmatch(name))
+
+
 def iteration_of(path: Path) -> int:
     """The iteration in a checkpoint's name: 20 for ``iter_0000020``."""
     return int(_COMPLETE.fullmatch(path.name)[1])
@@ -91,7 +96,19 @@ def complete(partial: Path, description: dict, files: dict[str, dict]) -> Path:
     for path in (*others, marker, partial):
         _sync(path)
 
-    final = partial.with_name(f"iter_{description['iteration']:07d}")
+    return _named(partial, description["iteration"])
+
+
+def publish(partial: Path, iteration: int, marker: bytes) -> Path:
+    """Turn a copy of a checkpoint's files, which are on disk, into a checkpoint with the original's marker."""
+    (partial / MARKER).write_bytes(marker)
+    for path in (partial / MARKER, partial):
+        _sync(path)
+    return _named(partial, iteration)
+
+
+def _named(partial: Path, iteration: int) -> Path:
+    final = partial.with_name(f"iter_{iteration:07d}")
     replaced = _rename_away(final) if final.exists() else None
     os.rename(partial, final)
     _sync(final.parent)
@@ -107,10 +124,17 @@ def delete(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest ``count`` checkpoints; 0 keeps all."""
+def keep_newest(folder: Path, count: int, spared: Path | None = None) -> None:
+    """Delete all but the newest ``count`` checkpoints and ``spared``; 0 keeps all."""
     for path in checkpoints(folder)[:-count] if count else []:
-        delete(path)
+        if path != spared:
+            delete(path)
+
+
+def older_than(path: Path) -> Path | None:
+    """The next older checkpoint beside ``path``."""
+    older = [p for p in checkpoints(path.parent) if iteration_of(p) < iteration_of(path)]
+    return older[-1] if older else None
 
 
 def damaged_name(path: Path) -> Path:

@@ -1,11 +1,12 @@
-"""Memory of each rank: parameters with their gradients and optimizer states, activations, and what a step needs besides.
+"""Memory of each rank: parameters with their gradients and optimizer states, activations, and what a step needs
+besides.
 
 Bytes of a parameter: in bf16 2, its gradient 4 (float32), master weight and moments 12; in float32 4, 4 and 8. The
 distributed optimizer shards the last over the replicas (and context ranks); in bf16 the master weights too.
 
 Activations are those of :mod:`~megatron_ext.routing.memory`, of as many micro-batches as the schedule keeps alive on a
-rank, with the hidden states that stages exchange. The peak of a rank is the largest, over its tasks in order, of what is
-alive and what the task needs for itself: the output head; the gradients of a layer while its activations are still
+rank, with the hidden states that stages exchange. The peak of a rank is the largest, over its tasks in order, of what
+is alive and what the task needs for itself: the output head; the gradients of a layer while its activations are still
 there; with full recomputation, the activations of one layer. The heaviest of the sampled micro-batches come first.
 """
 
@@ -18,7 +19,7 @@ from megatron_ext.config import Config, ModelConfig
 from megatron_ext.planning.devices import Device
 from megatron_ext.planning.workload import Workload, of_role
 from megatron_ext.routing import memory
-from megatron_ext.routing.flops import projection_shapes
+from megatron_ext.routing.flops import key_width, projection_shapes
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.image_code_costs import depth_head_parameters, projector_parameters
 from megatron_ext.routing.pipeline import Task, order
@@ -165,6 +166,9 @@ class MicroBatchMemory:
         self._padding = row * (stored - real)  # where T is fixed, a part of layers' whole inputs
         self._layers, self._first_layers = self._kept(training.recompute)
         self._device_layers = workload.device_bytes(device, config)
+        if training.recompute == "none" and parallel.context > 1:
+            keys = 2 * key_width(model) / parallel.tensor * self._size * workload.received_share(config)
+            self._layers, self._first_layers = (x + self._keys() * keys for x in (self._layers, self._first_layers))
         self._logits = np.array([counts.logits for counts in self._counts]) * self._share
         self._logit_bytes = self._logits * vocab_size / parallel.tensor * (4 if self._size == 4 else 6)
 
@@ -180,6 +184,11 @@ class MicroBatchMemory:
         changed = [2 * kinds.index(kind) for kind in roles]
         inside = [n + (own == before) for n, own, before in zip(changed, roles, (None, *roles))]
         return bytes_[:, inside], bytes_[:, changed]
+
+    def _keys(self) -> np.ndarray:
+        """Keys of each micro-batch in each layer, on all context ranks."""
+        takes_part = np.array([[role != Role.SKIP for role in roles] for roles in self._plan.roles])
+        return np.array([counts.tokens for counts in self._counts]) @ takes_part.T
 
     def chunk(self, layers: list[int], number: int, count: int) -> ChunkMemory:
         """The memory of the chunk ``number`` of ``count``."""

@@ -82,10 +82,17 @@ class Search:
         configs = list(self._configs(devices))
         if not configs:
             raise UserError(f"--gpus {devices}: no layout of {self._config.training.global_batch_size} rows a step")
-        feasible, misses = [], []
+        feasible, misses, without = [], [], set()
         for config in progress(configs):
+            candidate = Candidate(config, [])
+            if candidate.key[:-1] in without:
+                continue  # recomputation only takes time where it is not needed
             candidate = self._candidate(config, devices)
-            (misses if candidate.time is None else feasible).append(candidate)
+            if candidate.time is None:
+                misses.append(candidate)
+            else:
+                feasible.append(candidate)
+                without.add(candidate.key[:-1])
         feasible.sort(key=lambda c: c.time.seconds)
         best = [self._refined(candidate, devices) for candidate in progress(feasible[:REFINED])]
         feasible[:REFINED] = best

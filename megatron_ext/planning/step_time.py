@@ -103,12 +103,12 @@ def link_seconds(device: Device, messages: Messages, reach: int, ranks: int) -> 
 def layer_costs(
     config: Config, workload: Workload, vocab_size: int, device: Device, micro_batches: list[Counts]
 ) -> LayerCosts:
-    """The costs of micro-batches on a rank, whatever its stage; ``micro_batches`` hold the rows of all context ranks."""
+    """The costs of micro-batches, of all context ranks together, on a rank, whatever its stage."""
     model, parallel, plan = config.model, config.parallel, workload.plan
     size, tensor = 2 if config.training.precision == "bf16" else 4, parallel.tensor
     kernels = Kernels(device, model, tensor, tensor if parallel.sequence else 1, size)
     unlimited = Kernels(_unlimited(device), model, tensor, kernels.ranks, size)
-    received = _received_share(config, workload)
+    received = workload.received_share(config)
     layers = [[] for _ in plan.roles]
     first, last, messages, thin = [], [], [], []
     for whole in micro_batches:
@@ -116,18 +116,19 @@ def layer_costs(
         exposed = saved = 0.0
         known = {}
         for number, roles in enumerate(plan.roles):
-            if roles not in known:
+            same = number > 0 and roles == plan.roles[number - 1] and config.training.recompute != "full"
+            if (roles, same) not in known:
                 compute, attention = kernels.layer(plan, counts, number)
-                sent = _layer_messages(config, workload, counts, number, size, device, received)
+                sent = _layer_messages(config, workload, counts, number, size, device, received, same)
                 forward, backward = compute.forward + sent.forward, compute.backward + sent.backward
                 again = {"none": 0.0, "selective": attention.forward, "full": forward}[config.training.recompute]
                 best = unlimited.layer(plan, counts, number)[0]
-                known[roles] = (
+                known[roles, same] = (
                     Seconds(forward, backward + again),
                     sent.forward + sent.backward,
                     compute.forward + compute.backward - best.forward - best.backward,
                 )
-            seconds, sent_seconds, lost = known[roles]
+            seconds, sent_seconds, lost = known[roles, same]
             layers[number].append(seconds)
             exposed += sent_seconds
             saved += lost
@@ -139,13 +140,22 @@ def layer_costs(
 
 
 def _layer_messages(
-    config: Config, workload: Workload, counts: Counts, layer: int, size: int, device: Device, received: float
+    config: Config,
+    workload: Workload,
+    counts: Counts,
+    layer: int,
+    size: int,
+    device: Device,
+    received: float,
+    gathered: bool,
 ) -> Seconds:
-    """Exposed seconds of a layer's messages."""
+    """Exposed seconds of a layer's messages; ``gathered``: the layer before gathered its KV_ONLY rows."""
     model, parallel, roles, plan = config.model, config.parallel, workload.plan.roles[layer], workload.plan
     tensor = parallel.tensor
     full, kv_only = (of_role(counts, roles, role) for role in (Role.FULL, Role.KV_ONLY))
-    forward, backward = traffic.layer_messages(model, plan.projections, full, kv_only, tensor, parallel.sequence, size)
+    forward, backward = traffic.layer_messages(
+        model, plan.projections, full, kv_only, tensor, parallel.sequence, size, gathered
+    )
     low_rank = traffic.low_rank_messages(plan.projections, counts.tokens, roles, tensor, size)
     hidden = 0.5 if parallel.sequence else 1.0
     reach = tensor
@@ -159,18 +169,6 @@ def _layer_messages(
         exchange = 0.5 * link_seconds(device, keys, tensor * parallel.context, parallel.context)
         seconds += Seconds(exchange, exchange)
     return seconds
-
-
-def _received_share(config: Config, workload: Workload) -> float:
-    """Keys that a context rank receives, as a share of all keys of a micro-batch: of documents that fill more than three
-    quarters of a rank's rows all others, of short ones what the cuts between ranks take."""
-    context = config.parallel.context
-    rows = config.training.micro_batch_size * config.data.sequence_length
-    if context == 1:
-        return 0.0
-    if workload.longest > 0.75 * rows / context:
-        return (context - 1) / context
-    return min((context - 1) / context, workload.longest / 2 / rows * 2)
 
 
 def step_time(
@@ -244,7 +242,7 @@ def _border_seconds(config: Config, workload: Workload, device: Device, replicas
 
 
 def _replica_seconds(config: Config, device: Device, parameters: int, replicas: int, backward: float) -> float:
-    """Exposed seconds of a rank's messages to the other replicas, given the seconds of a micro-batch's backward pass."""
+    """Exposed seconds of a rank's messages to other replicas, given those of a micro-batch's backward pass."""
     parallel = config.parallel
     ranks = replicas * parallel.context
     size = 2 if config.training.precision == "bf16" else 4

@@ -1,4 +1,4 @@
-"""What the rows of a run hold, as far as their cost depends on it: counts of tokens, from a mix or from prepared data."""
+"""What the rows of a run hold, as far as their cost depends on it: counts of tokens, from a mix or from rows."""
 
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -12,6 +12,7 @@ from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.flops import Counts, count
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.routing.route import Route
+from megatron_ext.token_classes import PADDING_DOCUMENT
 
 SAMPLED_ROWS = 256
 
@@ -23,14 +24,14 @@ class Workload:
     Attributes:
         rows: counts of each sampled row.
         fill: share of a row that is not padding.
-        longest: tokens of the longest document.
+        documents: tokens of each document.
         batch: the rows themselves, where they are known.
     """
 
     plan: Plan
     rows: tuple[Counts, ...]
     fill: float
-    longest: int
+    documents: tuple[int, ...]
     batch: Batch | None = None
     _micro_batches: dict[int, list[Counts]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -55,9 +56,21 @@ class Workload:
         none = np.zeros((len(micro_batches), config.model.num_layers))
         if device.memory or self.batch is None:
             return none
-        size = config.training.micro_batch_size
+        size, context = config.training.micro_batch_size, config.parallel.context
         parts = [self.batch.rows(i * size, (i + 1) * size) for i in range(len(micro_batches))]
-        return np.array([_mask_bytes(part, self.plan) for part in parts])
+        ranks = [[_mask_bytes(part, self.plan, (rank, context)) for part in parts] for rank in range(context)]
+        return np.array(ranks).max(0)
+
+    def received_share(self, config: Config) -> float:
+        """Keys that a context rank receives, as a share of a micro-batch's: of the documents that are cut, because they
+        fill more than 1 / (2 C) of it, all others'; between the short ones, ranks cut about one document."""
+        context = config.parallel.context
+        tokens = config.training.micro_batch_size * config.data.sequence_length
+        if context == 1:
+            return 0.0
+        long = [n for n in self.documents if n > tokens / (2 * context)]
+        share = sum(long) / sum(self.documents)
+        return min(1.0, share + (1 - share) * np.mean(self.documents) / tokens) * (context - 1) / context
 
     @classmethod
     def of_batch(cls, batch: Batch, plan: Plan) -> "Workload":
@@ -65,9 +78,9 @@ class Workload:
         batch = batch.arrays()
         rows = tuple(count(batch.rows(i, i + 1), plan) for i in range(batch.shape[0]))
         tokens = sum(sum(row.tokens) for row in rows)
-        return cls(
-            plan, rows, tokens / (batch.shape[0] * batch.shape[1]), int(batch.positions.max(initial=0)) + 1, batch
-        )
+        real = (batch.document != PADDING_DOCUMENT).ravel()
+        documents = np.bincount(batch.document_starts().ravel().cumsum()[real])
+        return cls(plan, rows, tokens / real.size, tuple(documents[documents > 0].tolist()), batch)
 
     @classmethod
     def of_mix(cls, config: Config, plan: Plan, mix: str) -> "Workload":
@@ -93,7 +106,7 @@ class Workload:
                 used += lengths[chosen]
             left = 0.0
             rows.append(reduce(Counts.__add__, (documents[i].scaled(share) for i, share in row)))
-        return cls(plan, tuple(rows), 1.0, int(lengths.max()))
+        return cls(plan, tuple(rows), 1.0, tuple(lengths.tolist()))
 
 
 def of_role(counts: Counts, roles: tuple[Role, ...], role: Role) -> int:
@@ -101,10 +114,10 @@ def of_role(counts: Counts, roles: tuple[Role, ...], role: Role) -> int:
     return sum(n for n, r in zip(counts.tokens, roles) if r == role)
 
 
-def _mask_bytes(batch: Batch, plan: Plan) -> list[int]:
+def _mask_bytes(batch: Batch, plan: Plan, context: tuple[int, int]) -> list[int]:
     """Bytes of the masks that torch's attention keeps on CPUs in each layer: a float32 for each query and key of the
     segments whose keys are more than their queries."""
-    route = Route.arrays(batch, plan, bucketed=True)
+    route = Route.arrays(batch, plan, bucketed=True, context=context)
     masks = {
         id(layer): sum(len(b.offsets) * b.queries * b.keys for b in layer.buckets if b.offsets is not None)
         for layer in route.layers

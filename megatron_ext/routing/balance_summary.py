@@ -5,23 +5,26 @@ from itertools import accumulate
 
 from megatron_ext.config import Config
 from megatron_ext.routing.document_mix import mix_documents
-from megatron_ext.routing.flops import count, head_flops, layer_flops, projector_flops
+from megatron_ext.routing.flops import count, head_flops, layer_flops, projector_flops, with_all_logits
 from megatron_ext.routing.pipeline_balance import ModelCosts, balance
 from megatron_ext.routing.pipeline_layout import even_counts, layers_of_chunks, layout_string
 from megatron_ext.routing.plan import Plan
 
 
-def sampled_costs(config: Config, vocab_size: int, mix: str, micro_batches: int) -> ModelCosts:
+def sampled_costs(
+    config: Config, vocab_size: int, mix: str, micro_batches: int, all_logits: bool = False
+) -> ModelCosts:
     """FLOPs of forward passes of micro-batches whose rows are filled with documents drawn from a mix.
 
     Args:
         vocab_size: rows of the output head.
         mix: as for :func:`~megatron_ext.routing.document_mix.mix_batch`.
+        all_logits: compute the output head for all tokens that are FULL in the last layer instead of those with loss.
     """
     model, plan = config.model, Plan.from_config(config)
     weights, lengths, parts = [], [], []
     for number, batch in mix_documents(mix, model.image_codes.depth, config.data.generation_text):
-        counts = count(batch, plan)
+        counts = with_all_logits(count(batch, plan), plan) if all_logits else count(batch, plan)
         ends = [projector_flops(model, counts), head_flops(model, vocab_size, counts)]
         weights.append(number)
         lengths.append(batch.tokens.size)
@@ -48,15 +51,16 @@ def _fill(config: Config, drawn: random.Random, cumulative: list[int], lengths: 
         numbers.append(number)
 
 
-def summarize_balance(config: Config, vocab_size: int, mix: str, micro_batches: int) -> dict:
+def summarize_balance(config: Config, vocab_size: int, mix: str, micro_batches: int, all_logits: bool = False) -> dict:
     """The even layout, that of the configuration and the balanced one, with the time that a step of each takes by
     simulation over that of the same work without waiting.
 
     Args:
         micro_batches: of a step and replica.
+        all_logits: as for :func:`sampled_costs`.
     """
     parallel = config.parallel
-    costs = sampled_costs(config, vocab_size, mix, micro_batches)
+    costs = sampled_costs(config, vocab_size, mix, micro_batches, all_logits)
     layouts = {"even": even_counts(config.model.num_layers, parallel.pipeline * parallel.virtual_pipeline)}
     given = layers_of_chunks(parallel.layout) if parallel.layout else layouts["even"]
     if given != layouts["even"]:

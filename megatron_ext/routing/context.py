@@ -24,9 +24,6 @@ import numpy as np
 
 from megatron_ext.routing.plan import Role
 
-BLOCK_MULTIPLE = 64
-"""Rows: blocks of a long document of at least four times this many are cut at multiples of it, which kernels like."""
-
 
 @dataclass
 class Exchange:
@@ -183,7 +180,7 @@ class _Ranks:
         for g in np.unique(group).tolist():
             rows = np.flatnonzero(group == g) + document.start
             shares = self._shares(g, rows.size)
-            first = [n // 2 if n < 8 * BLOCK_MULTIPLE else n // 2 // BLOCK_MULTIPLE * BLOCK_MULTIPLE for n in shares]
+            first = [n // 2 for n in shares]
             blocks = [*first, *(n - f for n, f in zip(shares[::-1], first[::-1]))]
             order = [*range(len(shares)), *reversed(range(len(shares)))]
             self._give(rows, np.repeat(order, blocks), g)

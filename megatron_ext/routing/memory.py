@@ -5,7 +5,7 @@ width f, n query heads and m key/value heads::
 
     every token    h                          the layer's whole input, where its roles differ from the layer before: the
                                               rows that take part are slices of it
-    KV_ONLY        2*g                        key and value
+    KV_ONLY        2*g                        key and value, once for all segments of attention that see them
                    h + 1                      normed input and norm, where roles differ from the layer before: rows that
                                               do not change are normed once
     FULL           4*h + 3*a + 2*g + 3*f      input, normed inputs (2*h), residual; query, attention's output as
@@ -22,14 +22,14 @@ A layer also keeps the matrices that it computes for a micro-batch: the sums W +
 tokens are KV_ONLY, the key/value rows of its qkv matrices, without and with the norm's weight. Selective recomputation
 drops attention's output as computed and the softmax sums; full recomputation keeps only the layer's input.
 
-Left out: rotary tables (shared by the layers); attention masks on CPUs; keys stored twice because a document has text
-before and after a KV_ONLY image; copies of rows that a layer needs together but the stored order keeps apart;
-embedding, logits and loss.
+Left out: rotary tables (shared by the layers); attention masks on CPUs; keys repeated there in buckets of short
+segments; copies of rows that a layer needs together but the stored order keeps apart; embedding, logits and loss.
 
-On t tensor-parallel ranks a, g, f and n, and the matrices, are an t-th. Under sequence parallelism so are h and the norms
-(of the input, the residual stream and the normed inputs), except where a product gathers rows beforehand and keeps what
-it gathered: the normed input of split projections, and of qkv in layers with KV_ONLY rows, whose normed rows are then
-kept whole in every layer (h). Without sequence parallelism these FULL and KV_ONLY rows are put together in a copy.
+On t tensor-parallel ranks a, g, f and n, and the matrices, are a t-th. Under sequence parallelism so are h and the
+norms (of the input, the residual stream and the normed inputs), except where a product gathers rows beforehand and
+keeps what it gathered: the normed input of split projections, and of qkv in layers with KV_ONLY rows. The normed
+KV_ONLY rows are kept whole too (h), where roles differ from the layer before: later layers take what was gathered.
+Without sequence parallelism that layer puts FULL and KV_ONLY rows together in a copy (h).
 
 The projector of image tokens of several codes keeps of each the sum of its code vectors, of width e, and what is before
 and after GELU::
@@ -86,7 +86,9 @@ def activation_bytes(
         changed = roles != before or number in first
         kept = h / ranks * (sum(counts.tokens) if changed or recompute == "full" else full)
         if recompute != "full":
-            kept += kv_only * (g + ((h + 1) / ranks if changed else 0) + (h if tensor > 1 else 0))
+            kept += kv_only * g
+            if changed:
+                kept += kv_only * ((h + 1) / ranks + (h if tensor > 1 else 0))
             kept += full * _full(model, plan.projections, recompute == "selective", kv_only > 0, tensor, ranks)
             if model.qk_norm:
                 pairs, heads = g + model.num_query_groups / tensor, model.num_attention_heads / tensor

@@ -12,6 +12,8 @@
 ``bad_steps.py``          steps that are skipped: a loss that is not finite, or jumps
 ``lifecycle.py``          when to stop: signals, time limits, the end of a Slurm job
 ``stop_signals.py``       signals that arrive before training begins
+``resuming.py``           where checkpoints are, and resuming from the newest one that is intact
+``output_lock.py``        ``OUTPUT/LOCK``: one run at a time in an output folder
 ``watch.py``              hangs: where every rank is, who holds up the others (``beats.py``, ``hang_report.py``)
 ``schedule_timers.py``    what the schedules tell the watch, and the time of passes
 ``non_finite.py``         the ranks and parameters that numbers that are not finite come from

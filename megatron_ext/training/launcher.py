@@ -42,7 +42,7 @@ def main() -> None:
         run.run(run.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if stop.told and failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        if stop.told and failure.exitcode in (-signal.SIGUSR1, -signal.SIGTERM, 128 + signal.SIGTERM):
             sys.exit(0)  # told to stop before training began
         print(f"launcher: rank {rank} failed first, {_describe(failure)}", file=sys.stderr, flush=True)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)

@@ -12,14 +12,33 @@ from megatron_ext import distributed
 from megatron_ext.checkpoints.checkpointer import Checkpointer
 from megatron_ext.checkpoints.errors import DamageError
 from megatron_ext.checkpoints.local import LocalCheckpoints, LocalPoint
+from megatron_ext.checkpoints.replica import Replica
+from megatron_ext.checkpoints.storage import is_url
 from megatron_ext.config import Config
+from megatron_ext.errors import UserError
 
 
 def build_checkpointer(config: Config) -> Checkpointer:
     """The checkpoints of a run in its output folder, and local ones where the configuration asks for them."""
     output, checkpoint = Path(config.output), config.checkpoint
     local = LocalCheckpoints(checkpoint.local, output, _layout(config)) if checkpoint.local else None
-    return Checkpointer(output / "checkpoints", checkpoint.keep, checkpoint.asynchronous, local)
+    replica = Replica(checkpoint.replicate, checkpoint.keep) if checkpoint.replicate else None
+    return Checkpointer(output / "checkpoints", checkpoint.keep, checkpoint.asynchronous, local, replica)
+
+
+def fetched(load: str, output: str) -> Path:
+    """``checkpoint.load`` as a path: the newest checkpoint of a URL is copied into OUTPUT/start. Collective.
+
+    Raises:
+        UserError: there is none at the URL.
+    """
+    if not is_url(load):
+        return Path(load)
+    path = Replica(load, keep=0).restore(Path(output) / "start")
+    if path is None:
+        raise UserError(f"{load}: no complete checkpoint")
+    distributed.report(f"{path} is copied from {load}")
+    return path
 
 
 def load_intact(
@@ -40,12 +59,11 @@ def load_intact(
         try:
             return point, load(point)
         except DamageError as error:
-            older = checkpoints.set_aside(point) if on_damage == "older" else None
-            if older is None:
+            if on_damage != "older" or not checkpoints.set_aside(point):
                 raise
             fault = str(error).partition("; ")[0]
-            distributed.report(f"{fault}; {point.name} is renamed {point.name}.damaged, going back to {older.name}")
-            point = older
+            damaged, point = point, checkpoints.resume_point()
+            distributed.report(f"{fault}; {damaged.name} is renamed {damaged.name}.damaged, going back to {point}")
 
 
 def _layout(config: Config) -> str:

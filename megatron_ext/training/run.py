@@ -22,7 +22,7 @@ from megatron_ext.routing.row_costs import RowCosts
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.image_codes import check_images, with_tokenizer
 from megatron_ext.training.prepare import Preparation
-from megatron_ext.training.resuming import build_checkpointer, load_intact
+from megatron_ext.training.resuming import build_checkpointer, fetched, load_intact
 from megatron_ext.training.setup import build_model, build_optimizer
 from megatron_ext.transformer.resolved import ResolvedConfig, padded_vocab_size, resolve, vocab_size
 from megatron_ext.vocabulary import Vocabulary
@@ -130,7 +130,7 @@ def build_run(config: Config) -> Run:
     if newest:
         _resume(run, newest)
     elif config.checkpoint.load:
-        _start(run, Path(config.checkpoint.load), published)
+        _start(run, fetched(config.checkpoint.load, config.output), published)
     checkpoints.forget_after(run.progress.iteration)
     return run
 
@@ -216,12 +216,16 @@ def describe(run: Run) -> str:
     replicas = parallel_state.get_data_parallel_world_size()
     rows = config.training.global_batch_size
     most = -(-rows // replicas)
-    idle = f" (up to {most} of {rows} rows each, {1 - rows / (replicas * most):.0%} idle)" if rows % replicas else ""
-    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}{idle}"]
+    idle = 100 * (1 - rows / (replicas * most))
+    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}"]
+    if idle:
+        layout[-1] += f" (up to {most} of {rows} rows each, {idle:.0f} % idle)"
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.layout:
         layout[1] += f" of {'+'.join(map(str, layers_of_chunks(parallel.layout)))} layers"
+    if parallel.context > 1:
+        layout.insert(1, f"context {parallel.context}")
     if parallel.sequence:
         layout.append("sequence parallel")
     fp8 = run.resolved.fp8

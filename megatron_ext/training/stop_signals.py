@@ -2,8 +2,8 @@
 
 Importing Megatron-Core, joining the other ranks and loading a checkpoint can take minutes. SIGUSR1 that arrives
 meanwhile, shortly before a Slurm job ends, must neither kill the process nor be forgotten: :func:`remember` keeps it
-until :class:`~megatron_ext.training.lifecycle.Lifecycle` takes over. Slurm and the launch script repeat signals:
-:func:`ignore` makes those harmless that arrive when the run has saved and stopped. Imports nothing heavy.
+until :class:`~megatron_ext.training.lifecycle.Lifecycle` takes over. Slurm and the launch script repeat signals: after
+the first, more are ignored, and :func:`ignore` does the same when training has ended. Imports nothing heavy.
 """
 
 import os
@@ -23,7 +23,7 @@ def remember() -> None:
     it is alone, since it has done what it was told to, and with 143 among other ranks, whose launcher must notice.
     Ctrl-C keeps its meaning.
     """
-    signal.signal(signal.SIGUSR1, lambda number, frame: _received.append(number))
+    signal.signal(signal.SIGUSR1, _note)
     signal.signal(signal.SIGTERM, _end)
     # The launcher blocks these signals in the processes it starts, until a handler is there.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -49,6 +49,11 @@ def ignore() -> None:
     the process, but not of ignored signals."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _note(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_IGN)  # another one would only interrupt system calls
+    _received.append(number)
 
 
 def _end(number: int, frame) -> None:

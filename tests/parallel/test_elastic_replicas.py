@@ -16,6 +16,7 @@ SETTINGS = [
 ]
 SEVEN = ["training.global_batch_size=7", "training.micro_batch_size=2"]
 TWO = ["training.global_batch_size=2", "training.micro_batch_size=2", "data.rows=by_task"]
+ONE = ["training.global_batch_size=1", "training.micro_batch_size=1"]
 SHARDED = ["parallel.distributed_optimizer=true", "parallel.overlap=true"]
 BALANCED = "data.composition=balanced"
 INTERLEAVED = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
@@ -31,7 +32,7 @@ def sources(tmp_path_factory) -> list:
 @pytest.fixture(scope="module")
 def alone(sources, tmp_path_factory) -> list:
     """What one process measures."""
-    [measured] = world(1, _measure, [SEVEN, TWO], sources, folder=tmp_path_factory.mktemp("alone"))
+    [measured] = world(1, _measure, [SEVEN, TWO, ONE], sources, folder=tmp_path_factory.mktemp("alone"))
     return measured
 
 
@@ -46,14 +47,19 @@ def test_three_replicas_share_seven_rows_then_two_of_one_task_each(alone, source
     assert any(rank[2]["tasks"] != ranks[1][2]["tasks"] for rank in ranks)
 
 
-def test_pipelines_of_unequal_micro_batches_share_seven_rows(alone, sources, tmp_path):
+def test_two_pipelines_share_seven_rows_and_two_context_groups_a_single_one(alone, sources, tmp_path):
     single = [*SEVEN, "training.micro_batch_size=1"]
-    runs = [[*single, "parallel.pipeline=2"], [*single, *INTERLEAVED, *SHARDED, BALANCED]]
+    runs = [
+        [*single, "parallel.pipeline=2"],
+        [*single, *INTERLEAVED, *SHARDED, BALANCED],
+        [*ONE, "parallel.context=2", *SHARDED],
+    ]
     ranks = world(4, _measure, runs, sources, folder=tmp_path)
     for measured in ranks:
-        _assert_equal(measured, [alone[0], alone[0]])
+        _assert_equal(measured, [alone[0], alone[0], alone[2]])
     shares = {rank[0]["replica"]: [of_run["micro_batches"] for of_run in rank] for rank in ranks}
-    assert shares == {0: [3, 4], 1: [4, 4]}  # of three rows one is empty: interleaved stages need an even number
+    # To three micro-batches an empty one is added where interleaved stages need an even number, and to none at all one.
+    assert shares == {0: [3, 4, 1], 1: [4, 4, 1]}
 
 
 def _assert_equal(measured: list, expected: list) -> None:
@@ -76,7 +82,7 @@ def _measure(runs: list[list[str]], sources: list) -> list[dict]:
     from megatron_ext.data.step_rows import StepRows
     from megatron_ext.routing.row_costs import RowCosts
     from megatron_ext.token_classes import Task
-    from megatron_ext.training.prepare import Preparation
+    from megatron_ext.training.prepare import Preparation, own_share
     from megatron_ext.training.setup import build_model, build_optimizer
     from megatron_ext.training.step import evaluate_step, evaluation_mode, train_step
     from megatron_ext.transformer.resolved import resolve
@@ -88,7 +94,7 @@ def _measure(runs: list[list[str]], sources: list) -> list[dict]:
         parallel, training = config.parallel, config.training
         parallel_state.destroy_model_parallel()
         virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-        parallel_state.initialize_model_parallel(1, parallel.pipeline, virtual)
+        parallel_state.initialize_model_parallel(1, parallel.pipeline, virtual, context_parallel_size=parallel.context)
         torch.manual_seed(training.seed)
         tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
         resolved = resolve(config, 256)
@@ -100,10 +106,10 @@ def _measure(runs: list[list[str]], sources: list) -> list[dict]:
         rows = StepRows(packed, training.global_batch_size, replica, replicas, composition)
         chunks = build_model(resolved)
         optimizer = build_optimizer(config, chunks)
-        steps = [prepare(rows[number], number) for number in range(3)]
-        results_of_steps = [train_step(chunks, optimizer, step.to("cpu"), config) for step in steps]
+        steps = [own_share(prepare(rows[number], number)).to("cpu") for number in range(3)]
+        results_of_steps = [train_step(chunks, optimizer, step, config) for step in steps]
         with evaluation_mode(chunks):
-            sums, _ = evaluate_step(chunks, steps[0].to("cpu"), config)
+            sums, _ = evaluate_step(chunks, steps[0], config)
         tasks = {int(task) for m in steps[0].micro_batches for task in np.unique(m.tasks) if task < len(Task)}
         own = composition.row_numbers(packed, 0, training.global_batch_size, replica, replicas)
         results.append(

@@ -9,9 +9,9 @@ from support.forked_programs import run_forked
 @pytest.mark.parametrize(
     "layouts, plans, settings",
     [
-        ("tp2-sp,pp2-vp2,tp1-dp2,tp2-pp4-vp2-sp", "rank 4 per task", []),
+        ("tp2-sp,pp2-vp2,tp1-dp2,tp2-pp4-vp2-sp,pp2-vp2-cp2", "rank 4 per task", []),
         (
-            "tp2-pp2-sp,pp2-vp2-dp2",
+            "tp2-pp2-sp,pp2-vp2-dp2,cp2",
             "dense,himix_hmgen_share_all_separate,interleaved documents,4 codes",
             ["model.tie_embeddings=true", "training.recompute=full", "model.max_image_tokens=64"],
         ),

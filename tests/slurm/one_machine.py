@@ -4,6 +4,7 @@ python tests/slurm/one_machine.py        says whether it can be started here; ex
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+SLOWER = int(os.environ.get("SLURM_TEST_SLOWER", 1))
+"""Times of the tests are longer by this factor, for a busy machine."""
 CPUS = 16
 """Of the node, whatever the machine has: jobs of a test should start at once."""
 CONFIG = """ClusterName=one
@@ -74,13 +77,14 @@ def running(folder: Path) -> Iterator[None]:
     try:
         for command in (["slurmctld", "-D", "-f", config], ["slurmd", "-D", "-f", config]):
             with (folder / f"{command[0]}.out").open("w") as log:
-                daemons.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+                daemons.append(subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_end_with_parent))
         _wait_until_idle(daemons, folder)
         yield
     finally:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(["scancel", "--user", "root"], timeout=20, capture_output=True)
-            _wait_for_empty_queue()
+            for options in ([], ["--signal=KILL", "--full"]):
+                subprocess.run(["scancel", *options, "--user", "root"], timeout=10, capture_output=True)
+                _wait_for_empty_queue()
         for daemon in reversed(daemons):
             _end(daemon)
         os.environ.pop("SLURM_CONF")
@@ -140,12 +144,18 @@ def _wait_until_idle(daemons: list[subprocess.Popen], folder: Path) -> None:
 
 
 def _wait_for_empty_queue() -> None:
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 8
     while time.monotonic() < deadline:
         queue = subprocess.run(["squeue", "-h"], capture_output=True, text=True, timeout=10)
         if queue.returncode or not queue.stdout.strip():
             return
         time.sleep(0.5)
+
+
+def _end_with_parent() -> None:
+    """In a new daemon: a session of its own, and SIGTERM when the process that has started it ends, however it does."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _end(daemon: subprocess.Popen) -> None:

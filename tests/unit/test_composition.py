@@ -1,5 +1,7 @@
 """Rows of a step are spread over replicas and micro-batches by their exact cost, which needs no token of them."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,7 @@ def test_with_a_dense_share_a_row_costs_what_is_expected(every_layout):
 @pytest.mark.parametrize("replicas, size, multiple", [(1, 4, 1), (3, 2, 1), (5, 3, 4), (30, 1, 1)])
 def test_balanced_replicas_share_the_rows_of_a_step_and_resume_alike(every_layout, replicas, size, multiple):
     whole = Composition(size, multiple, row_costs("plan.preset=himix_hmgen_share_all"))
+    whole = pickle.loads(pickle.dumps(whole))  # a worker process gets it so
     rows = PackedRows(every_layout, LENGTH)
     numbers = [whole.row_numbers(rows, 2, 24, replica, replicas) for replica in range(replicas)]
     held = [own[own != NO_ROW] for own in numbers]

@@ -155,6 +155,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         ("llama-3.2-1b", 8, 1236),
         ("llama-2-7b", 8, 6738),
         ("llama-2-13b", 16, 13016),
+        ("llama-2-70b", 512, 68977),
         ("qwen3-0.6b", 8, 596),
         ("qwen3-8b", 16, 8191),
         ("qwen2.5-7b", 16, 7616),

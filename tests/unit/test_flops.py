@@ -13,8 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ext import distributed
-from megatron_ext.config import ModelConfig, PlanConfig, ProjectionConfig
+from megatron_ext import config_file, distributed
+from megatron_ext.config import Config, ModelConfig, PlanConfig, ProjectionConfig
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json
 from megatron_ext.routing.document_mix import mix_batch
@@ -35,6 +35,7 @@ from megatron_ext.routing.pipeline_layout import stage_layers
 from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_index
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.training.config_checks import validate
 from megatron_ext.training.prepare import Preparation
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
@@ -443,7 +444,7 @@ def test_the_tool_writes_what_it_prints(tmp_path):
     model = ["--config", "examples/configs/llama-3.2-1b.yaml", "data.vocabulary=''", "parallel.pipeline=4"]
     mix = "understanding: 256 image, 72 text"
     completed = flops_tool(
-        *model, "plan.preset=himix", "--mix", mix, "--logits", "all", "--json", tmp_path / "cost.json"
+        *model, "plan.preset=himix", "--mix", mix, "--logits", "all", "--balance", "8", "--json", tmp_path / "cost.json"
     )
     assert completed.returncode == 0, completed.stderr
     numbers = read_json(tmp_path / "cost.json")
@@ -452,6 +453,11 @@ def test_the_tool_writes_what_it_prints(tmp_path):
     assert numbers["vocabulary"] == 128256
     layers = sum(sum(layer["flops"].values()) for layer in numbers["layers"])
     assert layers + numbers["head"]["flops"] == numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
+    balanced = numbers["balance"]["layouts"]["balanced"]
+    assert f"parallel.layout='{balanced['layout']}'" in completed.stdout and balanced["of_even"] < 1
+    unbalanced = config_file.load(Config, ["examples/configs/llama-3.2-1b.yaml"], ["parallel.pipeline=4"])
+    unbalanced.parallel.layout = balanced["layout"]
+    validate(unbalanced, 4)
 
 
 def test_the_tool_names_what_it_cannot_read():
