@@ -136,7 +136,7 @@ def flipped_bit(folder: Path) -> str:
     return f'"{line.partition(": ")[2]}"; restarted, same losses bit for bit'
 
 
-@case(14, "a rank sleeps 30 % of each layer's time", expected="named after three comparisons; the run goes on")
+@case(14, "a rank takes 30 % more time for each pass", expected="named after three comparisons; the run goes on")
 def slow_rank(folder: Path) -> str:
     callback, environment = injected("Slow")
     settings = ("logging.straggler_interval=5", "training.iterations=30", "checkpoint.interval=0", "model.num_layers=8")

@@ -1,11 +1,12 @@
-"""Memory of each rank: parameters with their gradients and optimizer states, activations, and what a step needs besides.
+"""Memory of each rank: parameters with their gradients and optimizer states, activations, and what a step needs
+besides.
 
 Bytes of a parameter: in bf16 2, its gradient 4 (float32), master weight and moments 12; in float32 4, 4 and 8. The
 distributed optimizer shards the last over the replicas (and context ranks); in bf16 the master weights too.
 
 Activations are those of :mod:`~megatron_ext.routing.memory`, of as many micro-batches as the schedule keeps alive on a
-rank, with the hidden states that stages exchange. The peak of a rank is the largest, over its tasks in order, of what is
-alive and what the task needs for itself: the output head; the gradients of a layer while its activations are still
+rank, with the hidden states that stages exchange. The peak of a rank is the largest, over its tasks in order, of what
+is alive and what the task needs for itself: the output head; the gradients of a layer while its activations are still
 there; with full recomputation, the activations of one layer. The heaviest of the sampled micro-batches come first.
 """
 

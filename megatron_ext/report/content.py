@@ -214,6 +214,8 @@ def _layout(run: RunData) -> str:
         parts[1] += f" ({parallel.layout})"
     if parallel.virtual_pipeline > 1:
         parts.append(f"virtual pipeline {parallel.virtual_pipeline}")
+    if parallel.context > 1:
+        parts.append(f"context {parallel.context}")
     if parallel.sequence:
         parts.append("sequence parallel")
     if parallel.distributed_optimizer:
