@@ -22,14 +22,14 @@ A layer also keeps the matrices that it computes for a micro-batch: the sums W +
 tokens are KV_ONLY, the key/value rows of its qkv matrices, without and with the norm's weight. Selective recomputation
 drops attention's output as computed and the softmax sums; full recomputation keeps only the layer's input.
 
-Left out: rotary tables (shared by the layers); attention masks on CPUs; keys repeated there in buckets of short segments;
-copies of rows that a layer needs together but the stored order keeps apart; embedding, logits and loss.
+Left out: rotary tables (shared by the layers); attention masks on CPUs; keys repeated there in buckets of short
+segments; copies of rows that a layer needs together but the stored order keeps apart; embedding, logits and loss.
 
-On t tensor-parallel ranks a, g, f and n, and the matrices, are a t-th. Under sequence parallelism so are h and the norms
-(of the input, the residual stream and the normed inputs), except where a product gathers rows beforehand and keeps what
-it gathered: the normed input of split projections, and of qkv in layers with KV_ONLY rows. The normed KV_ONLY rows are
-kept whole too (h), where roles differ from the layer before: later layers take what was gathered. Without sequence
-parallelism that layer puts FULL and KV_ONLY rows together in a copy (h).
+On t tensor-parallel ranks a, g, f and n, and the matrices, are a t-th. Under sequence parallelism so are h and the
+norms (of the input, the residual stream and the normed inputs), except where a product gathers rows beforehand and
+keeps what it gathered: the normed input of split projections, and of qkv in layers with KV_ONLY rows. The normed
+KV_ONLY rows are kept whole too (h), where roles differ from the layer before: later layers take what was gathered.
+Without sequence parallelism that layer puts FULL and KV_ONLY rows together in a copy (h).
 
 The projector of image tokens of several codes keeps of each the sum of its code vectors, of width e, and what is before
 and after GELU::

@@ -137,8 +137,8 @@ class SplitProjection:
         return output.add_(select(self.bias)) if self._has_bias else output
 
     def by_split(self, rows: Tensor, splits: Splits) -> Tensor:
-        """Gathered rows [R * n, 1, in], which are ordered by rank and then by split, with the rows of each split together,
-        as products need them. Without components a product takes all rows, as they are."""
+        """Gathered rows [R * n, 1, in], which are ordered by rank and then by split, with the rows of each split
+        together, as products need them. Without components a product takes all rows, as they are."""
         counts = [n for _, n in splits if n]
         if self._ranks == 1 or not self.components or len(counts) < 2:
             return rows

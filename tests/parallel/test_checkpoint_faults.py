@@ -8,10 +8,13 @@ import pytest
 from support.gpt import Layout, TrainedGPT
 from support.ranks import world
 
-LAYOUT = Layout(tensor=2, layers=2)
+LAYOUT = Layout(tensor=2, layers=1)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize(
+    "asynchronous",
+    [pytest.param(False, id="synchronous", marks=pytest.mark.slow), pytest.param(True, id="asynchronous")],
+)
 def test_a_full_disk_is_called_that_on_every_rank_and_leaves_no_trace_of_the_checkpoint(tmp_path, asynchronous):
     first, second = world(2, _save_with_little_room, tmp_path / "checkpoints", asynchronous, folder=tmp_path)
     assert first == second, "the ranks disagree"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_ext.callbacks.checkpointing import MAX_FAILURES, Checkpointing, CheckpointSeconds
+from megatron_ext.callbacks.logging import Logger
 from megatron_ext.checkpoints.errors import WriteError, cause
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
@@ -111,3 +112,21 @@ def test_the_cause_is_the_failed_write_not_what_torch_makes_of_it():
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     assert cause(error.value) == "No space left on device"
     assert cause(ValueError("first line\nsecond")) == "first line"
+
+
+def test_training_goes_on_without_tensorboard_once_it_could_not_write(tmp_path):
+    class Full:
+        def add_scalar(self, *_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config, said = Config(), []
+    config.output, config.logging.tensorboard = str(tmp_path), False
+    logger = Logger(config, say=said.append)
+    logger._tensorboard = Full()
+    times = dict.fromkeys(("data_wait_seconds", "step_seconds", "learning_rate", "grad_norm", "tokens_per_second"), 1.0)
+    for iteration in (1, 2):
+        logger.log({"iteration": iteration, "loss": 1.0, **times})
+    logger.close()
+    full = f"{tmp_path}/tensorboard: No space left on device; nothing more is written there, metrics.jsonl has it all"
+    assert said.count(full) == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
