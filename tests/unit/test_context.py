@@ -63,12 +63,12 @@ def computed_pairs(routes: list[Route], number: int, ranks: int) -> list[tuple[i
             kv_only = np.concatenate([kv_only, *(np.array(message, int) for message in messages)])
         if layer.keys is not None:
             keys = np.concatenate([full, kv_only])[layer.keys.index]
-        first_query = first_key = 0
-        for q, k in zip(layer.query_lengths, layer.key_lengths):
+        first_query = 0
+        for q, k, first_key in zip(layer.query_lengths, layer.key_lengths, layer.key_starts):
             seen = keys[first_key : first_key + k]
             for i, query in enumerate(queries[first_query : first_query + q]):
                 pairs += [(int(query), int(key)) for key in seen[: k - q + i + 1]]
-            first_query, first_key = first_query + q, first_key + k
+            first_query += q
     return pairs
 
 
