@@ -126,11 +126,12 @@ def measure(config: Config) -> tuple[int, int]:
         return memory.live, memory.peak
 
 
-def predict(config: Config, world_size: int) -> list[tuple[int, int]]:
-    """The same as :func:`measure` for a rank of each pipeline stage, as predicted."""
+def predict(config: Config, world_size: int, replica: int) -> list[tuple[int, int]]:
+    """The same as :func:`measure` for a rank of each pipeline stage of a replica, as predicted."""
     batch = rows_of_documents(config.training.global_batch_size, config.data.sequence_length)
-    workload = Workload.of_batch(batch, Plan.from_config(config))
-    sizes = MicroBatchMemory(config, workload, VOCABULARY, DEVICES["cpu"])
+    rows = batch.shape[0] // config.data_parallel(world_size)
+    own = batch.rows(replica * rows, (replica + 1) * rows)
+    sizes = MicroBatchMemory(config, Workload.of_batch(own, Plan.from_config(config)), VOCABULARY, DEVICES["cpu"])
     ranks = rank_memory(config, sizes, VOCABULARY, world_size, DEVICES["cpu"])
     return [(rank.static, rank.total) for rank in ranks]
 
@@ -148,9 +149,9 @@ def worker(cases: list[list[str]], file: Path) -> None:
     for case in cases:
         config = case_config(*case)
         distributed.initialize(config, dist.PrefixStore("/".join(case), meeting_point))
-        stage = parallel_state.get_pipeline_model_parallel_rank()
+        place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
         results = [None] * dist.get_world_size()
-        dist.all_gather_object(results, (stage, *measure(config)))
+        dist.all_gather_object(results, (*place, *measure(config)))
         distributed.shut_down()
         if int(os.environ["RANK"]) == 0:
             known = files.read_json(file) if file.exists() else []
@@ -170,20 +171,21 @@ def launch(size: int, cases: list[list[str]], file: Path) -> None:
 
 def compare(cases: list[list[str]]) -> list[dict]:
     """Measured and predicted bytes of each case, with the errors of the rank that is furthest off."""
-    results = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measured.json"
         for size in sorted({processes(layout) for layout, *_ in cases}):
             launch(size, [case for case in cases if processes(case[0]) == size], file)
-        for entry in files.read_json(file):
-            layout, plan, recompute = entry["case"]
-            predicted = predict(case_config(*entry["case"]), processes(layout))
-            ranks = [
-                {"stage": stage, "measured": [static, peak], "predicted": list(predicted[stage])}
-                for stage, static, peak in entry["ranks"]
-            ]
-            results.append({"layout": layout, "plan": plan, "recompute": recompute, "ranks": ranks} | _errors(ranks))
+        results = [judged(*entry["case"], entry["ranks"]) for entry in files.read_json(file)]
     return results
+
+
+def judged(layout: str, plan: str, recompute: str, measured: list[tuple[int, int, int, int]]) -> dict:
+    """A case with predictions and errors, from stage, replica, static bytes and peak of each rank."""
+    config, ranks = case_config(layout, plan, recompute), []
+    for stage, replica, *sizes in measured:
+        predicted = predict(config, processes(layout), replica)[stage]
+        ranks.append({"stage": stage, "replica": replica, "measured": sizes, "predicted": list(predicted)})
+    return {"layout": layout, "plan": plan, "recompute": recompute, "ranks": ranks} | _errors(ranks)
 
 
 def _errors(ranks: list[dict]) -> dict[str, float]:

@@ -97,7 +97,7 @@ class ParallelConfig:
     """Layers of each pipeline stage, where they are not equal: Megatron-Core's pipeline layout, such as
     ``"Et*7|t*9|t*9|t*7L"``; entry i is chunk i div pipeline of stage i mod pipeline. Empty: even."""
     context: int = 1
-    """Context parallelism: ranks that share the tokens of each row, so that rows may be longer."""
+    """Context parallelism: ranks that share the tokens of each row, so that rows may be longer (docs/training.md)."""
     sequence: bool = False
     """Sequence parallelism over the tensor-parallel group."""
     distributed_optimizer: bool = False

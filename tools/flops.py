@@ -37,7 +37,7 @@ def main() -> None:
         chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
         if config.model.num_layers % chunks:
             config.parallel.layout = layout_string(even_counts(config.model.num_layers, chunks))
-    validate(config, config.parallel.tensor * config.parallel.pipeline)
+    validate(config, config.parallel.tensor * config.parallel.context * config.parallel.pipeline)
     validate_evaluation(config)
     if options.paper:
         numbers = {"paper": published_costs.compare(), "heads": published_costs.compare_heads()}

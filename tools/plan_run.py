@@ -1,8 +1,8 @@
 """Plan a run: which parallel layouts fit on a number of GPUs, how long they take, and what a run costs.
 
-For a configuration and N GPUs of a kind: memory of each pipeline stage, predicted step time and MFU of every layout that
-fits, the best of them as YAML for pretrain_unified.py, why its neighbours are worse, and for a number of tokens days,
-GPU hours and cost. The data is that of the configuration, where it is there, or a mix of documents.
+For a configuration and N GPUs of a kind: memory of each pipeline stage, predicted step time and MFU of every layout
+that fits, the best of them as YAML for pretrain_unified.py, why its neighbours are worse, and for a number of tokens
+days, GPU hours and cost. The data is that of the configuration, where it is there, or a mix of documents.
 
 The figures are predictions from data sheets; --calibrate measures the machine that it runs on.
 """
@@ -66,9 +66,7 @@ def main() -> None:
     print("\nassumptions:", *lines, sep="\n  ")
     if options.out:
         write_text(options.out, report.yaml_of(best, cost, options.gpus, device, source))
-        print(
-            f"\nwritten: {options.out}; train with pretrain_unified.py --config {' '.join(options.config)} {options.out}"
-        )
+        print(f"\nwritten: {options.out}, for pretrain_unified.py --config {' '.join(options.config)} {options.out}")
     if options.json:
         write_json(options.json, numbers)
 

@@ -41,7 +41,7 @@ def killed_rank(folder: Path) -> str:
 @case(
     7,
     "SIGKILL to a process that packs rows",
-    expected="refused by name within 60 s; all ranks start again; losses of an undisturbed run",
+    expected="its rank says so within 60 s; all ranks start again; losses of an undisturbed run",
 )
 def killed_worker(folder: Path) -> str:
     settings = ("data.workers=1", "training.iterations=12")
@@ -52,11 +52,16 @@ def killed_worker(folder: Path) -> str:
     workers[0].kill()
     killed = time.time()
     expect(run.wait() == 0, run.tail())
-    line = run.line("a process that packs data ended with exit code -9")
-    error = next(record for record in starts.read(run.output) if "error" in record and "packs data" in record["error"])
+    error = next((record for record in starts.read(run.output) if record.get("rank") == 1), None)
+    expect(error, "rank 1 has recorded no error")
+    # Whoever notices first: the loader (torch), or the watch of the workers.
+    named = ("DataLoader worker", "a process that packs data ended with exit code -9")
+    expect(any(name in error["error"] for name in named), error["error"])
+    seconds = max(0, error["time"] - killed)
+    expect(seconds < 60, f"after {seconds:.0f} s")
     expect(losses(run.output) == undisturbed("training.iterations=12"), "other losses")
-    expect("rank" in line or error["rank"] == 1, line)
-    return f"rank 1 said so after {max(0, error['time'] - killed):.0f} s; started again, same losses bit for bit"
+    said = error["error"].replace(str(workers[0].pid), "N")
+    return f"after {seconds:.0f} s: `{said}`; started again, same losses bit for bit"
 
 
 @case(
@@ -143,7 +148,8 @@ def same_crash(folder: Path) -> str:
     expect(code == 2, f"exit code {code}")
     line = run.line("given up: 3 starts at iteration 2 have failed", "rank 1: RuntimeError: injected in iteration 4")
     expect((folder / "run" / "REFUSED").exists(), "no REFUSED")
-    expect(sum("world" in record for record in starts.read(run.output)) == 3, "not three starts")
+    iterations = [record["iteration"] for record in starts.read(run.output) if "world" in record]
+    expect(iterations == [0, 2, 2, 2], f"starts at iterations {iterations}")
     return f"exit code 2: `{line}`"
 
 

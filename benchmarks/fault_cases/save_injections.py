@@ -1,11 +1,12 @@
-"""Callbacks that do harm while a checkpoint is written; ``FAULT_RANK`` and ``FAULT_ITERATION`` say where, once per run.
+"""Callbacks that hold up a run, or do harm while it writes a checkpoint.
 
-They strike right before the save of that iteration.
+The latter strike once per run, right before the save on ``FAULT_RANK`` (0) after ``FAULT_ITERATION``.
 """
 
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,16 @@ from megatron_ext.training.callback import Callback
 
 CHANGES = ("mkdir", "rename", "replace", "fsync", "rmdir")
 """Functions of ``os`` that change the file system."""
+
+
+class Pause(Callback):
+    """Before each iteration N of ``FAULT_PAUSES`` (3,7) waits until the file ``FAULT_GO``-N is there."""
+
+    def before_step(self, run, step) -> None:
+        iteration = str(run.progress.iteration + 1)
+        if dist.get_rank() == 0 and iteration in os.environ["FAULT_PAUSES"].split(","):
+            while not Path(f"{os.environ['FAULT_GO']}-{iteration}").exists():
+                time.sleep(0.02)
 
 
 class InSave(Callback):

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-import time
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from fault_cases.harness import (
     free_port,
     launcher,
     losses,
+    metrics,
     start,
     train_command,
     undisturbed,
 )
-from megatron_ext.checkpoints.folder import MARKER, checkpoints
+from megatron_ext.checkpoints.folder import MARKER, checkpoints, iteration_of
 
 FULL = "No space left on device"
 
@@ -62,32 +63,36 @@ def killed_in_save(folder: Path) -> str:
 )
 def full_disk(folder: Path) -> str:
     settings = ("training.iterations=14", "checkpoint.interval=2")
-    for asynchronous in ("false", "true"):
-        with _disk(folder / f"disk_{asynchronous}", "2m") as disk:
-            run = _start(
-                disk / "run", folder / f"{asynchronous}.log", *settings, f"checkpoint.asynchronous={asynchronous}"
-            )
-            run.wait_until(lambda run=run: "not written" in run.text())
-            said = run.line("not written", str(run.output / "checkpoints"), FULL)
-            shutil.rmtree(checkpoints(run.output / "checkpoints")[0])
-            shutil.rmtree(checkpoints(run.output / "checkpoints")[0])
+    for kind in ("false", "true"):
+        with _disk(folder / f"disk_{kind}") as disk:
+            background = f"checkpoint.asynchronous={kind}"
+            run = _start(disk / "run", folder / f"{kind}.log", *settings, background, pauses="6,9")
+            _wait_for_checkpoint(run, 4)
+            with _filled(disk):
+                _go_on(run, 6)
+                run.wait_until(lambda run=run: "\n 8/14" in run.text())
+            _go_on(run, 9)
             expect(run.wait() == 0, run.tail())
+            said = run.line("not written", str(run.output / "checkpoints" / "iter_0000006"), FULL)
             _expect_undisturbed(run, *settings)
+            kept = [iteration_of(path) for path in checkpoints(run.output / "checkpoints")]
+            expect(6 not in kept and kept[-1] == 14, f"checkpoints of iterations {kept}")
             expect(not list(run.output.glob("checkpoints/.iter*")), "something is left of a checkpoint")
     with _disk(folder / "disk_small", "300k") as disk:
         run = _start(disk / "run", folder / "small.log", *settings)
         expect(run.wait() == 1 and run.text().count("not written") == 2, run.tail())
         run.line(FULL, "the last attempt")
-    output = folder / "read_only"
-    run = start(output, *settings)
-    run.wait_for_iteration(2)
-    run.wait_until(lambda: checkpoints(output / "checkpoints"))
-    with _read_only(output / "checkpoints"):
-        run.wait_until(lambda: "not written" in run.text())
-        run.line("not written", "Read-only file system")
+    run = _start(folder / "read_only", folder / "read_only.log", *settings, pauses="3,7")
+    _wait_for_checkpoint(run, 2)
+    with _read_only(run.output / "checkpoints"):
+        _go_on(run, 3)
+        run.wait_for_iteration(6)
+        run.wait_until(lambda: run.text().count("not written") == 2)
+    _go_on(run, 7)
+    run.line("not written", str(run.output / "checkpoints"), "Read-only file system")
     expect(run.wait() == 0, run.tail())
     _expect_undisturbed(run, *settings)
-    return f"training went on and saved again once there was room, same losses; exit 1 after 3; such as: {_short(said)}"
+    return f"training went on and saved again once there was room, same losses; exit 1 after 3; said: {_short(said)}"
 
 
 @case(
@@ -143,9 +148,11 @@ def lost_disks(folder: Path) -> str:
         port = str(free_port())
         return [
             Program(
-                [*launcher(1)[:1], *train_command(output, *settings, "checkpoint.local=$NODE_DISK")],
+                [sys.executable, *train_command(output, *settings, "checkpoint.local=$NODE_DISK", PAUSE)],
                 output,
                 folder / f"{name}_{rank}.log",
+                FAULT_PAUSES="8",
+                FAULT_GO=str(folder / "go"),
                 RANK=str(rank),
                 WORLD_SIZE="2",
                 LOCAL_RANK="0",
@@ -168,6 +175,7 @@ def lost_disks(folder: Path) -> str:
     first[1].wait_for_iteration(7)
     for program in first:
         program.kill()
+    (folder / "go-8").touch()
     kept = folder / "kept"
     for path in (output, *disks):
         shutil.copytree(path, kept / path.name)
@@ -189,54 +197,75 @@ def lost_disks(folder: Path) -> str:
     expected="the second is told who holds the folder and changes nothing; the restart need not wait",
 )
 def two_runs(folder: Path) -> str:
-    settings = ("training.iterations=40", "checkpoint.interval=10")
-    run = start(folder / "run", *settings)
-    run.wait_for_iteration(1)
-    second = Program(
-        [*launcher(2, "--standalone", "--max-restarts", 0), *train_command(run.output, *settings)],
-        run.output,
-        folder / "second.log",
-    )
+    output = folder / "run"
+    run = _start(output, folder / "first.log", pauses="6")
+    run.wait_for_iteration(5)
+    before = [record["iteration"] for record in metrics(output)]
+    second = _start(output, folder / "second.log")
     expect(second.wait() != 0, "both runs train")
     said = second.line("another run trains here", f"process {run.ranks()[0].pid} on ")
-    run.wait_for_iteration(12)
+    expect([record["iteration"] for record in metrics(output)] == before, "the second run has changed metrics.jsonl")
     run.kill()
-    begun = time.monotonic()
-    again = start(run.output, *settings)
-    again.wait_until(lambda: "resumed from" in again.text())
-    waited = time.monotonic() - begun
-    again.line("taken over from process")
+    again = _start(output, folder / "again.log")
     expect(again.wait() == 0, again.tail())
-    _expect_undisturbed(again, *settings)
-    expect(not (run.output / "LOCK").exists(), "the lock is left")
-    return f"refused ({_short(said)}); the killed run resumed {waited:.0f} s after its restart, same losses bit for bit"
+    again.line("taken over from process", "which has ended")
+    again.line("resumed from", "iter_0000004")
+    _expect_undisturbed(again)
+    expect(not (output / "LOCK").exists(), "the lock is left")
+    return f"refused: {_short(said)}; the killed run resumed at once, same losses bit for bit"
 
 
 @case(
     20,
-    "the disk is full for metrics, TensorBoard and all else, for a while",
+    "the disk is full for metrics.jsonl and all else, for a while",
     expected="one line with the path; training goes on; nothing is missing in metrics.jsonl once there is room",
 )
 def full_for_metrics(folder: Path) -> str:
-    settings = ("training.iterations=20", "checkpoint.interval=0", "logging.tensorboard=true")
-    with _disk(folder / "disk", "8m") as disk:
-        run = _start(disk / "run", folder / "run.log", *settings)
+    settings = ("training.iterations=12", "checkpoint.interval=0", "logging.tensorboard=true")
+    with _disk(folder / "disk") as disk:
+        run = _start(disk / "run", folder / "run.log", *settings, pauses="3,8")
         run.wait_for_iteration(2)
-        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(4096))
-        run.wait_until(lambda: "are not written" in run.text())
-        said = run.line("metrics.jsonl", FULL)
-        (disk / "filler").unlink()
+        with _filled(disk):
+            _go_on(run, 3)
+            run.wait_until(lambda: "\n 7/12" in run.text())
+        _go_on(run, 8)
         expect(run.wait() == 0, run.tail())
+        said = run.line("metrics.jsonl", FULL)
         _expect_undisturbed(run, *settings[:2])
-    return f"training went on, all records are there, same losses: {_short(said)}"
+    return f"training went on, all records are there, same losses; said: {_short(said)}"
 
 
-def _start(output: Path, log: Path, *overrides: str) -> Program:
-    """As ``start``, with the log elsewhere than on the output's small disk."""
+PAUSE = "callbacks=[fault_cases.save_injections:Pause]"
+
+
+def _start(output: Path, log: Path, *overrides: str, pauses: str = "") -> Program:
+    """As ``start``, with the log elsewhere than on the output's small disk, and pauses before these iterations."""
     command = [*launcher(2, "--standalone", "--max-restarts", 0), *train_command(output, *overrides)]
-    return Program(command, output, log)
+    if not pauses:
+        return Program(command, output, log)
+    return Program([*command, PAUSE], output, log, FAULT_PAUSES=pauses, FAULT_GO=str(log.with_suffix(".go")))
+
+
+def _wait_for_checkpoint(run: Program, iteration: int) -> None:
+    run.wait_until(lambda: iteration in [iteration_of(path) for path in checkpoints(run.output / "checkpoints")])
+
+
+def _go_on(run: Program, iteration: int) -> None:
+    """End the pause before this iteration."""
+    Path(f"{run.log.with_suffix('.go')}-{iteration}").touch()
+
+
+@contextlib.contextmanager
+def _filled(disk: Path) -> Iterator[None]:
+    """No byte is left on the disk."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+    try:
+        yield
+    finally:
+        filler.unlink()
 
 
 def _expect_undisturbed(run: Program, *settings: str) -> None:
@@ -244,7 +273,7 @@ def _expect_undisturbed(run: Program, *settings: str) -> None:
 
 
 @contextlib.contextmanager
-def _disk(folder: Path, size: str) -> Iterator[Path]:
+def _disk(folder: Path, size: str = "16m") -> Iterator[Path]:
     """A small disk of its own; needs root."""
     folder.mkdir()
     _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)

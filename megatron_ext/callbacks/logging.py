@@ -2,7 +2,8 @@
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -113,12 +114,7 @@ class Logger:
             cosines = gradients_report.scalars(alignment)
             numbers |= {f"gradient_alignment_{name}": value for name, value in cosines.items()}
         if self._tensorboard:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(_grouped(name), value, iteration)
-            for number, (caption, file) in enumerate(pictures):
-                self._tensorboard.add_image(
-                    f"pictures/{number}: {caption}", _pixels(file), iteration, dataformats="HWC"
-                )
+            self._log_to_tensorboard(numbers, pictures, iteration)
         if self._wandb:
             values = {_grouped(name): value for name, value in numbers.items()} | {"iteration": iteration}
             if pictures:
@@ -145,9 +141,29 @@ class Logger:
         if fault := self._metrics.close():
             self._say(fault)
         if self._tensorboard:
-            self._tensorboard.close()
+            with self._without_tensorboard_if_full():
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+    def _log_to_tensorboard(self, numbers: dict, pictures: Sequence[tuple[str, Path]], iteration: int) -> None:
+        with self._without_tensorboard_if_full():
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(_grouped(name), value, iteration)
+            for number, (caption, file) in enumerate(pictures):
+                self._tensorboard.add_image(
+                    f"pictures/{number}: {caption}", _pixels(file), iteration, dataformats="HWC"
+                )
+
+    @contextmanager
+    def _without_tensorboard_if_full(self) -> Iterator[None]:
+        """TensorBoard's writer does not recover from a failed write: what runs inside goes on without it."""
+        try:
+            yield
+        except OSError as error:
+            folder = Path(self._config.output) / "tensorboard"
+            self._say(f"{folder}: {error.strerror}; nothing more is written there, metrics.jsonl has it all")
+            self._tensorboard = None
 
     def _seconds_left(self, iteration: int) -> float:
         start_iteration, start_time = self._start

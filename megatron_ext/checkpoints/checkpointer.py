@@ -166,7 +166,7 @@ class Checkpointer:
         iteration = checkpoint_folder.iteration_of
         older = from_rank_zero(lambda: checkpoint_folder.older_than(path))
         copied = self.replica.newest() if self.replica else None
-        from_copy = copied is not None and copied <= iteration(path) and (not older or copied > iteration(older))
+        from_copy = copied is not None and (not older or copied > iteration(older))
         if not (older or from_copy):
             return None
         damaged = from_rank_zero(lambda: path.rename(checkpoint_folder.damaged_name(path)))

@@ -5,9 +5,9 @@ floor(i B / D) and floor((i+1) B / D), in as many micro-batches as they need. Ne
 run may go on with more or fewer replicas at any step, over the same rows.
 
 In order, replicas and micro-batches are contiguous. Balanced, they have equal work: rows are given out by falling cost,
-each to the replica, then to the micro-batch, with the least work that has room. Cheap micro-batches come first and
-last, where a pipeline fills and drains. Everything follows from the costs of the rows, which are integers and never
-measured, so a run that resumes cuts its steps as before.
+each to the replica, then to the micro-batch, with the least work that has room; then the busiest exchanges a row with
+another while that helps. Cheap micro-batches come first and last, where a pipeline fills and drains. Everything follows
+from the costs of the rows, which are integers and never measured, so a run that resumes cuts its steps as before.
 """
 
 import heapq
@@ -47,10 +47,10 @@ class Composition:
             micro_batches = [numbers[begin:end] for begin, end in zip(ends, ends[1:])]
         else:
             costs = self.costs(rows.contents(first, first + rows_per_step), step)
-            own = np.sort(spread(costs, shares)[replica])
+            own = spread(costs, shares)[replica]
             bins = spread(costs[own], [self.micro_batch_size] * self.micro_batches(len(own)))
             order = rise_and_fall([costs[own[members]].sum() for members in bins])
-            micro_batches = [first + own[np.sort(bins[place])] for place in order]
+            micro_batches = [first + own[bins[place]] for place in order]
         return np.concatenate([self._filled(numbers) for numbers in micro_batches])
 
     def micro_batches(self, rows: int) -> int:
@@ -75,18 +75,45 @@ def spread(costs: np.ndarray, room: list[int]) -> list[np.ndarray]:
         room: most items of each bin.
 
     Returns:
-        The items of each bin, int64, in falling order of cost.
+        The items of each bin, int64, ascending.
     """
-    bins: list[list[int]] = [[] for _ in room]
+    bin_of, left = np.empty(len(costs), dtype=np.int64), list(room)
     open_bins = [(0, number) for number, size in enumerate(room) if size]  # (work, bin): a heap
     for item in np.argsort(-costs, kind="stable").tolist():
         work, number = open_bins[0]
-        bins[number].append(item)
-        if len(bins[number]) < room[number]:
+        bin_of[item] = number
+        left[number] -= 1
+        if left[number]:
             heapq.heapreplace(open_bins, (work + int(costs[item]), number))
         else:
             heapq.heappop(open_bins)
-    return [np.array(items, dtype=np.int64) for items in bins]
+    _exchange(costs, bin_of, len(room))
+    return [np.flatnonzero(bin_of == number) for number in range(len(room))]
+
+
+def _exchange(costs: np.ndarray, bin_of: np.ndarray, bins: int) -> None:
+    """Exchange items of the busiest bin for items of others while its work falls; at most as often as there are bins.
+
+    Args:
+        bin_of: int64 [items], the bin of each item, which is changed.
+    """
+    work = np.zeros(bins, dtype=np.int64)
+    np.add.at(work, bin_of, costs)
+    for _ in range(bins):
+        busiest = work.argmax()
+        own = np.flatnonzero(bin_of == busiest)
+        if not own.size:
+            return  # nothing costs anything
+        gain = costs[own][:, None] - costs
+        after = np.maximum(work[busiest] - gain, work[bin_of] + gain)  # [own, items]
+        after[:, own] = work[busiest]
+        given, taken = np.unravel_index(after.argmin(), after.shape)
+        if after[given, taken] >= work[busiest]:
+            return
+        other = bin_of[taken]
+        work[busiest] -= gain[given, taken]
+        work[other] += gain[given, taken]
+        bin_of[own[given]], bin_of[taken] = other, busiest
 
 
 def rise_and_fall(costs: list[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """Measures the present device, so that a plan rests on its figures: products over their rows, attention, memory.
 
-Products of n rows with a matrix of a model's size give the rate of large ones and the rows at which half of it is reached;
-attention of one long causal document gives its share of the peak; a large addition gives the bandwidth of memory. On a
-CPU in float32 with the threads that torch uses, on a GPU in bf16.
+Products of n rows with a matrix of a model's size give the rate of large ones and the rows at which half of it is
+reached; attention of one long causal document gives its share of the peak; a large addition gives the bandwidth of
+memory. On a CPU in float32 with the threads that torch uses, on a GPU in bf16.
 """
 
 import time
@@ -74,14 +74,15 @@ def describe(numbers: dict) -> str:
     device = numbers["device"]
     rate = device["peak"] * device["efficiency"]
     lines = [
-        f"{numbers['name']}: products {rate / 1e12:.3g} TFLOP/s, half of it at {device['half_rows']:.0f} rows; attention "
-        f"{device['peak'] * device['attention'] / 1e12:.3g} TFLOP/s; memory {device['bandwidth'] / 1e9:.0f} GB/s; "
-        f"{device['launch'] * 1e6:.1f} us a kernel"
+        f"{numbers['name']}: products {rate / 1e12:.3g} TFLOP/s, half of it at {device['half_rows']:.0f} rows; "
+        f"attention {device['peak'] * device['attention'] / 1e12:.3g} TFLOP/s; memory {device['bandwidth'] / 1e9:.0f} "
+        f"GB/s; {device['launch'] * 1e6:.1f} us a kernel"
     ]
     known = next((d for d in DEVICES.values() if peak_flops(numbers["name"]) == d.peak), None)
     if known:
         lines.append(
-            f"assumed without calibration: {known.peak * known.efficiency / 1e12:.3g} TFLOP/s, half at {known.half_rows:.0f} rows"
+            f"assumed without calibration: {known.peak * known.efficiency / 1e12:.3g} TFLOP/s, half of it at "
+            f"{known.half_rows:.0f} rows"
         )
     return "\n".join(lines)
 
@@ -103,17 +104,20 @@ def _bandwidth(device: str, elements: int) -> float:
 def _seconds(call: Callable[[], object]) -> float:
     """Least seconds of a call, of several repeats."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    call()
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    calls = max(1, min(1000, int(0.02 / max(1e-7, time.perf_counter() - start))))
-    least = float("inf")
-    for _ in range(REPEATS):
-        start = time.perf_counter()
+    clock = time.perf_counter if torch.cuda.is_available() else cpu_clock
+
+    def timed(calls: int) -> float:
+        start = clock()
         for _ in range(calls):
             call()
         synchronize()
-        least = min(least, (time.perf_counter() - start) / calls)
-    return least
+        return (clock() - start) / calls
+
+    timed(1)
+    calls = max(1, min(1000, int(0.02 / max(1e-7, timed(1)))))
+    return min(timed(calls) for _ in range(REPEATS))
+
+
+def cpu_clock() -> float:
+    """Seconds of this process on its threads, which other processes of the machine do not lengthen."""
+    return time.process_time() / torch.get_num_threads()

@@ -1,8 +1,9 @@
 """Seconds of the products and passes over memory that a layer consists of, on one rank of a device.
 
-A product of n rows [n, k] x [k, m] takes 2 n k m / (peak e) with e = efficiency n / (n + half_rows), but at least as long
-as its bytes take to pass memory. Rows decide: few of them leave a GPU waiting for the weights. The backward pass has two
-such products, and adds the weight's gradient to a float32 buffer. Elementwise steps take the time of their bytes.
+A product of n rows [n, k] x [k, m] takes 2 n k m / (peak e) with e = efficiency n / (n + half_rows), but at least as
+long as its bytes take to pass memory. Rows decide: few of them leave a GPU waiting for the weights. The backward pass
+has two such products, and adds the weight's gradient to a float32 buffer. Elementwise steps take the time of their
+bytes.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,12 @@
-"""Memory of each rank: parameters with their gradients and optimizer states, activations, and what a step needs besides.
+"""Memory of each rank: parameters with their gradients and optimizer states, activations, and what a step needs
+besides.
 
 Bytes of a parameter: in bf16 2, its gradient 4 (float32), master weight and moments 12; in float32 4, 4 and 8. The
 distributed optimizer shards the last over the replicas (and context ranks); in bf16 the master weights too.
 
 Activations are those of :mod:`~megatron_ext.routing.memory`, of as many micro-batches as the schedule keeps alive on a
-rank, with the hidden states that stages exchange. The peak of a rank is the largest, over its tasks in order, of what is
-alive and what the task needs for itself: the output head; the gradients of a layer while its activations are still
+rank, with the hidden states that stages exchange. The peak of a rank is the largest, over its tasks in order, of what
+is alive and what the task needs for itself: the output head; the gradients of a layer while its activations are still
 there; with full recomputation, the activations of one layer. The heaviest of the sampled micro-batches come first.
 """
 
@@ -231,14 +232,17 @@ class MicroBatchMemory:
 def _peak(tasks: list[Task], chunks: list[ChunkMemory], sampled: list[int]) -> tuple[float, float]:
     """What is alive, and what the task needs besides, at the moment when both are most over a rank's tasks. The
     ``sampled`` micro-batches come in this order, and again once all have been there."""
-    alive, most = 0.0, (0.0, 0.0)
-    for task in tasks:
-        chunk, m = chunks[task.chunk], sampled[task.micro_batch % len(sampled)]
-        if task.is_forward:
-            alive += chunk.kept[m]
-            moments = [(alive, chunk.forward[m])]
+    alive, most, highest = 0.0, (0.0, 0.0), 0.0
+    parts = [np.stack([c.kept, c.forward, c.backward, c.end], 1).tolist() for c in chunks]
+    for is_forward, chunk, micro_batch in tasks:
+        kept, forward, backward, end = parts[chunk][sampled[micro_batch % len(sampled)]]
+        if is_forward:
+            alive += kept
+            needed = forward
         else:
-            moments = [(alive, chunk.backward[m]), (alive - chunk.kept[m], chunk.end[m])]
-            alive -= chunk.kept[m]
-        most = max(most, *moments, key=sum)
+            alive -= kept
+            needed = max(kept + backward, end)
+        if alive + needed > highest:
+            highest = alive + needed
+            most = (alive, forward) if is_forward else (alive + kept, needed - kept)
     return most

@@ -184,17 +184,19 @@ def assumptions(device: Device, source: str, calibrated: bool, devices: int, rel
     hours = reliability.between_faults(devices) / 3600
     return [
         f"data: {source}",
-        f"{device.name}: {device.peak / 1e12:.4g} TFLOP/s, of which large products reach {device.efficiency:.0%} and products "
-        f"of {device.half_rows:.0f} rows half of that"
+        f"{device.name}: {device.peak / 1e12:.4g} TFLOP/s, of which large products reach {device.efficiency:.0%} and "
+        f"products of {device.half_rows:.0f} rows half of that"
         + (" (measured)" if calibrated else " (not measured: --calibrate)"),
         f"links: {device.link / GB:.0f} GB/s inside nodes of {device.node}, {device.network / GB:.0f} GB/s a device "
         f"between them, of which {device.link_share:.0%} and {device.network_share:.0%} are reached",
-        f"memory: at most {device.usable:.0%} of {device.memory / GB:.0f} GB, with {device.overhead_bytes / GB:.1f} GB for "
-        f"context and communication, {device.fragmentation:.0%} for fragmentation"
+        f"memory: at most {device.usable:.0%} of {device.memory / GB:.0f} GB, with {device.overhead_bytes / GB:.1f} GB "
+        f"for context and communication, {device.fragmentation:.0%} for fragmentation"
         if device.memory
         else "memory: as much as wanted",
-        f"faults: one in {hours:.0f} hours; a save holds training up for {reliability.save_seconds:.0f} s, a restart takes "
-        f"{reliability.restart_seconds / 60:.0f} minutes",
+        f"faults: one in {hours:.0f} hours; a save holds training up for {reliability.save_seconds:.0f} s, a restart "
+        f"takes {reliability.restart_seconds / 60:.0f} minutes",
+        "messages of tensor parallelism are exposed in the forward pass and half hidden in the backward pass; "
+        "gradients are reduced during the last micro-batch's backward pass",
         "frozen parameters count as trained ones; the dense share is that of evaluation",
     ]
 
@@ -209,9 +211,9 @@ def describe_run(best: Candidate, cost: dict, devices: int) -> str:
     keys += [f"training.micro_batch_size={training.micro_batch_size}", f"training.recompute={training.recompute}"]
     lines = [
         "best: " + " ".join(keys),
-        f"step {time.seconds:.2f} s: a rank computes {time.busy - time.messages:.2f} s, waits for messages {time.messages:.2f} s "
-        f"and in the pipeline {time.idle:.2f} s; messages between replicas {time.replicas:.2f} s, optimizer "
-        f"{time.optimizer:.2f} s; MFU {time.mfu:.1%}",
+        f"step {time.seconds:.2f} s: a rank computes {time.busy - time.messages:.2f} s, waits for messages "
+        f"{time.messages:.2f} s and in the pipeline {time.idle:.2f} s; messages between replicas "
+        f"{time.replicas:.2f} s, optimizer {time.optimizer:.2f} s; MFU {time.mfu:.1%}",
         f"{cost['tokens']:.3g} tokens: {cost['steps']:,} steps, {cost['tokens_per_second']:,.0f} tokens/s, goodput "
         f"{cost['goodput']:.1%} with checkpoint.interval={cost['checkpoint_interval']}",
         f"{cost['days']:.1f} days, {cost['gpu_hours']:,.0f} GPU hours{money}",
@@ -222,7 +224,8 @@ def describe_run(best: Candidate, cost: dict, devices: int) -> str:
 def yaml_of(best: Candidate, cost: dict, devices: int, device: Device, source: str) -> str:
     """The layout as a configuration file."""
     head = (
-        f"# The layout that tools/plan_run.py recommends for {devices} x {device.name}: predicted {best.time.seconds:.2f} s a step,\n"
-        f"# MFU {best.time.mfu:.1%}, {best.worst / GB:.1f} GB on the rank that needs most; for {source}.\n"
+        f"# The layout that tools/plan_run.py recommends for {devices} x {device.name}: predicted "
+        f"{best.time.seconds:.2f} s a step,\n# MFU {best.time.mfu:.1%}, {best.worst / GB:.1f} GB on the rank that "
+        f"needs most.\n# For {source}.\n"
     )
     return head + yaml.safe_dump(overrides(best.config, cost["checkpoint_interval"]), sort_keys=False)

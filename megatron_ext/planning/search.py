@@ -23,6 +23,12 @@ from megatron_ext.routing.pipeline_layout import even_counts, layout_string
 LONG_ROWS = 16384
 """Tokens of a row from which on context parallelism is tried although a row would fit without."""
 
+MOST_STAGES = 32
+"""Pipeline stages: more have never been of use."""
+
+MOST_MOVED = 16
+"""Chunks of a model whose layers are balanced by simulation; with more of them it would take long."""
+
 REFINED = 16
 """Layouts whose stages are balanced and which are simulated over sampled micro-batches."""
 
@@ -113,7 +119,7 @@ class Search:
             for context in contexts:
                 if tensor * context > self._device.node or devices % (tensor * context):
                     continue
-                for pipeline in _powers(min(model.num_layers, devices // (tensor * context))):
+                for pipeline in _powers(min(model.num_layers, MOST_STAGES, devices // (tensor * context))):
                     if devices % (tensor * context * pipeline):
                         continue
                     replicas = devices // (tensor * context * pipeline)
@@ -181,7 +187,9 @@ class Search:
             return even
         costs = self._costs(config, sampled=False)
 
-        once = costs.model_costs(4 * parallel.pipeline)
+        if parallel.virtual_pipeline > 1 and parallel.pipeline * parallel.virtual_pipeline > MOST_MOVED:
+            return even
+        once = costs.model_costs(2 * parallel.pipeline)
         counts = balance(once, parallel.pipeline, parallel.virtual_pipeline, None, costs.backward)
         if counts is None:
             return even

@@ -103,7 +103,7 @@ def link_seconds(device: Device, messages: Messages, reach: int, ranks: int) -> 
 def layer_costs(
     config: Config, workload: Workload, vocab_size: int, device: Device, micro_batches: list[Counts]
 ) -> LayerCosts:
-    """The costs of micro-batches on a rank, whatever its stage; ``micro_batches`` hold the rows of all context ranks."""
+    """The costs of micro-batches, of all context ranks together, on a rank, whatever its stage."""
     model, parallel, plan = config.model, config.parallel, workload.plan
     size, tensor = 2 if config.training.precision == "bf16" else 4, parallel.tensor
     kernels = Kernels(device, model, tensor, tensor if parallel.sequence else 1, size)
@@ -242,7 +242,7 @@ def _border_seconds(config: Config, workload: Workload, device: Device, replicas
 
 
 def _replica_seconds(config: Config, device: Device, parameters: int, replicas: int, backward: float) -> float:
-    """Exposed seconds of a rank's messages to the other replicas, given the seconds of a micro-batch's backward pass."""
+    """Exposed seconds of a rank's messages to other replicas, given those of a micro-batch's backward pass."""
     parallel = config.parallel
     ranks = replicas * parallel.context
     size = 2 if config.training.precision == "bf16" else 4

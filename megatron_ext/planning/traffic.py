@@ -4,13 +4,13 @@ Collectives count as in a ring of t ranks: a gather or a reduce-scatter of n byt
 all-reduce twice that. With e bytes an element, hidden size h, and n rows, FULL unless said otherwise::
 
     a layer, sequence parallelism   forward     gather, reduce-scatter of attention and of the FFN: 4 e h n (t - 1) / t
-                                    backward    the reverse, and inputs of unsplit qkv and fc1 again: 6 e h n (t - 1) / t
+                                    backward    the reverse; inputs of unsplit qkv and fc1 again: 6 e h n (t - 1) / t
                                     KV_ONLY     gathered with the others, reverse: 2 e h n (t - 1) / t, by the first
                                                 of consecutive layers with the same roles
     a layer, tensor parallelism     forward     two all-reduces: 4 e h n (t - 1) / t
                                     backward    the same, and KV_ONLY rows, once as above: 2 e h n (t - 1) / t
     between stages                  e h T / R   hidden states, or their gradient, once for each border and micro-batch
-    replicas, D                     8 N (D - 1) / D, N parameters; sharded: 4 N (D - 1) / D of gradients, and e of weights
+    replicas, D                     8 N (D - 1) / D, N parameters; sharded: (4 + e) N (D - 1) / D
 
 With full recomputation the messages of a layer's forward pass are sent again.
 """

@@ -1,4 +1,4 @@
-"""What the rows of a run hold, as far as their cost depends on it: counts of tokens, from a mix or from prepared data."""
+"""What the rows of a run hold, as far as their cost depends on it: counts of tokens, from a mix or from rows."""
 
 from dataclasses import dataclass, field
 from functools import cached_property, reduce

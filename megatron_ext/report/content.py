@@ -154,6 +154,7 @@ def _evaluations(run: RunData) -> dict:
 
 def _speed(records: list[dict]) -> dict:
     step, wait = _values(records, "step_seconds"), _values(records, "data_wait_seconds")
+    checkpoints = _values(records, "checkpoint_seconds")
     charts = [
         _smoothed_chart(records, "throughput", "tokens_per_second", "tokens a second, all processes", "tokens/s"),
         line_chart(
@@ -182,6 +183,7 @@ def _speed(records: list[dict]) -> dict:
         "median": statistics.median(step),
         "slowest": np.sort(step)[min(len(step) - 1, math.ceil(0.99 * len(step)))],
         "wait": 100 * wait.sum() / step.sum(),
+        "checkpoints": 100 * checkpoints.sum() / step.sum() if len(checkpoints) else None,
     }
 
 
@@ -212,6 +214,8 @@ def _layout(run: RunData) -> str:
         parts[1] += f" ({parallel.layout})"
     if parallel.virtual_pipeline > 1:
         parts.append(f"virtual pipeline {parallel.virtual_pipeline}")
+    if parallel.context > 1:
+        parts.append(f"context {parallel.context}")
     if parallel.sequence:
         parts.append("sequence parallel")
     if parallel.distributed_optimizer:

@@ -127,8 +127,8 @@ def _partition(costs: ModelCosts, stages: int, fits: Fits | None) -> list[int] |
 def _descend(
     costs: ModelCosts, pipeline: int, counts: list[int], fits: Fits | None, backward: float
 ) -> tuple[int, float, list[int]]:
-    """Move one layer at a time from any chunk to any other while fewer ranks are over the limit of memory, or the
-    simulated step becomes shorter.
+    """Move one layer at a time from a chunk to one of the P before or after it while fewer ranks are over the limit of
+    memory, or the simulated step becomes shorter.
 
     Returns:
         The ranks over the limit, the seconds of the step, and the layers of each chunk.
@@ -137,7 +137,8 @@ def _descend(
     while moved:
         moved = False
         for source in range(len(counts)):
-            for target in range(len(counts)):
+            # Farther moves find little more: at P chunks' distance is the same rank's next chunk.
+            for target in range(max(0, source - pipeline), min(len(counts), source + pipeline + 1)):
                 if source == target or counts[source] == 1:
                     continue
                 other = list(counts)

@@ -14,6 +14,9 @@
 ``stop_signals.py``       signals that arrive before training begins
 ``resuming.py``           where checkpoints are, and resuming from the newest one that is intact
 ``output_lock.py``        ``OUTPUT/LOCK``: one run at a time in an output folder
+``watch.py``              hangs: where every rank is, who holds up the others (``beats.py``, ``hang_report.py``)
+``schedule_timers.py``    what the schedules tell the watch, and the time of passes
+``non_finite.py``         the ranks and parameters that numbers that are not finite come from
 ``finished.py``           ``OUTPUT/FINISHED``, the mark of a complete run
 ``starts.py``             ``OUTPUT/starts.jsonl``, ``OUTPUT/REFUSED``: runs that a launcher starts again
 ``launcher.py``           torchrun for runs that are told to stop

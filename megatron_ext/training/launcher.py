@@ -28,6 +28,8 @@ SECONDS_WITHOUT_RANKS = 60
 def main() -> None:
     # Before any thread starts: signals are then blocked in all threads, and one thread waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # It asks ranks for their stacks (training/watch.py). Slurm sends it to this process too, and to ranks not ready.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     stop = _Stop()
     threading.Thread(target=stop.watch, daemon=True).start()

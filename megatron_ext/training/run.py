@@ -224,6 +224,8 @@ def describe(run: Run) -> str:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.layout:
         layout[1] += f" of {'+'.join(map(str, layers_of_chunks(parallel.layout)))} layers"
+    if parallel.context > 1:
+        layout.insert(1, f"context {parallel.context}")
     if parallel.sequence:
         layout.append("sequence parallel")
     fp8 = run.resolved.fp8

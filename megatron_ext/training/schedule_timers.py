@@ -13,7 +13,8 @@ class ScheduleTimers:
     forward and backward pass, each message between stages, and the reduction of gradients.
 
     The start of a pass, and of the reduction, says to the watch where the process is. :meth:`measure` adds up the time
-    of passes, without the waiting for messages between stages (but with the tensor-parallel ones inside of passes).
+    of passes, without the waiting for messages between stages (but with the tensor-parallel ones inside of passes): of
+    the device between events, or on CPUs, which other processes use too, the CPU time of the training thread.
     """
 
     def __init__(self):
@@ -44,7 +45,7 @@ class ScheduleTimers:
         if not self._measuring:
             return None
         if not torch.cuda.is_available():
-            return time.perf_counter()
+            return time.thread_time()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -8,10 +8,13 @@ import pytest
 from support.gpt import Layout, TrainedGPT
 from support.ranks import world
 
-LAYOUT = Layout(tensor=2, layers=2)
+LAYOUT = Layout(tensor=2, layers=1)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize(
+    "asynchronous",
+    [pytest.param(False, id="synchronous", marks=pytest.mark.slow), pytest.param(True, id="asynchronous")],
+)
 def test_a_full_disk_is_called_that_on_every_rank_and_leaves_no_trace_of_the_checkpoint(tmp_path, asynchronous):
     first, second = world(2, _save_with_little_room, tmp_path / "checkpoints", asynchronous, folder=tmp_path)
     assert first == second, "the ranks disagree"
@@ -69,3 +72,64 @@ def _save_with_little_room(folder: Path, asynchronous: bool) -> list[str]:
         torch.save = whole
     save(5)
     return failures
+
+
+def test_a_run_goes_back_to_the_newest_checkpoint_or_copy_that_is_intact_if_it_may(tmp_path):
+    (found,) = world(1, _damage, tmp_path, folder=tmp_path)
+    path = tmp_path / "checkpoints"
+    assert found == {
+        "refuse": f"{path}/iter_0000003/__0_0.distcp: damaged, its checksum is wrong; to resume from the older "
+        "iter_0000002, move iter_0000003 away",
+        "older": ("iter_0000002", 2),
+        "both": ("iter_0000001", 1),
+        "all": f"{path}/iter_0000001/__0_0.distcp: damaged, its checksum is wrong; there is no older complete "
+        "checkpoint beside it",
+        "copied": ("iter_0000003", 3),
+    }
+    assert sorted(p.name for p in path.glob("*.damaged")) == [f"iter_000000{n}.damaged" for n in (1, 2, 3)]
+
+
+def _damage(folder: Path) -> dict:
+    """What is loaded, or the error, after more and more checkpoints are damaged."""
+    from megatron_ext.checkpoints.checkpointer import Checkpointer
+    from megatron_ext.checkpoints.errors import DamageError
+    from megatron_ext.checkpoints.replica import Replica
+    from megatron_ext.training.resuming import load_intact
+
+    layout = Layout(layers=1)
+    checkpointer = Checkpointer(folder / "checkpoints", keep=0)
+    run = TrainedGPT(layout)
+    for iteration in (1, 2, 3):
+        checkpointer.save(iteration, run.chunks, run.optimizer, {"iteration": iteration})
+    replica = Replica(str(folder / "second"), keep=1)
+    replica.offer(checkpointer.newest())
+    replica.finish()
+    found = {}
+
+    def damage(number: int) -> None:
+        file = folder / f"checkpoints/iter_000000{number}/__0_0.distcp"
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+    def attempt(name: str, on_damage: str) -> None:
+        again = TrainedGPT(layout)
+        try:
+            point, state = load_intact(
+                checkpointer,
+                checkpointer.newest(),
+                on_damage,
+                lambda p: checkpointer.load(p, again.chunks, again.optimizer),
+            )
+            found[name] = point.name, state["iteration"]
+        except DamageError as error:
+            found[name] = str(error)
+
+    damage(3)
+    attempt("refuse", "refuse")
+    attempt("older", "older")
+    damage(2)
+    attempt("both", "older")
+    damage(1)
+    attempt("all", "older")
+    checkpointer.replica = replica
+    attempt("copied", "older")
+    return found

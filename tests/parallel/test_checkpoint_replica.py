@@ -16,7 +16,9 @@ from support.ranks import world
 LAYOUT = Layout(tensor=2, dropout=0.1, layers=2)
 
 
-@pytest.mark.parametrize("scheme", ["", "file://"], ids=["folder", "url"])
+@pytest.mark.parametrize(
+    "scheme", [pytest.param("", id="folder"), pytest.param("file://", id="url", marks=pytest.mark.slow)]
+)
 def test_a_run_whose_folder_is_lost_goes_on_from_the_copy(tmp_path, scheme):
     place = f"{scheme}{tmp_path / 'second'}"
     for uninterrupted, resumed in world(2, _lose_folder, tmp_path / "run", place, folder=tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.data_sets import write_pairs
 from support.ranks import world
 
 SETTINGS = ["plan.preset=himix_hmgen_share_partial", "model.num_layers=4", "model.hidden_size=32"]
@@ -60,6 +61,65 @@ def _around_layers(folder: Path) -> tuple:
     return [x[order >= 0] for x in rows[::2]], [x[order >= 0] for x in rows[1::2]], [f[order >= 0] for f in full], order
 
 
+def test_context_ranks_validate_and_compare_gradients_as_replicas_do(tmp_path):
+    for context, replicas in world(2, _validate_and_compare, tmp_path, folder=tmp_path):
+        assert context == pytest.approx(replicas, rel=1e-4)
+
+
+def _validate_and_compare(folder: Path) -> list[list[float]]:
+    """Sums of losses, counts, and how alike the tasks' gradients are, with two context ranks and with two replicas."""
+    from megatron_ext.analysis.gradients import alignment
+    from megatron_ext.training.prepare import prepare
+    from megatron_ext.training.step import evaluate_step, evaluation_mode
+    from megatron_ext.transformer.resolved import resolve
+
+    figures = []
+    for context in (2, 1):
+        chunks, _, config = _build(context)
+        step = prepare(_own_rows(4), resolve(config))
+        with evaluation_mode(chunks):
+            sums, counts = evaluate_step(chunks, step, config)
+        measured = alignment(chunks, step, resolve(config))["all"]
+        figures.append([*sums.tolist(), *counts.tolist(), *(measured[name] for name in sorted(measured))])
+    return figures
+
+
+def test_each_context_rank_gets_its_own_part_of_the_same_rows(tmp_path, vocabulary):
+    path = write_pairs(tmp_path / "pairs", vocabulary, [["two red circle " * (1 + n % 4)] for n in range(40)])
+    (whole,) = world(1, _labels_of_a_step, vocabulary.folder, path, 1, folder=tmp_path)
+    parts = world(2, _labels_of_a_step, vocabulary.folder, path, 2, folder=tmp_path)
+    assert [opened for opened, *_ in parts] == [True, False]  # one reader
+    assert parts[0][2:] == parts[1][2:] == whole[2:]
+    for of_ranks, together in zip(zip(*(labels for _, labels, *_ in parts)), whole[1]):
+        assert all(of_ranks) and sorted(sum(of_ranks, [])) == sorted(together)
+
+
+def _labels_of_a_step(vocabulary_folder: str, path: str, context: int) -> tuple:
+    """Whether this rank opened files, the labels of each micro-batch, and counts of a step."""
+    from megatron.core import parallel_state
+
+    from megatron_ext import config_file
+    from megatron_ext.config import Config, SourceConfig
+    from megatron_ext.data import build_mixture, step_batches
+    from megatron_ext.training.prepare import Preparation, own_share
+    from megatron_ext.transformer.resolved import resolve
+    from megatron_ext.vocabulary import Vocabulary
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(context_parallel_size=context)
+    loader = ["data.sequence_length=64", "data.loader=plain", "data.workers=1"]
+    config = config_file.load(Config, [], [*SETTINGS, *loader, f"parallel.context={context}"])
+    vocabulary = Vocabulary(vocabulary_folder)
+    mixture = build_mixture([SourceConfig(path, "generation")], config.data, vocabulary, train=True)
+    prepare = Preparation.of(resolve(config), vocabulary.size, vocabulary.pad)
+    steps = step_batches(mixture, config.data, 4, 3, prepare=prepare, own_share=own_share)
+    step = next(steps)
+    steps.close()
+    labels = [micro_batch.labels.tolist() for micro_batch in step.micro_batches]
+    opened = any(source.dataset for source in mixture.sources)
+    return opened, labels, step.loss_tokens.tolist(), step.tokens, step.flops
+
+
 @pytest.mark.slow
 def test_a_run_goes_from_context_ranks_to_replicas_and_back_with_the_same_losses(tmp_path):
     for whole, moved in world(2, _move, tmp_path, folder=tmp_path):
@@ -103,14 +163,20 @@ def _build(context: int) -> tuple:
 
 
 def _train(chunks: list, optimizer, config, steps: range) -> list[float]:
-    from megatron.core import parallel_state
-
     from megatron_ext.training.prepare import prepare
     from megatron_ext.training.step import train_step
     from megatron_ext.transformer.resolved import resolve
+
+    inputs = (prepare(_own_rows(seed), resolve(config)) for seed in steps)
+    return [train_step(chunks, optimizer, step, config).loss for step in inputs]
+
+
+def _own_rows(seed: int):
+    """This replica's rows of a global batch of 4."""
+    from megatron.core import parallel_state
+
     from parity import packed_batch
 
     rows = 4 // parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * rows
-    batches = (packed_batch(4, 64, seed).rows(first, first + rows) for seed in steps)
-    return [train_step(chunks, optimizer, prepare(batch, resolve(config)), config).loss for batch in batches]
+    return packed_batch(4, 64, seed).rows(first, first + rows)

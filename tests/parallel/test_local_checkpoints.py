@@ -14,10 +14,14 @@ LAYOUTS = {
     "replicas have the same": Layout(bf16=True, dropout=0.1, layers=2),
     "parts of a model": Layout(tensor=2, dropout=0.1, layers=2),
 }
+QUICK = ("replicas share the optimizer", "replicas have the same")
 NODE = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(v, id=k, marks=[] if k in QUICK else pytest.mark.slow) for k, v in LAYOUTS.items()],
+)
 def test_a_lost_node_takes_nothing_with_it(tmp_path, layout):
     for uninterrupted, resumed, points in world(2, _lose_nodes, tmp_path, layout, folder=tmp_path):
         assert resumed == [uninterrupted] * 3

@@ -44,9 +44,6 @@ class Job:
         self.wait_for(lambda: self.field("JobState") == "PENDING")
         subprocess.run(["scontrol", "update", f"JobId={self.number}", "StartTime=now"], check=True)
 
-    def cancel(self) -> None:
-        subprocess.run(["scancel", self.number], check=True)
-
 
 class Slurm:
     """Submits jobs; files are in ``folder``."""

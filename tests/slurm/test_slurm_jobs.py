@@ -22,6 +22,7 @@ from support.vocabularies import make_vocabulary
 
 pytestmark = pytest.mark.slurm
 ITERATIONS = str(70 * SLOWER)
+REQUEUED = "goes back into the queue"
 HIGH = "--partition=high"
 """Jobs there are not preempted."""
 
@@ -42,13 +43,28 @@ def jobs(slurm) -> dict:
     return jobs
 
 
+def test_a_signal_before_training_begins_is_not_lost(slurm, jobs):
+    job = jobs["early"]
+    job.wait_for(lambda: REQUEUED in job.text() and job.field("Restarts") == "1")
+    subprocess.run(["scancel", job.number], check=True)
+    assert re.search("stopped before training began|stopped after iteration 0", job.text())
+    assert "checkpoint of iteration" not in job.text() and "Traceback" not in job.text()
+
+
+def test_a_refused_configuration_is_not_requeued(jobs):
+    job = jobs["refused"]
+    job.wait_for(lambda: job.field("JobState") in ("FAILED", "PENDING", "COMPLETED"))
+    assert (job.field("JobState"), job.field("Restarts"), job.field("ExitCode")) == ("FAILED", "0", "2:0")
+    assert "config: 'model.num_layers' is 0" in job.text() and "not requeued" in job.text()
+
+
 def test_a_preempted_job_that_then_meets_its_time_limit_ends_with_the_same_losses(slurm, jobs):
     job, output = jobs["disturbed"], slurm.folder / "disturbed"
     job.wait_for(lambda: _iterations(output) >= 3)
+    times = job.text().count(REQUEUED)
     slurm.submit("urgent", ["--wrap", "sleep 1"], HIGH, "--cpus-per-task=10")
-    job.wait_for(lambda: "goes back into the queue" in job.text())
-    assert "stopped after iteration" in job.text() and "received SIGTERM" in job.text()
-    assert _iterations(output) < int(ITERATIONS)
+    job.wait_for(lambda: job.text().count(REQUEUED) > times)
+    assert "received SIGTERM" in job.text() and _iterations(output) < int(ITERATIONS)
     while not (output / "FINISHED").exists():
         if job.field("JobState") == "PENDING":
             job.release()
@@ -61,24 +77,6 @@ def test_a_preempted_job_that_then_meets_its_time_limit_ends_with_the_same_losse
     assert _losses(output) == _losses(slurm.folder / "undisturbed")
     for signal, seconds in _seconds_to_requeue(text):
         print(f"{signal} to requeued: {seconds} s")
-
-
-def test_a_signal_before_training_begins_is_not_lost(slurm, jobs):
-    job = jobs["early"]
-    job.wait_for(lambda: "goes back into the queue" in job.text())
-    assert not (slurm.folder / "early" / "FINISHED").exists()
-    assert not (slurm.folder / "early" / "checkpoints").exists()
-    assert "Traceback" not in job.text()
-    job.wait_for(lambda: job.field("JobState") == "PENDING")
-    assert job.field("Restarts") == "1"
-    job.cancel()
-
-
-def test_a_refused_configuration_is_not_requeued(jobs):
-    job = jobs["refused"]
-    job.wait_for(lambda: job.field("JobState") in ("FAILED", "PENDING", "COMPLETED"))
-    assert (job.field("JobState"), job.field("Restarts"), job.field("ExitCode")) == ("FAILED", "0", "2:0")
-    assert "config: 'model.num_layers' is 0" in job.text() and "not requeued" in job.text()
 
 
 def test_preprocessing_as_an_array(slurm, jobs):

@@ -103,10 +103,12 @@ def test_balanced_work_is_more_equal_than_work_in_order(every_layout):
         return work.sum(axis=1).max() / work.sum(axis=1).mean(), work.max() / work.mean()
 
     in_order, balanced = most(Composition(2)), most(Composition(2, costs=costs))
-    assert balanced[0] < 1.003 and in_order[0] > 1.02
+    assert balanced[0] < 1.001 and in_order[0] > 1.02
     assert balanced[1] < 1.06 < in_order[1]  # the two rows of a micro-batch cannot be more equal
 
 
-def test_rows_are_given_out_by_falling_cost_to_where_work_is_least():
-    assert [b.tolist() for b in spread(np.array([1, 5, 4, 4, 3]), [2, 3, 0])] == [[1, 4], [2, 3, 0], []]
+def test_rows_are_given_out_by_falling_cost_to_where_work_is_least_and_exchanged_while_that_helps():
+    assert [b.tolist() for b in spread(np.array([1, 5, 4, 4, 3]), [2, 3, 0])] == [[1, 4], [0, 2, 3], []]
+    # 9 + 6 + 5 and 7 + 6 + 5 to begin with; then the first gives its second 6 for a 5 of the other.
+    assert [b.tolist() for b in spread(np.array([5, 6, 9, 7, 6, 5]), [3, 3])] == [[0, 2, 5], [1, 3, 4]]
     assert rise_and_fall([7, 1, 5, 3, 9]) == [1, 2, 4, 0, 3]  # costs 1, 5, 9, 7, 3

@@ -9,12 +9,14 @@ import parity
 from megatron_ext import config_file
 from megatron_ext.config import Config, PlanConfig
 from megatron_ext.data.batch import Batch
+from megatron_ext.errors import UserError
 from megatron_ext.routing.context import attention_load
 from megatron_ext.routing.groups import plan_groups
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.routing.route import Route, placed
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training.prepare import Preparation
+from megatron_ext.transformer.config_checks import validate_layout
 from megatron_ext.transformer.resolved import resolve
 from support import reference
 
@@ -173,3 +175,9 @@ def test_decoding_with_a_cache_takes_whole_documents():
     batch = parity.packed_batch(1, 48, seed=1)
     with pytest.raises(ValueError, match="replicas"):
         Route.arrays(batch, Plan.of(PlanConfig(), LAYERS), cached=True, context=(0, 2))
+
+
+def test_processes_that_context_ranks_do_not_fill_are_refused_in_one_line():
+    config = config_file.load(Config, [], ["parallel.tensor=2", "parallel.context=3"])
+    with pytest.raises(UserError, match=r"^config: 8 processes .*parallel.tensor x parallel.context x .* \(6\)"):
+        validate_layout(config, 8)
