@@ -65,12 +65,12 @@ def computed_pairs(routes: list[Route], number: int, ranks: int) -> list[tuple[i
             kv_only = np.concatenate([kv_only, *(np.array(message, int) for message in messages)])
         if layer.keys is not None:
             keys = np.concatenate([full, kv_only])[layer.keys.index]
-        first = 0
-        for q, k, start in zip(layer.query_lengths, layer.key_lengths, layer.key_starts):
-            seen = keys[start : start + k]
-            for i, query in enumerate(queries[first : first + q]):
+        first_query = 0
+        for q, k, first_key in zip(layer.query_lengths, layer.key_lengths, layer.key_starts):
+            seen = keys[first_key : first_key + k]
+            for i, query in enumerate(queries[first_query : first_query + q]):
                 pairs += [(int(query), int(key)) for key in seen[: k - q + i + 1]]
-            first += q
+            first_query += q
     return pairs
 
 
