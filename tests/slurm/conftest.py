@@ -41,8 +41,8 @@ class Job:
 
     def release(self) -> None:
         """Let a requeued job start at once; Slurm would wait for two minutes."""
-        self.wait_for(lambda: self.field("JobState") == "PENDING")
-        subprocess.run(["scontrol", "update", f"JobId={self.number}", "StartTime=now"], check=True)
+        self.wait_for(lambda: self.field("JobState") in ("PENDING", "RUNNING"))
+        subprocess.run(["scontrol", "update", f"JobId={self.number}", "StartTime=now"], stderr=subprocess.DEVNULL)
 
 
 class Slurm:
