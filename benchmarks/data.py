@@ -18,7 +18,7 @@ from megatron_ext import config_file
 from megatron_ext.command_line import parser, progress, run
 from megatron_ext.config import Config, SourceConfig
 from megatron_ext.data import dali_loader
-from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
+from megatron_ext.data.format import ANSWER, IMAGE
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.data.packed_tokens import PADDING, TASK
@@ -29,6 +29,7 @@ from megatron_ext.data.source import Source
 from megatron_ext.data.step_rows import StepRows
 from megatron_ext.data.transfer import to_device
 from megatron_ext.data.workers import WorkerSteps
+from megatron_ext.data.writer import DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 from megatron_ext.routing.plan import PRESETS

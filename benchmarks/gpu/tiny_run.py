@@ -6,7 +6,8 @@ import numpy as np
 import sentencepiece
 import yaml
 
-from megatron_ext.data.format import ANSWER, IMAGE, DatasetWriter
+from megatron_ext.data.format import ANSWER, IMAGE
+from megatron_ext.data.writer import DatasetWriter
 from megatron_ext.vocabulary import Vocabulary
 
 WORDS = "is there a red green blue circle square left right of above below how many yes no one two"

@@ -235,8 +235,10 @@ def render(
     if dataset.depth > 1:
         _copy_images(buffer, dataset, starts[image], pointers[image], special.image_offset)
     copied = slice(None) if dataset.depth == 1 else ~image
-    for place, stop, pointer in zip(starts[copied].tolist(), stops[copied].tolist(), pointers[copied].tolist()):
-        buffer.ids[place:stop] = dataset.tokens[pointer : pointer + stop - place]
+    first, begins, ends = pointers[copied], starts[copied], stops[copied]
+    stored = dataset.ranges(first, first + ends - begins)
+    for place, stop, ids in zip(begins.tolist(), ends.tolist(), stored):
+        buffer.ids[place:stop] = ids
 
     task = Task.UNDERSTANDING if layout == Layout.INTERLEAVED else Task(layout)
     buffer.mark(pieces.place, pieces.place + pieces.stop - pieces.start, task << packed_tokens.TASK_SHIFT)
@@ -254,8 +256,8 @@ def _copy_images(
 ) -> None:
     """Write images of several codes a token, which are never cut, into a buffer: places and pointers, [images] each."""
     count = codes_of_image(dataset.metadata["vq"])
-    for place, pointer in zip(starts.tolist(), pointers.tolist()):
-        ids = dataset.tokens[pointer : pointer + count].reshape(-1, dataset.depth)
+    for place, stored in zip(starts.tolist(), dataset.ranges(pointers, pointers + count)):
+        ids = stored.reshape(-1, dataset.depth)
         stop = place + len(ids)
         buffer.ids[place:stop] = ids[:, 0]
         buffer.further_codes[place:stop, : dataset.depth - 1] = ids[:, 1:] - image_offset

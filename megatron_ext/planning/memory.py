@@ -166,7 +166,7 @@ class MicroBatchMemory:
         self._padding = row * (stored - real)  # where T is fixed, a part of layers' whole inputs
         self._layers, self._first_layers = self._kept(training.recompute)
         self._device_layers = workload.device_bytes(device, config)
-        if training.recompute == "none" and parallel.context > 1:
+        if training.recompute != "full" and parallel.context > 1:
             keys = 2 * key_width(model) / parallel.tensor * self._size * workload.received_share(config)
             self._layers, self._first_layers = (x + self._keys() * keys for x in (self._layers, self._first_layers))
         self._logits = np.array([counts.logits for counts in self._counts]) * self._share

@@ -7,15 +7,14 @@
     UNIT-PART.part.json        the part's manifest, written last: the part is complete
 """
 
-import gc
 import json
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_ext.command_line import progress
 from megatron_ext.data import format as data_format
-from megatron_ext.data.format import DatasetWriter, is_image
+from megatron_ext.data.copying import merge
+from megatron_ext.data.format import is_image
+from megatron_ext.data.writer import DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json, write_json, write_text
 from megatron_ext.preprocess.parts import Part, part_name
@@ -126,15 +125,14 @@ class Store:
         }
         source = {"made_by": TOOL, **counts, "settings": self.settings}
         self._remove_temporaries()
-        writer = DatasetWriter(self.prefix, self.settings["vocabulary"], self.settings["vq"], source)
-        with writer, _frozen_garbage():
-            for name, manifest in progress(parts, desc="joining", unit=" parts", leave=False):
-                if manifest["documents"]:
-                    data_format.verify(self.folder / name)
-                    writer.add_dataset(self.folder / name)
-            self._list_skipped(skipped)
+        self._list_skipped(skipped)  # before the data set, which is complete then
+        try:
+            metadata = merge([self.folder / name for name, part in parts if part["documents"]], self.prefix, source)
+        except BaseException:
+            self._list_skipped([])
+            raise
         remove_parts(self.prefix)
-        return writer.metadata
+        return metadata
 
     def _all_parts(self) -> list[tuple[str, dict]]:
         parts = []
@@ -160,17 +158,6 @@ class Store:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.part.json"
-
-
-@contextmanager
-def _frozen_garbage():
-    """Megatron-Core collects garbage for every part that it appends, which takes half a second once torch is loaded;
-    with all objects frozen it takes no time."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _nonzero(**counts: int) -> dict[str, int]:

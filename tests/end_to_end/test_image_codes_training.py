@@ -12,7 +12,8 @@ import yaml
 
 from megatron_ext import vq
 from megatron_ext.checkpoints.stored_weights import StoredWeights
-from megatron_ext.data.format import ANSWER, IMAGE, Dataset, DatasetWriter
+from megatron_ext.data.format import ANSWER, IMAGE, Dataset
+from megatron_ext.data.writer import DatasetWriter
 from megatron_ext.vocabulary import Vocabulary
 from support.forked_programs import run_forked
 from support.images import encoded

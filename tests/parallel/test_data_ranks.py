@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data import build_mixture, step_batches
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.format import merge
+from megatron_ext.data.copying import merge
 from megatron_ext.errors import UserError
 from megatron_ext.vocabulary import Vocabulary
 from support.data_sets import write_pairs

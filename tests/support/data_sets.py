@@ -3,10 +3,11 @@
 import numpy as np
 
 from megatron_ext.config import SourceConfig
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter, is_image
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, is_image
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.source import Source
+from megatron_ext.data.writer import DatasetWriter
 from megatron_ext.vocabulary import Vocabulary
 
 SPECIAL = SpecialTokens(bos=1, pad=100, eod=101, boi=102, eoi=103, answer_end=101)

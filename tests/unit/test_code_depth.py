@@ -6,11 +6,13 @@ import pytest
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.data import build_mixture
 from megatron_ext.data.batch import Batch
-from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset, DatasetWriter, is_image, merge, verify
+from megatron_ext.data.copying import merge
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset, is_image, verify
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.data.rendering import SpecialTokens
 from megatron_ext.data.show import describe_row
+from megatron_ext.data.writer import DatasetWriter
 from megatron_ext.errors import UserError
 from support.data_sets import CODES, FIRST_CODE, SPECIAL, mixture, vq_metadata, write, write_pairs, write_texts
 

@@ -5,7 +5,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.data import format as data_format
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, Dataset, DatasetWriter, merge, verify
+from megatron_ext.data.copying import merge
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT, Dataset, verify
+from megatron_ext.data.writer import DatasetWriter
 from megatron_ext.errors import UserError
 from support.data_sets import FIRST_CODE, captions, write
 

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_ext import config_file
 from megatron_ext.config import Config
-from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset, is_image, merge, verify
+from megatron_ext.data.copying import merge
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset, is_image, verify
 from megatron_ext.data.packed_rows import PackedRows
 from megatron_ext.data.source import Source, SourceConfig
 from megatron_ext.errors import UserError

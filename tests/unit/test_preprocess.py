@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_ext import vq as vq_package
-from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset, DatasetWriter
+from megatron_ext.data import copying
+from megatron_ext.data.format import ANSWER, DRAWN, IMAGE, TEXT, Dataset
 from megatron_ext.data.rendering import lay_out
+from megatron_ext.data.writer import DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.preprocess import PreprocessOptions, dali_decoder, merge_shards, preprocess, verify_data_set
 from megatron_ext.preprocess.parts import split_turns
@@ -140,7 +142,7 @@ def test_a_killed_join_is_repeated(tmp_path, tars, vocabulary, vq, whole, monkey
     preprocess(small(tars, tmp_path / "set", shard=(1, 1)), vocabulary, vq)
     (tmp_path / ".set.4711.tmp.bin").write_bytes(b"left by a process that was killed")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DatasetWriter, "_publish", interrupt)
+        patch.setattr(copying, "publish", interrupt)
         merge_shards(tmp_path / "set")
     assert not list(tmp_path.glob("set.*[!s]"))  # nothing but set.parts
     merge_shards(tmp_path / "set")
@@ -148,7 +150,7 @@ def test_a_killed_join_is_repeated(tmp_path, tars, vocabulary, vq, whole, monkey
     assert merge_shards(tmp_path / "set").already
 
 
-def interrupt(writer) -> None:
+def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 

@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT
+from megatron_ext.data.writer import DatasetWriter
 from support.programs import ROOT
 from support.vocabularies import make_vocabulary
 

@@ -12,7 +12,9 @@ from megatron_ext import chat_template
 from megatron_ext.config import DataConfig, SourceConfig
 from megatron_ext.conversion import vila_u
 from megatron_ext.data import build_mixture
-from megatron_ext.data.format import ANSWER, IMAGE, TEXT, DatasetWriter, merge
+from megatron_ext.data.copying import merge
+from megatron_ext.data.format import ANSWER, IMAGE, TEXT
+from megatron_ext.data.writer import DatasetWriter
 from megatron_ext.errors import UserError
 from megatron_ext.generation import prompts
 from megatron_ext.preprocess.parts import tokenise
