@@ -19,9 +19,9 @@ _training = False
 def remember() -> None:
     """Call first in a program that trains.
 
-    From now on SIGUSR1 is remembered; it waits until :func:`admit`. SIGTERM ends the process at once, as there is nothing to save yet: with code 0 if
-    it is alone, since it has done what it was told to, and with 143 among other ranks, whose launcher must notice.
-    Ctrl-C keeps its meaning.
+    From now on SIGUSR1 is remembered; it waits until :func:`admit`. SIGTERM ends the process at once, as there is
+    nothing to save yet: with code 0 if it is alone, since it has done what it was told to, and with 143 among other
+    ranks, whose launcher must notice. Ctrl-C keeps its meaning.
     """
     signal.signal(signal.SIGUSR1, _note)
     signal.signal(signal.SIGTERM, _end)
