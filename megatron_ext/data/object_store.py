@@ -186,6 +186,8 @@ def _call(address: str, action: Callable):
     except FileNotFoundError:
         raise UserError(f"{address}: not found") from None
     except Exception as error:  # the clients' own errors have no class in common
+        if getattr(error, "response", {}).get("Error", {}).get("Code") in ("404", "NoSuchKey"):
+            raise UserError(f"{address}: not found") from None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{address}: {lines[0]}") from None
 
