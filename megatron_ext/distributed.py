@@ -42,10 +42,12 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
     if config.lifecycle.hang_minutes:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "512")  # collectives that recorded_collectives() can see
         os.environ.setdefault("TORCH_INCLUDE_STACK_TRACE", "0")  # taking one may wait for the interpreter lock
-    store = store or _store_of_restart(datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes))
+    global _timeout
+    _timeout = datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes)
+    store = store or _store_of_restart(_timeout)
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
-        timeout=datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes),
+        timeout=_timeout,
         store=store,
         rank=int(os.environ["RANK"]) if store else -1,
         world_size=world_size() if store else -1,
@@ -56,6 +58,7 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=config.lifecycle.distributed_timeout_minutes,
     )
     seed = config.training.seed
     random.seed(seed)
@@ -118,6 +121,12 @@ def device() -> torch.device:
 
 
 _replica_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+_timeout: datetime.timedelta | None = None
+
+
+def new_group(ranks: list[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
+    """``torch.distributed.new_group`` with the timeout of the run's other groups; ``ranks``: None for all."""
+    return dist.new_group(ranks, timeout=_timeout, backend=backend)
 
 
 def replica_group() -> dist.ProcessGroup:
@@ -133,7 +142,7 @@ def replica_group() -> dist.ProcessGroup:
         # Megatron-Core has no such group; its order of ranks is that of its groups.
         ranks = parallel_state.RankGenerator(tensor, 1, replicas, pipeline, size, order="tp-cp-ep-dp-pp")
         for members in ranks.get_ranks("tp-cp-pp"):
-            group = dist.new_group(members)
+            group = new_group(members)
             if dist.get_rank() in members:
                 _replica_groups[model_parallel] = group
     return _replica_groups[model_parallel]

@@ -1,5 +1,6 @@
 """Ranks that compute more slowly than the others, which all wait for them."""
 
+import math
 import socket
 import statistics
 from collections.abc import Sequence
@@ -38,31 +39,37 @@ class Stragglers(Callback):
         self._interval = run.config.logging.straggler_interval
         self._timers: ScheduleTimers = get_model_config(run.chunks[0]).timers
         self._flops = 0.0
-        self._first: list[float] | None = None
+        self._measures = False  # the same on every rank
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         here = (parallel_state.get_pipeline_model_parallel_rank(), f"{socket.gethostname()}, {device()}, {name}")
         ranks: list = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, here)
         self._stages, self._places = zip(*ranks)
         self._slow = [0] * len(ranks)
+        self._first = [math.nan] * len(ranks)
 
     def before_step(self, run: Run, step: StepInput) -> None:
         number = run.progress.iteration % self._interval + 1
         if number == max(1, self._interval - MEASURED + 1):
             self._timers.measure()
-            self._flops = 0.0
+            self._measures, self._flops = True, 0.0
         self._flops += step.flops
 
     def after_step(self, run: Run, record: StepRecord) -> None:
-        if record.iteration % self._interval:
+        if record.iteration % self._interval or not self._measures:  # after a resumption there may be too few steps
             return
+        self._measures = False
         seconds = self._timers.busy_seconds()
-        own = torch.tensor([self._flops / seconds if seconds else 0.0], dtype=torch.float64, device=device())
+        # A replica without rows has no speed.
+        speed = self._flops / seconds if seconds and self._flops else math.nan
+        own = torch.tensor([speed], dtype=torch.float64, device=device())
         speeds = torch.empty(len(self._places), dtype=torch.float64, device=device())
         dist.all_gather_into_tensor(speeds, own)
         relative = self._relative(speeds.tolist())
-        slowest = min(range(len(relative)), key=relative.__getitem__)
-        record.metrics |= {"slowest_rank": slowest, "slowest_rank_speed": relative[slowest]}
+        known = [rank for rank, speed in enumerate(relative) if not math.isnan(speed)]
+        if known:
+            slowest = min(known, key=relative.__getitem__)
+            record.metrics |= {"slowest_rank": slowest, "slowest_rank_speed": relative[slowest]}
         for rank, speed in enumerate(relative):
             self._slow[rank] = self._slow[rank] + 1 if speed < SLOW else 0
             if self._slow[rank] == IN_A_ROW:
@@ -79,8 +86,8 @@ class Stragglers(Callback):
     def _relative(self, speeds: list[float]) -> list[float]:
         if has_peers(self._stages):
             return relative_speeds(speeds, self._stages)
-        self._first = self._first or speeds
-        since_first = [speed / first if first else 0.0 for speed, first in zip(speeds, self._first)]
+        self._first = [speed if math.isnan(first) else first for speed, first in zip(speeds, self._first)]
+        since_first = [speed / first for speed, first in zip(speeds, self._first)]
         return relative_speeds(since_first, [0] * len(speeds))
 
 
@@ -90,6 +97,8 @@ def has_peers(stages: Sequence[int]) -> bool:
 
 
 def relative_speeds(speeds: Sequence[float], stages: Sequence[int]) -> list[float]:
-    """Each rank's speed relative to the median of its stage, to the higher one where two are in the middle."""
-    median = {stage: statistics.median_high(s for s, of in zip(speeds, stages) if of == stage) for stage in set(stages)}
-    return [speed / median[stage] if median[stage] else 1.0 for speed, stage in zip(speeds, stages)]
+    """Each rank's speed relative to the median of its stage, to the higher one where two are in the middle. NaN stands
+    for a speed that is not known."""
+    known = {stage: [s for s, of in zip(speeds, stages) if of == stage and not math.isnan(s)] for stage in set(stages)}
+    median = {stage: statistics.median_high(of_stage) for stage, of_stage in known.items() if of_stage}
+    return [speed / median.get(stage, math.nan) for speed, stage in zip(speeds, stages)]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from support.tiny_vq import GRID
 
 def test_speeds_compare_ranks_of_the_same_stage():
     assert relative_speeds([1.0, 2.0, 0.5, 2.0], [0, 1, 0, 1]) == [1.0, 1.0, 0.5, 1.0]
+    of_known = relative_speeds([1.0, math.nan, 0.5], [0, 0, 0])
+    assert of_known[::2] == [1.0, 0.5] and math.isnan(of_known[1])
     assert has_peers([0, 1, 0, 1]) and not has_peers([0, 1, 1])
 
 
