@@ -3,15 +3,17 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_ext.callbacks.replica_check import odd_ranks, sum_of_bits
-from megatron_ext.callbacks.stragglers import has_peers, relative_speeds
+from megatron_ext.callbacks.stragglers import Stragglers, has_peers, relative_speeds
 from megatron_ext.training import loop
-from megatron_ext.training.callback import Callback
+from megatron_ext.training.callback import Callback, StepRecord
 from megatron_ext.training.run import build_run
+from megatron_ext.training.schedule_timers import ScheduleTimers
 from support.data_sets import write_pairs
 from support.tiny_vq import GRID
 
@@ -21,6 +23,26 @@ def test_speeds_compare_ranks_of_the_same_stage():
     of_known = relative_speeds([1.0, math.nan, 0.5], [0, 0, 0])
     assert of_known[::2] == [1.0, 0.5] and math.isnan(of_known[1])
     assert has_peers([0, 1, 0, 1]) and not has_peers([0, 1, 1])
+
+
+def test_ranks_are_only_compared_after_all_steps_of_a_comparison(one_process):
+    config = one_process()
+    timers = ScheduleTimers()
+    chunk = torch.nn.Identity()
+    chunk.config = SimpleNamespace(timers=timers)
+    run = SimpleNamespace(config=config, chunks=[chunk], progress=SimpleNamespace(iteration=95))
+    stragglers, compared = Stragglers(), {}
+    stragglers.on_train_begin(run)
+    while run.progress.iteration < 200:
+        stragglers.before_step(run, SimpleNamespace(flops=1.0))
+        timers("forward-compute").start()
+        timers("forward-compute").stop()
+        run.progress.iteration += 1
+        record = StepRecord({"iteration": run.progress.iteration})
+        stragglers.after_step(run, record)
+        if len(record.metrics) > 1:
+            compared[run.progress.iteration] = record.metrics["slowest_rank_speed"]
+    assert compared == {200: 1.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
