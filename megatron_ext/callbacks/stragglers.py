@@ -39,24 +39,26 @@ class Stragglers(Callback):
         self._interval = run.config.logging.straggler_interval
         self._timers: ScheduleTimers = get_model_config(run.chunks[0]).timers
         self._flops = 0.0
-        self._first: list[float] | None = None
+        self._measures = False  # the same on every rank
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         here = (parallel_state.get_pipeline_model_parallel_rank(), f"{socket.gethostname()}, {device()}, {name}")
         ranks: list = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, here)
         self._stages, self._places = zip(*ranks)
         self._slow = [0] * len(ranks)
+        self._first = [0.0] * len(ranks)
 
     def before_step(self, run: Run, step: StepInput) -> None:
         number = run.progress.iteration % self._interval + 1
         if number == max(1, self._interval - MEASURED + 1):
             self._timers.measure()
-            self._flops = 0.0
+            self._measures, self._flops = True, 0.0
         self._flops += step.flops
 
     def after_step(self, run: Run, record: StepRecord) -> None:
-        if record.iteration % self._interval:
+        if record.iteration % self._interval or not self._measures:  # after a resumption there may be too few steps
             return
+        self._measures = False
         seconds = self._timers.busy_seconds()
         own = torch.tensor([[self._flops, seconds]], dtype=torch.float64, device=device())
         measured = torch.empty(len(self._places), 2, dtype=torch.float64, device=device())
@@ -82,7 +84,7 @@ class Stragglers(Callback):
         speeds = [n / s if s else 0.0 for n, s in zip(flops, seconds)]
         if has_peers(self._stages):
             return relative_speeds(speeds, flops, self._stages)
-        self._first = self._first or speeds
+        self._first = [first or speed for speed, first in zip(speeds, self._first)]
         since_first = [speed / first if first else 0.0 for speed, first in zip(speeds, self._first)]
         return relative_speeds(since_first, flops, [0] * len(speeds))
 
