@@ -196,7 +196,7 @@ def assumptions(device: Device, source: str, calibrated: bool, devices: int, rel
         f"faults: one in {hours:.0f} hours; a save holds training up for {reliability.save_seconds:.0f} s, a restart "
         f"takes {reliability.restart_seconds / 60:.0f} minutes",
         "messages of tensor parallelism are exposed in the forward pass and half hidden in the backward pass; "
-        "gradients are reduced during the last micro-batch's backward pass",
+        "those of context parallelism are exposed; gradients are reduced during the last micro-batch's backward pass",
         "frozen parameters count as trained ones; the dense share is that of evaluation",
     ]
 
