@@ -59,6 +59,7 @@ def pretrain(config: Config) -> None:
     output = Path(config.output)
     try:
         distributed.initialize(config)
+        stop_signals.admit()
         if reason := lifecycle.told_already():
             stop_signals.ignore()
             distributed.report(f"stopped before training began: {reason}; the same command starts it")

@@ -39,6 +39,7 @@ setup(
         "tensorboard",
         "tqdm",
         "webdataset>=1.0",
+        "braceexpand",
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0"],
@@ -47,6 +48,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.11,<2.13", "nvidia-dali-cuda130>=2.0"],
         "gpu-cuda12": ["transformer-engine[pytorch]>=2.11,<2.13", "nvidia-dali-cuda120>=2.0"],
         "wandb": ["wandb"],
+        "object-store": ["boto3", "multi-storage-client"],
         # Its ft_launcher may start runs (docs/cluster.md); nothing here imports it. Newer ones need glibc 2.39.
         "resilience": ["nvidia-resiliency-ext>=0.4.1"],
         "dev": ["pytest", "ruff", "scikit-learn", "torchmetrics", "triton"],

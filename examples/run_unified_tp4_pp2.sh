@@ -130,6 +130,7 @@ while kill -0 "$step" 2>/dev/null; do
 done
 status=0
 wait "$step" || status=$?
+((status != 138)) || [[ -z $stop ]] || status=0 # SIGUSR1 has ended srun, which had not started anything yet
 
 requeue() {
     if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_RESTARTS:-100})); then

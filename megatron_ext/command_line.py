@@ -15,15 +15,31 @@ from tqdm import tqdm
 from megatron_ext.errors import UserError
 
 
-def parser(description: str, example: str) -> argparse.ArgumentParser:
-    """An argument parser whose ``--help`` ends with an example, with the ``--json FILE`` that every tool has."""
-    result = argparse.ArgumentParser(
+def parser(description: str, example: str, **options) -> argparse.ArgumentParser:
+    """An argument parser whose ``--help`` ends with an example, with the ``--json FILE`` that every tool has.
+
+    Args:
+        options: as of ``ArgumentParser``.
+    """
+    result = _parser_with_example(description, example, **options)
+    result.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of this run to FILE")
+    return result
+
+
+def commands(description: str, example: str) -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
+    """A parser of a tool with commands, and what adds them: ``add_parser(name, help=, description=, example=)``, each
+    with its own ``--json FILE``."""
+    result = _parser_with_example(description, example)
+    return result, result.add_subparsers(metavar="COMMAND", required=True, parser_class=parser)
+
+
+def _parser_with_example(description: str, example: str, **options) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
     )
-    result.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of this run to FILE")
-    return result
 
 
 def run(main: Callable[[], dict | None]) -> None:

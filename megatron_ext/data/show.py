@@ -1,11 +1,14 @@
-"""Packed rows in readable form: their documents, texts, images and learnt tokens."""
+"""Packed rows and stored documents in readable form: texts, images and learnt tokens."""
 
 from itertools import groupby
 
 from torch import Tensor
 
 from megatron_ext.data.batch import Batch
+from megatron_ext.data.format import Dataset, is_image
 from megatron_ext.data.packed_rows import PackedRows
+from megatron_ext.data.statistics import KINDS
+from megatron_ext.errors import UserError
 from megatron_ext.token_classes import PADDING_DOCUMENT
 from megatron_ext.vocabulary import Vocabulary
 
@@ -26,6 +29,24 @@ def describe_row(rows: PackedRows, row: int, vocabulary: Vocabulary) -> str:
         )
         lines.append(f"    {_readable(tokens, codes, loss, vocabulary)}")
     return "\n".join(lines)
+
+
+def describe_document(dataset: Dataset, number: int, vocabulary: Vocabulary | None) -> list[dict]:
+    """The sequences of a stored document: kind, tokens, and text or codes; ids where no vocabulary is given."""
+    if not 0 <= number < len(dataset):
+        raise UserError(f"{dataset.prefix}: has no document {number}, only 0 .. {len(dataset) - 1}")
+    described = []
+    for mode, ids in dataset.document(number):
+        image = is_image(mode)
+        entry = {"kind": KINDS[mode], "tokens": len(ids) // dataset.depth if image else len(ids)}
+        if vocabulary is None:
+            entry["ids"] = ids.tolist()
+        elif image:
+            entry["codes"] = (ids - vocabulary.image_offset).tolist()
+        else:
+            entry["text"] = vocabulary.decode(ids.tolist())
+        described.append(entry)
+    return described
 
 
 def _readable(tokens: Tensor, codes: Tensor, loss: Tensor, vocabulary: Vocabulary) -> str:

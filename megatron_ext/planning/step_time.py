@@ -1,7 +1,7 @@
 """Seconds of a training step under a layout: the simulated pipeline, messages that nothing hides, and the optimizer.
 
 Assumptions: messages of tensor parallelism are exposed in the forward pass and half hidden in the backward pass under
-sequence parallelism; keys that context ranks exchange are half hidden; the reduction of gradients hides behind the last
+sequence parallelism; keys that context ranks exchange are exposed; the reduction of gradients hides behind the last
 micro-batch's backward pass, and the gathering of weights behind the next step's first forward pass (``overlap``).
 """
 
@@ -166,7 +166,7 @@ def _layer_messages(
     if parallel.context > 1 and full:
         need = received * (full + kv_only) * parallel.context
         keys = Messages(2 * size * key_width(model) / tensor * need, 1)
-        exchange = 0.5 * link_seconds(device, keys, tensor * parallel.context, parallel.context)
+        exchange = link_seconds(device, keys, tensor * parallel.context, parallel.context)
         seconds += Seconds(exchange, exchange)
     return seconds
 

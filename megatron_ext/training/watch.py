@@ -66,6 +66,12 @@ def enter(phase: str, number: int = 0) -> None:
     at(_place[0], phase, number)
 
 
+def advance() -> None:
+    """Say that the present phase gets on."""
+    step, phase, number = _place
+    at(step, phase, number + 1)
+
+
 def enter_pass(phase: str) -> None:
     """Say that the next forward or backward pass begins; one of an evaluation is part of that."""
     step, now, number = _place

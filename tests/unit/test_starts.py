@@ -77,6 +77,7 @@ from megatron_ext.training import stop_signals
 signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals.SIGNALS)  # as the launcher does
 os.kill(os.getpid(), signal.SIGUSR1)
 stop_signals.remember()
+stop_signals.admit()
 assert stop_signals.received() == [signal.SIGUSR1]
 memory = shared_memory.SharedMemory(create=True, size=8)
 os.kill(resource_tracker._resource_tracker._pid, signal.SIGUSR1)
