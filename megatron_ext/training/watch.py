@@ -241,10 +241,12 @@ class Watch:
         """End all ranks, and report why."""
         first = self._beats.declare() if self._beats else True
         helper = HelperThread("hang report")
-        helper.call(lambda: self._report(ranks, first), _FILES)
-        if helper.error:
-            os.write(2, f"the run hangs; no report: {helper.error!r}\n".encode())
-        self._end()
+        try:
+            helper.call(lambda: self._report(ranks, first), _FILES)
+            if helper.error:
+                os.write(2, f"the run hangs; no report: {helper.error!r}\n".encode())
+        finally:
+            self._end()
 
     def _report(self, ranks: list[dict], first: bool | None) -> None:
         """Report a hang if no other rank does; ``first``: whether this one has declared it first, None: unknown."""
@@ -264,13 +266,15 @@ class Watch:
             starts.record_error(self._folder.parent, self._rank, UserError(report["line"]))
 
     def _end(self) -> None:
-        with open(os.memfd_create("stacks"), "r+b") as stacks:  # faulthandler holds the interpreter lock
-            faulthandler.dump_traceback(stacks, all_threads=True)
-            stacks.seek(0)
-            text = stacks.read().decode(errors="replace")
-        HelperThread("stacks").call(lambda: self._write_stacks(text), _FILES)
-        self._closed.wait(2 * self._interval)  # the launcher ends the other ranks after this one
-        self._leave(EXIT_CODE)
+        try:
+            with open(os.memfd_create("stacks"), "r+b") as stacks:  # faulthandler holds the interpreter lock
+                faulthandler.dump_traceback(stacks, all_threads=True)
+                stacks.seek(0)
+                text = stacks.read().decode(errors="replace")
+            HelperThread("stacks").call(lambda: self._write_stacks(text), _FILES)
+            self._closed.wait(2 * self._interval)  # the launcher ends the other ranks after this one
+        finally:
+            self._leave(EXIT_CODE)
 
     def _write_stacks(self, text: str) -> None:
         self._stacks.write(text)
