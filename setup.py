@@ -39,6 +39,7 @@ setup(
         "tensorboard",
         "tqdm",
         "webdataset>=1.0",
+        "braceexpand",
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0"],

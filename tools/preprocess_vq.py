@@ -2,7 +2,7 @@
 
 Inputs, in any combination (docs/data.md has the commands for ShareGPT4V, MMC4, JourneyDB and COYO):
   FILE.tar    WebDataset: KEY.jpg (or .png, .webp) with KEY.txt (caption) and/or KEY.json (LLaVA conversations, ...)
-  FOLDER      the same files, unpacked; folders in it too
+  FOLDER      the same files, unpacked; folders in it too. With .nv-meta in it: a data set of Megatron Energon
   FILE.json   LLaVA: [{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}]
   FILE.jsonl  (also .jsonl.gz, .jsonl.zip) a line each: {"image", "caption"}, {"text"} (plain text needs no --vq), a
               LLaVA sample, or an interleaved document of MMC4: {"text_list", "image_info"}
@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where .json and .jsonl find images (default: beside the file). {shard} stands for the name of the input "
         "file; where FOLDER/a is not there, images a/... are looked up in FOLDER/a.tar",
+    )
+    parser.add_argument(
+        "--split-part", default="train", metavar="NAME", help="part of Energon's data sets: train (default), val, test"
     )
     _add_forms(parser)
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images encoded at once (64)")

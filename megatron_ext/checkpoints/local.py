@@ -21,7 +21,7 @@ from megatron_ext.checkpoints import local_files, local_state
 from megatron_ext.checkpoints.checks import check_compatible, gathered
 from megatron_ext.checkpoints.errors import cause
 from megatron_ext.checkpoints.local_files import LocalFile
-from megatron_ext.distributed import from_rank_zero
+from megatron_ext.distributed import from_rank_zero, new_group
 from megatron_ext.files import write_text
 
 
@@ -64,7 +64,7 @@ class LocalCheckpoints:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._node_rank = int(environment.get("LOCAL_RANK", self._rank))
         self._node_size = int(environment.get("LOCAL_WORLD_SIZE", self._world))
-        self._group = dist.new_group(backend="gloo")
+        self._group = new_group(backend="gloo")
         self._staging: dict[int, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: str | None = None

@@ -23,7 +23,7 @@ CACHE_VARIABLE = "UNIFIED_DATA_CACHE"
 REQUESTS = 32
 """Requests of a process at a time."""
 
-NEAR = 1 << 16
+NEAR = 1 << 14
 """Ranges that are at most this many bytes apart are one request: less than what comes in the time of a request."""
 
 LARGEST = 16 << 20
@@ -186,7 +186,8 @@ def _call(address: str, action: Callable):
     except FileNotFoundError:
         raise UserError(f"{address}: not found") from None
     except Exception as error:  # the clients' own errors have no class in common
-        if getattr(error, "response", {}).get("Error", {}).get("Code") in ("404", "NoSuchKey"):
+        answer = getattr(error, "response", None) or {}
+        if answer.get("Error", {}).get("Code") in ("404", "NoSuchKey"):
             raise UserError(f"{address}: not found") from None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{address}: {lines[0]}") from None

@@ -3,7 +3,7 @@
 ::
 
     units.py        input files -> units of work (a shard takes some of them) -> samples (samples.py), read by
-                    webdataset.py (tars, folders), llava.py (lists), jsonl.py (lines, also compressed)
+                    webdataset.py (tars, folders), energon.py, llava.py (lists), jsonl.py (lines, also compressed)
     records.py      a JSON record -> a sample, of captions and filters by key (record_fields.py), of images in folders
                     and tars (tar_members.py), of texts with images (interleaved.py)
     parts.py        samples -> parts of fixed size: text tokenised, each image listed once

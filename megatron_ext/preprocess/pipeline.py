@@ -34,6 +34,7 @@ class PreprocessOptions:
         images, prefer, split_turns, caption, filters, max_tokens: see :class:`.ReadOptions`; with ``caption``,
             ``prefer`` is "caption".
         chat_template: the vocabulary's chat template writes conversations; None: if it has one.
+        split_part: the part of data sets in Energon's layout: train, val, test.
         resize: "crop" or "squash"; None: the tokenizer's own choice, for pictures to be drawn if captions are
             preferred, else for pictures that are asked about.
         batch_size: images that the VQ model encodes at once.
@@ -52,6 +53,7 @@ class PreprocessOptions:
     max_tokens: int | None = None
     split_turns: bool = False
     chat_template: bool | None = None
+    split_part: str = "train"
     resize: str | None = None
     batch_size: int = 64
     part_samples: int = 1024
@@ -120,7 +122,7 @@ def preprocess(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel |
         raise UserError(
             f"{vocabulary.folder}: made for {vocabulary.codebook_size} VQ codes, but {vq.folder} has {vq.codebook_size}"
         )
-    all_units = units.plan(options.inputs, options.part_samples)
+    all_units = units.plan(options.inputs, options.part_samples, options.split_part)
     decoder = _decoder(options, vq) if vq is not None else None
     settings = _settings(options, vocabulary, vq, decoder, len(all_units))
     if metadata := finished(options.out, settings):
@@ -252,6 +254,7 @@ def _settings(options: PreprocessOptions, vocabulary: Vocabulary, vq: VQModel | 
         **({"filters": [_readable(one) for one in options.filters]} if options.filters else {}),
         **({"max_tokens": options.max_tokens} if options.max_tokens else {}),
         **({"split_turns": True} if options.split_turns else {}),
+        **({"split_part": options.split_part} if options.split_part != "train" else {}),
         **({"chat_template": chat_template.description(vocabulary)} if options.chat_template else {}),
         "resize": _resize(options, vq),
         "batch_size": options.batch_size,

@@ -72,6 +72,7 @@ class Unit:
         first: index of its first record (JSON, JSONL).
         count: number of its records; None for a whole tar, folder or compressed file.
         offset: byte at which its first record starts (JSON, JSONL).
+        data_set: folder of the data set in Energon's layout that the file belongs to.
     """
 
     file: Path
@@ -79,6 +80,7 @@ class Unit:
     first: int = 0
     count: int | None = None
     offset: int = 0
+    data_set: Path | None = None
 
 
 @dataclass(frozen=True)

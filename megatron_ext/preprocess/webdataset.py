@@ -20,7 +20,7 @@ from megatron_ext.preprocess.tar_members import members
 from megatron_ext.vq.image_decoder import IMAGE_SUFFIXES
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     """A file of a sample: its path in the tar or folder, where its bytes are, its bytes, and its share of progress."""
 
     path: str
@@ -62,17 +62,26 @@ def read(unit: Unit, options: ReadOptions, skip: int) -> Iterator[Sample]:
     Raises:
         UserError: the tar is damaged, or a record is malformed.
     """
-    file = unit.file
-    with naming_errors(str(file)), ExitStack() as opened:
+    with naming_errors(str(unit.file)):
+        for key, of_key in islice(grouped(unit.file), skip, None):
+            name = f"{unit.file}:{key}"
+            with naming_errors(name):
+                yield replace(sample_of(name, of_key, options), bytes=sum(member.size for member in of_key))
+
+
+def grouped(file: Path) -> Iterator[tuple[str, list[Member]]]:
+    """Each key of a tar or folder, and its files.
+
+    Raises:
+        ValueError: the tar is damaged or empty.
+    """
+    with ExitStack() as opened:
         if file.is_dir():
             members = _in_folder(file)
         else:
             members = _in_tar(file, opened.enter_context(tarfile.open(file, "r:")))
-        groups = ((key, list(of_key)) for key, of_key in groupby(members, lambda member: _key(member.path)))
-        for key, of_key in islice(groups, skip, None):
-            name = f"{file}:{key}"
-            with naming_errors(name):
-                yield replace(_sample(name, of_key, options), bytes=sum(member.size for member in of_key))
+        for key, of_key in groupby(members, lambda member: _key(member.path)):
+            yield key, list(of_key)
 
 
 def _key(path: str) -> str:
@@ -81,24 +90,25 @@ def _key(path: str) -> str:
     return os.path.join(folder, name.partition(".")[0])
 
 
-def _in_tar(file: Path, archive: tarfile.TarFile) -> Iterator[_Member]:
+def _in_tar(file: Path, archive: tarfile.TarFile) -> Iterator[Member]:
     empty = True
     for member in members(file, archive):
         place = ImageFile(f"{file}:{member.name}", str(file), member.offset_data, member.size)
         size = tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE))
-        yield _Member(member.name, place, lambda member=member: archive.extractfile(member).read(), size)
+        yield Member(member.name, place, lambda member=member: archive.extractfile(member).read(), size)
         empty = False
     if empty:
         raise ValueError("holds no sample")
 
 
-def _in_folder(folder: Path) -> Iterator[_Member]:
+def _in_folder(folder: Path) -> Iterator[Member]:
     names = (entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
     for name in sorted(names, key=lambda name: (_key(name), name)):
-        yield _Member(name, ImageFile(str(folder / name), str(folder / name)), (folder / name).read_bytes, 1)
+        yield Member(name, ImageFile(str(folder / name), str(folder / name)), (folder / name).read_bytes, 1)
 
 
-def _sample(name: str, of_key: Iterable[_Member], options: ReadOptions) -> Sample:
+def sample_of(name: str, of_key: Iterable[Member], options: ReadOptions) -> Sample:
+    """The sample of the files of a key."""
     record, images = {}, []
     for path, place, content_of, _ in of_key:
         suffix = os.path.splitext(path)[1].lower()

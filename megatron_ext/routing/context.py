@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_ext.routing.plan import Role
+from megatron_ext.routing.visible_keys import visible_keys
 
 
 @dataclass
@@ -116,14 +117,10 @@ def attention_load(
     group: np.ndarray, document: np.ndarray, roles_of_layers: Sequence[Sequence[Role]], pair_cost: int
 ) -> np.ndarray:
     """Work of each token's queries in all layers, int64 [t]: ``pair_cost`` for each visible key."""
-    load = np.zeros(group.size, np.int64)
-    starts = np.flatnonzero(np.diff(document, prepend=-1))
-    lengths = np.diff(starts, append=group.size)
+    load, first = np.zeros(group.size, np.int64), np.diff(document, prepend=-1) != 0
     for roles in set(map(tuple, roles_of_layers)):
-        role = np.array([*roles, Role.SKIP])[group]
-        keys = (role != Role.SKIP).cumsum()
-        visible = keys - np.repeat(keys[starts] - (role[starts] != Role.SKIP), lengths)
-        load += np.where(role == Role.FULL, visible * (pair_cost * sum(map(roles.__eq__, roles_of_layers))), 0)
+        visible = visible_keys(np.array([*roles, Role.SKIP])[group], first)
+        load += visible * (pair_cost * sum(map(roles.__eq__, roles_of_layers)))
     return load
 
 

@@ -11,7 +11,7 @@ from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.config_checks import validate_data
 from megatron_ext.errors import UserError, check_at_least_one
 from megatron_ext.routing.plan import validate_plan
-from megatron_ext.run_config import CheckpointConfig
+from megatron_ext.run_config import LONGER, CheckpointConfig, LifecycleConfig
 from megatron_ext.transformer.config_checks import (
     validate_image_codes,
     validate_implementation,
@@ -52,6 +52,7 @@ def validate(config: Config, world_size: int) -> None:
         value = getattr(getattr(config, section), key)
         if not 0 <= value < math.inf:  # also refuses NaN
             raise UserError(f"config: '{section}.{key}' is {value}, must be a number from 0")
+    _validate_timeout(config.lifecycle)
 
 
 def _validate_training(config: Config) -> None:
@@ -87,6 +88,15 @@ def _validate_optimizer(config: Config) -> None:
         raise UserError(
             f"config: 'optimizer.warmup_iterations' is {optimizer.warmup_iterations}, "
             f"must be less than training.iterations ({iterations})"
+        )
+
+
+def _validate_timeout(lifecycle: LifecycleConfig) -> None:
+    timeout, longest = lifecycle.distributed_timeout_minutes, LONGER * lifecycle.hang_minutes
+    if not longest < timeout < math.inf:  # also refuses NaN
+        raise UserError(
+            f"config: 'lifecycle.distributed_timeout_minutes' is {timeout:g}, must be over {longest:g} "
+            f"({LONGER} x lifecycle.hang_minutes, the longest that a rank may stay where it is)"
         )
 
 
