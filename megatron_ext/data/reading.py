@@ -26,7 +26,7 @@ def of(pid: int) -> str | None:
     folder = f"/proc/{pid}/fd"
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
-            with contextlib.suppress(OSError):  # a file closed by now, such as this listing where the process is this one
+            with contextlib.suppress(OSError):  # closed by now, as this listing itself may be
                 file = f"{folder}/{name}"
                 if _NAME in os.readlink(file):
                     with open(file, "rb") as stream:
