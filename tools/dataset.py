@@ -1,11 +1,12 @@
 """Merge, split, inspect and count prepared data sets (PREFIX.bin, PREFIX.idx, PREFIX.json).
 
-inspect and statistics also read data sets in object stores: s3://BUCKET/PREFIX, msc://PROFILE/PREFIX.
+The data sets that are read may lie in object stores: s3://BUCKET/PREFIX, msc://PROFILE/PREFIX.
 """
 
 import argparse
 
 from megatron_ext import command_line
+from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 
 EXAMPLES = {
@@ -55,7 +56,10 @@ def _merge(options: argparse.Namespace) -> dict:
 def _split(options: argparse.Namespace) -> dict:
     from megatron_ext.data.copying import split
 
-    made = dict(zip(dict(options.into), split(options.prefixes, dict(options.into), options.seed)))
+    sizes = dict(options.into)
+    if len(sizes) < len(options.into) or list(sizes.values()).count(None) > 1:
+        raise UserError("--into: names a data set, or the rest, more than once")
+    made = dict(zip(sizes, split(options.prefixes, sizes, options.seed)))
     for out, metadata in made.items():
         print(f"{out}: {_counts(metadata)}")
     return made
@@ -90,11 +94,13 @@ def _statistics(options: argparse.Namespace) -> dict:
 
 def _size(text: str) -> tuple[str, int | float | None]:
     prefix, _, size = text.rpartition("=")
+    try:
+        number = None if size == "rest" else float(size[:-1]) / 100 if size.endswith("%") else int(size)
+    except ValueError:
+        prefix = ""
     if not prefix:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PREFIX=SIZE")
-    if size == "rest":
-        return prefix, None
-    return prefix, float(size[:-1]) / 100 if size.endswith("%") else int(size)
+        raise argparse.ArgumentTypeError(f"{text!r} is not PREFIX=SIZE, with a SIZE of 2000, 1% or rest")
+    return prefix, number
 
 
 def _counts(metadata: dict) -> str:

@@ -26,7 +26,7 @@ def of(pid: int) -> str | None:
     folder = f"/proc/{pid}/fd"
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
-            with contextlib.suppress(OSError):  # closed by now, as this listing itself may be
+            with contextlib.suppress(OSError):  # closed by now, such as this listing of the process itself
                 file = f"{folder}/{name}"
                 if _NAME in os.readlink(file):
                     with open(file, "rb") as stream:

@@ -5,6 +5,7 @@ the order of them all.
 """
 
 import math
+import os
 
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.config_checks import validate_data
@@ -108,3 +109,5 @@ def _validate_checkpoints(checkpoint: CheckpointConfig) -> None:
             f"config: 'checkpoint.local' is {checkpoint.local!r} and 'checkpoint.local_interval' is "
             f"{checkpoint.local_interval}; local checkpoints need both"
         )
+    if "$" in os.path.expandvars(checkpoint.local):
+        raise UserError(f"config: 'checkpoint.local' is {checkpoint.local!r}, names a variable that is not set")

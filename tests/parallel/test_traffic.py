@@ -124,7 +124,8 @@ def test_a_step_sends_what_is_computed(tmp_path, part):
     for (layout, settings), (sent, needed) in zip(CASES[part], world(2, sent_in, CASES[part], folder=tmp_path)[0]):
         config = config_file.load(Config, [], [*SETTINGS, *settings, *overrides(layout)])
         if layout == "pp2":
-            assert sent["pipeline"] == needed["micro_batches"] * 4 * 64 * needed["stored_length"]
+            border = traffic.border_message(config.model, needed["stored_length"], 1, 4)
+            assert sent["pipeline"] == needed["micro_batches"] * border.bytes
         elif layout == "dp2":
             parts = traffic.replica_messages(needed["parameters"], 2, config.parallel.distributed_optimizer, 4)
             assert sent["replicas"] == parts[0].bytes + parts[1].bytes
