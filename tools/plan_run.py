@@ -80,10 +80,11 @@ def main() -> None:
     if options.out:
         command = f"python tools/plan_run.py {shlex.join(sys.argv[1:])}"
         write_text(options.out, report.yaml_of(best, cost, options.gpus, device, source, command))
-        files = " ".join(f for f in options.config if "=" not in f)
-        print(f"\nwritten: {options.out}, for pretrain_unified.py --config {files} {options.out}")
+        files = " ".join([s for s in settings if "=" not in s] + [str(options.out)])
+        others = shlex.join(s for s in settings if "=" in s)
+        print(f"\nwritten: {options.out}, for pretrain_unified.py --config {files} {others}")
         variables = report.launch_variables(best.config)
-        print(f'under Slurm: CONFIG="{files} {options.out}" {variables} sbatch ... examples/run_unified_tp4_pp2.sh')
+        print(f'under Slurm: CONFIG="{files}" {variables} sbatch ... examples/run_unified_tp4_pp2.sh {others}')
     if options.json:
         write_json(options.json, numbers)
 

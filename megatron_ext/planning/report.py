@@ -137,7 +137,7 @@ def _line(candidate: Candidate, devices: int) -> list[str]:
         _stages([rank.total for rank in candidate.memory]),
         f"{time.seconds:.2f}",
         f"{time.mfu:.1%}",
-        f"{time.idle / time.seconds:.0%}",
+        f"{abs(time.idle) / time.seconds:.0%}",
         f"{time.messages / time.seconds:.0%}",
         time.bound,
     ]
@@ -264,7 +264,7 @@ def yaml_of(best: Candidate, cost: dict, devices: int, device: Device, source: s
         f"For {layers}, plan {config.plan.preset}, {config.training.global_batch_size} rows a step of "
         f"{data.sequence_length} tokens; {source}.",
         command,
-        f"With examples/run_unified_tp4_pp2.sh: {launch_variables(config)}",
+        f"With examples/run_unified_tp4_pp2.sh: {launch_variables(config)}, and what this command sets.",
     ]
     wrapped = [part for line in lines for part in textwrap.wrap(line, 116, break_on_hyphens=False)]
     head = "".join(f"# {line}\n" for line in wrapped)
