@@ -7,12 +7,13 @@ Alone it is a world of one process; under torchrun, or through examples/run_unif
 many. Run again with the same output folder, it resumes from the newest complete checkpoint.
 """
 
-from megatron_ext.training import starts, stop_signals
+from megatron_ext.training import launcher, starts, stop_signals
 
 if __name__ == "__main__":
     stop_signals.remember()
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -29,13 +30,11 @@ def main() -> None:
     except UserError as error:
         refuse(error)
     try:
-        starts.check(config.output)
+        starts.check_refused(config.output)
         # Imported late: --help and mistakes in the configuration should not wait for Megatron-Core.
-        from megatron_ext import distributed
         from megatron_ext.callbacks import validate_callbacks
-        from megatron_ext.training.config_checks import validate
 
-        validate(config, distributed.world_size())
+        validate_world(config)
         validate_callbacks(config)
     except UserError as error:
         refuse(error, config.output)
@@ -43,6 +42,26 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     record(pretrain)(config)  # torchrun then names the rank that failed first
+
+
+def validate_world(config: Config) -> None:
+    """Refuse what cannot run on the ranks there are. If more of the launch's machines would do, some are lost, and the
+    exit code tells launchers to try again."""
+    from megatron_ext import distributed
+    from megatron_ext.training.config_checks import validate
+
+    world = distributed.world_size()
+    machines = int(os.environ.get("GROUP_WORLD_SIZE") or 1)
+    most = max(machines, int(os.environ.get(launcher.MACHINES) or 1))
+    try:
+        validate(config, world)
+    except UserError as error:
+        for count in range(machines + 1, most + 1):
+            with contextlib.suppress(UserError):
+                validate(config, world // machines * count)
+                say(f"{error} (with {machines} of {most} machines)")
+                sys.exit(launcher.LOST_PEER)
+        raise
 
 
 def pretrain(config: Config) -> None:
@@ -59,12 +78,14 @@ def pretrain(config: Config) -> None:
     output = Path(config.output)
     try:
         distributed.initialize(config)
+        stop_signals.admit()
         if reason := lifecycle.told_already():
             stop_signals.ignore()
             distributed.report(f"stopped before training began: {reason}; the same command starts it")
             distributed.shut_down()
             return
         hold_output(output)
+        automatic = distributed.from_rank_zero(lambda: starts.begin(output))
         with watching(config):
             run = build_run(config)
             callbacks = build_callbacks(run)
@@ -74,7 +95,7 @@ def pretrain(config: Config) -> None:
             if distributed.is_logging_rank():
                 output.mkdir(parents=True, exist_ok=True)
                 config_file.write_yaml(output / "config.yaml", run.config)
-                starts.record_start(output, distributed.world_size(), run.progress.iteration)
+                starts.record_start(output, distributed.world_size(), run.progress.iteration, automatic)
                 if run.progress.iteration < config.training.iterations:
                     clear_finished(output)
             complete = train(run, callbacks)
@@ -83,8 +104,11 @@ def pretrain(config: Config) -> None:
                 if complete:
                     mark_finished(output, run.progress.iteration)
                 starts.record_end(output, run.progress.iteration, complete)
-    except OutputInUse:  # the folder is another run's
-        raise
+    except OutputInUse as error:  # what is in the folder is another run's
+        say(str(error))
+        sys.exit(launcher.IN_USE)
+    except starts.GivenUp as error:
+        refuse(error, config.output)
     except Exception as error:
         starts.record_error(output, int(os.environ.get("RANK", 0)), error)
         raise
@@ -94,11 +118,20 @@ def pretrain(config: Config) -> None:
 
 def refuse(error: UserError, output: str = "") -> None:
     """End with exit code 2: starting again cannot help."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        if output:
-            starts.refuse(output, str(error))
-    sys.exit(2)
+    say(str(error))
+    if output and is_first():
+        starts.refuse(output, str(error))
+    sys.exit(launcher.REFUSED)
+
+
+def say(line: str) -> None:
+    """Once, not on every rank, in the log of errors."""
+    if is_first():
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+
+
+def is_first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def parse_arguments() -> argparse.Namespace:

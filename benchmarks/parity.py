@@ -34,6 +34,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.training.prepare import Preparation
 from megatron_ext.transformer.resolved import resolve
 from one_gpu import share_one_gpu
 from parity_layouts import all_layouts, overrides, processes
@@ -149,7 +150,7 @@ def measure(config: Config, interleaved: bool = False) -> Measured:
     for step in range(STEPS):
         sizes = config.training.global_batch_size, config.data.sequence_length
         batch = packed_batch(*sizes, step, interleaved, codes.depth)
-        batch = step_input(batch.rows(replica * rows, (replica + 1) * rows), config)
+        batch = step_input(batch.rows(replica * rows, (replica + 1) * rows), config, VOCABULARY)
         result = train_step(chunks, optimizer, batch, config, accept=keep_gradients)
         measured.losses.append(result.loss + (result.losses.z_loss or 0))
         measured.norms.append(result.grad_norm)
@@ -160,11 +161,13 @@ def own_targets(batch: Batch, config: Config) -> list[torch.Tensor]:
     """For each micro-batch of a replica's rows, the places of this rank's targets among all of them."""
     from megatron.core import parallel_state
 
-    resolved, b = resolve(config), config.training.micro_batch_size
-    own = resolved.rows.of_rank(parallel_state.get_context_parallel_rank())
-    parts = [batch.rows(start, start + b) for start in range(0, batch.shape[0], b)]
-    held, whole = ([Route.arrays(part, resolved.plan, **o).targets for part in parts] for o in (own, {}))
-    return [torch.from_numpy(np.searchsorted(every, some)) for some, every in zip(held, whole)]
+    prepare, b = Preparation.of(resolve(config), VOCABULARY, training=False), config.training.micro_batch_size
+    own, places = prepare.row_layout.of_rank(parallel_state.get_context_parallel_rank()), []
+    for start in range(0, batch.shape[0], b):
+        part = batch.rows(start, start + b).arrays()
+        held = Route.arrays(part, prepare.plan, **own, placement=prepare.placement(part)).targets
+        places.append(torch.from_numpy(np.searchsorted(Route.arrays(part, prepare.plan).targets, held)))
+    return places
 
 
 def sampled_numbers(config: Config) -> torch.Tensor:

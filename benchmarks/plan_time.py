@@ -63,7 +63,7 @@ def predict(config: Config, device) -> float:
     """Seconds of a step, as predicted."""
     batch = rows_of_documents(config.training.global_batch_size, config.data.sequence_length)
     workload = Workload.of_batch(batch, Plan.from_config(config))
-    micro_batches = workload.micro_batches(config.training.micro_batch_size)
+    micro_batches = workload.micro_batches(workload.neighbours(config.training.micro_batch_size))
     costs = layer_costs(config, workload, VOCABULARY, device, micro_batches)
     return step_time(config, workload, VOCABULARY, 1, device, costs).seconds
 

@@ -19,7 +19,8 @@
 #
 # One launcher (torchrun) on each machine starts a rank per GPU. Ranks that fail are started again by it, from the newest
 # checkpoint. A job that must stop (end of its time, preemption) saves a checkpoint, is requeued and resumes; so does a
-# job that failed after it had saved a checkpoint. Arguments are overrides, section.key=value. docs/cluster.md says more.
+# job that failed after it had saved a checkpoint, or because a machine was lost. Arguments are overrides,
+# section.key=value. docs/cluster.md says more.
 # Environment variables, which sbatch passes on by default (--export):
 #
 #   CONFIG        YAML files, space-separated; later ones over earlier   examples/configs/llama-2-7b.yaml
@@ -38,6 +39,8 @@
 #                 each of them
 #   SRUN          under Slurm: more arguments for srun, such as --container-image=...
 #   MAX_RESTARTS  under Slurm: most requeues of the job                  100
+#   MAX_LOST      under Slurm: most requeues in a row because machines   3
+#                 were lost, without a new checkpoint
 #   ROOT          the repository, if it is neither that of the script nor the folder of submission
 set -euo pipefail
 
@@ -61,6 +64,10 @@ fi
 
 TP=${TP:-4} PP=${PP:-2}
 read -ra configs <<<"${CONFIG:-examples/configs/llama-2-7b.yaml}"
+read -ra extra <<<"${EXTRA:-}"
+for argument in ${extra[@]+"${extra[@]}"} "$@"; do
+    [[ $argument != output=* ]] || OUTPUT=${argument#output=}
+done
 OUTPUT=${OUTPUT:-runs/$(basename "${configs[-1]}" .yaml)-tp$TP-pp$PP}
 overrides=("output=$OUTPUT" "parallel.tensor=$TP" "parallel.pipeline=$PP")
 override() { [[ -z $2 ]] || overrides+=("$1=$2"); }
@@ -70,7 +77,6 @@ override training.micro_batch_size "${MICRO_BATCH:-}"
 override training.global_batch_size "${GLOBAL_BATCH:-}"
 override training.iterations "${ITERATIONS:-}"
 override lifecycle.time_limit_minutes "${TIME_LIMIT:-}"
-read -ra extra <<<"${EXTRA:-}"
 train=(pretrain_unified.py checkpoint.on_damage=older "${overrides[@]}" ${extra[@]+"${extra[@]}"} "$@"
     --config "${configs[@]}")
 
@@ -130,6 +136,7 @@ while kill -0 "$step" 2>/dev/null; do
 done
 status=0
 wait "$step" || status=$?
+((status != 138)) || [[ -z $stop ]] || status=0 # SIGUSR1 has ended srun, which had not started anything yet
 
 requeue() {
     if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_RESTARTS:-100})); then
@@ -143,13 +150,24 @@ requeue() {
     scontrol requeue "$SLURM_JOB_ID"
 }
 
+# Requeues of this job in a row that brought no new checkpoint, because machines were lost.
+lost_file=$OUTPUT/lost-$SLURM_JOB_ID
+[[ $(newest_checkpoint) == "$before" ]] || rm -f "$lost_file"
+lost=$(cat "$lost_file" 2>/dev/null || echo 0)
+
 if [[ -f $OUTPUT/FINISHED ]]; then
+    rm -f "$lost_file"
     say "complete: $OUTPUT"
 elif ((status == 0)); then
     say "stopped before the end"
     requeue
-elif ((status != 2)) && [[ $(newest_checkpoint) != "$before" ]]; then
+elif ((status != 2 && status != 3)) && [[ $(newest_checkpoint) != "$before" ]]; then
     say "failed with exit code $status after $(newest_checkpoint)"
+    requeue
+elif ((status == 75 || status > 128)) && ((lost < ${MAX_LOST:-3})); then # hang or lost peer; a launcher was killed
+    say "failed with exit code $status: machines are lost, or ranks hang"
+    mkdir -p "$OUTPUT"
+    echo $((lost + 1)) >"$lost_file"
     requeue
 else
     echo "failed with exit code $status; not requeued" >&2

@@ -42,10 +42,12 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
     if config.lifecycle.hang_minutes:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "512")  # collectives that recorded_collectives() can see
         os.environ.setdefault("TORCH_INCLUDE_STACK_TRACE", "0")  # taking one may wait for the interpreter lock
-    store = store or _store_of_restart(datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes))
+    minutes = config.lifecycle.distributed_timeout_minutes
+    timeout = datetime.timedelta(minutes=minutes)
+    store = store or _store_of_restart(timeout)
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
-        timeout=datetime.timedelta(minutes=config.lifecycle.distributed_timeout_minutes),
+        timeout=timeout,
         store=store,
         rank=int(os.environ["RANK"]) if store else -1,
         world_size=world_size() if store else -1,
@@ -56,7 +58,9 @@ def initialize(config: Config, store: dist.Store | None = None) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=minutes,
     )
+    _timeouts[dist.group.WORLD] = timeout
     seed = config.training.seed
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -107,6 +111,7 @@ def _local_device(local_rank: int, visible: int) -> int:
 def shut_down() -> None:
     """Leave the process groups; safe to call without any."""
     _replica_groups.clear()
+    _timeouts.clear()
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -117,7 +122,14 @@ def device() -> torch.device:
     return torch.device(torch.cuda.current_device())
 
 
+_timeouts: dict[dist.ProcessGroup, datetime.timedelta] = {}
 _replica_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def new_group(ranks: list[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
+    """A group of ``ranks``, or of all, in which messages may take as long as in the run's other groups; torch's default
+    differs by backend. Collective over the world."""
+    return dist.new_group(ranks, timeout=_timeouts.get(dist.group.WORLD), backend=backend)
 
 
 def replica_group() -> dist.ProcessGroup:
@@ -133,7 +145,7 @@ def replica_group() -> dist.ProcessGroup:
         # Megatron-Core has no such group; its order of ranks is that of its groups.
         ranks = parallel_state.RankGenerator(tensor, 1, replicas, pipeline, size, order="tp-cp-ep-dp-pp")
         for members in ranks.get_ranks("tp-cp-pp"):
-            group = dist.new_group(members)
+            group = new_group(members)
             if dist.get_rank() in members:
                 _replica_groups[model_parallel] = group
     return _replica_groups[model_parallel]
@@ -151,19 +163,32 @@ def is_logging_rank() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
 
 
+def writes_for_replica() -> bool:
+    """Whether this rank writes the results of :func:`decoding_replica`, which all its ranks have."""
+    return dist.get_rank() == parallel_state.get_model_parallel_src_rank()
+
+
+def from_replica_source(make: Callable):
+    """The result (or error) of ``make()`` on the rank that :func:`writes_for_replica`, on every rank of the replica."""
+    group = parallel_state.get_model_parallel_group()
+    return make() if group.size() == 1 else _from_source(make, parallel_state.get_model_parallel_src_rank(), group)
+
+
 def from_rank_zero(make: Callable):
     """The result (or error) of ``make()`` on rank 0, on every rank. Without a process group, simply ``make()``."""
-    if not dist.is_initialized():
-        return make()
+    return _from_source(make, 0) if dist.is_initialized() else make()
+
+
+def _from_source(make: Callable, source: int, group: dist.ProcessGroup | None = None):
     result_and_error: list = [None, None]
-    if dist.get_rank() == 0:
+    if dist.get_rank() == source:
         try:
             result_and_error[0] = make()
         except UserError as error:
             result_and_error[1] = error
         except OSError as error:
             result_and_error[1] = UserError(f"{error.filename}: {error.strerror}")
-    dist.broadcast_object_list(result_and_error, src=0)
+    dist.broadcast_object_list(result_and_error, src=source, group=group)
     if result_and_error[1] is not None:
         raise result_and_error[1]
     return result_and_error[0]

@@ -109,16 +109,22 @@ class LoggingConfig:
     takes about as long as two steps. 0: never."""
 
 
+LONGER = 6
+"""Saves, evaluations and callbacks, and the first step, which compiles and opens data, may take this many times
+``lifecycle.hang_minutes``."""
+
+
 @dataclass
 class LifecycleConfig:
     time_limit_minutes: float = 0.0
     """Wall-clock time after which the run saves a checkpoint and exits cleanly; 0: no limit."""
     slurm_margin_minutes: float = 5.0
     """Under Slurm, time that remains of the job when the run saves a checkpoint and exits cleanly."""
-    distributed_timeout_minutes: float = 10.0
-    """Timeout of a collective; a lost rank ends the run after this time."""
+    distributed_timeout_minutes: float = 40.0
+    """Timeout of a collective, the last resort: a lost rank ends the run after this time. Must be over 6 x
+    ``hang_minutes``, so that the ranks that hold up a run are named before."""
     hang_minutes: float = 5.0
     """Time without progress after which a run names the ranks that hold it up, writes their stacks to OUTPUT/hang and
-    exits with code 75; saves and evaluations have longer. 0: never."""
+    exits with code 75; callbacks, saves and evaluations have six times as long. 0: never."""
     replica_check_interval: int = 0
     """Iterations between checks that all replicas have the same weights, bit for bit; 0: never."""

@@ -15,6 +15,7 @@ not part of it.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,6 +30,16 @@ from megatron_ext.text_model import SENTENCEPIECE, TOKENIZER_JSON, TextModel, se
 
 SPECIAL_TOKENS = ("<pad>", "<eod>", "<boi>", "<eoi>")
 METADATA, CHAT_TEMPLATE = "vocabulary.json", "chat_template.jinja"
+
+
+VOCABULARY_MULTIPLE = 128
+"""The embedding is padded to a multiple of this under every tensor-parallel size, so that it can be resharded."""
+
+
+def padded_size(size: int, tensor: int) -> int:
+    """Rows of the embedding of ``size`` ids on so many tensor-parallel ranks."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor)
+    return -(-size // multiple) * multiple
 
 
 def code_name(code: int) -> str:

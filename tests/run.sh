@@ -15,4 +15,4 @@ if (($#)); then
     exec timeout --foreground "${TEST_TIMEOUT:-3600}" "$PY" -m pytest "$@"
 fi
 timeout --foreground "${TEST_TIMEOUT:-3600}" "$PY" -m pytest
-bash tests/slurm/run.sh
+PY="$PY" bash tests/slurm/run.sh

@@ -50,7 +50,7 @@ def main() -> None:
         numbers = {"plan": plan.name, "roles": [[role.name.lower() for role in roles] for roles in plan.roles]}
         text = plan.table()
     else:
-        config, size = with_vocabulary(config)
+        config, size, _ = with_vocabulary(config)
         size, all_logits = options.vocabulary or size, options.logits == "all"
         batch = mix_batch(options.mix, config.model.image_codes.depth, config.data.generation_text)
         numbers = {"mix": options.mix} | summarize(config, size, batch, all_logits)

@@ -9,6 +9,8 @@ The figures are predictions from data sheets; --calibrate measures the machine t
 
 import argparse
 import math
+import shlex
+import sys
 from pathlib import Path
 
 from megatron_ext import config_file
@@ -18,9 +20,10 @@ from megatron_ext.errors import UserError
 from megatron_ext.files import write_json, write_text
 from megatron_ext.planning import report
 from megatron_ext.planning.devices import DEVICES, GB, Device, device_of
-from megatron_ext.planning.inputs import MIX, padded, with_vocabulary, workload_of
+from megatron_ext.planning.inputs import with_vocabulary, workload_of
 from megatron_ext.planning.search import Search
-from megatron_ext.routing.plan import validate_plan
+from megatron_ext.training.config_checks import validate
+from megatron_ext.vocabulary import padded_size
 
 EXAMPLE = """python tools/plan_run.py --config examples/configs/llama-2-7b.yaml plan.preset=himix_hmgen_share_partial \\
       --gpus 64 --device h100 --tokens 100e9 --price 2.5 --out layout.yaml
@@ -39,34 +42,48 @@ def main() -> None:
     settings = [*options.config, *options.overrides]  # argparse gives everything after --config to it
     config = config_file.load(Config, [s for s in settings if "=" not in s], [s for s in settings if "=" in s])
     device = device_of(options.device, options.calibration)
-    validate_plan(config.plan, config.model.num_layers, 1)
-    config, size = with_vocabulary(config)
-    size = options.vocabulary or size
+    parallel = config.parallel
+    validate(config, parallel.tensor * parallel.context * parallel.pipeline)
+    config, size, vocabulary = with_vocabulary(config)
+    if options.vocabulary:
+        size, vocabulary = options.vocabulary, "of --vocabulary"
     workload, source = workload_of(config, options.mix)
-    search = Search(config, workload, lambda c: padded(size, c.parallel.tensor), device)
+    search = Search(config, workload, lambda c: padded_size(size, c.parallel.tensor), device)
+    given = None
+    if options.as_configured:
+        validate(config, options.gpus)
+        given = search.candidate(config, options.gpus)
     feasible, misses = search.run(options.gpus, lambda items: progress(items, desc="layouts"))
     reliability = report.Reliability(options.save_stall, 60 * options.restart_minutes)
-    lines = report.assumptions(device, source, options.calibration is not None, options.gpus, reliability)
+    vocabulary = f"{size} ids, {vocabulary}"
+    calibrated = options.calibration is not None
+    lines = report.assumptions(config, device, source, vocabulary, calibrated, options.gpus, reliability)
     numbers = {"gpus": options.gpus, "device": options.device, "vocabulary": size, "assumptions": lines}
+    if given:
+        numbers["as_configured"] = report.layout_numbers(given)
     if not feasible:
         nearest = misses[0]
         numbers["nearest_miss"] = report.layout_numbers(nearest)
         if options.json:
             write_json(options.json, numbers)
         raise UserError(_nothing_fits(nearest, options.gpus, device))
-    best = feasible[0]
+    best = search.recommended(feasible)
     cost = report.run_numbers(best, workload, options.gpus, options.tokens, options.price, reliability)
     why = report.neighbours(best, feasible, misses, device)
     numbers |= {"best": report.layout_numbers(best), "run": cost, "neighbours": why}
     numbers |= {"fitting": len(feasible), "layouts": [report.layout_numbers(c) for c in feasible[: report.LISTED]]}
     print(f"{len(feasible)} of {len(feasible) + len(misses)} layouts fit on {options.gpus} x {device.name}")
-    print(report.table(feasible, options.gpus))
+    print(report.table(feasible, options.gpus, given))
     print("\n" + report.describe_run(best, cost, options.gpus))
     print("\nwhy not another:", *why, sep="\n  ")
     print("\nassumptions:", *lines, sep="\n  ")
     if options.out:
-        write_text(options.out, report.yaml_of(best, cost, options.gpus, device, source))
-        print(f"\nwritten: {options.out}, for pretrain_unified.py --config {' '.join(options.config)} {options.out}")
+        command = f"python tools/plan_run.py {shlex.join(sys.argv[1:])}"
+        write_text(options.out, report.yaml_of(best, cost, options.gpus, device, source, command))
+        files = " ".join(f for f in options.config if "=" not in f)
+        print(f"\nwritten: {options.out}, for pretrain_unified.py --config {files} {options.out}")
+        variables = report.launch_variables(best.config)
+        print(f'under Slurm: CONFIG="{files} {options.out}" {variables} sbatch ... examples/run_unified_tp4_pp2.sh')
     if options.json:
         write_json(options.json, numbers)
 
@@ -90,7 +107,9 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--tokens", type=float, default=100e9, metavar="N", help="to train on (default: 100e9)")
     arguments.add_argument("--price", type=float, metavar="P", help="of a GPU hour, to compute the cost")
     arguments.add_argument(
-        "--mix", metavar="DOCUMENTS", help=f'the data, as for tools/flops.py (default: data.train, else "{MIX}")'
+        "--mix",
+        metavar="DOCUMENTS",
+        help="the data, as for tools/flops.py (default: data.train, or a mix of its tasks where it is not there)",
     )
     arguments.add_argument("--vocabulary", type=int, metavar="SIZE", help="ids (default: that of data.vocabulary)")
     arguments.add_argument(
@@ -103,7 +122,10 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument(
         "--restart-minutes", type=float, default=10.0, metavar="N", help="from a fault to training (default: 10)"
     )
-    arguments.add_argument("--out", type=Path, metavar="FILE", help="write the best layout as YAML")
+    arguments.add_argument(
+        "--as-configured", action="store_true", help="also plan the configuration's own layout, as the first line"
+    )
+    arguments.add_argument("--out", type=Path, metavar="FILE", help="write the recommended layout as YAML")
     arguments.add_argument("--calibration", type=Path, metavar="FILE", help="figures that --calibrate measured")
     arguments.add_argument(
         "--calibrate",

@@ -221,16 +221,16 @@ def two_runs(folder: Path) -> str:
     expected="one line with the path; training goes on; nothing is missing in metrics.jsonl once there is room",
 )
 def full_for_metrics(folder: Path) -> str:
-    settings = ("training.iterations=12", "checkpoint.interval=0", "logging.tensorboard=true")
+    settings = ("training.iterations=20", "checkpoint.interval=0", "logging.tensorboard=true")
     with _disk(folder / "disk") as disk:
-        run = _start(disk / "run", folder / "run.log", *settings, pauses="3,8")
+        run = _start(disk / "run", folder / "run.log", *settings, pauses="3,16")
         run.wait_for_iteration(2)
         with _filled(disk):
             _go_on(run, 3)
-            run.wait_until(lambda: "\n 7/12" in run.text())
-        _go_on(run, 8)
+            run.wait_until(lambda: "\n15/20" in run.text())
+        _go_on(run, 16)
         expect(run.wait() == 0, run.tail())
-        said = run.line("metrics.jsonl", FULL)
+        said = run.line("metrics.jsonl", FULL, "are not written")
         _expect_undisturbed(run, *settings[:2])
     return f"training went on, all records are there, same losses; said: {_short(said)}"
 

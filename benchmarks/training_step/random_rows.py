@@ -14,9 +14,13 @@ IMAGE, TEXT = 256, 24
 DOCUMENT = IMAGE + TEXT
 
 
-def step_input(batch: Batch, config: Config) -> StepInput:
-    """The input of ``train_step`` for a replica's rows of a global batch, on the device. A run prepares it ahead."""
-    return prepare(batch, resolve(config), distributed.device())
+def step_input(batch: Batch, config: Config, vocab_size: int = 0) -> StepInput:
+    """The input of ``train_step`` for a replica's rows of a global batch, on the device. A run prepares it ahead.
+
+    Args:
+        vocab_size: of the output head; 0: neither FLOPs nor the placement on context ranks count it.
+    """
+    return prepare(batch, resolve(config), distributed.device(), vocab_size)
 
 
 def stored_order(batch: Batch, config: Config) -> torch.Tensor:

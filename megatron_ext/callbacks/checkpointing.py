@@ -29,8 +29,11 @@ class Checkpointing(Callback):
     def on_train_begin(self, run: Run) -> None:
         self._saved = run.progress.iteration  # complete, or loaded
         self._saving = self._saved
+        if run.checkpoints.replica:  # an earlier start may have ended before it was copied
+            run.checkpoints.replica.offer_newer(run.checkpoints.newest())
 
     def after_step(self, run: Run, record: StepRecord) -> None:
+        watch.at(record.iteration, "save")
         self._attempt(run.checkpoints.poll)  # completes an asynchronous save
         checkpoint = run.config.checkpoint
         if checkpoint.interval and record.iteration % checkpoint.interval == 0:
@@ -47,6 +50,8 @@ class Checkpointing(Callback):
             self._save(run)
             self._attempt(run.checkpoints.finish)
         if run.checkpoints.replica:
+            run.checkpoints.replica.finish()
+            run.checkpoints.replica.offer_newer(run.checkpoints.newest())  # that copy may have failed
             run.checkpoints.replica.finish()
         if run.checkpoints.local:
             run.checkpoints.local.finish()

@@ -16,8 +16,8 @@ from megatron_ext.transformer.initialization import global_parameters
 
 
 class ReplicaCheck(Callback):
-    """Compares every ``lifecycle.replica_check_interval`` iterations, and before every checkpoint, so that none is
-    saved whose parts come from different weights.
+    """Compares every ``lifecycle.replica_check_interval`` iterations, and before every checkpoint, also local ones,
+    so that none is saved whose parts come from different weights.
 
     Belongs before checkpointing. What it compares is the 64-bit sum of each parameter's bits.
     """
@@ -30,7 +30,8 @@ class ReplicaCheck(Callback):
         Raises:
             UserError: on every rank, if weights differ; names ranks and parameters.
         """
-        intervals = run.config.lifecycle.replica_check_interval, run.config.checkpoint.interval
+        checkpoint = run.config.checkpoint
+        intervals = run.config.lifecycle.replica_check_interval, checkpoint.interval, checkpoint.local_interval
         due = any(interval and is_due(record.iteration, interval, run.config) for interval in intervals)
         if not (due or record.stop_reason):
             return
@@ -58,7 +59,7 @@ def differing(chunks: list) -> list[str]:
     unequal = (extremes[: len(own)] != -extremes[len(own) :]).nonzero().flatten().tolist()
     found = torch.tensor(float(len(unequal)), device=device())
     dist.all_reduce(found)
-    if not found:
+    if not found.item():
         return []
     replicas = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(replicas, own, group=group)

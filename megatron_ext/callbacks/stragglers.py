@@ -30,40 +30,44 @@ class Stragglers(Callback):
 
     A rank's speed is the FLOPs of its rows over the time of its forward and backward passes. Its peers are the ranks of
     the same pipeline stage, which compute the same layers. A stage of a single rank has none: then all ranks are
-    compared, each relative to its own first measurement. Tensor-parallel ranks wait for one another inside of a pass,
-    so one slow device slows its whole tensor-parallel group.
+    compared, each relative to its own first measurement. Ranks whose replicas have less than half or more than twice
+    the FLOPs are no peers, since passes over few rows are slower; one without rows has no speed. Tensor-parallel ranks
+    wait for one another inside of a pass, so one slow device slows its whole tensor-parallel group.
     """
 
     def on_train_begin(self, run: Run) -> None:
         self._interval = run.config.logging.straggler_interval
         self._timers: ScheduleTimers = get_model_config(run.chunks[0]).timers
         self._flops = 0.0
-        self._first: list[float] | None = None
+        self._measures = False  # the same on every rank
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         here = (parallel_state.get_pipeline_model_parallel_rank(), f"{socket.gethostname()}, {device()}, {name}")
         ranks: list = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, here)
         self._stages, self._places = zip(*ranks)
         self._slow = [0] * len(ranks)
+        self._first = [0.0] * len(ranks)
 
     def before_step(self, run: Run, step: StepInput) -> None:
         number = run.progress.iteration % self._interval + 1
         if number == max(1, self._interval - MEASURED + 1):
             self._timers.measure()
-            self._flops = 0.0
+            self._measures, self._flops = True, 0.0
         self._flops += step.flops
 
     def after_step(self, run: Run, record: StepRecord) -> None:
-        if record.iteration % self._interval:
+        if record.iteration % self._interval or not self._measures:  # after a resumption there may be too few steps
             return
+        self._measures = False
         seconds = self._timers.busy_seconds()
-        own = torch.tensor([self._flops / seconds if seconds else 0.0], dtype=torch.float64, device=device())
-        speeds = torch.empty(len(self._places), dtype=torch.float64, device=device())
-        dist.all_gather_into_tensor(speeds, own)
-        relative = self._relative(speeds.tolist())
-        slowest = min(range(len(relative)), key=relative.__getitem__)
-        record.metrics |= {"slowest_rank": slowest, "slowest_rank_speed": relative[slowest]}
-        for rank, speed in enumerate(relative):
+        own = torch.tensor([[self._flops, seconds]], dtype=torch.float64, device=device())
+        measured = torch.empty(len(self._places), 2, dtype=torch.float64, device=device())
+        dist.all_gather_into_tensor(measured, own)
+        relative = self._relative(*measured.T.tolist())
+        slowest = min(relative, key=relative.get, default=0)
+        record.metrics |= {"slowest_rank": slowest, "slowest_rank_speed": relative.get(slowest, 1.0)}
+        for rank in range(len(self._places)):
+            speed = relative.get(rank, 1.0)
             self._slow[rank] = self._slow[rank] + 1 if speed < SLOW else 0
             if self._slow[rank] == IN_A_ROW:
                 report(f"iteration {record.iteration}: {self.line(rank, speed)}")
@@ -76,12 +80,13 @@ class Stragglers(Callback):
         """Such as ``rank 3 (node-7, cuda:3, H100) computes at 0.71 of the speed of its peers``."""
         return f"rank {rank} ({self._places[rank]}) computes at {speed:.2f} of the speed of its peers"
 
-    def _relative(self, speeds: list[float]) -> list[float]:
+    def _relative(self, flops: list[float], seconds: list[float]) -> dict[int, float]:
+        speeds = [n / s if s else 0.0 for n, s in zip(flops, seconds)]
         if has_peers(self._stages):
-            return relative_speeds(speeds, self._stages)
-        self._first = self._first or speeds
+            return relative_speeds(speeds, flops, self._stages)
+        self._first = [first or speed for speed, first in zip(speeds, self._first)]
         since_first = [speed / first if first else 0.0 for speed, first in zip(speeds, self._first)]
-        return relative_speeds(since_first, [0] * len(speeds))
+        return relative_speeds(since_first, flops, [0] * len(speeds))
 
 
 def has_peers(stages: Sequence[int]) -> bool:
@@ -89,7 +94,13 @@ def has_peers(stages: Sequence[int]) -> bool:
     return min(map(list(stages).count, stages)) > 1
 
 
-def relative_speeds(speeds: Sequence[float], stages: Sequence[int]) -> list[float]:
-    """Each rank's speed relative to the median of its stage, to the higher one where two are in the middle."""
-    median = {stage: statistics.median_high(s for s, of in zip(speeds, stages) if of == stage) for stage in set(stages)}
-    return [speed / median[stage] if median[stage] else 1.0 for speed, stage in zip(speeds, stages)]
+def relative_speeds(speeds: Sequence[float], flops: Sequence[float], stages: Sequence[int]) -> dict[int, float]:
+    """The speed of each rank with FLOPs relative to the median of its peers and itself, to the higher one where two are
+    in the middle: the ranks of its stage that have between half and twice its FLOPs."""
+    relative = {}
+    for rank, own in enumerate(flops):
+        if own:
+            of_stage = [r for r, stage in enumerate(stages) if stage == stages[rank]]
+            median = statistics.median_high(speeds[r] for r in of_stage if own <= 2 * flops[r] <= 4 * own)
+            relative[rank] = speeds[rank] / median if median else 1.0
+    return relative

@@ -21,7 +21,8 @@ from megatron_ext.checkpoints import local_files, local_state
 from megatron_ext.checkpoints.checks import check_compatible, gathered
 from megatron_ext.checkpoints.errors import cause
 from megatron_ext.checkpoints.local_files import LocalFile
-from megatron_ext.distributed import from_rank_zero
+from megatron_ext.distributed import from_rank_zero, new_group
+from megatron_ext.files import write_text
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,21 @@ class LocalCheckpoints:
         """
         Args:
             folder: on every node a disk of its own; may name environment variables ($TMPDIR).
-            output: the run's output folder; several runs may share the disk.
+            output: the run's output folder; several runs may share the disk. Local checkpoints count for as long as the
+                folder exists: a random number in OUTPUT/local_run is part of the layout.
             layout: everything that a file's content depends on; a file of another layout does not count.
             environment: has LOCAL_RANK and LOCAL_WORLD_SIZE.
         """
         run = f"{output.name}-{zlib.crc32(str(output.resolve()).encode()):08x}"
         self.folder = Path(os.path.expandvars(folder)) / run
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._layout = f"{zlib.crc32(layout.encode()):08x}"
+        number = from_rank_zero(lambda: _number(output / "local_run"))
+        self._layout = f"{zlib.crc32(f'{number} {layout}'.encode()):08x}"
         self._start = from_rank_zero(lambda: secrets.token_hex(4))
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._node_rank = int(environment.get("LOCAL_RANK", self._rank))
         self._node_size = int(environment.get("LOCAL_WORLD_SIZE", self._world))
-        self._group = dist.new_group(backend="gloo")
+        self._group = new_group(backend="gloo")
         self._staging: dict[int, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
@@ -184,3 +187,11 @@ class LocalCheckpoints:
             local_files.exchange(self.folder, self._group, (to, written), (source, coming))
         except (OSError, RuntimeError) as error:
             self._failure = self._failure or f"{self.folder}: {cause(error)}"
+
+
+def _number(file: Path) -> str:
+    """The number in the file, which is made if need be."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, secrets.token_hex(8) + "\n")
+    return file.read_text().strip()

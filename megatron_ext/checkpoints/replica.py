@@ -23,7 +23,10 @@ from megatron_ext.errors import UserError
 
 
 class Replica:
-    """Copies of a run's checkpoints at a path or URL. Every method is collective; a failure is reported, not raised."""
+    """Copies of a run's checkpoints at a path or URL. Every method is collective.
+
+    A failed copy is reported, not raised.
+    """
 
     def __init__(self, place: str, keep: int):
         """
@@ -55,6 +58,18 @@ class Replica:
         self._thread = threading.Thread(target=self._copy, args=(checkpoint,), daemon=True)
         self._thread.start()
 
+    def offer_newer(self, checkpoint: Path | None) -> None:
+        """Copy a checkpoint if it is newer than every copy."""
+        if checkpoint is None:
+            return
+        try:
+            newest = self.newest()
+        except UserError as error:
+            report(f"{checkpoint.name} is not copied: {error}")
+            return
+        if newest is None or newest < checkpoint_folder.iteration_of(checkpoint):
+            self.offer(checkpoint)
+
     def poll(self, wait: bool = False) -> None:
         """Complete a copy once all ranks have their files; without ``wait`` it returns at once if one has not."""
         if not self.source:
@@ -63,7 +78,7 @@ class Replica:
             self._thread.join()
         alive = torch.tensor([float(self._thread.is_alive())], device=torch.cuda.current_device())
         dist.all_reduce(alive)
-        if alive:
+        if alive.item():
             return
         source, waiting = self.source, self._waiting
         self.source = None

@@ -14,7 +14,7 @@ from math import lcm
 
 import numpy as np
 
-from megatron_ext.data import counter_random
+from megatron_ext.data import counter_random, reading
 from megatron_ext.data.rendering import SpecialTokens, lay_out, text_may_drop
 from megatron_ext.data.source import Source
 from megatron_ext.data.vq_metadata import depth_of
@@ -98,6 +98,7 @@ class Mixture:
         length, dropped = np.zeros_like(n), np.zeros(len(n), dtype=bool)
         for number, own in by_source(source):
             opened = self.sources[number]
+            reading.note(f"{opened.dataset.prefix}.idx")
             if opened.layout in (Layout.GENERATION, Layout.INTERLEAVED) and self.caption_dropout:
                 dropped[own] = counter_random.uniform(self.seed, _DROP, n[own]) < self.caption_dropout
                 dropped[own] &= text_may_drop(opened.dataset, document[own], opened.layout)

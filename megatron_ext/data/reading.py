@@ -3,6 +3,7 @@
 The path is in anonymous memory that other processes of the same user find under ``/proc/PID/fd``.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -23,12 +24,11 @@ def note(path: str | Path | None) -> None:
 def of(pid: int) -> str | None:
     """The file that a process is reading; None: none, or it cannot be seen."""
     folder = f"/proc/{pid}/fd"
-    try:
+    with contextlib.suppress(OSError):
         for name in os.listdir(folder):
-            file = f"{folder}/{name}"
-            if _NAME in os.readlink(file):
-                with open(file, "rb") as stream:
-                    return os.fsdecode(stream.read(_LENGTH).rstrip(b"\0")) or None
-    except OSError:
-        pass
+            with contextlib.suppress(OSError):  # closed by now, such as this listing of the process itself
+                file = f"{folder}/{name}"
+                if _NAME in os.readlink(file):
+                    with open(file, "rb") as stream:
+                        return os.fsdecode(stream.read(_LENGTH).rstrip(b"\0")) or None
     return None

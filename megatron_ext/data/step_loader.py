@@ -136,9 +136,11 @@ def _host_group(rank: RankInfo) -> dist.ProcessGroup | None:
     if dist.get_backend(rank.group) == "gloo":
         return rank.group
     if rank.group not in _host_groups:
+        from megatron_ext.distributed import new_group
+
         own_ranks = dist.get_process_group_ranks(rank.group)
         all_ranks: list = [None] * dist.get_world_size()
         dist.all_gather_object(all_ranks, own_ranks)
-        groups = {tuple(ranks): dist.new_group(list(ranks), backend="gloo") for ranks in sorted(map(tuple, all_ranks))}
+        groups = {tuple(ranks): new_group(list(ranks), "gloo") for ranks in sorted(map(tuple, all_ranks))}
         _host_groups[rank.group] = groups[tuple(own_ranks)]
     return _host_groups[rank.group]

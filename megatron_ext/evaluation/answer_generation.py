@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_ext import chat_template, command_line
-from megatron_ext.distributed import decoding_replica, from_rank_zero
+from megatron_ext.distributed import decoding_replica, from_rank_zero, writes_for_replica
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import manifest
 from megatron_ext.evaluation.answers import AnswersWriter, question_fingerprint, read_answers
@@ -76,7 +75,7 @@ def answer(session: Session, items: Sequence[Item], file: Path, max_new_tokens: 
     answered = read_answers(file).records
     replica, replicas = decoding_replica()
     todo = [item for item in items if item.id not in answered][replica::replicas]
-    writes = dist.get_rank() == parallel_state.get_model_parallel_src_rank()
+    writes = writes_for_replica()
     vocabulary, unanswered = session.trained.vocabulary, 0
     with command_line.progress(total=len(todo), desc=file.stem, unit=" questions") as bar:
         writer = AnswersWriter(_part(file, replica)) if writes and todo else None

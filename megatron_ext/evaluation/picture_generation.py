@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_ext import command_line, distributed
 from megatron_ext.chat_template import UnusableConversation
@@ -77,7 +76,7 @@ def generate(
     missing = distributed.from_rank_zero(lambda: _missing(prompts, folder, settings, set_aside))
     replica, replicas = distributed.decoding_replica()
     todo = [prompt for prompt in prompts if prompt.id in missing][replica::replicas]
-    writes = parallel_state.get_tensor_model_parallel_rank() == 0
+    writes = distributed.writes_for_replica()
     started = time.monotonic()
     with command_line.progress(total=len(todo), desc=folder.name, unit=" pictures") as bar:
         for start in range(0, len(todo), session.batch_size):

@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.routing.route import Route
+from megatron_ext.training import watch
 from megatron_ext.transformer.forward_context import Attend
 from megatron_ext.transformer.model import UnifiedModel
 
@@ -16,7 +17,7 @@ class PipelinedModel:
     """A model of which every pipeline stage holds a part; all ranks of a replica call it together.
 
     Every stage computes the same route from the same tokens, so only hidden states travel, whose shapes all know. A
-    stage waits while others compute.
+    stage waits while others compute. Each call is progress to the watch.
 
     Attributes:
         config: Megatron-Core's, of the layers.
@@ -47,6 +48,7 @@ class PipelinedModel:
         """A forward pass of all stages; arguments and result as for
         :meth:`~megatron_ext.transformer.model.UnifiedModel.forward`. The result is None on other stages than the
         last."""
+        watch.advance()
         if self._stages == 1:
             return self.chunks[0](route, attend=attend, **options)
         group = parallel_state.get_pipeline_model_parallel_group()

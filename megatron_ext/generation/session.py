@@ -19,7 +19,6 @@ from megatron_ext.generation.generator import Generator
 from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.generation.request import Request
 from megatron_ext.generation.sampling import Sampling
-from megatron_ext.training import watch
 from megatron_ext.vq.image_decoder import PillowDecoder
 from megatron_ext.vq.pixels import from_bytes, to_picture
 
@@ -80,11 +79,14 @@ class Session:
 
     def encode(self, image: Path) -> list[int]:
         """The VQ codes of a picture, prepared as those that the tokenizer is asked about; those of an image token side
-        by side.
+        by side. Collective over the replica: one of its ranks reads the picture, so that all ask the same.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it cannot be read; on all ranks.
         """
+        return distributed.from_replica_source(lambda: self._encode(image))
+
+    def _encode(self, image: Path) -> list[int]:
         try:
             file = image.read_bytes()
         except OSError as error:
@@ -208,11 +210,13 @@ class Session:
         share = requests[replica::replicas]
         batches = [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
         memory = max((self.generator.memory(batch, sampling) for batch in batches), default=0)
-        self._report(f"{len(requests)} {kind}; cache of keys and values: {memory / 2**20:.1f} MiB on each device")
+        most = torch.tensor(memory, device=self.generator.model.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)  # pipeline stages have different layers
+        cache = f"up to {most.item() / 2**20:.1f} MiB on each device"
+        self._report(f"{len(requests)} {kind}; cache of keys and values: {cache}")
         continuations = []
         with command_line.progress(desc=kind, unit=" tokens") as bar:
-            for number, batch in enumerate(batches):
-                watch.enter("evaluate", number)
+            for batch in batches:
                 continuations += self.generator(batch, sampling, bar.update)
         shares: list = [None] * replicas
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -100,7 +100,8 @@ class Kernels:
     def first(self, counts: Counts) -> Seconds:
         """What comes before the layers."""
         hidden = sum(counts.tokens) * self.model.hidden_size
-        return self.passes(2 * hidden, 1) + self._arithmetic(counts.images * projector_multiply_adds(self.model))
+        projector = counts.images / self.ranks * projector_multiply_adds(self.model)
+        return self.passes(2 * hidden, 1) + self._arithmetic(projector)
 
     def last(self, counts: Counts, vocab_size: int) -> Seconds:
         """The output head and the loss."""

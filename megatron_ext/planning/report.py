@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import textwrap
 from dataclasses import dataclass
 
 import yaml
 
 from megatron_ext.config import Config
 from megatron_ext.planning.devices import GB, Device
-from megatron_ext.planning.search import Candidate
+from megatron_ext.planning.search import RESERVE, Candidate
 from megatron_ext.planning.workload import Workload
 
 FAULT_FREE_DEVICE_HOURS = 50_000
@@ -106,31 +107,40 @@ def overrides(config: Config, checkpoint_interval: int) -> dict:
     }
 
 
-def table(candidates: list[Candidate], devices: int) -> str:
-    """The first layouts as aligned text."""
-    header = (
-        "TP CP PP VPP DP rows/micro micro-batches recompute memory,GB(stages) step,s MFU of-time:idle,messages bound-by"
-    )
-    rows = [header.split()]
-    for candidate in candidates[:LISTED]:
-        config, time = candidate.config, candidate.time
-        parallel, training = config.parallel, config.training
-        rows.append(
-            [
-                *map(str, (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline)),
-                str(config.data_parallel(devices)),
-                str(training.micro_batch_size),
-                str(config.micro_batches(devices)),
-                training.recompute,
-                _stages([rank.total for rank in candidate.memory]),
-                f"{time.seconds:.2f}" if time else "-",
-                f"{time.mfu:.1%}" if time else "-",
-                f"{time.idle / time.seconds:.0%},{time.messages / time.seconds:.0%}" if time else "-",
-                time.bound if time else "does not fit",
-            ]
-        )
+def table(candidates: list[Candidate], devices: int, given: Candidate | None = None) -> str:
+    """The first layouts as aligned text.
+
+    Args:
+        given: the configuration's own, as a first line.
+    """
+    rows = [
+        ["TP", "CP", "PP", "VPP", "DP", "rows", "micro-batches", "recompute", "GB (stages)", "step, s", "MFU"]
+        + ["idle", "messages", "most lost by"]
+    ]
+    listed = candidates[:LISTED]
+    rows += [_line(candidate, devices) for candidate in ([given] if given else []) + listed]
+    if given:
+        rows[1][-1] += "; as configured"
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def _line(candidate: Candidate, devices: int) -> list[str]:
+    config, time = candidate.config, candidate.time
+    parallel, training = config.parallel, config.training
+    return [
+        *map(str, (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline)),
+        str(config.data_parallel(devices)),
+        str(training.micro_batch_size),
+        str(config.micro_batches(devices)),
+        training.recompute,
+        _stages([rank.total for rank in candidate.memory]),
+        f"{time.seconds:.2f}",
+        f"{time.mfu:.1%}",
+        f"{time.idle / time.seconds:.0%}",
+        f"{time.messages / time.seconds:.0%}",
+        time.bound,
+    ]
 
 
 def _stages(sizes: list[int]) -> str:
@@ -179,11 +189,21 @@ def _difference(best: Candidate, other: Candidate, device: Device) -> str:
     return f"{more / best.time.seconds:+.1%} a step, most by {name} ({parts[name]:+.2f} s)"
 
 
-def assumptions(device: Device, source: str, calibrated: bool, devices: int, reliability: Reliability) -> list[str]:
+def assumptions(
+    config: Config,
+    device: Device,
+    source: str,
+    vocabulary: str,
+    calibrated: bool,
+    devices: int,
+    reliability: Reliability,
+) -> list[str]:
     """What the figures rest on."""
     hours = reliability.between_faults(devices) / 3600
-    return [
+    lines = [] if config.training.fp8 == "none" else [f"FP8 ({config.training.fp8}): planned as bf16"]
+    return lines + [
         f"data: {source}",
+        f"vocabulary: {vocabulary}",
         f"{device.name}: {device.peak / 1e12:.4g} TFLOP/s, of which large products reach {device.efficiency:.0%} and "
         f"products of {device.half_rows:.0f} rows half of that"
         + (" (measured)" if calibrated else " (not measured: --calibrate)"),
@@ -191,18 +211,20 @@ def assumptions(device: Device, source: str, calibrated: bool, devices: int, rel
         f"between them, of which {device.link_share:.0%} and {device.network_share:.0%} are reached",
         f"memory: at most {device.usable:.0%} of {device.memory / GB:.0f} GB, with {device.overhead_bytes / GB:.1f} GB "
         f"for context and communication, {device.fragmentation:.0%} for fragmentation"
+        + f"; the recommended layout leaves {RESERVE:.0%} of that where one does"
         if device.memory
         else "memory: as much as wanted",
+        "micro-batches hold the heaviest sampled rows together, the heaviest first; time is of average ones",
         f"faults: one in {hours:.0f} hours; a save holds training up for {reliability.save_seconds:.0f} s, a restart "
         f"takes {reliability.restart_seconds / 60:.0f} minutes",
         "messages of tensor parallelism are exposed in the forward pass and half hidden in the backward pass; "
-        "gradients are reduced during the last micro-batch's backward pass",
+        "those of context parallelism are exposed; gradients are reduced during the last micro-batch's backward pass",
         "frozen parameters count as trained ones; the dense share is that of evaluation",
     ]
 
 
 def describe_run(best: Candidate, cost: dict, devices: int) -> str:
-    """The best layout and what a run costs, in lines."""
+    """The recommended layout and what a run costs, in lines."""
     time, parallel, training = best.time, best.config.parallel, best.config.training
     money = "" if cost["cost"] is None else f", costs {cost['cost']:,.0f}"
     keys = [f"parallel.{key}={getattr(parallel, key)}" for key in ("tensor", "context", "pipeline", "virtual_pipeline")]
@@ -210,7 +232,7 @@ def describe_run(best: Candidate, cost: dict, devices: int) -> str:
         keys.append(f"parallel.layout='{parallel.layout}'")
     keys += [f"training.micro_batch_size={training.micro_batch_size}", f"training.recompute={training.recompute}"]
     lines = [
-        "best: " + " ".join(keys),
+        "recommended: " + " ".join(keys),
         f"step {time.seconds:.2f} s: a rank computes {time.busy - time.messages:.2f} s, waits for messages "
         f"{time.messages:.2f} s and in the pipeline {time.idle:.2f} s; messages between replicas "
         f"{time.replicas:.2f} s, optimizer {time.optimizer:.2f} s; MFU {time.mfu:.1%}",
@@ -221,11 +243,29 @@ def describe_run(best: Candidate, cost: dict, devices: int) -> str:
     return "\n".join(lines)
 
 
-def yaml_of(best: Candidate, cost: dict, devices: int, device: Device, source: str) -> str:
-    """The layout as a configuration file."""
-    head = (
-        f"# The layout that tools/plan_run.py recommends for {devices} x {device.name}: predicted "
-        f"{best.time.seconds:.2f} s a step,\n# MFU {best.time.mfu:.1%}, {best.worst / GB:.1f} GB on the rank that "
-        f"needs most.\n# For {source}.\n"
-    )
-    return head + yaml.safe_dump(overrides(best.config, cost["checkpoint_interval"]), sort_keys=False)
+def launch_variables(config: Config) -> str:
+    """What examples/run_unified_tp4_pp2.sh must be told of a layout, since it sets these sizes itself."""
+    return f"TP={config.parallel.tensor} PP={config.parallel.pipeline}"
+
+
+def yaml_of(best: Candidate, cost: dict, devices: int, device: Device, source: str, command: str) -> str:
+    """The layout as a configuration file.
+
+    Args:
+        command: that it is made with.
+    """
+    config = best.config
+    model, data = config.model, config.data
+    layers = f"{model.num_layers} layers of {model.hidden_size}"
+    lines = [
+        f"The layout that tools/plan_run.py recommends for {devices} x {device.name}: predicted "
+        f"{best.time.seconds:.2f} s a step, MFU {best.time.mfu:.1%}, {best.worst / GB:.1f} GB on the rank that needs "
+        "most.",
+        f"For {layers}, plan {config.plan.preset}, {config.training.global_batch_size} rows a step of "
+        f"{data.sequence_length} tokens; {source}.",
+        command,
+        f"With examples/run_unified_tp4_pp2.sh: {launch_variables(config)}",
+    ]
+    wrapped = [part for line in lines for part in textwrap.wrap(line, 116, break_on_hyphens=False)]
+    head = "".join(f"# {line}\n" for line in wrapped)
+    return head + yaml.safe_dump(overrides(config, cost["checkpoint_interval"]), sort_keys=False)

@@ -2,23 +2,26 @@
 
 Searched are the sizes of tensor, context and pipeline parallelism, chunks per stage, rows of a micro-batch and
 recomputation; sequence parallelism, the sharded optimizer and overlap are always on where they apply, since they cost
-nothing that they do not save. Layouts that do not fit are left out; the others are ranked by the simulated step over
-average micro-batches, and the best again over sampled ones with the layers of each stage chosen by
-:func:`~megatron_ext.routing.pipeline_balance.balance`.
+nothing that they do not save. Layouts that training refuses are left out, and those that do not fit, unless the layers
+of their stages can be chosen such that they do. The others are ranked by the simulated step over average micro-batches,
+and the best again over sampled ones with the layers of each stage chosen by
+:func:`~megatron_ext.routing.pipeline_balance.balance`, until the best have all been.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.planning.devices import Device
-from megatron_ext.planning.memory import MicroBatchMemory, RankMemory, rank_memory
+from megatron_ext.planning.memory import MicroBatchMemory, RankMemory, rank_memory, stage_memory
 from megatron_ext.planning.step_time import LayerCosts, StepTime, layer_costs, step_time
 from megatron_ext.planning.workload import Workload
 from megatron_ext.routing.pipeline_balance import balance
 from megatron_ext.routing.pipeline_layout import even_counts, layout_string
+from megatron_ext.training.config_checks import validate
 
 LONG_ROWS = 16384
 """Tokens of a row from which on context parallelism is tried although a row would fit without."""
@@ -29,8 +32,17 @@ MOST_STAGES = 32
 MOST_MOVED = 16
 """Chunks of a model whose layers are balanced by simulation; with more of them it would take long."""
 
-REFINED = 16
-"""Layouts whose stages are balanced and which are simulated over sampled micro-batches."""
+REFINED = 12
+"""Layouts, the best, whose stages are balanced and which are simulated over sampled micro-batches."""
+
+RESERVE = 0.05
+"""Share of the limit of memory that the recommended layout leaves, if one does."""
+
+NEAR = 1.15
+"""Layouts that need up to this much of the limit may fit with other layers in their stages."""
+
+TRIED = 8
+"""Of these, how many are tried, those that need least first."""
 
 _RECOMPUTE = ("none", "selective", "full")
 
@@ -77,17 +89,25 @@ class Search:
     def run(
         self, devices: int, progress: Callable[[Iterable], Iterable] = iter
     ) -> tuple[list[Candidate], list[Candidate]]:
-        """The layouts that fit, the fastest first, and the others, those that come nearest first.
+        """The layouts that fit, the fastest first (refined ones, then the others), and those that do not fit, which
+        come nearest first.
 
         Args:
             progress: shows how far the search is.
 
         Raises:
-            UserError: no layout divides the devices.
+            UserError: no layout divides the devices, or training refuses them all.
         """
-        configs = list(self._configs(devices))
+        configs, refusal = [], f"no layout of {self._config.training.global_batch_size} rows a step"
+        for config in self._configs(devices):
+            try:
+                validate(config, devices)
+            except UserError as error:
+                refusal = str(error)
+            else:
+                configs.append(config)
         if not configs:
-            raise UserError(f"--gpus {devices}: no layout of {self._config.training.global_batch_size} rows a step")
+            raise UserError(f"--gpus {devices}: {refusal}")
         feasible, misses, without = [], [], set()
         for config in progress(configs):
             candidate = Candidate(config, [])
@@ -99,11 +119,24 @@ class Search:
             else:
                 feasible.append(candidate)
                 without.add(candidate.key[:-1])
-        feasible.sort(key=lambda c: c.time.seconds)
-        best = [self._refined(candidate, devices) for candidate in progress(feasible[:REFINED])]
-        feasible[:REFINED] = best
-        feasible.sort(key=lambda c: c.time.seconds)
-        return feasible, sorted(misses, key=lambda c: c.worst)
+        near = [c for c in misses if c.worst <= NEAR * self._device.limit and c.config.parallel.pipeline > 1]
+        for candidate in progress(sorted(near, key=lambda c: c.worst)[:TRIED]):
+            if candidate.key[:-1] not in without and (fitting := self._fitting(candidate, devices)):
+                feasible.append(fitting)
+                misses.remove(candidate)
+        refined: list[Candidate] = []
+        waiting = sorted(feasible, key=_seconds, reverse=True)
+        while waiting and len(refined) < 3 * REFINED:
+            if sum(_seconds(c) <= _seconds(waiting[-1]) for c in refined) >= REFINED:
+                break
+            refined.append(self._refined(waiting.pop(), devices))
+        # What waits was computed otherwise: it comes behind.
+        return sorted(refined, key=_seconds) + waiting[::-1], sorted(misses, key=lambda c: c.worst)
+
+    def recommended(self, feasible: list[Candidate]) -> Candidate:
+        """The fastest that leaves a share of :data:`RESERVE` of the limit of memory; the fastest, where none does."""
+        roomy = (c for c in feasible if c.worst <= (1 - RESERVE) * self._device.limit)
+        return next(roomy, feasible[0])
 
     def candidate(self, config: Config, devices: int) -> Candidate:
         """The layout that ``config`` has, as it is, over sampled micro-batches."""
@@ -151,12 +184,16 @@ class Search:
                     )
 
     def _memory(self, config: Config, devices: int) -> list[RankMemory]:
-        parallel, training = config.parallel, config.training
-        key = parallel.tensor, parallel.context, parallel.pipeline > 1, training.micro_batch_size, training.recompute
-        vocab_size = self._vocab_size(config)
+        key, vocab_size = self._sizes_key(config), self._vocab_size(config)
         if key not in self._sizes:
             self._sizes[key] = MicroBatchMemory(config, self._workload, vocab_size, self._device)
         return rank_memory(config, self._sizes[key], vocab_size, devices, self._device)
+
+    @staticmethod
+    def _sizes_key(config: Config) -> tuple:
+        parallel, training = config.parallel, config.training
+        split = parallel.tensor, parallel.sequence, parallel.context, parallel.pipeline > 1
+        return *split, training.micro_batch_size, training.recompute
 
     def _candidate(self, config: Config, devices: int) -> Candidate:
         memory = self._memory(config, devices)
@@ -166,9 +203,10 @@ class Search:
 
     def _costs(self, config: Config, sampled: bool) -> LayerCosts:
         parallel, training = config.parallel, config.training
-        key = parallel.tensor, parallel.context, training.micro_batch_size, training.recompute, sampled
+        split = parallel.tensor, parallel.sequence, parallel.context
+        key = *split, training.micro_batch_size, training.recompute, sampled
         if key not in self._average:
-            rows = self._workload.micro_batches(training.micro_batch_size)
+            rows = self._workload.micro_batches(self._workload.neighbours(training.micro_batch_size))
             if not sampled:
                 rows = [self._workload.counts.scaled(training.micro_batch_size / len(self._workload.rows))]
             self._average[key] = layer_costs(config, self._workload, self._vocab_size(config), self._device, rows)
@@ -185,20 +223,49 @@ class Search:
         even = self._timed(config, devices, candidate.memory, sampled=True)
         if parallel.pipeline == 1:
             return even
-        costs = self._costs(config, sampled=False)
+        balanced = self._balanced(config, devices)
+        if balanced is None:
+            return even
+        return min(even, self._timed(balanced.config, devices, balanced.memory, sampled=True), key=_seconds)
 
-        if parallel.virtual_pipeline > 1 and parallel.pipeline * parallel.virtual_pipeline > MOST_MOVED:
-            return even
-        once = costs.model_costs(2 * parallel.pipeline)
-        counts = balance(once, parallel.pipeline, parallel.virtual_pipeline, None, costs.backward)
-        if counts is None:
-            return even
-        other = dataclasses.replace(config, parallel=dataclasses.replace(parallel, layout=layout_string(counts)))
-        memory = self._memory(other, devices)
-        if max(rank.total for rank in memory) > self._device.limit:
-            return even
-        balanced = self._timed(other, devices, memory, sampled=True)
-        return min(even, balanced, key=lambda c: c.time.seconds)
+    def _fitting(self, candidate: Candidate, devices: int) -> Candidate | None:
+        """The candidate with layers of its stages such that it fits; None if there are none."""
+        balanced = self._balanced(candidate.config, devices)
+        return balanced and self._timed(balanced.config, devices, balanced.memory, sampled=False)
+
+    def _balanced(self, config: Config, devices: int) -> Candidate | None:
+        """The configuration with balanced stages that fit, not timed; None where nothing fits, or there are too many
+        chunks to move layers between."""
+        parallel = config.parallel
+        pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
+        if virtual > 1 and pipeline * virtual > MOST_MOVED:
+            return None
+        costs = self._costs(config, sampled=False)
+        once = costs.model_costs(2 * pipeline)
+        self._memory(config, devices)
+        sizes, vocab_size = self._sizes[self._sizes_key(config)], self._vocab_size(config)
+
+        @cache
+        def stage_fits(rank: int, chunks: tuple[range, ...]) -> bool:
+            if not all(chunks):
+                return False
+            arguments = config, sizes, vocab_size, devices, self._device, rank, [list(chunk) for chunk in chunks]
+            return stage_memory(*arguments).total <= self._device.limit
+
+        # The limit of memory takes time to keep; often nothing comes near it.
+        for fits in (None, lambda rank, chunks: stage_fits(rank, tuple(chunks))):
+            counts = balance(once, pipeline, virtual, fits, costs.backward)
+            if counts is None:
+                return None
+            other = dataclasses.replace(config, parallel=dataclasses.replace(parallel, layout=layout_string(counts)))
+            memory = self._memory(other, devices)
+            if max(rank.total for rank in memory) <= self._device.limit:
+                return Candidate(other, memory)
+        return None
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.time.seconds
 
 
 def _powers(most: int) -> list[int]:

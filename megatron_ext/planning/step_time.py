@@ -1,7 +1,7 @@
 """Seconds of a training step under a layout: the simulated pipeline, messages that nothing hides, and the optimizer.
 
 Assumptions: messages of tensor parallelism are exposed in the forward pass and half hidden in the backward pass under
-sequence parallelism; keys that context ranks exchange are half hidden; the reduction of gradients hides behind the last
+sequence parallelism; keys that context ranks exchange are exposed; the reduction of gradients hides behind the last
 micro-batch's backward pass, and the gathering of weights behind the next step's first forward pass (``overlap``).
 """
 
@@ -30,7 +30,7 @@ class StepTime:
         seconds: of the whole step.
         mfu: FLOPs of the model over what the devices could do in that time.
         busy: mean seconds of forward and backward passes of a rank, messages included.
-        messages: of these, seconds of exposed messages.
+        messages: of these, seconds of exposed messages, of embedding and output head too.
         idle: mean seconds that a rank waits in the pipeline.
         replicas: exposed seconds of the messages between replicas.
         optimizer: seconds of the optimizer.
@@ -132,9 +132,11 @@ def layer_costs(
             layers[number].append(seconds)
             exposed += sent_seconds
             saved += lost
-        first.append(kernels.first(counts))
-        last.append(kernels.last(counts, vocab_size))
-        messages.append(exposed)
+        ends = (kernels.first(counts), kernels.last(counts, vocab_size))
+        sent = _end_messages(config, counts, size, device)
+        first.append(ends[0] + sent[0])
+        last.append(ends[1] + sent[1])
+        messages.append(exposed + sum(s.forward + s.backward for s in sent))
         thin.append(saved)
     return LayerCosts(layers, first, last, messages, thin)
 
@@ -166,9 +168,23 @@ def _layer_messages(
     if parallel.context > 1 and full:
         need = received * (full + kv_only) * parallel.context
         keys = Messages(2 * size * key_width(model) / tensor * need, 1)
-        exchange = 0.5 * link_seconds(device, keys, tensor * parallel.context, parallel.context)
+        exchange = link_seconds(device, keys, tensor * parallel.context, parallel.context)
         seconds += Seconds(exchange, exchange)
     return seconds
+
+
+def _end_messages(config: Config, counts: Counts, size: int, device: Device) -> list[Seconds]:
+    """Seconds of the messages of the embedding, and of the output head and the loss, which nothing hides."""
+    parallel, model = config.parallel, config.model
+    split = parallel.tensor, parallel.sequence, size
+    # Groups with targets have other rows too: at most all.
+    tokens = sum(counts.tokens)
+    embedding = traffic.embedding_messages(model, tokens, *split)
+    head = traffic.head_messages(model, tokens, counts.logits, *split)
+    return [
+        Seconds(*(link_seconds(device, messages, parallel.tensor, parallel.tensor) for messages in both))
+        for both in (embedding, head)
+    ]
 
 
 def step_time(
@@ -187,8 +203,11 @@ def step_time(
     sampled = len(costs.first)
     forward, backward = _chunk_seconds(chunks, costs)
     shown = simulated_micro_batches(config, world_size)
-    turn = [m % sampled for m in range(shown)]
-    spread = [[[chunk[m] for m in turn] for chunk in both] for both in (forward, backward)]
+    # The last micro-batch holds the rows that are left.
+    rows = -(-config.training.global_batch_size // replicas) / config.training.micro_batch_size
+    last = rows - (micro_batches - 1)
+    turn = [(m % sampled, 1.0 if m < shown - 1 else last) for m in range(shown)]
+    spread = [[[chunk[m] * share for m, share in turn] for chunk in both] for both in (forward, backward)]
     simulated = simulate(spread[0], pipeline, virtual, spread[1], _border_seconds(config, workload, device, replicas))
     # The pipeline goes on at the pace of its busiest rank.
     of_rank = [
@@ -210,10 +229,9 @@ def step_time(
     shards = replicas * parallel.context if parallel.distributed_optimizer else 1
     optimizer = max(per_rank) * (30 / shards + 8) / device.bandwidth
     seconds = makespan + exposed + optimizer
-    rows = config.training.global_batch_size
     flops = TRAINING_PER_FORWARD * forward_flops(config.model, vocab_size, workload.plan, workload.counts)
-    mfu = flops / len(workload.rows) * rows / (seconds * world_size * device.peak)
-    messages, thin = (micro_batches * sum(part) / sampled / pipeline for part in (costs.messages, costs.thin))
+    mfu = flops / len(workload.rows) * config.training.global_batch_size / (seconds * world_size * device.peak)
+    messages, thin = (rows * sum(part) / sampled / pipeline for part in (costs.messages, costs.thin))
     return StepTime(seconds, mfu, busy, messages, makespan - busy, exposed, optimizer, thin)
 
 
@@ -236,9 +254,10 @@ def _border_seconds(config: Config, workload: Workload, device: Device, replicas
     ranks = (parallel.tensor if parallel.sequence else 1) * parallel.context
     tokens = config.training.micro_batch_size * config.data.sequence_length
     size = 2 if config.training.precision == "bf16" else 4
-    sent = size * config.model.hidden_size * stored_length(tokens, workload.plan, ranks) / ranks
+    stored = stored_length(tokens, workload.plan, ranks, config.training.row_multiple)
+    sent = traffic.border_message(config.model, stored, ranks, size)
     reach = 2 * parallel.tensor * parallel.context * replicas
-    return link_seconds(device, Messages(sent, 1), reach, 2)
+    return link_seconds(device, sent, reach, 2)
 
 
 def _replica_seconds(config: Config, device: Device, parameters: int, replicas: int, backward: float) -> float:

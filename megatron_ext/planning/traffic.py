@@ -117,6 +117,12 @@ def head_messages(
     return loss, all_reduce(targets * model.hidden_size, tensor, element_size)
 
 
+def border_message(model: ModelConfig, stored: int, ranks: int, element_size: int) -> Messages:
+    """What a rank sends to the next stage, or back, for a micro-batch of ``stored`` rows on all ``ranks`` that share
+    them."""
+    return Messages(element_size * model.hidden_size * stored / ranks, 1)
+
+
 def replica_messages(parameters: float, replicas: int, sharded: bool, element_size: int) -> tuple[Messages, Messages]:
     """What the reduction of gradients sends in a step, and the gathering of new weights."""
     if not sharded:

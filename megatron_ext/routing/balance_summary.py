@@ -1,10 +1,11 @@
 """Layers of each pipeline stage that balance a plan's work on given documents, as numbers and as text."""
 
 import random
-from itertools import accumulate
+from itertools import chain, islice
 
 from megatron_ext.config import Config
-from megatron_ext.routing.document_mix import mix_documents
+from megatron_ext.data.batch import Batch
+from megatron_ext.routing.document_mix import cut, drawn_rows, mix_documents
 from megatron_ext.routing.flops import count, head_flops, layer_flops, projector_flops, with_all_logits
 from megatron_ext.routing.pipeline_balance import ModelCosts, balance
 from megatron_ext.routing.pipeline_layout import even_counts, layers_of_chunks, layout_string
@@ -22,33 +23,26 @@ def sampled_costs(
         all_logits: compute the output head for all tokens that are FULL in the last layer instead of those with loss.
     """
     model, plan = config.model, Plan.from_config(config)
+    length, size = config.data.sequence_length, config.training.micro_batch_size
     weights, lengths, parts = [], [], []
     for number, batch in mix_documents(mix, model.image_codes.depth, config.data.generation_text):
-        counts = with_all_logits(count(batch, plan), plan) if all_logits else count(batch, plan)
-        ends = [projector_flops(model, counts), head_flops(model, vocab_size, counts)]
+        pieces = cut(batch, length)
         weights.append(number)
-        lengths.append(batch.tokens.size)
-        parts.append([*layer_flops(model, plan, counts), *ends])
-    drawn, columns = random.Random(0), []
+        lengths.append([piece.shape[1] for piece in pieces])
+        parts.append([_flops(config, vocab_size, plan, piece, all_logits) for piece in pieces])
+    rows, columns = drawn_rows(random.Random(0), weights, lengths, length), []
     for _ in range(micro_batches):
-        numbers = _fill(config, drawn, list(accumulate(weights)), lengths)
-        columns.append([float(sum(flops)) for flops in zip(*(parts[n] for n in numbers))])
+        documents = chain.from_iterable(islice(rows, size))
+        columns.append([float(sum(flops)) for flops in zip(*(parts[n][piece] for n, piece in documents))])
     *layers, first, last = map(list, zip(*columns))
     return ModelCosts(layers, first, last)
 
 
-def _fill(config: Config, drawn: random.Random, cumulative: list[int], lengths: list[int]) -> list[int]:
-    """Kinds of the documents of one micro-batch. A row is full when the next document does not fit; that document
-    begins the next row."""
-    numbers, row, used = [], 0, 0
-    while True:
-        (number,) = drawn.choices(range(len(lengths)), cum_weights=cumulative)
-        if numbers and used + lengths[number] > config.data.sequence_length:
-            row, used = row + 1, 0
-            if row == config.training.micro_batch_size:
-                return numbers
-        used += lengths[number]
-        numbers.append(number)
+def _flops(config: Config, vocab_size: int, plan: Plan, batch: Batch, all_logits: bool) -> list[int]:
+    """FLOPs of the layers, and of what comes before and after them."""
+    model = config.model
+    counts = with_all_logits(count(batch, plan), plan) if all_logits else count(batch, plan)
+    return [*layer_flops(model, plan, counts), projector_flops(model, counts), head_flops(model, vocab_size, counts)]
 
 
 def summarize_balance(config: Config, vocab_size: int, mix: str, micro_batches: int, all_logits: bool = False) -> dict:

@@ -7,8 +7,8 @@ one process, bottom-right aligned, and no kernel changes.
 **Placement.** Every rank holds an equal share of every *group* of tokens (its quota, rounded up), so that ranks have
 equal work in every layer whatever the plan. What remains to balance is attention and the output head. A long document
 is cut in each group into 2 C blocks, and rank r takes blocks r and 2 C - 1 - r, one that sees few keys and one that
-sees many. Short documents stay whole, each with the rank that has least to do and room for it; only where none has room
-is one cut, so at most (C - 1) documents for each group.
+sees many. Short documents stay whole, largest first, each with the rank that has least to do and room for it; one is
+cut only where none has room, so at most (C - 1) documents for each group.
 
 **Keys.** A rank needs the keys that its queries see and another rank holds: none of a document that it holds whole.
 Every rank derives all ranks' needs, so all know the sizes of all messages.
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_ext.routing.plan import Role
+from megatron_ext.routing.visible_keys import visible_keys
 
 
 @dataclass
@@ -116,14 +117,10 @@ def attention_load(
     group: np.ndarray, document: np.ndarray, roles_of_layers: Sequence[Sequence[Role]], pair_cost: int
 ) -> np.ndarray:
     """Work of each token's queries in all layers, int64 [t]: ``pair_cost`` for each visible key."""
-    load = np.zeros(group.size, np.int64)
-    starts = np.flatnonzero(np.diff(document, prepend=-1))
-    lengths = np.diff(starts, append=group.size)
+    load, first = np.zeros(group.size, np.int64), np.diff(document, prepend=-1) != 0
     for roles in set(map(tuple, roles_of_layers)):
-        role = np.array([*roles, Role.SKIP])[group]
-        keys = (role != Role.SKIP).cumsum()
-        visible = keys - np.repeat(keys[starts] - (role[starts] != Role.SKIP), lengths)
-        load += np.where(role == Role.FULL, visible * (pair_cost * sum(map(roles.__eq__, roles_of_layers))), 0)
+        visible = visible_keys(np.array([*roles, Role.SKIP])[group], first)
+        load += visible * (pair_cost * sum(map(roles.__eq__, roles_of_layers)))
     return load
 
 
@@ -151,11 +148,11 @@ def place(group: np.ndarray, document: np.ndarray, load: np.ndarray, quota: Sequ
     is_long = (loads * 2 * size > loads.sum()) | (4 * counts > 3 * np.array(quota)).any(1)
 
     ranks = _Ranks(group, load, quota, size)
-    by_load = np.argsort(-loads, kind="stable")
+    largest_first = np.lexsort((-loads, -counts.sum(1)))  # by rows, then load: what does not fit whole is then short
     owner_of_document = np.full(starts.size + 1, -1)  # the last entry is that of padding
-    for d in by_load[is_long[by_load]].tolist():
+    for d in largest_first[is_long[largest_first]].tolist():
         ranks.cut(slice(starts[d], stops[d]))
-    for d in by_load[~is_long[by_load]].tolist():
+    for d in largest_first[~is_long[largest_first]].tolist():
         owner_of_document[d] = ranks.take(counts[d].tolist(), int(loads[d]), slice(starts[d], stops[d]))
     owner = np.where(ranks.owner >= 0, ranks.owner, owner_of_document[number])
     return Placement(owner, size, group, document)

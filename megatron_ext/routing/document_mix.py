@@ -12,7 +12,10 @@ The loss is at the learnt tokens themselves, one place after those that predict 
 tokens of several codes have another head than text, so their loss is at the tokens that predict them.
 """
 
+import random
 import re
+from collections.abc import Iterator
+from itertools import accumulate
 
 import numpy as np
 
@@ -46,6 +49,41 @@ def mix_batch(mix: str, depth: int = 1, generation_text: bool = False) -> Batch:
 def mix_documents(mix: str, depth: int = 1, generation_text: bool = False) -> list[tuple[int, Batch]]:
     """For each part of a mix the number of its documents, and one of them as :func:`mix_batch` makes it."""
     return [(len(documents), _batch(documents[:1], depth, generation_text)) for documents in _parts(mix)]
+
+
+def cut(document: Batch, length: int) -> list[Batch]:
+    """A document [1, t] in pieces of at most ``length`` tokens, each a document of its own."""
+    pieces = [
+        document.map(lambda field, start=start: field[:, start : start + length])
+        for start in range(0, document.shape[1], length)
+    ]
+    for piece in pieces:
+        piece.positions = np.arange(piece.shape[1], dtype=piece.positions.dtype)[None]
+    return pieces
+
+
+def drawn_rows(
+    drawn: random.Random, weights: list[float], lengths: list[list[int]], row_length: int, by: list[int] | None = None
+) -> Iterator[list[tuple[int, int]]]:
+    """Rows without end, each a list of (document, piece), filled with documents that are drawn at random. A row is full
+    when the next piece does not fit, which begins the next row.
+
+    Args:
+        weights: relative number of each document.
+        lengths: tokens of each document's pieces.
+        by: of each document; documents that differ in it do not share rows (``data.rows=by_task``).
+    """
+    cumulative, numbers = list(accumulate(weights)), range(len(weights))
+    open_rows: dict[int, tuple[list[tuple[int, int]], int]] = {}
+    while True:
+        (number,) = drawn.choices(numbers, cum_weights=cumulative)
+        kind = by[number] if by else 0
+        for piece, length in enumerate(lengths[number]):
+            row, used = open_rows.get(kind, ([], 0))
+            if row and used + length > row_length:
+                yield row
+                row, used = [], 0
+            open_rows[kind] = [*row, (number, piece)], used + length
 
 
 def _batch(documents: list[tuple[Layout, list[tuple[int, str]]]], depth: int, generation_text: bool) -> Batch:

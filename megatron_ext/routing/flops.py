@@ -34,6 +34,7 @@ from megatron_ext.routing.image_code_costs import (
 )
 from megatron_ext.routing.pipeline_layout import stage_layers
 from megatron_ext.routing.plan import Plan, Projections, Role, task_and_modality
+from megatron_ext.routing.visible_keys import visible_keys
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 TRAINING_PER_FORWARD = 3
@@ -243,11 +244,7 @@ def _visible(kind: np.ndarray, first: np.ndarray, roles: Sequence[Role]) -> tupl
         first: whether a document begins at each token, [t].
         roles: role of each class.
     """
-    role = np.array(roles)[kind]
-    is_key = (role != Role.SKIP).astype(np.int64)
-    seen = is_key.cumsum()
-    before_document = (seen - is_key)[first][first.cumsum() - 1]
-    pairs = (seen - before_document) * (role == Role.FULL)
+    pairs = visible_keys(np.array(roles)[kind], first)
     return tuple(np.bincount(kind, weights=pairs, minlength=len(roles)).astype(np.int64).tolist())
 
 

@@ -227,6 +227,20 @@ def layer_route(rows: StoredRows, roles: Sequence[Role], cached: bool) -> LayerR
     return CachedLayerRoute(**vars(route), places=_cache_places(key, full, *rows.batch.shape)) if cached else route
 
 
+def segment_key_rows(document: np.ndarray, role: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The keys of each segment of attention where segments share keys, and the token at which it begins; both empty
+    where none do.
+
+    Args:
+        document, role: of each token, [t]; documents in order.
+    """
+    key = np.flatnonzero(role != Role.SKIP)
+    first, end, begin = _segments(document[key], role[key] == Role.FULL)
+    if not first.size or (begin[1:] != begin[:-1]).all():
+        return first[:0], first[:0]
+    return end - begin, key[first]
+
+
 def row_slices(sizes: list[int], roles: Sequence[Role], components: Sequence[int]) -> RowSlices:
     """Slices of consecutive groups with one role; empty groups have no slice."""
     groups = [(role, size, c) for role, size, c in zip(roles, sizes, [*components, 0]) if size]

@@ -43,7 +43,8 @@ codebook::
                                               attention's output; FFN before and after GELU (8*E); softmax sums; norms
     the end        2*E + 2 + K                input of the norm and normed, norm, probabilities in float32
 
-of the tokens of a chunk (``image_codes.head.chunk``), or of all of them.
+of the tokens of a chunk (``image_codes.head.chunk``), or of all of them. On t tensor-parallel ranks queries, keys and
+values, attention's output, the FFN, softmax sums and probabilities are a t-th; every rank has all rows.
 """
 
 from collections.abc import Collection
@@ -101,23 +102,25 @@ def activation_bytes(
     return [round(element_size * n) for n in elements]
 
 
-def projector_bytes(model: ModelConfig, counts: Counts, element_size: int, times: float = 1) -> int:
-    """Bytes that the projector keeps of a micro-batch that holds the counted tokens ``times`` times."""
+def projector_bytes(model: ModelConfig, counts: Counts, element_size: int, times: float = 1, ranks: int = 1) -> int:
+    """Bytes that the projector keeps of a micro-batch that holds the counted tokens ``times`` times, on one of
+    ``ranks`` that share the rows (sequence parallelism)."""
     width = vector_width(model)
     kept = 0 if width is None else width + 2 * model.hidden_size
-    return round(element_size * times * counts.images * kept)
+    return round(element_size * times * counts.images * kept / ranks)
 
 
-def depth_head_bytes(model: ModelConfig, counts: Counts, element_size: int, times: float = 1) -> int:
-    """Bytes that the depth head keeps of a micro-batch that holds the counted tokens ``times`` times."""
+def depth_head_bytes(model: ModelConfig, counts: Counts, element_size: int, times: float = 1, tensor: int = 1) -> int:
+    """Bytes that the depth head keeps of a micro-batch that holds the counted tokens ``times`` times, on one of
+    ``tensor`` tensor-parallel ranks."""
     if model.image_codes.depth == 1:
         return 0
     depth, head = model.image_codes.depth, model.image_codes.head
     tokens = times * counts.codes
     if head.chunk:
         tokens = min(tokens, head.chunk)
-    layer = 16 * head.hidden_size + head.num_attention_heads + 4
-    place = element_size * (head.num_layers * layer + 2 * head.hidden_size + 2) + 4 * codebook_size(model)
+    layer = 4 * head.hidden_size + 4 + (12 * head.hidden_size + head.num_attention_heads) / tensor
+    place = element_size * (head.num_layers * layer + 2 * head.hidden_size + 2) + 4 * codebook_size(model) / tensor
     return round(tokens * depth * place)
 
 

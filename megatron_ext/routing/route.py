@@ -179,18 +179,20 @@ def placed(
     ranks: int = 1,
     multiple: int = 1,
     selection: Selection | None = None,
-    costs: tuple[int, int] = (1, 0),
+    pair_cost: int = 1,
+    head_costs: np.ndarray | None = None,
 ) -> Placement:
     """The placement of a micro-batch's tokens on ``size`` context ranks; other arguments as for :meth:`Route.arrays`.
 
     Args:
-        costs: work of a pair of query and key in a layer, and of a token with loss in the output head.
+        pair_cost: work of a pair of query and key in a layer.
+        head_costs: [b, s], work of each token after the layers, int64; None: there is none.
     """
     batch, groups = batch.arrays(), plan_groups(plan)
     group, document = _groups_of_tokens(batch, plan, selection), _document_numbers(batch)
-    pair_cost, loss_cost = costs
     load = attention_load(group, document, groups.roles, pair_cost)
-    load += loss_cost * ((batch.loss_mask > 0) & (batch.document != PADDING_DOCUMENT)).ravel()
+    if head_costs is not None:
+        load += head_costs.ravel()
     of_ranks = quotas(group, len(groups.members), ranks * size, multiple)
     return place(group, document, load, [ranks * rows for rows in of_ranks], size)
 

@@ -29,8 +29,8 @@ from megatron_ext.routing.plan import CLASSES, Plan, class_index, task_and_modal
 
 def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = False) -> dict:
     """The cost of training on ``batch`` under ``config.plan``: FLOPs of forward and backward pass together, parameters
-    of the whole model, and the bytes that its layers, projector and depth head keep between the two passes of a
-    micro-batch full of such data.
+    of the whole model, and the bytes that its layers, projector and depth head keep on a rank between the two passes of
+    a micro-batch full of such data.
 
     Args:
         all_logits: compute the output head for all tokens that are FULL in the last layer instead of those with loss.
@@ -87,10 +87,13 @@ def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = 
 
 
 def _kept(config: Config, plan: Plan, counts: Counts, micro_batch: int) -> tuple[list[int], list[int]]:
-    """Bytes that each layer, and that projector and depth head, keep of a micro-batch of so many tokens."""
-    element_size, times = 2 if config.training.precision == "bf16" else 4, micro_batch / sum(counts.tokens)
-    layers = activation_bytes(config.model, plan, counts, element_size, times, config.training.recompute)
-    return layers, [f(config.model, counts, element_size, times) for f in (projector_bytes, depth_head_bytes)]
+    """Bytes that each layer, and that projector and depth head, keep of a micro-batch of so many tokens on a rank."""
+    parallel, element_size = config.parallel, 2 if config.training.precision == "bf16" else 4
+    times = micro_batch / sum(counts.tokens) / parallel.context
+    split = parallel.tensor, parallel.sequence
+    layers = activation_bytes(config.model, plan, counts, element_size, times, config.training.recompute, *split)
+    ends = (projector_bytes, parallel.tensor if parallel.sequence else 1), (depth_head_bytes, parallel.tensor)
+    return layers, [f(config.model, counts, element_size, times, ranks) for f, ranks in ends]
 
 
 def _image_codes(model: ModelConfig, counts: Counts, stack: int, kept: list[int]) -> dict | None:

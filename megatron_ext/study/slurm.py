@@ -27,8 +27,8 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --output={output}/slurm-%A-%a.log
 {options}
 # Task number SLURM_ARRAY_TASK_ID of the array does that run of the list. Training saves and exits before the job's time
-# limit (lifecycle.slurm_margin_minutes); SIGTERM ends an evaluation 120 seconds before. The task is then requeued and
-# goes on with the run.
+# limit (lifecycle.slurm_margin_minutes); SIGTERM ends an evaluation 120 seconds before. The task is then requeued, at
+# most MAX_RESTARTS (100) times, and goes on with the run.
 set -euo pipefail
 cd {directory}
 runs=(
@@ -48,7 +48,12 @@ done
 if ((status)) && [[ -z $told ]]; then
     exit "$status"
 fi
-if ! {command} --run "$run" --status | grep -q "^1 finished$"; then
+state=$({command} --run "$run" --status) # fails where this fails
+if ! grep -q "^1 finished$" <<<"$state"; then
+    if ((${{SLURM_RESTART_COUNT:-0}} >= ${{MAX_RESTARTS:-100}})); then
+        echo "not requeued: MAX_RESTARTS is ${{MAX_RESTARTS:-100}}" >&2
+        exit 1
+    fi
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 fi
 """

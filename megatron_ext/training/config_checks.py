@@ -5,12 +5,13 @@ the order of them all.
 """
 
 import math
+import os
 
 from megatron_ext.config import Config, TaskWeights
 from megatron_ext.data.config_checks import validate_data
 from megatron_ext.errors import UserError, check_at_least_one
 from megatron_ext.routing.plan import validate_plan
-from megatron_ext.run_config import CheckpointConfig
+from megatron_ext.run_config import LONGER, CheckpointConfig, LifecycleConfig
 from megatron_ext.transformer.config_checks import (
     validate_image_codes,
     validate_implementation,
@@ -51,6 +52,7 @@ def validate(config: Config, world_size: int) -> None:
         value = getattr(getattr(config, section), key)
         if not 0 <= value < math.inf:  # also refuses NaN
             raise UserError(f"config: '{section}.{key}' is {value}, must be a number from 0")
+    _validate_timeout(config.lifecycle)
 
 
 def _validate_training(config: Config) -> None:
@@ -89,6 +91,15 @@ def _validate_optimizer(config: Config) -> None:
         )
 
 
+def _validate_timeout(lifecycle: LifecycleConfig) -> None:
+    timeout, longest = lifecycle.distributed_timeout_minutes, LONGER * lifecycle.hang_minutes
+    if not longest < timeout < math.inf:  # also refuses NaN
+        raise UserError(
+            f"config: 'lifecycle.distributed_timeout_minutes' is {timeout:g}, must be over {longest:g} "
+            f"({LONGER} x lifecycle.hang_minutes, the longest that a rank may stay where it is)"
+        )
+
+
 def _validate_checkpoints(checkpoint: CheckpointConfig) -> None:
     for key in ("interval", "keep", "local_interval"):
         if (value := getattr(checkpoint, key)) < 0:
@@ -98,3 +109,5 @@ def _validate_checkpoints(checkpoint: CheckpointConfig) -> None:
             f"config: 'checkpoint.local' is {checkpoint.local!r} and 'checkpoint.local_interval' is "
             f"{checkpoint.local_interval}; local checkpoints need both"
         )
+    if "$" in os.path.expandvars(checkpoint.local):
+        raise UserError(f"config: 'checkpoint.local' is {checkpoint.local!r}, names a variable that is not set")

@@ -7,10 +7,11 @@ rank, host, pid            who
 previous                   the rank of the pipeline stage before it, with several stages
 step, phase, number        where its training thread is (``watch.py``)
 unmoved, allowed           seconds since it got there, and that it may take
-count                      of its beats; the same in two readings: it is silent
-state, where               "waits" for other ranks or the device, or is "busy"; in which function and line
+count                      of its beats; the same for a while: it is silent
+state, where               "waits" for other ranks or the device, "busy" or "debugged"; in which function and line
 stack                      of the training thread, outermost first
 collectives                by process group: the last collective that it entered, from torch's flight recorder
+gpu                        whether it has one: its thread runs ahead of what the device does
 reading                    files that it and its processes are reading, in phases that read data
 silent, ended              as the judging rank finds it; with which error, if any, it left
 =========================  =========================================================================================
@@ -31,7 +32,8 @@ from megatron_ext.distributed import recorded_collectives
 
 _MOST_NAMED = 4
 _PASSES = ("forward", "backward")
-_ORDER = ("start", "data", "passes", "reduce", "prefetch", "optimizer", "callbacks", "evaluate", "save", "end")
+_ORDER = ("start", "data", "before_step", "passes", "reduce", "prefetch", "optimizer", "callbacks", "evaluate", "save")
+_ORDER += ("end",)
 _WAITS_FOR_DEVICE = (".tolist()", ".item()", "synchronize(", "float(", ".cpu()")
 
 
@@ -46,19 +48,26 @@ def activity(frame: FrameType, others: Sequence[FrameType] = (), phase: str = ""
     where = _call(frames) if waits else _location(inner)
     if own is not None and own is not inner:
         where += f", called from {_location(own)}"
-    result = {"state": "waits" if waits else "busy", "where": where, "stack": [_location(f) for f in frames]}
-    result["collectives"] = recorded_collectives()
+    gpu, collectives = torch.cuda.is_initialized(), recorded_collectives()
+    # Behind a collective that does not end, launches block in the end: any line then waits.
+    waits = waits or (gpu and any(of["entered"] > of["completed"] for of in collectives.values()))
+    state = "debugged" if any(map(_is_debugged, frames)) else "waits" if waits else "busy"
+    result = {"state": state, "where": where, "stack": [_location(f) for f in frames], "gpu": gpu}
+    result["collectives"] = collectives
     if phase in ("start", "data", "prefetch", "evaluate"):
         result["reading"] = _being_read()
     return result
 
 
 def all_stuck(ranks: list[dict], tolerance: float) -> bool:
-    """Whether no rank gets on: each has been where it is for as long as it may, is silent, or has left.
+    """Whether no rank gets on: each has been where it is for as long as it may, is silent, or has left. Never while one
+    is in a debugger.
 
     Args:
         tolerance: seconds by which the readings may be old.
     """
+    if any(rank.get("state") == "debugged" and not rank["silent"] for rank in ranks):
+        return False
     return all(rank["silent"] or "ended" in rank or rank["unmoved"] > rank["allowed"] - tolerance for rank in ranks)
 
 
@@ -84,39 +93,43 @@ def report(ranks: list[dict], folder: Path) -> dict:
 
 def causes(ranks: list[dict]) -> list[tuple[int, str]]:
     """The ranks that hold up the others, each with how."""
-    found = []
+    gone, busy = [], []
     for rank in ranks:
         if rank.get("ended", "complete") != "complete":
-            found.append((rank["rank"], f"left with {rank['ended']}"))
+            gone.append((rank["rank"], f"left with {rank['ended']}"))
         elif rank.get("holds_store"):
             text = (
                 "or the launcher's agent beside it, does not answer for the store: stopped, killed, or its host is lost"
             )
-            found.append((rank["rank"], text))
+            gone.append((rank["rank"], text))
         elif rank.get("silent"):
-            found.append(
-                (rank["rank"], f"is silent, last heard of in {_place(rank)}: stopped, killed, or holding the GIL")
-            )
+            text = f"is silent, last heard of in {_place(rank)}: stopped, killed, or holding the GIL"
+            gone.append((rank["rank"], text))
         elif rank.get("state") == "busy" and "ended" not in rank:
             reads = f"reading {', '.join(rank['reading'])}; " if rank.get("reading") else ""
-            found.append((rank["rank"], f"is busy in {_place(rank)}: {reads}{rank['where']}"))
-    return found or _left_out(ranks) or _not_sent(ranks) or _behind(ranks)
+            busy.append((rank["rank"], f"is busy in {_place(rank)}: {reads}{rank['where']}"))
+    if not gone and any(rank.get("gpu") for rank in ranks):  # a rank that waits for messages between stages looks busy
+        return _left_out(ranks) or _not_sent(ranks) or busy or _behind(ranks)
+    return sorted(gone + busy) or _left_out(ranks) or _not_sent(ranks) or _behind(ranks)
 
 
-def write(report: dict, folder: Path, started: float) -> bool:
-    """Write the report unless another rank of this run has done so; ``started``: when the run did, seconds since 1970.
+def write(report: dict, folder: Path, token: str) -> bool:
+    """Write the report unless another rank of this start has done so; ``token``: names the start.
 
     Returns:
         Whether this rank wrote it.
     """
+    mark = f'"start": "{token}"'  # compared rather than times: clocks of file servers differ
     for attempt in range(1, 1000):
         file = folder / f"step_{report['step']}{f'_{attempt}' if attempt > 1 else ''}.json"
         try:
             with file.open("x") as stream:
-                stream.write(json.dumps(report, indent=1) + "\n")
+                stream.write(json.dumps({"start": token, **report}, indent=1) + "\n")
             return True
         except FileExistsError:
-            if file.stat().st_mtime > started:
+            if not file.stat().st_size:
+                time.sleep(1)  # it may be being written
+            if mark in file.read_text():
                 return False
     return False
 
@@ -215,6 +228,11 @@ def _location(frame: FrameType) -> str:
     file = _file(frame).rpartition("site-packages/")[2]
     _, package, rest = file.rpartition("/megatron_ext/")
     return f"{(package + rest).lstrip('/') if package else file}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _is_debugged(frame: FrameType) -> bool:
+    """Whether a debugger steps through a frame, or is one of its own (after an error it traces nothing)."""
+    return frame.f_trace is not None or os.path.basename(_file(frame)) in ("bdb.py", "pdb.py")
 
 
 def _waits(frame: FrameType) -> bool:

@@ -8,12 +8,17 @@ Takes torchrun's arguments. What is different:
 - SIGUSR1, SIGTERM and SIGINT are passed on to the ranks, which finish their step, save and exit with code 0; then so
   does this process. torchrun would give them a time limit and end with a traceback and an error code. No moment is too
   early: signals are blocked in a rank until it can handle them. A second Ctrl-C, at least a second later, ends all.
-- A failure is one line that names the rank that failed first, and the exit code is that rank's.
+- A failure is one line that names the rank that failed first, and the exit code is that rank's. Ranks that end with
+  code 2 (the configuration is refused) or 3 (another run trains in the output folder) are not started again. Code 75
+  is a lost peer, also another machine that does not come.
+- Ranks can tell this launch from any other (:data:`LAUNCH`), and how many machines it may have (:data:`MACHINES`).
 - Ranks that start again meet at a new store. torch 2.13 would keep the old one, with addresses of ranks that are gone.
 """
 
+import argparse
 import contextlib
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -23,6 +28,14 @@ from megatron_ext.training.stop_signals import SIGNALS
 
 SECONDS_WITHOUT_RANKS = 60
 """A launcher that was told to stop and has had no ranks for so long waits for other machines, and ends."""
+
+REFUSED, IN_USE, LOST_PEER = 2, 3, 75
+"""Exit codes of a rank: the configuration is refused; another run trains in the folder; a hang, or a lost peer."""
+LAUNCH = "MEGATRON_EXT_LAUNCH"
+"""Environment variable of the ranks: the same in all starts of one launch, and no other launch on one machine has it.
+Launches on several machines differ by the place where they meet, at which there can be one at a time."""
+MACHINES = "MEGATRON_EXT_MACHINES"
+"""Environment variable of the ranks: the most machines of this launch."""
 
 
 def main() -> None:
@@ -34,12 +47,15 @@ def main() -> None:
     stop = _Stop()
     threading.Thread(target=stop.watch, daemon=True).start()
     # Imported late: it takes seconds, and signals must be blocked from the start.
-    from torch.distributed import run
+    from torch.distributed import launcher, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
+    arguments = run.parse_args(sys.argv[1:])
+    _describe_launch(arguments)
+    launcher.api.LocalElasticAgent = _agent(launcher.api.LocalElasticAgent)
     try:
-        run.run(run.parse_args(sys.argv[1:]))
+        run.run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if stop.told and failure.exitcode in (-signal.SIGUSR1, -signal.SIGTERM, 128 + signal.SIGTERM):
@@ -49,7 +65,29 @@ def main() -> None:
     except RendezvousError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"launcher: cannot meet the other machines: {reason}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        # Closed: another launcher has ended for good, and says why.
+        sys.exit(1 if isinstance(error, RendezvousClosedError) else LOST_PEER)
+
+
+def _describe_launch(arguments: argparse.Namespace) -> None:
+    """Set the variables that ranks inherit."""
+    most = "1" if arguments.standalone else str(arguments.nnodes).rpartition(":")[2]
+    meeting = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
+    os.environ[MACHINES] = most
+    os.environ[LAUNCH] = secrets.token_hex(8) if most == "1" else f"{arguments.rdzv_id} at {meeting}"
+
+
+def _agent(base: type) -> type:
+    """torchrun's agent, which does not start ranks again whose exit code says that it cannot help."""
+
+    class Agent(base):
+        def _monitor_workers(self, worker_group):
+            result = super()._monitor_workers(worker_group)
+            if any(failure.exitcode in (REFUSED, IN_USE) for failure in (result.failures or {}).values()):
+                self._remaining_restarts = 0
+            return result
+
+    return Agent
 
 
 class _Stop:

@@ -40,11 +40,12 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
         started_at = progress.iteration
         steps = resources.enter_context(closing(_steps(run)))
         while progress.iteration < config.training.iterations and stop_reason is None:
-            watch.at(progress.iteration + 1, "data")
             hooks.before_batch(run)
+            watch.at(progress.iteration + 1, "data")
             fetch_started = time.perf_counter()
             step = next(steps)
             seconds = time.perf_counter() - fetch_started
+            watch.enter("before_step")
             hooks.before_step(run, step)
             step_started = time.perf_counter()
             result = train_step(

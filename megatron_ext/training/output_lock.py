@@ -5,13 +5,15 @@ holder renews the file's time every 10 s; nobody compares clocks, a second run w
 is stale, and taken over, if
 
 - its process ran here and is gone (the same boot, the same container; the same process id of another process counts);
-- torchrun or Slurm has started the same job again, which ends the processes of the start before;
-- its time has not moved for 60 s (its node is lost).
+- the launcher or Slurm has started the same job again, which ends the processes of the start before;
+- its time has not moved for 60 s (its node is lost), of which the second run watches at least 20 s.
 
-A holder that finds its lock taken over, because it was suspended for so long, ends at once and writes nothing more.
+A holder that finds its lock taken over, because it was suspended for so long, ends at once. That is rank 0; the other
+ranks end with their next message to it.
 """
 
 import atexit
+import contextlib
 import errno
 import json
 import os
@@ -24,10 +26,10 @@ from pathlib import Path
 
 from megatron_ext.distributed import from_rank_zero
 from megatron_ext.errors import UserError
+from megatron_ext.training.launcher import IN_USE, LAUNCH
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-LOST_EXIT_CODE = 1
 
 
 class OutputInUse(UserError):
@@ -141,10 +143,10 @@ class OutputLock:
     def _watch(self, holder: dict) -> str | None:
         """Why the holder is lost, after waiting until its lock was renewed or has become stale; None: it is alive."""
         seen = _modified(self.path)
-        age = self._age()
-        if age < self._stale:
-            self._say(f"{self.path}: held by {_process(holder)}, waiting up to {self._stale:.0f} s for a sign of life")
-        deadline = time.monotonic() + min(self._stale, max(self._stale - age, 0.0))
+        # Also an old lock may be alive: the holder's file system may just have come back.
+        seconds = min(self._stale, max(self._stale - self._age(), 2 * self._heartbeat))
+        self._say(f"{self.path}: held by {_process(holder)}, waiting up to {seconds:.0f} s for a sign of life")
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(0.5, self._heartbeat / 4))
             if (now := _modified(self.path)) is None:
@@ -163,16 +165,19 @@ class OutputLock:
 
     def _renew(self) -> None:
         while not self._ended.wait(self._heartbeat):
-            try:
-                holder = json.loads(self.path.read_text())
-                if holder.get("token") != self._own["token"]:
-                    self._say(f"{self.path}: taken over by {_process(holder)}, because this run was suspended; it ends")
-                    os._exit(LOST_EXIT_CODE)
-                os.utime(self.path)
-            except FileNotFoundError:  # somebody removed it
-                self._create()
-            except (OSError, ValueError):  # a file system that is away for a while
-                continue
+            with contextlib.suppress(OSError, ValueError):  # a file system that is away for a while
+                self._renew_once()
+
+    def _renew_once(self) -> None:
+        try:
+            holder = json.loads(self.path.read_text())
+        except FileNotFoundError:  # somebody removed it
+            self._create()
+            return
+        if holder.get("token") != self._own["token"]:
+            self._say(f"{self.path}: taken over by {_process(holder)}, because this run was suspended; it ends")
+            os._exit(IN_USE)
+        os.utime(self.path)
 
 
 def _identity(environment: Mapping[str, str]) -> dict:
@@ -190,9 +195,9 @@ def _identity(environment: Mapping[str, str]) -> dict:
             [name, environment[name], int(environment.get(count) or 0)]
             for name, count in (
                 ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
-                ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+                (LAUNCH, "TORCHELASTIC_RESTART_COUNT"),
             )
-            if environment.get(name) not in (None, "", "none")  # none: torchrun's default
+            if environment.get(name)
         ],
         "token": secrets.token_hex(8),
     }

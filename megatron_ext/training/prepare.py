@@ -14,9 +14,11 @@ import numpy as np
 from megatron_ext.config import Config, ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.packed_tokens import unpack
+from megatron_ext.routing.context import Placement
 from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.flops import TRAINING_PER_FORWARD, count, dense, forward_flops, layer_flops, query_width
 from megatron_ext.routing.groups import stored_length
+from megatron_ext.routing.image_code_costs import depth_head_multiply_adds
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.route import Route, placed
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
@@ -183,14 +185,23 @@ class Preparation:
         """The input of each context rank."""
         if (part.document == PADDING_DOCUMENT).all():
             part, predicted = _one_token(part)
-        rows, placement = self.row_layout, None
-        if rows.context > 1:
-            costs = 2 * query_width(self.model), self.model.hidden_size * self.vocab_size
-            placement = placed(part, self.plan, rows.context, rows.ranks, rows.multiple, selection, costs)
+        rows, placement = self.row_layout, self.placement(part, selection)
         return [
             self._micro_batch(part, predicted, images, selection, rows.of_rank(rank) | {"placement": placement})
             for rank in range(rows.context)
         ]
+
+    def placement(self, part: Batch, selection: Selection | None = None) -> Placement | None:
+        """The context rank of each token of a micro-batch of arrays; None: there is one."""
+        rows, model = self.row_layout, self.model
+        if rows.context == 1:
+            return None
+        head_costs = np.full(part.shape, model.hidden_size * self.vocab_size)
+        if part.codes is not None:
+            head_costs[part.predicts_image()] = depth_head_multiply_adds(model)
+        head_costs *= (part.loss_mask > 0) & (part.document != PADDING_DOCUMENT)
+        costs = 2 * query_width(model), head_costs
+        return placed(part, self.plan, rows.context, rows.ranks, rows.multiple, selection, *costs)
 
     def _micro_batch(
         self, part: Batch, predicted: np.ndarray, images: np.ndarray | None, selection: Selection | None, options: dict
@@ -234,10 +245,15 @@ def _of_targets(values: np.ndarray, targets: list[np.ndarray], multiple: int, fi
     return np.concatenate(lists).astype(np.int64)
 
 
-def prepare(batch: Batch, resolved: ResolvedConfig, device: torch.device | str = "cpu") -> StepInput:
+def prepare(
+    batch: Batch, resolved: ResolvedConfig, device: torch.device | str = "cpu", vocab_size: int = 0
+) -> StepInput:
     """The input of this rank, on ``device``, of a step over a batch on the host, with the dense share of evaluation.
-    FLOPs exclude the output head."""
-    return own_share(Preparation.of(resolved, training=False).step_input(batch)).to(device)
+
+    Args:
+        vocab_size: of the output head; 0: neither FLOPs nor the placement on context ranks count it.
+    """
+    return own_share(Preparation.of(resolved, vocab_size, training=False).step_input(batch)).to(device)
 
 
 def own_share(step: StepInput) -> StepInput:

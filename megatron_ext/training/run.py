@@ -9,7 +9,7 @@ from megatron_ext import config_file, distributed
 from megatron_ext.checkpoints import folder as checkpoint_folder
 from megatron_ext.checkpoints.checkpointer import Checkpointer, load_weights, read_state
 from megatron_ext.checkpoints.local import LocalPoint
-from megatron_ext.config import Config
+from megatron_ext.config import Config, micro_batch_count
 from megatron_ext.data import Mixture, build_mixture
 from megatron_ext.data.composition import Composition
 from megatron_ext.errors import UserError
@@ -214,12 +214,7 @@ def describe(run: Run) -> str:
     """One line: size, layout, kernels."""
     config, parallel = run.config, run.config.parallel
     replicas = parallel_state.get_data_parallel_world_size()
-    rows = config.training.global_batch_size
-    most = -(-rows // replicas)
-    idle = 100 * (1 - rows / (replicas * most))
-    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {replicas}"]
-    if idle:
-        layout[-1] += f" (up to {most} of {rows} rows each, {idle:.0f} % idle)"
+    layout = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", describe_replicas(config, replicas)]
     if parallel.virtual_pipeline > 1:
         layout.insert(2, f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.layout:
@@ -236,3 +231,23 @@ def describe(run: Run) -> str:
         f"{f'{parameters / 1e6:.1f} M' if parameters > 1e6 else f'{parameters:,}'} parameters, "
         f"{precision}, {layers}; {' x '.join(layout)}; plan {run.plan.name}"
     )
+
+
+def describe_replicas(config: Config, replicas: int) -> str:
+    """The number of replicas, and what they lose if the rows of a step do not divide among them and their
+    micro-batches."""
+    rows, size = config.training.global_batch_size, config.training.micro_batch_size
+    multiple, most = config.micro_batch_multiple, -(-rows // replicas)
+    micro_batches = micro_batch_count(most, size, multiple)
+    empty = max(0, micro_batches - most)
+    notes = []
+    if rows % replicas:
+        notes.append(f"up to {most} of {rows} rows each")
+    if empty:
+        notes.append(f"{empty} of {micro_batches} micro-batches empty")
+    if notes:
+        notes.append(f"{100 * (1 - rows / (replicas * most) * (1 - empty / micro_batches)):.0f} % idle")
+    if empty and most >= multiple:
+        filling = next(b for b in range(size, most + 1) if micro_batch_count(most, b, multiple) <= most)
+        notes.append(f"training.micro_batch_size={filling} fills them")
+    return f"data {replicas}" + (f" ({', '.join(notes)})" if notes else "")

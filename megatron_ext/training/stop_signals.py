@@ -19,18 +19,25 @@ _training = False
 def remember() -> None:
     """Call first in a program that trains.
 
-    From now on SIGUSR1 is remembered. SIGTERM ends the process at once, as there is nothing to save yet: with code 0 if
-    it is alone, since it has done what it was told to, and with 143 among other ranks, whose launcher must notice.
-    Ctrl-C keeps its meaning.
+    From now on SIGUSR1 is remembered; it waits until :func:`admit`. SIGTERM ends the process at once, as there is
+    nothing to save yet: with code 0 if it is alone, since it has done what it was told to, and with 143 among other
+    ranks, whose launcher must notice. Ctrl-C keeps its meaning.
     """
     signal.signal(signal.SIGUSR1, _note)
     signal.signal(signal.SIGTERM, _end)
-    # The launcher blocks these signals in the processes it starts, until a handler is there.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    # The launcher blocks these signals in the processes it starts, until a handler is there. SIGUSR1 stays blocked: it
+    # would interrupt torch's connections to other ranks, which then print stacks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])
     # Slurm signals every process of a job. Python's tracker of shared memory ignores SIGINT and SIGTERM; SIGUSR1 would
     # kill it and each rank would say so with a traceback. What it is started with blocked stays blocked there.
     if signal.SIGUSR1 not in resource_tracker._IGNORED_SIGNALS:  # checked against Python 3.11 to 3.13
         resource_tracker._IGNORED_SIGNALS += (signal.SIGUSR1,)
+
+
+def admit() -> None:
+    """Call when the ranks have met."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 
 
 def received() -> list[int]:

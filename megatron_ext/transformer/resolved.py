@@ -12,10 +12,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.plan import Plan
 from megatron_ext.transformer import fp8, transformer_engine
 from megatron_ext.transformer.core_attention import varlen_supports
-from megatron_ext.vocabulary import Vocabulary
-
-VOCABULARY_MULTIPLE = 128
-"""The embedding is padded to a multiple of this under every tensor-parallel size, so that it can be resharded."""
+from megatron_ext.vocabulary import Vocabulary, padded_size
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,7 @@ def resolve(config: Config, padded_vocab_size: int = 0) -> ResolvedConfig:
 
 def padded_vocab_size(config: Config, vocabulary: Vocabulary) -> int:
     """Rows of the embedding."""
-    multiple = math.lcm(VOCABULARY_MULTIPLE, config.parallel.tensor)
-    return -(-vocab_size(config, vocabulary) // multiple) * multiple
+    return padded_size(vocab_size(config, vocabulary), config.parallel.tensor)
 
 
 def vocab_size(config: Config, vocabulary: Vocabulary) -> int:

@@ -57,8 +57,7 @@ def transformer_config(resolved: ResolvedConfig) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         pipeline_model_parallel_layout=parallel.layout or None,
-        # context_parallel_size stays 1: with it Transformer Engine's attention would exchange keys by itself, for masks
-        # that are not ours. What else depends on it asks parallel_state.
+        # Without context_parallel_size, by which Transformer Engine would exchange keys; the rest asks parallel_state.
         sequence_parallel=parallel.sequence,
         # Batched sends and receives mix two neighbours up when both are the same rank (2 stages, interleaved).
         batch_p2p_comm=parallel.virtual_pipeline == 1,

@@ -47,12 +47,13 @@ def _lose_folder(folder: Path, place: str):
     return uninterrupted, (again.train(4, 5), again.weights())
 
 
-def test_a_copy_fails_without_harm_and_a_damaged_checkpoint_is_never_copied(tmp_path):
+def test_a_copy_fails_without_harm_and_is_made_up_for_and_a_damaged_checkpoint_is_never_copied(tmp_path):
     data = tmp_path / "checkpoints" / "iter_0000001" / "__1_0.distcp"
     for said, left in world(2, _fail, tmp_path, folder=tmp_path):
         assert said == [
             f"iter_0000001 is not copied: {data}: damaged, its checksum is wrong",
             f"iter_0000002 is not copied: {tmp_path}/in_the_way: Not a directory",
+            f"iter_0000002 is copied to {tmp_path}/in_the_way",
         ]
         assert left == []
 
@@ -80,6 +81,13 @@ def _fail(folder: Path):
     checkpointer.replica = Replica(str(folder / "in_the_way"), keep=1)
     checkpointer.save(2, run.chunks, run.optimizer, {})
     checkpointer.replica.finish()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "in_the_way").unlink()
+    dist.barrier()
+    for _ in range(2):  # the second has nothing to do
+        checkpointer.replica.offer_newer(checkpointer.newest())
+        checkpointer.replica.finish()
     return [line for line in said if line.startswith("iter")], [
         p.name for p in (folder / "second" / "checkpoints").iterdir()
     ]

@@ -1,5 +1,5 @@
-"""Continuations and likelihoods do not depend on the pipeline stages of the model that is being trained, and a training
-step does not notice them."""
+"""Continuations and likelihoods do not depend on the layout of the model that is being trained, and a training step
+does not notice them."""
 
 import pytest
 
@@ -23,20 +23,50 @@ LAYOUTS = {
     "pp2": ["parallel.pipeline=2", "plan.projections={kind: delta}"],
     "pp2-vp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "pp2, 4 codes": ["parallel.pipeline=2", CODES],
+    "cp2": ["parallel.context=2"],
 }
+ON_FOUR = {"tp2-pp2-sp": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]}
 
 
-def test_stages_generate_what_one_process_does(tmp_path):
-    alone = {name: [s for s in settings if "pipeline" not in s] for name, settings in LAYOUTS.items()}
+@pytest.mark.parametrize("size, layouts", [(2, LAYOUTS), pytest.param(4, ON_FOUR, marks=pytest.mark.slow)])
+def test_ranks_generate_what_one_process_does(tmp_path, size, layouts):
+    alone = {name: [s for s in settings if not s.startswith("parallel")] for name, settings in layouts.items()}
     (expected,) = world(1, _generated, alone, folder=tmp_path)
-    first, last = world(2, _generated, LAYOUTS, folder=tmp_path)
+    of_ranks = world(size, _generated, layouts, folder=tmp_path)
     for layout, (continuations, likelihoods, losses) in expected.items():
-        for of_rank in (first, last):
+        for of_rank in of_ranks:
             assert of_rank[layout][0] == continuations and len({tuple(ids) for ids in continuations}) > 5
             assert of_rank[layout][1] == pytest.approx(likelihoods, rel=1e-5)
             undisturbed, disturbed = of_rank[layout][2]
             assert undisturbed == disturbed
         assert losses[0] == losses[1] == pytest.approx(undisturbed, rel=1e-5)
+
+
+def test_a_picture_that_one_stage_cannot_read_is_read_for_all_by_the_first(tmp_path):
+    assert world(2, _read_by, [0], folder=tmp_path) == [([7], True), ([7], False)]
+    errors = world(2, _read_by, [1], folder=tmp_path)
+    assert errors == [("a.png: no such file", True), ("a.png: no such file", False)]
+
+
+def _read_by(able: list[int]) -> tuple:
+    """The codes of a picture that only some ranks can read, or the error, and whether this rank writes results."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_ext import distributed
+    from megatron_ext.errors import UserError
+
+    def read() -> list[int]:
+        if dist.get_rank() not in able:
+            raise UserError("a.png: no such file")
+        return [7]
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    try:
+        return distributed.from_replica_source(read), distributed.writes_for_replica()
+    except UserError as error:
+        return str(error), distributed.writes_for_replica()
 
 
 def _generated(layouts: dict[str, list[str]]) -> dict[str, tuple]:
@@ -65,7 +95,9 @@ def _generated_under(settings: list[str]) -> tuple:
     parallel, depth = config.parallel, config.model.image_codes.depth
     parallel_state.destroy_model_parallel()
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, virtual)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor, parallel.pipeline, virtual, context_parallel_size=parallel.context
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     resolved = resolve(config, 128 if depth == 1 else TokenIds.image_offset)
     vectors = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)) if depth > 1 else None

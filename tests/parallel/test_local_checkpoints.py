@@ -30,6 +30,7 @@ def test_a_lost_node_takes_nothing_with_it(tmp_path, layout):
             "rank 1's file has one bit changed": "the local checkpoint of iteration 2 (1 files are copies)",
             "node 1 is new": "the local checkpoint of iteration 2 (1 files are copies)",
             "of another layout": "None",
+            "the run's folder is new": "None",
             "both nodes are new": "None",
         }
 
@@ -75,6 +76,13 @@ def _lose_nodes(folder: Path, layout: Layout):
     resume("node 1 is new")
     points["of another layout"] = str(checkpoints("b").newest())
     dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "run").rename(folder / "old")
+    points["the run's folder is new"] = str(checkpoints().newest())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / "run")
+        (folder / "old").rename(folder / "run")
     shutil.rmtree(node)
     points["both nodes are new"] = str(checkpoints().newest())
     return uninterrupted, resumed, points

@@ -1,5 +1,6 @@
 """A Slurm for the tests of this folder, which are skipped where there can be none."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,18 +15,37 @@ import pytest
 from gpu.tiny_run import write_config
 from support.programs import ROOT
 
-DEADLINE = time.monotonic() + 270 * one_machine.SLOWER
-"""A machine that has not done the jobs by then is too slow: that is no failure."""
+SECONDS = 600 * one_machine.SLOWER
+"""For all jobs together; an idle machine of two cores needs about 200."""
+SLOW_IMPORT = 6 * one_machine.SLOWER
+"""Seconds to import torch on a machine that is too slow for the jobs; an idle one needs 2 or 3."""
+FINAL = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+
+
+def slow_machine() -> str:
+    """How the machine is too slow; empty if it is not."""
+    seconds = []
+    for _ in range(2):  # the first may have to read it from the disk
+        start = time.monotonic()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, "-c", "import torch"], timeout=60 * one_machine.SLOWER, check=True)
+        seconds.append(time.monotonic() - start)
+    return f"importing torch takes {min(seconds):.0f} s" if min(seconds) > SLOW_IMPORT else ""
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    """One of Slurm's commands."""
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
 
 
 class Job:
     """A submitted job and its log."""
 
-    def __init__(self, number: str, log: Path):
-        self.number, self.log = number, log
+    def __init__(self, number: str, log: Path, deadline: float):
+        self.number, self.log, self.deadline = number, log, deadline
 
     def field(self, name: str) -> str:
-        shown = subprocess.run(["scontrol", "show", "job", "-o", self.number], capture_output=True, text=True).stdout
+        shown = command("scontrol", "show", "job", "-o", self.number).stdout
         found = re.search(rf"(?:^|\s){name}=(\S*)", shown)
         return found.group(1) if found else ""
 
@@ -33,16 +53,27 @@ class Job:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait_for(self, condition) -> None:
-        """Wait until the condition holds; the test is skipped if the machine is too slow."""
+        """Wait until the condition holds. The test fails if the job ends without it or the time is up, and is skipped
+        if the machine has become too slow meanwhile."""
+        ended = 0
         while not condition():
-            if time.monotonic() > DEADLINE:
-                pytest.skip(f"too slow here: job {self.number} is {self.field('JobState')}")
+            state = self.field("JobState")
+            ended = ended + 1 if state in FINAL else 0  # files and requeues take a moment
+            assert ended < 20, f"job {self.number} is {state}: {self.text()[-3000:]}"
+            if time.monotonic() > self.deadline:
+                if slow := slow_machine():
+                    pytest.skip(f"the machine is too slow, {slow}: job {self.number} is {state}")
+                pytest.fail(f"job {self.number} is still {state}: {self.text()[-3000:]}")
             time.sleep(0.3)
 
     def release(self) -> None:
         """Let a requeued job start at once; Slurm would wait for two minutes."""
-        self.wait_for(lambda: self.field("JobState") == "PENDING")
-        subprocess.run(["scontrol", "update", f"JobId={self.number}", "StartTime=now"], check=True)
+        self.wait_for(self._released)
+
+    def _released(self) -> bool:
+        if self.field("JobState") == "RUNNING":
+            return True
+        return command("scontrol", "update", f"JobId={self.number}", "StartTime=now").returncode == 0
 
 
 class Slurm:
@@ -50,18 +81,21 @@ class Slurm:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.deadline = time.monotonic() + SECONDS
         self.config = write_config(folder, rehearsal=True)
 
     def submit(self, name: str, script: list, *options: str, **environment: str) -> Job:
         """A job with its log in ``NAME.log``."""
         log = self.folder / f"{name}.log"
         options = ("--parsable", f"--job-name={name}", f"--output={log}", "--open-mode=append", *options)
-        variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_JOB", "SLURM_STEP"))}
-        done = subprocess.run(
-            ["sbatch", *options, *map(str, script)], env=variables | environment, capture_output=True, text=True
-        )
+        assignments = [f"{name}={value}" for name, value in environment.items()]
+        done = command("env", *assignments, "sbatch", *options, *map(str, script))
         assert done.returncode == 0, done.stderr
-        return Job(done.stdout.strip(), log)
+        return self.job(done.stdout.strip(), log)
+
+    def job(self, number: str, log: Path) -> Job:
+        """One that somebody else has submitted."""
+        return Job(number, log, self.deadline)
 
     def train(self, name: str, *options: str, overrides: tuple = (), ranks: int = 2, **environment: str) -> Job:
         """The launch script with the tiny configuration; its output folder is ``NAME``."""
@@ -96,6 +130,8 @@ def slurm(tmp_path_factory):
                 if time.monotonic() > until:
                     raise one_machine.Unavailable(f"a job of one command does not end: {trial.text()[-300:]}")
                 time.sleep(0.3)
+            if slow := slow_machine():
+                raise one_machine.Unavailable(f"the machine is too slow, {slow}")
             yield slurm
     except one_machine.Unavailable as reason:
         pytest.skip(f"no Slurm here: {reason}")

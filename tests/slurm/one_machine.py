@@ -18,6 +18,10 @@ from pathlib import Path
 
 SLOWER = int(os.environ.get("SLURM_TEST_SLOWER", 1))
 """Times of the tests are longer by this factor, for a busy machine."""
+INSTALL = os.environ.get("SLURM_TEST_INSTALL") == "1"
+"""Whether Slurm may be installed."""
+PREFIXES = ("SLURM_", "SBATCH_", "SALLOC_", "SRUN_", "SCANCEL_", "SQUEUE_", "SINFO_")
+"""Of variables that Slurm's commands read. Those of another Slurm mean nothing here."""
 CPUS = 16
 """Of the node, whatever the machine has: jobs of a test should start at once."""
 CONFIG = """ClusterName=one
@@ -71,7 +75,7 @@ def running(folder: Path) -> Iterator[None]:
         (folder / name).mkdir()
     config = folder / "slurm.conf"
     config.write_text(CONFIG.format(host=host, folder=folder, ports=_free_ports(2), cpus=CPUS))
-    before = os.environ.get("SLURM_CONF")
+    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(PREFIXES)}
     os.environ["SLURM_CONF"] = str(config)
     daemons = []
     try:
@@ -88,41 +92,50 @@ def running(folder: Path) -> Iterator[None]:
         for daemon in reversed(daemons):
             _end(daemon)
         os.environ.pop("SLURM_CONF")
-        if before is not None:
-            os.environ["SLURM_CONF"] = before
+        os.environ.update(before)
 
 
 def install() -> None:
     """Install Slurm with apt-get unless it is there.
 
     Raises:
-        Unavailable: this is not root, or apt-get is missing or fails.
+        Unavailable: this is not root, apt-get is missing or fails, or nobody allowed it.
     """
     if os.geteuid():
         raise Unavailable("not root")
     if all(map(shutil.which, ("slurmctld", "slurmd", "sbatch", "srun", "scontrol"))):
         return
-    if not shutil.which("apt-get"):
-        raise Unavailable("no Slurm and no apt-get")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    options = ["-o", "DPkg::Lock::Timeout=10", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=15"]
-    for arguments in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm"]):
-        try:
-            done = subprocess.run(
-                ["apt-get", *options, *arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"apt-get {arguments[0]}: {error}") from None
-        if done.returncode and arguments[0] == "install":
-            said = (done.stderr.strip().splitlines() or ["failed"])[-1]
-            raise Unavailable(f"apt-get install slurm-wlm: {said}")
+    if not INSTALL or not shutil.which("apt-get"):
+        raise Unavailable("none installed; as root, with apt-get, SLURM_TEST_INSTALL=1 installs one")
+    package = ["install", "-y", "--no-install-recommends", "slurm-wlm"]
+    _apt_get("update", seconds=60, must=False)
+    _apt_get(*package, "--download-only", seconds=120)
+    _apt_get(*package, "--no-download", seconds=180, end=False)
     if not shutil.which("slurmctld"):
         raise Unavailable("apt-get installed no slurmctld")
+
+
+def _apt_get(*arguments: str, seconds: float, must: bool = True, end: bool = True) -> None:
+    """Run apt-get; with ``end`` false it goes on in its own time: a package half unpacked breaks the next."""
+    options = ["-o", "DPkg::Lock::Timeout=10", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=15"]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            ["apt-get", *options, *arguments],
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,  # no signal for the tests ends it
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            if end:
+                _end(process)
+            raise Unavailable(f"apt-get {arguments[0]} takes longer than {seconds:.0f} s") from None
+        if code and must:
+            said.seek(0)
+            raise Unavailable(f"apt-get {arguments[0]}: {(said.read().strip().splitlines() or ['failed'])[-1]}")
 
 
 def _wait_until_idle(daemons: list[subprocess.Popen], folder: Path) -> None:

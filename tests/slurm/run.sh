@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# The tests that need a real Slurm, within 5 minutes. Where there can be none (no root, no apt-get, daemons that do not
-# start), or the machine is too slow, a line says so and the exit code is 0. PY is the interpreter.
+# The tests that need a real Slurm: about 4 minutes. Where there can be none (no root, none installed, daemons that do not
+# start), or the machine is too slow, a line says so and the exit code is 0. PY is the interpreter; SLURM_TEST_INSTALL=1
+# lets them install Slurm with apt-get.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PY:-.venv/bin/python}
 
-# The time box also holds the installation; SIGINT lets pytest end what it started.
+# Everything inside has a deadline of its own; this is for a machine that stands still. SIGINT lets pytest end what it
+# started, for which it may need a minute and a half.
 status=0
-timeout --foreground --signal=INT --kill-after=30 "${SLURM_TIMEOUT:-420}" \
+timeout --foreground --signal=INT --kill-after=120 $((1500 * ${SLURM_TEST_SLOWER:-1})) \
     "$PY" -m pytest -m slurm -rs tests/slurm || status=$?
 case $status in
-0) ;;
-124 | 137 | 2) echo "Slurm: not ready in time; its tests are left out" ;;
+124 | 137) echo "Slurm: the time is up; its tests are left out" ;;
 *) exit "$status" ;;
 esac

@@ -109,11 +109,10 @@ def test_a_study_whose_evaluation_is_cut_off_is_requeued_and_ends(slurm, jobs):
     command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), str(study)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     first = "tiny.first.tokens.seed1"
-    submitted = subprocess.run(
-        [*command, "--slurm", "--run", first], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
+    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    submitted = subprocess.run([*command, "--slurm", "--run", first], **run, check=True)
     number = re.search(r"job (\d+)", submitted.stdout).group(1)
-    job = type(jobs["early"])(f"{number}_1", folder / "out" / f"slurm-{number}-1.log")
+    job = slurm.job(f"{number}_1", folder / "out" / f"slurm-{number}-1.log")
     log = folder / "out" / "runs" / first / "log.txt"
     job.wait_for(lambda: log.exists() and "== " in log.read_text() and "evaluate.py" in log.read_text())
     subprocess.run(["scancel", "--batch", "--signal=TERM", job.number], check=True)  # as its time limit does
@@ -123,8 +122,8 @@ def test_a_study_whose_evaluation_is_cut_off_is_requeued_and_ends(slurm, jobs):
     assert job.field("JobState") == "PENDING", job.text()
     job.release()
     job.wait_for(lambda: job.field("JobState") in ("COMPLETED", "FAILED"))
-    status = subprocess.run([*command, "--run", first, "--status"], cwd=ROOT, env=environment, capture_output=True)
-    assert status.stdout.decode().splitlines()[-1] == "1 finished", job.text()
+    status = subprocess.run([*command, "--run", first, "--status"], **run)
+    assert status.stdout.splitlines()[-1] == "1 finished", job.text()
 
 
 def _iterations(output) -> int:

@@ -13,10 +13,13 @@ from megatron_ext.data.packed_rows import NO_ROW, PackedRows
 from megatron_ext.routing.flops import count, dense, forward_flops
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.row_costs import RowCosts
+from megatron_ext.training.run import describe_replicas
 from support.data_sets import captions, mixture, texts, write
 
 LENGTH = 64
 SHARE = "plan.dense_share={of: documents, start: 0.25, evaluation: 0}"
+
+INTERLEAVED = ["parallel.pipeline=4", "parallel.virtual_pipeline=2"]
 
 
 def row_costs(*overrides: str) -> RowCosts:
@@ -112,3 +115,21 @@ def test_rows_are_given_out_by_falling_cost_to_where_work_is_least_and_exchanged
     # 9 + 6 + 5 and 7 + 6 + 5 to begin with; then the first gives its second 6 for a 5 of the other.
     assert [b.tolist() for b in spread(np.array([5, 6, 9, 7, 6, 5]), [3, 3])] == [[0, 2, 5], [1, 3, 4]]
     assert rise_and_fall([7, 1, 5, 3, 9]) == [1, 2, 4, 0, 3]  # costs 1, 5, 9, 7, 3
+
+
+@pytest.mark.parametrize(
+    "rows, replicas, settings, line",
+    [
+        (24, 8, [], "data 8"),
+        (24, 5, [], "data 5 (up to 5 of 24 rows each, 4 % idle)"),
+        (6, 1, INTERLEAVED, "data 1 (2 of 8 micro-batches empty, 25 % idle, training.micro_batch_size=2 fills them)"),
+        (2, 1, INTERLEAVED, "data 1 (2 of 4 micro-batches empty, 50 % idle)"),
+    ],
+)
+def test_a_run_says_what_its_replicas_lose(rows, replicas, settings, line):
+    more = ["training.micro_batch_size=1", f"training.global_batch_size={rows}"]
+    config = config_file.load(Config, [], [*settings, *more])
+    assert describe_replicas(config, replicas) == line
+    composition = Composition(1, config.micro_batch_multiple)
+    numbers = composition.row_numbers(None, 0, rows, 0, replicas)
+    assert (numbers == NO_ROW).sum() == (2 if settings else 0)

@@ -114,6 +114,7 @@ def test_unknown_keys_and_wrong_types_are_named(override, parts):
         (["model.image_codes={depth: 4, fingerprint: a}"], 1, ["model.image_codes.fingerprint", "codebook is empty"]),
         (["model.image_codes={depth: 4, codebook: vq, width: 0}"], 1, ["model.image_codes.width", "at least 1"]),
         (["optimizer.groups=[{parameters: x, lr_multiplier: .nan}]"], 1, ["groups[0].lr_multiplier", "nan"]),
+        (["lifecycle.hang_minutes=7"], 1, ["lifecycle.distributed_timeout_minutes", "40", "42"]),
         (["model.num_layers=0"], 1, ["model.num_layers", "at least 1"]),
         (["evaluation.interval=-1"], 1, ["evaluation.interval", "-1"]),
         ([*EVALUATED, 'evaluation.vq=""'], 1, ["evaluation.vq", "empty"]),

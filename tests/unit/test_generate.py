@@ -20,6 +20,7 @@ from megatron_ext.generation.session import Session
 from megatron_ext.model_config import ImageCodesConfig
 from megatron_ext.routing.plan import PRESETS
 from megatron_ext.token_classes import Task
+from megatron_ext.training import watch
 from support.generation import EDITS, NULL, PICTURE, REQUESTS, TokenIds, with_codes
 from support.vila_u import write_vision_tower
 
@@ -86,6 +87,19 @@ def test_log_likelihoods_are_sums_over_the_full_forward_pass(one_process, plan):
         log_probabilities = logits.double().log_softmax(-1)[len(request.tokens) - 1 :]
         expected.append(sum(float(log_probabilities[i, token]) for i, token in enumerate(continuation)))
     assert log_likelihoods(generator, requests, continuations) == pytest.approx(expected, abs=1e-4)
+
+
+def test_every_token_and_every_likelihood_is_progress_to_the_watch_in_the_phase_it_is_in(one_process, monkeypatch):
+    places = []
+    monkeypatch.setattr(watch, "_place", (5, "evaluate", 0))
+    monkeypatch.setattr(watch, "at", lambda *place: places.append(place))
+    one_process(*SHAPE)
+    generator = generator_of(PLANS["dense"])
+    (continuation,) = generator(REQUESTS[:1], GREEDY)
+    decoded = len(places)
+    assert decoded >= len(continuation) - 1 > 0  # the end of a picture is not decoded
+    log_likelihoods(generator, REQUESTS[:1], [[4, 5]])
+    assert len(places) > decoded and {place[:2] for place in places} == {(5, "evaluate")}
 
 
 def test_pictures_are_whole_and_text_is_text(one_process):

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from megatron_ext import vq
 from megatron_ext.analysis import batches
-from megatron_ext.checkpoints.checkpointer import check_compatible
+from megatron_ext.checkpoints.checks import check_compatible
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError

@@ -86,8 +86,8 @@ def test_the_lock_of_a_killed_process_of_this_host_is_taken_over_without_waiting
         ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}),
         ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}),
         (
-            {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"},
-            {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "1"},
+            {"MEGATRON_EXT_LAUNCH": "a", "TORCHELASTIC_RESTART_COUNT": "0"},
+            {"MEGATRON_EXT_LAUNCH": "a", "TORCHELASTIC_RESTART_COUNT": "1"},
         ),
     ],
 )
@@ -98,6 +98,25 @@ def test_a_later_start_of_the_same_job_on_another_host_does_not_wait(tmp_path, f
     lock.acquire()
     lock.release()
     assert said[0].endswith("an earlier start of this job")
+
+
+def test_the_lock_of_another_launch_with_the_same_rendezvous_id_is_watched_however_often_it_was_started(tmp_path):
+    first = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0", "MEGATRON_EXT_LAUNCH": "a at one:29500"}
+    second = first | {"TORCHELASTIC_RESTART_COUNT": "1", "MEGATRON_EXT_LAUNCH": "a at two:29500"}
+    leave(tmp_path, place="another host", starts=make(tmp_path, **first)._own["starts"])
+    said = []
+    lock = make(tmp_path, said, **second)
+    lock.acquire()
+    lock.release()
+    assert "waiting up to" in said[0]
+
+
+def test_an_old_lock_that_is_renewed_after_all_is_not_taken_over(tmp_path):
+    leave(tmp_path, place="another host")
+    os.utime(tmp_path / "LOCK", (1, 1))
+    lock = OutputLock(tmp_path, {}, say=lambda line: os.utime(tmp_path / "LOCK"), heartbeat=0.1, stale=0.4)
+    with pytest.raises(OutputInUse):
+        lock.acquire()
 
 
 def test_the_lock_of_another_host_is_taken_over_once_it_shows_no_sign_of_life(tmp_path):
@@ -114,7 +133,15 @@ def test_a_lock_that_is_removed_is_made_again_and_one_that_is_taken_over_ends_th
     said, ended = [], threading.Event()
     lock = make(tmp_path, said)
     monkeypatch.setattr("megatron_ext.training.output_lock.os._exit", lambda code: (lock._ended.set(), ended.set()))
+    create, failures = lock._create, iter([OSError(5, "Input/output error")])
     lock.acquire()
+
+    def fail_once() -> bool:
+        for failure in failures:
+            raise failure
+        return create()
+
+    monkeypatch.setattr(lock, "_create", fail_once)
     lock.path.unlink()
     give_up = time.monotonic() + 20
     while not lock.path.exists():

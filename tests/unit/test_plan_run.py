@@ -7,18 +7,19 @@ import pytest
 import yaml
 
 from megatron_ext import config_file
-from megatron_ext.config import Config
+from megatron_ext.config import Config, SourceConfig
 from megatron_ext.errors import UserError
 from megatron_ext.planning import report
 from megatron_ext.planning.calibration import fit_products
 from megatron_ext.planning.devices import DEVICES, device_of
-from megatron_ext.planning.inputs import padded
+from megatron_ext.planning.inputs import mix_of
 from megatron_ext.planning.memory import MicroBatchMemory, rank_memory
 from megatron_ext.planning.search import Search
 from megatron_ext.planning.workload import Workload
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.plan import Plan
 from megatron_ext.training.config_checks import validate
+from megatron_ext.vocabulary import padded_size
 from support.programs import run_program
 
 SMALL = [
@@ -63,12 +64,49 @@ def test_earlier_stages_keep_more_micro_batches():
 def test_the_mix_fills_rows():
     config, workload = loaded()
     tokens = [sum(row.tokens) for row in workload.rows]
-    assert sum(tokens) / len(tokens) == pytest.approx(config.data.sequence_length, rel=0.01)
+    # The longest document has 328 tokens: rows are full when one does not fit.
+    assert all(config.data.sequence_length - 328 < n <= config.data.sequence_length for n in tokens)
+    assert workload.fill == sum(tokens) / len(tokens) / config.data.sequence_length
+
+
+def test_documents_longer_than_a_row_are_cut():
+    config, workload = loaded("plan.preset=dense")
+    cut = Workload.of_mix(config, workload.plan, "text: 2500 text")
+    assert sorted(set(cut.documents)) == [2500 - 2 * 1024, 1024]
+    assert {row.tokens[4] for row in cut.rows} == {1024, 452}
+    # A row sees itself alone.
+    assert max(row.visible[0][4] for row in cut.rows) == 1024 * 1025 // 2
+
+
+def test_the_heaviest_rows_meet_in_memory():
+    config, workload = loaded("training.micro_batch_size=2")
+    neighbours = MicroBatchMemory(config, workload, 4096, DEVICES["h100"], in_order=True)
+    heaviest = MicroBatchMemory(config, workload, 4096, DEVICES["h100"])
+    kept = [sizes.chunk([*range(8)], 0, 1).kept.max() for sizes in (neighbours, heaviest)]
+    assert kept[0] <= kept[1]
+
+
+def test_repeated_keys_are_those_of_the_route():
+    from megatron_ext.routing.route import Route
+
+    config, workload = loaded()
+    mix = "understanding: 100 image, 20 text, 100 image, 20 answer; text: 90 text"
+    workload = Workload.of_mix(config, workload.plan, mix)
+    route = Route.arrays(workload.batch.rows(0, 1), workload.plan)
+    of_layers = [sum(layer.key_lengths) if layer.segment_keys is not None else 0 for layer in route.layers]
+    assert workload.segment_keys[0].tolist() == of_layers and max(of_layers) > 0
+
+
+def test_sources_without_data_are_planned_for_by_their_tasks_and_weights():
+    sources = [SourceConfig("a", "understanding", 2), SourceConfig("b", "text", 1), SourceConfig("c", "text", 1)]
+    mix = mix_of([*sources, SourceConfig("d", "generation", 4)])
+    assert [part.split(" x ")[1] for part in mix.split("; ")] == ["25", "25", "50"]
+    assert mix_of(sources) == "understanding: 256 image, 64 text, 8 answer; text: 600 text"
 
 
 def test_the_best_layout_is_a_configuration_that_training_accepts():
     config, workload = loaded()
-    search = Search(config, workload, lambda c: padded(4096, c.parallel.tensor), device_of("h100"))
+    search = Search(config, workload, lambda c: padded_size(4096, c.parallel.tensor), device_of("h100"))
     feasible, misses = search.run(8)
     assert not misses
     best = feasible[0]

@@ -2,22 +2,49 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_ext.callbacks.replica_check import odd_ranks, sum_of_bits
-from megatron_ext.callbacks.stragglers import has_peers, relative_speeds
+from megatron_ext.callbacks.stragglers import Stragglers, has_peers, relative_speeds
 from megatron_ext.training import loop
-from megatron_ext.training.callback import Callback
+from megatron_ext.training.callback import Callback, StepRecord
 from megatron_ext.training.run import build_run
+from megatron_ext.training.schedule_timers import ScheduleTimers
 from support.data_sets import write_pairs
 from support.tiny_vq import GRID
 
 
 def test_speeds_compare_ranks_of_the_same_stage():
-    assert relative_speeds([1.0, 2.0, 0.5, 2.0], [0, 1, 0, 1]) == [1.0, 1.0, 0.5, 1.0]
+    assert relative_speeds([1.0, 2.0, 0.5, 2.0], [8] * 4, [0, 1, 0, 1]) == {0: 1.0, 1: 1.0, 2: 0.5, 3: 1.0}
     assert has_peers([0, 1, 0, 1]) and not has_peers([0, 1, 1])
+
+
+def test_replicas_with_few_rows_or_none_are_not_slow():
+    """Five replicas of steps of four rows, one of them much shorter."""
+    assert relative_speeds([0.0, 1.0, 0.8, 0.1, 1.0], [0, 10, 8, 1, 9], [0] * 5) == {1: 1.0, 2: 0.8, 3: 1.0, 4: 1.0}
+
+
+def test_ranks_are_only_compared_after_all_steps_of_a_comparison(one_process):
+    config = one_process()
+    timers = ScheduleTimers()
+    chunk = torch.nn.Identity()
+    chunk.config = SimpleNamespace(timers=timers)
+    run = SimpleNamespace(config=config, chunks=[chunk], progress=SimpleNamespace(iteration=95))
+    stragglers, compared = Stragglers(), {}
+    stragglers.on_train_begin(run)
+    while run.progress.iteration < 200:
+        stragglers.before_step(run, SimpleNamespace(flops=1.0))
+        timers("forward-compute").start()
+        timers("forward-compute").stop()
+        run.progress.iteration += 1
+        record = StepRecord({"iteration": run.progress.iteration})
+        stragglers.after_step(run, record)
+        if len(record.metrics) > 1:
+            compared[run.progress.iteration] = record.metrics["slowest_rank_speed"]
+    assert compared == {200: 1.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

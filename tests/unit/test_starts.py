@@ -20,7 +20,7 @@ def automatic(monkeypatch):
 
 def fail(output, iteration: int, *errors: str) -> None:
     """A start at this iteration that ends with these errors."""
-    starts.record_start(output, 2, iteration)
+    starts.record_start(output, 2, iteration, automatic=starts.begin(output))
     for error in errors:
         starts.record_error(output, 1, RuntimeError(error))
 
@@ -28,10 +28,10 @@ def fail(output, iteration: int, *errors: str) -> None:
 def test_three_failed_starts_at_one_iteration_are_the_end(automatic, tmp_path):
     fail(tmp_path, 40, "Connection closed by peer", "the cause")
     fail(tmp_path, 40)
-    starts.check(tmp_path)
+    assert starts.begin(tmp_path)
     fail(tmp_path, 40, "another")
-    with pytest.raises(UserError, match=r"3 starts at iteration 40 have failed; .*rank 1: RuntimeError: the cause"):
-        starts.check(tmp_path)
+    with pytest.raises(starts.GivenUp, match=r"3 starts at iteration 40 .*rank 1: RuntimeError: the cause"):
+        starts.begin(tmp_path)
 
 
 @pytest.mark.parametrize("iteration, ended", [(50, False), (40, True)])
@@ -39,27 +39,43 @@ def test_progress_and_a_good_end_are_another_chance(automatic, tmp_path, iterati
     fail(tmp_path, 40)
     fail(tmp_path, 40)
     if ended:
-        starts.record_start(tmp_path, 2, 40)
+        starts.record_start(tmp_path, 2, 40, automatic=True)
         starts.record_end(tmp_path, 45, complete=False)
     fail(tmp_path, iteration)
-    starts.check(tmp_path)
+    assert starts.begin(tmp_path)
 
 
 def test_a_start_by_hand_is_another_chance(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     for _ in range(4):
         fail(tmp_path, 40)
-    starts.check(tmp_path)
-    starts.record_start(tmp_path, 2, 40)
+    assert not starts.begin(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    starts.check(tmp_path)
+    assert starts.begin(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other", [{"MEGATRON_EXT_LAUNCH": "another"}, {"MEGATRON_EXT_LAUNCH": "another", "SLURM_JOB_ID": "8"}]
+)
+def test_failures_and_refusals_of_another_launch_do_not_count(automatic, tmp_path, monkeypatch, other):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for _ in range(3):
+        fail(tmp_path, 40)
+    starts.refuse(tmp_path, "config: wrong")
+    for name, value in other.items():
+        monkeypatch.setenv(name, value)
+    starts.check_refused(tmp_path)
+    assert not starts.begin(tmp_path)
 
 
 def test_a_refused_configuration_is_refused_again_until_someone_starts_it_by_hand(automatic, tmp_path, monkeypatch):
     starts.refuse(tmp_path, "config: wrong")
     with pytest.raises(UserError, match="^config: wrong$"):
-        starts.check(tmp_path)
+        starts.check_refused(tmp_path)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    starts.check(tmp_path)
+    starts.check_refused(tmp_path)
+    starts.begin(tmp_path)
     assert not (tmp_path / "REFUSED").exists()
 
 
@@ -77,6 +93,7 @@ from megatron_ext.training import stop_signals
 signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals.SIGNALS)  # as the launcher does
 os.kill(os.getpid(), signal.SIGUSR1)
 stop_signals.remember()
+stop_signals.admit()
 assert stop_signals.received() == [signal.SIGUSR1]
 memory = shared_memory.SharedMemory(create=True, size=8)
 os.kill(resource_tracker._resource_tracker._pid, signal.SIGUSR1)
@@ -97,7 +114,7 @@ def test_early_signals_are_remembered_and_harm_no_helper_process():
 PROGRAM = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
-(folder / f"rank{os.environ['RANK']}").touch()
+(folder / f"rank{os.environ['RANK']}").open("a").write("started\\n")
 time.sleep(1)  # signals that arrive now must not be lost
 from megatron_ext.training import stop_signals
 stop_signals.remember()
@@ -113,6 +130,7 @@ def launch(tmp_path, *arguments: str) -> subprocess.Popen:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "megatron_ext.training.launcher", "--standalone", "--nproc_per_node", "2"]
+    command += ["--max-restarts", "2"]
     return start_program([*command, program, tmp_path, *arguments], stderr=subprocess.PIPE, text=True)
 
 
@@ -125,9 +143,10 @@ def test_the_launcher_passes_on_signals_that_come_before_ranks_can_handle_them(t
     assert launcher.returncode == 0 and "Traceback" not in errors
 
 
-def test_the_launcher_ends_with_the_code_of_the_rank_that_failed(tmp_path):
+def test_the_launcher_ends_with_the_code_of_the_rank_that_failed_and_does_not_repeat_a_refusal(tmp_path):
     os.environ["PYTHONPATH"] = str(ROOT)
-    launcher = launch(tmp_path, "75")
+    launcher = launch(tmp_path, "3")
     errors = launcher.communicate(timeout=120)[1]
-    assert launcher.returncode == 75 and "Traceback" not in errors
-    assert errors.strip().splitlines()[-1] == "launcher: rank 1 failed first, with exit code 75"
+    assert launcher.returncode == 3 and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1] == "launcher: rank 1 failed first, with exit code 3"
+    assert (tmp_path / "rank1").read_text() == "started\n"

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_ext.data import reading
 from megatron_ext.training import hang_report, watch
+from megatron_ext.training.beats import Beats
 from megatron_ext.training.schedule_timers import ScheduleTimers
 from support.programs import PYTHON_PATH, wait_until
 
@@ -61,12 +62,31 @@ def test_ranks_that_wait_for_one_that_saves_or_moves_do_not_hang():
     assert not hang_report.all_stuck([beat(0), beat(1, unmoved=1.0)], 0)
 
 
-def test_a_report_is_written_once_a_run_and_beside_those_of_earlier_starts(tmp_path):
+def test_nobody_is_judged_while_one_is_in_a_debugger():
+    frame = sys._getframe()
+    assert hang_report.activity(frame)["state"] == "busy"
+    frame.f_trace = lambda *unused: None
+    try:
+        state = hang_report.activity(frame)["state"]
+    finally:
+        frame.f_trace = None
+    assert not hang_report.all_stuck([beat(0), beat(1, state)], 0)
+
+
+def test_on_gpus_the_rank_that_left_out_a_collective_is_named_before_those_that_look_busy():
+    ranks = [
+        beat(0, "busy", phase="optimizer", gpu=True, collectives=collectives(5)),
+        beat(1, phase="optimizer", gpu=True, collectives=collectives(4)),
+        beat(2, phase="optimizer", gpu=True, collectives=collectives(5)),
+    ]
+    [(rank, cause)] = hang_report.causes(ranks)
+    assert rank == 1 and "left out collective 5" in cause
+
+
+def test_a_report_is_written_once_a_start_and_beside_those_of_earlier_starts(tmp_path):
     report = {"step": 7, "line": ""}
-    old = time.time() - 100
-    assert hang_report.write(report, tmp_path, old) and not hang_report.write(report, tmp_path, old)
-    os.utime(tmp_path / "step_7.json", (old, old))
-    assert hang_report.write(report, tmp_path, old + 50)
+    assert hang_report.write(report, tmp_path, "a") and not hang_report.write(report, tmp_path, "a")
+    assert hang_report.write(report, tmp_path, "b")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step_7.json", "step_7_2.json"]
 
 
@@ -82,7 +102,7 @@ def test_a_process_that_does_not_get_on_is_ended_with_its_stack(tmp_path, capfd)
         ended.set()
 
     watch.at(7, "forward")
-    watching = watch.Watch(0.6, tmp_path / "hang", None, leave)
+    watching = watch.Watch(0.6, tmp_path / "hang", None, "start", leave)
     watch.at(8, "forward")  # the first step may take longer
     hang_here(ended)
     watching.close()
@@ -93,11 +113,52 @@ def test_a_process_that_does_not_get_on_is_ended_with_its_stack(tmp_path, capfd)
     assert "hang_here" in (tmp_path / "hang" / "rank_0.txt").read_text()
 
 
+def test_a_process_ends_although_its_files_cannot_be_written(tmp_path, capfd, monkeypatch):
+    left, ended = [], threading.Event()
+    monkeypatch.setattr(watch, "_FILES", 0.2)
+    monkeypatch.setattr(hang_report, "write", lambda *unused: ended.wait(60))
+    monkeypatch.setattr(watch.Watch, "_write_stacks", lambda *unused: ended.wait(60))
+    watch.at(7, "forward")
+    watching = watch.Watch(0.6, tmp_path, None, "start", lambda code: (left.append(code), ended.set()))
+    watch.at(8, "forward")
+    hang_here(ended)
+    watching.close()
+    assert left[0] == watch.EXIT_CODE and "step 8 hangs: rank 0" in capfd.readouterr().err
+
+
+class BrokenStore:
+    """Breaks at one call; a new connection works."""
+
+    connections = 0
+    kept: dict = {}
+
+    def __init__(self):
+        BrokenStore.connections += 1
+        self.calls = 0
+
+    def set(self, key, value):
+        self.calls += 1
+        if BrokenStore.connections == 1 and self.calls == 2:
+            raise RuntimeError("connection reset")
+        self.kept[key] = value
+
+    def check(self, keys):
+        return all(key in self.kept for key in keys)
+
+
+def test_a_broken_connection_to_the_store_is_made_anew():
+    beats = Beats(BrokenStore, 0, 1)
+    beats.write({})
+    assert beats.failing_seconds() > 0
+    beats.write({"count": 2})
+    assert beats.failing_seconds() == 0 and BrokenStore.kept["0"] == '{"count": 2}' and BrokenStore.connections == 2
+
+
 def test_a_process_that_gets_on_leaves_no_trace(tmp_path):
     left = []
     watch.at(1, "data")
-    watching = watch.Watch(0.5, tmp_path / "hang", None, left.append)
-    for _ in range(15):
+    watching = watch.Watch(2.0, tmp_path / "hang", None, "start", left.append)  # of which a busy machine takes a part
+    for _ in range(30):
         time.sleep(0.1)
         watch.at(2, "forward")  # also counts where nothing changes
     watching.close()
@@ -105,7 +166,7 @@ def test_a_process_that_gets_on_leaves_no_trace(tmp_path):
 
 
 def test_a_signal_writes_the_stacks_and_the_process_goes_on(tmp_path):
-    watching = watch.Watch(60, tmp_path, None, print)
+    watching = watch.Watch(60, tmp_path, None, "start", print)
     os.kill(os.getpid(), signal.SIGUSR2)
     stacks = tmp_path / "rank_0.txt"
     wait_until(lambda: "test_a_signal_writes_the_stacks" in stacks.read_text(), seconds=20)
