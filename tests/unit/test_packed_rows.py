@@ -67,7 +67,7 @@ def test_replicas_that_change_in_number_show_every_document_once_per_epoch(tmp_p
     monkeypatch.setattr(rows_module, "BLOCK", 64)
     pairs = captions(tmp_path / "pairs", 90)
     seen, step, random = Counter(), 0, np.random.default_rng(0)
-    while step < 40:  # each time a new start, which knows the number of its first step alone
+    while step < 24:  # each time a new start, which knows the number of its first step alone
         rows = PackedRows(mixture((pairs, "understanding", 1.0)), 64)
         replicas, composition = int(random.choice([1, 5, 7, 11])), Composition(int(random.integers(1, 4)))
         for _ in range(random.integers(1, 8)):
@@ -76,7 +76,7 @@ def test_replicas_that_change_in_number_show_every_document_once_per_epoch(tmp_p
                 seen.update(shown for row in numbers[numbers != NO_ROW].tolist() for shown in rows.documents(row))
             step += 1
     epochs = max(epoch for *_, epoch in seen) - 1  # the last ones are still under way
-    assert epochs >= 5
+    assert epochs >= 3
     assert all(seen[0, document, epoch] == 1 for document in range(90) for epoch in range(epochs))
 
 
