@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PY:-.venv/bin/python}
 
-# Everything inside has a deadline of its own; this (SLURM_TIMEOUT) is for a machine that stands still. SIGINT lets pytest end what it
-# started, for which it may need a minute and a half.
+# Everything inside has a deadline of its own; SLURM_TIMEOUT is for a machine that stands still. SIGINT lets pytest end
+# what it started, for which it may need a minute and a half.
 status=0
 timeout --foreground --signal=INT --kill-after=120 "${SLURM_TIMEOUT:-$((1500 * ${SLURM_TEST_SLOWER:-1}))}" \
     "$PY" -m pytest -m slurm -rs tests/slurm || status=$?
