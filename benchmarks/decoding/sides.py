@@ -151,7 +151,7 @@ def decode_uncached(
         tokens: how many of them are measured, evenly spread.
     """
     prompts = [list(request.tokens) for request in requests(kind, len(continuations))]
-    refused, device = ~allowed(kind), next(generator.model.parameters()).device
+    refused, device = ~allowed(kind), generator.model.device
     step, seconds, different = len(continuations[0]) // tokens, 0.0, 0
     for i in range(step - 1, len(continuations[0]), step):
         batch = document_rows(kind, [prompt + row[:i] for prompt, row in zip(prompts, continuations)], asked=1)

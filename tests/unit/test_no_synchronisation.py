@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_ext.routing.plan import PRESETS
+from megatron_ext.token_classes import Modality
 from megatron_ext.training import step as step_module
 from megatron_ext.training.prepare import prepare
 from megatron_ext.training.setup import build_model, build_optimizer
@@ -23,11 +24,18 @@ SHAPE = (
 LAYOUTS = {"tp1": [], "tp4-sp": ["parallel.tensor=4", "parallel.sequence=true"]}
 
 
-def traced(config) -> Trace:
-    """Forward, loss and backward of all micro-batches, and what finishes gradients."""
+def traced(config, images_first: bool = False) -> Trace:
+    """Forward, loss and backward of all micro-batches, and what finishes gradients.
+
+    Args:
+        images_first: documents have one run of text, after their images.
+    """
     chunks = build_model(resolve(config, VOCABULARY))
     optimizer = build_optimizer(config, chunks)
     batch = packed_batch(2, 96, seed=1, depth=config.model.image_codes.depth)
+    if images_first:
+        order = (2 * batch.document - (batch.modality == Modality.IMAGE).int()).argsort(dim=1, stable=True)
+        batch.modality = batch.modality.gather(1, order)
     step = prepare(batch, resolve(config), torch.device("meta"))
     with Trace() as trace:
         for chunk in chunks:
@@ -52,18 +60,30 @@ CEILINGS = {
     "himix_hmgen_share_partial": (98, 143),
 }
 """Operators that start a kernel, per layer and micro-batch, on average over the layers of a model."""
+SHARED_KEYS = 24
+"""Operators more where keys are shared: keys and values are repeated forward and backward, and gradients added."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_step_waits_for_the_device_and_a_layer_takes_few_operators(monkeypatch, preset, layout):
+    per_layer = operators_of_a_layer(monkeypatch, preset, layout, images_first=True)
+    assert per_layer <= CEILINGS[preset][list(LAYOUTS).index(layout)]
+
+
+def test_keys_that_several_runs_of_text_share_take_few_operators(monkeypatch):
+    """They are repeated for the length of a kernel's call."""
+    shared, own = (operators_of_a_layer(monkeypatch, "himix", "tp1", images_first) for images_first in (False, True))
+    assert own < shared <= own + SHARED_KEYS
+
+
+def operators_of_a_layer(monkeypatch, preset: str, layout: str, images_first: bool) -> float:
     totals = []
     for count in (4, 8):
         overrides = [*SHAPE, *LAYOUTS[layout], *layers(count), f"plan.preset={preset}"]
         with world_on_meta(monkeypatch, *overrides) as config:
-            totals.append(traced(config).operators.total())
-    per_layer = (totals[1] - totals[0]) / 4 / 2  # 4 layers more, 2 micro-batches
-    assert per_layer <= CEILINGS[preset][list(LAYOUTS).index(layout)]
+            totals.append(traced(config, images_first).operators.total())
+    return (totals[1] - totals[0]) / 4 / 2  # 4 layers more, 2 micro-batches
 
 
 def test_no_step_with_every_feature_of_the_model_waits_for_the_device(monkeypatch):

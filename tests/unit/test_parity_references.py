@@ -16,7 +16,8 @@ NUMBERS = torch.arange(4.0)
 
 def measured(scale: float = 1.0) -> Measured:
     gradients = {"decoder.final_layernorm.weight": scale * torch.ones(3)}
-    return Measured(gradients, [scale * torch.ones(5, 1, 4)], [2.0 * scale, 1.0], [3.0, 3.0])
+    losses, norms, targets = [2.0 * scale, 1.0], [3.0, 3.0], [torch.arange(5)]
+    return Measured(gradients, [scale * torch.ones(5, 1, 4)], losses, norms, targets)
 
 
 def test_references_are_loaded_as_saved(tmp_path):
