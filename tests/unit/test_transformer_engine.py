@@ -47,7 +47,7 @@ NO_TORCH_PART = ["2.12.0", "No module named 'transformer_engine_torch'"]
 def test_a_broken_installation_is_one_line_with_a_remedy(tmp_path, version, body, cublas, parts):
     install(tmp_path, version, body, cublas)
     process = python(tmp_path, str(ROOT / "pretrain_unified.py"), "--config", str(ROOT / "examples/configs/tiny.yaml"))
-    assert process.returncode == 1
+    assert process.returncode == 2  # starting again cannot help
     assert process.stderr.count("\n") == 1, process.stderr
     for part in [*parts, "transformer-engine[pytorch]==2.12.*", "pip uninstall transformer-engine{"]:
         assert part in process.stderr
