@@ -13,6 +13,7 @@ import importlib
 import inspect
 import pkgutil
 import shutil
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -108,6 +109,7 @@ def _run(case: harness.Case, keep: Path | None) -> dict:
         finally:
             harness.end_all()
         outcome = outcome.replace(str(folder), "RUN").replace(str(harness.ROOT), ".")
+        outcome = outcome.replace(f"{sysconfig.get_paths()['stdlib']}/", "")
     seconds = round(time.monotonic() - started)
     return {
         "title": case.title,
