@@ -59,10 +59,10 @@ def _split(options: argparse.Namespace) -> dict:
     sizes = dict(options.into)
     if len(sizes) < len(options.into) or list(sizes.values()).count(None) > 1:
         raise UserError("--into: names a data set, or the rest, more than once")
-    made = dict(zip(sizes, split(options.prefixes, sizes, options.seed)))
-    for out, metadata in made.items():
+    metadata_of = dict(zip(sizes, split(options.prefixes, sizes, options.seed)))
+    for out, metadata in metadata_of.items():
         print(f"{out}: {_counts(metadata)}")
-    return made
+    return metadata_of
 
 
 def _inspect(options: argparse.Namespace) -> dict:

@@ -57,9 +57,9 @@ def differing(chunks: list) -> list[str]:
     extremes = torch.cat([own, -own])
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     unequal = (extremes[: len(own)] != -extremes[len(own) :]).nonzero().flatten().tolist()
-    found = torch.tensor(float(len(unequal)), device=device())
-    dist.all_reduce(found)
-    if not found.item():
+    unequal_ranks = torch.tensor(float(len(unequal)), device=device())
+    dist.all_reduce(unequal_ranks)
+    if not unequal_ranks.item():
         return []
     replicas = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(replicas, own, group=group)

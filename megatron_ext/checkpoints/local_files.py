@@ -44,8 +44,8 @@ class LocalFile:
 def local_files(folder: Path) -> list[LocalFile]:
     """The files in ``folder`` that were written whole, oldest first; what killed runs left is ignored."""
     names = os.listdir(folder) if folder.is_dir() else []
-    found = [match.groups() for name in names if (match := _NAME.fullmatch(name))]
-    return sorted(LocalFile(int(i), int(rank), start, layout, int(crc, 16)) for i, rank, start, layout, crc in found)
+    parts = [match.groups() for name in names if (match := _NAME.fullmatch(name))]
+    return sorted(LocalFile(int(i), int(rank), start, layout, int(crc, 16)) for i, rank, start, layout, crc in parts)
 
 
 def write(folder: Path, file: LocalFile, state: dict) -> LocalFile:

@@ -114,9 +114,9 @@ class Replica:
         try:
             for name, known in _share(marker):
                 with self._storage.reader(iteration, name) as source, open(partial / name, "wb") as target:
-                    found = copy(source, target)
+                    copied = copy(source, target)
                     os.fsync(target.fileno())
-                if found != known:
+                if copied != known:
                     copied = f"{self.place}/checkpoints/iter_{iteration:07d}/{name}"
                     raise DamageError(f"{copied}: damaged, its checksum is wrong")
         except DamageError as error:
@@ -150,8 +150,8 @@ class Replica:
         try:
             for name, known in _share(self._marker):
                 with open(checkpoint / name, "rb") as source, self._storage.writer(self._target, name) as target:
-                    found = copy(source, target)
-                if found != known:
+                    copied = copy(source, target)
+                if copied != known:
                     self._failure = f"{checkpoint / name}: damaged, its checksum is wrong"
                     return
         except Exception as error:  # of any file system that fsspec knows

@@ -120,9 +120,9 @@ class WorkerSteps:
         if self._ready_in != os.getpid():
             _prepare_worker()
             self._ready_in = os.getpid()
-        made = to_bytes(self._prepare(self.rows[step], step))
+        buffer = to_bytes(self._prepare(self.rows[step], step))
         reading.note(None)
-        return made
+        return buffer
 
     def sample(self, sample_info) -> np.ndarray:
         step = self.start + sample_info.idx_in_epoch

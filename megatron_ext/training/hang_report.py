@@ -74,19 +74,19 @@ def all_stuck(ranks: list[dict], tolerance: float) -> bool:
 def report(ranks: list[dict], folder: Path) -> dict:
     """Who holds up the run, and all that is known."""
     step = max(rank["step"] for rank in ranks)
-    found = causes(ranks)
-    named = [f"rank {n} ({_who(ranks, n)}) {text}" for n, text in found[:_MOST_NAMED]]
-    if len(found) > _MOST_NAMED:
-        named.append(f"and {len(found) - _MOST_NAMED} more ranks")
+    held_up = causes(ranks)
+    named = [f"rank {n} ({_who(ranks, n)}) {text}" for n, text in held_up[:_MOST_NAMED]]
+    if len(held_up) > _MOST_NAMED:
+        named.append(f"and {len(held_up) - _MOST_NAMED} more ranks")
     line = f"step {step} hangs: {'; '.join(named) or 'all ranks wait for one another'}"
-    if waiting := _waiting(ranks, {n for n, _ in found}):
+    if waiting := _waiting(ranks, {n for n, _ in held_up}):
         line += f"; waiting: {waiting}"
     line += f"; stacks are in {folder}"
     return {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "line": line,
-        "causes": [{"rank": n, "cause": text} for n, text in found],
+        "causes": [{"rank": n, "cause": text} for n, text in held_up],
         "ranks": ranks,
     }
 
@@ -136,7 +136,7 @@ def write(report: dict, folder: Path, token: str) -> bool:
 
 def _left_out(ranks: list[dict]) -> list[tuple[int, str]]:
     """Ranks that others wait for in a collective that they have passed without taking part in it."""
-    found = {}
+    left_out = {}
     for name in sorted({name for rank in ranks for name in rank.get("collectives", {})}):
         members = [rank for rank in ranks if name in rank.get("collectives", {})]
         newest = max(rank["collectives"][name]["entered"] for rank in members)
@@ -146,24 +146,24 @@ def _left_out(ranks: list[dict]) -> list[tuple[int, str]]:
             entered = rank["collectives"][name]["entered"]
             if entered < newest and _progress(rank) >= min(map(_progress, waiting)):
                 who = _ranges([waiter["rank"] for waiter in waiting])
-                found.setdefault(
+                left_out.setdefault(
                     rank["rank"],
                     f"left out collective {newest} of process group {name}, in which {who} {_wait(waiting)} ({kind}): "
                     f"its own last one there is {entered}, and it is in {_place(rank)}, {rank.get('where')}",
                 )
-    return list(found.items())
+    return list(left_out.items())
 
 
 def _not_sent(ranks: list[dict]) -> list[tuple[int, str]]:
     """Ranks that have not sent what the next stage waits for, and wait for what it can only send afterwards."""
     by_rank = {rank["rank"]: rank for rank in ranks}
-    found = []
+    unsent = []
     for rank in ranks:
         before = by_rank.get(rank.get("previous"), {})
         if "recv_forward" in rank.get("where", "") and "recv_backward" in before.get("where", ""):
             text = f"has sent rank {rank['rank']} too few activations: that waits in {_place(rank)}, {rank['where']}"
-            found.append((before["rank"], f"{text}, and it itself in {_place(before)}, {before['where']}"))
-    return found
+            unsent.append((before["rank"], f"{text}, and it itself in {_place(before)}, {before['where']}"))
+    return unsent
 
 
 def _behind(ranks: list[dict]) -> list[tuple[int, str]]:
@@ -190,10 +190,10 @@ def _who(ranks: list[dict], number: int) -> str:
     return f"{rank.get('host', 'unknown host')}, pid {rank.get('pid', 'unknown')}"
 
 
-def _waiting(ranks: list[dict], found: set[int]) -> str:
+def _waiting(ranks: list[dict], causing: set[int]) -> str:
     places: dict[str, list[int]] = {}
     for rank in ranks:
-        if rank["rank"] not in found:
+        if rank["rank"] not in causing:
             places.setdefault(_place(rank), []).append(rank["rank"])
     shown = [f"{_ranges(numbers)} in {place}" for place, numbers in list(places.items())[:_MOST_NAMED]]
     return ", ".join(shown) + (" ..." if len(places) > _MOST_NAMED else "")
