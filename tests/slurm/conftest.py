@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import one_machine
@@ -67,13 +68,27 @@ class Job:
             time.sleep(0.3)
 
     def release(self) -> None:
-        """Let a requeued job start at once; Slurm would wait for two minutes."""
+        """Let a requeued job start in a few seconds; Slurm would wait for two minutes."""
         self.wait_for(self._released)
 
+    def run_until(self, condition) -> None:
+        """Wait as ``wait_for`` does; whenever the job is pending, it is released. (While Slurm requeues it, it may show
+        PENDING, then FAILED, then PENDING again.)
+        """
+
+        def done() -> bool:
+            self._released()
+            return condition()
+
+        self.wait_for(done)
+
     def _released(self) -> bool:
-        if self.field("JobState") == "RUNNING":
+        if (state := self.field("JobState")) != "PENDING":
+            return state == "RUNNING"
+        if datetime.fromisoformat(self.field("EligibleTime")) < datetime.now() + timedelta(seconds=10):
             return True
-        return command("scontrol", "update", f"JobId={self.number}", "StartTime=now").returncode == 0
+        # Not at once: slurmd refuses a job that starts in the second of its requeue ("Job credential revoked").
+        return command("scontrol", "update", f"JobId={self.number}", "StartTime=now+3seconds").returncode == 0
 
 
 class Slurm:

@@ -1,0 +1,1 @@
+"""A search for the role table that keeps both tasks at a given cost."""

@@ -1,0 +1,1 @@
+"""The synergy speedrun: submissions, their score, the leaderboard."""
