@@ -8,6 +8,7 @@ import torch
 from megatron_ext import config_file
 from megatron_ext.analysis import attention_report
 from megatron_ext.analysis.attention import Allocation
+from megatron_ext.analysis.token_sets import ObjectTokens
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.transformer.model import build_chunks
@@ -142,6 +143,30 @@ def test_given_and_drawn_images_are_apart_and_only_answers_are_answers(one_proce
     assert {name: result["image"]["mass"][name] for name in drawn} == pytest.approx(drawn)
 
 
+def test_the_tokens_of_an_object_by_hand(one_process):
+    """bos <boi> I I I I <eoi> Q A <eod> with object 1 in the first two image tokens and object 2 in the second: Q counts
+    the four and <eoi>, A also Q. Then bos T <boi> I I I I <eoi> <eod> with object 1 in the second and last."""
+    one_process(*SHAPE)
+    model, plan, _ = model_of([])
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    batch, _ = rows_of([understanding(4, (1, 1)), generation(1, 4)], length=20)
+    objects = ObjectTokens(*torch.zeros(2, 1, 20, dtype=torch.int64))
+    objects.shows[0, [2, 3]], objects.about[0, [7, 8]] = torch.tensor([1, 3]), torch.tensor([1, 1])
+    objects.shows[0, [14, 16]], objects.about[0, [13, 15]] = 1, 1
+    allocation = Allocation(model, plan, SPECIAL)
+    allocation.read(batch, objects)
+    result = {name: figures["layers"][0] for name, figures in allocation.result().items()}
+    answers, drawn = result["answer_about_object"], result["image_of_object"]
+    assert answers["queries"] == 2 and answers["over_uniform"]["its object"] == pytest.approx(1)
+    shares = {"its object": (2 / 5 + 2 / 6) / 2, "rest of image": (2 / 5 + 2 / 6) / 2, "question": 1 / 12}
+    assert answers["mass"] == pytest.approx(shares | {"special": (1 / 5 + 1 / 6) / 2})
+    assert result["answer"]["mass"]["image"] == pytest.approx((4 / 5 + 4 / 6) / 2)
+    # The first I counts T and <boi>, the third also two image tokens, of which the second shows the object.
+    shares = {"its object": 1 / 8, "rest of image": 1 / 8, "caption": (1 / 2 + 1 / 4) / 2}
+    assert drawn["mass"] == pytest.approx(shares | {"special": (1 / 2 + 1 / 4) / 2})
+
+
 @pytest.mark.parametrize(
     "plan, block, rows",
     [("himix", 150, ROWS), ("partial", 2**23, ROWS), ("odd table", 150, ROWS), ("partial", 150, INTERLEAVED)],
@@ -215,8 +240,9 @@ def test_observing_changes_nothing_and_shows_everything(one_process, tmp_path):
     assert torch.equal(*seen)
     allocation.read(batch.rows(1, 2))
     result = allocation.result()
-    assert [layer["queries"] for layer in result["image"]["layers"]] == [12, 0, 0, 12]
-    table = attention_report.table(result)
-    assert "image (12 queries)" in table and table.count("%") > 20
-    attention_report.plot(result, tmp_path / "figure.png", "title")
+    # Of 12 image tokens the first of the document without a caption sees bos and <boi> alone, which are left out.
+    assert [layer["queries"] for layer in result["image"]["layers"]] == [11, 0, 0, 11]
+    table = attention_report.table(result, result)
+    assert "image (11 queries)" in table and table.count("%") > 20
+    attention_report.plot(result, tmp_path / "figure.png", "title", result)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
