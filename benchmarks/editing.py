@@ -20,7 +20,7 @@ from megatron_ext.evaluation.mjhq import Prompt
 from megatron_ext.evaluation.picture_folder import picture_file
 from megatron_ext.evaluation.scene_check import caption_facts
 from megatron_ext.picture_world.captions import NUMBERS
-from megatron_ext.picture_world.detection import DetectedScene
+from megatron_ext.picture_world.detected import DetectedScene
 
 
 def questions(data: Path, scores: Path) -> np.ndarray:

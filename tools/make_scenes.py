@@ -17,7 +17,13 @@ from megatron_ext.picture_world.world import World
 
 def main() -> None:
     arguments = _arguments()
-    world = World(arguments.kinds_of_things, arguments.most_objects, arguments.variation, arguments.backgrounds)
+    world = World(
+        arguments.kinds_of_things,
+        arguments.most_objects,
+        arguments.variation,
+        arguments.backgrounds,
+        arguments.compositional,
+    )
     if arguments.sheet:
         write_sheet(arguments.sheet, "train", arguments.seed, arguments.size, world)
         print(f"{arguments.sheet}: written")
@@ -71,6 +77,11 @@ def _add_scene_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--most-objects", type=int, default=6, metavar="N", help="most objects in a scene, 2 .. 6 (default: 6)"
+    )
+    parser.add_argument(
+        "--compositional",
+        action="store_true",
+        help="objects are mosaics whose tiles tell nothing alone; needs --variation 0 and --kinds-of-things 4 or 6",
     )
     parser.add_argument(
         "--backgrounds", type=int, default=5, metavar="N", help="background colors, 2 .. 5 (default: 5)"

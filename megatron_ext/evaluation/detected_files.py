@@ -9,8 +9,9 @@ from megatron_ext import files as json_files
 from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.fid import read_picture
-from megatron_ext.picture_world import attributes, detection, render, world
-from megatron_ext.picture_world.detection import DetectedObject, DetectedScene, detect
+from megatron_ext.picture_world import attributes, detection, mosaic, mosaic_detection, render, world
+from megatron_ext.picture_world.detected import DetectedObject, DetectedScene
+from megatron_ext.picture_world.detection import detect
 
 
 def saved_file(folder: Path) -> Path:
@@ -65,5 +66,8 @@ def _read(saved: Path) -> dict[str, DetectedScene]:
 
 def _detector() -> str:
     """Changes with the code that detects."""
-    code = [Path(module.__file__).read_bytes() for module in (attributes, world, render, detection)]
+    code = [
+        Path(module.__file__).read_bytes()
+        for module in (attributes, world, render, mosaic, mosaic_detection, detection)
+    ]
     return hashlib.sha256(b"".join(code)).hexdigest()

@@ -16,7 +16,7 @@ from megatron_ext.evaluation.mjhq import Prompt, of_categories
 from megatron_ext.evaluation.picture_folder import picture_file
 from megatron_ext.evaluation.score_table import Scored
 from megatron_ext.files import read_json
-from megatron_ext.picture_world.detection import DetectedScene
+from megatron_ext.picture_world.detected import DetectedScene
 from megatron_ext.picture_world.edit_check import CHANGED, KEPT, EditVerdict, check_edit
 from megatron_ext.picture_world.edit_files import RECORDS
 from megatron_ext.picture_world.world import Scene

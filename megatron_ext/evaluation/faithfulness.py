@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.picture_world.check import KINDS, compare
-from megatron_ext.picture_world.detection import DetectedScene
+from megatron_ext.picture_world.detected import DetectedScene
 from megatron_ext.picture_world.facts import CaptionFacts
 
 ALL, WHOLE, NAMED = "all facts", "whole pictures", "seen objects that are named"

@@ -7,10 +7,12 @@ from megatron_ext import files
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation import scoring
 from megatron_ext.evaluation.benchmark import Answers, Benchmark, Item, Scores
+from megatron_ext.evaluation.kinds import by_kind, chance_corrected
 from megatron_ext.evaluation.parsing import normalised
 from megatron_ext.evaluation.released_files import checked, field, first_file, selected_parts, with_suffix
 
 PARTS = ("testdev_balanced",)
+CORRECTED = "GQA, chance-corrected"
 SUFFIX = "Answer the question using a single word or phrase."
 
 
@@ -57,6 +59,8 @@ def _groups(types: dict) -> tuple[str, ...]:
 def score(items: Sequence[Item], answers: Answers) -> Scores:
     """Exact match in percent after :func:`~.parsing.normalised` on both sides; an answer that becomes empty is invalid.
 
+    Questions with a kind also give the accuracy above chance, see :func:`~.kinds.chance_corrected`.
+
     ``details["plain string match"]`` counts like the official script on answers in lower case without the final full
     stop: the strings must be equal.
     """
@@ -70,7 +74,10 @@ def score(items: Sequence[Item], answers: Answers) -> Scores:
 
     details = {"plain string match": {"accuracy": scoring.percent(map(plain, items)), "questions": len(items)}}
     details |= scoring.accuracies(items, equal)
-    return Scores({"GQA": scoring.percent(map(equal, items))}, details, len(items), parsed.missing, parsed.invalid)
+    headline = {"GQA": scoring.percent(map(equal, items))}
+    corrected = chance_corrected(by_kind(GQA, items, answers).values())
+    headline |= {} if corrected is None else {CORRECTED: corrected}
+    return Scores(headline, details, len(items), parsed.missing, parsed.invalid)
 
 
 def right(item: Item, answer: str) -> bool:

@@ -53,6 +53,13 @@ def by_kind(benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, s
     return accuracies
 
 
+def chance_corrected(accuracies: Iterable[Accuracy]) -> float | None:
+    """Mean over kinds of (accuracy - chance) / (1 - chance) in per cent: 100 is perfect, and constant answers give 0 at
+    most. Kinds with a single right answer do not count; None if there are no others."""
+    shares = [(a.right - a.chance) / (1 - a.chance) for a in accuracies if a.chance < 1]
+    return 100 * sum(shares) / len(shares) if shares else None
+
+
 def overall(accuracies: Iterable[Accuracy]) -> Accuracy:
     """The accuracy on the questions of all kinds together; chance is the mean over the questions."""
     rows = [(a.right * a.questions, a.chance * a.questions, a.questions) for a in accuracies]

@@ -14,7 +14,7 @@ from megatron_ext.evaluation.detected_files import detect_all, detect_files
 from megatron_ext.evaluation.faithfulness import ALL, ROWS, Faithfulness, count_facts, measure, shares
 from megatron_ext.evaluation.fid import BATCH
 from megatron_ext.evaluation.mjhq import ImageSet, Prompt
-from megatron_ext.picture_world.detection import DetectedScene
+from megatron_ext.picture_world.detected import DetectedScene
 from megatron_ext.picture_world.facts import CaptionFacts, read_caption
 from megatron_ext.vq.image_decoder import PillowDecoder
 from megatron_ext.vq.model import VQModel
@@ -23,6 +23,8 @@ from megatron_ext.vq.pixels import from_bytes, to_bytes
 TITLE = f"{mjhq.TITLE}, scene check"
 COLUMN = "MJHQ-facts"
 OTHERS, DIFFERENCE = f"{COLUMN}, others' prompts", f"{COLUMN}, difference"
+CORRECTED = f"{COLUMN}, chance-corrected"
+"""The difference, relative to the largest possible one, in per cent; equal pictures for all prompts give 0."""
 
 
 def scores(reference: ImageSet, generated: ImageSet, vq: VQModel | None, saved: Path | None = None) -> Scores | None:
@@ -62,6 +64,8 @@ def scores(reference: ImageSet, generated: ImageSet, vq: VQModel | None, saved: 
         low, high = result.interval[ALL]
         difference = result.right[ALL] - result.control[ALL]
         headline |= {OTHERS: result.control[ALL], DIFFERENCE: difference}
+        if result.control[ALL] < 100:
+            headline[CORRECTED] = 100 * difference / (100 - result.control[ALL])
         notes.append(f"{DIFFERENCE}: {difference:.2f}, 95 % interval {low:.2f} to {high:.2f}")
     else:
         notes.append(f"{COLUMN}: no control, there is only one prompt")

@@ -2,6 +2,9 @@
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "moon")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
+COMPOSED_SHAPES = ("circle", "square", "heart", "moon", "diamond", "star")
+COMPOSED_COLORS = ("orange", "blue", "green", "pink", "yellow", "purple")
+"""Those of the compositional world."""
 SIZES = ("small", "large")
 PLACES = (
     ("top left", "top center", "top right"),

@@ -130,6 +130,8 @@ def _census(rng: random.Random, scene: Scene) -> str:
 
 
 def _sizes(rng: random.Random, scene: Scene) -> str | None:
+    if len(scene.world.sizes) == 1:
+        return None
     sizes = {item.size for item in scene.objects}
     if len(sizes) == 1 and len(scene.objects) > 1:
         return f"All objects are {sizes.pop()}."

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.picture_world.captions import NUMBERS, article, plural
-from megatron_ext.picture_world.detection import DetectedObject, DetectedScene, detect
+from megatron_ext.picture_world.detected import DetectedObject, DetectedScene
+from megatron_ext.picture_world.detection import detect
 from megatron_ext.picture_world.facts import CaptionFacts, Pair, read_caption
 
 KINDS = ("object", "color", "count", "place", "size", "relation", "background")

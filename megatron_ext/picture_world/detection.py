@@ -3,6 +3,7 @@
 The border gives the background color. Patches of one palette color propose places of objects. At each place, templates
 of every shape, size, rotation and sharpness are matched in every color, and the template that explains the picture best
 names the object. :func:`~.render.render` draws the templates, so they include the outline and the anti-aliasing.
+Pictures of the compositional world are read tile by tile (:mod:`.mosaic_detection`).
 """
 
 import functools
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_ext.picture_world import mosaic_detection
 from megatron_ext.picture_world.attributes import COLORS, SHAPES
+from megatron_ext.picture_world.detected import DetectedObject, DetectedScene
 from megatron_ext.picture_world.render import BACKGROUND_RGB, RGB, TONE, render
-from megatron_ext.picture_world.world import GRID, RADIUS, Background, PlacedObject, Scene, SceneObject
+from megatron_ext.picture_world.world import GRID, RADIUS, Background, Scene, SceneObject
 
 EDGE = 0.45
 """Color of an outline, as a fraction of the fill's color."""
@@ -36,21 +39,6 @@ BACKGROUND_LABEL = 2 * len(COLORS)
 PALETTE = np.array([RGB[color] for color in COLORS], dtype=np.float64)
 
 
-@dataclass(frozen=True)
-class DetectedObject(PlacedObject):
-    """One detected object; ``explained`` (0 .. 1) is how well the best template fits."""
-
-    explained: float
-
-
-@dataclass(frozen=True)
-class DetectedScene:
-    """The detected background color and objects, row by row."""
-
-    background: str
-    objects: tuple[DetectedObject, ...]
-
-
 def detect(picture) -> DetectedScene:
     """Detect the background and the objects of a picture.
 
@@ -62,6 +50,8 @@ def detect(picture) -> DetectedScene:
         ValueError: the picture has another form.
     """
     pixels = as_pixels(picture)
+    if (tiles := mosaic_detection.read_tiles(pixels)) is not None:
+        return mosaic_detection.detect(tiles)
     base = _border_color(pixels)
     claimed = np.zeros(pixels.shape[:2], dtype=bool)
     labels = _labels(pixels, base)

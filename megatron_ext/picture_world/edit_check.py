@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_ext.picture_world.attributes import PLACES
 from megatron_ext.picture_world.captions import article, pair_name
 from megatron_ext.picture_world.check import CheckedFact
-from megatron_ext.picture_world.detection import DetectedScene
+from megatron_ext.picture_world.detected import DetectedScene
 from megatron_ext.picture_world.world import Scene, SceneObject
 
 CHANGED, KEPT = "changed", "kept"

@@ -112,7 +112,7 @@ def _add(scene: Scene, rng: random.Random) -> Change:
     if len(scene.objects) == scene.world.objects:
         return None
     pairs = [(s, c) for s in scene.world.shapes for c in scene.world.colors if scene.speakable(s, c)]
-    item = make_object(rng, *rng.choice(pairs), *rng.choice(_free_cells(scene)), scene.world.variation)
+    item = make_object(rng, *rng.choice(pairs), *rng.choice(_free_cells(scene)), scene.world)
     return f"Add {article(f'{item.size} {pair_name(item)}')} at the {item.place}.", [*scene.objects, item]
 
 

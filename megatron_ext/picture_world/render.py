@@ -5,6 +5,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
+from megatron_ext.errors import UserError
+from megatron_ext.picture_world import mosaic
 from megatron_ext.picture_world.world import Background, Scene, SceneObject
 
 RGB = {
@@ -32,7 +34,13 @@ SUPERSAMPLING = 4
 
 
 def render(scene: Scene, size: int) -> Image.Image:
-    """The scene as an RGB picture of ``size`` x ``size`` pixels (16 or more)."""
+    """The scene as an RGB picture of ``size`` x ``size`` pixels (16 or more).
+
+    Raises:
+        UserError: a compositional world needs a multiple of 9 pixels, 36 or more.
+    """
+    if scene.world.compositional:
+        return _render_mosaic(scene, size)
     fine = size * SUPERSAMPLING
     # Enlarging by whole pixels and reducing again leaves the background as it was.
     picture = _background(scene.background, size).resize((fine, fine), Image.Resampling.NEAREST)
@@ -40,6 +48,16 @@ def render(scene: Scene, size: int) -> Image.Image:
     for item in scene.objects:
         _render_object(draw, item, fine, snapped=scene.world.variation == 0)
     return picture.reduce(SUPERSAMPLING)
+
+
+def _render_mosaic(scene: Scene, size: int) -> Image.Image:
+    if size % mosaic.SIDE or size < 4 * mosaic.SIDE:
+        raise UserError(
+            f"size is {size}; pictures of a compositional world need a multiple of {mosaic.SIDE}, 36 or more"
+        )
+    picture = _background(scene.background, size)
+    mosaic.draw_objects(picture, scene)
+    return picture
 
 
 def _render_object(draw: ImageDraw.ImageDraw, item: SceneObject, fine: int, snapped: bool) -> None:

@@ -9,7 +9,16 @@ import random
 from dataclasses import asdict, dataclass
 
 from megatron_ext.errors import UserError
-from megatron_ext.picture_world.attributes import BACKGROUND_COLORS, BACKGROUND_PATTERNS, COLORS, PLACES, SHAPES, SIZES
+from megatron_ext.picture_world.attributes import (
+    BACKGROUND_COLORS,
+    BACKGROUND_PATTERNS,
+    COLORS,
+    COMPOSED_COLORS,
+    COMPOSED_SHAPES,
+    PLACES,
+    SHAPES,
+    SIZES,
+)
 from megatron_ext.picture_world.splits import HELD_OUT, SPLITS, split_of
 
 GRID = 3
@@ -26,23 +35,30 @@ class World:
     """The variety of scenes; small models learn to see sooner in a world with less variety.
 
     Attributes:
-        kinds: number of shapes and of colors: all 8, or every other one (4), so that each has a held-out pair.
+        kinds: number of shapes and of colors: all 8, or every other one (4), so that each has a held-out pair;
+            compositional, 4 or 6.
         objects: most objects in a scene, 2 .. 6.
         variation: 0 .. 1, how much the looks of equal objects differ: their offset from the middle of the cell, their
             rotation, their radius within one size, and the share of backgrounds with a pattern. It does not change
             which captions and questions are true, but at 0 every pixel of an object follows from its description and
             its cell.
         backgrounds: number of background colors, 2 .. 5.
+        compositional: objects are mosaics whose tiles tell neither shape nor color (:mod:`.mosaic`), all of one size
+            and without variation.
     """
 
     kinds: int = len(SHAPES)
     objects: int = max(OBJECT_COUNTS)
     variation: float = 1.0
     backgrounds: int = len(BACKGROUND_COLORS)
+    compositional: bool = False
 
     def __post_init__(self):
-        if self.kinds not in (len(SHAPES) // 2, len(SHAPES)):
-            raise UserError(f"world: kinds is {self.kinds}, must be {len(SHAPES) // 2} or {len(SHAPES)}")
+        few, all_kinds = len(SHAPES) // 2, len(COMPOSED_SHAPES) if self.compositional else len(SHAPES)
+        if self.kinds not in (few, all_kinds):
+            raise UserError(f"world: kinds is {self.kinds}, must be {few} or {all_kinds}")
+        if self.compositional and self.variation:
+            raise UserError(f"world: variation is {self.variation:g}, must be 0 in a compositional world")
         if not 2 <= self.objects <= max(OBJECT_COUNTS):
             raise UserError(f"world: objects is {self.objects}, must be from 2 to {max(OBJECT_COUNTS)}")
         if not 0 <= self.variation <= 1:
@@ -52,12 +68,20 @@ class World:
 
     @property
     def shapes(self) -> tuple[str, ...]:
+        if self.compositional:
+            return COMPOSED_SHAPES[: self.kinds]
         return SHAPES[:: len(SHAPES) // self.kinds]
 
     @property
     def colors(self) -> tuple[str, ...]:
+        if self.compositional:
+            return COMPOSED_COLORS[: self.kinds]
         step = len(COLORS) // self.kinds
         return COLORS[step - 1 :: step]
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return SIZES[-1:] if self.compositional else SIZES
 
     @property
     def background_colors(self) -> tuple[str, ...]:
@@ -197,12 +221,12 @@ def _objects(rng: random.Random, split: str, world: World) -> tuple[SceneObject,
         shape, color = rng.choice(world.held_out)
         selected = [(shape, color)] + [rng.choice([pair, (shape, pair[1]), (pair[0], color)]) for pair in selected[1:]]
     cells = rng.sample(range(GRID * GRID), count)
-    return tuple(make_object(rng, *pair, *divmod(cell, GRID), world.variation) for pair, cell in zip(selected, cells))
+    return tuple(make_object(rng, *pair, *divmod(cell, GRID), world) for pair, cell in zip(selected, cells))
 
 
-def make_object(rng: random.Random, shape: str, color: str, row: int, column: int, variation: float) -> SceneObject:
-    """An object in a cell, of random size, and of random looks as far as ``variation`` allows."""
-    size = rng.choice(SIZES)
+def make_object(rng: random.Random, shape: str, color: str, row: int, column: int, world: World) -> SceneObject:
+    """An object in a cell, of random size, and of random looks as far as the world's variation allows."""
+    size, variation = rng.choice(world.sizes), world.variation
     radius = RADIUS[size] * rng.uniform(1 - 0.05 * variation, 1.0)
     slack = variation * (0.5 / GRID - radius - MARGIN)
     x, y = ((i + 0.5) / GRID + rng.uniform(-slack, slack) for i in (column, row))

@@ -22,7 +22,7 @@ from megatron_ext.evaluation.registry import PICTURES
 from megatron_ext.files import read_json
 from megatron_ext.picture_world.benchmark_files import MANIFEST
 from megatron_ext.picture_world.check import CheckedFact, compare
-from megatron_ext.picture_world.detection import DetectedScene
+from megatron_ext.picture_world.detected import DetectedScene
 from megatron_ext.report.cards import Card, question_card, read_png
 
 FOLDER, HELD_OUT_FOLDER = "scores", "scores-test"

@@ -6,7 +6,7 @@ import pytest
 from megatron_ext.evaluation.faithfulness import ALL, NAMED, SHUFFLES, WHOLE, control_order, measure
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.check import KINDS, compare, summary
-from megatron_ext.picture_world.detection import DetectedObject, DetectedScene
+from megatron_ext.picture_world.detected import DetectedObject, DetectedScene
 from megatron_ext.picture_world.facts import read_caption
 from megatron_ext.picture_world.world import make_scene
 

@@ -13,7 +13,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.picture_world.attributes import COLORS, SHAPES
 from megatron_ext.picture_world.captions import caption
 from megatron_ext.picture_world.check import check, compare, summary
-from megatron_ext.picture_world.detection import DetectedScene, detect
+from megatron_ext.picture_world.detected import DetectedScene
+from megatron_ext.picture_world.detection import detect
 from megatron_ext.picture_world.facts import read_caption
 from megatron_ext.picture_world.render import render
 from megatron_ext.picture_world.world import Background, Scene, SceneObject, World, make_scene
