@@ -246,16 +246,18 @@ def test_a_rehearsal_takes_the_whole_path_and_a_plan_that_saves_nothing_is_refus
     monkeypatch.chdir(ROOT)
 
     def speedrun(*arguments) -> dict:
-        tool = [str(ROOT / "tools/speedrun.py"), *arguments, "--frozen", folder / "frozen.yaml"]
+        tool = [str(ROOT / "tools/speedrun.py"), *arguments, "--frozen", folder / "lenient.yaml"]
         monkeypatch.setattr(sys, "argv", [*map(str, tool), "--json", str(folder / "numbers.json")])
         runpy.run_path(tool[0], run_name="__main__")
         return json.loads((folder / "numbers.json").read_text())
 
+    # So small a model on so small pictures computes mostly text and logits.
+    (folder / "lenient.yaml").write_text((folder / "frozen.yaml").read_text() + "flops_cap: 0.95")
     (folder / "half.yaml").write_text("plan: {preset: himix_hmgen_share_all, shallow_count: 1}")
     (folder / "plain.yaml").write_text("plan: {preset: dense}")
     with pytest.raises(SystemExit):
         speedrun(folder / "plain.yaml", "--estimate")
-    assert "x the FLOPs of lossless dense, the cap is 0.6" in capsys.readouterr().err
+    assert "x the FLOPs of lossless dense, the cap is 0.95" in capsys.readouterr().err
     rehearsed = speedrun(folder / "half.yaml", "--rehearse")
     assert "a rehearsal: nothing was recorded" in capsys.readouterr().out
     assert rehearsed["cost"]["flops_ratio"] == pytest.approx(
