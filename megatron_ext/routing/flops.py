@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_ext.config import ModelConfig
+from megatron_ext.config import ModelConfig, PlanConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.groups import token_classes
@@ -83,6 +83,11 @@ class Counts:
 def dense(plan: Plan) -> Plan:
     """The dense plan of the same model: every token FULL in every layer, one set of weights."""
     return Plan("dense", ((Role.FULL,) * NUM_CLASSES,) * plan.num_layers, Projections())
+
+
+def lossless_dense(plan: Plan) -> Plan:
+    """The dense plan of the same model without the work that no loss depends on: preset ``dense_lossless``."""
+    return Plan.of(PlanConfig(preset="dense_lossless"), plan.num_layers)
 
 
 def count(batch: Batch, plan: Plan, selection: Selection | None = None) -> Counts:

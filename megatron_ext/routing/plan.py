@@ -49,16 +49,20 @@ class Preset:
     Attributes:
         himix: image tokens of understanding documents are KV_ONLY from ``plan.himix_start`` on (arXiv 2606.01503).
         hmgen: image tokens of generation documents are SKIP in the shallow layers.
+        lossless: image tokens of understanding documents are KV_ONLY in the last layer, where no loss reads their
+            hidden states: loss and gradients are those without it.
         kind: the weights that image tokens use, unless ``plan.projections.kind`` overrides it.
     """
 
     himix: bool = False
     hmgen: bool = False
+    lossless: bool = False
     kind: str = "shared"
 
 
 PRESETS = {
     "dense": Preset(),
+    "dense_lossless": Preset(lossless=True),
     "himix": Preset(himix=True),
     "hmgen": Preset(hmgen=True, kind="separate"),
     # Both readings of the paper's Share All: one projection for all tokens, or one for text and one for the image
@@ -139,6 +143,8 @@ class Plan:
         if preset.hmgen:
             for layer in shallow_layers(config, num_layers):
                 roles[layer][class_index(Task.GENERATION, Modality.IMAGE)] = Role.SKIP
+        if preset.lossless:
+            roles[-1][class_index(Task.UNDERSTANDING, Modality.IMAGE)] = Role.KV_ONLY
         for i, entry in enumerate(config.table):
             where = f"plan.table[{i}]"
             tasks = Task if entry.task == "all" else [Task[entry.task.upper()]]

@@ -25,6 +25,7 @@ from megatron_ext.routing.flops import (
     forward_flops,
     head_flops,
     layer_flops,
+    lossless_dense,
     parameter_count,
     query_width,
     stage_flops,
@@ -122,6 +123,28 @@ def test_rows_of_padding_alone_count_nothing():
     batch.document[:] = PADDING_DOCUMENT
     plan = random_plan(0)
     assert forward_flops(TINY, 100, plan, count(batch, plan)) == 0
+
+
+def test_lossless_dense_has_the_loss_and_the_gradients_of_dense_and_costs_less(one_process):
+    config = one_process("model.num_layers=3")
+    (model,) = build_chunks(resolve(config, VOCABULARY))
+    batch = mix_batch("understanding: 3 text, 16 image, 4 text, 9 image, 6 answer; generation: 9 text, 25 image")
+    batch = batch.tensors()
+    batch.tokens[:] = torch.randint(VOCABULARY, batch.shape, generator=torch.Generator().manual_seed(0))
+    batch.labels[:] = batch.tokens.roll(-1, 1)
+    results, costs = [], []
+    for plan in (dense(Plan.from_config(config)), lossless_dense(Plan.from_config(config))):
+        model.zero_grad()
+        route = Route.of(batch, plan)
+        losses = model.token_losses(model(route), batch.labels.flatten()[route.targets])
+        losses.sum().backward()
+        results.append([losses.detach(), *(p.grad.clone() for p in model.parameters())])
+        costs.append(forward_flops(config.model, VOCABULARY, plan, count(batch, plan)))
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    # Of 25 image tokens of understanding: query, output and FFN; and keys before each, two tokens of text in between.
+    h, f, keys = config.model.hidden_size, config.model.ffn_hidden_size, sum(range(4, 20)) + sum(range(24, 33))
+    assert costs[0] - costs[1] == 2 * (25 * (2 * h * h + 3 * h * f) + 2 * h * keys)
 
 
 # ---- FLOPs by hand

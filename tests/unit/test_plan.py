@@ -36,9 +36,10 @@ def test_presets_touch_image_tokens_of_their_task_alone(preset):
         assert layers(resolved, task, Modality.TEXT, Role.FULL) == list(range(16))
     kept = layers(resolved, Task.UNDERSTANDING, Modality.IMAGE, Role.KV_ONLY)
     skipped = layers(resolved, Task.GENERATION, Modality.IMAGE, Role.SKIP)
-    assert kept == (list(range(16)) if "himix" in preset else [])
+    assert kept == (list(range(16)) if "himix" in preset else [15] if preset == "dense_lossless" else [])
     assert skipped == ([6, 7, 8] if "hmgen" in preset else [])
-    expected = {"share_partial": "delta", "separate": "separate", "share_all": "shared", "himix": "shared"}
+    expected = {"share_partial": "delta", "separate": "separate", "share_all": "shared"}
+    expected |= {"himix": "shared", "dense_lossless": "shared"}
     kind = next((kind for end, kind in expected.items() if preset.endswith(end)), "separate")
     assert resolved.projections.kind == kind and resolved.projections.modules == ("qkv", "proj")
 

@@ -31,7 +31,10 @@ def built(build, size: Size, batch, *plan: str):
 
 def test_every_preset_is_a_case():
     plans = [setting for case in CASES.values() for setting in case.plan]
-    assert {f"plan.preset={preset}" for preset in PRESETS} - set(plans) == {"plan.preset=dense"}
+    assert {f"plan.preset={preset}" for preset in PRESETS} - set(plans) == {
+        "plan.preset=dense",
+        "plan.preset=dense_lossless",
+    }
 
 
 @pytest.mark.parametrize("overlap", ["false", "true"])
