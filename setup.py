@@ -24,6 +24,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "torch>=2.6",
         "numpy",
+        "scipy",
         "pandas>=2.1",
         "tabulate",
         "packaging",

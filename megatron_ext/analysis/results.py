@@ -10,9 +10,10 @@
 
 A row is one trained model, and ``task`` is the task or tasks it was trained on. The single-task reference runs of a
 unified row are the single-task rows that share a ``partner_group`` (a name, or several) with it. Rows are compared
-within the same ``size``, ``budget`` and ``evaluated_as``, and averaged over ``seed``.
+within the same ``size``, ``budget`` and ``evaluated_as``, seed by seed.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,19 @@ class Metric:
     task: Literal["understanding", "generation"]
     higher_is_better: bool = True
     in_average: bool = True
-    """Whether it counts in the average over the metrics of its task."""
+    """Whether it counts in the average over the metrics of its task; one in points never does."""
+    scale: Literal["log", "points"] = "log"
+    """Models are compared by log ratios or, where figures may be 0 or less, by differences in points."""
+
+    def score(self, figure: float | None) -> float | None:
+        """A figure on the scale of comparisons, on which higher is better: log points (100 ln) or points.
+
+        None for a missing figure, and for one without a logarithm.
+        """
+        if figure is None or (self.scale == "log" and figure <= 0):
+            return None
+        score = 100 * math.log(figure) if self.scale == "log" else float(figure)
+        return score if self.higher_is_better else -score
 
 
 @dataclass

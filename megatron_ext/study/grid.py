@@ -68,7 +68,7 @@ def runs(study: Study) -> list[StudyRun]:
             batch = length.batch(base.training.global_batch_size, budget, _replicas(size, base))
             planned.setdefault((iterations, batch), []).append(budget)
         for (iterations, batch), budgets in planned.items():
-            for seed in study.seeds_of(size):
+            for seed in study.seeds_of(size, method):
                 study_runs.append(_run(study, size, method, tuple(budgets), iterations, batch, seed, length))
     return study_runs
 

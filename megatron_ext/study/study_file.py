@@ -7,9 +7,12 @@ from typing import Literal
 from megatron_ext import config_file
 from megatron_ext.analysis.results import Metric
 from megatron_ext.errors import UserError
+from megatron_ext.study import claims
 
 PICTURES = "mjhq"
 """The benchmark that is answered with generated pictures."""
+LOSSES = ("understanding loss", "generation loss")
+"""Means over the tokens of the validation data that a task learns: answers, codes of images."""
 Budget = Literal["tokens", "steps", "total", "flops"]
 
 
@@ -44,6 +47,12 @@ class Method:
     """Merged into the base configuration and the size's settings: ``plan``."""
     budgets: list[Budget] | None = None
     """A subset of its size's budgets; None: all."""
+    seeds: list[int] | None = None
+    """A subset of its size's seeds; None: all."""
+    searches_rate: bool = True
+    """Whether ``learning_rates`` are searched for it; otherwise it is trained at the configuration's."""
+    evaluate_as: dict = field(default_factory=dict)
+    """Further entries of ``evaluation.evaluate_as``, for this method alone."""
     label: str | None = None
     """Its name in tables; None: ``name``. Synergy losses are against the unified method labelled ``dense``."""
 
@@ -95,6 +104,20 @@ class StudyEvaluation:
 
 
 @dataclass
+class LearningRates:
+    """A search for the learning rate of each method at each size, before its runs."""
+
+    values: list[float]
+    """Rates to try; ``min_lr`` keeps its ratio to ``lr``. The one with the lowest mean log of the validation losses, of
+    the tasks trained on, is used."""
+    seed: int
+    """The seed of the search, none of the study's."""
+    iterations: int | None = None
+    """Iterations of dense on both tasks; the other methods' follow as in the first of their budgets. None: those of
+    the study."""
+
+
+@dataclass
 class Study:
     """The whole study."""
 
@@ -118,6 +141,12 @@ class Study:
     keep_text: bool = True
     """Whether single-task runs keep the plain text of the data; unified runs always do."""
     evaluation: StudyEvaluation = field(default_factory=StudyEvaluation)
+    learning_rates: LearningRates | None = None
+    """None: every run has the rate of its configuration."""
+    gate: dict = field(default_factory=dict)
+    """Metric -> the least that dense, trained on both tasks, must reach on average over the seeds; a size where it does
+    not is uninformative, and decides no hypothesis."""
+    hypotheses: list[claims.Hypothesis] = field(default_factory=list)
     metrics: dict = field(default_factory=dict)
     """Metric -> {task, higher_is_better, in_average}, to override what is guessed from its name."""
     replicates: int = 200
@@ -125,9 +154,10 @@ class Study:
     slurm: list[str] = field(default_factory=list)
     """Options for sbatch: ``--time=4:00:00``, ``--gpus=1``."""
 
-    def seeds_of(self, size: Size) -> list[int]:
-        """The seeds of a size."""
-        return self.seeds if size.seeds is None else size.seeds
+    def seeds_of(self, size: Size, method: Method | None = None) -> list[int]:
+        """The seeds of a size, or of a method at a size."""
+        seeds = self.seeds if size.seeds is None else size.seeds
+        return [s for s in seeds if method is None or method.seeds is None or s in method.seeds]
 
     def budgets_of(self, size: Size, method: Method | None = None) -> list[str]:
         """The budgets of a size, or of a method at a size."""
@@ -137,6 +167,10 @@ class Study:
     def methods_of(self, size: Size) -> list[Method]:
         """The methods of a size."""
         return [method for method in self.methods if size.methods is None or method.name in size.methods]
+
+    def evaluated_as(self, method: Method) -> dict[str, list[str]]:
+        """Name -> overrides of every set of roles that a method's runs are evaluated with."""
+        return self.evaluation.evaluate_as | method.evaluate_as
 
 
 def read(*files: str | Path) -> Study:
@@ -172,7 +206,18 @@ def _check(study: Study) -> None:
         if unknown := set(size.methods or ()) - {method.name for method in study.methods}:
             raise UserError(f"'sizes[{i}].methods' has {min(unknown)!r}, which is not among the study's 'methods'")
         _check_partners(f"sizes[{i}]", study.methods_of(size))
+        for method in study.methods_of(size):
+            if not study.seeds_of(size, method):
+                raise UserError(
+                    f"'methods' gives {method.name} seeds {method.seeds}, none of which size {size.name} has"
+                )
     _check_evaluation(study.evaluation)
+    for i, method in enumerate(study.methods):
+        _check_roles(f"methods[{i}].evaluate_as", method.evaluate_as)
+        if again := method.evaluate_as.keys() & study.evaluation.evaluate_as.keys():
+            raise UserError(f"'methods[{i}].evaluate_as' has {min(again)!r}, which evaluation.evaluate_as has too")
+    _check_rates(study)
+    _check_claims(study)
     for name, fields in study.metrics.items():
         if not isinstance(fields, dict):
             raise UserError(f"'metrics.{name}' must be a mapping, got {fields!r}")
@@ -199,11 +244,36 @@ def _check_evaluation(evaluation: StudyEvaluation) -> None:
         raise UserError("'evaluation.vq' is missing; name the folder of the VQ tokenizer that made the data")
     if [] not in evaluation.evaluate_as.values():
         raise UserError("'evaluation.evaluate_as' needs an entry of [], the roles of training")
-    for name, overrides in evaluation.evaluate_as.items():
+    _check_roles("evaluation.evaluate_as", evaluation.evaluate_as)
+
+
+def _check_roles(where: str, evaluate_as: dict) -> None:
+    for name, overrides in evaluate_as.items():
         if not _names_a_folder(name):
-            raise UserError(f"'evaluation.evaluate_as' has {name!r}; it names a folder, use letters and digits")
+            raise UserError(f"'{where}' has {name!r}; it names a folder, use letters and digits")
         if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
-            raise UserError(f"'evaluation.evaluate_as.{name}' is {overrides!r}, must be a list of section.key=value")
+            raise UserError(f"'{where}.{name}' is {overrides!r}, must be a list of section.key=value")
+
+
+def _check_rates(study: Study) -> None:
+    if (search := study.learning_rates) is None:
+        return
+    if not search.values or len(set(search.values)) < len(search.values) or min(search.values) <= 0:
+        raise UserError(f"'learning_rates.values' is {search.values}; give at least one rate above 0, each once")
+    if any(search.seed in study.seeds_of(size) for size in study.sizes):
+        raise UserError(f"'learning_rates.seed' is {search.seed}, a seed of the study; give it one of its own")
+    if search.iterations is not None and search.iterations < 1:
+        raise UserError(f"'learning_rates.iterations' is {search.iterations}, must be at least 1")
+
+
+def _check_claims(study: Study) -> None:
+    roles = {method.name: study.evaluated_as(method) for method in study.methods}
+    metrics = [*LOSSES, *(benchmark.name for benchmark in study.evaluation.benchmarks)]
+    claims.check(study.hypotheses, roles, study.budgets, metrics)
+    for metric, least in study.gate.items():
+        claims.check_metric("gate", metric, metrics)
+        if isinstance(least, bool) or not isinstance(least, int | float):
+            raise UserError(f"'gate' asks {least!r} of {metric}, must be a number")
 
 
 def _names_a_folder(name: str) -> bool:
