@@ -14,9 +14,10 @@ from pathlib import Path
 
 from gpu.machine import machine
 from gpu_study import order, page, preparation
-from megatron_ext import command_line, files
+from megatron_ext import command_line, config_file, files
 from megatron_ext.errors import UserError
 from megatron_ext.study import forked, grid, scheduler, status, steps, study_file
+from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
 FILES = Path(__file__).with_name("gpu_study")
@@ -28,20 +29,23 @@ def main() -> None:
     arguments = parse_arguments()
     results: Path = arguments.results
     if arguments.page:
-        return files.write_text(arguments.page, page.page(results))
+        return files.write_text(arguments.page, page.page(*runs_of(study_file.read(results / "study.yaml"))))
     if arguments.prepare or arguments.rehearse:
         packed = preparation.make_world(results, arguments.rehearse)
         print(f"{packed}: {packed.stat().st_size / 2**20:.1f} MB", flush=True)
-    study = read_study(results, arguments.rehearse)
-    runs = order.by_share_of_seeds(study, grid.runs(study))
+    study, runs = runs_of(write_study(results, arguments.rehearse))
     steps.check(runs, study.evaluation)
     print(f"{results}: {len(runs)} runs of {study.name}", flush=True)
-    if arguments.prepare:
-        return
-    execute(arguments, study, runs)
+    if not arguments.prepare:
+        execute(arguments, study, runs)
 
 
-def execute(arguments: argparse.Namespace, study: Study, runs: list) -> None:
+def runs_of(study: Study) -> tuple[Study, list[StudyRun]]:
+    """A study and its runs in order."""
+    return study, order.by_share_of_seeds(study, grid.runs(study))
+
+
+def execute(arguments: argparse.Namespace, study: Study, runs: list[StudyRun]) -> None:
     """Run what is not finished, for as long as there is time, and record the machine."""
     on_gpu = machine()
     if on_gpu["GPU"] == "none" and not arguments.rehearse:
@@ -67,13 +71,13 @@ def execute(arguments: argparse.Namespace, study: Study, runs: list) -> None:
         raise UserError(f"failed: {', '.join(failed)}")
 
 
-def read_study(results: Path, rehearsal: bool) -> Study:
-    """The study over the data in ``results``."""
-    world = preparation.unpack_world(results)
+def write_study(results: Path, rehearsal: bool) -> Study:
+    """The study over the data in ``results``, also in ``RESULTS/study.yaml``."""
     file = results / "study.yaml"
-    files.write_text(file, STUDY.read_text().replace("{WORLD}", str(world)))
+    files.write_text(file, STUDY.read_text().replace("{WORLD}", str(preparation.unpack_world(results))))
     study = study_file.read(file, *([REHEARSAL] if rehearsal else []))
     study.output = str(results)
+    config_file.write_yaml(file, study)
     return study
 
 

@@ -13,7 +13,6 @@ WORLD = Path("runs/compositional")
 """Where the recipe's own command puts the data, which is used if it is there."""
 TINY = {
     "scenes": {"train": 240, "validation": 12, "test": 4},
-    "vocabulary_size": 80,
     "benchmarks": {"splits": ["validation"], "pictures": 3},
 }
 """What a rehearsal changes in the recipe."""
