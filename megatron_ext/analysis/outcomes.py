@@ -1,6 +1,7 @@
 """Tests of the primary outcomes: which differences are shown, and which are shown to be none."""
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_ext.analysis import statistics
@@ -48,9 +49,11 @@ def outcomes(comparisons: Sequence[Comparison], uninformative: Collection[str | 
     Args:
         uninformative: sizes at which nothing is decided, because dense did not learn the tasks.
     """
+    by_setting: Mapping[tuple, list[Comparison]] = defaultdict(list)
+    for c in comparisons:
+        by_setting[c.setting].append(c)
     tested = []
-    for setting in dict.fromkeys(c.setting for c in comparisons):
-        of_setting = [c for c in comparisons if c.setting == setting]
+    for of_setting in by_setting.values():
         for quantity in QUANTITIES:
             tested += _family(quantity, of_setting)
     return [replace(o, verdict="uninformative") if o.size in uninformative else o for o in tested]

@@ -1,4 +1,4 @@
-"""Simulated studies, from rows of results to the intervals and verdicts of the report: they err as often as they say."""
+"""Simulated studies, from rows of results to the report's intervals and verdicts: they err as often as they say."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from megatron_ext.analysis.results import Metric, Results, Row
 
 METRIC = "understanding loss"
 SEEDS = (2, 3, 4, 5, 6)
-STUDIES = 1000
+STUDIES = 800
 """Simulated studies for each number of seeds."""
 
 
