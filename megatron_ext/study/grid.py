@@ -95,7 +95,9 @@ def _run(
     rows = config.training.validation_batches * config.training.global_batch_size
     config.training.validation_batches = -(-rows // batch)
     config.training.global_batch_size = batch
-    config.training.micro_batch_size = math.gcd(config.training.micro_batch_size, batch // _replicas(size, config))
+    rows = batch // _replicas(size, config)
+    most = config.training.micro_batch_size
+    config.training.micro_batch_size = rows if rows <= most else math.gcd(most, rows)
     config.training.seed = config.data.seed = seed
     config.training.validation_interval = config.training.validation_interval or iterations
     processes = _processes(size, config)

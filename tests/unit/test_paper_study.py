@@ -8,7 +8,8 @@ from megatron_ext import config_file
 from megatron_ext.analysis import beside_paper, results
 from megatron_ext.analysis.results import Metric, Results
 from megatron_ext.config import Config
-from megatron_ext.routing.plan import Plan, Role, class_index
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role, class_index
 from megatron_ext.study import study_file
 from megatron_ext.token_classes import Modality, Task
 from support.programs import ROOT
