@@ -11,9 +11,9 @@ from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
 _SECONDARY = ("POPE-A", "POPE-P", "POPE-R", "POPE-yes", "MJHQ-facts, others' prompts", "MJHQ-facts, difference")
+"""Figures that stay out of averages: POPE-F1 and MJHQ-facts already stand for the same answers and pictures."""
 _POINTS = ("chance-corrected", "difference")
 """Ends of names of figures that may be 0 or less."""
-"""Figures that stay out of averages: POPE-F1 and MJHQ-facts already stand for the same answers and pictures."""
 
 
 def collect(study: Study, runs: Sequence[StudyRun]) -> Results:
@@ -33,10 +33,11 @@ def collect(study: Study, runs: Sequence[StudyRun]) -> Results:
 
 
 def _rows(study: Study, run: StudyRun, result: dict, budget: str) -> list[Row]:
-    """A row per ``evaluate_as`` entry; validation losses belong to the roles of training."""
+    """A row per ``evaluate_as`` entry."""
     rows = []
-    for name, overrides in study.evaluated_as(run.method).items():
-        figures = result["evaluated"].get(name, {}) | ({} if overrides else result["losses"])
+    for name, overrides in steps.roles_of(run, study.evaluation).items():
+        own = name in steps.untrained_roles(run, study.evaluation)
+        figures = ({} if own else result["losses"]) | result["evaluated"].get(name, {})
         if not figures:
             continue
         rows.append(

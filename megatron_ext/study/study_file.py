@@ -102,6 +102,10 @@ class StudyEvaluation:
     """Name -> overrides (``plan.preset=dense``) that set the roles in evaluation; [] keeps the roles of training. The
     projections are always those that were trained."""
 
+    def roles_of(self, method: Method) -> dict[str, list[str]]:
+        """Name -> overrides of every set of roles that a method's runs are evaluated with."""
+        return self.evaluate_as | method.evaluate_as
+
 
 @dataclass
 class LearningRates:
@@ -166,10 +170,6 @@ class Study:
     def methods_of(self, size: Size) -> list[Method]:
         """The methods of a size."""
         return [method for method in self.methods if size.methods is None or method.name in size.methods]
-
-    def evaluated_as(self, method: Method) -> dict[str, list[str]]:
-        """Name -> overrides of every set of roles that a method's runs are evaluated with."""
-        return self.evaluation.evaluate_as | method.evaluate_as
 
 
 def read(*files: str | Path) -> Study:
@@ -294,7 +294,7 @@ def _check_claim(where: str, claim: Claim, study: Study, metrics: list[str]) -> 
         method = models.get((term.method, term.trained_on))
         if method is None:
             raise UserError(f"'{where}.terms[{k}]': no method trained on {term.trained_on} is labelled {term.method!r}")
-        if term.evaluated_as is not None and term.evaluated_as not in study.evaluated_as(method):
+        if term.evaluated_as is not None and term.evaluated_as not in study.evaluation.roles_of(method):
             raise UserError(f"'{where}.terms[{k}].evaluated_as' is {term.evaluated_as!r}, not in its 'evaluate_as'")
 
 
