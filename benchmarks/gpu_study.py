@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gpu.machine import machine
@@ -22,6 +23,7 @@ from megatron_ext.study.study_file import Study
 
 FILES = Path(__file__).with_name("gpu_study")
 STUDY, REHEARSAL = FILES / "study.yaml", FILES / "rehearsal.yaml"
+PROBE = FILES / "probe.py"
 REHEARSAL_JOBS = 2
 
 
@@ -56,7 +58,7 @@ def execute(arguments: argparse.Namespace, study: Study, runs: list[StudyRun]) -
     signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
     started = time.monotonic()
     try:
-        scheduler.execute(runs, study.evaluation, jobs, start=forked.start_program)
+        scheduler.execute(runs, study.evaluation, jobs, start=start_of_programs(arguments.results))
     except UserError as stopped:
         print(stopped, file=sys.stderr)
     finally:
@@ -69,6 +71,18 @@ def execute(arguments: argparse.Namespace, study: Study, runs: list[StudyRun]) -
     print(counts)
     if failed := status.failed(study, runs):
         raise UserError(f"failed: {', '.join(failed)}")
+
+
+def start_of_programs(results: Path) -> Callable:
+    """What starts programs: forks, if they can use the GPU. They cannot if an import in the process that they fork from
+    has started CUDA; then each program imports everything itself."""
+    probe = forked.start_program([sys.executable, str(PROBE)], results / "probe.txt", dict(os.environ))
+    while probe.poll() is None:
+        time.sleep(0.1)
+    if probe.poll() == 0:
+        return forked.start_program
+    print(f"forked processes cannot use the GPU ({results / 'probe.txt'}); programs start slowly instead", flush=True)
+    return scheduler.start_program
 
 
 def write_study(results: Path, rehearsal: bool) -> Study:
