@@ -66,6 +66,33 @@ class DenseShareConfig:
 
 
 @dataclass
+class RoleChoice:
+    """Roles that a table may give to classes of tokens in some layers."""
+
+    layers: str | int
+    """As in :class:`RoleEntry`."""
+    task: Literal["understanding", "generation", "text", "all"]
+    modality: Literal["text", "image", "all"]
+    roles: list[Literal["full", "kv_only", "skip"]]
+
+
+@dataclass
+class DrawnTablesConfig:
+    """Random role tables, of which every document draws one in each step (``routing/drawn_tables.py``). Validation,
+    evaluation and generation take the plan's own table."""
+
+    count: int = 0
+    """Number of tables; 0: none."""
+    seed: int = 1
+    """Tables are functions of it."""
+    own: float = 0.125
+    """Probability that a document takes the plan's own table."""
+    choices: list[RoleChoice] = field(default_factory=list)
+    """Roles that the tables may have beside the plan's own. Empty: understanding's image tokens kv_only or skip,
+    generation's skip, and its text kv_only, the last two in all layers but the last."""
+
+
+@dataclass
 class PlanConfig:
     """The role of each class of tokens in each layer (``routing/plan.py``)."""
 
@@ -83,6 +110,7 @@ class PlanConfig:
     """Changes to the preset's roles, applied in order."""
     projections: ProjectionConfig = field(default_factory=ProjectionConfig)
     dense_share: DenseShareConfig = field(default_factory=DenseShareConfig)
+    drawn_tables: DrawnTablesConfig = field(default_factory=DrawnTablesConfig)
 
 
 @dataclass

@@ -13,7 +13,8 @@ from megatron.core.utils import unwrap_model
 from megatron_ext import distributed
 from megatron_ext.config import Config
 from megatron_ext.data.batch import Batch
-from megatron_ext.routing.plan import Plan, Role
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role
 from megatron_ext.token_classes import Modality, Task
 from megatron_ext.transformer.hidden_states import joined
 from training_step.ours import OurStep

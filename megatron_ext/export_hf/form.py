@@ -7,7 +7,8 @@ from typing import Literal
 from megatron_ext.errors import UserError
 from megatron_ext.export_hf.weights import MODULES
 from megatron_ext.model_config import ModelConfig
-from megatron_ext.routing.plan import Plan, Role, class_index
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role, class_index
 from megatron_ext.token_classes import Modality, Task
 from megatron_ext.vocabulary import Vocabulary
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ext.routing.layer_route import CachedLayerRoute, CachePlaces
-from megatron_ext.routing.plan import Plan, Role
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """All but cuDNN's, which makes a new plan for every number of keys: at every token."""

@@ -14,7 +14,8 @@ from megatron_ext.generation.document_batch import document_batch, row_alignment
 from megatron_ext.generation.pipelined_model import PipelinedModel
 from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.layer_route import CachedLayerRoute
-from megatron_ext.routing.plan import Plan, class_index
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import class_index
 from megatron_ext.routing.route import Route, image_places
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.vocabulary import Vocabulary

@@ -13,7 +13,8 @@ from megatron_ext.planning.devices import Device
 from megatron_ext.planning.workload import of_role
 from megatron_ext.routing.flops import Counts, key_width, low_rank_modules, projection_shapes, query_width
 from megatron_ext.routing.image_code_costs import depth_head_multiply_adds, projector_multiply_adds
-from megatron_ext.routing.plan import Plan, Role, task_and_modality
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role, task_and_modality
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.image_code_costs import depth_head_parameters, projector_parameters
 from megatron_ext.routing.pipeline import Task, order
 from megatron_ext.routing.pipeline_layout import stage_layers
-from megatron_ext.routing.plan import Projections, Role
+from megatron_ext.routing.plan import Projections
+from megatron_ext.routing.roles import Role
 
 
 @dataclass(frozen=True)

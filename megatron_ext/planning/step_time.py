@@ -19,7 +19,7 @@ from megatron_ext.routing.flops import TRAINING_PER_FORWARD, Counts, forward_flo
 from megatron_ext.routing.groups import stored_length
 from megatron_ext.routing.pipeline import simulate
 from megatron_ext.routing.pipeline_balance import ModelCosts
-from megatron_ext.routing.plan import Role
+from megatron_ext.routing.roles import Role
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from megatron_ext.config import ModelConfig
 from megatron_ext.routing.flops import low_rank_modules
-from megatron_ext.routing.plan import Projections, Role
+from megatron_ext.routing.plan import Projections
+from megatron_ext.routing.roles import Role
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from megatron_ext.routing.flops import Counts, count
 from megatron_ext.routing.groups import token_classes
 from megatron_ext.routing.layer_route import segment_key_rows
 from megatron_ext.routing.memory import activation_bytes
-from megatron_ext.routing.plan import Plan, Role
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT
 

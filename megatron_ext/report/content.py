@@ -13,7 +13,7 @@ from megatron_ext.report import results
 from megatron_ext.report.chart import Chart, Series, line_chart, number, smooth
 from megatron_ext.report.gather import RunData
 from megatron_ext.report.results import Meter
-from megatron_ext.routing.plan import CLASSES, Role
+from megatron_ext.routing.roles import CLASSES, Role
 from megatron_ext.token_classes import Task
 
 ABILITIES = {

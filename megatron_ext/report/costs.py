@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_ext.config import Config, DenseShareConfig, ProjectionConfig
+from megatron_ext.config import Config, DenseShareConfig, DrawnTablesConfig, ProjectionConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.build import build_mixture
 from megatron_ext.data.packed_rows import PackedRows
@@ -62,7 +62,12 @@ def plan_costs(config: Config, plan: Plan, vocabulary: Vocabulary) -> list[PlanC
 
 def _presets(config: Config) -> dict[str, Plan]:
     """The plans of :data:`PRESETS`, in the layers that the run's settings give for them."""
-    plain = {"table": [], "projections": ProjectionConfig(), "dense_share": DenseShareConfig()}
+    plain = {
+        "table": [],
+        "projections": ProjectionConfig(),
+        "dense_share": DenseShareConfig(),
+        "drawn_tables": DrawnTablesConfig(),
+    }
     plans = {name: replace(config.plan, preset=preset, **plain) for name, preset in PRESETS.items()}
     return {name: Plan.of(plan, config.model.num_layers) for name, plan in plans.items()}
 

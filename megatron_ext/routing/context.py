@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_ext.routing.plan import Role
+from megatron_ext.routing.roles import Role
 from megatron_ext.routing.visible_keys import visible_keys
 
 

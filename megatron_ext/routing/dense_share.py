@@ -56,7 +56,7 @@ class DenseShare:
         elif by_token:
             taken = counter_random.uniform(_TOKENS, selection.number, batch.positions) < selection.share
         else:
-            taken = _document_numbers(batch, selection.number) < selection.share
+            taken = document_numbers(batch, selection.number) < selection.share
         return taken & (batch.modality == Modality.IMAGE) if by_token else taken
 
     def describe(self) -> str:
@@ -67,8 +67,8 @@ class DenseShare:
         return f"share of {self.of.replace('_', ' ')} with dense roles: {share}; {self.evaluation:g} in evaluation"
 
 
-def _document_numbers(batch: Batch, number: int) -> np.ndarray:
-    """A number in [0, 1) for each document, float64 [b, s], from its tokens."""
+def document_numbers(batch: Batch, number: int) -> np.ndarray:
+    """A number in [0, 1) for each document of a batch of arrays, float64 [b, s], from its tokens and ``number``."""
     document = batch.document_starts().ravel().cumsum() - 1
     token = counter_random.key(batch.positions.ravel(), batch.tokens.ravel())
     content = np.zeros(document.max() + 1, dtype=np.uint64)

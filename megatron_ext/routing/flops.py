@@ -33,7 +33,8 @@ from megatron_ext.routing.image_code_costs import (
     projector_parameters,
 )
 from megatron_ext.routing.pipeline_layout import stage_layers
-from megatron_ext.routing.plan import Plan, Projections, Role, task_and_modality
+from megatron_ext.routing.plan import Plan, Projections
+from megatron_ext.routing.roles import Role, task_and_modality
 from megatron_ext.routing.visible_keys import visible_keys
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Selection
-from megatron_ext.routing.plan import Plan, Role, class_index, task_and_modality
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role, class_index, task_and_modality
 from megatron_ext.token_classes import Modality, Task
 
 
@@ -21,12 +22,10 @@ def token_classes(batch: Batch, plan: Plan, selection: Selection | None) -> np.n
     """Class of each token of a batch of arrays, int64 [b, s]: its index in each of ``plan.roles``.
 
     Args:
-        selection: the step's selection of the plan's dense share; None: that of evaluation.
+        selection: the step's selection, :meth:`~megatron_ext.routing.plan.Plan.selection`; None: that of evaluation.
     """
     classes = class_index(batch.task.astype(np.int64), batch.modality)
-    if plan.dense_share:
-        classes += len(Task) * len(Modality) * plan.dense_share.selected(batch, selection)
-    return classes
+    return classes + len(Task) * len(Modality) * plan.table_numbers(batch, selection)
 
 
 @dataclass(frozen=True)

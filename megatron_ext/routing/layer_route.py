@@ -16,7 +16,7 @@ import numpy as np
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.context import Exchange, Placement
 from megatron_ext.routing.permutation import Permutation
-from megatron_ext.routing.plan import Role
+from megatron_ext.routing.roles import Role
 from megatron_ext.routing.segment_buckets import Bucket, filled, in_order
 
 SEGMENTS_MULTIPLE = 16

@@ -53,7 +53,8 @@ from typing import Literal
 from megatron_ext.config import ModelConfig
 from megatron_ext.routing.flops import Counts, key_width, low_rank_modules, projection_shapes, query_width
 from megatron_ext.routing.image_code_costs import codebook_size, vector_width
-from megatron_ext.routing.plan import Plan, Projections, Role
+from megatron_ext.routing.plan import Plan, Projections
+from megatron_ext.routing.roles import Role
 
 _ROW_PARALLEL = ("proj", "fc2")
 

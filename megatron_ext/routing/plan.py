@@ -13,33 +13,32 @@ over a preset::
 A preset that combines existing elements (HiMix, HMGen, a kind of weights) is a row of ``PRESETS``. Another rule for
 roles needs a field of :class:`Preset` and the lines of :meth:`Plan.of` that read it.
 
-Roles depend on the layer and on a token's task and modality. ``dense_share`` shows how to add a further criterion; it,
-too, uses only integers that are known before the forward pass. Criteria based on hidden states, such as pruning by
-attention or merging, are not supported: every stage computes the route of a micro-batch once, before the first layer.
+Roles depend on the layer and on a token's task and modality. ``dense_share`` and ``drawn_tables`` show how to add a
+further criterion; they, too, use only integers that are known before the forward pass. Criteria based on hidden states,
+such as pruning by attention or merging, are not supported: every stage computes the route of a micro-batch once, before
+the first layer.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
+
+import numpy as np
 
 from megatron_ext import config_file
 from megatron_ext.config import Config, DenseShareConfig, PlanConfig
+from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError, check_divisible
 from megatron_ext.routing.dense_share import DenseShare, Selection
+from megatron_ext.routing.drawn_tables import DrawnTables, drawn_tables
+from megatron_ext.routing.roles import (
+    CLASSES,
+    Role,
+    checked_layer,
+    class_index,
+    class_indices,
+    layer_numbers,
+)
 from megatron_ext.token_classes import Modality, Task
-
-
-class Role(IntEnum):
-    """What a token does in a layer.
-
-    FULL: query, key, value, FFN; its hidden state is updated. KV_ONLY: only its key and value are computed; its hidden
-    state stays unchanged. SKIP: takes no part.
-    """
-
-    FULL = 0
-    KV_ONLY = 1
-    SKIP = 2
 
 
 @dataclass(frozen=True)
@@ -116,15 +115,17 @@ class Plan:
 
     Attributes:
         name: the preset's name, followed by ``+table`` where a table changes it.
-        roles: for each layer, the role of each class of token at :func:`class_index`; with a ``dense_share``, followed
-            by the roles of selected tokens in the same order.
+        roles: for each layer, the role of each class of token at :func:`class_index`; with a ``dense_share`` or
+            ``drawn_tables``, followed by further tables in the same order: that of selected tokens, or those drawn.
         dense_share: the share of the data that takes the dense roles, if any.
+        drawn_tables: the random tables of which documents draw one, if any.
     """
 
     name: str
     roles: tuple[tuple[Role, ...], ...]
     projections: Projections
     dense_share: DenseShare | None = None
+    drawn_tables: DrawnTables | None = None
 
     @classmethod
     def of(cls, config: PlanConfig, num_layers: int) -> "Plan":
@@ -138,7 +139,7 @@ class Plan:
         preset = PRESETS[config.preset]
         roles = [[Role.FULL] * (len(Task) * len(Modality)) for _ in range(num_layers)]
         if preset.himix:
-            for layer in range(_checked(config.himix_start, "plan.himix_start", num_layers), num_layers):
+            for layer in range(checked_layer(config.himix_start, "plan.himix_start", num_layers), num_layers):
                 roles[layer][class_index(Task.UNDERSTANDING, Modality.IMAGE)] = Role.KV_ONLY
         if preset.hmgen:
             for layer in shallow_layers(config, num_layers):
@@ -147,10 +148,8 @@ class Plan:
             roles[-1][class_index(Task.UNDERSTANDING, Modality.IMAGE)] = Role.KV_ONLY
         for i, entry in enumerate(config.table):
             where = f"plan.table[{i}]"
-            tasks = Task if entry.task == "all" else [Task[entry.task.upper()]]
-            modalities = Modality if entry.modality == "all" else [Modality[entry.modality.upper()]]
-            for layer in _layers(str(entry.layers), f"{where}.layers", num_layers):
-                for index in (class_index(t, m) for t in tasks for m in modalities):
+            for layer in layer_numbers(str(entry.layers), f"{where}.layers", num_layers):
+                for index in class_indices(entry.task, entry.modality):
                     roles[layer][index] = Role[entry.role.upper()]
         settings = config.projections
         kind = preset.kind if settings.kind == "preset" else settings.kind
@@ -163,11 +162,18 @@ class Plan:
             raise UserError(f"config: 'plan.projections.rank' is {settings.rank}, must be at least 1")
         projections = Projections(kind, tuple(settings.modules), settings.rank, settings.per_task)
         name = config.preset + ("+table" if config.table else "")
-        share = _dense_share(config.dense_share)
+        share, own = _dense_share(config.dense_share), tuple(map(tuple, roles))
+        drawn, tables = drawn_tables(config.drawn_tables, own)
+        if share and drawn:
+            raise UserError(
+                "config: 'plan.dense_share' and 'plan.drawn_tables' both give documents other roles; drop one"
+            )
         if share:
-            name += "+dense_share"
-            roles = [layer + [Role.FULL] * len(layer) for layer in roles]
-        return cls(name, tuple(map(tuple, roles)), projections, share)
+            name, tables = f"{name}+dense_share", [((Role.FULL,) * len(own[0]),) * num_layers]
+        if drawn:
+            name += "+drawn_tables"
+        roles = tuple(sum(layers, ()) for layers in zip(own, *tables))
+        return cls(name, roles, projections, share, drawn)
 
     @classmethod
     def from_config(cls, config: Config) -> "Plan":
@@ -185,12 +191,31 @@ class Plan:
         return not self.projections.components and all(role == Role.FULL for roles in self.roles for role in roles)
 
     def role(self, layer: int, task: Task, modality: Modality) -> Role:
-        """Role of tokens of this task and modality in ``layer`` (from 0), unless a dense share selects them."""
+        """Role of tokens of this task and modality in ``layer`` (from 0) by the plan's own table."""
         return self.roles[layer][class_index(task, modality)]
 
     def selection(self, iteration: int, iterations: int) -> Selection | None:
-        """The selection of the dense share in a training iteration, counted from 0; None without a dense share."""
+        """The selection of the dense share or the drawn tables in a training iteration, counted from 0; None without
+        either."""
+        if self.drawn_tables:
+            return self.drawn_tables.selection(iteration)
         return self.dense_share and self.dense_share.selection(iteration, iterations)
+
+    def table_numbers(self, batch: Batch, selection: Selection | None) -> np.ndarray | int:
+        """The number of the table in ``roles`` of each token of rows on the host, int64 [b, s]; 0 if there is one.
+
+        Args:
+            selection: that of a training iteration; None: that of evaluation.
+        """
+        if self.drawn_tables:
+            return self.drawn_tables.numbers(batch, selection)
+        return self.dense_share.selected(batch, selection).astype(np.int64) if self.dense_share else 0
+
+    def with_table(self, number: int) -> "Plan":
+        """The plan in which every token takes one of the tables."""
+        size = len(Task) * len(Modality)
+        roles = tuple(layer[number * size : (number + 1) * size] for layer in self.roles)
+        return replace(self, roles=roles, dense_share=None, drawn_tables=None)
 
     def table(self) -> str:
         """The plan as text: one line per layer, one column per class of token."""
@@ -207,29 +232,9 @@ class Plan:
             lines.append(f"image tokens: {kind.kind} projections{rank}{tasks} in {', '.join(kind.modules)}")
         if self.dense_share:
             lines.append(self.dense_share.describe())
+        if self.drawn_tables:
+            lines.append(self.drawn_tables.describe())
         return "\n".join(line.rstrip() for line in lines)
-
-
-CLASSES = (
-    (Task.UNDERSTANDING, Modality.IMAGE),
-    (Task.UNDERSTANDING, Modality.TEXT),
-    (Task.GENERATION, Modality.TEXT),
-    (Task.GENERATION, Modality.IMAGE),
-    (Task.TEXT, Modality.TEXT),
-)
-"""The classes of tokens in training data, in document order. Images in documents of the text task are legal too, and
-FULL unless a table says otherwise."""
-
-
-def class_index(task: Task, modality: Modality) -> int:
-    """Index of a class of token; also accepts arrays and tensors of tasks and modalities."""
-    return task * len(Modality) + modality
-
-
-def task_and_modality(index: int) -> tuple[Task, Modality]:
-    """Task and modality of a class of token by its index, whether in a dense share or not."""
-    task, modality = divmod(index % (len(Task) * len(Modality)), len(Modality))
-    return Task(task), Modality(modality)
 
 
 def shallow_layers(config: PlanConfig, num_layers: int) -> list[int]:
@@ -240,7 +245,7 @@ def shallow_layers(config: PlanConfig, num_layers: int) -> list[int]:
     """
     if config.shallow_layers:
         return sorted(
-            {_checked(n, f"plan.shallow_layers[{i}]", num_layers) for i, n in enumerate(config.shallow_layers)}
+            {checked_layer(n, f"plan.shallow_layers[{i}]", num_layers) for i, n in enumerate(config.shallow_layers)}
         )
     count = max(1, round(num_layers * 3 / 16)) if config.shallow_count is None else config.shallow_count
     if not 0 <= count <= num_layers:
@@ -298,26 +303,3 @@ def _dense_share(config: DenseShareConfig) -> DenseShare | None:
             f"config: 'plan.dense_share.evaluation' is {shares['evaluation']:g}, must be 0 or 1 for documents"
         )
     return DenseShare(config.of, **shares)
-
-
-def _layers(text: str, key: str, num_layers: int) -> list[int]:
-    """Layers of an entry: ``all``, or numbers and ranges such as ``0,2-4,6-`` (to the last), both ends included."""
-    if text == "all":
-        return list(range(num_layers))
-    layers = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(-?)\s*(\d*)\s*", part)
-        if not match or (match[3] and not match[2]):
-            raise UserError(f"config: '{key}' is {text!r}; write all, or layers and ranges such as 0,2-4,6-")
-        first = _checked(int(match[1]), key, num_layers)
-        last = first if not match[2] else _checked(int(match[3]), key, num_layers) if match[3] else num_layers - 1
-        if last < first:
-            raise UserError(f"config: '{key}' is {text!r}; the range {part.strip()} runs backwards")
-        layers += range(first, last + 1)
-    return layers
-
-
-def _checked(layer: int, key: str, num_layers: int) -> int:
-    if not 0 <= layer < num_layers:
-        raise UserError(f"config: '{key}' names layer {layer}; the model has layers 0 .. {num_layers - 1}")
-    return layer

@@ -29,7 +29,8 @@ from megatron_ext.routing.dense_share import Selection
 from megatron_ext.routing.groups import plan_groups, stored_length, token_classes
 from megatron_ext.routing.layer_route import LayerRoute, RowSlices, StoredRows, layer_route, row_count, row_slices
 from megatron_ext.routing.permutation import Permutation
-from megatron_ext.routing.plan import Plan, Role
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality
 
 if TYPE_CHECKING:  # worker processes build routes of arrays and need not import torch

@@ -1,7 +1,7 @@
 """The cost of packed rows under a plan, before they are rendered: FLOPs of a forward pass, as exact integers.
 
 Rows are costed to be spread over replicas and micro-batches (:mod:`megatron_ext.data.composition`). Which documents or
-tokens a dense share selects depends on their content, so with one a row costs what is expected.
+tokens a dense share selects, or which table they draw, depends on their content, so a row then costs what is expected.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from megatron_ext.routing.flops import (
     projector_flops,
     query_width,
 )
-from megatron_ext.routing.plan import Plan, Role, class_index
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role, class_index
 from megatron_ext.token_classes import Modality
 
-_SHARES = 1 << 10  # to which a dense share is rounded
+_SHARES = 1 << 10  # to which parts of the tokens are rounded
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,26 @@ class RowCosts:
     iterations: int | None = None
 
     def __call__(self, contents: RowContents, step: int) -> np.ndarray:
-        share = round(_SHARES * self._dense_share(step))
         costs = self._head(contents)
-        for plan, part in ((self.plan, _SHARES - share), (dense(self.plan), share)):
-            if part == _SHARES:
-                costs = costs + self._layers(contents, plan)
-            elif part:
-                costs = costs + self._layers(contents, plan) // _SHARES * part
+        for plans, part in self._parts(step):
+            if part:
+                layers = sum(self._layers(contents, plan) // len(plans) for plan in plans)
+                costs = costs + (layers if part == 1 else layers // _SHARES * round(_SHARES * part))
         return costs
 
-    def _dense_share(self, step: int) -> float:
-        share = self.plan.dense_share
+    def _parts(self, step: int) -> list[tuple[list[Plan], float]]:
+        """Plans, and the part of the tokens that is expected to take one of them in a step, each as likely."""
+        plan, share, drawn = self.plan, self.plan.dense_share, self.plan.drawn_tables
+        if drawn and self.iterations is not None:
+            tables = [plan.with_table(1 + number) for number in range(drawn.count)]
+            return [([plan], drawn.own), (tables, 1 - drawn.own)]
         if not share:
-            return 0.0
-        return share.evaluation if self.iterations is None else share.selection(step, self.iterations).share
+            return [([plan], 1)]
+        part = share.evaluation if self.iterations is None else share.selection(step, self.iterations).share
+        return [([plan], 1 - part), ([dense(plan)], part)]
 
     def _layers(self, contents: RowContents, plan: Plan) -> np.ndarray:
-        """FLOPs of the layers for each row under the roles of tokens that no dense share selects."""
+        """FLOPs of the layers for each row under the roles of the plan's own table."""
         kind = class_index(contents.task, contents.modality)
         rows = len(contents.learnt)
         tokens = np.bincount(NUM_CLASSES * contents.row + kind, contents.length, NUM_CLASSES * rows).astype(np.int64)

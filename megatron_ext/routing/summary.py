@@ -24,7 +24,8 @@ from megatron_ext.routing.flops import (
 from megatron_ext.routing.image_code_costs import depth_head_multiply_adds
 from megatron_ext.routing.memory import activation_bytes, depth_head_bytes, projector_bytes
 from megatron_ext.routing.pipeline_layout import stage_layers
-from megatron_ext.routing.plan import CLASSES, Plan, class_index, task_and_modality
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import CLASSES, class_index, task_and_modality
 
 
 def summarize(config: Config, vocab_size: int, batch: Batch, all_logits: bool = False) -> dict:
@@ -194,7 +195,7 @@ def _stage_table(stages: list[dict]) -> list[str]:
 
 
 def _order(plan: Plan) -> list[int]:
-    """Class indices in document order, then those absent from training data, then those of a dense share."""
+    """Class indices in document order, then those absent from training data, then those of further tables."""
     first = [class_index(*c) for c in CLASSES]
     return first + [i for i in range(len(plan.roles[0])) if i not in first]
 

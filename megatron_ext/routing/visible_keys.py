@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_ext.routing.plan import Role
+from megatron_ext.routing.roles import Role
 
 
 def visible_keys(role: np.ndarray, first: np.ndarray) -> np.ndarray:

@@ -31,11 +31,12 @@ def collect(study: Study, runs: Sequence[StudyRun]) -> Results:
 
 
 def _rows(study: Study, run: StudyRun, result: dict, budget: str) -> list[Row]:
-    """A row per ``evaluate_as`` entry; validation losses belong to the roles of training alone."""
+    """A row per ``evaluate_as`` entry. The roles of training have a name only where every method has several."""
     several = len(study.evaluation.evaluate_as) > 1
     rows = []
-    for name, overrides in study.evaluation.evaluate_as.items():
-        figures = result["evaluated"].get(name, {}) | ({} if overrides else result["losses"])
+    for name in steps.roles_of(run, study.evaluation):
+        own = name in steps.untrained_roles(run, study.evaluation)
+        figures = ({} if own else result["losses"]) | result["evaluated"].get(name, {})
         if not figures:
             continue
         rows.append(
@@ -49,7 +50,7 @@ def _rows(study: Study, run: StudyRun, result: dict, budget: str) -> list[Row]:
                 size=run.size.name,
                 parameters=run.length.parameters,
                 budget=budget,
-                evaluated_as=name if several else None,
+                evaluated_as=name if several or name in run.method.evaluate_as else None,
                 iterations=result["iterations"],
                 tokens=result["tokens"],
                 flops=result["flops"],

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ext import config_file
+from megatron_ext.analysis.hypotheses import Claim, Hypothesis
 from megatron_ext.analysis.results import Metric
 from megatron_ext.errors import UserError
-from megatron_ext.study import claims
 
 PICTURES = "mjhq"
 """The benchmark that is answered with generated pictures."""
@@ -102,6 +102,10 @@ class StudyEvaluation:
     """Name -> overrides (``plan.preset=dense``) that set the roles in evaluation; [] keeps the roles of training. The
     projections are always those that were trained."""
 
+    def roles_of(self, method: Method) -> dict[str, list[str]]:
+        """Name -> overrides of every set of roles that a method's runs are evaluated with."""
+        return self.evaluate_as | method.evaluate_as
+
 
 @dataclass
 class LearningRates:
@@ -146,7 +150,8 @@ class Study:
     gate: dict = field(default_factory=dict)
     """Metric -> the least that dense, trained on both tasks, must reach on average over the seeds; a size where it does
     not is uninformative, and decides no hypothesis."""
-    hypotheses: list[claims.Hypothesis] = field(default_factory=list)
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+    """Decided by the report at every size; terms name methods by their labels."""
     metrics: dict = field(default_factory=dict)
     """Metric -> {task, higher_is_better, in_average}, to override what is guessed from its name."""
     replicates: int = 200
@@ -167,10 +172,6 @@ class Study:
     def methods_of(self, size: Size) -> list[Method]:
         """The methods of a size."""
         return [method for method in self.methods if size.methods is None or method.name in size.methods]
-
-    def evaluated_as(self, method: Method) -> dict[str, list[str]]:
-        """Name -> overrides of every set of roles that a method's runs are evaluated with."""
-        return self.evaluation.evaluate_as | method.evaluate_as
 
 
 def read(*files: str | Path) -> Study:
@@ -267,13 +268,42 @@ def _check_rates(study: Study) -> None:
 
 
 def _check_claims(study: Study) -> None:
-    roles = {method.name: study.evaluated_as(method) for method in study.methods}
     metrics = [*LOSSES, *(benchmark.name for benchmark in study.evaluation.benchmarks)]
-    claims.check(study.hypotheses, roles, study.budgets, metrics)
+    names = [hypothesis.name for hypothesis in study.hypotheses]
+    for i, hypothesis in enumerate(study.hypotheses):
+        if names.count(hypothesis.name) > 1:
+            raise UserError(f"'hypotheses[{i}].name' is {hypothesis.name!r}, like another one; use another name")
+        if not hypothesis.claims:
+            raise UserError(f"'hypotheses[{i}].claims' is empty; {hypothesis.name} needs a claim")
+        for j, claim in enumerate(hypothesis.claims):
+            _check_claim(f"hypotheses[{i}].claims[{j}]", claim, study, metrics)
     for metric, least in study.gate.items():
-        claims.check_metric("gate", metric, metrics)
+        _check_metric("gate", metric, metrics)
         if isinstance(least, bool) or not isinstance(least, int | float):
-            raise UserError(f"'gate' asks {least!r} of {metric}, must be a number")
+            raise UserError(f"'gate.{metric}' is {least!r}, must be a number")
+
+
+def _check_claim(where: str, claim: Claim, study: Study, metrics: list[str]) -> None:
+    _check_metric(f"{where}.metric", claim.metric, metrics)
+    if claim.above is None and claim.below is None:
+        raise UserError(f"'{where}' has no bound; give it above, below, or both")
+    if claim.budget is not None and claim.budget not in study.budgets:
+        raise UserError(f"'{where}.budget' is {claim.budget!r}, must be one of {', '.join(study.budgets)}")
+    if not claim.terms:
+        raise UserError(f"'{where}.terms' is empty; give it at least one model")
+    models = {(method.label or method.name, method.trained_on): method for method in study.methods}
+    for k, term in enumerate(claim.terms):
+        method = models.get((term.method, term.trained_on))
+        if method is None:
+            raise UserError(f"'{where}.terms[{k}]': no method trained on {term.trained_on} is labelled {term.method!r}")
+        if term.evaluated_as is not None and term.evaluated_as not in study.evaluation.roles_of(method):
+            raise UserError(f"'{where}.terms[{k}].evaluated_as' is {term.evaluated_as!r}, not in its 'evaluate_as'")
+
+
+def _check_metric(where: str, metric: str, metrics: list[str]) -> None:
+    """Check that a benchmark or a loss of the study gives a metric, as far as its name shows."""
+    if not any(metric.lower().startswith(start) for start in metrics):
+        raise UserError(f"'{where}' names {metric!r}; the study's losses and benchmarks are {', '.join(metrics)}")
 
 
 def _names_a_folder(name: str) -> bool:

@@ -17,7 +17,8 @@ from megatron_ext.hugging_face.folder import ModelFolder, is_model_folder
 from megatron_ext.hugging_face.loading import check_published, load_published
 from megatron_ext.routing.flops import parameter_count
 from megatron_ext.routing.pipeline_layout import layers_of_chunks
-from megatron_ext.routing.plan import Plan, task_and_modality
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import task_and_modality
 from megatron_ext.routing.row_costs import RowCosts
 from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.image_codes import check_images, with_tokenizer

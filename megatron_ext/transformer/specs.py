@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_ext import compat, cpu
-from megatron_ext.routing.plan import Projections, Role
+from megatron_ext.routing.plan import Projections
+from megatron_ext.routing.roles import Role
 from megatron_ext.transformer import fp8
 from megatron_ext.transformer.activation import SwiGLU
 from megatron_ext.transformer.attention import UnifiedSelfAttention

@@ -32,7 +32,8 @@ def _around_layers(folder: Path) -> tuple:
 
     from megatron_ext import config_file
     from megatron_ext.config import Config
-    from megatron_ext.routing.plan import Plan, Role
+    from megatron_ext.routing.plan import Plan
+    from megatron_ext.routing.roles import Role
     from megatron_ext.routing.route import Route
     from megatron_ext.transformer.hidden_states import joined
     from megatron_ext.transformer.model import build_chunks

@@ -14,7 +14,8 @@ from megatron_ext.config import ModelConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.model_config import ImageCodesConfig
 from megatron_ext.routing.dense_share import Selection
-from megatron_ext.routing.plan import Plan, Role
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -182,6 +183,11 @@ def roles_of(plan: Plan, layer: int, batch: Batch, selection: Selection | None =
     for task in Task:
         for modality in Modality:
             role[tokens_of(task, modality, batch)] = int(plan.role(layer, task, modality))
+    if plan.drawn_tables:
+        numbers = torch.from_numpy(plan.drawn_tables.numbers(batch, selection))
+        for number in numbers.unique().tolist():
+            own = roles_of(plan.with_table(number), layer, batch)
+            role = torch.where(numbers == number, own, role)
     if plan.dense_share:
         role[torch.from_numpy(plan.dense_share.selected(batch, selection)) & (batch.document != PADDING_DOCUMENT)] = (
             int(Role.FULL)

@@ -81,6 +81,16 @@ def test_with_a_dense_share_a_row_costs_what_is_expected(every_layout):
     assert whole.plan.roles == dense(costs.plan).roles
 
 
+def test_with_drawn_tables_a_row_costs_their_mean(every_layout):
+    rows, costs = PackedRows(every_layout, LENGTH), row_costs("plan.drawn_tables={count: 3, own: 0.25}")
+    contents = rows.contents(0, 30)
+    batch, of_tables = [rows.batch(row, row + 1) for row in range(30)], []
+    for plan in map(costs.plan.with_table, range(4)):
+        of_tables.append([forward_flops(costs.model, 200, plan, count(rows, plan)) for rows in batch])
+    np.testing.assert_allclose(costs(contents, 0), np.mean(of_tables, axis=0), rtol=1e-3)
+    assert len(set(map(tuple, of_tables))) > 2
+
+
 @pytest.mark.parametrize("replicas, size, multiple", [(1, 4, 1), (3, 2, 1), (5, 3, 4), (30, 1, 1)])
 def test_balanced_replicas_share_the_rows_of_a_step_and_resume_alike(every_layout, replicas, size, multiple):
     whole = Composition(size, multiple, row_costs("plan.preset=himix_hmgen_share_all"))

@@ -13,7 +13,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.context import attention_load
 from megatron_ext.routing.groups import plan_groups
 from megatron_ext.routing.image_code_costs import depth_head_multiply_adds
-from megatron_ext.routing.plan import Plan, Role
+from megatron_ext.routing.plan import Plan
+from megatron_ext.routing.roles import Role
 from megatron_ext.routing.route import Route, placed
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training.prepare import Preparation

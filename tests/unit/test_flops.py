@@ -33,7 +33,8 @@ from megatron_ext.routing.flops import (
 )
 from megatron_ext.routing.memory import activation_bytes, depth_head_bytes
 from megatron_ext.routing.pipeline_layout import stage_layers
-from megatron_ext.routing.plan import PRESETS, Plan, Projections, Role, class_index
+from megatron_ext.routing.plan import PRESETS, Plan, Projections
+from megatron_ext.routing.roles import Role, class_index
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
 from megatron_ext.training.config_checks import validate

@@ -7,7 +7,8 @@ import pytest
 from megatron_ext import config_file
 from megatron_ext.config import Config, PlanConfig
 from megatron_ext.errors import UserError
-from megatron_ext.routing.plan import PRESETS, Plan, Role, with_roles
+from megatron_ext.routing.plan import PRESETS, Plan, with_roles
+from megatron_ext.routing.roles import Role
 from megatron_ext.token_classes import Modality, Task
 from megatron_ext.training.config_checks import validate
 

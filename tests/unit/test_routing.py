@@ -11,7 +11,8 @@ from megatron_ext import config_file
 from megatron_ext.config import Config, DenseShareConfig, ModelConfig, PlanConfig, ProjectionConfig, RoleEntry
 from megatron_ext.data.batch import Batch
 from megatron_ext.routing.dense_share import Selection
-from megatron_ext.routing.plan import PRESETS, Plan, Role
+from megatron_ext.routing.plan import PRESETS, Plan
+from megatron_ext.routing.roles import Role
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import PADDING_DOCUMENT, Layout, Modality, Task
 from megatron_ext.transformer.hidden_states import joined

@@ -376,15 +376,31 @@ def test_likelihoods_and_pictures_are_resampled_too(tmp_path):
         assert low < scored.scores.headline[column] < high and high - low > 1, column
 
 
-def test_equal_roles_are_evaluated_once(study):
-    evaluation = study_file.StudyEvaluation(
-        "vq", [study_file.StudyBenchmark("pope", "data")], {"trained": [], "dense": ["plan.preset=dense"]}
-    )
-    runs = {run.method.name: run for run in grid.runs(study())}
-    names = {name: [step.name for step in steps.steps(run, evaluation)] for name, run in runs.items()}
-    assert names["dense"] == ["training", "evaluation (trained)"]
-    assert names["share-all"] == ["training", "evaluation (trained)", "evaluation (dense)"]
-    assert names["hmgen-g"] == ["training"]  # has no benchmarks
+def test_a_benchmark_is_asked_again_only_under_roles_that_differ_for_its_documents(study):
+    roles = {"himix_from_0": ["plan.preset=himix"], "himix_from_1": ["plan.preset=himix", "plan.himix_start=1"]}
+    roles["skip_from_0"] = ["plan.table=[{layers: 0-, task: generation, modality: image, role: skip}]"]
+    benchmarks = [study_file.StudyBenchmark(name, "data") for name in ("pope", "mjhq")]
+    evaluation = study_file.StudyEvaluation("vq", benchmarks, {"trained": []})
+    run = next(run for run in grid.runs(study()) if run.method.name == "dense")
+    run.method.evaluate_as = roles
+    commands = {step.name: step.command for step in steps.steps(run, evaluation)}
+    asked = {name: [b for b in ("pope", "mjhq") if b in command] for name, command in commands.items()}
+    assert asked == {  # lossless dense freezes the images of questions in layer 1, the last
+        "training": [],
+        "evaluation (trained)": ["pope", "mjhq"],
+        "evaluation (himix_from_0)": ["pope"],
+        "evaluation (skip_from_0)": ["mjhq"],
+        "validation losses": [],
+    }
+    command = commands["validation losses"]
+    named = [command[number + 1] for number, word in enumerate(command) if word == "--roles"]
+    assert named == ["himix_from_0", "skip_from_0"]
+    files = {"trained": {"pope.jsonl": {"F1": 1.0}, "mjhq": {"FID": 2.0}}, "skip_from_0": {"mjhq": {"FID": 3.0}}}
+    for name, scores in files.items():
+        entries = [{"file": f"x/{file}", "scores": {"headline": headline}} for file, headline in scores.items()]
+        write_json(run.folder / "benchmarks" / f"{name}.json", {"files": entries})
+    assert steps.scores(run, evaluation, "himix_from_1") == {"F1": 1.0, "FID": 2.0}
+    assert steps.scores(run, evaluation, "skip_from_0") == {"F1": 1.0, "FID": 3.0}
 
 
 def test_evaluations_are_separate_and_incomplete_while_answers_are_missing(study, tmp_path):

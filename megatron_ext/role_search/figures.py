@@ -1,0 +1,157 @@
+"""The figures of a finished search, as plain data."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+
+from megatron_ext.analysis import statistics
+from megatron_ext.role_search import measure, training
+from megatron_ext.role_search.space import key
+from megatron_ext.role_search.stages import ARMS, UNCHANGED, Search, of_arm
+from megatron_ext.role_search.training import Trainings
+from megatron_ext.routing.roles import task_and_modality
+from megatron_ext.study.study_file import LOSSES
+
+FEWEST = 3
+"""Fewest tables for a rank correlation."""
+
+
+def collect(search: Search) -> dict:
+    """What ``OUT/search.json`` has.
+
+    Keys: ``settings``; ``unchanged`` (losses of the plan without changes with the drawn model); ``changes``, one entry
+    per single change; ``tables``, by name, with costs, predicted and measured changes of loss and the score in each
+    rung; ``rank_correlations``; ``best``, the best table of each arm; ``fresh``, log ratios on fresh seeds; ``spent``,
+    FLOPs and numbers of tables and runs.
+    """
+    base = search.losses[key(search.space.own)]
+    best = {arm: training.best(search.rungs[-1], of_arm(arm, search.rungs[-1].results()), 1)[0] for arm in ARMS}
+    tables = _tables(search)
+    return {
+        "settings": asdict(search.settings),
+        "unchanged": {
+            "cost": search.costs.ratio(search.space.own),
+            "losses": {task: sum(sums) / sum(base.tokens[task]) for task, sums in base.sums.items()},
+        },
+        "changes": _changes(search),
+        "tables": tables,
+        "rank_correlations": _correlations(tables, len(search.rungs)),
+        "best": best,
+        "fresh": _fresh(search.fresh, best),
+        "spent": _spent(search),
+    }
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, with mean ranks for ties; None for fewer than three pairs, or ties alone."""
+    ranks = [pd.Series(values).rank().to_numpy() for values in (first, second)]
+    if len(first) < FEWEST or min(map(np.ptp, ranks)) == 0:
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _changes(search: Search) -> list[dict]:
+    base, changes = search.losses[key(search.space.own)], []
+    for (layer, index, role), losses in measure.single_changes(search.space, search.losses).items():
+        task, modality = (value.name.lower() for value in task_and_modality(index))
+        table = search.space.changed((layer, index, role))
+        ratios = losses.log_ratio(base)
+        changes.append(
+            {
+                "layer": layer,
+                "task": task,
+                "modality": modality,
+                "role": role.name.lower(),
+                "saves": search.costs.ratio(search.space.own) - search.costs.ratio(table),
+                "change": {name: change for name, (change, _) in ratios.items()},
+                "standard_error": {name: _finite(error) for name, (_, error) in ratios.items()},
+            }
+        )
+    return changes
+
+
+def _tables(search: Search) -> dict[str, dict]:
+    base, tables = search.losses[key(search.space.own)], {}
+    for name, table in search.tables.items():
+        losses = search.losses[key(table)]
+        tables[name] = {
+            "plan": training.plan_section(search.settings, search.space, table),
+            "cost": search.costs.ratio(table),
+            "predicted": search.predicted[name],
+            "measured": losses.change(base),
+            "rungs": [],
+        }
+    for rung in search.rungs:
+        for name, of_seeds in rung.results().items():
+            (result,) = of_seeds.values()
+            tables[name]["rungs"].append({"score": _finite(training.score(result)), **result["losses"]})
+    return tables
+
+
+def _correlations(tables: Mapping[str, dict], rungs: int) -> dict[str, dict[str, float | None]]:
+    """Rank correlations of each two consecutive orders of the tables, over those that have both, in all and by arm."""
+    orders = {"predicted": lambda t: t["predicted"], "measured together": lambda t: t["measured"]}
+    for number in range(rungs):
+        orders[f"rung {number + 1}"] = lambda t, n=number: t["rungs"][n]["score"] if n < len(t["rungs"]) else None
+    names, correlations = list(orders), {}
+    for first, second in zip(names, names[1:]):
+        of_pair = {}
+        for arm in (*ARMS, "all"):
+            values = [
+                (orders[first](t), orders[second](t)) for n, t in tables.items() if arm == "all" or n.startswith(arm)
+            ]
+            pairs = [pair for pair in values if None not in pair]
+            of_pair[arm] = rank_correlation(*zip(*pairs)) if pairs else None
+        correlations[f"{first} / {second}"] = of_pair
+    return correlations
+
+
+def _fresh(trainings: Trainings, best: Mapping[str, str]) -> dict:
+    """Log ratios of losses on fresh seeds: each arm's best against the plan without changes, and against each other."""
+    results = trainings.results()
+    names = {arm: results[name] for arm, name in best.items()} | {UNCHANGED: results[UNCHANGED]}
+    pairs = [("searched", UNCHANGED), ("random", UNCHANGED), ("searched", "random")]
+    comparisons = {}
+    for first, second in pairs:
+        name = f"{first} / {second}"
+        comparisons[name] = {"flops_ratio": _flops_ratio(names[first], names[second])}
+        for loss in LOSSES:
+            values = [
+                math.log(names[first][s]["losses"][loss] / names[second][s]["losses"][loss]) for s in names[first]
+            ]
+            comparisons[name][loss] = {
+                "log_ratios": values,
+                "estimate": asdict(statistics.t_interval(values)),
+                "equivalence": asdict(statistics.equivalence(values)),
+            }
+    losses = {n: {s: result["losses"] for s, result in of_seeds.items()} for n, of_seeds in names.items()}
+    return {"losses": losses, "comparisons": comparisons}
+
+
+def _flops_ratio(first: Mapping[int, dict], second: Mapping[int, dict]) -> float:
+    """FLOPs of the training, over all seeds."""
+    return sum(r["flops"] for r in first.values()) / sum(r["flops"] for r in second.values())
+
+
+def _spent(search: Search) -> dict:
+    """FLOPs and tokens of every part of the search, and how many tables it looked at."""
+    drawn = sum(search.drawn.flops.values())
+    arms = dict.fromkeys(ARMS, 0)
+    for rung in search.rungs:
+        for name, flops in rung.flops.items():
+            arms[name.partition("-")[0]] += flops
+    return {
+        "drawn_flops": drawn,
+        "rungs_flops": arms,
+        "fresh_flops": sum(search.fresh.flops.values()),
+        "tables_measured": len(search.losses),
+        "tables_trained": {arm: len(of_arm(arm, search.tables)) for arm in arms},
+        "runs": 1 + sum(len(t.runs) for t in (*search.rungs, search.fresh)),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

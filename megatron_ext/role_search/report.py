@@ -1,0 +1,129 @@
+"""The report of a search, in Markdown."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from megatron_ext.analysis import tables
+from megatron_ext.study.study_file import LOSSES
+
+SHOWN = 8
+"""Tables of each arm that are listed."""
+
+
+def markdown(numbers: dict) -> str:
+    """The report.
+
+    Args:
+        numbers: what ``OUT/search.json`` has (:func:`megatron_ext.role_search.figures.collect`).
+    """
+    settings, spent = numbers["settings"], numbers["spent"]
+    parts = [
+        f"# Role search: {settings['name']}",
+        f"Tables cost at most {settings['cost']:g} of the FLOPs of lossless dense. Changes of loss are log ratios in "
+        "per cent: 1 is a loss that is 1 % higher.",
+        "## On fresh seeds",
+        _fresh(numbers),
+        "## The best table of each arm",
+        *(f"{name} ({arm}):\n\n{_roles(numbers['tables'][name]['plan'])}" for arm, name in numbers["best"].items()),
+        "## Change of loss for a single role",
+        f"With the model whose documents drew {settings['drawn']['tables']} tables, on the same "
+        f"{settings['drawn']['rows']} rows for every table. *Saves* is the part of lossless dense's FLOPs.",
+        _changes(numbers["changes"]),
+        "## Tables",
+        f"The best {SHOWN} of each arm. *Predicted* adds up single changes of both losses, *together* is measured with "
+        "the same model; the scores of the rungs are ln(understanding loss) + ln(generation loss) after training from "
+        "the start.",
+        _tables(numbers["tables"], len(settings["rungs"])),
+        "## Rank correlations",
+        _correlations(numbers["rank_correlations"]),
+        "## What it took",
+        _spent(spent),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fresh(numbers: dict) -> str:
+    rows = []
+    for name, comparison in numbers["fresh"]["comparisons"].items():
+        row = [name, f"{comparison['flops_ratio']:.3f}"]
+        for loss in LOSSES:
+            estimate, equivalence = comparison[loss]["estimate"], comparison[loss]["equivalence"]
+            row += [_interval(estimate), "yes" if equivalence["holds"] else "not shown"]
+        rows.append(row)
+    columns = ["", "FLOPs", *(name for loss in LOSSES for name in (loss, "within 3 %"))]
+    seeds = len(numbers["settings"]["report"]["seeds"])
+    return (
+        f"{seeds} seeds that the search did not use; 95 % t-intervals over them, and equivalence tests.\n\n"
+        + tables.markdown(pd.DataFrame(rows, columns=columns))
+    )
+
+
+def _interval(estimate: dict) -> str:
+    mean = _percent(estimate["mean"])
+    return mean if estimate["low"] is None else f"{mean} [{_percent(estimate['low'])}, {_percent(estimate['high'])}]"
+
+
+def _roles(plan: dict) -> str:
+    rows = [[str(entry[k]) for k in ("layers", "task", "modality", "role")] for entry in plan.get("table", [])]
+    return tables.markdown(pd.DataFrame(rows, columns=["layers", "task", "modality", "role"]))
+
+
+def _changes(changes: Sequence[dict]) -> str:
+    rows = []
+    for change in changes:
+        of_class = f"{change['task']} {change['modality']} {change['role']}"
+        cells = []
+        for task, value in change["change"].items():
+            error = change["standard_error"][task]
+            cells.append(_percent(value) + ("" if error is None else f" ± {100 * error:.2f}"))
+        rows.append([of_class, str(change["layer"]), f"{100 * change['saves']:.1f} %", *cells])
+    rows.sort(key=lambda row: (row[0], int(row[1])))
+    tasks = list(changes[0]["change"])
+    return tables.markdown(pd.DataFrame(rows, columns=["role", "layer", "saves", *tasks]))
+
+
+def _tables(of_name: dict[str, dict], rungs: int) -> str:
+    rows = []
+    for arm in ("searched", "random"):
+        names = [name for name in of_name if name.startswith(arm)]
+        names.sort(key=lambda name: (-len(of_name[name]["rungs"]), _last_score(of_name[name])))
+        for name in names[:SHOWN]:
+            table = of_name[name]
+            scores = [_number(rung["score"]) for rung in table["rungs"]] + [""] * (rungs - len(table["rungs"]))
+            changes = [_percent(table[how]) for how in ("predicted", "measured")]
+            rows.append([name, f"{table['cost']:.3f}", *changes, *scores])
+    columns = ["table", "cost", "predicted", "together", *(f"rung {number + 1}" for number in range(rungs))]
+    return tables.markdown(pd.DataFrame(rows, columns=columns))
+
+
+def _last_score(table: dict) -> float:
+    score = table["rungs"][-1]["score"]
+    return math.inf if score is None else score
+
+
+def _correlations(correlations: dict[str, dict]) -> str:
+    rows = [[pair, *map(_number, of_arm.values())] for pair, of_arm in correlations.items()]
+    arms: Iterable[str] = next(iter(correlations.values()))
+    return tables.markdown(pd.DataFrame(rows, columns=["Spearman's", *arms]))
+
+
+def _spent(spent: dict) -> str:
+    arms = ", ".join(
+        f"the rungs of the {arm} arm {flops:.3g} over {spent['tables_trained'][arm]} tables"
+        for arm, flops in spent["rungs_flops"].items()
+    )
+    return (
+        f"FLOPs of training: the drawn model {spent['drawn_flops']:.3g}, {arms}, the fresh seeds "
+        f"{spent['fresh_flops']:.3g}; {spent['runs']} runs. {spent['tables_measured']} tables were measured with the "
+        "drawn model."
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:+.2f} %"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,130 @@
+"""The stages of a search: which tables are trained, and what is measured before."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ext.errors import UserError
+from megatron_ext.role_search import knapsack, measure, training
+from megatron_ext.role_search.costs import Costs, layer_options
+from megatron_ext.role_search.measure import Losses
+from megatron_ext.role_search.settings import RoleSearch
+from megatron_ext.role_search.space import Change, Space, key
+from megatron_ext.role_search.training import Trainings
+from megatron_ext.routing.drawn_tables import Table
+
+ARMS = ("searched", "random")
+UNCHANGED = "unchanged"
+"""The name of the plan without changes."""
+
+
+@dataclass
+class Search:
+    """The state of a search.
+
+    Attributes:
+        tables: the tables of both arms by name, in the order of their prediction or of their drawing.
+        predicted: the change of loss of each by the sum of its entries' changes.
+        read_only: end before the first measurement that is missing, instead of making it.
+        losses: the losses measured with the drawn model, by the table's key.
+        rungs: the trainings of the rungs so far.
+    """
+
+    settings: RoleSearch
+    space: Space
+    read_only: bool = False
+    costs: Costs | None = None
+    tables: dict[str, Table] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, Losses] = field(default_factory=dict)
+    drawn: Trainings | None = None
+    rungs: list[Trainings] = field(default_factory=list)
+    fresh: Trainings | None = None
+
+    @classmethod
+    def of(cls, settings: RoleSearch, read_only: bool = False) -> "Search":
+        """A search that knows its file alone; raises as :meth:`Space.of`."""
+        return cls(settings, Space.of(settings), read_only)
+
+    @property
+    def measured_file(self) -> Path:
+        return Path(self.settings.output) / "measured.json"
+
+    def stages(self) -> Iterator[Trainings]:
+        """The trainings, each once those before it have ended."""
+        settings, space = self.settings, self.space
+        self.drawn = training.drawn_model(settings, space)
+        yield self.drawn
+        if not self._measure():
+            return
+        self._find_tables()
+        if not self._measure():
+            return
+        names = list(self.tables)
+        for number, rung in enumerate(settings.rungs):
+            tables = {name: self.tables[name] for name in names}
+            trained = training.of_tables(settings, space, f"rung{number + 1}", tables, rung.tokens, [settings.seed])
+            self.rungs.append(trained)
+            yield trained
+            following = settings.rungs[number + 1].tables if number + 1 < len(settings.rungs) else 1
+            names = [name for arm in ARMS for name in training.best(trained, of_arm(arm, names), following)]
+        tables = {UNCHANGED: space.own} | {name: self.tables[name] for name in names}
+        fresh = settings.report
+        self.fresh = training.of_tables(settings, space, "fresh", tables, fresh.tokens, fresh.seeds)
+        yield self.fresh
+
+    def missing(self) -> list[str]:
+        """The keys of the tables that are known now and have not been measured."""
+        return measure.missing(self.measured_file, self._to_measure())
+
+    def changes(self) -> dict[Change, float]:
+        """The change of loss for each single change of a table."""
+        base = self.losses[key(self.space.own)]
+        return {c: losses.change(base) for c, losses in measure.single_changes(self.space, self.losses).items()}
+
+    def _to_measure(self) -> dict[str, Table]:
+        return measure.tables_to_measure(self.space) | {key(table): table for table in self.tables.values()}
+
+    def _measure(self) -> bool:
+        """Measure the tables that are known now. Returns whether their losses are there."""
+        if self.read_only and self.missing():
+            return False
+        run, tables = self.drawn.runs[0].folder, self._to_measure()
+        measure.measure(self.measured_file, self.space, run, self.settings.drawn.rows, tables)
+        self.losses = measure.measured(self.measured_file, tables)
+        return True
+
+    def _find_tables(self) -> None:
+        """Solve the knapsack over the changes of loss, and draw the random tables."""
+        settings, count = self.settings, self.settings.rungs[0].tables
+        self.costs = Costs.of_training_data(self.space.config, self.space.plan, self.space.choices)
+        changes = self.changes()
+        found = best_tables(self.space, self.costs, changes, settings.cost, count)
+        if len(found) < count:
+            raise UserError(f"only {len(found)} tables cost at most {settings.cost:g}; the search needs {count}")
+        first = settings.drawn.tables  # random tables come after those that the model's documents drew
+        drawn = self.space.random_tables(count, self.costs, settings.cost, settings.drawn.seed, first)
+        for arm, tables in zip(ARMS, (found, drawn)):
+            self.tables |= {f"{arm}-{number:02d}": table for number, table in enumerate(tables, 1)}
+        self.predicted = {n: sum(changes[c] for c in self.space.changes(t)) for n, t in self.tables.items()}
+
+
+def of_arm(arm: str, names: Iterable[str]) -> list[str]:
+    """The names of one arm."""
+    return [name for name in names if name.startswith(arm)]
+
+
+def best_tables(space: Space, costs: Costs, changes: dict[Change, float], cost: float, count: int) -> list[Table]:
+    """The tables with the smallest sums of changes of loss that cost at most ``cost`` of lossless dense, best first."""
+    options = [list(layer_options(space.own, space.choices, layer)) for layer in range(len(space.own))]
+
+    def value(layer: int, roles: tuple) -> float:
+        own = space.own[layer]
+        return sum(changes[layer, index, role] for index, role in enumerate(roles) if role != own[index])
+
+    groups = [[(costs.layer[roles], value(n, roles)) for roles in of_layer] for n, of_layer in enumerate(options)]
+    budget = int(cost * costs.base) - costs.ends
+    return [
+        tuple(options[layer][pick] for layer, pick in enumerate(picks))
+        for picks in knapsack.best(groups, budget, count)
+    ]
