@@ -9,9 +9,10 @@ def main() -> None:
     parser = command_line.parser(
         "Attention allocation of a checkpoint: for each layer, how much answers (understanding) and image\n"
         "tokens (generation) attend to images, text and special tokens, also relative to uniform attention.\n"
-        "Under torchrun the model is split over --tensor processes; the replicas share the rows.",
-        "python tools/analyze_attention.py --checkpoint runs/quickstart/training --batches 8 \\\n"
-        "      --figure runs/attention.svg --json runs/attention.json",
+        "The query itself, sinks and <eod> are left out. Under torchrun the model is split over --tensor\n"
+        "processes; the replicas share the rows.",
+        "python tools/analyze_attention.py --checkpoint runs/quickstart/training --batches 8 --untrained \\\n"
+        "      --scenes runs/quickstart/scenes/validation --figure runs/attention.svg --json runs/attention.json",
     )
     add = parser.add_argument
     add(
@@ -25,6 +26,14 @@ def main() -> None:
     add("--data", choices=("validation", "train"), default="validation", help="split of the run's data")
     add("--batches", type=int, default=4, help="number of batches")
     add("--batch-size", type=int, default=8, help="rows of a batch, over all processes")
+    add(
+        "--scenes",
+        type=Path,
+        metavar="FOLDER",
+        help="the picture world's split that the data were made from (scenes/validation): also attention to "
+        "the object that is asked about or drawn",
+    )
+    add("--untrained", action="store_true", help="beside it the same model with its initial weights")
     add("--figure", type=Path, metavar="FILE", help="plot to FILE (.svg, .pdf, .png)")
     add("--tensor", type=int, default=1, help="processes that the model is split over")
     add("overrides", nargs="*", metavar="section.key=value", help="plan.* changes the roles of the measurement")
@@ -47,14 +56,17 @@ def main() -> None:
         arguments.batch_size,
         arguments.vocabulary,
         arguments.tensor,
+        arguments.scenes,
+        arguments.untrained,
     )
     if dist.get_rank() == 0:
-        print(attention_report.table(numbers["allocation"]))
+        measured = numbers["allocation"], numbers.get("untrained_allocation")
+        print(attention_report.table(*measured))
         if arguments.json:
             files.write_json(arguments.json, numbers)
         if arguments.figure:
             title = f"attention allocation: {numbers['checkpoint']}, plan {numbers['plan']}"
-            attention_report.plot(numbers["allocation"], arguments.figure, title)
+            attention_report.plot(measured[0], arguments.figure, title, measured[1])
             print(arguments.figure)
     distributed.shut_down()
 

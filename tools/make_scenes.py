@@ -81,7 +81,7 @@ def _add_scene_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compositional",
         action="store_true",
-        help="objects are mosaics whose tiles tell nothing alone; needs --variation 0 and --kinds-of-things 4 or 6",
+        help="objects are mosaics whose tiles tell nothing alone; needs --variation 0 and --kinds-of-things 4",
     )
     parser.add_argument(
         "--backgrounds", type=int, default=5, metavar="N", help="background colors, 2 .. 5 (default: 5)"

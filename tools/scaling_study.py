@@ -31,32 +31,42 @@ def main() -> None:
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
     # Imported late: --help should not wait for numpy and the configuration.
-    from megatron_ext.study import grid, scheduler, slurm, status, steps, study_file
+    from megatron_ext.study import execution, status, steps, study_file
 
     study = study_file.read(*arguments.study)
     study.output = arguments.out or study.output
-    runs = grid.select(grid.runs(study), arguments.run)
+    plan = execution.plan(study)
+    selected = plan.selected(arguments.run)
     if arguments.status:
-        _show(arguments, *status.table(study, runs))
+        _show(arguments, *status.table(study, selected, plan.waiting))
         return
     if not arguments.report:
-        steps.check(runs, study.evaluation)
+        steps.check(selected, study.evaluation)
     if arguments.slurm or arguments.slurm_print:
-        left = status.unfinished(study, runs)
-        if not left:
-            print("every run is finished")
-        elif arguments.slurm_print:
-            print(slurm.script(study, arguments.study, left), end="")
-        else:
-            print(f"submitted as job {slurm.submit(study, arguments.study, left)}: {len(left)} runs")
+        _slurm(study, arguments, status.unfinished(study, selected))
         return
     if not arguments.report:
-        scheduler.execute(runs, study.evaluation, arguments.jobs, [g for g in arguments.gpus.split(",") if g])
+        gpus = [gpu for gpu in arguments.gpus.split(",") if gpu]
+        plan = execution.execute(study, arguments.run, arguments.jobs, gpus)
     if not arguments.run:
-        _report(study, runs, arguments)
-    left = status.failed(study, runs)
+        _report(study, plan.runs, arguments)
+    needed = plan.needed(arguments.run)
+    left = status.failed(study, needed)
     if left and not arguments.report:
-        raise UserError(f"{len(left)} of {len(runs)} runs failed: {', '.join(left)}")
+        raise UserError(f"{len(left)} of {len(needed)} runs failed: {', '.join(left)}")
+
+
+def _slurm(study, arguments, left) -> None:
+    from megatron_ext.study import slurm
+
+    if not left:
+        print("every run is finished")
+    elif arguments.slurm_print:
+        # Trials of learning rates are an array of their own, before that of the runs.
+        trials = [run for run in left if run.is_trial]
+        print(slurm.script(study, arguments.study, trials or left), end="")
+    else:
+        print(f"submitted as job {slurm.submit(study, arguments.study, left)}: {len(left)} runs")
 
 
 def _report(study, runs, arguments) -> None:

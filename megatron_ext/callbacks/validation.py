@@ -1,14 +1,9 @@
 """Losses on the validation data."""
 
-import dataclasses
-
-from megatron_ext.data import step_batches
 from megatron_ext.training import watch
 from megatron_ext.training.callback import Callback, StepRecord, is_due
-from megatron_ext.training.losses import MeanLosses
-from megatron_ext.training.prepare import own_share
 from megatron_ext.training.run import Run
-from megatron_ext.training.step import evaluate_step, evaluation_mode
+from megatron_ext.training.validation import mean_losses
 
 
 class Validation(Callback):
@@ -23,25 +18,7 @@ class Validation(Callback):
 
 
 def validation_losses(run: Run) -> dict[str, float]:
-    """Losses over the first ``validation_batches`` global batches of the validation data, always the same rows.
-
-    Returns:
-        "validation_loss", the objective, "validation_loss_<task>" for each task that has loss tokens, and
-        "validation_z_loss" with a z-loss.
-    """
-    config = run.config
-    steps = step_batches(
-        run.validation_data,
-        dataclasses.replace(config.data, loader="plain", workers=0),
-        config.training.global_batch_size,
-        0,
-        num_steps=config.training.validation_batches,
-        prepare=run.preparation(training=False),
-        composition=run.composition(training=False),
-        own_share=own_share,
-    )
-    with evaluation_mode(run.chunks):
-        sums, counts = map(sum, zip(*(evaluate_step(run.chunks, step, config) for step in steps)))
-    steps.close()
-    losses = MeanLosses.of(sums.tolist(), counts.tolist(), config.training)
+    """:func:`~megatron_ext.training.validation.mean_losses` of the run, as metrics."""
+    preparation, composition = run.preparation(training=False), run.composition(training=False)
+    losses = mean_losses(run.chunks, run.config, run.validation_data, preparation, composition)
     return losses.named("validation_")

@@ -2,8 +2,8 @@
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "moon")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
-COMPOSED_SHAPES = ("circle", "square", "heart", "moon", "diamond", "star")
-COMPOSED_COLORS = ("orange", "blue", "green", "pink", "yellow", "purple")
+COMPOSED_SHAPES = ("star", "heart", "diamond", "moon")
+COMPOSED_COLORS = ("purple", "green", "yellow", "pink")
 """Those of the compositional world."""
 SIZES = ("small", "large")
 PLACES = (

@@ -11,8 +11,6 @@ from megatron_ext.picture_world.world import GRID, RADIUS
 
 NEAREST, UNEVEN = 24.0, 12.0
 """Most distance of a tile from its color, and most standard deviation inside its edges, both of 0 .. 255."""
-LEAST_TILES = 78
-"""Of the 81 tiles of a picture, how many must be such tiles; in other pictures, contours run through many."""
 LEAST_RIGHT = TILES * TILES - 1
 """Of the nine tiles of a cell, how many must be those of an object."""
 PALETTE = np.array([*INKS.values(), *BACKGROUND_RGB.values()], dtype=np.float64)
@@ -25,8 +23,10 @@ _TEMPLATES = [
 
 
 def read_tiles(pixels: np.ndarray) -> np.ndarray | None:
-    """The name of each tile's ink or background, [9, 9], of a picture float64 [side, side, 3] of 0 .. 255; None if it is
-    no picture of the compositional world."""
+    """The name of each tile's ink or background, [9, 9], of a picture float64 [side, side, 3] of 0 .. 255.
+
+    None if a tile has another color or is not plain: in pictures of other worlds, contours run through tiles.
+    """
     tile, rest = divmod(len(pixels), SIDE)
     if rest or tile < 4:
         return None
@@ -34,7 +34,7 @@ def read_tiles(pixels: np.ndarray) -> np.ndarray | None:
     inside = inside.reshape(SIDE, SIDE, -1, 3)
     distances = np.linalg.norm(inside.mean(2)[..., None, :] - PALETTE, axis=-1)
     plain = (distances.min(-1) < NEAREST) & (inside.std(2).max(-1) < UNEVEN)
-    return np.array(NAMES)[distances.argmin(-1)] if plain.sum() >= LEAST_TILES else None
+    return np.array(NAMES)[distances.argmin(-1)] if plain.all() else None
 
 
 def detect(tiles: np.ndarray) -> DetectedScene:

@@ -35,8 +35,8 @@ class World:
     """The variety of scenes; small models learn to see sooner in a world with less variety.
 
     Attributes:
-        kinds: number of shapes and of colors: all 8, or every other one (4), so that each has a held-out pair;
-            compositional, 4 or 6.
+        kinds: number of shapes and of colors: all 8, or every other one (4), so that each has a held-out pair; 4 in a
+            compositional world.
         objects: most objects in a scene, 2 .. 6.
         variation: 0 .. 1, how much the looks of equal objects differ: their offset from the middle of the cell, their
             rotation, their radius within one size, and the share of backgrounds with a pattern. It does not change
@@ -54,11 +54,11 @@ class World:
     compositional: bool = False
 
     def __post_init__(self):
-        few, all_kinds = len(SHAPES) // 2, len(COMPOSED_SHAPES) if self.compositional else len(SHAPES)
-        if self.kinds not in (few, all_kinds):
-            raise UserError(f"world: kinds is {self.kinds}, must be {few} or {all_kinds}")
-        if self.compositional and self.variation:
-            raise UserError(f"world: variation is {self.variation:g}, must be 0 in a compositional world")
+        if self.kinds not in (len(SHAPES) // 2, len(SHAPES)):
+            raise UserError(f"world: kinds is {self.kinds}, must be {len(SHAPES) // 2} or {len(SHAPES)}")
+        if self.compositional and (self.kinds != len(COMPOSED_SHAPES) or self.variation):
+            kinds = f"kinds is {self.kinds} and variation {self.variation:g}"
+            raise UserError(f"world: {kinds}, must be {len(COMPOSED_SHAPES)} and 0 in a compositional world")
         if not 2 <= self.objects <= max(OBJECT_COUNTS):
             raise UserError(f"world: objects is {self.objects}, must be from 2 to {max(OBJECT_COUNTS)}")
         if not 0 <= self.variation <= 1:
@@ -69,13 +69,13 @@ class World:
     @property
     def shapes(self) -> tuple[str, ...]:
         if self.compositional:
-            return COMPOSED_SHAPES[: self.kinds]
+            return COMPOSED_SHAPES
         return SHAPES[:: len(SHAPES) // self.kinds]
 
     @property
     def colors(self) -> tuple[str, ...]:
         if self.compositional:
-            return COMPOSED_COLORS[: self.kinds]
+            return COMPOSED_COLORS
         step = len(COLORS) // self.kinds
         return COLORS[step - 1 :: step]
 

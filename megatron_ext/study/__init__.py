@@ -4,7 +4,9 @@
 
     STUDY.yaml -> study_file.Study          base configuration, sizes, methods, seeds, budgets, benchmarks
                -> grid.runs                 every run with its configuration; iterations from budget.py
-               -> scheduler.py | slurm.py   pretrain_unified.py, then tools/evaluate.py, each run in its own folder
+               -> learning_rates.py         trials of learning rates, before the runs
+               -> execution.py | slurm.py   both in order, by scheduler.py:
+                                            pretrain_unified.py, then evaluation, each run in its own folder
                -> outcome.py                the figures of a finished run, RUN/result.json
                -> collect.py                all of them in the form of analysis/results.py, OUT/results.json
                -> report.py                 gains, synergy losses, fits over size, uncertainty: OUT/report.md

@@ -6,9 +6,10 @@ follow from them and from rows of their own data::
     tokens    iterations x share of the tokens of the tasks trained on
     steps     iterations, of batches x share
     total     iterations
-    flops     tokens' / (FLOPs of the method / FLOPs of dense on the same rows)
+    flops     tokens' / (FLOPs of the method / FLOPs of lossless dense on the same rows)
 
-An equal-FLOPs run thus costs what dense costs on the run's data. Its number of iterations is planned, rather than
+Lossless dense (preset ``dense_lossless``) is dense without the work that no loss depends on. An equal-FLOPs run thus
+costs what lossless dense costs on the run's data. Its number of iterations is planned, rather than
 stopping at a total of FLOPs, so that its learning rate decays like every other run's.
 """
 
@@ -32,12 +33,14 @@ class Length:
 
     Attributes:
         share: the fraction of the tokens of the base configuration's sources that is in the sources kept, 0 .. 1.
-        flops_ratio: training FLOPs relative to dense, on the same rows.
+        flops_ratio: training FLOPs relative to lossless dense, on the same rows.
+        lossless_ratio: training FLOPs of lossless dense relative to dense, on the same rows.
         parameters: parameters of the dense model of this size.
     """
 
     share: float
     flops_ratio: float
+    lossless_ratio: float
     parameters: int
 
     def iterations(self, base: int, budget: str) -> int:
@@ -73,7 +76,7 @@ class Lengths:
             whole: the same with all sources.
         """
         # Imported late: a study whose lengths are in plan.json should not wait for torch.
-        from megatron_ext.routing.flops import count, dense, forward_flops, parameter_count
+        from megatron_ext.routing.flops import count, dense, forward_flops, lossless_dense, parameter_count
         from megatron_ext.routing.plan import Plan, Projections
         from megatron_ext.training.image_codes import with_code_shape
         from megatron_ext.transformer.resolved import vocab_size
@@ -84,15 +87,18 @@ class Lengths:
         model, rows_of_head = config.model, vocab_size(config, vocabulary)
         plan = Plan.from_config(config)
         batches = self._batches_of(config, vocabulary)
-        flops = dense_flops = 0
+        plans = (plan, lossless_dense(plan), dense(plan))
+        totals = [0, 0, 0]
         for number, batch in enumerate(batches):
             # The middle of each part of training: a dense share may change in the course of it.
             selection = plan.selection(2 * number + 1, 2 * len(batches))
-            flops += forward_flops(model, rows_of_head, plan, count(batch, plan, selection))
-            dense_flops += forward_flops(model, rows_of_head, dense(plan), count(batch, dense(plan), selection))
+            for i, of_plan in enumerate(plans):
+                totals[i] += forward_flops(model, rows_of_head, of_plan, count(batch, of_plan, selection))
+        flops, lossless_flops, dense_flops = totals
         return Length(
             self._share(config, whole, vocabulary),
-            flops / dense_flops,
+            flops / lossless_flops,
+            lossless_flops / dense_flops,
             parameter_count(model, rows_of_head, Projections()),
         )
 

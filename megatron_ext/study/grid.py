@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class StudyRun:
         name: the name of its folder under ``OUT/runs/``.
         budgets: the budgets it belongs to; runs that two budgets have in common are trained once.
         length: the measurements that its number of iterations follows from.
+        is_trial: it tries a learning rate, and answers no benchmark.
     """
 
     name: str
@@ -38,6 +40,7 @@ class StudyRun:
     processes: int
     length: Length
     config: Config
+    is_trial: bool = False
 
     @property
     def iterations(self) -> int:
@@ -49,44 +52,59 @@ class StudyRun:
         return ("understanding", "generation") if task == "unified" else (task,)
 
 
-def runs(study: Study) -> list[StudyRun]:
+def runs(study: Study, rates: Mapping[tuple[str, str], float] | None = None) -> list[StudyRun]:
     """All runs: sizes in the order of the file, budgets in the order of the study.
 
     Keeps the measurements on the data in ``OUT/plan.json``, so that they are made once.
+
+    Args:
+        rates: (size, method) -> learning rate, instead of the configuration's.
 
     Raises:
         UserError: the configuration of a run is refused; the run is named.
     """
     study_runs = []
-    pairs = [(size, method) for size in study.sizes for method in study.methods_of(size)]
-    lengths = _lengths(study, pairs)
-    for (size, method), length in zip(pairs, lengths):
+    for size, method, length in lengths(study):
         planned: dict[tuple[int, int], list[str]] = {}
-        base = _config(study, size, method)
         for budget in study.budgets_of(size, method):
-            iterations = length.iterations(base.training.iterations, budget)
-            batch = length.batch(base.training.global_batch_size, budget, _replicas(size, base))
-            planned.setdefault((iterations, batch), []).append(budget)
-        for (iterations, batch), budgets in planned.items():
+            planned.setdefault(_iterations_and_batch(study, size, method, length, budget), []).append(budget)
+        rate = (rates or {}).get((size.name, method.name))
+        for budgets in planned.values():
             for seed in study.seeds_of(size, method):
-                study_runs.append(_run(study, size, method, tuple(budgets), iterations, batch, seed, length))
+                name = f"runs/{size.name}.{method.name}.{budgets[0]}.seed{seed}"
+                study_runs.append(build(study, name, size, method, length, tuple(budgets), seed, rate))
     return study_runs
 
 
-def _run(
+def build(
     study: Study,
+    name: str,
     size: Size,
     method: Method,
-    budgets: tuple[str, ...],
-    iterations: int,
-    batch: int,
-    seed: int,
     length: Length,
+    budgets: tuple[str, ...],
+    seed: int,
+    rate: float | None = None,
+    is_trial: bool = False,
 ) -> StudyRun:
-    name = f"{size.name}.{method.name}.{budgets[0]}.seed{seed}"
-    folder = Path(study.output) / "runs" / name
+    """One run, in the folder ``OUT/NAME``.
+
+    Args:
+        budgets: those that it belongs to; all give it the same length.
+        rate: learning rate; None: the configuration's.
+        is_trial: its length follows from ``learning_rates.iterations``.
+
+    Raises:
+        UserError: its configuration is refused; the run is named.
+    """
+    dense_iterations = study.learning_rates.iterations if is_trial else None
+    iterations, batch = _iterations_and_batch(study, size, method, length, budgets[0], dense_iterations)
+    folder = Path(study.output) / name
     config = _config(study, size, method)
     config.output = str(folder)
+    if rate is not None:
+        config.optimizer.min_lr *= rate / config.optimizer.lr
+        config.optimizer.lr = rate
     # The decay takes the same fraction of every run; warm-up takes the same number of steps.
     decay = config.optimizer.wsd_decay_iterations
     config.optimizer.wsd_decay_iterations = round(decay * iterations / config.training.iterations)
@@ -95,7 +113,9 @@ def _run(
     rows = config.training.validation_batches * config.training.global_batch_size
     config.training.validation_batches = -(-rows // batch)
     config.training.global_batch_size = batch
-    config.training.micro_batch_size = math.gcd(config.training.micro_batch_size, batch // _replicas(size, config))
+    rows = batch // _replicas(size, config)
+    most = config.training.micro_batch_size
+    config.training.micro_batch_size = rows if rows <= most else math.gcd(most, rows)
     config.training.seed = config.data.seed = seed
     config.training.validation_interval = config.training.validation_interval or iterations
     processes = _processes(size, config)
@@ -103,8 +123,17 @@ def _run(
         validate(config, processes)
         validate_evaluation(config)
     except UserError as error:
-        raise UserError(f"run {name}: {str(error).removeprefix('config: ')}") from None
-    return StudyRun(name, folder, size, method, budgets, seed, processes, length, config)
+        raise UserError(f"run {folder.name}: {str(error).removeprefix('config: ')}") from None
+    return StudyRun(folder.name, folder, size, method, budgets, seed, processes, length, config, is_trial)
+
+
+def _iterations_and_batch(
+    study: Study, size: Size, method: Method, length: Length, budget: str, dense_iterations: int | None = None
+) -> tuple[int, int]:
+    """Iterations of a run, and the rows of its global batch."""
+    config = _config(study, size, method)
+    iterations = length.iterations(dense_iterations or config.training.iterations, budget)
+    return iterations, length.batch(config.training.global_batch_size, budget, _replicas(size, config))
 
 
 def _processes(size: Size, config: Config) -> int:
@@ -135,19 +164,22 @@ def _config(study: Study, size: Size, method: Method, all_sources: bool = False)
     return config
 
 
-def _lengths(study: Study, pairs: list[tuple[Size, Method]]) -> list[Length]:
-    """The length of each size and method, in order."""
+def lengths(study: Study) -> list[tuple[Size, Method, Length]]:
+    """Every size with each of its methods, and the length of their runs; measured once, kept in ``OUT/plan.json``."""
+    pairs = [(size, method) for size in study.sizes for method in study.methods_of(size)]
     configs = [(_config(study, *pair), _config(study, *pair, all_sources=True)) for pair in pairs]
     checksums = {source.path: metadata_checksum(source.path) for _, whole in configs for source in whole.data.train}
-    measured_on = [[config_file.to_tree(c) for pair in configs for c in pair], checksums]
+    names = [field.name for field in dataclasses.fields(Length)]
+    measured_on = [[config_file.to_tree(c) for pair in configs for c in pair], checksums, names]
     key = hashlib.sha256(json.dumps(measured_on, sort_keys=True).encode()).hexdigest()
     file = Path(study.output) / "plan.json"
     if file.is_file() and (kept := read_json(file))["key"] == key:
-        return [Length(**length) for length in kept["lengths"]]
-    measure = Lengths().measure
-    lengths = [measure(*pair) for pair in progress(configs, desc="planning", leave=False)]
-    write_json(file, {"key": key, "lengths": [dataclasses.asdict(length) for length in lengths]})
-    return lengths
+        found = [Length(**length) for length in kept["lengths"]]
+    else:
+        measure = Lengths().measure
+        found = [measure(*pair) for pair in progress(configs, desc="planning", leave=False)]
+        write_json(file, {"key": key, "lengths": [dataclasses.asdict(length) for length in found]})
+    return [(*pair, length) for pair, length in zip(pairs, found)]
 
 
 def metadata_checksum(path: str) -> str | None:

@@ -7,8 +7,6 @@ from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import StudyEvaluation
 from megatron_ext.training.metrics import read_metrics
 
-LOSS = "validation_loss_"
-
 
 def write(run: StudyRun, evaluation: StudyEvaluation) -> dict:
     """Collect the figures and write ``RUN/result.json``, which completes the run.
@@ -25,19 +23,19 @@ def write(run: StudyRun, evaluation: StudyEvaluation) -> dict:
         raise UserError(f"{file}: has no {min(absent)}; remove the run's folder to train it again")
     result = {
         "iterations": run.iterations,
+        "learning_rate": run.config.optimizer.lr,
         "tokens": last["consumed_tokens"],
         "flops": last["consumed_flops"],
-        "flops_ratio": last["consumed_flops"] / last["consumed_dense_flops"],
-        "losses": {f"{task} loss": last[LOSS + task] for task in run.tasks if last.get(LOSS + task) is not None},
-        "evaluated": {name: _scores(run, evaluation, name) for name in evaluation.evaluate_as},
+        "flops_ratio": last["consumed_flops"] / (last["consumed_dense_flops"] * run.length.lossless_ratio),
+        "losses": {
+            f"{task} loss": last[steps.LOSS + task] for task in run.tasks if last.get(steps.LOSS + task) is not None
+        },
+        "evaluated": {
+            name: steps.scores(run, evaluation, name) | steps.losses(run, evaluation, name)
+            for name in steps.roles_of(run, evaluation)
+        },
         "evaluation": steps.fingerprint(run, evaluation),
     }
     write_json(run.folder / "result.json", result)
     (run.folder / "failed.json").unlink(missing_ok=True)
     return result
-
-
-def _scores(run: StudyRun, evaluation: StudyEvaluation, name: str) -> dict[str, float]:
-    if not steps.benchmarks(run, evaluation):
-        return {}
-    return steps.scores(run, steps.same_roles(run, evaluation, name))

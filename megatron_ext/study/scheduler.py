@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megatron_ext import command_line, files
 from megatron_ext.errors import UserError
@@ -21,7 +22,13 @@ POLL_SECONDS = 0.2
 BAR_SECONDS = 2.0
 
 
-def execute(runs: Sequence[StudyRun], evaluation: StudyEvaluation, jobs: int = 1, gpus: Sequence[str] = ()) -> None:
+def execute(
+    runs: Sequence[StudyRun],
+    evaluation: StudyEvaluation,
+    jobs: int = 1,
+    gpus: Sequence[str] = (),
+    start: Callable[[list[str], Path, dict[str, str], int], subprocess.Popen] | None = None,
+) -> None:
     """Do the remaining steps of every run. A run that fails does not stop the others.
 
     Waits for runs that another process works on. SIGTERM and SIGINT are passed on to the programs, which save and exit.
@@ -30,6 +37,8 @@ def execute(runs: Sequence[StudyRun], evaluation: StudyEvaluation, jobs: int = 1
     Args:
         jobs: runs at once.
         gpus: GPUs to share out, as many to each run as it has processes; empty: the programs choose.
+        start: starts a program, as :func:`start_program` does, which is the default;
+            :class:`~.forked.ForkedProgram` starts one sooner.
 
     Raises:
         UserError: a signal arrived, or a run needs more GPUs than there are.
@@ -56,7 +65,7 @@ def execute(runs: Sequence[StudyRun], evaluation: StudyEvaluation, jobs: int = 1
                     continue
                 assigned, free = free[: run.processes], free[run.processes :]
                 threads = max(1, (os.cpu_count() or 1) // (jobs * run.processes))
-                active.append(_ActiveRun(run, evaluation, descriptor, assigned, threads))
+                active.append(_ActiveRun(run, evaluation, descriptor, assigned, threads, start or start_program))
             for active_run in list(active):
                 if signals.received:
                     active_run.terminate()
@@ -76,11 +85,34 @@ def execute(runs: Sequence[StudyRun], evaluation: StudyEvaluation, jobs: int = 1
             raise UserError(f"stopped by {name}; the same command resumes the study")
 
 
+def start_program(command: list[str], log: Path, environment: dict[str, str], lock: int) -> subprocess.Popen:
+    """Start a program that appends its output to ``log`` and inherits the file descriptor ``lock``."""
+    with log.open("a") as output:
+        # In a session of its own, Ctrl-C reaches the program only once, through this process.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=[lock],
+            start_new_session=True,
+        )
+
+
 class _ActiveRun:
     """A run in progress: its programs, one after the other, under the run's lock."""
 
-    def __init__(self, run: StudyRun, evaluation: StudyEvaluation, descriptor: int, gpus: list[str], threads: int):
-        self.run, self.gpus, self.note = run, gpus, ""
+    def __init__(
+        self,
+        run: StudyRun,
+        evaluation: StudyEvaluation,
+        descriptor: int,
+        gpus: list[str],
+        threads: int,
+        start: Callable[[list[str], Path, dict[str, str], int], subprocess.Popen],
+    ):
+        self.run, self.gpus, self.note, self._start_program = run, gpus, "", start
         self._evaluation, self._lock = evaluation, descriptor
         self._environment = {**os.environ}
         self._environment.setdefault("OMP_NUM_THREADS", str(threads))
@@ -137,19 +169,10 @@ class _ActiveRun:
         return self._close()
 
     def _start(self, step: steps.Step) -> subprocess.Popen:
-        with (self.run.folder / "log.txt").open("a") as log:
-            log.write(f"== {step.name}: {' '.join(step.command)}\n")
-            log.flush()
-            # In a session of its own, Ctrl-C reaches the program only once, through this process.
-            return subprocess.Popen(
-                step.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                pass_fds=[self._lock],
-                start_new_session=True,
-            )
+        log = self.run.folder / "log.txt"
+        with log.open("a") as stream:
+            stream.write(f"== {step.name}: {' '.join(step.command)}\n")
+        return self._start_program(step.command, log, self._environment, self._lock)
 
     def _finish_step(self, code: int) -> bool:
         """Conclude the step whose program exited with ``code``. Returns whether the step is done."""

@@ -74,15 +74,27 @@ def script(study: Study, study_files: Sequence[Path], runs: Sequence[StudyRun]) 
 
 
 def submit(study: Study, study_files: Sequence[Path], runs: Sequence[StudyRun]) -> str:
-    """Write the script and submit it with ``sbatch``. Returns the job id.
+    """Write the script and submit it with ``sbatch``; trials of learning rates as an array of their own, after whose
+    end the others start. Returns the id of the last job.
 
     Raises:
         UserError: ``sbatch`` is missing or refuses the script.
     """
-    file = Path(study.output) / "slurm.sh"
-    write_text(file, script(study, study_files, runs))
+    job = ""
+    for name, some in (
+        ("slurm-trials.sh", [r for r in runs if r.is_trial]),
+        ("slurm.sh", [r for r in runs if not r.is_trial]),
+    ):
+        if some:
+            file = Path(study.output) / name
+            write_text(file, script(study, study_files, some))
+            job = _submit(file, [f"--dependency=afterany:{job}"] if job else [])
+    return job
+
+
+def _submit(file: Path, options: list[str]) -> str:
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
+        done = subprocess.run(["sbatch", "--parsable", *options, str(file)], capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError(f"sbatch is not on this machine; {file} is written and can be submitted elsewhere") from None
     if done.returncode:

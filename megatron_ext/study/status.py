@@ -1,7 +1,7 @@
 """The progress of the runs of a study."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pandas as pd
 
@@ -10,11 +10,18 @@ from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
 
-def table(study: Study, runs: Sequence[StudyRun]) -> tuple[pd.DataFrame, str]:
-    """A table with a row per run, and a line with the number of runs in each state."""
+def table(study: Study, runs: Sequence[StudyRun], waiting_for_rate: Collection[str] = ()) -> tuple[pd.DataFrame, str]:
+    """A table with a row per run, and a line with the number of runs in each state.
+
+    Args:
+        waiting_for_rate: names of runs whose learning rate is not found yet.
+    """
     states = [state.of(run, steps.fingerprint(run, study.evaluation)) for run in runs]
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(s.kind for s in states).items())
-    rows = [[run.name, s.kind, str(s.iteration), str(run.iterations), s.note] for run, s in zip(runs, states)]
+    notes = ["for its learning rate" if run.name in waiting_for_rate else s.note for run, s in zip(runs, states)]
+    rows = [
+        [run.name, s.kind, str(s.iteration), str(run.iterations), note] for run, s, note in zip(runs, states, notes)
+    ]
     return pd.DataFrame(rows, columns=["run", "state", "iteration", "of", "note"]), counts
 
 

@@ -14,8 +14,12 @@ from megatron_ext.routing.plan import Plan, with_roles
 from megatron_ext.study import state
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import PICTURES, StudyBenchmark, StudyEvaluation
+from megatron_ext.token_classes import Modality, Task
 
 ROOT = Path(__file__).parents[2]
+
+LOSS = "validation_loss_"
+"""The beginning of a task's validation loss in metrics."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,14 @@ class Step:
 
 
 def steps(run: StudyRun, evaluation: StudyEvaluation) -> Iterator[Step]:
-    """Training, then an evaluation for each of ``evaluate_as``."""
+    """Training, then an evaluation for each set of roles, and the validation losses of those not trained with."""
     train = [str(ROOT / "pretrain_unified.py"), "--config", str(run.folder / "run.yaml")]
     yield Step("training", [*_launcher(run), *train], lambda: state.is_trained(run))
-    for name, overrides in different_roles(run, evaluation).items():
-        if benchmarks(run, evaluation):
-            yield _evaluation(run, evaluation, name, overrides)
+    for name in roles_of(run, evaluation):
+        if asked := [b for b in benchmarks(run, evaluation) if asked_as(run, evaluation, name, b) == name]:
+            yield _evaluation(run, evaluation, name, asked)
+    if untrained_roles(run, evaluation):
+        yield _losses(run, evaluation)
 
 
 def check(runs: Sequence[StudyRun], evaluation: StudyEvaluation) -> None:
@@ -52,44 +58,48 @@ def check(runs: Sequence[StudyRun], evaluation: StudyEvaluation) -> None:
     if evaluation.vq and not Path(evaluation.vq).is_dir():
         raise UserError(f"evaluation: {evaluation.vq}: no such folder (evaluation.vq)")
     for run in runs:
-        for name, overrides in evaluation.evaluate_as.items():
+        for name, overrides in roles_of(run, evaluation).items():
             try:
                 _roles(run, overrides)
             except UserError as error:
-                raise UserError(f"evaluation.evaluate_as.{name}, run {run.name}: {error}") from None
+                raise UserError(f"evaluate_as.{name}, run {run.name}: {error}") from None
 
 
 def fingerprint(run: StudyRun, evaluation: StudyEvaluation) -> dict:
     """What a run's figures depend on besides its configuration, as plain data."""
     selected = benchmarks(run, evaluation)
     return {
-        "benchmarks": [[b.name, b.data, _checksum(Path(b.data)), b.parts, *b.options] for b in selected],
-        "evaluate_as": evaluation.evaluate_as if selected else {},
+        "benchmarks": _identities(selected),
+        "evaluate_as": roles_of(run, evaluation) if selected or len(roles_of(run, evaluation)) > 1 else {},
         "vq": evaluation.vq if selected else None,
     }
 
 
 def benchmarks(run: StudyRun, evaluation: StudyEvaluation) -> list[StudyBenchmark]:
     """The benchmarks for the tasks that the run is trained on."""
-    return [benchmark for benchmark in evaluation.benchmarks if benchmark.task in run.tasks]
+    return [] if run.is_trial else [benchmark for benchmark in evaluation.benchmarks if benchmark.task in run.tasks]
 
 
-def different_roles(run: StudyRun, evaluation: StudyEvaluation) -> dict[str, list[str]]:
-    """``evaluate_as`` without entries that give this run the plan of an earlier entry."""
-    different: dict[str, list[str]] = {}
-    seen = []
-    for name, overrides in evaluation.evaluate_as.items():
-        roles = _roles(run, overrides)
-        if roles not in seen:
-            seen.append(roles)
-            different[name] = overrides
-    return different
+def roles_of(run: StudyRun, evaluation: StudyEvaluation) -> dict[str, list[str]]:
+    """Name -> overrides of every set of roles that the run is evaluated with."""
+    return {"trained": []} if run.is_trial else evaluation.roles_of(run.method)
 
 
-def same_roles(run: StudyRun, evaluation: StudyEvaluation, name: str) -> str:
-    """The entry of :func:`different_roles` that gives the run the same plan as ``name``."""
-    roles = _roles(run, evaluation.evaluate_as[name])
-    return next(n for n, overrides in different_roles(run, evaluation).items() if _roles(run, overrides) == roles)
+def asked_as(run: StudyRun, evaluation: StudyEvaluation, name: str, benchmark: StudyBenchmark) -> str:
+    """The first entry of ``evaluate_as`` that gives the documents of a benchmark the roles that ``name`` does: its
+    figures are those of ``name``."""
+    task = Task.GENERATION if benchmark.name == PICTURES else Task.UNDERSTANDING
+    roles = roles_of(run, evaluation)
+    wanted = _roles(run, roles[name], task)
+    return next(other for other, overrides in roles.items() if _roles(run, overrides, task) == wanted)
+
+
+def untrained_roles(run: StudyRun, evaluation: StudyEvaluation) -> dict[str, list[str]]:
+    """The entries of ``evaluate_as`` under which validation losses are not those of training."""
+    if not run.config.data.validation:
+        return {}
+    trained = _roles(run, [])
+    return {name: changes for name, changes in roles_of(run, evaluation).items() if _roles(run, changes) != trained}
 
 
 def answers(run: StudyRun, name: str) -> Path:
@@ -97,22 +107,35 @@ def answers(run: StudyRun, name: str) -> Path:
     return run.folder / "benchmarks" / name
 
 
-def scores(run: StudyRun, name: str) -> dict[str, float]:
-    """The figures for an ``evaluate_as`` entry, as tools/evaluate.py wrote them."""
-    rows = read_json(_beside(answers(run, name), ".json"))["rows"]
-    return {column: value for row in rows.values() for column, value in row.items()}
+def scores(run: StudyRun, evaluation: StudyEvaluation, name: str) -> dict[str, float]:
+    """The benchmarks' figures for an ``evaluate_as`` entry, as tools/evaluate.py wrote them."""
+    figures = {}
+    for benchmark in benchmarks(run, evaluation):
+        folder = answers(run, asked_as(run, evaluation, name, benchmark))
+        for answered in read_json(_beside(folder, ".json"))["files"]:
+            if Path(answered["file"]).stem == benchmark.name:
+                figures |= answered["scores"]["headline"]
+    return figures
 
 
-def _evaluation(run: StudyRun, evaluation: StudyEvaluation, name: str, overrides: list[str]) -> Step:
+def losses(run: StudyRun, evaluation: StudyEvaluation, name: str) -> dict[str, float]:
+    """The validation losses for an ``evaluate_as`` entry; empty where they are those of training."""
+    if name not in untrained_roles(run, evaluation):
+        return {}
+    found = read_json(_losses_file(run))[name]
+    return {f"{task} loss": found[LOSS + task] for task in run.tasks if LOSS + task in found}
+
+
+def _evaluation(run: StudyRun, evaluation: StudyEvaluation, name: str, asked: list[StudyBenchmark]) -> Step:
     folder = answers(run, name)
     scored, marker = _beside(folder, ".json"), _beside(folder, ".done.json")
     arguments = ["--checkpoint", str(run.folder), "--vq", evaluation.vq, "--out", str(folder), "--set-aside"]
     arguments += ["--tensor", str(run.config.parallel.tensor), "--json", str(scored)]
-    for benchmark in benchmarks(run, evaluation):
+    for benchmark in asked:
         arguments += ["--benchmark", benchmark.name, "--data", benchmark.data, "--parts", benchmark.parts]
         arguments += ["--label", run.name, *benchmark.options]
-    command = [str(ROOT / "tools" / "evaluate.py"), *arguments, *overrides]
-    done = {"command": command[1:], "asked": fingerprint(run, evaluation)["benchmarks"]}
+    command = [str(ROOT / "tools" / "evaluate.py"), *arguments, *roles_of(run, evaluation)[name]]
+    done = {"command": command[1:], "asked": _identities(asked)}
 
     def finish() -> None:
         for answered in read_json(scored)["files"]:
@@ -126,6 +149,25 @@ def _evaluation(run: StudyRun, evaluation: StudyEvaluation, name: str, overrides
         lambda: marker.is_file() and read_json(marker) == done,
         finish,
     )
+
+
+def _losses(run: StudyRun, evaluation: StudyEvaluation) -> Step:
+    file = _losses_file(run)
+    marker = _beside(file.with_suffix(""), ".done.json")
+    command = [str(ROOT / "tools" / "validation_losses.py"), "--checkpoint", str(run.folder), "--json", str(file)]
+    command += ["--tensor", str(run.config.parallel.tensor)]
+    for name, overrides in untrained_roles(run, evaluation).items():
+        command += ["--roles", name, *overrides]
+    return Step(
+        "validation losses",
+        [*_launcher(run), *command],
+        lambda: marker.is_file() and read_json(marker) == command[1:],
+        lambda: write_json(marker, command[1:]),
+    )
+
+
+def _losses_file(run: StudyRun) -> Path:
+    return run.folder / "benchmarks" / "validation_losses.json"
 
 
 def _beside(folder: Path, suffix: str) -> Path:
@@ -145,10 +187,16 @@ def _checksum(folder: Path) -> str:
     return checksum.hexdigest()[:16]
 
 
-def _roles(run: StudyRun, overrides: list[str]) -> tuple:
-    config = with_roles(run.config, overrides)
-    plan = Plan.from_config(config)
-    return plan.roles, plan.projections, plan.dense_share
+def _identities(asked: Sequence[StudyBenchmark]) -> list[list]:
+    return [[b.name, b.data, _checksum(Path(b.data)), b.parts, *b.options] for b in asked]
+
+
+def _roles(run: StudyRun, overrides: Sequence[str], task: Task | None = None) -> tuple:
+    """What overrides make of the run's plan, for the documents of one task, or of all."""
+    plan = Plan.from_config(with_roles(run.config, overrides))
+    tasks = Task if task is None else [task]
+    roles = [[plan.role(layer, t, m) for t in tasks for m in Modality] for layer in range(plan.num_layers)]
+    return roles, plan.projections, plan.dense_share
 
 
 def _launcher(run: StudyRun) -> list[str]:

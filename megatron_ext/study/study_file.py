@@ -102,6 +102,10 @@ class StudyEvaluation:
     """Name -> overrides (``plan.preset=dense``) that set the roles in evaluation; [] keeps the roles of training. The
     projections are always those that were trained."""
 
+    def roles_of(self, method: Method) -> dict[str, list[str]]:
+        """Name -> overrides of every set of roles that a method's runs are evaluated with."""
+        return self.evaluate_as | method.evaluate_as
+
 
 @dataclass
 class LearningRates:
@@ -149,9 +153,7 @@ class Study:
     hypotheses: list[Hypothesis] = field(default_factory=list)
     """Decided by the report at every size; terms name methods by their labels."""
     metrics: dict = field(default_factory=dict)
-    """Metric -> {task, higher_is_better, in_average}, to override what is guessed from its name."""
-    replicates: int = 200
-    """Bootstrap replicates."""
+    """Metric -> {task, higher_is_better, in_average, scale}, to override what is guessed from its name."""
     slurm: list[str] = field(default_factory=list)
     """Options for sbatch: ``--time=4:00:00``, ``--gpus=1``."""
 
@@ -168,10 +170,6 @@ class Study:
     def methods_of(self, size: Size) -> list[Method]:
         """The methods of a size."""
         return [method for method in self.methods if size.methods is None or method.name in size.methods]
-
-    def evaluated_as(self, method: Method) -> dict[str, list[str]]:
-        """Name -> overrides of every set of roles that a method's runs are evaluated with."""
-        return self.evaluation.evaluate_as | method.evaluate_as
 
 
 def read(*files: str | Path) -> Study:
@@ -296,7 +294,7 @@ def _check_claim(where: str, claim: Claim, study: Study, metrics: list[str]) -> 
         method = models.get((term.method, term.trained_on))
         if method is None:
             raise UserError(f"'{where}.terms[{k}]': no method trained on {term.trained_on} is labelled {term.method!r}")
-        if term.evaluated_as is not None and term.evaluated_as not in study.evaluated_as(method):
+        if term.evaluated_as is not None and term.evaluated_as not in study.evaluation.roles_of(method):
             raise UserError(f"'{where}.terms[{k}].evaluated_as' is {term.evaluated_as!r}, not in its 'evaluate_as'")
 
 

@@ -5,9 +5,7 @@ which starts it as a user does.
 """
 
 import os
-import runpy
 import subprocess
-import sys
 import tempfile
 import time
 from multiprocessing.connection import wait
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_ext.study import forked
 from support import fork_server
 from support.programs import ROOT
 
@@ -77,9 +76,4 @@ def _wait_for(ranks: list[BaseProcess], seconds: float) -> int:
 
 def _program(command: list[str], output: Path, environment: dict[str, str]) -> None:
     os.chdir(ROOT)
-    os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(file, descriptor)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    forked.run_program(command, output, {**os.environ, **environment})

@@ -97,21 +97,25 @@ def allocate(attention: torch.Tensor, visible: torch.Tensor, batch: Batch, names
         queries: the set of queries.
     """
     tasks, positions = batch.task.flatten().tolist(), batch.positions.flatten().tolist()
-    mass, share, entropies, ratios = defaultdict(list), defaultdict(list), [], []
+    mass, share, entropies, ratios, left_out = defaultdict(list), defaultdict(list), [], [], []
     for i in range(len(names)):
         if not attention[:, i].any() or not _is_query(queries, i, names, tasks, positions):
             continue
         turn = int(_next_turn(names[i : i + _left(positions[i:])]))
-        keys = visible[i].nonzero().flatten().tolist()
+        keys = [j for j in visible[i].nonzero().flatten().tolist() if j != i and not _is_left_out(j, names, positions)]
+        if not keys:
+            continue
+        left_out.append(1 - float(attention[:, i, keys].sum(-1).mean()))
+        over_keys = attention[:, i, keys] / attention[:, i, keys].sum(-1, keepdim=True)
         totals, counts = defaultdict(float), defaultdict(int)
-        for j in keys:
+        for place, j in enumerate(keys):
             of_key = _class(queries, names[j], tasks[j], turn)
-            totals[of_key] += float(attention[:, i, j].mean())
+            totals[of_key] += float(over_keys[:, place].mean())
             counts[of_key] += 1
         for of_key in CLASSES:
             mass[of_key].append(totals[of_key])
             share[of_key].append(counts[of_key] / len(keys))
-        entropy = -sum(p * math.log(p) for p in attention[:, i, keys].flatten().tolist() if p) / len(attention)
+        entropy = -sum(p * math.log(p) for p in over_keys.flatten().tolist() if p) / len(attention)
         entropies.append(entropy)
         if len(keys) > 1:
             ratios.append(entropy / math.log(len(keys)))
@@ -122,7 +126,14 @@ def allocate(attention: torch.Tensor, visible: torch.Tensor, batch: Batch, names
         "over_uniform": {n: mean[n] / (sum(share[n]) / len(share[n])) if any(share[n]) else None for n in mean},
         "entropy": sum(entropies) / len(entropies) if entropies else None,
         "entropy_share": sum(ratios) / len(ratios) if ratios else None,
+        "left_out": sum(left_out) / len(left_out) if left_out else None,
     }
+
+
+def _is_left_out(j: int, names: list[str], positions: list[int]) -> bool:
+    """Whether a key is ``<eod>``, the first token of its document, or special and only special ones are before it."""
+    special = [name.rstrip("123+") in IDS for name in names[j - positions[j] : j + 1]]
+    return names[j].startswith("eod") or positions[j] == 0 or all(special)
 
 
 def _is_query(queries: str, i: int, names: list[str], tasks: list[int], positions: list[int]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from megatron_ext import config_file
 from megatron_ext.analysis import attention_report
 from megatron_ext.analysis.attention import Allocation
+from megatron_ext.analysis.token_sets import ObjectTokens
 from megatron_ext.config import Config
 from megatron_ext.routing.plan import Plan, Role
 from megatron_ext.transformer.model import build_chunks
@@ -65,8 +66,9 @@ def check(allocation: dict, layer: int, attention, visible, batch, names) -> Non
         for figure in ("mass", "over_uniform"):
             known_classes = {name: expected[figure].get(name) for name in result[figure]}
             assert known(result[figure]) == pytest.approx(known(known_classes), rel=1e-5, abs=1e-7)
-        figures = ("queries", "entropy", "entropy_share")
-        assert known({f: result[f] for f in figures}) == pytest.approx(known({f: expected[f] for f in figures}))
+        figures = ("queries", "entropy", "entropy_share", "left_out")
+        expected_figures = known({f: expected[f] for f in figures})
+        assert known({f: result[f] for f in figures}) == pytest.approx(expected_figures, rel=1e-5)
         if result["queries"]:
             assert sum(result["mass"].values()) == pytest.approx(1)
 
@@ -109,7 +111,8 @@ def test_hand_set_attention(one_process, plan, factor):
 
 
 def test_the_numbers_of_one_document_by_hand(one_process):
-    """bos <boi> I I <eoi> Q A <eod>: with uniform attention Q sees 2 images of 6 keys, A 2 of 7."""
+    """bos <boi> I I <eoi> Q A <eod>: with uniform attention Q counts 2 images of 3 keys, as it leaves out 3 of the 6 that
+    it sees: bos, <boi> and itself; A counts 2 of 4."""
     one_process(*SHAPE)
     model, plan, _ = model_of([])
     for parameter in model.parameters():
@@ -117,14 +120,15 @@ def test_the_numbers_of_one_document_by_hand(one_process):
     batch, _ = rows_of([understanding(2, (1, 1))], length=10)
     result = measured(model, plan, batch)["answer"]["layers"][0]
     assert result["queries"] == 2
-    expected = {"image": (2 / 6 + 2 / 7) / 2, "question": (1 / 6 + 1 / 7) / 2, "own answer": 1 / 14}
-    expected |= {"earlier answers": 0, "special": (3 / 6 + 3 / 7) / 2}
+    expected = {"image": (2 / 3 + 2 / 4) / 2, "question": (0 / 3 + 1 / 4) / 2, "special": (1 / 3 + 1 / 4) / 2}
     assert result["mass"] == pytest.approx(expected)
-    assert result["entropy"] == pytest.approx((math.log(6) + math.log(7)) / 2)
+    assert result["entropy"] == pytest.approx((math.log(3) + math.log(4)) / 2)
+    assert result["left_out"] == pytest.approx((3 / 6 + 3 / 7) / 2)
 
 
 def test_given_and_drawn_images_are_apart_and_only_answers_are_answers(one_process):
-    """bos <boi> I I <eoi> T <boi> D D <eoi> T A <eod>: T sees 11 keys before A, A 12; both D see all before them."""
+    """bos <boi> I I <eoi> T <boi> D D <eoi> T A <eod>: T before A counts 8 keys, A 9; the first D counts 5, the second
+    6."""
     one_process(*SHAPE)
     model, plan, _ = model_of([])
     for parameter in model.parameters():
@@ -133,10 +137,34 @@ def test_given_and_drawn_images_are_apart_and_only_answers_are_answers(one_proce
     assert int((batch.loss_mask > 0).sum()) == 5
     result = {name: figures["layers"][0] for name, figures in measured(model, plan, batch).items()}
     assert [result[queries]["queries"] for queries in ("answer", "image")] == [2, 2]
-    images = {"image": (2 / 11 + 2 / 12) / 2, "drawn image": (2 / 11 + 2 / 12) / 2}
+    images = {"image": (2 / 8 + 2 / 9) / 2, "drawn image": (2 / 8 + 2 / 9) / 2}
     assert {name: result["answer"]["mass"][name] for name in images} == pytest.approx(images)
-    drawn = {"image": (1 / 8 + 2 / 9) / 2, "given image": (2 / 8 + 2 / 9) / 2, "caption": (1 / 8 + 1 / 9) / 2}
+    drawn = {"image": (0 / 5 + 1 / 6) / 2, "given image": (2 / 5 + 2 / 6) / 2, "caption": (1 / 5 + 1 / 6) / 2}
     assert {name: result["image"]["mass"][name] for name in drawn} == pytest.approx(drawn)
+
+
+def test_the_tokens_of_an_object_by_hand(one_process):
+    """bos <boi> I I I I <eoi> Q A <eod> with object 1 in the first two image tokens and object 2 in the second: Q counts
+    the four and <eoi>, A also Q. Then bos T <boi> I I I I <eoi> <eod> with object 1 in the second and last."""
+    one_process(*SHAPE)
+    model, plan, _ = model_of([])
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    batch, _ = rows_of([understanding(4, (1, 1)), generation(1, 4)], length=20)
+    objects = ObjectTokens(*torch.zeros(2, 1, 20, dtype=torch.int64))
+    objects.shows[0, [2, 3]], objects.about[0, [7, 8]] = torch.tensor([1, 3]), torch.tensor([1, 1])
+    objects.shows[0, [14, 16]], objects.about[0, [13, 15]] = 1, 1
+    allocation = Allocation(model, plan, SPECIAL)
+    allocation.read(batch, objects)
+    result = {name: figures["layers"][0] for name, figures in allocation.result().items()}
+    answers, drawn = result["answer_about_object"], result["image_of_object"]
+    assert answers["queries"] == 2 and answers["over_uniform"]["its object"] == pytest.approx(1)
+    shares = {"its object": (2 / 5 + 2 / 6) / 2, "rest of image": (2 / 5 + 2 / 6) / 2, "question": 1 / 12}
+    assert answers["mass"] == pytest.approx(shares | {"special": (1 / 5 + 1 / 6) / 2})
+    assert result["answer"]["mass"]["image"] == pytest.approx((4 / 5 + 4 / 6) / 2)
+    # The first I counts T and <boi>, the third also two image tokens, of which the second shows the object.
+    shares = {"its object": 1 / 8, "rest of image": 1 / 8, "caption": (1 / 2 + 1 / 4) / 2}
+    assert drawn["mass"] == pytest.approx(shares | {"special": (1 / 2 + 1 / 4) / 2})
 
 
 @pytest.mark.parametrize(
@@ -212,8 +240,9 @@ def test_observing_changes_nothing_and_shows_everything(one_process, tmp_path):
     assert torch.equal(*seen)
     allocation.read(batch.rows(1, 2))
     result = allocation.result()
-    assert [layer["queries"] for layer in result["image"]["layers"]] == [12, 0, 0, 12]
-    table = attention_report.table(result)
-    assert "image (12 queries)" in table and table.count("%") > 20
-    attention_report.plot(result, tmp_path / "figure.png", "title")
+    # Of 12 image tokens the first of the document without a caption sees bos and <boi> alone, which are left out.
+    assert [layer["queries"] for layer in result["image"]["layers"]] == [11, 0, 0, 11]
+    table = attention_report.table(result, result)
+    assert "image (11 queries)" in table and table.count("%") > 20
+    attention_report.plot(result, tmp_path / "figure.png", "title", result)
     assert (tmp_path / "figure.png").stat().st_size > 10_000

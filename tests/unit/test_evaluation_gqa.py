@@ -52,7 +52,8 @@ def test_the_file_may_lie_in_the_folder_that_the_archive_makes(tmp_path):
 def test_known_answers_have_known_scores(tmp_path):
     items = GQA.read(release(tmp_path))
     scores = GQA.score(items, {"201": "T-shirt.", "202": "The no", "203": "man", "204": "  .", "unknown": "left"})
-    assert scores.headline == {"GQA": 40.0}
+    # Of one kind, with five right answers: (0.4 - 0.2) / (1 - 0.2).
+    assert scores.headline == {"GQA": 40.0, "GQA, chance-corrected": 25.0}
     assert (scores.questions, scores.missing, scores.invalid) == (5, 1, 1)
     assert scores.details == {
         "plain string match": {"accuracy": 20.0, "questions": 5},
@@ -106,3 +107,15 @@ def test_a_missing_or_malformed_file_is_named_with_the_entry(tmp_path, content, 
     with pytest.raises(UserError, match=message) as raised:
         GQA.read(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_constant_answers_score_nothing_above_chance(tmp_path):
+    kinds = {"a": "yes", "b": "yes", "c": "no", "d": "left", "e": "right"}
+    questions = {
+        id: {**QUESTIONS["202"], "answer": answer, "types": {**TYPES, "detailed": "side" if id > "c" else "presence"}}
+        for id, answer in kinds.items()
+    }
+    items = GQA.read(release(tmp_path, questions))
+    perfect, constant = (GQA.score(items, answers).headline for answers in (kinds, dict.fromkeys(kinds, "yes")))
+    assert perfect["GQA, chance-corrected"] == 100
+    assert constant["GQA, chance-corrected"] == pytest.approx(100 * (0 - 1) / 2)  # right at chance, and always wrong

@@ -4,14 +4,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from megatron_ext import config_file
-from megatron_ext.config import Config
+from megatron_ext.analysis.scene_objects import object_batches
+from megatron_ext.config import Config, SourceConfig
 from megatron_ext.data.format import DRAWN, IMAGE, TEXT, Dataset
 from megatron_ext.errors import UserError
+from megatron_ext.picture_world.attributes import PLACES
 from megatron_ext.preprocess import picture_world, pipeline
 from megatron_ext.preprocess.recipe import Recipe, read_recipe
+from megatron_ext.token_classes import PADDING_DOCUMENT, Modality, Task
+from megatron_ext.vocabulary import Vocabulary
 from support.programs import ROOT, run_program
 
 EXAMPLES = ROOT / "examples"
@@ -64,6 +69,38 @@ def test_each_question_is_a_document_and_each_picture_a_caption_pair(whole):
     assert len(Dataset(data / "places-train")) > 6
     assert (whole / "out" / "benchmarks" / "validation" / "gqa").is_dir()
     assert questions.metadata["vq"]["grid"] == [3, 3]
+
+
+def test_the_object_that_a_question_asks_for_is_shown_at_the_place_of_the_answer(whole):
+    """Where is the red circle? top left: its token is the first of 3 x 3."""
+    out = whole / "out"
+    vocabulary = Vocabulary(out / "vocabulary")
+    sources = [(out / "data" / "places-train", "understanding"), (out / "data" / "captions-train", "generation")]
+    config = Config()
+    config.data.sequence_length = 256
+    config.data.train = [SourceConfig(str(path), task, 1.0) for path, task in sources]
+    places, drawn = [place for row in PLACES for place in row], 0
+    for batch, objects in object_batches(config, vocabulary, "train", 4, 12, out / "places-scenes" / "train"):
+        for row, document in {(r, int(d)) for r in range(4) for d in batch.document[r] if d != PADDING_DOCUMENT}:
+            own = batch.document[row] == document
+            tokens, image = batch.tokens[row][own], batch.modality[row][own] == Modality.IMAGE
+            shows, about = objects.shows[row][own], objects.about[row][own]
+            if batch.task[row][own][0] == Task.GENERATION:
+                assert not shows.any() and not about.any()  # of other scenes
+                continue
+            learnt = (batch.loss_mask[row][own] > 0).roll(1)
+            answer = vocabulary.decode(tokens[learnt][:-1].tolist()).strip()
+            asked = about[learnt][0]
+            assert asked and (asked & shows[image]).nonzero().flatten().tolist() == [places.index(answer)]
+            drawn += 1
+    assert drawn > 20
+    config.data.train = config.data.train[1:]
+    for batch, objects in object_batches(config, vocabulary, "train", 4, 1, out / "scenes" / "train"):
+        image = batch.modality == Modality.IMAGE
+        assert torch.equal(objects.about[:, :-1], objects.shows[:, 1:]) and not objects.shows[~image].any()
+        assert objects.shows[image].any()
+    with pytest.raises(UserError, match="has not the tars that data.train was made from"):
+        object_batches(config, vocabulary, "train", 4, 1, out / "scenes" / "validation")
 
 
 def test_a_complete_preparation_is_recognized_without_torch(whole):

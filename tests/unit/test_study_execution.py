@@ -32,7 +32,7 @@ def study(tmp_path, monkeypatch):
     def make(**scripts: str) -> tuple[Study, list[StudyRun]]:
         methods = [Method(name, "generation", "a") for name in scripts]
         study = Study("test", str(tmp_path), ["base.yaml"], [Size("s", {})], methods)
-        length = Length(1.0, 1.0, 10)
+        length = Length(1.0, 1.0, 1.0, 10)
         runs = [
             StudyRun(m.name, tmp_path / m.name, study.sizes[0], m, ("tokens",), 1, 1, length, Config()) for m in methods
         ]

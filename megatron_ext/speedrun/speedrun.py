@@ -1,0 +1,186 @@
+"""A submission from its file to its row."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from megatron_ext.errors import UserError
+from megatron_ext.preprocess.picture_world import prepare
+from megatron_ext.preprocess.recipe import read_recipe
+from megatron_ext.speedrun import commit, questions, submission
+from megatron_ext.speedrun.experiment import ALLOWANCE, Cost, Experiment
+from megatron_ext.speedrun.figures import TASKS, TOGETHER, figures
+from megatron_ext.speedrun.frozen import Frozen
+from megatron_ext.speedrun.leaderboard import Kind, Leaderboard, Row
+from megatron_ext.speedrun.score import Score, score
+from megatron_ext.speedrun.submission import Submission
+from megatron_ext.study import steps
+
+Mode = Literal["run", "verification", "rehearsal"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of each seed by split and task, and what they cost; the score, but of a rehearsal."""
+
+    seeds: list[int]
+    figures: dict[str, dict[str, list[float]]]
+    cost: Cost
+    score: Score | None
+
+
+class Speedrun:
+    """A submission in a round.
+
+    Args:
+        mode: verification: on the seeds and questions of the round's verification word. rehearsal: with few tokens,
+            seeds and questions; its result is no row.
+        say: prints a line.
+
+    Raises:
+        UserError: the round has no verification word yet.
+    """
+
+    def __init__(
+        self,
+        frozen: Frozen,
+        entered: Submission,
+        mode: Mode = "run",
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ):
+        self.frozen, self.entered, self.mode, self._say = frozen, entered, mode, say
+        self.board = Leaderboard(Path(frozen.leaderboard))
+        self._word = frozen.verification_word if mode == "verification" else ""
+        if mode == "verification" and not self._word:
+            raise UserError(f"round {frozen.round} has no verification_word; it is verified when it has ended")
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """The runs, in a folder named after what is run; the world is prepared first.
+
+        Raises:
+            UserError: the configuration is refused.
+        """
+        frozen, few = self.frozen, self.frozen.rehearsal if self.mode == "rehearsal" else None
+        recipe = read_recipe(frozen.recipe)
+        prepare(recipe, Path(frozen.world), self._say)
+        folder = Path(frozen.output) / f"round{frozen.round}" / self.mode
+        pictures = few.pictures if few else frozen.questions.pictures
+        asked = questions.write(folder / "questions", recipe, pictures, self._seed_of_questions)
+        out = folder / f"{self.entered.name}-{self.entered.digest[:8]}"
+        seeds = submission.seeds(frozen, self.entered.digest, self._word)[: few.seeds if few else None]
+        return Experiment(frozen, self.entered, out, few.tokens if few else frozen.tokens, seeds, asked)
+
+    def check_entry(self, free: list[Path]) -> str:
+        """Check that a run may become a row, before it is run. Returns the commit.
+
+        Args:
+            free: files that may differ from the commit.
+
+        Raises:
+            UserError: the tree is not that of a known commit; the recipe has a row; or dense has none.
+        """
+        entries = [*free, self.board.file, self.board.page]
+        known = commit.known_commit(steps.ROOT, entries)
+        if row := self.board.find(self.frozen, self._kind, self.entered.digest):
+            raise UserError(f"{self.board.file}: has this recipe already, as {row.name} with {row.score:.3f}")
+        if not self._is_reference:
+            self._dense()
+        return known
+
+    def check_estimate(self) -> float:
+        """The estimate of FLOPs relative to lossless dense.
+
+        Raises:
+            UserError: it is far above the cap.
+        """
+        ratio = self.experiment.estimated_flops_ratio()
+        self._check_flops(ratio, self.frozen.flops_cap + ALLOWANCE, "an estimate of ")
+        return ratio
+
+    def run(self, jobs: int) -> Result:
+        """Run what is left to run.
+
+        Raises:
+            UserError: a run failed, or a signal arrived; the same command goes on.
+        """
+        self.experiment.execute(jobs, is_forked=self.mode == "rehearsal")
+        each = [figures(self.experiment.questions, answers) for answers in self.experiment.answers()]
+        gathered = {split: {task: [f[split][task] for f in each] for task in TASKS} for split in each[0]}
+        scored = None
+        if self.mode != "rehearsal":
+            dense = gathered if self._is_reference else self._dense().figures
+            scored = score(gathered[TOGETHER], dense[TOGETHER], self.frozen.level)
+        return Result(self.experiment.seeds, gathered, self.experiment.cost(), scored)
+
+    def enter(self, result: Result, known: str, author: str) -> Row:
+        """Append the row of a result to the leaderboard.
+
+        Raises:
+            UserError: it exceeds a cap.
+        """
+        cost, scored = result.cost, result.score
+        self._check_flops(cost.flops_ratio, self.frozen.flops_cap, "")
+        if cost.core_hours > self.frozen.core_hours_cap and not self.entered.is_dense:
+            raise UserError(
+                f"{self.entered.name}: {cost.core_hours:.2f} core-hours, the cap is {self.frozen.core_hours_cap}"
+            )
+        row = Row(
+            name=self.entered.name,
+            author=author,
+            kind=self._kind,
+            round=self.frozen.round,
+            attempt=self.board.attempts(self.frozen, author) + (self.mode == "run"),
+            **dataclasses.asdict(scored),
+            **dataclasses.asdict(cost),
+            seeds=result.seeds,
+            figures=result.figures,
+            commit=known,
+            digest=self.entered.digest,
+            frozen=self.frozen.digest,
+            settings=self.entered.tree,
+        )
+        self.board.append(row)
+        return row
+
+    def _check_flops(self, ratio: float, cap: float, what: str) -> None:
+        if ratio > cap and not self.entered.is_dense:
+            raise UserError(
+                f"{self.entered.name}: {what}{ratio:.3f} x the FLOPs of lossless dense, "
+                f"the cap is {self.frozen.flops_cap}"
+            )
+
+    @property
+    def _kind(self) -> Kind:
+        """The kind of row that the result is, or would be."""
+        return "verification" if self.mode == "verification" else "run"
+
+    @property
+    def _seed_of_questions(self) -> int:
+        return (
+            int(hashlib.sha256(self._word.encode()).hexdigest()[:7], 16) if self._word else self.frozen.questions.seed
+        )
+
+    @property
+    def _reference(self) -> Submission:
+        return submission.read(Path(self.frozen.reference), self.frozen)
+
+    @property
+    def _is_reference(self) -> bool:
+        return self.entered.digest == self._reference.digest
+
+    def _dense(self) -> Row:
+        """The row of dense that the submission is relative to."""
+        row = self.board.find(self.frozen, self._kind, self._reference.digest)
+        if row is None:
+            raise UserError(
+                f"{self.board.file}: round {self.frozen.round} has no {self._kind} of {self.frozen.reference}, "
+                "which all others are relative to; run it first"
+            )
+        if row.frozen != self.frozen.digest:
+            raise UserError(f"round {self.frozen.round}: what is frozen has changed since dense was run; begin a round")
+        return row
