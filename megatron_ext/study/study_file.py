@@ -7,12 +7,11 @@ from typing import Literal
 from megatron_ext import config_file
 from megatron_ext.analysis.hypotheses import Claim, Hypothesis
 from megatron_ext.analysis.results import Metric
+from megatron_ext.analysis.synergy import PRIMARY
 from megatron_ext.errors import UserError
 
 PICTURES = "mjhq"
 """The benchmark that is answered with generated pictures."""
-LOSSES = ("understanding loss", "generation loss")
-"""Means over the tokens of the validation data that a task learns: answers, codes of images."""
 Budget = Literal["tokens", "steps", "total", "flops"]
 
 
@@ -42,7 +41,7 @@ class Method:
     trained_on: Literal["understanding", "generation", "unified"]
     partner_group: str | list[str]
     """One or several names. The partner runs of a unified method, which are the reference of its gains, are the
-    single-task methods that share a name with it."""
+    single-task methods that share a name with it; []: it is compared with nothing."""
     settings: dict = field(default_factory=dict)
     """Merged into the base configuration and the size's settings: ``plan``."""
     budgets: list[Budget] | None = None
@@ -266,7 +265,7 @@ def _check_rates(study: Study) -> None:
 
 
 def _check_claims(study: Study) -> None:
-    metrics = [*LOSSES, *(benchmark.name for benchmark in study.evaluation.benchmarks)]
+    metrics = [*PRIMARY, *(benchmark.name for benchmark in study.evaluation.benchmarks)]
     names = [hypothesis.name for hypothesis in study.hypotheses]
     for i, hypothesis in enumerate(study.hypotheses):
         if names.count(hypothesis.name) > 1:
