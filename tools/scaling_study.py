@@ -43,7 +43,7 @@ def main() -> None:
     if not arguments.report:
         steps.check(selected, study.evaluation)
     if arguments.slurm or arguments.slurm_print:
-        _slurm(study, arguments, status.unfinished(study, selected))
+        _slurm(study, arguments, status.unfinished(study, plan.needed(arguments.run)))
         return
     if not arguments.report:
         gpus = [gpu for gpu in arguments.gpus.split(",") if gpu]
