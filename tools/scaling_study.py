@@ -9,7 +9,7 @@ from megatron_ext.errors import UserError
 def main() -> None:
     parser = command_line.parser(
         "Train and evaluate every run of a study file (megatron_ext/study/study_file.py documents its keys), and\n"
-        "report gains, synergy losses and how they scale. After any interruption the same command resumes: finished\n"
+        "report on synergy, its losses and hypotheses. After any interruption the same command resumes: finished\n"
         "runs are kept, others resume from their checkpoints, failed runs are retried.",
         "python tools/scaling_study.py examples/studies/picture_world.yaml --jobs 2\n"
         "  python tools/scaling_study.py examples/studies/picture_world.yaml --status\n"
