@@ -460,10 +460,10 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
         slurm.submit(example, [tmp_path / "study.yaml"], runs)
 
 
-def test_every_unified_method_of_the_picture_world_study_has_partner_runs():
-    example = study_file.read(Path(__file__).parents[2] / "examples/studies/picture_world.yaml")
+def test_the_decisive_study_has_partner_runs_for_all_that_is_trained():
+    example = study_file.read(Path(__file__).parents[2] / "examples/studies/decisive.yaml")
     for method in example.methods:
-        if method.trained_on == "unified":
+        if method.trained_on == "unified" and method.name != "untrained":
             for task in ("understanding", "generation"):
                 groups = set(method.partner_groups)
                 assert any(m.trained_on == task and groups & set(m.partner_groups) for m in example.methods), (
