@@ -9,7 +9,7 @@ from megatron_ext.analysis import depth, depth_report, fit, gate, hypotheses, ou
 from megatron_ext.analysis.results import Results
 from megatron_ext.analysis.synergy import QUANTITIES, REFERENCE, Comparison
 from megatron_ext.files import write_json, write_text
-from megatron_ext.study import collect, report_tables, state, steps
+from megatron_ext.study import collect, learning_rates, report_tables, state, steps
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
@@ -28,6 +28,7 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
     tested = outcomes.outcomes(comparisons, uninformative)
     fits = dict(_fits(comparisons))
     parts = [f"# Study {study.name}", *_facts(study, runs, results), *_unfinished(study, runs)]
+    parts += learning_rates.section(study)
     parts += [*report_tables.gates(gates), *report_tables.hypotheses(decisions)]
     for budget in study.budgets:
         rows = [row for row in results.rows if row.budget == budget and not depth.is_intervention(row)]

@@ -212,8 +212,9 @@ def _check(study: Study) -> None:
     _check_evaluation(study.evaluation)
     for i, method in enumerate(study.methods):
         _check_roles(f"methods[{i}].evaluate_as", method.evaluate_as)
-        if again := method.evaluate_as.keys() & study.evaluation.evaluate_as.keys():
-            raise UserError(f"'methods[{i}].evaluate_as' has {min(again)!r}, which evaluation.evaluate_as has too")
+        for name, overrides in method.evaluate_as.items():
+            if name in study.evaluation.evaluate_as or not overrides:
+                raise UserError(f"'methods[{i}].evaluate_as.{name}' must differ from all of evaluation.evaluate_as")
     _check_rates(study)
     _check_claims(study)
     for name, fields in study.metrics.items():
@@ -240,8 +241,8 @@ def _check_evaluation(evaluation: StudyEvaluation) -> None:
         raise UserError(f"'evaluation.benchmarks' names {', '.join(names)}; name each once, with all its parts")
     if evaluation.benchmarks and not evaluation.vq:
         raise UserError("'evaluation.vq' is missing; name the folder of the VQ tokenizer that made the data")
-    if [] not in evaluation.evaluate_as.values():
-        raise UserError("'evaluation.evaluate_as' needs an entry of [], the roles of training")
+    if list(evaluation.evaluate_as.values()).count([]) != 1:
+        raise UserError("'evaluation.evaluate_as' needs one entry of [], the roles of training")
     _check_roles("evaluation.evaluate_as", evaluation.evaluate_as)
 
 
