@@ -209,7 +209,7 @@ def test_evaluation_is_checked_before_training(study, tmp_path):
         changed = study(evaluation=valid | changes)
         with pytest.raises(UserError, match=message):
             steps.check(grid.runs(changed), changed.evaluation)
-    with pytest.raises(UserError, match="'evaluation.evaluate_as' needs an entry of"):
+    with pytest.raises(UserError, match="'evaluation.evaluate_as' needs one entry of"):
         study(evaluation=valid | {"evaluate_as": {"dense": ["plan.preset=dense"]}})
     good = study(evaluation=valid)
     steps.check(grid.runs(good), good.evaluation)
