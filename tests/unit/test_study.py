@@ -452,7 +452,7 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
         f'case "$*" in *--status) case "$*" in *{runs[1].name}*) echo 1 finished;; *) echo 1 stopped;; esac;; esac'
     )
     programs = {
-        "sbatch": "cp $2 submitted.sh; echo 77",
+        "sbatch": 'for last; do :; done; cp "$last" submitted.sh; echo "$@" >> submissions; echo 77',
         "scontrol": 'echo "$@" >> requeued',
         "python": f'echo "$@" >> called; {finished}',
     }
@@ -475,6 +475,12 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
         assert run_command.endswith(f"scaling_study.py {tmp_path}/study.yaml --out {example.output} --run {run.name}")
         assert status_command == f"{run_command} --status"
     assert (tmp_path / "requeued").read_text() == "requeue 77_1\n"
+    plan = execution.plan(study(learning_rates={"values": [0.1], "seed": 9}))
+    slurm.submit(example, [tmp_path / "study.yaml"], plan.all)
+    *_, trials, others = (tmp_path / "submissions").read_text().splitlines()
+    assert trials == f"--parsable {example.output}/slurm-trials.sh"
+    assert others == f"--parsable --dependency=afterany:77 {example.output}/slurm.sh"
+    assert ".lr0.1.seed9" not in (tmp_path / "submitted.sh").read_text()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on this machine; .*slurm.sh is written"):
         slurm.submit(example, [tmp_path / "study.yaml"], runs)
