@@ -220,6 +220,7 @@ def test_flops_or_time_over_the_cap_make_no_row(folder, round1, entered, monkeyp
         Speedrun(round1, mine).check_entry([])
     enter(reference, 1.0)
     Speedrun(round1, mine).check_entry([])
+    Speedrun(round1, entered("plan: {preset: himix_hmgen_share_partial}")).check_entry([])
     with pytest.raises(UserError, match="my: 0.601 x the FLOPs of lossless dense, the cap is 0.6"):
         enter(mine, 0.601)
     with pytest.raises(UserError, match="my: 2.10 core-hours, the cap is 2.0"):
@@ -235,6 +236,14 @@ def test_flops_or_time_over_the_cap_make_no_row(folder, round1, entered, monkeyp
     assert "| my | 1.000 | 1.00 1.00 1.00 1.00 | 1.00 1.00 1.00 1.00 | 0.600 | 1.50 | 2 | b | `cccccccccc` |" in page
     with pytest.raises(UserError, match="round 1 has no verification_word"):
         Speedrun(round1, mine, "verification")
+    round1.verification_word = "word"
+    again = Speedrun(round1, mine, "verification")
+    assert not set(again.experiment.seeds) & set(Speedrun(round1, mine).experiment.seeds)
+    with pytest.raises(UserError, match="round 1 has no verification of .*dense.yaml"):
+        again.check_entry([])
+    monkeypatch.setattr(commit, "known_commit", lambda *_: "d" * 40)
+    with pytest.raises(UserError, match="was begun at commit cccccccccc"):
+        Speedrun(round1, entered("plan: {preset: himix_hmgen_share_partial}")).check_entry([])
 
 
 def test_a_rehearsal_takes_the_whole_path_and_a_plan_that_saves_nothing_is_refused(folder, monkeypatch, capsys):
