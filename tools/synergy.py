@@ -1,16 +1,17 @@
-"""Synergy of unified training: each method's gain over single-task training, and its synergy loss against dense."""
+"""Synergy of unified training, and each method's synergy loss against dense as unified cost + partner advantage."""
 
 from pathlib import Path
 
 from megatron_ext import command_line, files
-from megatron_ext.analysis import beside_paper, results, synergy, tables
+from megatron_ext.analysis import beside_paper, outcomes, results, synergy, tables
 
 
 def main() -> None:
     parser = command_line.parser(
-        "Gains of unified over single-task training and the synergy loss of every method against dense, from files of\n"
-        "results (megatron_ext/analysis/results.py describes their form; tools/scaling_study.py writes them). Methods\n"
-        "that have the names of the paper's are also shown beside its tables 1 to 3.",
+        "Gains of unified over single-task training, and the synergy loss of every method against dense as the sum of\n"
+        "unified cost and partner advantage, with intervals over seeds, from files of results\n"
+        "(megatron_ext/analysis/results.py describes their form; tools/scaling_study.py writes them). Methods with the\n"
+        "names of the paper's are also shown beside its tables 1 to 3.",
         "python tools/synergy.py                    the paper's tables (arXiv 2606.01503)\n"
         "  python tools/synergy.py runs/studies/picture_world/results.json --latex synergy.tex --plot synergy.svg",
     )
@@ -19,15 +20,15 @@ def main() -> None:
     add("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
     add("--latex", type=Path, metavar="FILE", help="the same in LaTeX (needs booktabs)")
     add("--csv", type=Path, metavar="FILE", help="a line per method and metric, unrounded")
-    add("--plot", type=Path, metavar="FILE", help="plot the gains as bars (.svg, .pdf, .png)")
+    add("--plot", type=Path, metavar="FILE", help="plot the parts of the synergy losses (.svg, .pdf, .png)")
     arguments = parser.parse_args()
     loaded = results.read_all(arguments.results or [results.PUBLISHED])
     comparisons = synergy.compare(loaded)
-    titled = {tables.GAINS: tables.gains(comparisons), tables.LOSSES: tables.losses(comparisons)}
+    titled = {tables.PARTS: tables.parts(comparisons), tables.TESTS: tables.tests(outcomes.outcomes(comparisons))}
     titled = {title: table for title, table in titled.items() if not table.empty}
     if arguments.results:
         titled |= beside_paper.tables(loaded)
-    notes = [f"- {note}" for c in comparisons for note in c.missing]
+    notes = list(dict.fromkeys(f"- {note}" for c in comparisons for note in c.missing))
     parts = [loaded.source, *(f"{title}:\n\n{tables.markdown(table)}" for title, table in titled.items()), *notes]
     text = "\n\n".join(parts) + "\n"
     print(text, end="")

@@ -83,7 +83,7 @@ def plot(allocation: Mapping, file: Path, title: str, untrained: Mapping | None 
             above.text(n, 0.5, "no queries in this layer", rotation=90, ha="center", va="center", fontsize=8)
         above.set(title=f"{heading} ({allocation[name]['queries']:,})", ylim=(0, 1))
         above.title.set_fontsize(10)
-        above.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4, frameon=False)
+        above.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=5, frameon=False)
         below.set(xlabel="layer", yscale="log", xlim=(-0.6, len(layers) - 0.4))
         below.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         below.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))

@@ -1,24 +1,28 @@
-"""Results beside the tables of arXiv 2606.01503: understanding alone, generation alone, both.
+"""Results beside the tables of arXiv 2606.01503: understanding alone, generation alone, both; and synergy losses.
 
 Absolute figures of other data or another size of model are not comparable; what a method changes against dense is, so
-every reduced model's figure is followed by it, in percent, positive where the method is better.
+every reduced model's figure is followed by it, in percent, positive where the method is better. So are the two parts of
+a synergy loss, which follow from the three tables.
 """
 
 from collections.abc import Sequence
 
 import pandas as pd
 
-from megatron_ext.analysis import results
+from megatron_ext.analysis import results, synergy
 from megatron_ext.analysis.results import Metric, Results, Row
-from megatron_ext.analysis.synergy import REFERENCE, gain
+from megatron_ext.analysis.synergy import QUANTITIES, REFERENCE, Comparison, gain
+from megatron_ext.analysis.tables import signed
 
 TABLES = {
     "understanding": "Table 1: trained on understanding alone",
     "generation": "Table 2: trained on generation alone",
     "unified": "Table 3: trained on both",
 }
+SPLIT = "Table 3's synergy losses, split into unified cost + partner advantage (log points, 100 ln)"
 _SAME = {"SEED": "SEED-Img"}
 """Our name of a metric -> the paper's."""
+_PARTS = {quantity: name for quantity, name in QUANTITIES.items() if quantity != "synergy"}
 
 
 def tables(ours: Results) -> list[tuple[str, pd.DataFrame]]:
@@ -27,6 +31,7 @@ def tables(ours: Results) -> list[tuple[str, pd.DataFrame]]:
     """
     paper = results.published()
     settings = dict.fromkeys(row.setting for row in ours.rows)
+    of_paper, of_ours = synergy.compare(paper), synergy.compare(ours)
     shown = []
     for setting in settings:
         of_setting = [row for row in ours.rows if row.setting == setting]
@@ -35,7 +40,26 @@ def tables(ours: Results) -> list[tuple[str, pd.DataFrame]]:
             table = _table(_of_task(paper.rows, task), _of_task(of_setting, task), paper.metrics | ours.metrics)
             if table is not None:
                 shown.append((f"{title} ({suffix})" if suffix else title, table))
+        if not (split := _split(of_paper, [c for c in of_ours if c.setting == setting])).empty:
+            shown.append((f"{SPLIT} ({suffix})" if suffix else SPLIT, split))
     return shown
+
+
+def _split(paper: Sequence[Comparison], ours: Sequence[Comparison]) -> pd.DataFrame:
+    """A line for each of the paper's metrics and reduced methods that is also ours, with both sources' parts."""
+    by_method = {c.method: c for c in ours if c.method != REFERENCE}
+    names = {theirs: our for our, theirs in _SAME.items()}
+    return pd.DataFrame(
+        [
+            {"metric": effect.metric, "method": c.method}
+            | {f"paper: {name}": signed(effect.estimate(q)) for q, name in _PARTS.items()}
+            | {f"ours: {name}": signed(by_method[c.method].estimate(our_name, q)) for q, name in _PARTS.items()}
+            for c in paper
+            if c.method in by_method
+            for effect in c.effects
+            if by_method[c.method].effect(our_name := names.get(effect.metric, effect.metric))
+        ]
+    )
 
 
 def _of_task(rows: Sequence[Row], task: str) -> dict[str, list[Row]]:

@@ -1,59 +1,57 @@
-"""How synergy loss grows with the model: loss = a + b ln N by least squares, N the parameters of the dense model.
-
-In closed form: np.polyfit solves by SVD, which leaves rounding errors where a slope is exactly 0.
-"""
+"""How a quantity grows with the model: a + b ln N by least squares, N the parameters of the dense model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
-from megatron_ext.analysis.bootstrap import interval
+from megatron_ext.analysis.statistics import LEVEL, Estimate
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A line through the losses of one method at several sizes.
+    """A line through the values of one method at several sizes.
 
     Attributes:
-        a, b: [1 + replicates], a fit to each replicate of the losses; b is the change as N grows e-fold.
+        a: the line at N = 1.
+        b: the change as N grows e-fold; its interval is Student's, from the distances of all values to the line.
         parameters: parameters of the sizes, ascending.
-        residual: root mean square distance of the losses from the line; 0 by construction for two sizes.
+        residual: root mean square distance of the values from the line.
     """
 
-    a: np.ndarray
-    b: np.ndarray
+    a: float
+    b: Estimate
     parameters: tuple[int, ...]
     residual: float
 
     def at(self, parameters) -> np.ndarray:
-        """The loss on the line at these parameters, without replicates."""
-        return self.a[0] + self.b[0] * np.log(parameters)
+        """The line at these parameters."""
+        return self.a + self.b.mean * np.log(parameters)
 
     def as_json(self) -> dict:
-        return {
-            "a": float(self.a[0]),
-            "a_interval": interval(self.a),
-            "b": float(self.b[0]),
-            "b_interval": interval(self.b),
-            "parameters": list(self.parameters),
-            "residual": self.residual,
-        }
+        return asdict(self)
 
 
-def fit(parameters: Sequence[int], losses: Sequence[np.ndarray]) -> Fit | None:
-    """The line through the losses, or None for fewer than two different sizes.
+def fit(parameters: Sequence[int], values: Sequence[Sequence[float]]) -> Fit | None:
+    """The line through the values of every seed, or None for fewer than two different sizes.
 
     Args:
-        losses: [1 + replicates] for each size.
+        values: for each size, a value per seed.
     """
-    points = [(n, loss) for n, loss in sorted(zip(parameters, losses), key=lambda p: p[0]) if np.isfinite(loss[0])]
-    if len({n for n, _ in points}) < 2:
+    points = [(n, value) for n, of_size in zip(parameters, values) for value in of_size]
+    sizes = sorted({n for n, _ in points})
+    if len(sizes) < 2:
         return None
-    x = np.log([n for n, _ in points])
-    y = np.array([loss for _, loss in points])  # [sizes, 1 + replicates]
+    x, y = np.log([n for n, _ in points]), np.array([value for _, value in points])
     centred = x - x.mean()
-    b = centred @ y / (centred @ centred)
-    a = y.mean(axis=0) - b * x.mean()
-    residual = float(np.sqrt(np.mean((y[:, 0] - a[0] - b[0] * x) ** 2)))
-    return Fit(a, b, tuple(n for n, _ in points), residual)
+    b = float(centred @ y / (centred @ centred))  # in closed form: np.polyfit leaves rounding errors at slopes of 0
+    a = float(y.mean() - b * x.mean())
+    squares, freedom = float(np.sum((y - a - b * x) ** 2)), len(points) - 2
+    estimate = Estimate(b, None, None, LEVEL, len(points), None)
+    if freedom and squares:
+        error = float(np.sqrt(squares / freedom / (centred @ centred)))
+        half_width = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+        p = float(2 * stdtr(freedom, -abs(b) / error))
+        estimate = Estimate(b, b - half_width, b + half_width, LEVEL, len(points), p)
+    return Fit(a, estimate, tuple(sizes), float(np.sqrt(squares / len(points))))

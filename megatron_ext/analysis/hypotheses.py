@@ -14,7 +14,7 @@ shown), p against it the smallest times their number. Both are adjusted by Holm'
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from megatron_ext.analysis import statistics
@@ -133,14 +133,12 @@ def decide(
     hypotheses: Sequence[Hypothesis],
     results: Results,
     budget: str | None = None,
-    trained_as: Collection[str] = (),
     uninformative: Collection[str | None] = (),
 ) -> list[Decision]:
     """Decide every hypothesis at every size.
 
     Args:
         budget: of claims that name none.
-        trained_as: names of the roles in evaluation that are those of training.
         uninformative: sizes at which nothing is decided, because dense did not learn the tasks.
     """
     decisions = []
@@ -148,8 +146,7 @@ def decide(
         models: Mapping[tuple, dict[int | None, Row]] = defaultdict(dict)
         for row in results.rows:
             if row.size == size:
-                roles = None if row.evaluated_as in trained_as else row.evaluated_as
-                models[row.method, row.task, row.budget, roles][row.seed] = row
+                models[row.method, row.task, row.budget, row.evaluated_as][row.seed] = row
         claims = [[_decide(claim, results, models, budget) for claim in h.claims] for h in hypotheses]
         p_for = statistics.holm([_all_shown(of_one) for of_one in claims])
         p_against = statistics.holm([_one_refuted(of_one) for of_one in claims])
@@ -160,7 +157,8 @@ def decide(
 
 
 def _decide(claim: Claim, results: Results, models: Mapping[tuple, dict], budget: str | None) -> Decided:
-    values = _contrast(claim, results, models, claim.budget or budget)
+    claim = replace(claim, budget=claim.budget or budget)
+    values = _contrast(claim, results, models)
     if not values:
         return Decided(claim, values, None, None, None, None)
     contrast = list(values.values())
@@ -181,13 +179,13 @@ def _decide(claim: Claim, results: Results, models: Mapping[tuple, dict], budget
     return Decided(claim, values, estimate, min(1.0, 2 * inside[0]), against, flipped)
 
 
-def _contrast(claim: Claim, results: Results, models: Mapping[tuple, dict], budget: str | None) -> dict:
+def _contrast(claim: Claim, results: Results, models: Mapping[tuple, dict]) -> dict:
     """Seed -> the weighted sum of scores, for the seeds of which all models have the figure."""
     if claim.metric not in results.metrics:
         return {}
     metric, scores = results.metrics[claim.metric], []
     for term in claim.terms:
-        rows = models.get((term.method, term.trained_on, budget, term.evaluated_as), {})
+        rows = models.get((term.method, term.trained_on, claim.budget, term.evaluated_as), {})
         found = {seed: metric.score(row.metrics.get(claim.metric)) for seed, row in rows.items()}
         scores.append({seed: term.weight * score for seed, score in found.items() if score is not None})
     shared = [seed for seed in scores[0] if all(seed in others for others in scores)] if scores else []

@@ -30,7 +30,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.picture_world.attributes import COLORS, SHAPES
 from megatron_ext.picture_world.captions import plural
 from megatron_ext.picture_world.world import Scene
-from megatron_ext.token_classes import Modality, Task
+from megatron_ext.token_classes import Modality
 from megatron_ext.vocabulary import Vocabulary
 
 _SHAPE_OF = {form: shape for shape in SHAPES for form in (shape, plural(shape, 2))} | {"object": None, "objects": None}
@@ -68,7 +68,9 @@ def asked(scene: Scene, question: str) -> int:
     return sum(
         1 << number
         for number, item in enumerate(scene.objects)
-        if any(name != (None, None) and name[0] in (None, item.color) and name[1] in (None, item.shape) for name in names)
+        if any(
+            name != (None, None) and name[0] in (None, item.color) and name[1] in (None, item.shape) for name in names
+        )
     )
 
 
@@ -140,9 +142,7 @@ class _WithObjects:
                     self._write(objects, batch, row, own, self.documents[source][document])
         return batch, objects
 
-    def _write(
-        self, objects: ObjectTokens, batch: Batch, row: int, own: np.ndarray, document: DocumentObjects
-    ) -> None:
+    def _write(self, objects: ObjectTokens, batch: Batch, row: int, own: np.ndarray, document: DocumentObjects) -> None:
         """Write one document's objects at its tokens, bool [s]."""
         image = own & (batch.modality[row] == Modality.IMAGE)
         objects.shows[row, image] = document.shows

@@ -1,52 +1,77 @@
-"""What a task gains from joint training with the other task, and how much of that gain a method costs.
+"""What a task gains from joint training with the other task, how much of that gain a method costs, and why.
 
-For a metric where higher is better (arXiv 2606.01503; the sign is flipped for FID and losses)::
+All models are compared seed by seed, by differences of scores (:meth:`~.results.Metric.score`: log points, 100 ln, or
+points; higher is better). U is trained on both tasks. S is its partner run, trained on the metric's task alone, *with a
+common partner_group*::
 
-    gain(method) = (unified - single) / |single|
+    synergy(method)  =  U - S
+    synergy loss     =  synergy(dense) - synergy(method)
+                     =  (U_dense - U) + (S - S_dense)
+                     =  unified cost + partner advantage
 
-where single is the reference run: trained on the metric's task alone, *with a common partner_group*, and::
+A synergy loss thus has two causes that must not be confused: the method is worse than dense in unified training, or its
+partner run is better than dense's. Its negative is the interaction of method and unified training.
 
-    synergy loss(method) = gain(dense) - gain(method)
-
-per metric, and averaged over the metrics of a task. Both are fractions here, and percent and percentage points in
-tables.
-
-Every number is an array [1 + replicates]: the figure, then its bootstrap replicates, so that everything computed from
-the figures carries its uncertainty (see :mod:`megatron_ext.analysis.bootstrap`).
+The paper's gain (arXiv 2606.01503), (unified - single) / |single| of the means over seeds, stands beside synergy.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from megatron_ext.analysis.bootstrap import Bootstrap
-from megatron_ext.analysis.results import Results, Row
+from megatron_ext.analysis.results import Metric, Results, Row
+from megatron_ext.analysis.statistics import Estimate, t_interval
 from megatron_ext.errors import UserError
 
 REFERENCE = "dense"
-"""The method whose synergy the others are compared with."""
+"""The method that the others are compared with."""
 TASKS = ("understanding", "generation")
+QUANTITIES = {
+    "synergy": "synergy",
+    "unified_cost": "unified cost",
+    "partner_advantage": "partner advantage",
+    "loss": "synergy loss",
+}
+"""The quantities of an effect, and their names in tables."""
+Values = dict[int | None, float]
+"""Seed -> a difference of scores."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One metric of one unified method, or the average over a task's metrics; arrays [1 + replicates].
+    """One metric of one unified method, or the average over a task's metrics; a quantity without seeds is unknown.
+
+    Where both parts of the synergy loss are known, they are over the same seeds.
 
     Attributes:
         metric: its name; ``average`` for the average.
-        loss: None where dense has no gain to compare with.
-        unified, single: means over seeds, from which the gain is computed; None for an average.
-        seeds: the seeds that the gain is a mean over.
+        scale: of the quantities, log (points) or points.
+        in_average: whether the metric counts in the average over its task's.
+        unified, single, gain: the means over the seeds that both have, and the paper's gain, a fraction; None if
+            unknown, and the means of an average.
     """
 
     metric: str
     task: str
-    gain: np.ndarray
-    loss: np.ndarray | None
-    unified: np.ndarray | None = None
-    single: np.ndarray | None = None
-    seeds: tuple = ()
+    scale: str
+    synergy: Values
+    unified_cost: Values
+    partner_advantage: Values
+    unified: float | None = None
+    single: float | None = None
+    gain: float | None = None
+    in_average: bool = False
+
+    @property
+    def loss(self) -> Values:
+        """The synergy loss."""
+        advantage = self.partner_advantage
+        return {seed: cost + advantage[seed] for seed, cost in self.unified_cost.items() if seed in advantage}
+
+    def estimate(self, quantity: str) -> Estimate | None:
+        """A quantity's mean over seeds with its 95 % interval; None if it is unknown."""
+        values = getattr(self, quantity)
+        return t_interval(list(values.values())) if values else None
 
 
 @dataclass
@@ -63,6 +88,10 @@ class Comparison:
     averages: list[Effect] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
+    @property
+    def setting(self) -> tuple[str | None, str | None, str | None]:
+        return self.size, self.budget, self.evaluated_as
+
     def effect(self, metric: str) -> Effect | None:
         return next((e for e in self.effects if e.metric == metric), None)
 
@@ -73,86 +102,57 @@ class Comparison:
         """The effect in a metric, ``mean understanding`` or ``mean generation``; None if there is none."""
         return self.average(metric.removeprefix("mean ")) if metric.startswith("mean ") else self.effect(metric)
 
-    def loss_of(self, metric: str) -> np.ndarray | None:
-        """The synergy loss in a metric, ``mean understanding`` or ``mean generation``; None if there is none."""
+    def estimate(self, metric: str, quantity: str) -> Estimate | None:
+        """A quantity of a metric or mean, as for :meth:`of`; None if it is unknown."""
         effect = self.of(metric)
-        return None if effect is None or effect.loss is None or not np.isfinite(effect.loss[0]) else effect.loss
+        return effect and effect.estimate(quantity)
 
 
-def gain(unified, single, higher_is_better: bool = True):
-    """(unified - single) / |single|, positive where unified is better; NaN where single is 0. Numbers or arrays."""
-    unified, single = np.asarray(unified, float), np.asarray(single, float)
-    change = np.divide(unified - single, np.abs(single), out=np.full(np.shape(single), np.nan), where=single != 0)
+def gain(unified: float, single: float, higher_is_better: bool = True) -> float | None:
+    """The paper's (unified - single) / |single|, positive where unified is better; None where single is 0."""
+    if single == 0:
+        return None
+    change = (unified - single) / abs(single)
     return change if higher_is_better else -change
 
 
-def compare(results: Results, bootstrap: Bootstrap | None = None) -> list[Comparison]:
+def compare(results: Results) -> list[Comparison]:
     """The effects of every unified method, by setting, in the order of the rows.
 
-    A gain compares means over the seeds that both runs have; a synergy loss is over the seeds that dense has too. A
-    metric is left out where either run lacks it; ``missing`` names tasks without any reference run.
+    A metric is left out where it can be compared with nothing, and in a setting where any of its figures has no
+    logarithm; ``missing`` says which, and names tasks without any reference run.
 
     Raises:
         UserError: two rows have the same method, setting and seed, or could be the same reference run.
     """
-    bootstrap = bootstrap or Bootstrap()
-    bootstrap.resample_seeds(results.rows)
+    by_setting: Mapping[tuple, list[Row]] = defaultdict(list)
+    for row in results.rows:
+        by_setting[row.setting].append(row)
     comparisons = []
-    for setting in dict.fromkeys(row.setting for row in results.rows):
-        rows = [row for row in results.rows if row.setting == setting]
-        pairs = {
-            method: _Pairs(method, rows, results, bootstrap)
-            for method in dict.fromkeys(row.method for row in rows if row.task == "unified")
-        }
-        for method, method_pairs in pairs.items():
-            first = next(iter(method_pairs.unified.values()))
-            comparison = Comparison(
-                method, *setting, method_pairs.flops_ratio, first.parameters, missing=method_pairs.missing
+    for setting, rows in by_setting.items():
+        methods = dict.fromkeys(row.method for row in rows if row.task == "unified")
+        pairs = {method: _Pairs(method, rows) for method in methods}
+        dense = pairs.get(REFERENCE)
+        excluded = [name for name, metric in results.metrics.items() if _lacks_a_logarithm(rows, name, metric)]
+        notes = [f"{name}: left out, a figure of 0 or less has no logarithm" for name in excluded]
+        for method, of_method in pairs.items():
+            compared = {name: metric for name, metric in results.metrics.items() if name not in excluded}
+            effects = [_effect(name, metric, of_method, dense) for name, metric in compared.items()]
+            effects = [effect for effect in effects if effect.synergy or effect.unified_cost]
+            averages = list(_averages(effects))
+            missing = of_method.missing + notes
+            parameters = next(iter(of_method.unified.values())).parameters
+            comparisons.append(
+                Comparison(method, *setting, of_method.flops_ratio, parameters, effects, averages, missing)
             )
-            comparison.effects = list(_effects(method_pairs, pairs.get(REFERENCE)))
-            comparison.averages = list(_averages(comparison.effects, results))
-            comparisons.append(comparison)
-    return comparisons
-
-
-def against_dense(results: Results, bootstrap: Bootstrap | None = None) -> list[Comparison]:
-    """How every other method compares with dense trained on the same task or tasks, by setting.
-
-    The gains are ``(method - dense) / |dense|``, positive where the method is better, over the seeds that both have.
-
-    Raises:
-        UserError: two rows have the same method, task, setting and seed.
-    """
-    bootstrap = bootstrap or Bootstrap()
-    bootstrap.resample_seeds(results.rows)
-    comparisons = []
-    for setting, task in dict.fromkeys((row.setting, row.task) for row in results.rows):
-        rows = [row for row in results.rows if (row.setting, row.task) == (setting, task)]
-        methods = {
-            name: _by_seed([row for row in rows if row.method == name], f"{name}, {task}")
-            for name in dict.fromkeys(row.method for row in rows)
-        }
-        dense = methods.pop(REFERENCE, {})
-        for name, by_seed in methods.items():
-            first = next(iter(by_seed.values()))
-            comparison = Comparison(f"{name}, {task}", *setting, first.flops_ratio, first.parameters)
-            for metric, definition in results.metrics.items():
-                seeds = [s for s in by_seed if s in dense and _has(by_seed[s], metric) and _has(dense[s], metric)]
-                if seeds:
-                    both = [bootstrap.mean({s: rows_of[s] for s in seeds}, metric) for rows_of in (by_seed, dense)]
-                    change = gain(*both, definition.higher_is_better)
-                    comparison.effects.append(Effect(metric, definition.task, change, None, *both, tuple(seeds)))
-            comparison.averages = list(_averages(comparison.effects, results))
-            if comparison.effects:
-                comparisons.append(comparison)
     return comparisons
 
 
 class _Pairs:
     """A unified method's rows and their single-task reference runs, by seed, in one setting."""
 
-    def __init__(self, method: str, rows: list[Row], results: Results, bootstrap: Bootstrap):
-        self.metrics, self._bootstrap = results.metrics, bootstrap
+    def __init__(self, method: str, rows: list[Row]):
+        self.method = method
         unified = [row for row in rows if row.method == method and row.task == "unified"]
         self.unified = _by_seed(unified, f"{method}, unified")
         groups = set(unified[0].partner_groups)
@@ -167,41 +167,71 @@ class _Pairs:
         ratios = [row.flops_ratio for row in unified if row.flops_ratio is not None]
         self.flops_ratio = sum(ratios) / len(ratios) if ratios else None
 
-    def seeds(self, metric: str) -> list:
-        """The seeds of which both runs have the metric."""
-        single = self.single[self.metrics[metric].task]
-        return [s for s, row in self.unified.items() if _has(row, metric) and s in single and _has(single[s], metric)]
 
-    def figures(self, metric: str, seeds: list) -> tuple[np.ndarray, np.ndarray]:
-        """The means of the unified and the single-task runs over ``seeds``, [1 + replicates] each."""
-        single = self.single[self.metrics[metric].task]
-        return tuple(self._bootstrap.mean({s: rows[s] for s in seeds}, metric) for rows in (self.unified, single))
+def _effect(name: str, metric: Metric, pairs: _Pairs, dense: _Pairs | None) -> Effect:
+    unified, single = (_scores(rows, name, metric) for rows in (pairs.unified, pairs.single[metric.task]))
+    cost, advantage = {}, {}
+    if dense and dense is not pairs:
+        cost = _difference(_scores(dense.unified, name, metric), unified)
+        advantage = _difference(single, _scores(dense.single[metric.task], name, metric))
+        if both := cost.keys() & advantage.keys():
+            cost, advantage = ({s: x for s, x in part.items() if s in both} for part in (cost, advantage))
+    means = _means(name, pairs.unified, pairs.single[metric.task])
+    return Effect(
+        name,
+        metric.task,
+        metric.scale,
+        synergy=_difference(unified, single),
+        unified_cost=cost,
+        partner_advantage=advantage,
+        **dict(zip(("unified", "single"), means or ())),
+        gain=gain(*means, metric.higher_is_better) if means else None,
+        in_average=metric.in_average and metric.scale == "log",
+    )
 
-    def gain(self, metric: str, seeds: list) -> np.ndarray:
-        return gain(*self.figures(metric, seeds), self.metrics[metric].higher_is_better)
+
+def _scores(rows: Mapping[int | None, Row], name: str, metric: Metric) -> Values:
+    scores = {seed: metric.score(row.metrics.get(name)) for seed, row in rows.items()}
+    return {seed: score for seed, score in scores.items() if score is not None}
 
 
-def _effects(pairs: _Pairs, dense: _Pairs | None) -> Iterable[Effect]:
-    for name, metric in pairs.metrics.items():
-        seeds = pairs.seeds(name)
-        if not seeds:
-            continue
-        shared = [s for s in dense.seeds(name) if s in seeds] if dense else []
-        loss = dense.gain(name, shared) - pairs.gain(name, shared) if shared else None
-        yield Effect(name, metric.task, pairs.gain(name, seeds), loss, *pairs.figures(name, seeds), tuple(seeds))
+def _difference(first: Values, second: Values) -> Values:
+    """first - second, for the seeds that both have."""
+    return {seed: score - second[seed] for seed, score in first.items() if seed in second}
 
 
-def _averages(effects: list[Effect], results: Results) -> Iterable[Effect]:
+def _means(name: str, unified: Mapping[int | None, Row], single: Mapping[int | None, Row]) -> list[float] | None:
+    """The means of the figures over the seeds that both have."""
+    seeds = [s for s in unified if s in single and None not in (_figure(unified[s], name), _figure(single[s], name))]
+    return [sum(_figure(rows[s], name) for s in seeds) / len(seeds) for rows in (unified, single)] if seeds else None
+
+
+def _figure(row: Row, name: str) -> float | None:
+    return row.metrics.get(name)
+
+
+def _averages(effects: list[Effect]) -> Iterable[Effect]:
+    """Seed by seed, over the metrics whose quantity is known and the seeds that all of them have."""
     for task in TASKS:
-        counted = [
-            e for e in effects if e.task == task and results.metrics[e.metric].in_average and np.isfinite(e.gain[0])
-        ]
-        if not counted:
-            continue
-        losses = [e.loss for e in counted if e.loss is not None and np.isfinite(e.loss[0])]
-        seeds = tuple(s for s in counted[0].seeds if all(s in e.seeds for e in counted))
-        average = np.mean([e.gain for e in counted], axis=0)
-        yield Effect("average", task, average, np.mean(losses, axis=0) if losses else None, seeds=seeds)
+        counted = [e for e in effects if e.task == task and e.in_average]
+        if counted:
+            quantities = (
+                _average([getattr(e, quantity) for e in counted])
+                for quantity in ("synergy", "unified_cost", "partner_advantage")
+            )
+            gains = [e.gain for e in counted if e.gain is not None]
+            yield Effect("average", task, "log", *quantities, gain=sum(gains) / len(gains) if gains else None)
+
+
+def _average(of_metrics: list[Values]) -> Values:
+    known = [values for values in of_metrics if values]
+    seeds = [seed for seed in known[0] if all(seed in values for values in known)] if known else []
+    return {seed: sum(values[seed] for values in known) / len(known) for seed in seeds}
+
+
+def _lacks_a_logarithm(rows: list[Row], name: str, metric: Metric) -> bool:
+    """Whether a model's score is unknown although its figure is known: leaving out that seed alone would be biased."""
+    return any(_figure(row, name) is not None and metric.score(_figure(row, name)) is None for row in rows)
 
 
 def _by_seed(rows: list[Row], description: str) -> Mapping[int | None, Row]:
@@ -215,7 +245,3 @@ def _by_seed(rows: list[Row], description: str) -> Mapping[int | None, Row]:
             )
         by_seed[row.seed] = row
     return by_seed
-
-
-def _has(row: Row, metric: str) -> bool:
-    return row.metrics.get(metric) is not None

@@ -1,15 +1,17 @@
 """Tables of synergy as DataFrames of text, and their form in Markdown, LaTeX and CSV."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 
-import numpy as np
 import pandas as pd
 
-from megatron_ext.analysis.bootstrap import interval
-from megatron_ext.analysis.synergy import REFERENCE, TASKS, Comparison, Effect
+from megatron_ext.analysis.outcomes import Outcome
+from megatron_ext.analysis.statistics import Estimate
+from megatron_ext.analysis.synergy import QUANTITIES, TASKS, Comparison, Effect
 
-GAINS, LOSSES = "Gain of unified over single-task training", "Synergy loss against dense"
-"""Titles of :func:`gains` and :func:`losses`."""
+PARTS = "Synergy, and synergy loss as unified cost + partner advantage (log points, 100 ln)"
+TESTS = "Tests of the primary outcomes (log points, 100 ln)"
+"""Titles of :func:`parts` and :func:`tests`."""
 SETTINGS = ("size", "budget", "evaluated_as")
 MEANS = [f"mean {task}" for task in TASKS]
 
@@ -27,35 +29,72 @@ def latex(table: pd.DataFrame, caption: str) -> str:
     return table.to_latex(index=False, escape=True, column_format=sides, caption=caption).rstrip()
 
 
-def gains(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    """A row per method, a column per metric and per task's average: gains in percent."""
-    return _table(comparisons, lambda effect: effect.gain, "%")
+def parts(comparisons: Sequence[Comparison], metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """A row per metric and method: the paper's gain, synergy, and the two parts of the synergy loss beside it, with
+    95 % intervals; empty if there is nothing to compare.
+
+    Args:
+        metrics: metrics, or means as ``mean understanding``; None for all.
+    """
+    if metrics is None:
+        metrics = [*dict.fromkeys(e.metric for c in comparisons for e in c.effects), *MEANS]
+    settings = [key for key in SETTINGS if len({getattr(c, key) for c in comparisons}) > 1]
+    return pd.DataFrame(
+        [
+            {"metric": metric_label(metric, effect), "method": c.method}
+            | {key.replace("_", " "): getattr(c, key) or "-" for key in settings}
+            | {"FLOPs": "-" if c.flops_ratio is None else f"{c.flops_ratio:.2f}"}
+            | {"gain": "-" if effect.gain is None else f"{100 * effect.gain:+.1f} %"}
+            | {name: signed(effect.estimate(quantity)) for quantity, name in QUANTITIES.items()}
+            for metric in metrics
+            for c in comparisons
+            if (effect := c.of(metric))
+        ]
+    )
 
 
-def losses(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    """Synergy losses in percentage points, without the methods that have none."""
-    compared = [c for c in comparisons if c.method != REFERENCE and any(e.loss is not None for e in c.effects)]
-    return _table(compared, lambda effect: effect.loss, "pp")
+def tests(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """A row per quantity, metric and method; empty without primary outcomes or with one seed."""
+    settings = [key for key in SETTINGS if len({getattr(o, key) for o in outcomes}) > 1]
+    return pd.DataFrame(
+        [
+            {
+                "quantity": QUANTITIES[o.quantity],
+                "metric": o.metric,
+                "method": o.method,
+                **{key.replace("_", " "): getattr(o, key) or "-" for key in settings},
+                "seeds": o.estimate.n,
+                "estimate": signed(o.estimate),
+                "p, t": p_value(o.estimate.p),
+                "p, signs": p_value(o.sign_flip),
+                "p, t (Holm)": p_value(o.p),
+                "p, equivalence (Holm)": p_value(o.p_equivalent),
+                "verdict": o.verdict,
+            }
+            for o in outcomes
+            if o.estimate.n > 1
+        ]
+    )
 
 
 def as_csv(comparisons: Sequence[Comparison]) -> str:
-    """A line per method, setting and metric, with unrounded fractions; a missing number is empty."""
-    columns = ["method", *SETTINGS, "flops_ratio", "task", "metric", "unified", "single"]
-    columns += [f"{quantity}{bound}" for quantity in ("gain", "loss") for bound in ("", "_low", "_high")]
+    """A line per method, setting and metric, unrounded; a missing number is empty."""
+    columns = ["method", *SETTINGS, "flops_ratio", "task", "metric", "scale", "unified", "single", "gain"]
+    columns += [f"{quantity}{part}" for quantity in QUANTITIES for part in ("", "_low", "_high", "_p", "_n")]
     records = []
     for c in as_json(comparisons):
         for effect in (*c["effects"], *c["averages"]):
-            bounds = {
-                f"{quantity}_{side}": bound
-                for quantity in ("gain", "loss")
-                for side, bound in zip(("low", "high"), effect[f"{quantity}_interval"] or ())
-            }
-            records.append(c | effect | bounds)
+            record = {key: c[key] for key in ("method", *SETTINGS, "flops_ratio")} | effect
+            for quantity in QUANTITIES:
+                estimate = record.pop(quantity) or {}
+                record |= {f"{quantity}_{part}": estimate.get(part) for part in ("low", "high", "p", "n")}
+                record[quantity] = estimate.get("mean")
+            records.append(record)
     return pd.DataFrame(records, columns=columns).to_csv(index=False, lineterminator="\n")
 
 
 def as_json(comparisons: Sequence[Comparison]) -> list[dict]:
-    """The comparisons as plain data: fractions, with 95 % intervals where there are replicates."""
+    """The comparisons as plain data: estimates in log points or points, with 95 % intervals; gains as fractions."""
     return [
         {
             "method": c.method,
@@ -72,42 +111,37 @@ def as_json(comparisons: Sequence[Comparison]) -> list[dict]:
     ]
 
 
-def percent(values: np.ndarray | None, unit: str = "%") -> str:
-    """``+5.9 %``, with its interval if there is one; ``-`` for a missing figure."""
-    if values is None or not np.isfinite(values[0]):
+def signed(estimate: Estimate | None) -> str:
+    """``+5.9 [-0.3, +12.1]``; without brackets for one seed, ``-`` for a missing estimate."""
+    if estimate is None:
         return "-"
-    bounds = interval(values)
-    spread = f" [{100 * bounds[0]:+.1f}, {100 * bounds[1]:+.1f}]" if bounds else ""
-    return f"{100 * values[0]:+.1f} {unit}{spread}"
+    interval = "" if estimate.low is None else f" [{estimate.low:+.1f}, {estimate.high:+.1f}]"
+    return f"{estimate.mean:+.1f}{interval}"
 
 
-def _table(
-    comparisons: Sequence[Comparison], quantity: Callable[[Effect], np.ndarray | None], unit: str
-) -> pd.DataFrame:
-    settings = [key for key in SETTINGS if len({getattr(c, key) for c in comparisons}) > 1]
-    table = pd.DataFrame(
-        [
-            {"method": c.method}
-            | {key.replace("_", " "): getattr(c, key) or "-" for key in settings}
-            | {"FLOPs": "-" if c.flops_ratio is None else f"{c.flops_ratio:.2f}"}
-            | {e.metric: percent(quantity(e), unit) for e in c.effects}
-            | {f"mean {e.task}": percent(quantity(e), unit) for e in c.averages}
-            for c in comparisons
-        ]
-    )
-    means_last = sorted(table, key=lambda column: MEANS.index(column) if column in MEANS else -1)
-    return table[means_last].fillna("-")
+def p_value(p: float | None) -> str:
+    """Two significant digits, or ``< 0.001``."""
+    if p is None:
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def metric_label(metric: str, effect: Effect) -> str:
+    """The metric's name; those compared in points say so."""
+    return f"{metric} (points)" if effect.scale == "points" else metric
 
 
 def _plain(effect: Effect) -> dict:
-    numbers = {name: getattr(effect, name) for name in ("unified", "single", "gain", "loss")}
+    estimates = {quantity: effect.estimate(quantity) for quantity in QUANTITIES}
     return {
         "metric": effect.metric,
         "task": effect.task,
-        "seeds": [seed for seed in effect.seeds if seed is not None],
-        **{k: None if v is None or not np.isfinite(v[0]) else float(v[0]) for k, v in numbers.items()},
-        "gain_interval": interval(effect.gain),
-        "loss_interval": interval(effect.loss),
+        "scale": effect.scale,
+        "seeds": [seed for seed in effect.synergy or effect.unified_cost if seed is not None],
+        "unified": effect.unified,
+        "single": effect.single,
+        "gain": effect.gain,
+        **{quantity: estimate and asdict(estimate) for quantity, estimate in estimates.items()},
     }
 
 

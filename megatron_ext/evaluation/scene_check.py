@@ -1,7 +1,7 @@
 """The scene check: whether generated pictures show the captions of the picture world that they were made for."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.benchmark import Scores
 from megatron_ext.evaluation.detected_files import detect_all, detect_files
-from megatron_ext.evaluation.faithfulness import ALL, ROWS, Faithfulness, count_facts, measure, shares
+from megatron_ext.evaluation.faithfulness import ALL, Faithfulness, measure
 from megatron_ext.evaluation.fid import BATCH
 from megatron_ext.evaluation.mjhq import ImageSet, Prompt
 from megatron_ext.picture_world.detected import DetectedScene
@@ -70,36 +70,6 @@ def scores(reference: ImageSet, generated: ImageSet, vq: VQModel | None, saved: 
     else:
         notes.append(f"{COLUMN}: no control, there is only one prompt")
     return Scores(headline, _details(result, best), len(facts), *counts, tuple(notes))
-
-
-def resample(
-    prompts: Sequence[Prompt], files: Mapping[str, Path], resamples: Callable[[int], np.ndarray]
-) -> dict[str, list[float]]:
-    """The headline figures of resampled pictures: column -> figure of each resample.
-
-    Args:
-        files: the picture of each prompt, by its id; a prompt without a picture has no correct facts.
-        resamples: number of pictures -> how often each occurs in each resample, [resamples, pictures].
-
-    Returns:
-        An empty dictionary if no prompt is a caption of the picture world, or a picture does not have its shape.
-    """
-    facts = caption_facts(prompts)
-    if not facts:
-        return {}
-    try:
-        seen = detect_files({id: files[id] for id in facts if id in files})
-    except UserError:
-        return {}
-    own, other = count_facts([seen.get(id) for id in facts], list(facts.values()))
-    weights = resamples(len(facts))
-    row = ROWS.index(ALL)
-    right = shares(weights @ own[:, row])
-    figures = {COLUMN: right}
-    if other is not None:
-        control = shares(weights @ other[:, row])
-        figures |= {OTHERS: control, DIFFERENCE: right - control}
-    return {column: values.tolist() for column, values in figures.items()}
 
 
 def caption_facts(prompts: Sequence[Prompt]) -> dict[str, CaptionFacts]:

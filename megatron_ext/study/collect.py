@@ -12,6 +12,8 @@ from megatron_ext.study.study_file import Study
 
 _SECONDARY = ("POPE-A", "POPE-P", "POPE-R", "POPE-yes", "MJHQ-facts, others' prompts", "MJHQ-facts, difference")
 """Figures that stay out of averages: POPE-F1 and MJHQ-facts already stand for the same answers and pictures."""
+_POINTS = ("chance-corrected", "difference")
+"""Ends of names of figures that may be 0 or less."""
 
 
 def collect(study: Study, runs: Sequence[StudyRun]) -> Results:
@@ -31,10 +33,9 @@ def collect(study: Study, runs: Sequence[StudyRun]) -> Results:
 
 
 def _rows(study: Study, run: StudyRun, result: dict, budget: str) -> list[Row]:
-    """A row per ``evaluate_as`` entry. The roles of training have a name only where every method has several."""
-    several = len(study.evaluation.evaluate_as) > 1
+    """A row per ``evaluate_as`` entry."""
     rows = []
-    for name in steps.roles_of(run, study.evaluation):
+    for name, overrides in steps.roles_of(run, study.evaluation).items():
         own = name in steps.untrained_roles(run, study.evaluation)
         figures = ({} if own else result["losses"]) | result["evaluated"].get(name, {})
         if not figures:
@@ -50,7 +51,7 @@ def _rows(study: Study, run: StudyRun, result: dict, budget: str) -> list[Row]:
                 size=run.size.name,
                 parameters=run.length.parameters,
                 budget=budget,
-                evaluated_as=name if several or name in run.method.evaluate_as else None,
+                evaluated_as=name if overrides else None,
                 iterations=result["iterations"],
                 tokens=result["tokens"],
                 flops=result["flops"],
@@ -64,6 +65,8 @@ def _guess(name: str) -> Metric:
     """How to read a figure, guessed from its name; losses stay out of the average over benchmarks."""
     if name.endswith(" loss"):
         return Metric(name.removesuffix(" loss"), higher_is_better=False, in_average=False)
+    scale = "points" if name.endswith(_POINTS) else "log"
+    counts = scale == "log" and name not in _SECONDARY
     if "FID" in name or name.startswith("MJHQ"):
-        return Metric("generation", higher_is_better="FID" not in name, in_average=name not in _SECONDARY)
-    return Metric("understanding", in_average=name not in _SECONDARY and "likelihood" not in name)
+        return Metric("generation", higher_is_better="FID" not in name, in_average=counts, scale=scale)
+    return Metric("understanding", in_average=counts and "likelihood" not in name, scale=scale)

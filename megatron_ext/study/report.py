@@ -1,48 +1,55 @@
 """The report of a study: OUT/report.md with its figures, and OUT/analysis.json with the numbers."""
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from megatron_ext.analysis import fit, synergy, tables
-from megatron_ext.analysis.bootstrap import Bootstrap
+from megatron_ext.analysis import fit, gate, hypotheses, outcomes, synergy, tables
 from megatron_ext.analysis.results import Results
-from megatron_ext.analysis.synergy import REFERENCE, Comparison
+from megatron_ext.analysis.synergy import QUANTITIES, REFERENCE, Comparison
 from megatron_ext.files import write_json, write_text
-from megatron_ext.study import collect, questions, report_tables, state, steps
+from megatron_ext.study import collect, report_tables, state, steps
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
-Fits = Mapping[tuple[str | None, str | None, str, str], fit.Fit]
-"""(budget, roles in evaluation, method, metric) -> the line through synergy losses over size."""
+Fits = Mapping[tuple[str | None, str | None, str, str, str], fit.Fit]
+"""(budget, roles in evaluation, method, metric, quantity) -> the line over size."""
 
 
 def write(study: Study, runs: Sequence[StudyRun]) -> dict:
-    """Collect, compare, fit, plot and write. Returns the numbers of ``OUT/analysis.json``."""
+    """Collect, compare, test, fit, plot and write. Returns the numbers of ``OUT/analysis.json``."""
     out = Path(study.output)
-    results, bootstrap = collect.collect(study, runs), questions.bootstrap(study, runs)
-    comparisons, costs = synergy.compare(results, bootstrap), synergy.against_dense(results, bootstrap)
+    results = collect.collect(study, runs)
+    comparisons = synergy.compare(results)
+    gates = gate.gates(results, study.gate)
+    uninformative = [decided.size for decided in gates if not decided.passed]
+    decisions = hypotheses.decide(study.hypotheses, results, study.budgets[0], uninformative)
+    tested = outcomes.outcomes(comparisons, uninformative)
     fits = dict(_fits(comparisons))
     parts = [f"# Study {study.name}", *_facts(study, runs, results), *_unfinished(study, runs)]
+    parts += [*report_tables.gates(gates), *report_tables.hypotheses(decisions)]
     for budget in study.budgets:
         rows = [row for row in results.rows if row.budget == budget]
         if rows:
             parts += [f"## {report_tables.BUDGETS[budget]}", report_tables.trained(rows)]
         for roles in dict.fromkeys(row.evaluated_as for row in rows):
-            parts += report_tables.costs([c for c in costs if (c.budget, c.evaluated_as) == (budget, roles)], roles)
-            selected = [c for c in comparisons if (c.budget, c.evaluated_as) == (budget, roles)]
+            selected = [c for c in comparisons if (c.budget, c.evaluated_as) == (budget, roles) and c.effects]
             if selected:
-                parts += _gains(selected, budget, roles, fits, out / "figures")
-    if len(study.budgets) > 1:
-        parts += report_tables.over_budgets(study.budgets, comparisons)
+                of_roles = [o for o in tested if (o.budget, o.evaluated_as) == (budget, roles)]
+                parts += _synergy(selected, of_roles, budget, roles, fits, out / "figures")
+    parts += report_tables.over_budgets(comparisons)
     parts += report_tables.beside_the_paper(results)
-    parts += _uncertainty(study, results, bootstrap)
+    parts += _statistics(study, results)
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
     numbers = {
         "study": study.name,
+        "gates": [decided.as_json() for decided in gates],
+        "hypotheses": [decision.as_json() for decision in decisions],
         "methods": tables.as_json(comparisons),
-        "against_dense": tables.as_json(costs),
+        "tests": [asdict(outcome) for outcome in tested],
         "fits": [
-            dict(zip(("budget", "evaluated_as", "method", "loss_of"), key)) | line.as_json()
+            dict(zip(("budget", "evaluated_as", "method", "metric", "quantity"), key)) | line.as_json()
             for key, line in fits.items()
         ],
     }
@@ -50,30 +57,41 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
     return numbers
 
 
-def _gains(comparisons: Sequence[Comparison], budget: str, roles: str | None, fits: Fits, figures: Path) -> list[str]:
-    """The section on gains and synergy losses under one budget and with one set of roles in evaluation."""
+def _synergy(
+    comparisons: Sequence[Comparison],
+    tested: Sequence[outcomes.Outcome],
+    budget: str,
+    roles: str | None,
+    fits: Fits,
+    figures: Path,
+) -> list[str]:
+    """The section on synergy and its losses under one budget and with one set of roles in evaluation."""
     from megatron_ext.analysis import plots  # imported late: the tool's --help should not wait for matplotlib
 
     heading = f", evaluated as {roles}" if roles else ""
     stem = "-".join(filter(None, ["synergy", budget, roles]))
-    parts = [f"### Gains and synergy losses{heading}"]
+    parts = [f"### Synergy, unified cost and partner advantage{heading}"]
     missing = [f"- Size {c.size}: {reason}." for c in comparisons for reason in c.missing]
     parts += ["\n".join(dict.fromkeys(missing))] if missing else []
     parts += report_tables.over_sizes(comparisons)
+    headlines = report_tables.headline_metrics(comparisons)
     for size in dict.fromkeys(c.size for c in comparisons):
         of_size = [c for c in comparisons if c.size == size]
         file = figures / f"{stem}-{size}.svg"
-        plots.bars(of_size, file, f"{size}, {report_tables.BUDGETS[budget].lower()}{heading}")
-        for title, table in ((tables.GAINS, tables.gains(of_size)), (tables.LOSSES, tables.losses(of_size))):
+        title = f"{size}, {report_tables.BUDGETS[budget].lower()}{heading}"
+        plots.bars(of_size, file, title, [*headlines, *_averaged(of_size)])
+        tests = tables.tests([o for o in tested if o.size == size])
+        for title, table in ((tables.PARTS, tables.parts(of_size)), (tables.TESTS, tests)):
             parts += [] if table.empty else [f"{title}, size {size}:", tables.markdown(table)]
-        parts += [f"![gains, size {size}](figures/{file.name})"]
+        parts += [f"![unified cost, partner advantage and synergy loss, size {size}](figures/{file.name})"]
+    if len({c.size for c in comparisons}) == 1:
+        return parts
     lines = {key[2:]: line for key, line in fits.items() if key[:2] == (budget, roles)}
-    headlines = report_tables.headline_metrics(comparisons)
     for metric in headlines:
-        by_method = {method: line for (method, of_metric), line in lines.items() if of_metric == metric}
+        of_metric = {(method, q): line for (method, name, q), line in lines.items() if name == metric}
         file = figures / f"{stem}-{metric.replace(' ', '-')}-over-size.svg"
-        plots.scaling(comparisons, metric, by_method, file)
-        parts += [f"![synergy loss over size: {metric}](figures/{file.name})"]
+        plots.scaling(comparisons, metric, of_metric, file)
+        parts += [f"![parts of the synergy loss over size: {metric}](figures/{file.name})"]
     shown = {key: line for key, line in lines.items() if key[1] in headlines}
     return [*parts, report_tables.fits(shown)] if shown else parts
 
@@ -91,9 +109,11 @@ def _facts(study: Study, runs: Sequence[StudyRun], results: Results) -> list[str
         "whole batches, and sees more of the task. Equal FLOPs: a method that costs r of dense takes 1/r times the "
         "iterations of equal tokens. The learning rate decays over all iterations of a run. r is counted on rows of "
         f"the run's own data; the tables show the FLOPs of the training itself. {text}",
-        "- A gain is (unified - single) / |single|, where single is the reference run on one task, of a common "
-        "partner_group; the sign is flipped for FID and losses. Synergy loss is dense's gain minus the method's, in "
-        "percentage points.",
+        "- Scores are compared seed by seed, U trained on both tasks and S, its partner run, on one, of a common "
+        "partner_group: synergy is U - S, unified cost U_dense - U, partner advantage S - S_dense, and their sum the "
+        "synergy loss, by which the synergy is smaller than dense's. A score is 100 ln of a figure, with the sign "
+        "turned for losses and FID (log points, about per cent while small), or the figure itself where it may be 0 or "
+        "less (points). The gain beside is the paper's (unified - single) / |single| of means.",
     ]
     return ["\n".join(lines)]
 
@@ -120,49 +140,49 @@ def _unfinished(study: Study, runs: Sequence[StudyRun]) -> list[str]:
 
 
 def _fits(comparisons: Sequence[Comparison]):
-    """Lines through the synergy losses over size, for the headline metrics and every metric: items of ``Fits``."""
+    """Lines over size through the parts of synergy losses, for the headline metrics and every metric: items of
+    ``Fits``."""
     for budget, roles in dict.fromkeys((c.budget, c.evaluated_as) for c in comparisons):
         selected = [c for c in comparisons if (c.budget, c.evaluated_as) == (budget, roles)]
         metrics = [*report_tables.headline_metrics(selected), *(e.metric for c in selected for e in c.effects)]
         for method in dict.fromkeys(c.method for c in selected if c.method != REFERENCE):
-            for metric in dict.fromkeys(metrics):
-                losses = [
-                    (c.parameters, loss)
-                    for c in selected
-                    if c.method == method and (loss := c.loss_of(metric)) is not None
-                ]
-                if line := fit.fit([n for n, _ in losses], [loss for _, loss in losses]):
-                    yield (budget, roles, method, metric), line
+            for metric, quantity in itertools.product(dict.fromkeys(metrics), list(QUANTITIES)[1:]):
+                effects = [(c.parameters, e) for c in selected if c.method == method and (e := c.of(metric))]
+                values = [list(getattr(effect, quantity).values()) for _, effect in effects]
+                if line := fit.fit([n for n, _ in effects], values):
+                    yield (budget, roles, method, metric, quantity), line
 
 
-def _uncertainty(study: Study, results: Results, bootstrap: Bootstrap) -> list[str]:
-    fixed = sorted(results.metrics.keys() - {metric for _, _, metric in bootstrap.questions})
+def _averaged(comparisons: Sequence[Comparison]) -> list[str]:
+    """The metrics that count in the means over a task's metrics."""
+    return [e.metric for c in comparisons for e in c.effects if e.in_average]
+
+
+def _statistics(study: Study, results: Results) -> list[str]:
     seeds = min(len(study.seeds_of(size)) for size in study.sizes)
     fewest = "" if all(len(study.seeds_of(size)) == seeds for size in study.sizes) else " for some sizes"
     lines = [
-        f"- Brackets are the central 95 % of {study.replicates} bootstrap replicates. Each replicate samples, with "
-        "replacement, the seeds of every size (the same for all methods of the size) and the pictures of every "
-        "benchmark (the same for all models, each with all its questions), and repeats everything that follows: "
-        "gains, losses, averages, fits.",
-        "- "
-        + (", ".join(fixed) or "No figure")
-        + " vary with the seeds alone, here and in averages; with one seed they have no interval.",
-        f"- There {'is 1 seed' if seeds == 1 else f'are {seeds} seeds'}{fewest}"
-        + (", so no interval contains the variation over seeds" if seeds == 1 else "")
-        + ("." if seeds == 1 or seeds >= 5 else ": too few for their resampling to be more than a rough guide."),
+        "- The seed is the unit: brackets are 95 % t-intervals over seeds of differences between runs of the same "
+        f"seed. There {'is 1 seed' if seeds == 1 else f'are {seeds} seeds'}{fewest}"
+        + (", so no interval." if seeds == 1 else "."),
+        "- Primary outcomes are the validation losses. Each of their tests is adjusted by Holm's method over the "
+        "methods and both outcomes, for each quantity, size and budget; methods with the same partner run count once. "
+        f"A difference is equivalent to none where two one-sided tests show it to be within {outcomes.MARGIN:.2f} log "
+        "points (3 %), otherwise better or worse where the t test shows it, otherwise undecided, each at 5 %. "
+        "'p, signs' is the exact p from changes of sign, a check that assumes symmetry alone; with n seeds it is at "
+        "least 2^(1 - n).",
     ]
     if len(study.sizes) > 1:
         lines.append(
-            f"- Lines are least squares over {len(study.sizes)} sizes, N the parameters of the dense model, embeddings "
-            "included; b is the change as N grows 2.72-fold."
-            + (" Through two sizes they are exact, whatever the noise." if len(study.sizes) == 2 else "")
+            "- Lines are least squares through the values of all seeds, N the parameters of the dense model with its "
+            "embeddings; b is the change as N grows 2.72-fold, with the t-interval of a slope."
         )
     reads = "; ".join(
         f"{name} ({m.task}, {'higher' if m.higher_is_better else 'lower'} is better"
-        f"{'' if m.in_average else ', not in averages'})"
+        f"{', in points' if m.scale == 'points' else '' if m.in_average else ', not in averages'})"
         for name, m in results.metrics.items()
     )
     lines.append(f"- Figures: {reads}.")
     if unknown := [name for name in study.metrics if name not in results.metrics]:
         lines.append(f"- 'metrics' of the study file names {', '.join(unknown)}, which no run has.")
-    return ["## Uncertainty", "\n".join(lines)]
+    return ["## Statistics", "\n".join(lines)]

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from megatron_ext.analysis import beside_paper, fit
+from megatron_ext.analysis import beside_paper, fit, tables
+from megatron_ext.analysis.gate import Gate
+from megatron_ext.analysis.hypotheses import Decision
+from megatron_ext.analysis.outcomes import PRIMARY
 from megatron_ext.analysis.results import Results, Row
-from megatron_ext.analysis.synergy import TASKS, Comparison
-from megatron_ext.analysis.tables import gains, markdown, percent
+from megatron_ext.analysis.synergy import QUANTITIES, TASKS, Comparison
+from megatron_ext.analysis.tables import markdown, p_value, signed
 
 BUDGETS = {
     "tokens": "Equal tokens",
@@ -15,7 +18,6 @@ BUDGETS = {
     "total": "Equal tokens in all",
     "flops": "Equal FLOPs",
 }
-LOSSES = tuple(f"{task} loss" for task in TASKS)
 
 
 def trained(rows: list[Row]) -> str:
@@ -30,7 +32,7 @@ def trained(rows: list[Row]) -> str:
             {
                 "method, trained on": f"{method}, {task}",
                 "size": size,
-                "evaluated as": evaluated_as,
+                "evaluated as": "trained" if pd.isna(evaluated_as) else evaluated_as,
                 "seeds": ", ".join(map(str, group["seed"])),
                 "iterations": str(group["iterations"].iloc[0]),
                 "tokens": f"{group['tokens'].mean() / 1e6:.3g} M",
@@ -49,68 +51,90 @@ def _mean(values: pd.Series) -> str:
     return f"{values.mean():.4g}" + (f" ± {values.std():.2g}" if len(values) > 1 else "")
 
 
-def costs(costs: Sequence[Comparison], roles: str | None) -> list[str]:
-    """A table for each size: how much better or worse than dense on the same tasks."""
-    parts = ["### Against dense, trained on the same tasks" + (f", evaluated as {roles}" if roles else "")]
-    for size in dict.fromkeys(c.size for c in costs):
-        parts += [f"Size {size}:", markdown(gains([c for c in costs if c.size == size]))]
-    return parts if len(parts) > 1 else []
-
-
 def headline_metrics(comparisons: Sequence[Comparison]) -> list[str]:
-    """What is shown over size: each task's average over benchmarks, and its loss."""
+    """What is shown over sizes and budgets: the primary outcomes, figures in points, each task's average."""
+    effects = {e.metric: e for c in comparisons for e in c.effects}
+    points = [name for name, effect in effects.items() if effect.scale == "points"]
     averages = [f"mean {task}" for task in TASKS if any(c.average(task) for c in comparisons)]
-    return averages + [name for name in LOSSES if any(c.effect(name) for c in comparisons)]
+    return [*(name for name in PRIMARY if name in effects), *points, *averages]
 
 
 def over_sizes(comparisons: Sequence[Comparison]) -> list[str]:
-    """A table per headline metric: gains and synergy losses, methods down, sizes across."""
-    sizes = list(dict.fromkeys(c.size for c in comparisons))
-    if len(sizes) < 2:
+    """The headline metrics of all sizes in one table, the sizes of a method below one another."""
+    if len({c.size for c in comparisons}) < 2:
         return []
-    parts = []
-    for metric in headline_metrics(comparisons):
-        lines = []
-        for method in dict.fromkeys(c.method for c in comparisons):
-            by_size = {c.size: c for c in comparisons if c.method == method}
-            ratios = [c.flops_ratio for c in by_size.values() if c.flops_ratio is not None]
-            flops = " .. ".join(dict.fromkeys(f"{x:.2f}" for x in (max(ratios), min(ratios)))) if ratios else "-"
-            lines.append({"method": method, "FLOPs": flops} | _gains_and_losses(by_size, metric, sizes, sizes))
-        parts += [f"{metric[0].upper()}{metric[1:]}:", markdown(pd.DataFrame(lines))]
-    return parts
+    methods = list(dict.fromkeys(c.method for c in comparisons))
+    by_method = sorted(comparisons, key=lambda c: methods.index(c.method))
+    table = tables.parts(by_method, headline_metrics(comparisons))
+    return [] if table.empty else [f"{tables.PARTS}, all sizes:", markdown(table)]
 
 
-def fits(lines: dict[tuple[str, str], fit.Fit]) -> str:
-    """The lines through synergy losses, by method and metric."""
+def fits(lines: dict[tuple[str, str, str], fit.Fit]) -> str:
+    """The lines over size, by method, metric and quantity."""
     table = pd.DataFrame(
         {
             "method": method,
-            "synergy loss of": metric,
-            "a": percent(line.a, "pp"),
-            "b of a + b ln N": percent(line.b, "pp"),
+            "metric": metric,
+            "quantity": QUANTITIES[quantity],
+            "b of a + b ln N": signed(line.b),
+            "p of b = 0": p_value(line.b.p),
             "sizes": len(line.parameters),
-            "rms residual": f"{100 * line.residual:.1f} pp",
+            "values": line.b.n,
+            "rms residual": f"{line.residual:.1f}",
         }
-        for (method, metric), line in lines.items()
+        for (method, metric, quantity), line in lines.items()
     )
     return markdown(table)
 
 
-def over_budgets(budgets: Sequence[str], comparisons: Sequence[Comparison]) -> list[str]:
-    """Gains and synergy losses under each budget, for methods trained under several."""
-    lines = []
-    for size, method, roles in dict.fromkeys((c.size, c.method, c.evaluated_as) for c in comparisons):
-        selected = [c for c in comparisons if (c.size, c.method, c.evaluated_as) == (size, method, roles)]
-        by_budget = {c.budget: c for c in selected}
-        if len(by_budget) < 2:
-            continue
-        names = [BUDGETS[budget].lower() for budget in budgets]
-        for metric in headline_metrics(list(by_budget.values())):
-            lines.append(
-                {"method": method, "size": size, "evaluated as": roles or "trained", "metric": metric}
-                | _gains_and_losses(by_budget, metric, budgets, names)
-            )
-    return ["## Comparison of budgets", markdown(pd.DataFrame(lines))] if lines else []
+def over_budgets(comparisons: Sequence[Comparison]) -> list[str]:
+    """The headline metrics under each budget, for methods trained under several."""
+    keys = {(c.size, c.method, c.evaluated_as): set() for c in comparisons}
+    for c in comparisons:
+        keys[c.size, c.method, c.evaluated_as].add(c.budget)
+    several = [c for c in comparisons if len(keys[c.size, c.method, c.evaluated_as]) > 1]
+    table = tables.parts(several, headline_metrics(several))
+    return [] if table.empty else ["## Over budgets", markdown(table)]
+
+
+def gates(decided: Sequence[Gate]) -> list[str]:
+    """What dense reached at each size, and had to."""
+    if not decided:
+        return []
+    lines = [
+        {"size": gate.size, "metric": metric}
+        | {"dense": "-" if (mean := gate.reached[metric]) is None else f"{mean:.1f}", "least": f"{least:g}"}
+        | {"size is": "informative" if gate.passed else "uninformative"}
+        for gate in decided
+        for metric, least in gate.least.items()
+    ]
+    note = "Where dense, trained on both tasks, does not reach these means, nothing is decided."
+    return ["## Gate", note, markdown(pd.DataFrame(lines))]
+
+
+def hypotheses(decisions: Sequence[Decision]) -> list[str]:
+    """The verdicts, then the claims that they follow from."""
+    if not decisions:
+        return []
+    verdicts = [
+        {"hypothesis": d.hypothesis.name, "statement": d.hypothesis.statement, "size": d.size}
+        | {"p (Holm)": p_value(d.p), "p against (Holm)": p_value(d.p_against), "verdict": d.verdict}
+        for d in decisions
+    ]
+    claims = [
+        {"hypothesis": d.hypothesis.name, "size": d.size, "metric": c.claim.metric, "contrast": c.claim.contrast}
+        | {"budget": c.claim.budget, "claim": str(c.claim), "seeds": len(c.values)}
+        | {"estimate": signed(c.estimate), "p": p_value(c.p), "p, signs": p_value(c.sign_flip)}
+        | {"p against": p_value(c.p_against)}
+        for d in decisions
+        for c in d.claims
+    ]
+    note = (
+        "Claims are about scores, of which more is better: log points (100 ln, with the sign turned for losses), or "
+        "points for chance-corrected figures. A hypothesis is supported if all of its claims are, and refuted if one "
+        "is shown to be wrong, each at 5 % after Holm's adjustment over the hypotheses of a size."
+    )
+    return ["## Hypotheses", markdown(pd.DataFrame(verdicts)), note, markdown(pd.DataFrame(claims))]
 
 
 def beside_the_paper(results: Results) -> list[str]:
@@ -118,16 +142,6 @@ def beside_the_paper(results: Results) -> list[str]:
     parts = [f"{title}:\n\n{markdown(table)}" for title, table in beside_paper.tables(results)]
     note = (
         "In brackets what a method changes against dense, positive where it is better. Figures of another size, other "
-        "data or other benchmarks compare in this alone."
+        "data or other benchmarks compare in this and in the parts of the synergy loss alone."
     )
     return ["## Beside arXiv 2606.01503", *parts, note] if parts else []
-
-
-def _gains_and_losses(
-    comparisons: dict[str | None, Comparison], metric: str, keys: Sequence[str | None], names: Sequence[str | None]
-) -> dict[str, str]:
-    """A gain and a synergy loss for each of ``keys``, by column; columns are called by ``names``."""
-    effects = [c.of(metric) if (c := comparisons.get(key)) else None for key in keys]
-    return {f"gain, {name}": percent(effect and effect.gain) for name, effect in zip(names, effects)} | {
-        f"synergy loss, {name}": percent(effect and effect.loss, "pp") for name, effect in zip(names, effects)
-    }

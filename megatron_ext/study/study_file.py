@@ -153,9 +153,7 @@ class Study:
     hypotheses: list[Hypothesis] = field(default_factory=list)
     """Decided by the report at every size; terms name methods by their labels."""
     metrics: dict = field(default_factory=dict)
-    """Metric -> {task, higher_is_better, in_average}, to override what is guessed from its name."""
-    replicates: int = 200
-    """Bootstrap replicates."""
+    """Metric -> {task, higher_is_better, in_average, scale}, to override what is guessed from its name."""
     slurm: list[str] = field(default_factory=list)
     """Options for sbatch: ``--time=4:00:00``, ``--gpus=1``."""
 

@@ -38,7 +38,6 @@ def write_study(folder: Path) -> Path:
         "sizes": [{"name": "tiny", "settings": {"model": {"num_layers": 2, "hidden_size": 32}}}],
         "methods": [first, second],
         "evaluation": {"vq": str(folder / "vq"), "benchmarks": [pope | {"options": ["--max-new-tokens", "2"]}]},
-        "replicates": 20,
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(tree))
     return folder / "study.yaml"

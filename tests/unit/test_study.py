@@ -1,26 +1,17 @@
-"""A study's runs, their lengths, states and locks; resampled questions; the Slurm array; the report."""
+"""A study's runs, their lengths, states and locks; the Slurm array; the report."""
 
-import itertools
-import json
 import os
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
-from megatron_ext.analysis.bootstrap import interval
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation import mjhq
-from megatron_ext.evaluation.picture_scorer import PictureScorer
-from megatron_ext.evaluation.registry import BENCHMARKS
-from megatron_ext.evaluation.score_table import score_file
 from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
-from megatron_ext.study import collect, grid, questions, report, slurm, state, status, steps, study_file
+from megatron_ext.study import collect, grid, report, slurm, state, status, steps, study_file
 from megatron_ext.training.metrics import MetricsFile
 from support.data_sets import write_pairs, write_texts
 from support.vocabularies import make_vocabulary
@@ -292,7 +283,9 @@ def test_a_running_program_keeps_the_lock_of_a_killed_study(study):
 def test_the_report_names_unfinished_runs_and_its_uncertainty(study):
     from megatron_ext.study import outcome
 
-    example = study(seeds=[1, 2], replicates=50)
+    claim = {"metric": "understanding loss", "terms": [{"method": "dense", "trained_on": "unified"}], "below": 0}
+    hypotheses = [{"name": "H", "statement": "dense learns", "claims": [claim]}]
+    example = study(seeds=[1, 2], hypotheses=hypotheses, gate={"understanding loss": 3})
     runs = grid.runs(example)
     for run in runs[:-2]:
         finish(run, loss=2.0 + 0.1 * run.seed * len(run.tasks))
@@ -304,76 +297,18 @@ def test_the_report_names_unfinished_runs_and_its_uncertainty(study):
     assert f"- {runs[-1].name}: failed at iteration 0 of 100 (training: no room)" in text
     assert f"- {runs[-2].name}: waiting at iteration 0 of 100" in text
     (dense,) = numbers["methods"]
-    single, unified = np.mean([2.1, 2.2]), np.mean([2.2, 2.4])
+    synergy = 100 * np.log([2.1 / 2.2, 2.2 / 2.4])
     effect = dense["effects"][0]
     assert effect["metric"] == "understanding loss" and effect["seeds"] == [1, 2]
-    assert effect["gain"] == pytest.approx((single - unified) / single)
-    assert effect["gain_interval"] == pytest.approx([-0.2 / 2.2, -0.1 / 2.1])
+    assert effect["gain"] == pytest.approx((2.15 - 2.3) / 2.15)
+    half_width = 12.706 * np.std(synergy, ddof=1) / 2**0.5  # Student's t with one degree of freedom
+    bounds = synergy.mean() - half_width, synergy.mean() + half_width
+    assert (effect["synergy"]["low"], effect["synergy"]["high"]) == pytest.approx(bounds, rel=1e-4)
+    assert f"{synergy.mean():+.1f} [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" in text
+    assert numbers["gates"][0]["verdict"] == numbers["hypotheses"][0]["verdict"] == "uninformative"
+    assert numbers["hypotheses"][0]["claims"][0]["estimate"]["mean"] == pytest.approx(-100 * np.log(2.3), abs=0.2)
     assert status.failed(example, runs) == [runs[-1].name]
     assert (Path(example.output) / "figures" / "synergy-tokens-tiny.svg").is_file()
-
-
-def test_questions_are_resampled_by_picture_and_equally_for_every_model(tmp_path):
-    write_benchmarks(tmp_path / "data", BenchmarkConfig(pictures=8, size=16))
-    samples = questions._Resamples(200)
-    for name in ("pope", "mme"):
-        benchmark = study_file.StudyBenchmark(name, str(tmp_path / "data" / name))
-        items = BENCHMARKS[name].read(tmp_path / "data" / name, None)
-        wrong = set(np.random.default_rng(0).permutation(len(items))[: len(items) // 3])
-        figures = []
-        for model in ("one", "two"):
-            folder = tmp_path / model
-            folder.mkdir(exist_ok=True)
-            lines = [
-                f'{{"id": "{i.id}", "answer": "{OTHER[i.answer] if n in wrong else i.answer}"}}\n'
-                for n, i in enumerate(items)
-            ]
-            (folder / f"{name}.jsonl").write_text("".join(lines))
-            figures.append(questions._replicates(folder, benchmark, samples))
-        assert figures[0] == figures[1]
-        score = score_file(BENCHMARKS[name], items, tmp_path / "one" / f"{name}.jsonl", "").scores.headline
-        for column, values in figures[0].items():
-            assert len(values) == 200
-            bounds = interval(np.array([0, *values]))
-            assert bounds[0] < score[column] < bounds[1] and bounds[1] - bounds[0] > 1
-        for pairs in itertools.islice(samples.resampled(benchmark), 5):
-            times, counts_of = Counter(item.id for item, _ in pairs), {}
-            for item in items:
-                counts_of.setdefault((item.groups if name == "mme" else (), item.image), []).append(times[item.id])
-            assert all(len(set(counts)) == 1 for counts in counts_of.values())  # a picture comes with all its questions
-            assert len({counts[0] for counts in counts_of.values()}) > 2
-            for stratum in {stratum for stratum, _ in counts_of}:
-                in_stratum = [counts[0] for (other, _), counts in counts_of.items() if other == stratum]
-                assert sum(in_stratum) == len(in_stratum)
-
-
-def test_likelihoods_and_pictures_are_resampled_too(tmp_path):
-    write_benchmarks(tmp_path / "data", BenchmarkConfig(pictures=8, size=54))
-    samples = questions._Resamples(50)
-    items = BENCHMARKS["seed"].read(tmp_path / "data" / "seed", None)
-    with (tmp_path / "seed.jsonl").open("w") as file:
-        for number, item in enumerate(items):  # every third is wrong
-            ranked = [0.0 if letter == item.answer and number % 3 else -1.0 - n for n, letter in enumerate("ABCD")]
-            file.write(json.dumps({"id": item.id, "answer": "", "likelihoods": ranked}) + "\n")
-    benchmark = study_file.StudyBenchmark("seed", str(tmp_path / "data" / "seed"))
-    figures = questions._replicates(tmp_path, benchmark, samples)
-    score = score_file(BENCHMARKS["seed"], items, tmp_path / "seed.jsonl", "").scores.headline
-    low, high = interval(np.array([0, *figures["SEED-likelihood"]]))
-    assert low < score["SEED-likelihood"] < high and set(figures["SEED"]) == {0.0}
-
-    # As if generated by a model: the reference pictures, in half of the cases that of the next prompt.
-    prompts = mjhq.read(tmp_path / "data" / "mjhq")
-    for number, prompt in enumerate(prompts):
-        shown = mjhq.image_file(tmp_path / "data" / "mjhq", prompts[number - number % 2])
-        (tmp_path / "mjhq" / prompt.category).mkdir(parents=True, exist_ok=True)
-        Image.open(shown).save(tmp_path / "mjhq" / prompt.category / f"{prompt.id}.png")
-    benchmark = study_file.StudyBenchmark("mjhq", str(tmp_path / "data" / "mjhq"))
-    figures = questions._replicates(tmp_path, benchmark, samples)
-    (scored,) = PictureScorer(None, None, None).score(Path(benchmark.data), None, tmp_path / "mjhq", "")[1:]
-    assert figures.keys() == scored.scores.headline.keys()
-    for column, values in figures.items():
-        low, high = interval(np.array([0, *values]))
-        assert low < scored.scores.headline[column] < high and high - low > 1, column
 
 
 def test_a_benchmark_is_asked_again_only_under_roles_that_differ_for_its_documents(study):

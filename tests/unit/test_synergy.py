@@ -1,16 +1,17 @@
-"""Synergy: the paper's derived figures, reference runs, resampling, fits, tables."""
+"""Synergy: the paper's derived figures, reference runs, parts of synergy losses, fits, tables."""
 
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from megatron_ext.analysis import fit, results, synergy, tables
-from megatron_ext.analysis.bootstrap import Bootstrap, interval
+from megatron_ext.analysis import fit, outcomes, results, synergy, tables
 from megatron_ext.analysis.results import Metric, Results, Row
 from megatron_ext.errors import UserError
 from support.programs import ROOT
@@ -34,59 +35,80 @@ def paper():
 
 @pytest.mark.parametrize("method", PAPER)
 def test_the_papers_gains_follow_from_its_tables(paper, method):
-    assert {e.metric: round(100 * e.gain[0], 1) for e in paper[method].effects} == PAPER[method]
+    assert {e.metric: round(100 * e.gain, 1) for e in paper[method].effects} == PAPER[method]
 
 
-def test_synergy_loss_is_what_dense_gains_more(paper):
-    for method, gains in PAPER.items():
-        for metric, gain in gains.items():
-            loss = 100 * paper[method].effect(metric).loss[0]
-            assert loss == pytest.approx(PAPER["dense"][metric] - gain, abs=0.11)
-    understanding = [100 * paper["HiMix-HMGen (Share All)"].effect(m).loss[0] for m in list(PAPER["dense"])[:5]]
-    average = paper["HiMix-HMGen (Share All)"].average("understanding").loss[0]
-    assert 100 * average == pytest.approx(np.mean(understanding)) == pytest.approx(23.65, abs=0.05)
+# Unified cost and partner advantage in log points, worked out by hand from the printed tables.
+PAPER_PARTS = {
+    "HiMix-HMGen (Share All)": {"GQA": (52.9, -5.7), "SEED-Img": (42.3, -11.9), "MJHQ-FID": (-23.1, 36.1)},
+    "HiMix-HMGen (Share Partial)": {"GQA": (17.4, -5.7), "SEED-Img": (32.8, -11.9), "MJHQ-FID": (-8.2, 36.1)},
+}
 
 
-def test_the_cost_of_a_method_is_relative_to_dense_on_the_same_tasks():
-    costs = {c.method: c for c in synergy.against_dense(results.published())}
-    assert not [name for name in costs if name.startswith("dense")]
-    himix, hmgen = costs["HiMix, understanding"], costs["HMGen, 3 shallow layers, generation"]
-    assert himix.effect("GQA").gain[0] == pytest.approx((49.92 - 52.86) / 52.86)
-    assert hmgen.effect("MJHQ-FID").gain[0] == pytest.approx((17.45 - 12.16) / 17.45)  # lower is better
-    share_all = costs["HiMix-HMGen (Share All), unified"]
-    assert share_all.effect("GQA").gain[0] == pytest.approx((33.0 - 56.0) / 56.0)
-    assert [e.metric for e in hmgen.effects] == ["MJHQ-FID"] and share_all.average("understanding")
-
-
-def test_costs_are_over_the_seeds_and_sizes_that_dense_has_too():
-    rows = [
-        *(row("dense", "unified", "dense", value, seed, "a") for seed, value in ((1, 10.0), (2, 20.0))),
-        *(row("fast", "unified", "fast", value, seed, "a") for seed, value in ((2, 30.0), (3, 99.0))),
-        row("fast", "unified", "fast", 1.0, 1, "b"),
-    ]
-    (cost,) = synergy.against_dense(gqa(*rows), Bootstrap(50))
-    assert (cost.size, cost.effects[0].seeds) == ("a", (2,)) and cost.effects[0].gain[0] == 0.5
+@pytest.mark.parametrize("method", PAPER_PARTS)
+def test_a_synergy_loss_is_a_unified_cost_and_a_partner_advantage(paper, method):
+    for metric, expected in PAPER_PARTS[method].items():
+        effect = paper[method].effect(metric)
+        parts = [effect.estimate(quantity).mean for quantity in ("unified_cost", "partner_advantage")]
+        assert parts == pytest.approx(expected, abs=0.051)
+        loss = paper["dense"].estimate(metric, "synergy").mean - effect.estimate("synergy").mean
+        assert sum(parts) == pytest.approx(loss) == pytest.approx(effect.estimate("loss").mean)
+    understanding = [paper[method].estimate(m, "loss").mean for m in list(PAPER["dense"])[:5]]
+    assert paper[method].estimate("mean understanding", "loss").mean == pytest.approx(np.mean(understanding))
+    assert paper["dense"].effect("GQA").unified_cost == {}
 
 
 def row(method, task, partner_group, value, seed=None, size=None, run=None, metric="GQA") -> Row:
     return Row(method, task, partner_group, {metric: value}, seed=seed, size=size, run=run, parameters=None)
 
 
+LOSS, ALONE = "understanding loss", "understanding"
+METHODS = {"one": 1.2, "two": 1.3}
+"""Method -> its loss relative to dense's."""
+
+
 def gqa(*rows: Row) -> Results:
     return Results("a test", {"GQA": Metric("understanding")}, list(rows))
 
 
-def test_reference_runs_share_a_partner_group_and_seeds_are_averaged_over_those_that_both_have():
-    rows = [row("dense", "understanding", ["dense", "half"], 40.0, seed) for seed in (1, 2)]
+def test_reference_runs_share_a_partner_group_and_models_are_compared_seed_by_seed():
+    rows = [row("dense", "understanding", ["dense", "half"], value, seed) for seed, value in ((1, 40.0), (2, 50.0))]
     rows += [row("fast u", "understanding", "fast", 20.0, seed) for seed in (1, 2, 3)]
-    rows += [row("dense", "unified", "dense", 50.0, 1), row("dense", "unified", "dense", 54.0, 2)]
-    rows += [row("half", "unified", "half", 30.0, 2), row("fast", "unified", "fast", 10.0, 1)]
+    rows += [row("dense", "unified", "dense", 50.0, 1), row("dense", "unified", "dense", 55.0, 2)]
+    rows += [row("half", "unified", "half", 25.0, 2), row("fast", "unified", "fast", 10.0, 1)]
     dense, half, fast = synergy.compare(gqa(*rows))
-    assert dense.effect("GQA").gain[0] == pytest.approx(0.3) and dense.effect("GQA").seeds == (1, 2)
-    assert half.effect("GQA").gain[0] == pytest.approx(-0.25) and half.effect("GQA").seeds == (2,)
-    assert half.effect("GQA").loss[0] == pytest.approx(0.35 + 0.25)  # dense's gain for seed 2 alone
-    assert fast.effect("GQA").gain[0] == pytest.approx(-0.5)
+    ratios = {1: 100 * math.log(5 / 4), 2: 100 * math.log(1.1)}
+    assert dense.effect("GQA").synergy == pytest.approx(ratios)
+    assert dense.effect("GQA").gain == pytest.approx(52.5 / 45 - 1)
+    assert half.effect("GQA").unified_cost == pytest.approx({2: 100 * math.log(2.2)})
+    assert half.effect("GQA").partner_advantage == {2: 0.0}  # it shares dense's partner run
+    assert half.effect("GQA").loss == pytest.approx({2: ratios[2] + 100 * math.log(2)})
+    assert fast.effect("GQA").partner_advantage == pytest.approx({1: -100 * math.log(2)})  # as the cost: no other seed
     assert "fast: nothing is trained on generation alone" in fast.missing
+    alone = synergy.compare(gqa(*rows[-4:]))[2]
+    assert alone.effect("GQA").unified_cost.keys() == {1} and alone.estimate("GQA", "loss") is None
+
+
+def test_what_a_seed_does_to_all_models_cancels():
+    noise = {1: 0.5, 2: 2.0, 3: 0.9, 4: 1.7}
+    rows = [row("dense", "understanding", "dense", 40 * x, s) for s, x in noise.items()]
+    paired = [row("dense", "unified", "dense", 60 * x, s) for s, x in noise.items()]
+    (same,) = synergy.compare(gqa(*rows, *paired))
+    assert list(same.effect("GQA").synergy.values()) == pytest.approx([100 * math.log(1.5)] * 4)
+    other = [row("dense", "unified", "dense", 60 * x, 5 - s) for s, x in noise.items()]
+    estimate = synergy.compare(gqa(*rows, *other))[0].estimate("GQA", "synergy")
+    assert estimate.mean == pytest.approx(100 * math.log(1.5)) and estimate.low < 0
+
+
+def test_figures_that_may_be_0_are_compared_in_points_and_others_need_a_logarithm():
+    values = {("dense", "understanding"): -1.0, ("dense", "unified"): 5.0, ("fast", "unified"): 3.0}
+    rows = [row(method, task, "dense", value, 1) for (method, task), value in values.items()]
+    points = Results("", {"GQA": Metric("understanding", scale="points")}, rows)
+    dense, fast = synergy.compare(points)
+    assert dense.effect("GQA").synergy == {1: 6.0} and fast.effect("GQA").unified_cost == {1: 2.0}
+    assert not dense.averages and tables.parts([dense])["metric"].tolist() == ["GQA (points)"]
+    dense, fast = synergy.compare(gqa(*rows))
+    assert not fast.effects and "GQA: left out, a figure of 0 or less has no logarithm" in fast.missing
 
 
 def test_sizes_are_not_compared_with_one_another():
@@ -97,11 +119,21 @@ def test_sizes_are_not_compared_with_one_another():
     assert large.size == "l" and not large.effects
 
 
-def test_a_gain_over_nothing_is_no_number():
-    rows = [row("dense", "understanding", "dense", 0.0), row("dense", "unified", "dense", 5.0)]
-    (dense,) = synergy.compare(gqa(*rows))
-    assert np.isnan(dense.effect("GQA").gain[0]) and not dense.averages
-    assert tables.gains([dense]).values.tolist() == [["dense", "-", "-"]]
+def test_methods_with_one_partner_run_count_once_in_a_family_of_tests():
+    values = {1: 1.0, 2: 1.02, 3: 0.97}
+    rows = [row("dense", task, "dense", v, s, metric=LOSS) for s, v in values.items() for task in ("unified", ALONE)]
+    rows += [row("partner", ALONE, "fast", 0.8 * v**2, s, metric=LOSS) for s, v in values.items()]
+    rows += [row(m, "unified", "fast", c * v**3, s, metric=LOSS) for m, c in METHODS.items() for s, v in values.items()]
+    tested = outcomes.outcomes(synergy.compare(Results("", {LOSS: Metric(ALONE, False, False)}, rows)))
+    of = {(o.quantity, o.method): o for o in tested}
+    for method in METHODS:
+        assert of["partner_advantage", method].p == of["partner_advantage", method].estimate.p
+        assert of["partner_advantage", method].verdict == "better"  # a lower loss
+        assert of["unified_cost", method].verdict == "worse"
+    least = min(of["unified_cost", method].estimate.p for method in METHODS)
+    assert min(of["unified_cost", method].p for method in METHODS) == pytest.approx(2 * least)
+    uninformative = outcomes.outcomes(synergy.compare(Results("", {LOSS: Metric(ALONE, False, False)}, rows)), [None])
+    assert {o.verdict for o in uninformative} == {"uninformative"}
 
 
 def test_two_reference_runs_of_one_seed_are_refused():
@@ -133,46 +165,18 @@ def test_a_mistake_in_a_file_of_results_is_named(tmp_path, change, message):
     assert str(refusal.value).startswith(f"{file}: ")
 
 
-def test_seeds_are_resampled_together_so_that_what_they_share_cancels():
-    noise = {1: 0.0, 2: 10.0, 3: -4.0, 4: 7.0}
-    rows = [row("dense", "understanding", "dense", 40 + x, s) for s, x in noise.items()]
-    paired = [row("dense", "unified", "dense", 1.5 * (40 + x), s) for s, x in noise.items()]
-    own = [row("dense", "unified", "dense", 1.5 * (40 + x), 5 - s) for s, x in noise.items()]
-    (same,) = synergy.compare(gqa(*rows, *paired), Bootstrap(100))
-    assert np.allclose(same.effect("GQA").gain, 0.5)  # in every replicate
-    (other,) = synergy.compare(gqa(*rows, *own), Bootstrap(100))
-    low, high = interval(other.effect("GQA").gain)
-    assert low < 0.5 < high and other.effect("GQA").gain[0] == pytest.approx(0.5)
-    (again,) = synergy.compare(gqa(*rows, *own), Bootstrap(100))
-    assert np.array_equal(again.effect("GQA").gain, other.effect("GQA").gain)
-
-
-def test_one_seed_and_no_questions_give_no_interval():
-    rows = [row("dense", "understanding", "dense", 40.0, 1), row("dense", "unified", "dense", 44.0, 1)]
-    (dense,) = synergy.compare(gqa(*rows), Bootstrap(50))
-    assert interval(dense.effect("GQA").gain) is None
-
-
-def test_replicates_over_questions_reach_the_gain():
-    replicates = np.array([39.0, 40.0, 41.0])
-    questions = {("u", None, "GQA"): replicates, ("all", None, "GQA"): replicates * 1.1}
-    rows = [row("dense", "understanding", "dense", 40.0, run="u"), row("dense", "unified", "dense", 50.0, run="all")]
-    (dense,) = synergy.compare(gqa(*rows), Bootstrap(3, questions=questions))
-    assert np.allclose(dense.effect("GQA").gain, [0.25, 0.1, 0.1, 0.1])
-
-
-def test_a_line_over_sizes_is_recovered_with_its_uncertainty():
+def test_a_line_over_sizes_is_that_of_scipy_through_all_seeds():
     random = np.random.default_rng(0)
-    sizes = [10**6, 10**7, 10**8]
-    noise = np.concatenate([np.zeros((3, 1)), random.normal(0, 0.01, (3, 500))], axis=1)
-    losses = [0.1 + 0.02 * np.log(n) + e for n, e in zip(sizes, noise)]
-    line = fit.fit(sizes[::-1], losses[::-1])
-    assert line.a[0] == pytest.approx(0.1) and line.b[0] == pytest.approx(0.02)
-    assert line.residual == pytest.approx(0, abs=1e-12)
-    low, high = interval(line.b)
-    spread = 0.01 / (np.log(10) * np.sqrt(2))  # of a slope over three points, known errors
-    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.15)
-    assert fit.fit([10, 10], losses[:2]) is None
+    sizes = [10**8, 10**6, 10**7]
+    values = [10 + 2 * math.log(n) + random.normal(0, 1, seeds) for n, seeds in zip(sizes, (2, 4, 3))]
+    line = fit.fit(sizes, values)
+    x = np.repeat(np.log(sizes), [len(v) for v in values])
+    expected = stats.linregress(x, np.concatenate(values))
+    assert (line.a, line.b.mean, line.b.p) == pytest.approx((expected.intercept, expected.slope, expected.pvalue))
+    assert line.b.high - line.b.mean == pytest.approx(expected.stderr * stats.t.ppf(0.975, len(x) - 2))
+    assert line.parameters == tuple(sorted(sizes)) and fit.fit([10, 10], values[:2]) is None
+    exact = fit.fit(sizes[:2], [[1.0], [2.0]])
+    assert exact.residual == pytest.approx(0) and exact.b.low is None
 
 
 def test_the_tool_writes_the_papers_table_in_every_form(tmp_path):
@@ -189,10 +193,12 @@ def test_the_tool_writes_the_papers_table_in_every_form(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == files["markdown"].read_text()
     lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in done.stdout.splitlines()]
-    assert [line[2] for line in lines if line[0].startswith(("dense", "HiMix"))][:3] == ["+5.9 %", "-33.9 %", "-5.7 %"]
-    assert r"HiMix-HMGen (Share All) & 0.56 & -33.9 \% & +3.8 \% &" in files["latex"].read_text()
+    (of_share_all,) = [line for line in lines if line[:2] == ["GQA", "HiMix-HMGen (Share All)"]]
+    assert of_share_all[2:] == ["0.56", "-33.9 %", "-41.4", "+52.9", "-5.7", "+47.2"]
+    assert r"GQA & HiMix-HMGen (Share All) & 0.56 & -33.9 \% & -41.4 & +52.9 &" in files["latex"].read_text()
     records = list(csv.DictReader(io.StringIO(files["csv"].read_text())))
-    gained = {(r["method"], r["metric"]): r["gain"] for r in records}
-    assert float(gained["HiMix-HMGen (Share Partial)", "GQA"]) == pytest.approx((47.05 - 49.92) / 49.92)
+    of_partial = {r["metric"]: r for r in records if r["method"] == "HiMix-HMGen (Share Partial)"}["GQA"]
+    assert float(of_partial["gain"]) == pytest.approx((47.05 - 49.92) / 49.92)
+    assert float(of_partial["unified_cost"]) == pytest.approx(100 * math.log(56 / 47.05))
     assert len(json.loads(files["json"].read_text())["methods"]) == 3
     assert plot.read_bytes().startswith(b"\x89PNG")
