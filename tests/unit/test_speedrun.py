@@ -18,9 +18,10 @@ from megatron_ext.preprocess.recipe import read_recipe
 from megatron_ext.speedrun import commit, frozen, questions, submission
 from megatron_ext.speedrun.experiment import Cost
 from megatron_ext.speedrun.figures import figures
-from megatron_ext.speedrun.leaderboard import Leaderboard
+from megatron_ext.speedrun.leaderboard import Leaderboard, tables
 from megatron_ext.speedrun.score import score
 from megatron_ext.speedrun.speedrun import Result, Speedrun
+from megatron_ext.training.config_checks import validate
 from support.programs import ROOT
 
 RECIPE = {
@@ -125,8 +126,23 @@ def test_the_digest_changes_with_values_and_not_with_how_they_are_written(entere
         same[0] + "data: {caption_dropout: 0.2}",
         same[0] + "data: {weights: {captions-generation: 8}}",
         same[0] + "training: {task_weights: {generation: 2}}",
+        same[1].replace("himix_start: 1", "himix_start: 1, drawn_tables: {count: 3}"),
+        same[1].replace("himix_start: 1", "himix_start: 1, dense_share: {of: documents}"),
     ]
-    assert len({entered(text).digest for text in [same[0], *other]}) == 6
+    assert len({entered(text).digest for text in [same[0], *other]}) == 8
+
+
+def test_the_submissions_of_the_first_round_are_valid_and_all_different(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = Path("examples/speedrun")
+    first = frozen.read(folder / "frozen.yaml")
+    files = sorted(set(folder.glob("*.yaml")) - {folder / "frozen.yaml"})
+    entries = {file.stem: submission.read(file, first) for file in files}
+    assert len({entry.digest for entry in entries.values()}) == len(files)
+    assert [name for name, entry in entries.items() if entry.is_dense] == ["dense"]
+    for entry in entries.values():
+        validate(entry.config, 1)
+    assert tables(Leaderboard(Path(first.leaderboard)).rows) in Path("docs/speedrun.md").read_text()
 
 
 def test_seeds_follow_from_the_digest_the_round_and_the_word(round1):
