@@ -1,12 +1,12 @@
 """Causal depth curves: what a trained model loses if its image tokens take no part, or less, from layer K on.
 
 Attention shows where a model looks, not what it needs. For that, a study evaluates trained models with other roles than
-those of training (``evaluate_as`` of a method): as ``himix_from_K`` the image tokens of understanding only give keys and
-values from layer K on, as ``skip_from_K`` the image tokens of generation skip all layers from K on. The weights are the
-same, so any difference is an effect of what the tokens would have done there, K by K.
+those of training (``evaluate_as`` of a method): as ``himix_from_K`` the image tokens of understanding only give keys
+and values from layer K on, as ``skip_from_K`` the image tokens of generation skip all layers from K on. The weights are
+the same, so any difference is an effect of what the tokens would have done there.
 
-Figures are compared with those of the same seed under the roles of training, and a *trend* is the least-squares slope of
-a seed's scores over K; both then have one number per seed (:mod:`~megatron_ext.analysis.statistics`).
+Figures are compared with those of the same seed under the roles of training, and a *trend* is the least-squares slope
+of a seed's scores over K; both then have one number per seed (:mod:`~megatron_ext.analysis.statistics`).
 """
 
 import re

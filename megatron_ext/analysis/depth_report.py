@@ -11,9 +11,9 @@ from megatron_ext.analysis.results import Results
 from megatron_ext.analysis.tables import markdown, p_value, signed
 
 NOTE = (
-    "Trained models, evaluated with other roles: {what}. Brackets are 95 % t-intervals over {seeds} seeds of the change "
-    "against the same models with the roles of training, in log points (100 ln) or, for metrics that may be 0 or less, "
-    "in points; above 0 is better. The slope is that of the score over K."
+    "Trained models, evaluated with other roles: {what}. Brackets are 95 % t-intervals over {seeds} seeds, of the "
+    "change against the same models with the roles of training, in log points (100 ln) or, for metrics that may be 0 "
+    "or less, in points; above 0 is better. The slope is that of the score over K."
 )
 
 
