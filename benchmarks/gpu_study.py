@@ -10,10 +10,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gpu.machine import machine
-from gpu_study import order, page, preparation
+from gpu_study import order, page, preparation, rates
 from megatron_ext import command_line, config_file, files
 from megatron_ext.errors import UserError
 from megatron_ext.study import forked, grid, scheduler, status, steps, study_file
@@ -22,6 +23,7 @@ from megatron_ext.study.study_file import Study
 
 FILES = Path(__file__).with_name("gpu_study")
 STUDY, REHEARSAL = FILES / "study.yaml", FILES / "rehearsal.yaml"
+PROBE = FILES / "probe.py"
 REHEARSAL_JOBS = 2
 
 
@@ -32,6 +34,8 @@ def main() -> None:
         return files.write_text(arguments.page, page.page(*runs_of(study_file.read(results / "study.yaml"))))
     if arguments.prepare or arguments.rehearse:
         packed = preparation.make_world(results, arguments.rehearse)
+        if arguments.learning_rates:
+            rates.carry_over(arguments.learning_rates, results)
         print(f"{packed}: {packed.stat().st_size / 2**20:.1f} MB", flush=True)
     study, runs = runs_of(write_study(results, arguments.rehearse))
     steps.check(runs, study.evaluation)
@@ -42,7 +46,7 @@ def main() -> None:
 
 def runs_of(study: Study) -> tuple[Study, list[StudyRun]]:
     """A study and its runs in order."""
-    return study, order.by_share_of_seeds(study, grid.runs(study))
+    return study, order.by_share_of_seeds(study, grid.runs(study, rates.rates(study)))
 
 
 def execute(arguments: argparse.Namespace, study: Study, runs: list[StudyRun]) -> None:
@@ -56,7 +60,7 @@ def execute(arguments: argparse.Namespace, study: Study, runs: list[StudyRun]) -
     signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
     started = time.monotonic()
     try:
-        scheduler.execute(runs, study.evaluation, jobs, start=forked.start_program)
+        scheduler.execute(runs, study.evaluation, jobs, start=start_of_programs(arguments.results))
     except UserError as stopped:
         print(stopped, file=sys.stderr)
     finally:
@@ -69,6 +73,18 @@ def execute(arguments: argparse.Namespace, study: Study, runs: list[StudyRun]) -
     print(counts)
     if failed := status.failed(study, runs):
         raise UserError(f"failed: {', '.join(failed)}")
+
+
+def start_of_programs(results: Path) -> Callable:
+    """What starts programs: forks, if they can use the GPU. They cannot if an import in the process that they fork from
+    has started CUDA; then each program imports everything itself."""
+    probe = forked.start_program([sys.executable, str(PROBE)], results / "probe.txt", dict(os.environ))
+    while probe.poll() is None:
+        time.sleep(0.1)
+    if probe.poll() == 0:
+        return forked.start_program
+    print(f"forked processes cannot use the GPU ({results / 'probe.txt'}); programs start slowly instead", flush=True)
+    return scheduler.start_program
 
 
 def write_study(results: Path, rehearsal: bool) -> Study:
@@ -91,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("results", type=Path, nargs="?", default=Path("runs/gpu_study"), metavar="RESULTS")
     parser.add_argument("--minutes", type=float, default=8.5, help="after which runs save and stop (default 8.5)")
+    parser.add_argument("--learning-rates", type=Path, metavar="FILE", help="with --prepare: of another study's search")
     parser.add_argument("--jobs", type=int, help="runs at once (default: three less than the cores)")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--prepare", action="store_true", help="only make and pack the data, and plan the runs")

@@ -3,6 +3,8 @@
 study.yaml       what is compared: a study file of megatron_ext/study, which trains, evaluates, resumes and reports
 rehearsal.yaml   laid over it: the same at tiny sizes
 preparation.py   the data, packed to be carried to the machine with the GPU
+probe.py         what a forked process tries on the GPU
+rates.py         learning rates by method, from another study's search
 order.py         the order of the runs, so that a study that is cut short has whole seeds
 page.py          the results as one Markdown page
 """

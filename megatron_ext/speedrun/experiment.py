@@ -1,5 +1,5 @@
 """The runs of a submission, by :mod:`megatron_ext.study`: training and evaluation with every seed, between short
-trainings of lossless dense on the same rows, beside which FLOPs and time are measured."""
+trainings of lossless dense on the same rows, beside which time is measured."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.files import read_json, write_json
 from megatron_ext.speedrun.frozen import Frozen
 from megatron_ext.speedrun.submission import Submission
-from megatron_ext.study import grid, scheduler, status, steps
+from megatron_ext.study import forked, grid, scheduler, status, steps
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Method, Size, Study, StudyBenchmark, StudyEvaluation
 from megatron_ext.training.metrics import read_metrics
@@ -105,10 +105,13 @@ class Experiment:
 
     def estimated_flops_ratio(self) -> float:
         """Training FLOPs relative to lossless dense, on some rows of the data."""
-        return self.runs[0].length.flops_ratio / self.calibration_runs[0].length.flops_ratio
+        return self.runs[0].length.flops_ratio
 
-    def execute(self, jobs: int) -> None:
+    def execute(self, jobs: int, is_forked: bool = False) -> None:
         """Do what is left to do, ``jobs`` runs at once.
+
+        Args:
+            is_forked: start programs sooner, without counting their CPU-seconds.
 
         Raises:
             UserError: a run failed, or a signal arrived.
@@ -122,7 +125,7 @@ class Experiment:
         started, cpu_started, before = time.monotonic(), cpu_seconds(), self._seconds()
         try:
             for study, runs in groups:
-                scheduler.execute(runs, study.evaluation, jobs)
+                scheduler.execute(runs, study.evaluation, jobs, start=forked.start_program if is_forked else None)
                 if failed := status.failed(study, runs):
                     raise UserError(f"{failed[0]}: failed; {study.output}/runs/{failed[0]}/log.txt says why")
         finally:
@@ -134,7 +137,7 @@ class Experiment:
         ratios = [read_json(run.folder / "result.json")["flops_ratio"] for run in self.runs]
         step = _step_seconds(self.runs) / _step_seconds(self.calibration_runs) * self.frozen.dense_step_seconds
         return Cost(
-            float(np.mean(ratios)) / self.calibration_runs[0].length.flops_ratio,
+            float(np.mean(ratios)),
             len(self.seeds) * self.iterations * step / 3600,
             *self._seconds(),
         )

@@ -108,7 +108,7 @@ class Speedrun:
         Raises:
             UserError: a run failed, or a signal arrived; the same command goes on.
         """
-        self.experiment.execute(jobs)
+        self.experiment.execute(jobs, is_forked=self.mode == "rehearsal")
         each = [figures(self.experiment.questions, answers) for answers in self.experiment.answers()]
         gathered = {split: {task: [f[split][task] for f in each] for task in TASKS} for split in each[0]}
         scored = None

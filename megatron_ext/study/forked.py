@@ -32,15 +32,14 @@ class ForkedProgram:
         command: the interpreter, the path of a script, its arguments.
         log: where its output is appended.
         environment: the whole of its environment.
-        lock: a file descriptor that it inherits.
+        lock: a file descriptor that it inherits; None: none.
     """
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str], lock: int):
-        target = multiprocessing_context().Process(
-            target=run_program, args=(command[1:], log, environment, _Descriptor(lock))
-        )
-        target.start()
-        self._process = target
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str], lock: int | None = None):
+        inherited = None if lock is None else _Descriptor(lock)
+        arguments = (command[1:], log, environment, inherited)
+        self._process = multiprocessing_context().Process(target=run_program, args=arguments)
+        self._process.start()
 
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
@@ -52,7 +51,7 @@ class ForkedProgram:
 
 
 def start_program(
-    command: list[str], log: Path, environment: dict[str, str], lock: int
+    command: list[str], log: Path, environment: dict[str, str], lock: int | None = None
 ) -> ForkedProgram | subprocess.Popen:
     """Start a program as :func:`.scheduler.start_program` does: forked, unless it needs a launcher (``-m``)."""
     start = scheduler.start_program if command[1] == "-m" else ForkedProgram

@@ -77,21 +77,3 @@ def _wait_for(ranks: list[BaseProcess], seconds: float) -> int:
 def _program(command: list[str], output: Path, environment: dict[str, str]) -> None:
     os.chdir(ROOT)
     forked.run_program(command, output, {**os.environ, **environment})
-
-
-class ForkedPopen:
-    """Stands in for ``subprocess.Popen`` where a Python program is started with its output to a file.
-
-    Args:
-        command: the interpreter, the script and its arguments.
-        stdout: the open file of the output.
-    """
-
-    def __init__(self, command: list, stdout, **options):
-        self._process = _start(command[1:], Path(stdout.name), {})
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)

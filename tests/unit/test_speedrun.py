@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,8 +21,6 @@ from megatron_ext.speedrun.figures import figures
 from megatron_ext.speedrun.leaderboard import Leaderboard
 from megatron_ext.speedrun.score import score
 from megatron_ext.speedrun.speedrun import Result, Speedrun
-from megatron_ext.study import scheduler
-from support.forked_programs import ForkedPopen
 from support.programs import ROOT
 
 RECIPE = {
@@ -241,8 +238,6 @@ def test_flops_or_time_over_the_cap_make_no_row(folder, round1, entered, monkeyp
 
 
 def test_a_rehearsal_takes_the_whole_path_and_a_plan_that_saves_nothing_is_refused(folder, monkeypatch, capsys):
-    programs = SimpleNamespace(Popen=ForkedPopen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(scheduler, "subprocess", programs)
     monkeypatch.chdir(ROOT)
 
     def speedrun(*arguments) -> dict:
