@@ -75,15 +75,18 @@ def is_intervention(row: Row) -> bool:
 
 
 def curves(results: Results) -> list[Curve]:
-    """The curves of all methods but the untrained one, and of all metrics of the task that the intervention changes."""
+    """The curves of all methods but the untrained one: of the loss of the task that the intervention changes, and of its
+    metrics that are corrected for chance."""
     rows = {(r.size, r.budget, r.method, r.task, r.evaluated_as, r.seed): r for r in results.rows}
     models = dict.fromkeys(key[:4] for key, row in rows.items() if is_intervention(row) and row.method != UNTRAINED)
     found = []
     for size, budget, method, task in models:
         own = {key[4:]: row for key, row in rows.items() if key[:4] == (size, budget, method, task)}
         for intervention, (changed_task, _) in INTERVENTIONS.items():
-            for metric, meaning in results.metrics.items():
-                if meaning.task == changed_task and (points := _points(own, intervention, metric, meaning)):
+            of_task = {name: meaning for name, meaning in results.metrics.items() if meaning.task == changed_task}
+            for metric, meaning in of_task.items():
+                outcome = metric == f"{changed_task} loss" or metric.endswith("chance-corrected")
+                if outcome and (points := _points(own, intervention, metric, meaning)):
                     untrained = _untrained(results, size, intervention, metric, points["layers"])
                     found.append(
                         Curve(size, budget, method, intervention, metric, meaning.scale, **points, untrained=untrained)
