@@ -75,9 +75,14 @@ def is_intervention(row: Row) -> bool:
 
 
 def curves(results: Results) -> list[Curve]:
-    """The curves of all methods but the untrained one: of the loss of the task that the intervention changes, and of its
-    metrics that are corrected for chance."""
-    rows = {(r.size, r.budget, r.method, r.task, r.evaluated_as, r.seed): r for r in results.rows}
+    """The curves of all methods but the untrained one: of the loss of the task that the intervention changes, and of
+    its metrics that are corrected for chance. A run of several budgets counts to the first."""
+    budget_of = {row.run: row.budget for row in reversed(results.rows) if row.run}
+    rows = {
+        (row.size, row.budget, row.method, row.task, row.evaluated_as, row.seed): row
+        for row in results.rows
+        if budget_of.get(row.run, row.budget) == row.budget
+    }
     models = dict.fromkeys(key[:4] for key, row in rows.items() if is_intervention(row) and row.method != UNTRAINED)
     found = []
     for size, budget, method, task in models:

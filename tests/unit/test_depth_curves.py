@@ -1,5 +1,7 @@
 """Causal depth curves of made-up results whose changes and trends are known, the trends by SciPy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -58,6 +60,14 @@ def test_changes_and_trends_are_paired_by_seed():
     assert points.changes[0].mean == pytest.approx(-5 - 62.5) and points.trend.mean == pytest.approx(10)
     assert curves["skip_from", "generation loss"].trend is None
     assert curves["skip_from", "generation loss"].changes[1].mean == pytest.approx(-100 * np.log(2))
+
+
+def test_a_run_of_two_budgets_has_one_curve():
+    results, _ = results_of(2)
+    for row in results.rows:
+        row.run = f"{row.method} of seed {row.seed}"
+    results.rows += [replace(row, budget="total") for row in results.rows]
+    assert {curve.budget for curve in depth.curves(results)} == {"steps"}
 
 
 def test_fewer_than_five_seeds_test_no_trend():
