@@ -209,7 +209,7 @@ def test_evaluation_is_checked_before_training(study, tmp_path):
         changed = study(evaluation=valid | changes)
         with pytest.raises(UserError, match=message):
             steps.check(grid.runs(changed), changed.evaluation)
-    with pytest.raises(UserError, match="'evaluation.evaluate_as' needs an entry of"):
+    with pytest.raises(UserError, match="'evaluation.evaluate_as' needs one entry of"):
         study(evaluation=valid | {"evaluate_as": {"dense": ["plan.preset=dense"]}})
     good = study(evaluation=valid)
     steps.check(grid.runs(good), good.evaluation)
@@ -325,6 +325,26 @@ def test_figures_of_another_configuration_data_or_evaluation_are_not_collected(s
         assert "another data set" in state.changed(runs[0]) and collected() == 0
     finally:
         metadata.write_text(before)
+
+
+def test_the_roles_of_training_have_no_name_and_names_of_figures_say_how_to_read_them(study):
+    example = study(evaluation={"evaluate_as": {"trained": [], "dense": ["plan.preset=dense"]}})
+    run = next(run for run in grid.runs(example) if run.method.name == "share-all")
+    finish(run)
+    corrected, difference = "GQA, chance-corrected", "MJHQ-facts, difference"
+    scores = {corrected: -1.0, difference: 3.0, "MJHQ-FID": 9.0}
+    cost = {"iterations": 1, "tokens": 1, "flops": 1.0, "flops_ratio": 1.0}
+    figures = {"losses": {"generation loss": 2.0}, "evaluated": {"trained": scores, "dense": {corrected: 5.0}}}
+    write_json(run.folder / "result.json", cost | figures | {"evaluation": steps.fingerprint(run, example.evaluation)})
+    collected = collect.collect(example, [run])
+    assert {row.evaluated_as: row.metrics for row in collected.rows} == {
+        None: scores | {"generation loss": 2.0},
+        "dense": {corrected: 5.0},
+    }
+    metrics = collected.metrics
+    assert [metrics[name].scale for name in (corrected, difference, "MJHQ-FID")] == ["points", "points", "log"]
+    assert [metrics[name].in_average for name in (corrected, difference, "MJHQ-FID")] == [True, False, True]
+    assert {name for name, metric in metrics.items() if not metric.higher_is_better} == {"MJHQ-FID", "generation loss"}
 
 
 def test_a_failure_is_described_by_the_error_line_of_the_log(tmp_path):
