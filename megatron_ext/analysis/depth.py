@@ -23,8 +23,6 @@ INTERVENTIONS = {
     "skip_from": ("generation", "images of generation skip the layers from K on"),
 }
 """The name before ``_K``: the task whose documents it changes, and what it does."""
-TRAINED = (None, "trained")
-"""``evaluated_as`` of the roles of training."""
 UNTRAINED = "untrained"
 """The method whose runs are not trained."""
 LEAST_SEEDS = 5
@@ -112,8 +110,7 @@ def _points(rows: Mapping, intervention: str, metric: str, meaning) -> dict | No
     layers = sorted({int(m[2]) for name, _ in rows if (m := _NAME.fullmatch(name or "")) and m[1] == intervention})
     by_seed = {}
     for seed in dict.fromkeys(seed for _, seed in rows):
-        trained = next((row for name in TRAINED if (row := rows.get((name, seed)))), None)
-        of_seed = [trained, *(rows.get((f"{intervention}_{layer}", seed)) for layer in layers)]
+        of_seed = [rows.get((None, seed)), *(rows.get((f"{intervention}_{layer}", seed)) for layer in layers)]
         figures = [row and row.metrics.get(metric) for row in of_seed]
         if layers and all(meaning.score(figure) is not None for figure in figures):
             by_seed[seed] = figures
@@ -149,7 +146,7 @@ def _untrained(
     means = {}
     for layer in layers:
         own = [row for row in rows if row.evaluated_as == f"{intervention}_{layer}"]
-        own = own or [row for row in rows if row.evaluated_as in TRAINED]
+        own = own or [row for row in rows if row.evaluated_as is None]
         figures = [figure for row in own if (figure := row.metrics.get(metric)) is not None]
         if figures:
             means[layer] = float(np.mean(figures))
