@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from megatron_ext.analysis.results import Results, Row
+from megatron_ext.analysis.results import Metric, Results, Row
 from megatron_ext.analysis.statistics import Estimate, t_interval
 
 INTERVENTIONS = {
@@ -105,7 +105,7 @@ def by_model(found: Sequence[Curve]) -> dict[tuple[str | None, str | None, str],
     return models
 
 
-def _points(rows: Mapping, intervention: str, metric: str, meaning) -> dict | None:
+def _points(rows: Mapping, intervention: str, metric: str, meaning: Metric) -> dict | None:
     """The points of one model's curve from its rows by (evaluated_as, seed); None without a seed that has all."""
     layers = sorted({int(m[2]) for name, _ in rows if (m := _NAME.fullmatch(name or "")) and m[1] == intervention})
     by_seed = {}
