@@ -9,11 +9,11 @@ from megatron_ext.errors import UserError
 def main() -> None:
     parser = command_line.parser(
         "Train and evaluate every run of a study file (megatron_ext/study/study_file.py documents its keys), and\n"
-        "report gains, synergy losses and how they scale. After any interruption the same command resumes: finished\n"
+        "report on synergy, its losses and hypotheses. After any interruption the same command resumes: finished\n"
         "runs are kept, others resume from their checkpoints, failed runs are retried.",
-        "python tools/scaling_study.py examples/studies/picture_world.yaml --jobs 2\n"
-        "  python tools/scaling_study.py examples/studies/picture_world.yaml --status\n"
-        "  python tools/scaling_study.py examples/studies/picture_world.yaml --slurm     an array with a task per run\n"
+        "python tools/scaling_study.py examples/studies/decisive.yaml --jobs 2\n"
+        "  python tools/scaling_study.py examples/studies/decisive.yaml --status\n"
+        "  python tools/scaling_study.py examples/studies/decisive.yaml --slurm     an array with a task per run\n"
         "  python tools/scaling_study.py examples/studies/paper.yaml examples/studies/paper_tiny.yaml --jobs 2",
     )
     add = parser.add_argument
@@ -43,7 +43,7 @@ def main() -> None:
     if not arguments.report:
         steps.check(selected, study.evaluation)
     if arguments.slurm or arguments.slurm_print:
-        _slurm(study, arguments, status.unfinished(study, selected))
+        _slurm(study, arguments, status.unfinished(study, plan.needed(arguments.run)))
         return
     if not arguments.report:
         gpus = [gpu for gpu in arguments.gpus.split(",") if gpu]

@@ -15,15 +15,18 @@ HEAD = """# The study of deeper models on one GPU
 Made by `bash benchmarks/gpu_study.sh RESULTS --page docs/study/gpu.md` from what these commands left in RESULTS:
 
 ```bash
-bash benchmarks/gpu_study.sh runs/gpu_study --prepare    # on any machine: half an hour of a CPU; then bring the folder to the GPU
+bash benchmarks/gpu_study.sh runs/gpu_study --prepare    # on any machine; then bring runs/gpu_study to the GPU
 bash benchmarks/gpu_study.sh runs/gpu_study              # on the GPU: under nine minutes; the same command resumes
 bash benchmarks/gpu_study.sh runs/rehearsal --rehearse   # the same programs at tiny sizes on a CPU
 ```
 
+Bring the folder back without `runs/*/checkpoints`. `--prepare --learning-rates runs/studies/decisive/learning_rates.json`
+takes each method's learning rate, relative to dense's, from the search of the [decisive study](../studies.md).
+
 [The study file](../../benchmarks/gpu_study/study.yaml) has models of twelve layers on the compositional world, 16 thousand
-tokens a step, in bf16. The learning rates are those of the sizes, and the same for all methods. Many runs share the GPU:
-their processes fork from one that has imported torch and Megatron-Core. Runs go seed by seed, each seed with all methods,
-so a study that is cut short has whole seeds; hypotheses, gates and statistics are those of [the protocol](protocol.md).
+tokens a step, in bf16. Many runs share the GPU: their processes fork from one that has imported torch and Megatron-Core.
+Runs go seed by seed, each seed with all methods, so a study that is cut short has whole seeds. Hypotheses, gates and
+statistics are those of [the protocol](protocol.md), but for H4, which is tested at equal tokens and steps alone.
 """
 ESTIMATE = """## Does it fit?
 
@@ -33,7 +36,7 @@ optimizer step some 20. At 128 wide and 16 thousand tokens a kernel moves about 
 the GPU is busy for 3 to 6 ms of a step and the host for 20 to 50 ms. One process leaves the GPU idle for most of the
 time, and a dozen use it up: some 200 to 300 steps a second over all processes. The 79,000 steps of the study then take
 260 to 400 s; starts, evaluation and the last runs are estimated at 60 to 100 s. If the GPU is slower than that, the last
-seeds are missing. This is an estimate; the table below has what was measured.
+seeds are missing. This is an estimate, made without a GPU.
 """
 
 
@@ -41,7 +44,7 @@ def page(study: Study, runs: Sequence[StudyRun]) -> str:
     """The page of a study's folder; writes its report as well."""
     results = Path(study.output)
     machines = files.read_json(results / "machine.json") if (results / "machine.json").is_file() else []
-    parts = [HEAD, _status(machines), _sizes(study, runs), ESTIMATE]
+    parts = [HEAD, ESTIMATE, _status(machines), _sizes(study, runs)]
     if machines:
         report.write(study, runs)
         parts.append(_demoted((results / "report.md").read_text()))
