@@ -59,7 +59,7 @@ class Row:
     partner_group: str | list[str]
     metrics: dict[str, float | None]
     flops_ratio: float | None = None
-    """Training FLOPs relative to the dense model on the same rows."""
+    """Training FLOPs relative to dense on the same rows; in a study, to lossless dense."""
     seed: int | None = None
     size: str | None = None
     parameters: int | None = None

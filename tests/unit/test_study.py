@@ -209,7 +209,7 @@ def test_evaluation_is_checked_before_training(study, tmp_path):
         changed = study(evaluation=valid | changes)
         with pytest.raises(UserError, match=message):
             steps.check(grid.runs(changed), changed.evaluation)
-    with pytest.raises(UserError, match="'evaluation.evaluate_as' needs an entry of"):
+    with pytest.raises(UserError, match="'evaluation.evaluate_as' needs one entry of"):
         study(evaluation=valid | {"evaluate_as": {"dense": ["plan.preset=dense"]}})
     good = study(evaluation=valid)
     steps.check(grid.runs(good), good.evaluation)
@@ -327,6 +327,26 @@ def test_figures_of_another_configuration_data_or_evaluation_are_not_collected(s
         metadata.write_text(before)
 
 
+def test_the_roles_of_training_have_no_name_and_names_of_figures_say_how_to_read_them(study):
+    example = study(evaluation={"evaluate_as": {"trained": [], "dense": ["plan.preset=dense"]}})
+    run = next(run for run in grid.runs(example) if run.method.name == "share-all")
+    finish(run)
+    corrected, difference = "GQA, chance-corrected", "MJHQ-facts, difference"
+    scores = {corrected: -1.0, difference: 3.0, "MJHQ-FID": 9.0}
+    cost = {"iterations": 1, "tokens": 1, "flops": 1.0, "flops_ratio": 1.0}
+    figures = {"losses": {"generation loss": 2.0}, "evaluated": {"trained": scores, "dense": {corrected: 5.0}}}
+    write_json(run.folder / "result.json", cost | figures | {"evaluation": steps.fingerprint(run, example.evaluation)})
+    collected = collect.collect(example, [run])
+    assert {row.evaluated_as: row.metrics for row in collected.rows} == {
+        None: scores | {"generation loss": 2.0},
+        "dense": {corrected: 5.0},
+    }
+    metrics = collected.metrics
+    assert [metrics[name].scale for name in (corrected, difference, "MJHQ-FID")] == ["points", "points", "log"]
+    assert [metrics[name].in_average for name in (corrected, difference, "MJHQ-FID")] == [True, False, True]
+    assert {name for name, metric in metrics.items() if not metric.higher_is_better} == {"MJHQ-FID", "generation loss"}
+
+
 def test_a_failure_is_described_by_the_error_line_of_the_log(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("== training: x\na.py: old\n== evaluation: y\n[rank1]: evaluate.py: x.json: no such file\n=======\n")
@@ -432,7 +452,7 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
         f'case "$*" in *--status) case "$*" in *{runs[1].name}*) echo 1 finished;; *) echo 1 stopped;; esac;; esac'
     )
     programs = {
-        "sbatch": "cp $2 submitted.sh; echo 77",
+        "sbatch": 'for last; do :; done; cp "$last" submitted.sh; echo "$@" >> submissions; echo 77',
         "scontrol": 'echo "$@" >> requeued',
         "python": f'echo "$@" >> called; {finished}',
     }
@@ -455,6 +475,12 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
         assert run_command.endswith(f"scaling_study.py {tmp_path}/study.yaml --out {example.output} --run {run.name}")
         assert status_command == f"{run_command} --status"
     assert (tmp_path / "requeued").read_text() == "requeue 77_1\n"
+    plan = execution.plan(study(learning_rates={"values": [0.1], "seed": 9}))
+    slurm.submit(example, [tmp_path / "study.yaml"], plan.all)
+    *_, trials, others = (tmp_path / "submissions").read_text().splitlines()
+    assert trials == f"--parsable {example.output}/slurm-trials.sh"
+    assert others == f"--parsable --dependency=afterany:77 {example.output}/slurm.sh"
+    assert ".lr0.1.seed9" not in (tmp_path / "submitted.sh").read_text()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on this machine; .*slurm.sh is written"):
         slurm.submit(example, [tmp_path / "study.yaml"], runs)
