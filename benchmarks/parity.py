@@ -66,6 +66,7 @@ PLANS = {
     **{preset: [f"plan.preset={preset}"] for preset in PRESETS},
     "rank 4 per task": ["plan.preset=himix_hmgen_share_partial", "plan.himix_start=2", RANK],
     "interleaved documents": ["plan.preset=himix_hmgen_share_all_separate", "plan.projections={per_task: true}"],
+    "drawn tables": ["plan.preset=himix_hmgen_share_partial", "plan.drawn_tables={count: 5}"],
     "4 codes": ["plan.preset=himix_hmgen_share_partial", *CODES],
 }
 INTERLEAVED = "interleaved documents"
@@ -150,7 +151,7 @@ def measure(config: Config, interleaved: bool = False) -> Measured:
     for step in range(STEPS):
         sizes = config.training.global_batch_size, config.data.sequence_length
         batch = packed_batch(*sizes, step, interleaved, codes.depth)
-        batch = step_input(batch.rows(replica * rows, (replica + 1) * rows), config, VOCABULARY)
+        batch = step_input(batch.rows(replica * rows, (replica + 1) * rows), config, VOCABULARY, step)
         result = train_step(chunks, optimizer, batch, config, accept=keep_gradients)
         measured.losses.append(result.loss + (result.losses.z_loss or 0))
         measured.norms.append(result.grad_norm)
@@ -162,10 +163,12 @@ def own_targets(batch: Batch, config: Config) -> list[torch.Tensor]:
     from megatron.core import parallel_state
 
     prepare, b = Preparation.of(resolve(config), VOCABULARY, training=False), config.training.micro_batch_size
+    selection = prepare.plan.selection(0, config.training.iterations)
     own, places = prepare.row_layout.of_rank(parallel_state.get_context_parallel_rank()), []
     for start in range(0, batch.shape[0], b):
         part = batch.rows(start, start + b).arrays()
-        held = Route.arrays(part, prepare.plan, **own, placement=prepare.placement(part)).targets
+        placement = prepare.placement(part, selection)
+        held = Route.arrays(part, prepare.plan, **own, selection=selection, placement=placement).targets
         places.append(torch.from_numpy(np.searchsorted(Route.arrays(part, prepare.plan).targets, held)))
     return places
 

@@ -14,13 +14,16 @@ IMAGE, TEXT = 256, 24
 DOCUMENT = IMAGE + TEXT
 
 
-def step_input(batch: Batch, config: Config, vocab_size: int = 0) -> StepInput:
+def step_input(batch: Batch, config: Config, vocab_size: int = 0, step: int | None = None) -> StepInput:
     """The input of ``train_step`` for a replica's rows of a global batch, on the device. A run prepares it ahead.
 
     Args:
         vocab_size: of the output head; 0: neither FLOPs nor the placement on context ranks count it.
+        step: iteration of training, for roles that documents draw; None: the roles of evaluation.
     """
-    return prepare(batch, resolve(config), distributed.device(), vocab_size)
+    resolved = resolve(config)
+    selection = None if step is None else resolved.plan.selection(step, config.training.iterations)
+    return prepare(batch, resolved, distributed.device(), vocab_size, selection)
 
 
 def stored_order(batch: Batch, config: Config) -> torch.Tensor:

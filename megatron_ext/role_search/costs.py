@@ -15,7 +15,7 @@ from megatron_ext.routing.flops import class_flops, count, head_flops, lossless_
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.roles import Role
 
-ROWS = 512
+ROWS = 256
 """Rows of the training data on which FLOPs are counted."""
 
 Roles = tuple[Role, ...]

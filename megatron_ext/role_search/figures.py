@@ -9,6 +9,7 @@ import pandas as pd
 
 from megatron_ext.analysis import statistics
 from megatron_ext.role_search import measure, training
+from megatron_ext.role_search.costs import ROWS
 from megatron_ext.role_search.space import key
 from megatron_ext.role_search.stages import ARMS, UNCHANGED, Search, of_arm
 from megatron_ext.role_search.training import Trainings
@@ -139,12 +140,16 @@ def _flops_ratio(first: Mapping[int, dict], second: Mapping[int, dict]) -> float
 def _spent(search: Search) -> dict:
     """FLOPs and tokens of every part of the search, and how many tables it looked at."""
     drawn = sum(search.drawn.flops.values())
+    tables = [*(search.space.changed(change) for change in search.space.single_changes()), *search.tables.values()]
+    of_row = sum(map(search.costs.flops, [search.space.own, *tables])) / ROWS
+    measuring = of_row * search.settings.drawn.rows
     arms = dict.fromkeys(ARMS, 0)
     for rung in search.rungs:
         for name, flops in rung.flops.items():
             arms[name.partition("-")[0]] += flops
     return {
         "drawn_flops": drawn,
+        "measuring_flops": measuring,
         "rungs_flops": arms,
         "fresh_flops": sum(search.fresh.flops.values()),
         "tables_measured": len(search.losses),

@@ -8,6 +8,8 @@ import pandas as pd
 from megatron_ext.analysis import tables
 from megatron_ext.study.study_file import LOSSES
 
+ROUNDING = 1e-6
+"""Log ratios up to this are those of documents that a change does not concern."""
 SHOWN = 8
 """Tables of each arm that are listed."""
 
@@ -77,7 +79,8 @@ def _changes(changes: Sequence[dict]) -> str:
         cells = []
         for task, value in change["change"].items():
             error = change["standard_error"][task]
-            cells.append(_percent(value) + ("" if error is None else f" ± {100 * error:.2f}"))
+            shown = _percent(value) + ("" if error is None else f" ± {100 * error:.2f}")
+            cells.append(shown if abs(value) > ROUNDING else "0")
         rows.append([of_class, str(change["layer"]), f"{100 * change['saves']:.1f} %", *cells])
     rows.sort(key=lambda row: (row[0], int(row[1])))
     tasks = list(changes[0]["change"])
@@ -115,9 +118,8 @@ def _spent(spent: dict) -> str:
         for arm, flops in spent["rungs_flops"].items()
     )
     return (
-        f"FLOPs of training: the drawn model {spent['drawn_flops']:.3g}, {arms}, the fresh seeds "
-        f"{spent['fresh_flops']:.3g}; {spent['runs']} runs. {spent['tables_measured']} tables were measured with the "
-        "drawn model."
+        f"FLOPs: the drawn model {spent['drawn_flops']:.3g}, measuring {spent['tables_measured']} tables with it about "
+        f"{spent['measuring_flops']:.3g}, {arms}, the fresh seeds {spent['fresh_flops']:.3g}; {spent['runs']} runs."
     )
 
 

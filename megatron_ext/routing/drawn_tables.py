@@ -117,7 +117,10 @@ def random_table(own: Table, choices: Choices, seed: int, number: int) -> Table:
     """The ``number``-th random table: each choice is taken with a probability that is itself random, the same for the
     whole table, so that tables of every cost occur."""
     table, share = [list(roles) for roles in own], counter_random.uniform(_SHARE, seed, number)
-    for (layer, index), roles in choices.items():
-        if counter_random.uniform(_CHANGE, seed, number, layer, index) < share:
-            table[layer][index] = roles[int(counter_random.uniform(_ROLE, seed, number, layer, index) * len(roles))]
+    layers, indices = (np.array(values) for values in zip(*choices))
+    taken = counter_random.uniform(_CHANGE, seed, number, layers, indices) < share
+    picked = counter_random.uniform(_ROLE, seed, number, layers, indices)
+    for (layer, index), roles, take, pick in zip(choices, choices.values(), taken, picked):
+        if take:
+            table[layer][index] = roles[int(pick * len(roles))]
     return tuple(map(tuple, table))

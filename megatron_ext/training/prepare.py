@@ -246,14 +246,20 @@ def _of_targets(values: np.ndarray, targets: list[np.ndarray], multiple: int, fi
 
 
 def prepare(
-    batch: Batch, resolved: ResolvedConfig, device: torch.device | str = "cpu", vocab_size: int = 0
+    batch: Batch,
+    resolved: ResolvedConfig,
+    device: torch.device | str = "cpu",
+    vocab_size: int = 0,
+    selection: Selection | None = None,
 ) -> StepInput:
-    """The input of this rank, on ``device``, of a step over a batch on the host, with the dense share of evaluation.
+    """The input of this rank, on ``device``, of a step over a batch on the host.
 
     Args:
         vocab_size: of the output head; 0: neither FLOPs nor the placement on context ranks count it.
+        selection: that of a training iteration, :meth:`~megatron_ext.routing.plan.Plan.selection`; None: that of
+            evaluation.
     """
-    return own_share(Preparation.of(resolved, vocab_size, training=False).step_input(batch)).to(device)
+    return own_share(Preparation.of(resolved, vocab_size, training=False).step_input(batch, selection)).to(device)
 
 
 def own_share(step: StepInput) -> StepInput:

@@ -18,7 +18,7 @@ from support.forked_programs import run_forked
         (
             # Without sequence parallelism only qk_layernorm makes Megatron-Core sum the norms' gradients over ranks.
             "tp2,tp2-pp2-sp",
-            "himix_hmgen_share_partial",
+            "himix_hmgen_share_partial,drawn tables",
             ["model.qkv_bias=true", "model.qk_norm=true", "model.head_size=12", "training.z_loss=0.01"],
         ),
         (
