@@ -9,11 +9,11 @@ from megatron_ext.errors import UserError
 def main() -> None:
     parser = command_line.parser(
         "Train and evaluate every run of a study file (megatron_ext/study/study_file.py documents its keys), and\n"
-        "report gains, synergy losses and how they scale. After any interruption the same command resumes: finished\n"
+        "report on synergy, its losses and hypotheses. After any interruption the same command resumes: finished\n"
         "runs are kept, others resume from their checkpoints, failed runs are retried.",
-        "python tools/scaling_study.py examples/studies/picture_world.yaml --jobs 2\n"
-        "  python tools/scaling_study.py examples/studies/picture_world.yaml --status\n"
-        "  python tools/scaling_study.py examples/studies/picture_world.yaml --slurm     an array with a task per run\n"
+        "python tools/scaling_study.py examples/studies/decisive.yaml --jobs 2\n"
+        "  python tools/scaling_study.py examples/studies/decisive.yaml --status\n"
+        "  python tools/scaling_study.py examples/studies/decisive.yaml --slurm     an array with a task per run\n"
         "  python tools/scaling_study.py examples/studies/paper.yaml examples/studies/paper_tiny.yaml --jobs 2",
     )
     add = parser.add_argument
@@ -21,6 +21,7 @@ def main() -> None:
     add("--out", metavar="FOLDER", help="instead of the study file's output")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
     add("--gpus", default="", metavar="0,1", help="GPUs to share out among the runs, one per process")
+    add("--fork", action="store_true", help="fork programs from one that has imported torch, seconds sooner each")
     add("--run", action="append", metavar="NAME", help="only this run, without a report; may be given several times")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--status", action="store_true", help="only show the progress of every run")
@@ -31,7 +32,7 @@ def main() -> None:
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
     # Imported late: --help should not wait for numpy and the configuration.
-    from megatron_ext.study import execution, status, steps, study_file
+    from megatron_ext.study import execution, forked, status, steps, study_file
 
     study = study_file.read(*arguments.study)
     study.output = arguments.out or study.output
@@ -43,11 +44,12 @@ def main() -> None:
     if not arguments.report:
         steps.check(selected, study.evaluation)
     if arguments.slurm or arguments.slurm_print:
-        _slurm(study, arguments, status.unfinished(study, selected))
+        _slurm(study, arguments, status.unfinished(study, plan.needed(arguments.run)))
         return
     if not arguments.report:
         gpus = [gpu for gpu in arguments.gpus.split(",") if gpu]
-        plan = execution.execute(study, arguments.run, arguments.jobs, gpus)
+        start = forked.start_program if arguments.fork else None
+        plan = execution.execute(study, arguments.run, arguments.jobs, gpus, start)
     if not arguments.run:
         _report(study, plan.runs, arguments)
     needed = plan.needed(arguments.run)

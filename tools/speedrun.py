@@ -32,6 +32,7 @@ def main() -> None:
         return
     is_row = not (arguments.estimate or arguments.rehearse)
     commit = speedrun.check_entry([arguments.submission] if arguments.submission else []) if is_row else ""
+    speedrun.prepare()
     ratio = speedrun.check_estimate()
     experiment = speedrun.experiment
     print(

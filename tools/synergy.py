@@ -10,8 +10,8 @@ def main() -> None:
     parser = command_line.parser(
         "Gains of unified over single-task training, and the synergy loss of every method against dense as the sum of\n"
         "unified cost and partner advantage, with intervals over seeds, from files of results\n"
-        "(megatron_ext/analysis/results.py describes their form; tools/scaling_study.py writes them). Methods with the\n"
-        "names of the paper's are also shown beside its tables 1 to 3.",
+        "(megatron_ext/analysis/results.py describes their form; tools/scaling_study.py writes them). Methods with\n"
+        "the names of the paper's are also shown beside its tables 1 to 3.",
         "python tools/synergy.py                    the paper's tables (arXiv 2606.01503)\n"
         "  python tools/synergy.py runs/studies/picture_world/results.json --latex synergy.tex --plot synergy.svg",
     )

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -23,7 +24,8 @@ def machine() -> dict[str, str]:
             facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             facts[package] = "none"
-    return facts | {"command": f"`bash benchmarks/gpu_check.sh {shlex.join(sys.argv[1:])}`"}
+    program = Path(sys.argv[0]).with_suffix(".sh").name
+    return facts | {"command": f"`bash benchmarks/{program} {shlex.join(sys.argv[1:])}`"}
 
 
 def _driver() -> str:

@@ -6,6 +6,7 @@ a synergy loss, which follow from the three tables.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -22,6 +23,9 @@ TABLES = {
 SPLIT = "Table 3's synergy losses, split into unified cost + partner advantage (log points, 100 ln)"
 _SAME = {"SEED": "SEED-Img"}
 """Our name of a metric -> the paper's."""
+_SAME_METHODS = {"Share All": "HiMix-HMGen (Share All)", "Share Partial": "HiMix-HMGen (Share Partial)"}
+"""Our name of a method -> the paper's."""
+_OUR_NAME = {theirs: our for our, theirs in _SAME.items()}
 _PARTS = {quantity: name for quantity, name in QUANTITIES.items() if quantity != "synergy"}
 
 
@@ -30,6 +34,8 @@ def tables(ours: Results) -> list[tuple[str, pd.DataFrame]]:
     budget, roles in evaluation); rows are found by the method's name and the task trained on, and averaged over seeds.
     """
     paper = results.published()
+    renamed = [replace(row, method=_SAME_METHODS.get(row.method, row.method)) for row in ours.rows]
+    ours = replace(ours, rows=renamed)
     settings = dict.fromkeys(row.setting for row in ours.rows)
     of_paper, of_ours = synergy.compare(paper), synergy.compare(ours)
     shown = []
@@ -46,18 +52,17 @@ def tables(ours: Results) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _split(paper: Sequence[Comparison], ours: Sequence[Comparison]) -> pd.DataFrame:
-    """A line for each of the paper's metrics and reduced methods that is also ours, with both sources' parts."""
+    """A line for each reduced method that is also ours and each metric of either, with both sources' parts."""
     by_method = {c.method: c for c in ours if c.method != REFERENCE}
-    names = {theirs: our for our, theirs in _SAME.items()}
+    shared = [(c, by_method[c.method]) for c in paper if c.method in by_method]
+    effects = [e for pair in shared for c in pair for e in c.effects if e.counts]
     return pd.DataFrame(
         [
-            {"metric": effect.metric, "method": c.method}
-            | {f"paper: {name}": signed(effect.estimate(q)) for q, name in _PARTS.items()}
-            | {f"ours: {name}": signed(by_method[c.method].estimate(our_name, q)) for q, name in _PARTS.items()}
-            for c in paper
-            if c.method in by_method
-            for effect in c.effects
-            if by_method[c.method].effect(our_name := names.get(effect.metric, effect.metric))
+            {"metric": metric, "method": c.method}
+            | {f"paper: {name}": signed(c.estimate(metric, q)) for q, name in _PARTS.items()}
+            | {f"ours: {name}": signed(own.estimate(_OUR_NAME.get(metric, metric), q)) for q, name in _PARTS.items()}
+            for metric in dict.fromkeys(_SAME.get(e.metric, e.metric) for e in effects)
+            for c, own in shared
         ]
     )
 

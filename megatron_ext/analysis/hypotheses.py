@@ -78,7 +78,7 @@ class Decided:
         p: for the claim; two-sided for one bound, the larger of two one-sided tests for two. None for fewer than two
             seeds.
         p_against: for a contrast on the other side.
-        sign_flip: the exact check of ``p`` from changes of sign; None for two bounds.
+        sign_flip: the exact check of ``p`` from changes of sign, 1 on the other side of the bound; None for two bounds.
     """
 
     claim: Claim
@@ -175,7 +175,7 @@ def _decide(claim: Claim, results: Results, models: Mapping[tuple, dict], budget
     if len(inside) == 2:
         return Decided(claim, values, estimate, max(inside), against, None)
     bound = below if above is None else above
-    flipped = statistics.sign_flip([value - bound for value in contrast])
+    flipped = statistics.sign_flip([value - bound for value in contrast]) if inside[0] < outside[0] else 1.0
     return Decided(claim, values, estimate, min(1.0, 2 * inside[0]), against, flipped)
 
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 
 from megatron_ext.analysis import statistics
 from megatron_ext.analysis.statistics import LEVEL, Estimate
-from megatron_ext.analysis.synergy import QUANTITIES, TASKS, Comparison
+from megatron_ext.analysis.synergy import PRIMARY, QUANTITIES, Comparison
 
-PRIMARY = tuple(f"{task} loss" for task in TASKS)
-"""Validation losses: the NLL of answers and of image codes."""
 MARGIN = 100 * statistics.MARGIN
 """In log points: differences within it, shown by two one-sided tests, are none."""
 _WHERE_ABOVE = {"synergy": "better", "unified_cost": "worse", "partner_advantage": "better", "loss": "worse"}

@@ -9,8 +9,9 @@
                "flops_ratio": 1.0, "metrics": {"GQA": 56.0, "MJHQ-FID": 15.78}}, ...]}
 
 A row is one trained model, and ``task`` is the task or tasks it was trained on. The single-task reference runs of a
-unified row are the single-task rows that share a ``partner_group`` (a name, or several) with it. Rows are compared
-within the same ``size``, ``budget`` and ``evaluated_as``, seed by seed.
+unified row are the single-task rows that share a ``partner_group`` (a name, or several) with it; a unified row without
+one, [], is compared with nothing. Rows are compared within the same ``size``, ``budget`` and ``evaluated_as``, seed by
+seed.
 """
 
 import math
@@ -34,7 +35,7 @@ class Metric:
     task: Literal["understanding", "generation"]
     higher_is_better: bool = True
     in_average: bool = True
-    """Whether it counts in the average over the metrics of its task; one in points never does."""
+    """Whether it is a result of its own, and counts in the average over the metrics of its task unless in points."""
     scale: Literal["log", "points"] = "log"
     """Models are compared by log ratios or, where figures may be 0 or less, by differences in points."""
 
@@ -58,7 +59,7 @@ class Row:
     partner_group: str | list[str]
     metrics: dict[str, float | None]
     flops_ratio: float | None = None
-    """Training FLOPs relative to the dense model on the same rows."""
+    """Training FLOPs relative to dense on the same rows; in a study, to lossless dense."""
     seed: int | None = None
     size: str | None = None
     parameters: int | None = None

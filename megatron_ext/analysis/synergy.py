@@ -26,6 +26,8 @@ from megatron_ext.errors import UserError
 REFERENCE = "dense"
 """The method that the others are compared with."""
 TASKS = ("understanding", "generation")
+PRIMARY = tuple(f"{task} loss" for task in TASKS)
+"""The primary outcomes, validation losses: the NLL of answers and of image codes."""
 QUANTITIES = {
     "synergy": "synergy",
     "unified_cost": "unified cost",
@@ -46,7 +48,7 @@ class Effect:
     Attributes:
         metric: its name; ``average`` for the average.
         scale: of the quantities, log (points) or points.
-        in_average: whether the metric counts in the average over its task's.
+        in_average: as of :class:`~.results.Metric`.
         unified, single, gain: the means over the seeds that both have, and the paper's gain, a fraction; None if
             unknown, and the means of an average.
     """
@@ -61,6 +63,11 @@ class Effect:
     single: float | None = None
     gain: float | None = None
     in_average: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a result of its own, not a detail of another."""
+        return self.in_average or self.metric in PRIMARY
 
     @property
     def loss(self) -> Values:
@@ -117,7 +124,7 @@ def gain(unified: float, single: float, higher_is_better: bool = True) -> float 
 
 
 def compare(results: Results) -> list[Comparison]:
-    """The effects of every unified method, by setting, in the order of the rows.
+    """The effects of every unified method with a partner_group, by setting, in the order of the rows.
 
     A metric is left out where it can be compared with nothing, and in a setting where any of its figures has no
     logarithm; ``missing`` says which, and names tasks without any reference run.
@@ -130,7 +137,7 @@ def compare(results: Results) -> list[Comparison]:
         by_setting[row.setting].append(row)
     comparisons = []
     for setting, rows in by_setting.items():
-        methods = dict.fromkeys(row.method for row in rows if row.task == "unified")
+        methods = dict.fromkeys(row.method for row in rows if row.task == "unified" and row.partner_groups)
         pairs = {method: _Pairs(method, rows) for method in methods}
         dense = pairs.get(REFERENCE)
         excluded = [name for name, metric in results.metrics.items() if _lacks_a_logarithm(rows, name, metric)]
@@ -185,8 +192,8 @@ def _effect(name: str, metric: Metric, pairs: _Pairs, dense: _Pairs | None) -> E
         unified_cost=cost,
         partner_advantage=advantage,
         **dict(zip(("unified", "single"), means or ())),
-        gain=gain(*means, metric.higher_is_better) if means else None,
-        in_average=metric.in_average and metric.scale == "log",
+        gain=gain(*means, metric.higher_is_better) if means and metric.scale == "log" else None,
+        in_average=metric.in_average,
     )
 
 
@@ -213,7 +220,7 @@ def _figure(row: Row, name: str) -> float | None:
 def _averages(effects: list[Effect]) -> Iterable[Effect]:
     """Seed by seed, over the metrics whose quantity is known and the seeds that all of them have."""
     for task in TASKS:
-        counted = [e for e in effects if e.task == task and e.in_average]
+        counted = [e for e in effects if e.task == task and e.in_average and e.scale == "log"]
         if counted:
             quantities = (
                 _average([getattr(e, quantity) for e in counted])

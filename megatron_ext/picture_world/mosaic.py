@@ -2,9 +2,9 @@
 
 A picture has 9 x 9 tiles, and the cell of an object has 3 x 3. The *shape* is which of these tiles are inked; the
 *color* is which two inks alternate from column to column, as in a mosaic seen from afar: purple is red and blue. Each
-tile of a cell is inked in two of the four shapes, each ink is in two of the four colors, and either ink may come first.
-So a tile and its place leave two shapes and two colors: where image tokens are tiles, attributes are facts about several
-tokens.
+tile of a cell is inked in two of the four shapes, each ink is in two of the four colors, and either may come first.
+So a tile and its place leave two shapes and two colors: where image tokens are tiles, attributes are facts about
+several tokens.
 """
 
 import numpy as np

@@ -68,9 +68,8 @@ class Experiment:
         """The submission with every seed."""
         whole = self.submission.config
         share = self.iterations / whole.training.iterations
-        schedule = {
-            key: round(getattr(whole.optimizer, key) * share) for key in ("warmup_iterations", "wsd_decay_iterations")
-        }
+        schedule = {key: getattr(whole.optimizer, key) for key in ("warmup_iterations", "wsd_decay_iterations")}
+        schedule = {key: max(1, round(steps * share)) if steps else 0 for key, steps in schedule.items()}
         settings = dict(self.submission.settings)
         settings["optimizer"] = {**settings.get("optimizer", {}), **schedule}
         settings["training"] = {**settings.get("training", {}), "iterations": self.iterations}

@@ -1,6 +1,7 @@
 """The rows of the speedrun, and their tables in its page."""
 
 import fcntl
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -80,12 +81,15 @@ class Leaderboard:
 
     def append(self, row: Row) -> None:
         """Add a row to both files; other processes may do so, too."""
-        with open(self.file.with_name(f".{self.file.name}.lock"), "w") as lock:
+        lock = os.open(self.file.parent, os.O_RDONLY)
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._read()
             self.rows.append(row)
             write_json(self.file, [asdict(row) for row in self.rows])
             self.write_page()
+        finally:
+            os.close(lock)
 
     def write_page(self) -> None:
         """Write the tables into the page, between its marks.

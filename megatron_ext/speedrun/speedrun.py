@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import read_json, write_json
 from megatron_ext.preprocess.picture_world import prepare
 from megatron_ext.preprocess.recipe import read_recipe
 from megatron_ext.speedrun import commit, questions, submission
 from megatron_ext.speedrun.experiment import ALLOWANCE, Cost, Experiment
 from megatron_ext.speedrun.figures import TASKS, TOGETHER, figures
-from megatron_ext.speedrun.frozen import Frozen
+from megatron_ext.speedrun.frozen import Frozen, Rehearsal
 from megatron_ext.speedrun.leaderboard import Kind, Leaderboard, Row
 from megatron_ext.speedrun.score import Score, score
 from megatron_ext.speedrun.submission import Submission
@@ -60,20 +61,25 @@ class Speedrun:
 
     @cached_property
     def experiment(self) -> Experiment:
-        """The runs, in a folder named after what is run; the world is prepared first.
+        """The runs, in a folder named after what is run."""
+        frozen, few = self.frozen, self._few
+        out = self._folder / f"{self.entered.name}-{self.entered.digest[:8]}"
+        seeds = submission.seeds(frozen, self.entered.digest, self._word)[: few.seeds if few else None]
+        return Experiment(frozen, self.entered, out, few.tokens if few else frozen.tokens, seeds, self._questions)
+
+    def prepare(self) -> None:
+        """Prepare the world and the questions, as far as they are not there.
 
         Raises:
-            UserError: the configuration is refused.
+            UserError: a folder holds other files.
         """
-        frozen, few = self.frozen, self.frozen.rehearsal if self.mode == "rehearsal" else None
-        recipe = read_recipe(frozen.recipe)
-        prepare(recipe, Path(frozen.world), self._say)
-        folder = Path(frozen.output) / f"round{frozen.round}" / self.mode
-        pictures = few.pictures if few else frozen.questions.pictures
-        asked = questions.write(folder / "questions", recipe, pictures, self._seed_of_questions)
-        out = folder / f"{self.entered.name}-{self.entered.digest[:8]}"
-        seeds = submission.seeds(frozen, self.entered.digest, self._word)[: few.seeds if few else None]
-        return Experiment(frozen, self.entered, out, few.tokens if few else frozen.tokens, seeds, asked)
+        recipe = read_recipe(self.frozen.recipe)
+        prepare(recipe, Path(self.frozen.world), self._say)
+        word = hashlib.sha256(self._word.encode()).hexdigest()
+        pictures = self._few.pictures if self._few else self.frozen.questions.pictures
+        questions.write(
+            self._questions, recipe, pictures, int(word[:7], 16) if self._word else self.frozen.questions.seed
+        )
 
     def check_entry(self, free: list[Path]) -> str:
         """Check that a run may become a row, before it is run. Returns the commit.
@@ -90,6 +96,13 @@ class Speedrun:
             raise UserError(f"{self.board.file}: has this recipe already, as {row.name} with {row.score:.3f}")
         if not self._is_reference:
             self._dense()
+        file = self.experiment.out / "commit.json"
+        begun = read_json(file) if file.is_file() else known
+        if begun != known:
+            raise UserError(
+                f"{self.experiment.out}: was begun at commit {begun[:10]}; check that out or remove the folder"
+            )
+        write_json(file, known)
         return known
 
     def check_estimate(self) -> float:
@@ -160,10 +173,16 @@ class Speedrun:
         return "verification" if self.mode == "verification" else "run"
 
     @property
-    def _seed_of_questions(self) -> int:
-        return (
-            int(hashlib.sha256(self._word.encode()).hexdigest()[:7], 16) if self._word else self.frozen.questions.seed
-        )
+    def _few(self) -> Rehearsal | None:
+        return self.frozen.rehearsal if self.mode == "rehearsal" else None
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.frozen.output) / f"round{self.frozen.round}" / self.mode
+
+    @property
+    def _questions(self) -> Path:
+        return self._folder / "questions"
 
     @property
     def _reference(self) -> Submission:

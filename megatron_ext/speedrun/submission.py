@@ -131,7 +131,10 @@ def _canonical(config: Config) -> dict:
     return drawn | {
         "roles": plan.roles,
         "projections": plan.projections.identity,
-        "dense_share": asdict(plan.dense_share) if plan.dense_share else None,
+        **{
+            key: part and asdict(part)
+            for key, part in (("dense_share", plan.dense_share), ("drawn", plan.drawn_tables))
+        },
         "optimizer": {key: getattr(optimizer, key) for key in keys},
         "weights": [round(source.weight / total, 9) for source in config.data.train],
         "caption_dropout": config.data.caption_dropout,

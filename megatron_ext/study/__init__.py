@@ -9,7 +9,7 @@
                                             pretrain_unified.py, then evaluation, each run in its own folder
                -> outcome.py                the figures of a finished run, RUN/result.json
                -> collect.py                all of them in the form of analysis/results.py, OUT/results.json
-               -> report.py                 gains, synergy losses, fits over size, uncertainty: OUT/report.md
+               -> report.py                 synergy, its losses in parts, tests, hypotheses, fits: OUT/report.md
 
 The state of a run is read from its folder alone (:mod:`.state`), so a study can be killed at any moment and restarted,
 and several machines can work on it at once.

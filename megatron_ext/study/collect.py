@@ -33,9 +33,10 @@ def collect(study: Study, runs: Sequence[StudyRun]) -> Results:
 
 
 def _rows(study: Study, run: StudyRun, result: dict, budget: str) -> list[Row]:
-    """A row per ``evaluate_as`` entry."""
+    """A row per ``evaluate_as`` entry; the first that keeps the roles of training has no name."""
     rows = []
-    for name, overrides in steps.roles_of(run, study.evaluation).items():
+    trained = next(name for name, overrides in study.evaluation.evaluate_as.items() if not overrides)
+    for name in steps.roles_of(run, study.evaluation):
         own = name in steps.untrained_roles(run, study.evaluation)
         figures = ({} if own else result["losses"]) | result["evaluated"].get(name, {})
         if not figures:
@@ -51,7 +52,7 @@ def _rows(study: Study, run: StudyRun, result: dict, budget: str) -> list[Row]:
                 size=run.size.name,
                 parameters=run.length.parameters,
                 budget=budget,
-                evaluated_as=name if overrides else None,
+                evaluated_as=None if name == trained else name,
                 iterations=result["iterations"],
                 tokens=result["tokens"],
                 flops=result["flops"],
@@ -66,7 +67,7 @@ def _guess(name: str) -> Metric:
     if name.endswith(" loss"):
         return Metric(name.removesuffix(" loss"), higher_is_better=False, in_average=False)
     scale = "points" if name.endswith(_POINTS) else "log"
-    counts = scale == "log" and name not in _SECONDARY
+    counts = name not in _SECONDARY
     if "FID" in name or name.startswith("MJHQ"):
         return Metric("generation", higher_is_better="FID" not in name, in_average=counts, scale=scale)
     return Metric("understanding", in_average=counts and "likelihood" not in name, scale=scale)

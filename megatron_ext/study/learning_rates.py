@@ -133,7 +133,9 @@ def section(study: Study) -> list[str]:
 
 
 def _mean_log(losses: dict[str, float]) -> float:
-    return sum(math.log(loss) for loss in losses.values()) / len(losses)
+    """Infinite where training diverged."""
+    logs = [math.log(loss) for loss in losses.values()]
+    return sum(logs) / len(logs) if all(map(math.isfinite, logs)) else math.inf
 
 
 def _shown(search: Search, rate: float) -> str:

@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_ext.analysis import fit, gate, hypotheses, outcomes, synergy, tables
+from megatron_ext.analysis import depth, depth_report, fit, gate, hypotheses, outcomes, synergy, tables
 from megatron_ext.analysis.results import Results
 from megatron_ext.analysis.synergy import QUANTITIES, REFERENCE, Comparison
 from megatron_ext.files import write_json, write_text
-from megatron_ext.study import collect, report_tables, state, steps
+from megatron_ext.study import collect, learning_rates, report_tables, state, steps
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
@@ -21,16 +21,18 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
     """Collect, compare, test, fit, plot and write. Returns the numbers of ``OUT/analysis.json``."""
     out = Path(study.output)
     results = collect.collect(study, runs)
-    comparisons = synergy.compare(results)
+    compared = replace(results, rows=[row for row in results.rows if not depth.is_intervention(row)])
+    comparisons = synergy.compare(compared)
     gates = gate.gates(results, study.gate)
     uninformative = [decided.size for decided in gates if not decided.passed]
     decisions = hypotheses.decide(study.hypotheses, results, study.budgets[0], uninformative)
     tested = outcomes.outcomes(comparisons, uninformative)
     fits = dict(_fits(comparisons))
     parts = [f"# Study {study.name}", *_facts(study, runs, results), *_unfinished(study, runs)]
+    parts += learning_rates.section(study)
     parts += [*report_tables.gates(gates), *report_tables.hypotheses(decisions)]
     for budget in study.budgets:
-        rows = [row for row in results.rows if row.budget == budget]
+        rows = [row for row in compared.rows if row.budget == budget]
         if rows:
             parts += [f"## {report_tables.BUDGETS[budget]}", report_tables.trained(rows)]
         for roles in dict.fromkeys(row.evaluated_as for row in rows):
@@ -39,6 +41,7 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
                 of_roles = [o for o in tested if (o.budget, o.evaluated_as) == (budget, roles)]
                 parts += _synergy(selected, of_roles, budget, roles, fits, out / "figures")
     parts += report_tables.over_budgets(comparisons)
+    parts += depth_report.sections(results, out / "figures")
     parts += report_tables.beside_the_paper(results)
     parts += _statistics(study, results)
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
@@ -48,6 +51,7 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
         "hypotheses": [decision.as_json() for decision in decisions],
         "methods": tables.as_json(comparisons),
         "tests": [asdict(outcome) for outcome in tested],
+        "depth_curves": [asdict(curve) for curve in depth.curves(results)],
         "fits": [
             dict(zip(("budget", "evaluated_as", "method", "metric", "quantity"), key)) | line.as_json()
             for key, line in fits.items()
@@ -79,7 +83,7 @@ def _synergy(
         of_size = [c for c in comparisons if c.size == size]
         file = figures / f"{stem}-{size}.svg"
         title = f"{size}, {report_tables.BUDGETS[budget].lower()}{heading}"
-        plots.bars(of_size, file, title, [*headlines, *_averaged(of_size)])
+        plots.bars(of_size, file, title, [e.metric for c in of_size for e in c.effects if e.counts])
         tests = tables.tests([o for o in tested if o.size == size])
         for title, table in ((tables.PARTS, tables.parts(of_size)), (tables.TESTS, tests)):
             parts += [] if table.empty else [f"{title}, size {size}:", tables.markdown(table)]
@@ -151,11 +155,6 @@ def _fits(comparisons: Sequence[Comparison]):
                 values = [list(getattr(effect, quantity).values()) for _, effect in effects]
                 if line := fit.fit([n for n, _ in effects], values):
                     yield (budget, roles, method, metric, quantity), line
-
-
-def _averaged(comparisons: Sequence[Comparison]) -> list[str]:
-    """The metrics that count in the means over a task's metrics."""
-    return [e.metric for c in comparisons for e in c.effects if e.in_average]
 
 
 def _statistics(study: Study, results: Results) -> list[str]:

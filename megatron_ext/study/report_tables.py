@@ -1,5 +1,6 @@
 """The tables of a study's report, as Markdown."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import pandas as pd
@@ -7,9 +8,8 @@ import pandas as pd
 from megatron_ext.analysis import beside_paper, fit, tables
 from megatron_ext.analysis.gate import Gate
 from megatron_ext.analysis.hypotheses import Decision
-from megatron_ext.analysis.outcomes import PRIMARY
 from megatron_ext.analysis.results import Results, Row
-from megatron_ext.analysis.synergy import QUANTITIES, TASKS, Comparison
+from megatron_ext.analysis.synergy import PRIMARY, QUANTITIES, TASKS, Comparison
 from megatron_ext.analysis.tables import markdown, p_value, signed
 
 BUDGETS = {
@@ -54,7 +54,7 @@ def _mean(values: pd.Series) -> str:
 def headline_metrics(comparisons: Sequence[Comparison]) -> list[str]:
     """What is shown over sizes and budgets: the primary outcomes, figures in points, each task's average."""
     effects = {e.metric: e for c in comparisons for e in c.effects}
-    points = [name for name, effect in effects.items() if effect.scale == "points"]
+    points = [name for name, effect in effects.items() if effect.scale == "points" and effect.counts]
     averages = [f"mean {task}" for task in TASKS if any(c.average(task) for c in comparisons)]
     return [*(name for name in PRIMARY if name in effects), *points, *averages]
 
@@ -89,10 +89,11 @@ def fits(lines: dict[tuple[str, str, str], fit.Fit]) -> str:
 
 def over_budgets(comparisons: Sequence[Comparison]) -> list[str]:
     """The headline metrics under each budget, for methods trained under several."""
-    keys = {(c.size, c.method, c.evaluated_as): set() for c in comparisons}
+    budgets = defaultdict(set)
     for c in comparisons:
-        keys[c.size, c.method, c.evaluated_as].add(c.budget)
-    several = [c for c in comparisons if len(keys[c.size, c.method, c.evaluated_as]) > 1]
+        if c.effects:
+            budgets[c.size, c.method, c.evaluated_as].add(c.budget)
+    several = [c for c in comparisons if len(budgets[c.size, c.method, c.evaluated_as]) > 1]
     table = tables.parts(several, headline_metrics(several))
     return [] if table.empty else ["## Over budgets", markdown(table)]
 

@@ -7,12 +7,11 @@ from typing import Literal
 from megatron_ext import config_file
 from megatron_ext.analysis.hypotheses import Claim, Hypothesis
 from megatron_ext.analysis.results import Metric
+from megatron_ext.analysis.synergy import PRIMARY
 from megatron_ext.errors import UserError
 
 PICTURES = "mjhq"
 """The benchmark that is answered with generated pictures."""
-LOSSES = ("understanding loss", "generation loss")
-"""Means over the tokens of the validation data that a task learns: answers, codes of images."""
 Budget = Literal["tokens", "steps", "total", "flops"]
 
 
@@ -42,7 +41,7 @@ class Method:
     trained_on: Literal["understanding", "generation", "unified"]
     partner_group: str | list[str]
     """One or several names. The partner runs of a unified method, which are the reference of its gains, are the
-    single-task methods that share a name with it."""
+    single-task methods that share a name with it; []: it is compared with nothing."""
     settings: dict = field(default_factory=dict)
     """Merged into the base configuration and the size's settings: ``plan``."""
     budgets: list[Budget] | None = None
@@ -213,8 +212,9 @@ def _check(study: Study) -> None:
     _check_evaluation(study.evaluation)
     for i, method in enumerate(study.methods):
         _check_roles(f"methods[{i}].evaluate_as", method.evaluate_as)
-        if again := method.evaluate_as.keys() & study.evaluation.evaluate_as.keys():
-            raise UserError(f"'methods[{i}].evaluate_as' has {min(again)!r}, which evaluation.evaluate_as has too")
+        for name, overrides in method.evaluate_as.items():
+            if name in study.evaluation.evaluate_as or not overrides:
+                raise UserError(f"'methods[{i}].evaluate_as.{name}' must differ from all of evaluation.evaluate_as")
     _check_rates(study)
     _check_claims(study)
     for name, fields in study.metrics.items():
@@ -241,8 +241,8 @@ def _check_evaluation(evaluation: StudyEvaluation) -> None:
         raise UserError(f"'evaluation.benchmarks' names {', '.join(names)}; name each once, with all its parts")
     if evaluation.benchmarks and not evaluation.vq:
         raise UserError("'evaluation.vq' is missing; name the folder of the VQ tokenizer that made the data")
-    if [] not in evaluation.evaluate_as.values():
-        raise UserError("'evaluation.evaluate_as' needs an entry of [], the roles of training")
+    if list(evaluation.evaluate_as.values()).count([]) != 1:
+        raise UserError("'evaluation.evaluate_as' needs one entry of [], the roles of training")
     _check_roles("evaluation.evaluate_as", evaluation.evaluate_as)
 
 
@@ -266,7 +266,7 @@ def _check_rates(study: Study) -> None:
 
 
 def _check_claims(study: Study) -> None:
-    metrics = [*LOSSES, *(benchmark.name for benchmark in study.evaluation.benchmarks)]
+    metrics = [*PRIMARY, *(benchmark.name for benchmark in study.evaluation.benchmarks)]
     names = [hypothesis.name for hypothesis in study.hypotheses]
     for i, hypothesis in enumerate(study.hypotheses):
         if names.count(hypothesis.name) > 1:

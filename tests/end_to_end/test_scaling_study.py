@@ -17,7 +17,7 @@ from support.studies import write_study
 
 @pytest.fixture
 def study(tmp_path) -> Path:
-    """A study of two equal runs; only the first, which counts as trained on both tasks, answers the benchmark."""
+    """A study of two equal runs; only the first has a trial, and answers the benchmark, as trained and blind."""
     return write_study(tmp_path)
 
 
@@ -45,10 +45,15 @@ def test_a_killed_study_ends_as_if_it_had_not_been(study):
     assert trained[0] == trained[1] and len(trained[0]) == 30
 
     assert "- 2 of 2 runs are complete" in (output / "report.md").read_text()
-    rows = {row.method: row for row in results.read(output / "results.json").rows}
-    assert rows.keys() == {"first", "second"}
-    assert rows["first"].metrics["understanding loss"] == rows["second"].metrics["understanding loss"]
-    assert "POPE-F1" in rows["first"].metrics and "POPE-F1" not in rows["second"].metrics
-    assert rows["first"].flops == pytest.approx(sum(r["flops"] for r in read_metrics(first / "metrics.jsonl")))
+    (trial,) = (output / "learning_rates").iterdir()
+    assert trial.name == "tiny.first.lr0.0003.seed9" and (trial / "result.json").is_file()
+    rows = {(row.method, row.evaluated_as): row for row in results.read(output / "results.json").rows}
+    assert rows.keys() == {("first", None), ("first", "blind"), ("first", "none_drawn"), ("second", None)}
+    trained, blind, same, second = rows.values()
+    assert same.metrics == pytest.approx(trained.metrics, rel=1e-6)  # its losses are computed after training
+    assert trained.metrics["understanding loss"] == second.metrics["understanding loss"]
+    assert trained.metrics["understanding loss"] != blind.metrics["understanding loss"]
+    assert "POPE-F1" in trained.metrics and "POPE-F1" in blind.metrics and "POPE-F1" not in second.metrics
+    assert trained.flops == pytest.approx(sum(r["flops"] for r in read_metrics(first / "metrics.jsonl")))
     evaluation = study_file.read(study).evaluation
     assert all(step.is_done() for step in steps.steps(runs["first"], evaluation))

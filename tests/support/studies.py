@@ -11,8 +11,9 @@ from support.vocabularies import make_vocabulary
 
 
 def write_study(folder: Path) -> Path:
-    """The file of a study of two equal runs; only the first, which counts as trained on both tasks, answers the
-    benchmark."""
+    """The file of a study of two equal runs. Only the first has a trial of its learning rate, which is that of the
+    second; and only the first, which counts as trained on both tasks, answers the benchmark, as trained and blind; no
+    document is drawn."""
     make_vq(folder / "vq")
     vocabulary = make_vocabulary(folder / "vocabulary")
     write_benchmarks(folder / "benchmarks", BenchmarkConfig(pictures=2, size=32))
@@ -28,8 +29,10 @@ def write_study(folder: Path) -> Path:
     }
     base["data"] |= {"sequence_length": 128, "workers": 0}
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    skip = "plan.table=[{layers: all, task: %s, modality: image, role: skip}]"
     first = {"name": "first", "trained_on": "unified", "partner_group": "same"}
-    second = {"name": "second", "trained_on": "understanding", "partner_group": "same"}
+    first["evaluate_as"] = {"blind": [skip % "understanding"], "none_drawn": [skip % "generation"]}
+    second = {"name": "second", "trained_on": "understanding", "partner_group": "same", "searches_rate": False}
     pope = {"name": "pope", "data": str(folder / "benchmarks" / "pope"), "task": "generation"}
     tree = {
         "name": "test",
@@ -37,6 +40,7 @@ def write_study(folder: Path) -> Path:
         "base": [str(folder / "base.yaml")],
         "sizes": [{"name": "tiny", "settings": {"model": {"num_layers": 2, "hidden_size": 32}}}],
         "methods": [first, second],
+        "learning_rates": {"values": [3.0e-4], "seed": 9, "iterations": 3},
         "evaluation": {"vq": str(folder / "vq"), "benchmarks": [pope | {"options": ["--max-new-tokens", "2"]}]},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(tree))

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megatron_ext.transformer import initialization
+from megatron_ext.transformer.model import build_chunks
+from megatron_ext.transformer.resolved import resolve
 
 
 @pytest.mark.parametrize("rows, columns", [(48, 20), (1000, 28), (24, 3), (40, 6), (8, 4)])
@@ -29,3 +31,15 @@ def test_a_matrix_drawn_by_rows_is_that_of_a_single_call(monkeypatch, rows, colu
             drawn = torch.full_like(expected, torch.nan)
             initialization._fill_random(drawn, name, 0.02, seed=3)
             assert torch.equal(drawn, expected)
+
+
+def test_a_seed_starts_every_method_with_the_same_weights(one_process):
+    models = {}
+    for preset in ("dense_lossless", "hmgen", "himix_hmgen_share_partial"):
+        config = one_process("model.num_layers=2", f"plan.preset={preset}")
+        (model,) = build_chunks(resolve(config, 64))
+        models[preset] = dict(model.named_parameters())
+    dense = models.pop("dense_lossless")
+    for preset, weights in models.items():
+        assert weights.keys() > dense.keys()
+        assert all(torch.equal(weights[name], weight) for name, weight in dense.items()), preset

@@ -189,6 +189,7 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path, changed, message):
     "name, out, configs",
     [
         ("quickstart", "runs/quickstart", [["quickstart"], ["tiny"]]),
+        ("compositional", "runs/compositional", [["compositional"]]),
         ("editing", "runs/editing", [["quickstart", "picture_world_editing"]]),
         ("long", "runs/picture_world", [["picture_world"], ["picture_world", "picture_world_relations"]]),
     ],

@@ -15,12 +15,13 @@ from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.answers import AnswersWriter
 from megatron_ext.evaluation.gqa import GQA
 from megatron_ext.preprocess.recipe import read_recipe
-from megatron_ext.speedrun import commit, frozen, questions, submission
-from megatron_ext.speedrun.experiment import Cost
+from megatron_ext.speedrun import commit, frozen, questions, speedrun, submission
+from megatron_ext.speedrun.experiment import Cost, Experiment
 from megatron_ext.speedrun.figures import figures
-from megatron_ext.speedrun.leaderboard import Leaderboard
+from megatron_ext.speedrun.leaderboard import Leaderboard, tables
 from megatron_ext.speedrun.score import score
 from megatron_ext.speedrun.speedrun import Result, Speedrun
+from megatron_ext.training.config_checks import validate
 from support.programs import ROOT
 
 RECIPE = {
@@ -125,8 +126,23 @@ def test_the_digest_changes_with_values_and_not_with_how_they_are_written(entere
         same[0] + "data: {caption_dropout: 0.2}",
         same[0] + "data: {weights: {captions-generation: 8}}",
         same[0] + "training: {task_weights: {generation: 2}}",
+        same[1].replace("himix_start: 1", "himix_start: 1, drawn_tables: {count: 3}"),
+        same[1].replace("himix_start: 1", "himix_start: 1, dense_share: {of: documents}"),
     ]
-    assert len({entered(text).digest for text in [same[0], *other]}) == 6
+    assert len({entered(text).digest for text in [same[0], *other]}) == 8
+
+
+def test_the_submissions_of_the_first_round_are_valid_and_all_different(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = Path("examples/speedrun")
+    first = frozen.read(folder / "frozen.yaml")
+    files = sorted(set(folder.glob("*.yaml")) - {folder / "frozen.yaml"})
+    entries = {file.stem: submission.read(file, first) for file in files}
+    assert len({entry.digest for entry in entries.values()}) == len(files)
+    assert [name for name, entry in entries.items() if entry.is_dense] == ["dense"]
+    for entry in entries.values():
+        validate(entry.config, 1)
+    assert tables(Leaderboard(Path(first.leaderboard)).rows) in Path("docs/speedrun.md").read_text()
 
 
 def test_seeds_follow_from_the_digest_the_round_and_the_word(round1):
@@ -220,6 +236,7 @@ def test_flops_or_time_over_the_cap_make_no_row(folder, round1, entered, monkeyp
         Speedrun(round1, mine).check_entry([])
     enter(reference, 1.0)
     Speedrun(round1, mine).check_entry([])
+    Speedrun(round1, entered("plan: {preset: himix_hmgen_share_partial}")).check_entry([])
     with pytest.raises(UserError, match="my: 0.601 x the FLOPs of lossless dense, the cap is 0.6"):
         enter(mine, 0.601)
     with pytest.raises(UserError, match="my: 2.10 core-hours, the cap is 2.0"):
@@ -235,12 +252,39 @@ def test_flops_or_time_over_the_cap_make_no_row(folder, round1, entered, monkeyp
     assert "| my | 1.000 | 1.00 1.00 1.00 1.00 | 1.00 1.00 1.00 1.00 | 0.600 | 1.50 | 2 | b | `cccccccccc` |" in page
     with pytest.raises(UserError, match="round 1 has no verification_word"):
         Speedrun(round1, mine, "verification")
+    round1.verification_word = "word"
+    again = Speedrun(round1, mine, "verification")
+    assert not set(again.experiment.seeds) & set(Speedrun(round1, mine).experiment.seeds)
+    with pytest.raises(UserError, match="round 1 has no verification of .*dense.yaml"):
+        again.check_entry([])
+    monkeypatch.setattr(commit, "known_commit", lambda *_: "d" * 40)
+    with pytest.raises(UserError, match="was begun at commit cccccccccc"):
+        Speedrun(round1, entered("plan: {preset: himix_hmgen_share_partial}")).check_entry([])
+
+
+def test_a_submission_is_relative_to_the_row_of_dense_and_dense_to_itself(
+    folder, round1, entered, monkeypatch, tmp_path
+):
+    round1.leaderboard = str(tmp_path / "board.json")
+    (tmp_path / "board.md").write_text(PAGE)
+    cost, splits = Cost(0.5, 1.0, 1.0, 1.0), ("validation", "test", "together")
+    monkeypatch.setattr(Experiment, "execute", lambda *_, **__: None)
+    monkeypatch.setattr(Experiment, "cost", lambda _: cost)
+    monkeypatch.setattr(Experiment, "answers", lambda e: [20 if e.submission.is_dense else 30] * 4)
+    both = ("understanding", "generation")
+    monkeypatch.setattr(speedrun, "figures", lambda _, a: dict.fromkeys(splits, dict.fromkeys(both, float(a))))
+    dense, mine = submission.read(folder / "dense.yaml", round1), entered("plan: {preset: himix}")
+    of_dense = Speedrun(round1, dense).run(1)
+    assert of_dense.score.score == 1.0
+    Speedrun(round1, dense).enter(of_dense, "c" * 40, "a")
+    assert Speedrun(round1, mine).run(1).score.generation == [1.5] * 4
+    assert Speedrun(round1, mine, "rehearsal").run(1).score is None
 
 
 def test_a_rehearsal_takes_the_whole_path_and_a_plan_that_saves_nothing_is_refused(folder, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
 
-    def speedrun(*arguments) -> dict:
+    def run_tool(*arguments) -> dict:
         tool = [str(ROOT / "tools/speedrun.py"), *arguments, "--frozen", folder / "lenient.yaml"]
         monkeypatch.setattr(sys, "argv", [*map(str, tool), "--json", str(folder / "numbers.json")])
         runpy.run_path(tool[0], run_name="__main__")
@@ -251,14 +295,14 @@ def test_a_rehearsal_takes_the_whole_path_and_a_plan_that_saves_nothing_is_refus
     (folder / "half.yaml").write_text("plan: {preset: himix_hmgen_share_all, shallow_count: 1}")
     (folder / "plain.yaml").write_text("plan: {preset: dense}")
     with pytest.raises(SystemExit):
-        speedrun(folder / "plain.yaml", "--estimate")
+        run_tool(folder / "plain.yaml", "--estimate")
     assert "x the FLOPs of lossless dense, the cap is 0.95" in capsys.readouterr().err
-    rehearsed = speedrun(folder / "half.yaml", "--rehearse")
+    rehearsed = run_tool(folder / "half.yaml", "--rehearse")
     assert "a rehearsal: nothing was recorded" in capsys.readouterr().out
     assert rehearsed["cost"]["flops_ratio"] == pytest.approx(
-        speedrun(folder / "half.yaml", "--estimate")["flops_ratio"], rel=0.05
+        run_tool(folder / "half.yaml", "--estimate")["flops_ratio"], rel=0.05
     )
     assert rehearsed["cost"]["core_hours"] > 0 and len(rehearsed["seeds"]) == 1
     assert rehearsed["figures"].keys() == {"validation", "test", "together"}
-    assert speedrun(folder / "half.yaml", "--rehearse")["figures"] == rehearsed["figures"]
+    assert run_tool(folder / "half.yaml", "--rehearse")["figures"] == rehearsed["figures"]
     assert "already complete" in capsys.readouterr().out

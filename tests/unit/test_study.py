@@ -1,5 +1,6 @@
 """A study's runs, their lengths, states and locks; the Slurm array; the report."""
 
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -11,12 +12,23 @@ import yaml
 from megatron_ext.errors import UserError
 from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
-from megatron_ext.study import collect, grid, report, slurm, state, status, steps, study_file
+from megatron_ext.study import (
+    collect,
+    execution,
+    grid,
+    learning_rates,
+    outcome,
+    report,
+    slurm,
+    state,
+    status,
+    steps,
+    study_file,
+)
 from megatron_ext.training.metrics import MetricsFile
 from support.data_sets import write_pairs, write_texts
 from support.vocabularies import make_vocabulary
 
-OTHER = {"yes": "no", "no": "yes"}
 NOTHING = {"benchmarks": [], "evaluate_as": {}}
 
 
@@ -138,6 +150,12 @@ def test_the_data_are_measured_once(study, monkeypatch):
     assert [run.iterations for run in grid.runs(study())] == [run.iterations for run in before]
 
 
+def claims(metric: str, method: str, **term) -> list[dict]:
+    """A hypothesis with one claim about one model."""
+    terms = [{"method": method, "trained_on": "unified", **term}]
+    return [{"name": "H", "statement": "", "claims": [{"metric": metric, "above": 0, "terms": terms}]}]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -149,6 +167,11 @@ def test_the_data_are_measured_once(study, monkeypatch):
         ({"sizes": [{"name": "a", "settings": {}, "budgets": ["flops"]}]}, "'flops', which is not among the study's"),
         ({"sizes": [{"name": "a", "settings": {}, "budgets": []}]}, r"'sizes\[0\].budgets' is \[\]; give at least"),
         ({"sizes": [{"name": "a/b", "settings": {}}]}, r"'sizes\[0\].name' is 'a/b'; it names a folder"),
+        ({"gate": {"GQA": 60}}, "'gate' names 'GQA'; the study's losses and benchmarks are understanding loss, gen"),
+        ({"learning_rates": {"values": [1e-3], "seed": 1}}, "'learning_rates.seed' is 1, a seed of the study"),
+        ({"hypotheses": claims("loss", "dense")}, r"'hypotheses\[0\].claims\[0\].metric' names 'loss'"),
+        ({"hypotheses": claims("generation loss", "dens")}, "no method trained on unified is labelled 'dens'"),
+        ({"hypotheses": claims("generation loss", "dense", evaluated_as="x")}, "evaluated_as' is 'x', not in its 'ev"),
     ],
 )
 def test_a_mistake_in_a_study_file_is_named(study, tmp_path, changes, message):
@@ -186,7 +209,7 @@ def test_evaluation_is_checked_before_training(study, tmp_path):
         changed = study(evaluation=valid | changes)
         with pytest.raises(UserError, match=message):
             steps.check(grid.runs(changed), changed.evaluation)
-    with pytest.raises(UserError, match="'evaluation.evaluate_as' needs an entry of"):
+    with pytest.raises(UserError, match="'evaluation.evaluate_as' needs one entry of"):
         study(evaluation=valid | {"evaluate_as": {"dense": ["plan.preset=dense"]}})
     good = study(evaluation=valid)
     steps.check(grid.runs(good), good.evaluation)
@@ -199,6 +222,51 @@ def finish(run, loss=2.0) -> None:
     losses = {f"validation_loss_{task}": loss for task in ("understanding", "generation")}
     cost = {"consumed_tokens": 10 * run.iterations, "consumed_flops": 5.0, "consumed_dense_flops": 10.0}
     MetricsFile(run.folder / "metrics.jsonl").write({"iteration": run.iterations} | cost | losses)
+
+
+def test_each_method_is_trained_at_the_rate_with_the_lowest_mean_log_loss_of_its_trials(study):
+    settings = {"optimizer": {"lr": 0.004, "min_lr": 0.001, "warmup_iterations": 0}}
+    example = study(settings=settings, learning_rates={"values": [0.1, 0.2, 0.4], "seed": 9, "iterations": 10})
+    example.methods[0].searches_rate = False
+    before = execution.plan(example)
+    names = {(trial.size.name, trial.method.name, trial.seed) for trial in before.trials}
+    assert len(before.trials) == 15 and ("tiny", "dense-u", 9) not in names and ("tiny", "dense", 9) in names
+    by_name = {trial.name: trial for trial in before.trials}
+    trial = by_name["tiny.dense.lr0.2.seed9"]
+    assert trial.iterations == 10 and trial.config.optimizer.min_lr == pytest.approx(0.05)
+    assert trial.folder == Path(example.output) / "learning_rates" / trial.name
+    assert [step.name for step in steps.steps(trial, example.evaluation)] == ["training"]
+    assert before.waiting == {run.name for run in before.runs} - {"tiny.dense-u.tokens.seed1"}
+    for trial in before.trials:
+        if trial.method.name != "hmgen-g":
+            finish(trial, loss={0.1: 3.0, 0.2: 2.0, 0.4: 2.5 if trial.method.name == "dense" else 1.5}[lr_of(trial)])
+            outcome.write(trial, example.evaluation)
+    plan = execution.plan(example)
+    rates = {run.method.name: lr_of(run) for run in plan.runs}
+    assert rates == {"dense-u": 0.004, "dense": 0.2} | dict.fromkeys(("dense-g", "himix-u", "share-all"), 0.4) | {
+        "hmgen-g": 0.004
+    }
+    assert plan.waiting == {"tiny.hmgen-g.tokens.seed1"}
+    assert {run.name for run in plan.needed(["tiny.dense.tokens.seed1"])} == {
+        "tiny.dense.tokens.seed1",
+        *(f"tiny.dense.lr{rate}.seed9" for rate in (0.1, 0.2, 0.4)),
+    }
+    _, text, rows = learning_rates.section(example)
+    assert text.endswith("might be better: dense-g (tiny, 0.4), himix-u (tiny, 0.4), share-all (tiny, 0.4).")
+    assert f"**{np.log(2.0):.4f}**" in next(row for row in rows.splitlines() if " dense |" in row)
+
+
+def lr_of(run) -> float:
+    return run.config.optimizer.lr
+
+
+def test_runs_of_a_seed_on_the_same_tasks_differ_in_their_plan_alone(study):
+    """So their rows are the same, in the same order, and so are the initial weights that they share."""
+    configs = {}
+    for run in grid.runs(study(seeds=[1, 2])):
+        config = dataclasses.replace(run.config, plan=None, output="")
+        assert configs.setdefault((run.method.trained_on, run.seed), config) == config
+    assert len(configs) == 6
 
 
 def test_the_state_of_a_run_is_read_from_its_folder(study):
@@ -259,6 +327,26 @@ def test_figures_of_another_configuration_data_or_evaluation_are_not_collected(s
         metadata.write_text(before)
 
 
+def test_the_roles_of_training_have_no_name_and_names_of_figures_say_how_to_read_them(study):
+    example = study(evaluation={"evaluate_as": {"trained": [], "dense": ["plan.preset=dense"]}})
+    run = next(run for run in grid.runs(example) if run.method.name == "share-all")
+    finish(run)
+    corrected, difference = "GQA, chance-corrected", "MJHQ-facts, difference"
+    scores = {corrected: -1.0, difference: 3.0, "MJHQ-FID": 9.0}
+    cost = {"iterations": 1, "tokens": 1, "flops": 1.0, "flops_ratio": 1.0}
+    figures = {"losses": {"generation loss": 2.0}, "evaluated": {"trained": scores, "dense": {corrected: 5.0}}}
+    write_json(run.folder / "result.json", cost | figures | {"evaluation": steps.fingerprint(run, example.evaluation)})
+    collected = collect.collect(example, [run])
+    assert {row.evaluated_as: row.metrics for row in collected.rows} == {
+        None: scores | {"generation loss": 2.0},
+        "dense": {corrected: 5.0},
+    }
+    metrics = collected.metrics
+    assert [metrics[name].scale for name in (corrected, difference, "MJHQ-FID")] == ["points", "points", "log"]
+    assert [metrics[name].in_average for name in (corrected, difference, "MJHQ-FID")] == [True, False, True]
+    assert {name for name, metric in metrics.items() if not metric.higher_is_better} == {"MJHQ-FID", "generation loss"}
+
+
 def test_a_failure_is_described_by_the_error_line_of_the_log(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("== training: x\na.py: old\n== evaluation: y\n[rank1]: evaluate.py: x.json: no such file\n=======\n")
@@ -281,8 +369,6 @@ def test_a_running_program_keeps_the_lock_of_a_killed_study(study):
 
 
 def test_the_report_names_unfinished_runs_and_its_uncertainty(study):
-    from megatron_ext.study import outcome
-
     claim = {"metric": "understanding loss", "terms": [{"method": "dense", "trained_on": "unified"}], "below": 0}
     hypotheses = [{"name": "H", "statement": "dense learns", "claims": [claim]}]
     example = study(seeds=[1, 2], hypotheses=hypotheses, gate={"understanding loss": 3})
@@ -366,7 +452,7 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
         f'case "$*" in *--status) case "$*" in *{runs[1].name}*) echo 1 finished;; *) echo 1 stopped;; esac;; esac'
     )
     programs = {
-        "sbatch": "cp $2 submitted.sh; echo 77",
+        "sbatch": 'for last; do :; done; cp "$last" submitted.sh; echo "$@" >> submissions; echo 77',
         "scontrol": 'echo "$@" >> requeued',
         "python": f'echo "$@" >> called; {finished}',
     }
@@ -389,15 +475,21 @@ def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_pa
         assert run_command.endswith(f"scaling_study.py {tmp_path}/study.yaml --out {example.output} --run {run.name}")
         assert status_command == f"{run_command} --status"
     assert (tmp_path / "requeued").read_text() == "requeue 77_1\n"
+    plan = execution.plan(study(learning_rates={"values": [0.1], "seed": 9}))
+    slurm.submit(example, [tmp_path / "study.yaml"], plan.all)
+    *_, trials, others = (tmp_path / "submissions").read_text().splitlines()
+    assert trials == f"--parsable {example.output}/slurm-trials.sh"
+    assert others == f"--parsable --dependency=afterany:77 {example.output}/slurm.sh"
+    assert ".lr0.1.seed9" not in (tmp_path / "submitted.sh").read_text()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on this machine; .*slurm.sh is written"):
         slurm.submit(example, [tmp_path / "study.yaml"], runs)
 
 
-def test_every_unified_method_of_the_picture_world_study_has_partner_runs():
-    example = study_file.read(Path(__file__).parents[2] / "examples/studies/picture_world.yaml")
+def test_the_decisive_study_has_partner_runs_for_all_that_is_trained():
+    example = study_file.read(Path(__file__).parents[2] / "examples/studies/decisive.yaml")
     for method in example.methods:
-        if method.trained_on == "unified":
+        if method.trained_on == "unified" and method.name != "untrained":
             for task in ("understanding", "generation"):
                 groups = set(method.partner_groups)
                 assert any(m.trained_on == task and groups & set(m.partner_groups) for m in example.methods), (

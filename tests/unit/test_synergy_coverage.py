@@ -16,7 +16,7 @@ def simulated(unified_cost: float, partner_advantage: float) -> list[synergy.Com
     """The comparisons of the reduced method in all studies, with these true effects in log points.
 
     Each study is a size of one file of results. What a seed does to all models (SD 20 %) is common; what remains of a
-    model has an SD of 5 %. The losses are thus paired, and not normal.
+    model has an SD of 1.5 %. The losses are thus paired, and not normal.
     """
     random = np.random.default_rng(5)
     score = {  # log points
@@ -28,7 +28,7 @@ def simulated(unified_cost: float, partner_advantage: float) -> list[synergy.Com
     rows = []
     for study in range(STUDIES * len(SEEDS)):
         seeds = SEEDS[study % len(SEEDS)]
-        common, own = random.normal(0, 20, seeds), random.normal(0, 5, (seeds, len(score)))
+        common, own = random.normal(0, 20, seeds), random.normal(0, 1.5, (seeds, len(score)))
         for seed in range(seeds):
             for place, ((method, task), mean) in enumerate(score.items()):
                 loss = float(np.exp(-(mean + common[seed] + own[seed, place]) / 100))
@@ -63,11 +63,13 @@ def test_intervals_contain_the_truth_at_their_nominal_rate(studies):
 
 
 def test_equivalence_and_difference_are_claimed_wrongly_at_most_at_their_level(studies):
-    def share(quantity: str, *verdicts: str) -> float:
-        return np.mean([o.verdict in verdicts for o in tested if o.quantity == quantity])
+    def share(quantity: str, *verdicts: str, seeds=SEEDS) -> float:
+        return np.mean([o.verdict in verdicts for o in tested if o.quantity == quantity and o.estimate.n in seeds])
 
-    tested = outcomes.outcomes(studies)
-    tolerance = 2 * np.sqrt(0.05 * 0.95 / len(studies))
-    assert 0.01 < share("unified_cost", "equivalent") < 0.05 + tolerance  # at the margin, so it is not equivalent
-    assert 0.03 < share("partner_advantage", "better", "worse") < 0.05 + tolerance
-    assert share("unified_cost", "worse") > 2 * share("partner_advantage", "worse")
+    tested = outcomes.outcomes(studies[:1500])
+    tolerance = 2 * np.sqrt(0.05 * 0.95 / 1500)
+    assert share("unified_cost", "equivalent") < 0.05 + tolerance  # it is at the margin, so not equivalent
+    assert share("unified_cost", "equivalent", seeds=[6]) > 0.02
+    rejected = np.mean([o.p <= 0.05 for o in tested if o.quantity == "partner_advantage"])  # which is 0
+    assert 0.05 - tolerance < rejected < 0.05 + tolerance and share("partner_advantage", "better", "worse") < rejected
+    assert share("unified_cost", "worse", seeds=[6]) > 0.5 < share("partner_advantage", "equivalent", seeds=[6])
