@@ -120,5 +120,5 @@ def _cell(name: str, means: dict[str, float], dense: dict[str, float], metrics: 
         return "-"
     if name not in dense:
         return f"{means[name]:.2f}"
-    change = float(gain(means[name], dense[name], metrics[name].higher_is_better))
-    return f"{means[name]:.2f} ({100 * change:+.1f} %)"
+    change = gain(means[name], dense[name], metrics[name].higher_is_better)
+    return f"{means[name]:.2f}" + ("" if change is None else f" ({100 * change:+.1f} %)")

@@ -72,6 +72,13 @@ def test_our_means_stand_below_the_papers_figures_with_the_change_against_dense(
     assert skipped["MJHQ-FID"] == "12.16 (+30.3 %)"  # less is better
 
 
+def test_a_figure_has_no_change_against_a_dense_one_of_0(ours):
+    for row in ours.rows:
+        row.metrics |= {"GQA": 0.0} if row.method == "dense" else {}
+    (table,) = (table for title, table in beside_paper.tables(ours) if title.startswith("Table 1"))
+    assert table.set_index(["method", "of"]).loc["HiMix", "ours"]["GQA"] == "49.92"
+
+
 def test_a_table_needs_one_of_the_papers_reduced_methods(ours):
     ours.rows = [row for row in ours.rows if row.method in ("dense", "HiMix")]
     ((title, table),) = beside_paper.tables(ours)
