@@ -21,6 +21,7 @@ def main() -> None:
     add("--out", metavar="FOLDER", help="instead of the study file's output")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
     add("--gpus", default="", metavar="0,1", help="GPUs to share out among the runs, one per process")
+    add("--fork", action="store_true", help="fork programs from one that has imported torch, seconds sooner each")
     add("--run", action="append", metavar="NAME", help="only this run, without a report; may be given several times")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--status", action="store_true", help="only show the progress of every run")
@@ -31,7 +32,7 @@ def main() -> None:
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
     # Imported late: --help should not wait for numpy and the configuration.
-    from megatron_ext.study import execution, status, steps, study_file
+    from megatron_ext.study import execution, forked, status, steps, study_file
 
     study = study_file.read(*arguments.study)
     study.output = arguments.out or study.output
@@ -47,7 +48,8 @@ def main() -> None:
         return
     if not arguments.report:
         gpus = [gpu for gpu in arguments.gpus.split(",") if gpu]
-        plan = execution.execute(study, arguments.run, arguments.jobs, gpus)
+        start = forked.start_program if arguments.fork else None
+        plan = execution.execute(study, arguments.run, arguments.jobs, gpus, start)
     if not arguments.run:
         _report(study, plan.runs, arguments)
     needed = plan.needed(arguments.run)

@@ -1,6 +1,6 @@
 """All runs of a study, and their execution in order: trials of learning rates, then the runs that use these."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.study import grid, learning_rates, scheduler
@@ -59,11 +59,18 @@ def plan(study: Study) -> Plan:
     return Plan(trials, runs, learning_rates.waiting(runs, found))
 
 
-def execute(study: Study, names: Sequence[str] | None = None, jobs: int = 1, gpus: Sequence[str] = ()) -> Plan:
+def execute(
+    study: Study,
+    names: Sequence[str] | None = None,
+    jobs: int = 1,
+    gpus: Sequence[str] = (),
+    start: Callable | None = None,
+) -> Plan:
     """Do the remaining steps of a study, as :func:`~.scheduler.execute` does; failed runs do not stop the others.
 
     Args:
         names: only these runs, and the trials that they need; None: all.
+        jobs, gpus, start: as for :func:`~.scheduler.execute`.
 
     Returns:
         The plan with the learning rates found; runs whose trials failed are waiting still.
@@ -74,10 +81,10 @@ def execute(study: Study, names: Sequence[str] | None = None, jobs: int = 1, gpu
     planned = plan(study)
     trials = [run for run in planned.needed(names) if run.is_trial]
     if trials:
-        scheduler.execute(trials, study.evaluation, jobs, gpus)
+        scheduler.execute(trials, study.evaluation, jobs, gpus, start)
         planned = plan(study)
         learning_rates.write(study, learning_rates.searches(study, planned.trials))
     ready = [run for run in planned.selected(names) if not run.is_trial and run.name not in planned.waiting]
     if ready:
-        scheduler.execute(ready, study.evaluation, jobs, gpus)
+        scheduler.execute(ready, study.evaluation, jobs, gpus, start)
     return planned
