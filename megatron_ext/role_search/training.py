@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.analysis.synergy import PRIMARY
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.role_search.settings import RoleSearch
@@ -16,7 +17,7 @@ from megatron_ext.role_search.space import Space
 from megatron_ext.routing.drawn_tables import Table
 from megatron_ext.study import grid, scheduler, state, status, steps
 from megatron_ext.study.grid import StudyRun
-from megatron_ext.study.study_file import LOSSES, Method, Size, Study
+from megatron_ext.study.study_file import Method, Size, Study
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def plan_section(search: RoleSearch, space: Space, table: Table) -> dict:
 
 def score(result: Mapping) -> float:
     """The sum of the logs of both validation losses; infinite for a run that diverged."""
-    losses = [result["losses"].get(loss, math.inf) for loss in LOSSES]
+    losses = [result["losses"].get(loss, math.inf) for loss in PRIMARY]
     return sum(map(math.log, losses)) if all(map(math.isfinite, losses)) else math.inf
 
 
