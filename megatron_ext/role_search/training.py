@@ -15,7 +15,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.role_search.settings import RoleSearch
 from megatron_ext.role_search.space import Space
 from megatron_ext.routing.drawn_tables import Table
-from megatron_ext.study import grid, scheduler, state, status, steps
+from megatron_ext.study import forked, grid, scheduler, state, status, steps
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Method, Size, Study
 
@@ -63,7 +63,7 @@ class Trainings:
             UserError: a run failed, or a signal arrived.
         """
         if self.unfinished():
-            scheduler.execute(self.runs, self.study.evaluation, jobs, gpus)
+            scheduler.execute(self.runs, self.study.evaluation, jobs, gpus, forked.start_program)
         if left := status.failed(self.study, self.runs):
             raise UserError(f"{self.name}: {len(left)} of {len(self.runs)} runs failed: {', '.join(left)}")
 
