@@ -55,9 +55,9 @@ def _fresh(numbers: dict) -> str:
             row += [_interval(estimate), "yes" if equivalence["holds"] else "not shown"]
         rows.append(row)
     columns = ["", "FLOPs", *(name for loss in PRIMARY for name in (loss, "within 3 %"))]
-    seeds = len(numbers["settings"]["report"]["seeds"])
+    seeds = ", ".join(map(str, numbers["settings"]["report"]["seeds"]))
     return (
-        f"{seeds} seeds that the search did not use; 95 % t-intervals over them, and equivalence tests.\n\n"
+        f"Seeds that the search did not use: {seeds}; 95 % t-intervals over them, and equivalence tests.\n\n"
         + tables.markdown(pd.DataFrame(rows, columns=columns))
     )
 
