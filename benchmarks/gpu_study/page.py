@@ -38,9 +38,9 @@ ESTIMATE = """## Does it fit?
 
 An estimate, made without a GPU. Up to its gradients a step of dense starts 640 kernels at twelve layers, of Share All
 1120, of Share Partial 1500, whatever the width (counted on torch's meta device, as
-`tests/unit/test_no_synchronisation.py` counts them). At 128 wide and 16 thousand tokens a kernel moves about 4 MB, which
-takes 2 to 5 microseconds, so the GPU is busy for 3 to 6 ms of a step. The host needs more: 55 ms of a slow core for
-dense, 80 ms for Share All, 140 ms for Share Partial, without any kernel, and a server's core perhaps half. So one
+`tests/unit/test_no_synchronisation.py` counts them). At 128 wide and 16 thousand tokens a kernel moves about 4 MB,
+which takes 2 to 5 microseconds, so the GPU is busy for 3 to 6 ms of a step. The host needs more: 55 ms of a slow core
+for dense, 80 ms for Share All, 140 ms for Share Partial, without any kernel, and a server's core perhaps half. So one
 process leaves the GPU idle for most of the time, and a dozen use it up, at some 200 to 300 steps a second in all. The
 78,000 steps of the study then take 260 to 390 s. Starts, evaluation and the last runs are estimated at 60 to 100 s. If
 all goes slower, the last seeds are missing.
