@@ -108,12 +108,12 @@ def test_data_are_unpacked_where_they_are_missing(tmp_path, monkeypatch):
             (out / name / "file").write_text(name)
 
     monkeypatch.setattr(preparation, "prepare", prepare)
+    monkeypatch.setattr(preparation, "WORLD", tmp_path / "world")
     monkeypatch.chdir(ROOT)
     made, carried = tmp_path / "made", tmp_path / "carried"
     with pytest.raises(UserError, match="run --prepare first"):
         preparation.unpack_world(carried)
-    made.mkdir()
-    packed = preparation.make_world(made, rehearsal=True)
+    packed = preparation.make_world(made, rehearsal=False)
     carried.mkdir()
     packed.rename(carried / packed.name)
     world = preparation.unpack_world(carried)
