@@ -24,9 +24,10 @@ bash benchmarks/gpu_study.sh runs/gpu_study              # on the GPU: under nin
 bash benchmarks/gpu_study.sh runs/rehearsal --rehearse   # at tiny sizes on a CPU: two minutes of two cores
 ```
 
-Bring the folder to the GPU without `world`, which is packed beside it (2 MB), and back without `runs/*/checkpoints`. With
-`--learning-rates runs/studies/decisive/learning_rates.json`, `--prepare` takes each method's learning rate, relative to
-dense's, from the search of the [decisive study](../studies.md); without it every method has the rate of its size.
+Bring the folder to the GPU without `world`, which is packed beside it (2 MB), and back without `runs/*/checkpoints`.
+With `--learning-rates runs/studies/decisive/learning_rates.json`, `--prepare` takes each method's learning rate,
+relative to dense's, from the search of the [decisive study](../studies.md); without it every method has the rate of its
+size.
 
 [The study file](../../benchmarks/gpu_study/study.yaml) has models of twelve layers on the compositional world, 16
 thousand tokens a step, in bf16. Many runs share the GPU: their processes fork from one that has imported torch and

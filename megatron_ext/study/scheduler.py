@@ -39,11 +39,7 @@ def execute(
     Args:
         jobs: runs at once.
         gpus: GPUs to share out, as many to each run as it has processes; empty: the programs choose.
-<<<<<<< HEAD
         start: None: :func:`start_program`; :func:`.forked.start_program` starts one sooner.
-=======
-        start: starts a program; None: :func:`start_program`. :class:`~.forked.ForkedProgram` starts one sooner.
->>>>>>> main
 
     Raises:
         UserError: a signal arrived, or a run needs more GPUs than there are.
