@@ -22,7 +22,7 @@ from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
 FILES = Path(__file__).with_name("gpu_study")
-STUDY, REHEARSAL = FILES / "study.yaml", FILES / "rehearsal.yaml"
+REHEARSAL = FILES / "rehearsal.yaml"
 PROBE = FILES / "probe.py"
 REHEARSAL_JOBS = 2
 
@@ -90,7 +90,7 @@ def start_of_programs(results: Path) -> Callable:
 def write_study(results: Path, rehearsal: bool) -> Study:
     """The study over the data in ``results``, also in ``RESULTS/study.yaml``."""
     file = results / "study.yaml"
-    files.write_text(file, STUDY.read_text().replace("{WORLD}", str(preparation.unpack_world(results))))
+    files.write_text(file, page.STUDY.read_text().replace("{WORLD}", str(preparation.unpack_world(results))))
     study = study_file.read(file, *([REHEARSAL] if rehearsal else []))
     study.output = str(results)
     config_file.write_yaml(file, study)

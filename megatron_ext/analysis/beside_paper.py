@@ -118,7 +118,5 @@ def _counts(name: str, metrics: dict[str, Metric]) -> bool:
 def _cell(name: str, means: dict[str, float], dense: dict[str, float], metrics: dict[str, Metric]) -> str:
     if name not in means:
         return "-"
-    if name not in dense:
-        return f"{means[name]:.2f}"
-    change = float(gain(means[name], dense[name], metrics[name].higher_is_better))
-    return f"{means[name]:.2f} ({100 * change:+.1f} %)"
+    change = gain(means[name], dense[name], metrics[name].higher_is_better) if name in dense else None
+    return f"{means[name]:.2f}" + ("" if change is None else f" ({100 * change:+.1f} %)")

@@ -1,12 +1,12 @@
 """Causal depth curves: what a trained model loses if its image tokens take no part, or less, from layer K on.
 
 Attention shows where a model looks, not what it needs. For that, a study evaluates trained models with other roles than
-those of training (``evaluate_as`` of a method): as ``himix_from_K`` the image tokens of understanding only give keys and
-values from layer K on, as ``skip_from_K`` the image tokens of generation skip all layers from K on. The weights are the
-same, so any difference is an effect of what the tokens would have done there, K by K.
+those of training (``evaluate_as`` of a method): as ``himix_from_K`` the image tokens of understanding only give keys
+and values from layer K on, as ``skip_from_K`` the image tokens of generation skip all layers from K on. The weights are
+the same, so any difference is an effect of what the tokens would have done there.
 
-Figures are compared with those of the same seed under the roles of training, and a *trend* is the least-squares slope of
-a seed's scores over K; both then have one number per seed (:mod:`~megatron_ext.analysis.statistics`).
+Figures are compared with those of the same seed under the roles of training, and a *trend* is the least-squares slope
+of a seed's scores over K; both then have one number per seed (:mod:`~megatron_ext.analysis.statistics`).
 """
 
 import re
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from megatron_ext.analysis.results import Results, Row
+from megatron_ext.analysis.results import Metric, Results, Row
 from megatron_ext.analysis.statistics import Estimate, t_interval
 
 INTERVENTIONS = {
@@ -23,8 +23,6 @@ INTERVENTIONS = {
     "skip_from": ("generation", "images of generation skip the layers from K on"),
 }
 """The name before ``_K``: the task whose documents it changes, and what it does."""
-TRAINED = (None, "trained")
-"""``evaluated_as`` of the roles of training."""
 UNTRAINED = "untrained"
 """The method whose runs are not trained."""
 LEAST_SEEDS = 5
@@ -75,15 +73,23 @@ def is_intervention(row: Row) -> bool:
 
 
 def curves(results: Results) -> list[Curve]:
-    """The curves of all methods but the untrained one, and of all metrics of the task that the intervention changes."""
-    rows = {(r.size, r.budget, r.method, r.task, r.evaluated_as, r.seed): r for r in results.rows}
+    """The curves of all methods but the untrained one: of the loss of the task that the intervention changes, and of
+    its metrics that are corrected for chance. A run of several budgets counts to the first."""
+    budget_of = {row.run: row.budget for row in reversed(results.rows) if row.run}
+    rows = {
+        (row.size, row.budget, row.method, row.task, row.evaluated_as, row.seed): row
+        for row in results.rows
+        if budget_of.get(row.run, row.budget) == row.budget
+    }
     models = dict.fromkeys(key[:4] for key, row in rows.items() if is_intervention(row) and row.method != UNTRAINED)
     found = []
     for size, budget, method, task in models:
         own = {key[4:]: row for key, row in rows.items() if key[:4] == (size, budget, method, task)}
         for intervention, (changed_task, _) in INTERVENTIONS.items():
-            for metric, meaning in results.metrics.items():
-                if meaning.task == changed_task and (points := _points(own, intervention, metric, meaning)):
+            of_task = {name: meaning for name, meaning in results.metrics.items() if meaning.task == changed_task}
+            for metric, meaning in of_task.items():
+                outcome = metric == f"{changed_task} loss" or metric.endswith("chance-corrected")
+                if outcome and (points := _points(own, intervention, metric, meaning)):
                     untrained = _untrained(results, size, intervention, metric, points["layers"])
                     found.append(
                         Curve(size, budget, method, intervention, metric, meaning.scale, **points, untrained=untrained)
@@ -99,13 +105,12 @@ def by_model(found: Sequence[Curve]) -> dict[tuple[str | None, str | None, str],
     return models
 
 
-def _points(rows: Mapping, intervention: str, metric: str, meaning) -> dict | None:
+def _points(rows: Mapping, intervention: str, metric: str, meaning: Metric) -> dict | None:
     """The points of one model's curve from its rows by (evaluated_as, seed); None without a seed that has all."""
     layers = sorted({int(m[2]) for name, _ in rows if (m := _NAME.fullmatch(name or "")) and m[1] == intervention})
     by_seed = {}
     for seed in dict.fromkeys(seed for _, seed in rows):
-        trained = next((row for name in TRAINED if (row := rows.get((name, seed)))), None)
-        of_seed = [trained, *(rows.get((f"{intervention}_{layer}", seed)) for layer in layers)]
+        of_seed = [rows.get((None, seed)), *(rows.get((f"{intervention}_{layer}", seed)) for layer in layers)]
         figures = [row and row.metrics.get(metric) for row in of_seed]
         if layers and all(meaning.score(figure) is not None for figure in figures):
             by_seed[seed] = figures
@@ -141,7 +146,7 @@ def _untrained(
     means = {}
     for layer in layers:
         own = [row for row in rows if row.evaluated_as == f"{intervention}_{layer}"]
-        own = own or [row for row in rows if row.evaluated_as in TRAINED]
+        own = own or [row for row in rows if row.evaluated_as is None]
         figures = [figure for row in own if (figure := row.metrics.get(metric)) is not None]
         if figures:
             means[layer] = float(np.mean(figures))

@@ -11,9 +11,9 @@ from megatron_ext.analysis.results import Results
 from megatron_ext.analysis.tables import markdown, p_value, signed
 
 NOTE = (
-    "Trained models, evaluated with other roles: {what}. Brackets are 95 % t-intervals over {seeds} seeds of the change "
-    "against the same models with the roles of training, in log points (100 ln) or, for metrics that may be 0 or less, "
-    "in points; above 0 is better. The slope is that of the score over K."
+    "Trained models, evaluated with other roles: {what}. Brackets are 95 % t-intervals over {seeds} seeds, of the "
+    "change against the same models with the roles of training, in log points (100 ln) or, for metrics that may be 0 "
+    "or less, in points; above 0 is better. The slope is that of the score over K."
 )
 
 
@@ -69,7 +69,10 @@ def _mean(figures: Sequence[float]) -> str:
 def plot(of_model: Sequence[Curve], folder: Path) -> Path:
     """Plot a model's figures over K: a panel per metric, a thin line per seed, their mean, the mean with the roles of
     training (dotted), and the untrained model (dashed). Returns the file."""
-    from megatron_ext.analysis import plots  # imported late: tables should not wait for matplotlib
+    # Imported late: tables should not wait for matplotlib.
+    from matplotlib.ticker import FormatStrFormatter
+
+    from megatron_ext.analysis import plots
 
     figure, axes = plots.subplots(1, len(of_model), figsize=(3.6 * len(of_model) + 1, 3.6), squeeze=False)
     for curve, axis in zip(of_model, axes[0]):
@@ -81,7 +84,12 @@ def plot(of_model: Sequence[Curve], folder: Path) -> Path:
             style = {"color": "#e08a3c", "linewidth": 1, "linestyle": "--"}
             axis.plot(list(curve.untrained), list(curve.untrained.values()), label="untrained", **style)
         axis.set(xlabel=f"K ({curve.intervention}_K)", title=curve.metric, xticks=curve.layers)
+        if curve.scale == "log":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
         axis.title.set_fontsize(10)
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     first = of_model[0]

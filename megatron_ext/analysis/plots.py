@@ -45,7 +45,7 @@ def bars(comparisons: Sequence[Comparison], file: Path, title: str = "", metrics
     """Plot unified cost, partner advantage and their sum, the synergy loss, as three panels of horizontal bars.
 
     A group of bars per metric, a bar per method. Metrics in points have axes of their own, below those in log points.
-    The axes are as long as the bars need; a longer interval leaves them.
+    An interval that is much longer than the bars leaves the axes.
 
     Args:
         metrics: None for all that have a unified cost or a partner advantage.
@@ -61,7 +61,9 @@ def bars(comparisons: Sequence[Comparison], file: Path, title: str = "", metrics
             axis.set(xlabel=f"{name} ({_UNITS[scale]})")
         known = [e for c in reduced for name in names for q in _COLUMNS if (e := c.estimate(name, q))]
         longest = max(abs(estimate.mean) for estimate in known) or 1
-        row[0].set(xlim=(-2 * longest, 2 * longest))
+        end = max(abs(e.mean) if e.low is None else max(-e.low, e.high) for e in known)
+        limit = 1.1 * max(longest, min(end, 4 * longest))
+        row[0].set(xlim=(-limit, limit))
         row[0].set_yticks(range(len(names)), names)
         row[0].invert_yaxis()
     if shown:

@@ -57,7 +57,7 @@ class DrawnTables:
 
     def describe(self) -> str:
         """Describe the tables in one line."""
-        return f"documents draw one of {self.count} random tables; {self.own:g} of them, and evaluation, take this one"
+        return f"in training documents draw one of {self.count} random tables, or this one with probability {self.own:g}"
 
 
 def drawn_tables(config: DrawnTablesConfig, own: Table) -> tuple[DrawnTables | None, list[Table]]:

@@ -21,7 +21,8 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
     """Collect, compare, test, fit, plot and write. Returns the numbers of ``OUT/analysis.json``."""
     out = Path(study.output)
     results = collect.collect(study, runs)
-    comparisons = synergy.compare(results)
+    compared = replace(results, rows=[row for row in results.rows if not depth.is_intervention(row)])
+    comparisons = synergy.compare(compared)
     gates = gate.gates(results, study.gate)
     uninformative = [decided.size for decided in gates if not decided.passed]
     decisions = hypotheses.decide(study.hypotheses, results, study.budgets[0], uninformative)
@@ -31,7 +32,7 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
     parts += learning_rates.section(study)
     parts += [*report_tables.gates(gates), *report_tables.hypotheses(decisions)]
     for budget in study.budgets:
-        rows = [row for row in results.rows if row.budget == budget and not depth.is_intervention(row)]
+        rows = [row for row in compared.rows if row.budget == budget]
         if rows:
             parts += [f"## {report_tables.BUDGETS[budget]}", report_tables.trained(rows)]
         for roles in dict.fromkeys(row.evaluated_as for row in rows):
@@ -40,8 +41,7 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
                 of_roles = [o for o in tested if (o.budget, o.evaluated_as) == (budget, roles)]
                 parts += _synergy(selected, of_roles, budget, roles, fits, out / "figures")
     parts += report_tables.over_budgets(comparisons)
-    once = {(row.run, row.evaluated_as): row for row in reversed(results.rows)}  # budgets may share a run
-    parts += depth_report.sections(replace(results, rows=list(once.values())[::-1]), out / "figures")
+    parts += depth_report.sections(results, out / "figures")
     parts += report_tables.beside_the_paper(results)
     parts += _statistics(study, results)
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
@@ -51,6 +51,7 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
         "hypotheses": [decision.as_json() for decision in decisions],
         "methods": tables.as_json(comparisons),
         "tests": [asdict(outcome) for outcome in tested],
+        "depth_curves": [asdict(curve) for curve in depth.curves(results)],
         "fits": [
             dict(zip(("budget", "evaluated_as", "method", "metric", "quantity"), key)) | line.as_json()
             for key, line in fits.items()

@@ -37,8 +37,7 @@ def execute(
     Args:
         jobs: runs at once.
         gpus: GPUs to share out, as many to each run as it has processes; empty: the programs choose.
-        start: starts a program, as :func:`start_program` does, which is the default;
-            :class:`~.forked.ForkedProgram` starts one sooner.
+        start: starts a program; None: :func:`start_program`. :class:`~.forked.ForkedProgram` starts one sooner.
 
     Raises:
         UserError: a signal arrived, or a run needs more GPUs than there are.

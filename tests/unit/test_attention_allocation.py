@@ -111,8 +111,8 @@ def test_hand_set_attention(one_process, plan, factor):
 
 
 def test_the_numbers_of_one_document_by_hand(one_process):
-    """bos <boi> I I <eoi> Q A <eod>: with uniform attention Q counts 2 images of 3 keys, as it leaves out 3 of the 6 that
-    it sees: bos, <boi> and itself; A counts 2 of 4."""
+    """bos <boi> I I <eoi> Q A <eod>: with uniform attention Q counts 2 images of 3 keys, for it leaves out 3 of the 6
+    that it sees, bos, <boi> and itself; A counts 2 of 4."""
     one_process(*SHAPE)
     model, plan, _ = model_of([])
     for parameter in model.parameters():
@@ -144,8 +144,8 @@ def test_given_and_drawn_images_are_apart_and_only_answers_are_answers(one_proce
 
 
 def test_the_tokens_of_an_object_by_hand(one_process):
-    """bos <boi> I I I I <eoi> Q A <eod> with object 1 in the first two image tokens and object 2 in the second: Q counts
-    the four and <eoi>, A also Q. Then bos T <boi> I I I I <eoi> <eod> with object 1 in the second and last."""
+    """bos <boi> I I I I <eoi> Q A <eod> with object 1 in the first two image tokens and object 2 in the second: Q
+    counts the four and <eoi>, A also Q. Then bos T <boi> I I I I <eoi> <eod> with object 1 in the second and last."""
     one_process(*SHAPE)
     model, plan, _ = model_of([])
     for parameter in model.parameters():

@@ -1,5 +1,7 @@
 """Causal depth curves of made-up results whose changes and trends are known, the trends by SciPy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,6 +15,7 @@ METRICS = {
     LOSS: Metric("understanding", higher_is_better=False),
     SCORE: Metric("understanding", scale="points"),
     "generation loss": Metric("generation", higher_is_better=False),
+    "MJHQ-FID": Metric("generation", higher_is_better=False),
 }
 
 
@@ -24,7 +27,7 @@ def results_of(seeds: int) -> tuple[Results, np.ndarray]:
 
     def add(method: str, roles: str | None, seed: int, **metrics) -> None:
         named = dict(zip(("loss", "score", "generation"), METRICS))
-        figures = {named[name]: float(value) for name, value in metrics.items()}
+        figures = {named[name]: float(value) for name, value in metrics.items()} | {"MJHQ-FID": 7.0}
         results.rows.append(
             Row(method, "unified", "dense", figures, seed=seed, size="small", budget="steps", evaluated_as=roles)
         )
@@ -57,6 +60,14 @@ def test_changes_and_trends_are_paired_by_seed():
     assert points.changes[0].mean == pytest.approx(-5 - 62.5) and points.trend.mean == pytest.approx(10)
     assert curves["skip_from", "generation loss"].trend is None
     assert curves["skip_from", "generation loss"].changes[1].mean == pytest.approx(-100 * np.log(2))
+
+
+def test_a_run_of_two_budgets_has_one_curve():
+    results, _ = results_of(2)
+    for row in results.rows:
+        row.run = f"{row.method} of seed {row.seed}"
+    results.rows += [replace(row, budget="total") for row in results.rows]
+    assert {curve.budget for curve in depth.curves(results)} == {"steps"}
 
 
 def test_fewer_than_five_seeds_test_no_trend():

@@ -1,6 +1,9 @@
 """benchmarks/gpu_study.sh: programs in forked processes, whole seeds first, data that travels in one file."""
 
+import argparse
 import fcntl
+import importlib.util
+import json
 import os
 import signal
 import sys
@@ -10,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpu_study import order, preparation
+from gpu_study import order, page, preparation, rates
 from megatron_ext.errors import UserError
-from megatron_ext.study import forked, study_file
+from megatron_ext.study import forked, scheduler, study_file
 from support.programs import ROOT
 
 FOLDER = ROOT / "benchmarks" / "gpu_study"
@@ -117,3 +120,51 @@ def test_data_are_unpacked_where_they_are_missing(tmp_path, monkeypatch):
     assert {f.parent.name: f.read_text() for f in world.glob("*/file")} == {name: name for name in preparation.PACKED}
     (carried / packed.name).unlink()
     assert preparation.unpack_world(carried) == world
+
+
+def test_a_rate_is_that_of_the_size_times_what_a_search_found_for_the_method(tmp_path):
+    found = [("dense", 2e-3), ("share-all", 1e-3), ("himix-u", None)]
+    searches = [{"size": "small", "method": method, "best": best} for method, best in found]
+    (tmp_path / "search.json").write_text(json.dumps({"searches": searches}))
+    whole = study()
+    whole.output = str(tmp_path)
+    assert rates.rates(whole) == {}  # nothing was carried over
+    rates.carry_over(tmp_path / "search.json", tmp_path)
+    assert rates.rates(whole) == {
+        (size, method): pytest.approx(rate * factor)
+        for size, rate in (("h128", 2e-3), ("h256", 1e-3), ("h576", 5e-4))
+        for method, factor in (("dense", 1.0), ("share-all", 0.5))
+    }
+
+
+def test_runs_are_told_to_stop_when_time_is_up_and_the_machine_is_recorded(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_study_program", ROOT / "benchmarks" / "gpu_study.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+
+    def until_told(runs, evaluation, jobs, start) -> None:
+        def told(*_) -> None:
+            raise UserError("stopped by SIGTERM")
+
+        before = signal.signal(signal.SIGTERM, told)
+        try:
+            time.sleep(60)
+            raise AssertionError("nobody said so")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    monkeypatch.setattr(scheduler, "execute", until_told)
+    monkeypatch.setattr(program, "start_of_programs", lambda results: None)
+    before = signal.getsignal(signal.SIGALRM)
+    arguments = argparse.Namespace(results=tmp_path, minutes=0.001, jobs=3, rehearse=True)
+    try:
+        program.execute(arguments, study(), [])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    (call,) = json.loads((tmp_path / "machine.json").read_text())
+    assert call["jobs"] == 3 and call["rehearsal"]
+
+
+def test_the_page_has_the_report_without_figures_and_the_paper():
+    report = "# Study x\n\nfacts\n\n## Gate\n\n![a](b.svg)\ntable\n\n## Beside arXiv\n\nlong\n\n## Statistics\n\nend\n"
+    assert page._selected(report).split() == ["facts", "##", "Gate", "table", "##", "Statistics", "end"]
