@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 
 from megatron_ext.analysis import statistics
+from megatron_ext.analysis.synergy import PRIMARY
 from megatron_ext.role_search import measure, training
 from megatron_ext.role_search.costs import ROWS
 from megatron_ext.role_search.space import key
 from megatron_ext.role_search.stages import ARMS, UNCHANGED, Search, of_arm
 from megatron_ext.role_search.training import Trainings
 from megatron_ext.routing.roles import task_and_modality
-from megatron_ext.study.study_file import LOSSES
 
 FEWEST = 3
 """Fewest tables for a rank correlation."""
@@ -119,7 +119,7 @@ def _fresh(trainings: Trainings, best: Mapping[str, str]) -> dict:
     for first, second in pairs:
         name = f"{first} / {second}"
         comparisons[name] = {"flops_ratio": _flops_ratio(names[first], names[second])}
-        for loss in LOSSES:
+        for loss in PRIMARY:
             values = [
                 math.log(names[first][s]["losses"][loss] / names[second][s]["losses"][loss]) for s in names[first]
             ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from megatron_ext.analysis import tables
-from megatron_ext.study.study_file import LOSSES
+from megatron_ext.analysis.synergy import PRIMARY
 
 ROUNDING = 1e-6
 """Log ratios up to this are those of documents that a change does not concern."""
@@ -50,11 +50,11 @@ def _fresh(numbers: dict) -> str:
     rows = []
     for name, comparison in numbers["fresh"]["comparisons"].items():
         row = [name, f"{comparison['flops_ratio']:.3f}"]
-        for loss in LOSSES:
+        for loss in PRIMARY:
             estimate, equivalence = comparison[loss]["estimate"], comparison[loss]["equivalence"]
             row += [_interval(estimate), "yes" if equivalence["holds"] else "not shown"]
         rows.append(row)
-    columns = ["", "FLOPs", *(name for loss in LOSSES for name in (loss, "within 3 %"))]
+    columns = ["", "FLOPs", *(name for loss in PRIMARY for name in (loss, "within 3 %"))]
     seeds = len(numbers["settings"]["report"]["seeds"])
     return (
         f"{seeds} seeds that the search did not use; 95 % t-intervals over them, and equivalence tests.\n\n"

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.analysis.synergy import PRIMARY
 from megatron_ext.config import Config
 from megatron_ext.errors import UserError
 from megatron_ext.role_search.settings import RoleSearch
 from megatron_ext.role_search.space import Space
 from megatron_ext.routing.drawn_tables import Table
-from megatron_ext.study import grid, scheduler, state, status, steps
+from megatron_ext.study import forked, grid, scheduler, state, status, steps
 from megatron_ext.study.grid import StudyRun
-from megatron_ext.study.study_file import LOSSES, Method, Size, Study
+from megatron_ext.study.study_file import Method, Size, Study
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Trainings:
             UserError: a run failed, or a signal arrived.
         """
         if self.unfinished():
-            scheduler.execute(self.runs, self.study.evaluation, jobs, gpus)
+            scheduler.execute(self.runs, self.study.evaluation, jobs, gpus, forked.start_program)
         if left := status.failed(self.study, self.runs):
             raise UserError(f"{self.name}: {len(left)} of {len(self.runs)} runs failed: {', '.join(left)}")
 
@@ -109,7 +110,7 @@ def plan_section(search: RoleSearch, space: Space, table: Table) -> dict:
 
 def score(result: Mapping) -> float:
     """The sum of the logs of both validation losses; infinite for a run that diverged."""
-    losses = [result["losses"].get(loss, math.inf) for loss in LOSSES]
+    losses = [result["losses"].get(loss, math.inf) for loss in PRIMARY]
     return sum(map(math.log, losses)) if all(map(math.isfinite, losses)) else math.inf
 
 

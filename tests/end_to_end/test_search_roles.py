@@ -52,7 +52,7 @@ def search_file(tmp_path) -> Path:
 def test_a_search_that_was_stopped_ends_with_a_report_and_a_method_that_costs_what_was_asked(search_file, monkeypatch):
     trained, stop_after = [], 3
 
-    def execute(runs, evaluation, jobs, gpus) -> None:
+    def execute(runs, evaluation, *_) -> None:
         for run in runs:
             if state.result(run, steps.fingerprint(run, evaluation)):
                 continue
