@@ -11,7 +11,7 @@ def main() -> None:
         "Train and evaluate every run of a study file (megatron_ext/study/study_file.py documents its keys), and\n"
         "report on synergy, its losses and hypotheses. After any interruption the same command resumes: finished\n"
         "runs are kept, others resume from their checkpoints, failed runs are retried.",
-        "python tools/scaling_study.py examples/studies/decisive.yaml --jobs 2\n"
+        "python tools/scaling_study.py examples/studies/decisive.yaml --jobs 2 --fork\n"
         "  python tools/scaling_study.py examples/studies/decisive.yaml --status\n"
         "  python tools/scaling_study.py examples/studies/decisive.yaml --slurm     an array with a task per run\n"
         "  python tools/scaling_study.py examples/studies/paper.yaml examples/studies/paper_tiny.yaml --jobs 2",

@@ -13,7 +13,7 @@ def main() -> None:
         "(megatron_ext/analysis/results.py describes their form; tools/scaling_study.py writes them). Methods with\n"
         "the names of the paper's are also shown beside its tables 1 to 3.",
         "python tools/synergy.py                    the paper's tables (arXiv 2606.01503)\n"
-        "  python tools/synergy.py runs/studies/picture_world/results.json --latex synergy.tex --plot synergy.svg",
+        "  python tools/synergy.py runs/studies/decisive/results.json --latex synergy.tex --plot synergy.svg",
     )
     add = parser.add_argument
     add("results", nargs="*", type=Path, metavar="RESULTS.json", help="default: the paper's tables")

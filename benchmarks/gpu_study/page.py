@@ -19,14 +19,15 @@ HEAD = """# The study of deeper models on one GPU
 Made by `bash benchmarks/gpu_study.sh RESULTS --page docs/study/gpu.md` from what these commands leave in RESULTS:
 
 ```bash
-bash benchmarks/gpu_study.sh runs/gpu_study --prepare    # on any machine; then bring runs/gpu_study to the GPU
+bash benchmarks/gpu_study.sh runs/gpu_study --prepare    # on any machine
 bash benchmarks/gpu_study.sh runs/gpu_study              # on the GPU: under nine minutes; the same command resumes
-bash benchmarks/gpu_study.sh runs/rehearsal --rehearse   # the same programs at tiny sizes on a CPU
+bash benchmarks/gpu_study.sh runs/rehearsal --rehearse   # at tiny sizes on a CPU: two minutes of two cores
 ```
 
-Bring the folder back without `runs/*/checkpoints`. With `--learning-rates runs/studies/decisive/learning_rates.json`,
-`--prepare` takes each method's learning rate, relative to dense's, from the search of the
-[decisive study](../studies.md); without it every method has the rate of its size.
+Bring the folder to the GPU without `world`, which is packed beside it (2 MB), and back without `runs/*/checkpoints`.
+With `--learning-rates runs/studies/decisive/learning_rates.json`, `--prepare` takes each method's learning rate,
+relative to dense's, from the search of the [decisive study](../studies.md); without it every method has the rate of its
+size.
 
 [The study file](../../benchmarks/gpu_study/study.yaml) has models of twelve layers on the compositional world, 16
 thousand tokens a step, in bf16. Many runs share the GPU: their processes fork from one that has imported torch and
@@ -38,12 +39,12 @@ ESTIMATE = """## Does it fit?
 
 An estimate, made without a GPU. Up to its gradients a step of dense starts 640 kernels at twelve layers, of Share All
 1120, of Share Partial 1500, whatever the width (counted on torch's meta device, as
-`tests/unit/test_no_synchronisation.py` counts them). At 128 wide and 16 thousand tokens a kernel moves about 4 MB, which
-takes 2 to 5 microseconds, so the GPU is busy for 3 to 6 ms of a step. The host needs more: 55 ms of a slow core for
-dense, 80 ms for Share All, 140 ms for Share Partial, without any kernel, and a server's core perhaps half. So one
+`tests/unit/test_no_synchronisation.py` counts them). At 128 wide and 16 thousand tokens a kernel moves about 4 MB,
+which takes 2 to 5 microseconds, so the GPU is busy for 3 to 6 ms of a step. The host needs more: 55 ms of a slow core
+for dense, 80 ms for Share All, 140 ms for Share Partial, without any kernel, and a server's core perhaps half. So one
 process leaves the GPU idle for most of the time, and a dozen use it up, at some 200 to 300 steps a second in all. The
-78,000 steps of the study then take 260 to 390 s. Starts, evaluation and the last runs are estimated at 60 to 100 s. If
-all goes slower, the last seeds are missing.
+78,000 steps of the study then take 260 to 390 s; starts, evaluation and the last runs add 60 to 120 s. If all goes
+slower, the last seeds are missing.
 """
 
 

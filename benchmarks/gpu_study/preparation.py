@@ -24,6 +24,7 @@ def make_world(results: Path, rehearsal: bool) -> Path:
     world = results / "preparation" if rehearsal else WORLD
     recipe = config_file.from_trees(Recipe, [config_file.read_yaml(RECIPE), *([TINY] if rehearsal else [])])
     prepare(recipe, world, lambda line: print(line, flush=True))
+    results.mkdir(parents=True, exist_ok=True)
     packed = results / "world.tar.xz"
     unfinished = packed.with_suffix(".part")
     with tarfile.open(unfinished, "w:xz", preset=6) as archive:

@@ -57,7 +57,9 @@ class DrawnTables:
 
     def describe(self) -> str:
         """Describe the tables in one line."""
-        return f"in training documents draw one of {self.count} random tables, or this one with probability {self.own:g}"
+        return (
+            f"in training documents draw one of {self.count} random tables, or this one with probability {self.own:g}"
+        )
 
 
 def drawn_tables(config: DrawnTablesConfig, own: Table) -> tuple[DrawnTables | None, list[Table]]:

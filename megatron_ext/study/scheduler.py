@@ -20,6 +20,8 @@ from megatron_ext.study.study_file import StudyEvaluation
 
 POLL_SECONDS = 0.2
 BAR_SECONDS = 2.0
+Start = Callable[[list[str], Path, dict[str, str], int], subprocess.Popen]
+"""Starts a program, as :func:`start_program` does."""
 
 
 def execute(
@@ -27,7 +29,7 @@ def execute(
     evaluation: StudyEvaluation,
     jobs: int = 1,
     gpus: Sequence[str] = (),
-    start: Callable[[list[str], Path, dict[str, str], int], subprocess.Popen] | None = None,
+    start: Start | None = None,
 ) -> None:
     """Do the remaining steps of every run. A run that fails does not stop the others.
 
@@ -37,7 +39,7 @@ def execute(
     Args:
         jobs: runs at once.
         gpus: GPUs to share out, as many to each run as it has processes; empty: the programs choose.
-        start: starts a program; None: :func:`start_program`. :class:`~.forked.ForkedProgram` starts one sooner.
+        start: None: :func:`start_program`; :func:`.forked.start_program` starts one sooner.
 
     Raises:
         UserError: a signal arrived, or a run needs more GPUs than there are.
@@ -109,7 +111,7 @@ class _ActiveRun:
         descriptor: int,
         gpus: list[str],
         threads: int,
-        start: Callable[[list[str], Path, dict[str, str], int], subprocess.Popen],
+        start: Start,
     ):
         self.run, self.gpus, self.note, self._start_program = run, gpus, "", start
         self._evaluation, self._lock = evaluation, descriptor

@@ -36,7 +36,7 @@ def test_a_killed_study_ends_as_if_it_had_not_been(study):
     wait_until(lambda: not state.locked(runs["first"]))
     assert not (first / "FINISHED").exists()
 
-    run_program(command, timeout=500)
+    run_program([*command, "--fork"], timeout=500)
     assert "resumed from" in (first / "log.txt").read_text()
     trained = [
         [{k: r[k] for k in r if k.startswith(("iteration", "loss", "grad_norm", "validation"))} for r in records]

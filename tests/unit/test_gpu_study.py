@@ -108,12 +108,12 @@ def test_data_are_unpacked_where_they_are_missing(tmp_path, monkeypatch):
             (out / name / "file").write_text(name)
 
     monkeypatch.setattr(preparation, "prepare", prepare)
+    monkeypatch.setattr(preparation, "WORLD", tmp_path / "world")
     monkeypatch.chdir(ROOT)
     made, carried = tmp_path / "made", tmp_path / "carried"
     with pytest.raises(UserError, match="run --prepare first"):
         preparation.unpack_world(carried)
-    made.mkdir()
-    packed = preparation.make_world(made, rehearsal=True)
+    packed = preparation.make_world(made, rehearsal=False)
     carried.mkdir()
     packed.rename(carried / packed.name)
     world = preparation.unpack_world(carried)
@@ -168,3 +168,26 @@ def test_runs_are_told_to_stop_when_time_is_up_and_the_machine_is_recorded(tmp_p
 def test_the_page_has_the_report_without_figures_and_the_paper():
     report = "# Study x\n\nfacts\n\n## Gate\n\n![a](b.svg)\ntable\n\n## Beside arXiv\n\nlong\n\n## Statistics\n\nend\n"
     assert page._selected(report).split() == ["facts", "##", "Gate", "table", "##", "Statistics", "end"]
+
+
+def test_the_page_counts_complete_runs_and_takes_the_median_of_their_steps(tmp_path, monkeypatch):
+    whole = study()
+    whole.output = str(tmp_path)
+    runs = []
+    for size in whole.sizes:
+        for method in whole.methods_of(size):
+            for seed in whole.seeds_of(size):
+                folder = tmp_path / f"{size.name}.{method.name}.{seed}"
+                runs.append(SimpleNamespace(size=size, method=method, seed=seed, folder=folder, iterations=9))
+    for seed, milliseconds in ((1, 10), (2, 30)):
+        folder = tmp_path / f"h128.share-all.{seed}"
+        folder.mkdir()
+        records = [{"iteration": i, "step_seconds": ms / 1e3} for i, ms in enumerate((900, milliseconds, milliseconds))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr(page.steps, "fingerprint", lambda run, evaluation: {})
+    monkeypatch.setattr(page.state, "result", lambda run, evaluation: run.folder.exists())
+    text = page.page(whole, runs)
+    assert "Nothing has been measured on a GPU yet" in text
+    assert "| h128 | Share All | unified | 2 of 8 | 9 | 20 |" in text
+    assert "| h256 | dense | unified | 0 of 3 | 9 | - |" in text
+    assert "| h576 | 576 | 2 x 1 | 500 | 8.2 M | 0.0005 |" in text

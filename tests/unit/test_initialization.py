@@ -1,10 +1,12 @@
 """Initial weights: drawn by rows, they are the numbers of a single call, whatever the slice."""
 
+import dataclasses
 import hashlib
 
 import pytest
 import torch
 
+from megatron_ext.config import PlanConfig
 from megatron_ext.transformer import initialization
 from megatron_ext.transformer.model import build_chunks
 from megatron_ext.transformer.resolved import resolve
@@ -34,10 +36,9 @@ def test_a_matrix_drawn_by_rows_is_that_of_a_single_call(monkeypatch, rows, colu
 
 
 def test_a_seed_starts_every_method_with_the_same_weights(one_process):
-    models = {}
+    config, models = one_process("model.num_layers=2"), {}
     for preset in ("dense_lossless", "hmgen", "himix_hmgen_share_partial"):
-        config = one_process("model.num_layers=2", f"plan.preset={preset}")
-        (model,) = build_chunks(resolve(config, 64))
+        (model,) = build_chunks(resolve(dataclasses.replace(config, plan=PlanConfig(preset)), 64))
         models[preset] = dict(model.named_parameters())
     dense = models.pop("dense_lossless")
     for preset, weights in models.items():

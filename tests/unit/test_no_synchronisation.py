@@ -53,6 +53,7 @@ def layers(count: int) -> list[str]:
 CEILINGS = {
     # forward and backward together: without parallelism, and under TP 4 with sequence parallelism
     "dense": (47, 64),
+    "dense_lossless": (49, 66),
     "himix": (65, 87),
     "hmgen": (61, 102),
     "himix_hmgen_share_all": (67, 88),
