@@ -20,8 +20,14 @@ def main() -> None:
     from megatron_ext.speedrun.speedrun import Speedrun
 
     frozen = frozen_file.read(arguments.frozen)
+    board = Leaderboard(Path(frozen.leaderboard))
+    if arguments.write_page:
+        board.write_page()
+        print(f"{board.page}: {len(board.rows)} rows")
+        return
     if arguments.verify:
-        row = Leaderboard(Path(frozen.leaderboard)).named(frozen, arguments.verify)
+        frozen.verification_word = arguments.word or frozen.verification_word
+        row = board.named(frozen, arguments.verify)
         entered = submission.of(row.name, row.settings, frozen)
         speedrun = Speedrun(frozen, entered, "verification")
     else:
@@ -34,6 +40,7 @@ def main() -> None:
     commit = speedrun.check_entry([arguments.submission] if arguments.submission else []) if is_row else ""
     speedrun.prepare()
     ratio = speedrun.check_estimate()
+    made = speedrun.origin(commit) if is_row else None
     experiment = speedrun.experiment
     print(
         f"{entered.name}: {ratio:.3f} x the FLOPs of lossless dense (cap {frozen.flops_cap}), recipe {entered.digest}, "
@@ -46,8 +53,8 @@ def main() -> None:
     result = speedrun.run(arguments.jobs)
     _show(result)
     if is_row:
-        row = speedrun.enter(result, commit, arguments.author or _user())
-        print(f"{speedrun.board.file}, {speedrun.board.page}: row {row.name}, score {row.score:.3f}")
+        row = speedrun.enter(result, made, arguments.author or _user())
+        print(f"{board.folder}, {board.page}: row {row.name}, score {row.score:.3f}")
     else:
         print("a rehearsal: nothing was recorded")
     _write(arguments, asdict(result))
@@ -55,12 +62,12 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = command_line.parser(
-        "Train and evaluate a submission of the synergy speedrun with its four seeds, and append its row to the\n"
+        "Train and evaluate a submission of the synergy speedrun with its four seeds, and add its row to the\n"
         "leaderboard. docs/speedrun.md has the rules. After any interruption the same command resumes.",
-        "python tools/speedrun.py my.yaml --estimate    its FLOPs; nothing is trained\n"
-        "  python tools/speedrun.py my.yaml --rehearse    the whole path in a minute, nothing is recorded\n"
-        "  python tools/speedrun.py my.yaml --jobs 2\n"
-        "  python tools/speedrun.py --verify my --jobs 2",
+        "python tools/speedrun.py runs/NAME.yaml --estimate    its FLOPs; nothing is trained\n"
+        "  python tools/speedrun.py runs/NAME.yaml --rehearse    the whole path in a few minutes, nothing is recorded\n"
+        "  python tools/speedrun.py runs/NAME.yaml --jobs 2\n"
+        "  python tools/speedrun.py --verify NAME --jobs 2",
     )
     add = parser.add_argument
     add("submission", nargs="?", type=Path, metavar="SUBMISSION.yaml", help="the open keys that it sets")
@@ -68,13 +75,17 @@ def _arguments() -> argparse.Namespace:
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
     add("--author", metavar="NAME", help="of the row (default: git's user.name)")
     add("--verify", metavar="NAME", help="run the row NAME again, on the seeds and questions of verification")
+    add("--word", metavar="WORD", help="of verification, as long as the round has not published it")
+    add("--write-page", action="store_true", help="only write the tables again, from the rows")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--estimate", action="store_true", help="only check the submission and estimate its FLOPs")
     action.add_argument("--rehearse", action="store_true", help="with few tokens, seeds and questions; no row")
     action.add_argument("--status", action="store_true", help="only show the progress of its runs")
     arguments = parser.parse_args()
-    if (arguments.submission is None) == (arguments.verify is None):
-        parser.error("give a submission, or --verify with the name of a row")
+    if sum(map(bool, (arguments.submission, arguments.verify, arguments.write_page))) != 1:
+        parser.error("give a submission, --verify with the name of a row, or --write-page")
+    if arguments.word and not arguments.verify:
+        parser.error("--word goes with --verify")
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")
     if arguments.verify and arguments.rehearse:
@@ -97,7 +108,12 @@ def _show(result) -> None:
             print(f"{split}, {task}: {' '.join(f'{v:.1f}' for v in values)} % above chance")
     cost = result.cost
     print(
-        f"measured: {cost.flops_ratio:.3f} x the FLOPs of lossless dense, {cost.core_hours:.3f} core-hours of training"
+        f"measured: {cost.flops_ratio:.3f} x the FLOPs of lossless dense"
+        + (
+            f", {cost.step_ratio:.2f} x its time, {cost.core_hours:.3f} core-hours of training"
+            if cost.step_ratio
+            else ""
+        )
     )
     if result.score:
         for task in ("understanding", "generation"):

@@ -5,31 +5,42 @@ from collections.abc import Collection
 from pathlib import Path
 
 from megatron_ext.errors import UserError
+from megatron_ext.speedrun.frozen import digest
 
-MAIN = ("refs/heads/main", "refs/remotes/*/main")
+CODE = ("megatron_ext", "tools", "pretrain_unified.py")
 
 
 def known_commit(folder: Path, free: Collection[Path] = ()) -> str:
-    """The commit that is checked out in ``folder``: part of main, and nothing changed but the files ``free``.
+    """The commit that is checked out in ``folder``: part of main, and nothing changed but the files and folders
+    ``free`` and new YAML files in the root or in runs/.
 
     Raises:
         UserError: no repository, a file that was changed or added, or a commit that others do not have.
     """
     root = Path(_git(folder, "rev-parse", "--show-toplevel").strip())
     commit = _git(folder, "rev-parse", "--verify", "HEAD").strip()
-    allowed = {str(Path(file).resolve().relative_to(root)) for file in free if _within(file, root)}
+    free = [Path(path).resolve() for path in free]
     entries = _git(folder, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all").split("\0")
     for entry in filter(None, entries):
-        if entry[3:] not in allowed:
-            state = "is not in the commit" if entry.startswith("??") else "was changed"
-            raise UserError(f"{root / entry[3:]}: {state}; a row is about a commit, so commit or remove it")
-    if not _git(folder, "for-each-ref", "--contains", commit, "--format=%(refname)", *MAIN).strip():
-        raise UserError(f"{root}: commit {commit[:10]} is not part of main, so others cannot run it")
+        file, is_new = root / entry[3:], entry.startswith("??")
+        if any(file.is_relative_to(path) for path in free) or (is_new and _is_submission(file, root)):
+            continue
+        state = "is not in the commit" if is_new else "was changed"
+        raise UserError(f"{file}: {state}; a row is about a commit, so commit or remove it")
+    # A commit on the local main alone is one that others do not have, if there are others.
+    main = "refs/remotes/*/main" if _git(folder, "remote").strip() else "refs/heads/main"
+    if not _git(folder, "for-each-ref", "--contains", commit, "--format=%(refname)", main).strip():
+        raise UserError(f"{root}: commit {commit[:10]} is not part of main ({main}), so others cannot run it")
     return commit
 
 
-def _within(file: Path, root: Path) -> bool:
-    return Path(file).resolve().is_relative_to(root)
+def code(folder: Path, commit: str) -> str:
+    """16 hexadecimal digits that change with every file that a run executes."""
+    return digest(_git(folder, "ls-tree", "--full-tree", commit, "--", *CODE))
+
+
+def _is_submission(file: Path, root: Path) -> bool:
+    return file.suffix == ".yaml" and (file.parent == root or file.is_relative_to(root / "runs"))
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -22,6 +22,8 @@ from megatron_ext.training.metrics import read_metrics
 TRAINED = "trained"
 WARM_UP = 5
 """First steps that are not timed: memory is allocated in them."""
+TIMED = 20
+"""Fewest steps that tell a time."""
 ALLOWANCE = 0.02
 """Part of the cap by which an estimate of FLOPs on few rows may exceed it."""
 
@@ -32,12 +34,14 @@ class Cost:
 
     Attributes:
         flops_ratio: training FLOPs relative to lossless dense on the same rows, over all seeds.
-        core_hours: of the training of all seeds, on the core of ``dense_step_seconds``.
+        step_ratio: seconds of a training step relative to those of lossless dense; None: too few steps were timed.
+        core_hours: of the training of all seeds, on the core of ``dense_step_seconds``; None: likewise.
         wall_seconds, cpu_seconds: of everything that was run here, evaluation included.
     """
 
     flops_ratio: float
-    core_hours: float
+    step_ratio: float | None
+    core_hours: float | None
     wall_seconds: float
     cpu_seconds: float
 
@@ -134,12 +138,9 @@ class Experiment:
     def cost(self) -> Cost:
         """What the complete runs cost."""
         ratios = [read_json(run.folder / "result.json")["flops_ratio"] for run in self.runs]
-        step = _step_seconds(self.runs) / _step_seconds(self.calibration_runs) * self.frozen.dense_step_seconds
-        return Cost(
-            float(np.mean(ratios)),
-            len(self.seeds) * self.iterations * step / 3600,
-            *self._seconds(),
-        )
+        ratio = step_ratio(_timed(self.runs), _timed(self.calibration_runs))
+        dense_hours = len(self.seeds) * self.iterations * self.frozen.dense_step_seconds / 3600
+        return Cost(float(np.mean(ratios)), ratio, ratio and ratio * dense_hours, *self._seconds())
 
     def answers(self) -> list[Path]:
         """The folder of the answers of each seed."""
@@ -172,7 +173,15 @@ class Experiment:
         return read_json(file) if file.is_file() else [0.0, 0.0]
 
 
-def _step_seconds(runs: Sequence[StudyRun]) -> float:
-    """Seconds of a training step: the lower quartile, because whatever else a machine does only adds to a step."""
+def step_ratio(own: Sequence[float], dense: Sequence[float]) -> float | None:
+    """Seconds of a training step relative to those of dense, both as the lower quartile of the steps, because whatever
+    else a machine does only adds to a step. None: one of them has under :data:`TIMED` steps."""
+    if min(len(own), len(dense)) < TIMED:
+        return None
+    return float(np.quantile(own, 0.25) / np.quantile(dense, 0.25))
+
+
+def _timed(runs: Sequence[StudyRun]) -> list[float]:
+    """Seconds of the recorded steps of runs."""
     records = (record for run in runs for record in read_metrics(run.folder / "metrics.jsonl"))
-    return float(np.quantile([r["step_seconds"] for r in records if r["iteration"] > WARM_UP], 0.25))
+    return [record["step_seconds"] for record in records if record["iteration"] > WARM_UP]

@@ -60,15 +60,15 @@ class Frozen:
     """Most lines of a submission."""
     flops_cap: float = 0.6
     """Most training FLOPs, relative to lossless dense on the same rows."""
-    core_hours_cap: float = 2.0
-    """Most core-hours of the training of all seeds together."""
+    step_cap: float = 0.9
+    """Most seconds of a training step, relative to those of lossless dense beside it."""
     calibration_steps: int = 25
     """Steps of each training of dense beside which training is timed."""
     verification_word: str = ""
     """Gives the seeds and questions of verification. Published when a round ends, empty until then."""
     output: str = "runs/speedrun"
-    leaderboard: str = "docs/speedrun.json"
-    """The rows; their table is in the Markdown file of the same name."""
+    leaderboard: str = "docs/speedrun"
+    """Folder of the rows; their tables are in the Markdown file of the same name."""
 
     @property
     def config(self) -> Config:

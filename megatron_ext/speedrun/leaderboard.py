@@ -1,4 +1,11 @@
-"""The rows of the speedrun, and their tables in its page."""
+"""The rows of the speedrun, a file for each, and their tables in its page.
+
+::
+
+    docs/speedrun/round1/NAME.json                 a run
+    docs/speedrun/round1/NAME.verification.json    its verification
+    docs/speedrun.md                               the page
+"""
 
 import fcntl
 import os
@@ -26,9 +33,12 @@ class Row:
         settings: what its file says.
         digest, frozen: of the submission and of what was frozen.
         attempt: number of this author's runs in the round so far, with this one.
-        flops_ratio, core_hours, wall_seconds, cpu_seconds: see :class:`~.experiment.Cost`.
+        is_dense: whether the plan is that of lossless dense, which has no rank.
+        flops_ratio, step_ratio, core_hours, wall_seconds, cpu_seconds: see :class:`~.experiment.Cost`.
         figures: split -> task -> chance-corrected figure of each seed, in per cent.
         understanding, generation: of each seed, relative to dense.
+        commit, code, data: see :class:`~.origin.Origin`.
+        differs: those of code and data that are others than in dense's row.
     """
 
     name: str
@@ -36,57 +46,73 @@ class Row:
     kind: Kind
     round: int
     attempt: int
+    is_dense: bool
     score: float
     understanding: list[float]
     generation: list[float]
     flops_ratio: float
+    step_ratio: float
     core_hours: float
     wall_seconds: float
     cpu_seconds: float
     seeds: list[int]
     figures: dict
     commit: str
+    code: str
+    data: str
+    differs: list[str]
     digest: str
     frozen: str
     settings: dict
 
 
 class Leaderboard:
-    """The rows in a JSON file; the page of the same name gets their tables."""
+    """The rows in a folder; the page of the same name gets their tables."""
 
-    def __init__(self, file: Path):
-        self.file, self.page = Path(file), Path(file).with_suffix(".md")
-        self.rows: list[Row] = []
-        self._read()
+    def __init__(self, folder: Path):
+        self.folder, self.page = Path(folder), Path(folder).with_suffix(".md")
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, by the names of their files.
+
+        Raises:
+            UserError: a file is malformed.
+        """
+        files = sorted(self.folder.glob("round*/*.json"))
+        return [config_file.from_tree(Row, read_json(file), str(file)) for file in files]
 
     def find(self, frozen: Frozen, kind: Kind, digest: str) -> Row | None:
         """The row of a submission in this round."""
         return next((row for row in self._of(frozen, kind) if row.digest == digest), None)
 
     def named(self, frozen: Frozen, name: str) -> Row:
-        """The newest run of this name in this round.
+        """The run of this name in this round.
 
         Raises:
             UserError: there is none.
         """
-        rows = self._of(frozen, "run")
-        if not any(row.name == name for row in rows):
-            known = ", ".join(dict.fromkeys(row.name for row in rows)) or "no rows"
-            raise UserError(f"{self.file}: round {frozen.round} has no row {name!r}; it has {known}")
-        return [row for row in rows if row.name == name][-1]
+        rows = {row.name: row for row in self._of(frozen, "run")}
+        if name not in rows:
+            known = ", ".join(rows) or "no rows"
+            raise UserError(f"{self.folder}: round {frozen.round} has no row {name!r}; it has {known}")
+        return rows[name]
+
+    def has(self, frozen: Frozen, name: str) -> bool:
+        """Whether a run in this round has this name."""
+        return any(row.name == name for row in self._of(frozen, "run"))
 
     def attempts(self, frozen: Frozen, author: str) -> int:
         """The number of an author's runs in this round."""
         return sum(row.author == author for row in self._of(frozen, "run"))
 
     def append(self, row: Row) -> None:
-        """Add a row to both files; other processes may do so, too."""
-        lock = os.open(self.file.parent, os.O_RDONLY)
+        """Write the file of a row, and the page; other processes may do so, too."""
+        kind = "" if row.kind == "run" else f".{row.kind}"
+        write_json(self.folder / f"round{row.round}" / f"{row.name}{kind}.json", asdict(row))
+        lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self._read()
-            self.rows.append(row)
-            write_json(self.file, [asdict(row) for row in self.rows])
             self.write_page()
         finally:
             os.close(lock)
@@ -106,17 +132,24 @@ class Leaderboard:
     def _of(self, frozen: Frozen, kind: Kind) -> list[Row]:
         return [row for row in self.rows if (row.round, row.kind) == (frozen.round, kind)]
 
-    def _read(self) -> None:
-        entries = read_json(self.file) if self.file.is_file() else []
-        self.rows = [config_file.from_tree(Row, entry, f"rows[{i}]") for i, entry in enumerate(entries)]
-
 
 def tables(rows: Sequence[Row]) -> str:
-    """The rows of each round, the newest first, by score; below them the figures of each seed. In Markdown."""
+    """The rows of each round, the newest first; below them the figures of each seed. In Markdown.
+
+    Verified submissions are ranked, by the scores of their verification; below them are the others, by the scores that
+    they claim. Dense has a table of its own.
+    """
     text = ""
     for number in sorted({row.round for row in rows}, reverse=True):
-        of_round = sorted((row for row in rows if row.round == number), key=lambda row: -row.score)
-        lines = [f"### Round {number}", "", *_table(_HEAD, map(_cells, of_round)), ""]
+        of_round = [row for row in rows if row.round == number]
+        verified = {row.digest: row.score for row in of_round if row.kind == "verification"}
+        runs = [row for row in of_round if row.kind == "run"]
+        runs.sort(key=lambda row: (row.digest not in verified, -verified.get(row.digest, row.score)))
+        lines = [f"### Round {number}", ""]
+        contenders, dense = [row for row in runs if not row.is_dense], [row for row in runs if row.is_dense]
+        ranked = [_ranked(rank, row, verified) for rank, row in enumerate(contenders, 1)]
+        lines += [*_table(["rank", *_HEAD], ranked), ""] if contenders else []
+        lines += ["Lossless dense:", "", *_table(_HEAD, (_cells(row, verified) for row in dense)), ""] if dense else []
         lines += ["Above chance, in per cent, of each seed:", ""]
         head = ["submission", *(f"{task}, {new}" for task in TASKS for new in SPLITS.values())]
         lines += [*_table(head, map(_figures, of_round)), ""]
@@ -124,21 +157,30 @@ def tables(rows: Sequence[Row]) -> str:
     return f"{text}\n" if text else "\nNo rows yet.\n\n"
 
 
-_HEAD = ["submission", "score", "U", "G", "FLOPs", "core-hours", "attempt", "author", "commit", "recipe"]
+_HEAD = ["submission", "verified", "claimed", "U", "G", "FLOPs", "step", "core-hours", "attempt", "author", "commit"]
+_HEAD += ["recipe"]
 
 
-def _cells(row: Row) -> list[str]:
-    cells = [_name(row), f"{row.score:.3f}", _each(row.understanding, 2), _each(row.generation, 2)]
-    cells += [f"{row.flops_ratio:.3f}", f"{row.core_hours:.2f}", str(row.attempt), row.author]
-    return [*cells, f"`{row.commit[:10]}`", f"`{row.digest[:8]}`"]
+def _ranked(rank: int, row: Row, verified: dict[str, float]) -> list[str]:
+    return [str(rank) if row.digest in verified else "", *_cells(row, verified)]
+
+
+def _cells(row: Row, verified: dict[str, float]) -> list[str]:
+    cells = [row.name, f"{verified[row.digest]:.3f}" if row.digest in verified else "", f"{row.score:.3f}"]
+    cells += [_each(row.understanding, 2), _each(row.generation, 2)]
+    cells += [f"{row.flops_ratio:.3f}", f"{row.step_ratio:.2f}", f"{row.core_hours:.2f}", str(row.attempt)]
+    commit = ", ".join([f"`{row.commit[:10]}`", *(f"other {what}" for what in row.differs)])
+    return [*cells, _escaped(row.author), commit, f"`{row.digest[:8]}`"]
 
 
 def _figures(row: Row) -> list[str]:
-    return [_name(row), *(_each(row.figures[split][task], 1) for task in TASKS for split in SPLITS)]
+    name = row.name if row.kind == "run" else f"{row.name}, {row.kind}"
+    return [name, *(_each(row.figures[split][task], 1) for task in TASKS for split in SPLITS)]
 
 
-def _name(row: Row) -> str:
-    return row.name if row.kind == "run" else f"{row.name}, {row.kind}"
+def _escaped(text: str) -> str:
+    """Text as a cell of a table that shows it as it is."""
+    return re.sub(r"([\\`*_\[\]<>&|~])", r"\\\1", " ".join(text.split()))
 
 
 def _each(values: Sequence[float], digits: int) -> str:

@@ -14,9 +14,10 @@ from megatron_ext.preprocess.picture_world import prepare
 from megatron_ext.preprocess.recipe import read_recipe
 from megatron_ext.speedrun import commit, questions, submission
 from megatron_ext.speedrun.experiment import ALLOWANCE, Cost, Experiment
-from megatron_ext.speedrun.figures import TASKS, TOGETHER, figures
+from megatron_ext.speedrun.figures import MEAN, TASKS, figures
 from megatron_ext.speedrun.frozen import Frozen, Rehearsal
 from megatron_ext.speedrun.leaderboard import Kind, Leaderboard, Row
+from megatron_ext.speedrun.origin import Origin, origin
 from megatron_ext.speedrun.score import Score, score
 from megatron_ext.speedrun.submission import Submission
 from megatron_ext.study import steps
@@ -57,7 +58,9 @@ class Speedrun:
         self.board = Leaderboard(Path(frozen.leaderboard))
         self._word = frozen.verification_word if mode == "verification" else ""
         if mode == "verification" and not self._word:
-            raise UserError(f"round {frozen.round} has no verification_word; it is verified when it has ended")
+            raise UserError(
+                f"round {frozen.round} has no verification_word yet; until it ends, only who has it verifies"
+            )
 
     @cached_property
     def experiment(self) -> Experiment:
@@ -88,12 +91,15 @@ class Speedrun:
             free: files that may differ from the commit.
 
         Raises:
-            UserError: the tree is not that of a known commit; the recipe has a row; or dense has none.
+            UserError: the tree is not that of a known commit; the recipe or its name has a row; or dense has none.
         """
-        entries = [*free, self.board.file, self.board.page]
-        known = commit.known_commit(steps.ROOT, entries)
+        known = commit.known_commit(steps.ROOT, [*free, self.board.folder, self.board.page])
         if row := self.board.find(self.frozen, self._kind, self.entered.digest):
-            raise UserError(f"{self.board.file}: has this recipe already, as {row.name} with {row.score:.3f}")
+            raise UserError(f"{self.board.folder}: has this recipe already, as {row.name} with {row.score:.3f}")
+        if self.mode == "run" and self.board.has(self.frozen, self.entered.name):
+            raise UserError(
+                f"{self.board.folder}: round {self.frozen.round} has another recipe named {self.entered.name}"
+            )
         if not self._is_reference:
             self._dense()
         file = self.experiment.out / "commit.json"
@@ -104,6 +110,20 @@ class Speedrun:
             )
         write_json(file, known)
         return known
+
+    def origin(self, known: str) -> Origin:
+        """What a row at the commit ``known`` is made with; everything must be prepared.
+
+        Raises:
+            UserError: of a verification: code or data differ from those with which dense was verified.
+        """
+        made = origin(steps.ROOT, known, self.entered.config.data, self._questions)
+        if self.mode == "verification" and (others := self._differs(made)):
+            raise UserError(
+                f"{self.entered.name}: {' and '.join(others)} differ from those of dense's verification at commit "
+                f"{self._dense().commit[:10]}; verify all at the same commit"
+            )
+        return made
 
     def check_estimate(self) -> float:
         """The estimate of FLOPs relative to lossless dense.
@@ -127,20 +147,25 @@ class Speedrun:
         scored = None
         if self.mode != "rehearsal":
             dense = gathered if self._is_reference else self._dense().figures
-            scored = score(gathered[TOGETHER], dense[TOGETHER], self.frozen.level)
+            scored = score(gathered[MEAN], dense[MEAN], self.frozen.level)
         return Result(self.experiment.seeds, gathered, self.experiment.cost(), scored)
 
-    def enter(self, result: Result, known: str, author: str) -> Row:
-        """Append the row of a result to the leaderboard.
+    def enter(self, result: Result, made: Origin, author: str) -> Row:
+        """Add the row of a result to the leaderboard.
 
         Raises:
-            UserError: it exceeds a cap.
+            UserError: it exceeds a cap, or its steps were too few to be timed.
         """
         cost, scored = result.cost, result.score
         self._check_flops(cost.flops_ratio, self.frozen.flops_cap, "")
-        if cost.core_hours > self.frozen.core_hours_cap and not self.entered.is_dense:
+        if cost.step_ratio is None:
             raise UserError(
-                f"{self.entered.name}: {cost.core_hours:.2f} core-hours, the cap is {self.frozen.core_hours_cap}"
+                f"round {self.frozen.round}: 'tokens' and 'calibration_steps' give too few steps to be timed"
+            )
+        if cost.step_ratio > self.frozen.step_cap and not self.entered.is_dense:
+            raise UserError(
+                f"{self.entered.name}: a step takes {cost.step_ratio:.2f} x the time of lossless dense, "
+                f"the cap is {self.frozen.step_cap}"
             )
         row = Row(
             name=self.entered.name,
@@ -148,11 +173,13 @@ class Speedrun:
             kind=self._kind,
             round=self.frozen.round,
             attempt=self.board.attempts(self.frozen, author) + (self.mode == "run"),
+            is_dense=self.entered.is_dense,
             **dataclasses.asdict(scored),
             **dataclasses.asdict(cost),
             seeds=result.seeds,
             figures=result.figures,
-            commit=known,
+            **dataclasses.asdict(made),
+            differs=self._differs(made),
             digest=self.entered.digest,
             frozen=self.frozen.digest,
             settings=self.entered.tree,
@@ -166,6 +193,13 @@ class Speedrun:
                 f"{self.entered.name}: {what}{ratio:.3f} x the FLOPs of lossless dense, "
                 f"the cap is {self.frozen.flops_cap}"
             )
+
+    def _differs(self, made: Origin) -> list[str]:
+        """Which of code and data are others than in dense's row."""
+        if self._is_reference:
+            return []
+        dense = self._dense()
+        return made.differs(dense.code, dense.data)
 
     @property
     def _kind(self) -> Kind:
@@ -197,7 +231,7 @@ class Speedrun:
         row = self.board.find(self.frozen, self._kind, self._reference.digest)
         if row is None:
             raise UserError(
-                f"{self.board.file}: round {self.frozen.round} has no {self._kind} of {self.frozen.reference}, "
+                f"{self.board.folder}: round {self.frozen.round} has no {self._kind} of {self.frozen.reference}, "
                 "which all others are relative to; run it first"
             )
         if row.frozen != self.frozen.digest:

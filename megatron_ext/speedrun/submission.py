@@ -1,6 +1,7 @@
 """A submission: a short YAML file of the keys that are open, its digest and its seeds."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +13,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.routing.flops import lossless_dense
 from megatron_ext.routing.plan import Plan
 from megatron_ext.speedrun.frozen import Frozen, digest
+from megatron_ext.token_classes import Modality, Task
+from megatron_ext.training.config_checks import validate
 
 OPEN = (
     "plan.*",
@@ -38,7 +41,9 @@ class Submission:
         settings: the same as settings of a configuration.
         config: the whole configuration, at full length.
         digest: 16 hexadecimal digits that change with what is trained, not with how the file is written: a key left out
-            and its default are the same, and so are plans with the same roles and weights.
+            and its default are the same, and so are plans with the same roles and weights, weights in the same
+            proportion, and numbers with the same two significant digits. Otherwise practically the same training could
+            be given many seeds.
     """
 
     name: str
@@ -49,10 +54,11 @@ class Submission:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the plan is that of lossless dense, to which the cap on FLOPs does not apply."""
+        """Whether the plan is that of lossless dense, which has no caps and no rank."""
         plan = Plan.from_config(self.config)
         dense = lossless_dense(plan)
-        return (plan.roles, plan.projections) == (dense.roles, dense.projections)
+        is_fixed = plan.drawn_tables is None and plan.dense_share is None
+        return is_fixed and (plan.roles, plan.projections) == (dense.roles, dense.projections)
 
 
 def read(file: Path, frozen: Frozen) -> Submission:
@@ -79,14 +85,21 @@ def of(name: str, tree: dict, frozen: Frozen) -> Submission:
     """
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"the name {name!r} must have letters, digits, _ and - alone")
-    for key in _keys(tree):
-        if not any(key == allowed or key.startswith(allowed.removesuffix("*")) for allowed in OPEN):
+    for key, value in _values(tree):
+        if not any(key == allowed or (allowed[-1] == "*" and key.startswith(allowed[:-1])) for allowed in OPEN):
             raise UserError(f"'{key}' is not open to submissions; open are {', '.join(OPEN)}")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # also refuses NaN
+            raise UserError(f"'{key}' is {value}, must be a number from 0")
     base = frozen.config
     settings = {section: dict(keys) for section, keys in tree.items()}
     weights = settings.get("data", {}).pop("weights", {})
     settings["data"] = {**settings.get("data", {}), "train": _weighted(base.data.train, weights)}
     config = config_file.from_trees(Config, [config_file.to_tree(base), settings])
+    validate(config, 1)
+    if not config.optimizer.lr:
+        raise UserError("'optimizer.lr' is 0, must be positive")
+    if not any(_trained_task_weights(config).values()):
+        raise UserError("'training.task_weights' has no positive weight of a trained task")
     return Submission(name, tree, settings, config, digest(_canonical(config)))
 
 
@@ -101,14 +114,14 @@ def seeds(frozen: Frozen, digest: str, word: str = "") -> list[int]:
     return [int(hashlib.sha256(text.encode()).hexdigest()[:7], 16) for text in texts]
 
 
-def _keys(tree: dict, where: str = "") -> Iterator[str]:
-    """The dotted paths of a tree's values; of a section that is no mapping, its own."""
+def _values(tree: dict, where: str = "") -> Iterator[tuple[str, object]]:
+    """The dotted paths of a tree's values, and these; of a section that is no mapping, its own."""
     for key, value in tree.items():
         path = f"{where}{key}"
         if isinstance(value, dict) and value:
-            yield from _keys(value, f"{path}.")
+            yield from _values(value, f"{path}.")
         else:
-            yield path
+            yield path, value
 
 
 def _weighted(sources: list[SourceConfig], weights: dict) -> list[dict]:
@@ -120,23 +133,46 @@ def _weighted(sources: list[SourceConfig], weights: dict) -> list[dict]:
     return [{**asdict(source), "weight": weights.get(name, source.weight)} for name, source in zip(names, sources)]
 
 
+def _trained_task_weights(config: Config) -> dict[str, float]:
+    """The weights in the loss of the tasks that have documents."""
+    return {
+        source.task: getattr(config.training.task_weights, source.task)
+        for source in sorted(config.data.train, key=lambda source: source.task)
+    }
+
+
 def _canonical(config: Config) -> dict:
-    """What is trained, of all that a submission can change: only keys that have an effect."""
+    """What is trained, of all that a submission can change: only keys that have an effect, to two digits."""
     plan, optimizer = Plan.from_config(config), config.optimizer
-    total = sum(source.weight for source in config.data.train)
     keys = ["lr", "schedule", "warmup_iterations"]
     keys += ["min_lr"] if optimizer.schedule != "constant" else []
     keys += ["wsd_decay_iterations"] if optimizer.schedule == "wsd" else []
-    drawn = {"drawn_tables": asdict(plan.drawn_tables)} if plan.drawn_tables else {}
-    return drawn | {
-        "roles": plan.roles,
-        "projections": plan.projections.identity,
-        **{
-            key: part and asdict(part)
-            for key, part in (("dense_share", plan.dense_share), ("drawn", plan.drawn_tables))
-        },
-        "optimizer": {key: getattr(optimizer, key) for key in keys},
-        "weights": [round(source.weight / total, 9) for source in config.data.train],
-        "caption_dropout": config.data.caption_dropout,
-        "task_weights": asdict(config.training.task_weights),
-    }
+    drawn = asdict(config.plan.drawn_tables) if plan.drawn_tables else {}
+    drawn.pop("seed", None)  # which tables are drawn is luck, not a recipe
+    tasks = _trained_task_weights(config)
+    return _rounded(
+        {
+            "roles": [roles[: len(Task) * len(Modality)] for roles in plan.roles],  # without drawn tables
+            "projections": plan.projections.identity,
+            "dense_share": plan.dense_share and asdict(plan.dense_share),
+            "drawn_tables": drawn,
+            "optimizer": {key: getattr(optimizer, key) for key in keys},
+            "weights": _shares([source.weight for source in config.data.train]),
+            "caption_dropout": config.data.caption_dropout,
+            "task_weights": _shares([*tasks.values()]),
+        }
+    )
+
+
+def _shares(weights: list[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
+
+
+def _rounded(value):
+    """Plain data, with two significant digits of every number."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(entry) for entry in value]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(f"{value:.2g}") if is_number else value
