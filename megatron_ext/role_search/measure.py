@@ -32,9 +32,9 @@ class Losses:
         """For each task ln(loss / loss of ``base``), and its standard error over batches (jackknife)."""
         return {task: _log_ratio(own, base.sums[task], self.tokens[task]) for task, own in self.sums.items()}
 
-    def change(self, base: "Losses") -> float:
-        """The sum of both tasks' log ratios: what a search minimizes."""
-        return sum(change for change, _ in self.log_ratio(base).values())
+    def worse(self, base: "Losses") -> float:
+        """The larger of both tasks' log ratios, by which whole tables are ordered."""
+        return max(change for change, _ in self.log_ratio(base).values())
 
 
 def _log_ratio(sums: list[float], base: list[float], tokens: list[float]) -> tuple[float, float]:
