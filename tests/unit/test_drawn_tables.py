@@ -20,7 +20,7 @@ from megatron_ext.routing.roles import CLASSES, Role
 from megatron_ext.routing.route import Route
 from megatron_ext.token_classes import Modality, Task
 
-EVERYTHING = [RoleChoice("0-2", "all", "all", ["full", "kv_only", "skip"])]
+EVERYTHING = [RoleChoice("all", "all", "all", ["full", "kv_only", "skip"])]
 
 
 def plan(preset: str = "dense_lossless", **settings) -> Plan:

@@ -107,7 +107,8 @@ def test_the_best_tables_are_those_of_brute_force(space, costs):
     expected = [table for table in expected if costs.ratio(table) >= 0.8 - WINDOW]
     found = best_tables(space, costs, changes, 0.8, 60)
     assert [value(t) for t in found] == pytest.approx([value(t) for t in expected], abs=1e-5)
-    assert found[0] == expected[0] and len(set(found)) == len(expected) > 5
+    assert costs.flops(found[0]) == costs.flops(expected[0])
+    assert len(set(found)) == len(expected) > 5
 
 
 def test_costs_are_counted_once_for_the_same_data_and_plan(tmp_path, search, space, costs, monkeypatch):
@@ -138,13 +139,13 @@ def test_the_task_that_is_worse_orders_tables():
         return {"losses": {"understanding loss": understanding, "generation loss": generation}}
 
     base, even, lopsided = losses(2, 1), losses(2.1, 1.1), losses(1.1, 1.2)  # the second has the smaller sum of logs
-    assert score(even, base) == pytest.approx(math.log(1.1)) < score(lopsided, base)
+    assert score(even, base) == pytest.approx(math.log(1.1))
+    assert score(lopsided, base) == pytest.approx(math.log(1.2))
     assert score(losses(math.nan, 1), base) == math.inf
-    of_task = {"understanding": [1.0, 1.0], "generation": [1.0, 1.0]}
-    base = Losses({"understanding": [2, 2], "generation": [1, 1]}, of_task)
-    assert Losses({"understanding": [1, 1], "generation": [1, 1.4]}, of_task).worse(base) == pytest.approx(
-        math.log(1.2)
-    )
+    tokens = {"understanding": [1.0, 1.0], "generation": [1.0, 1.0]}
+    base = Losses({"understanding": [2, 2], "generation": [1, 1]}, tokens)
+    changed = Losses({"understanding": [1, 1], "generation": [1, 1.4]}, tokens)
+    assert changed.worse(base) == pytest.approx(math.log(1.2))
 
 
 def test_a_table_written_as_a_plan_reads_as_the_same_table(search, space, costs):
