@@ -43,7 +43,7 @@ def markdown(numbers: dict) -> str:
         _distances(numbers["distances"]),
         "## Rank correlations",
         "Between consecutive stages, and the range of these figures in each stage. Read the column *all* of the first "
-        "two pairs: later rungs, and each arm alone, have tables that are much alike.",
+        "two pairs: each arm alone, and later rungs, have tables that are few or much alike.",
         _by_arm(numbers["rank_correlations"], "Spearman's", _number),
         _by_arm(numbers["orders"], "range", lambda ends: " to ".join(map(_percent, ends or ()))),
         "## What it took",
