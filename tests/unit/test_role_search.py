@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +11,15 @@ import yaml
 from scipy.stats import spearmanr
 
 from megatron_ext import config_file
+from megatron_ext.analysis.synergy import PRIMARY
 from megatron_ext.config import ModelConfig, PlanConfig, RoleChoice
 from megatron_ext.errors import UserError
-from megatron_ext.role_search import figures, knapsack, settings
+from megatron_ext.role_search import figures, knapsack, measure, settings, training
 from megatron_ext.role_search.costs import Costs
 from megatron_ext.role_search.measure import Losses
-from megatron_ext.role_search.settings import RoleSearch
-from megatron_ext.role_search.space import WINDOW, Space, distance, spread
-from megatron_ext.role_search.stages import best_tables
+from megatron_ext.role_search.settings import RoleSearch, Rung
+from megatron_ext.role_search.space import WINDOW, Space, distance, key, spread
+from megatron_ext.role_search.stages import Search, best_tables
 from megatron_ext.role_search.training import plan_section, score
 from megatron_ext.routing.document_mix import mix_batch
 from megatron_ext.routing.flops import count, forward_flops, lossless_dense
@@ -134,6 +136,44 @@ def test_tables_that_are_spread_are_the_first_that_differ_in_enough_entries(spac
     assert spread(tables[:3], 5, 9) == tables[:3]
 
 
+def test_the_first_rung_trains_the_drawn_model_under_the_candidates_that_measure_best(
+    search, space, costs, monkeypatch
+):
+    """With random losses for a stand-in of the model."""
+    search.cost, search.candidates, search.distance, search.rungs = 0.8, 12, 2, [Rung(3, 100)]
+
+    def losses(table) -> Losses:
+        chance = random.Random(key(table))
+        sums = {task: [chance.uniform(7, 10)] for task in ("understanding", "generation")}
+        return Losses(sums, {task: [1.0] for task in sums})
+
+    of_tables = []
+    folder = search.output + "/drawn"
+    monkeypatch.setattr(Costs, "kept", lambda *_: costs)
+    monkeypatch.setattr(measure, "missing", lambda *_: [])
+    monkeypatch.setattr(measure, "measure", lambda *_: None)
+    monkeypatch.setattr(measure, "measured", lambda _, tables: {name: losses(t) for name, t in tables.items()})
+    monkeypatch.setattr(training, "drawn_model", lambda *_: SimpleNamespace(runs=[SimpleNamespace(folder=folder)]))
+    monkeypatch.setattr(training, "of_tables", lambda *arguments: of_tables.append(arguments))
+    whole = Search.of(search)
+    stages = whole.stages()
+    next(stages), next(stages)
+
+    base = losses(space.own)
+    for change, of_tasks in whole.changes().items():
+        ratios = losses(space.changed(change)).log_ratio(base)
+        assert of_tasks == {task: max(0, ratio) for task, (ratio, _) in ratios.items()}
+    ((_, _, name, tables, tokens, seeds, start),) = of_tables
+    assert (name, tokens, seeds, start) == ("rung1", 100, [1], folder)
+    searched = [table for name, table in tables.items() if name.startswith("searched")]
+    candidates = [table for name, table in whole.tables.items() if name.startswith("searched")]
+    assert len(candidates) == 12 and len(tables) == 6
+    ordered = sorted(candidates, key=lambda table: losses(table).worse(base))
+    assert searched == spread(ordered, 3, 2) != candidates[:3]
+    assert all(distance(*pair) >= 2 for pair in itertools.combinations(searched, 2))
+    assert all(0.77 <= costs.ratio(table) <= 0.8 for table in tables.values())
+
+
 def test_the_task_that_is_worse_orders_tables():
     def losses(understanding: float, generation: float) -> dict:
         return {"losses": {"understanding loss": understanding, "generation loss": generation}}
@@ -178,6 +218,23 @@ def test_rank_correlations_are_those_of_scipy():
     assert figures.rank_correlation(first, second) == pytest.approx(spearmanr(first, second).statistic)
     assert figures.rank_correlation(first[:2], second[:2]) is None
     assert figures.rank_correlation(first, [1.0] * 5) is None
+
+
+def test_six_intervals_are_shown_so_the_smallest_p_is_multiplied_by_six():
+    def results(*log_losses: float) -> dict:
+        losses = [{"understanding loss": math.exp(log), "generation loss": 1 + log**2} for log in log_losses]
+        return {seed: {"flops": 1, "losses": of_seed} for seed, of_seed in enumerate(losses)}
+
+    names = {
+        "unchanged": results(0, 0.01, 0),
+        "searched-1": results(0.9, 0.92, 0.9),
+        "random-1": results(0.8, 0.9, 0.7),
+    }
+    fresh = figures._fresh(SimpleNamespace(results=lambda: names), {"searched": "searched-1", "random": "random-1"})
+    shown = [c[loss]["estimate"] for c in fresh["comparisons"].values() for loss in PRIMARY]
+    assert len(shown) == 6
+    (first, second, *_) = sorted(shown, key=lambda estimate: estimate["p"])
+    assert first["holm"] == pytest.approx(6 * first["p"]) and second["holm"] == pytest.approx(5 * second["p"])
 
 
 @pytest.mark.parametrize(
