@@ -127,8 +127,8 @@ def gain(unified: float, single: float, higher_is_better: bool = True) -> float 
 def compare(results: Results) -> list[Comparison]:
     """The effects of every unified method with a partner_group, by setting, in the order of the rows.
 
-    Points of depth curves are left out: they are for :mod:`~megatron_ext.analysis.depth`. So is a metric where it can be
-    compared with nothing, and in a setting where a figure that is compared has no score (it is not finite, or has no
+    Points of depth curves are left out: they are for :mod:`~megatron_ext.analysis.depth`. So is a metric where it can
+    be compared with nothing, and in a setting where a figure that is compared has no score (it is not finite, or has no
     logarithm); ``missing`` says which, and names tasks without any reference run.
 
     Raises:
@@ -247,7 +247,7 @@ def _average(of_metrics: list[Values]) -> Values:
 
 
 def _row_without_score(pairs: Iterable[_Pairs], name: str, metric: Metric) -> Row | None:
-    """A row in a comparison whose figure has no score; None if all have. To leave out its seed alone would be biased."""
+    """A row in a comparison whose figure has no score; None if all have. To leave out its seed alone would bias."""
     rows = [row for of in pairs for by_seed in (of.unified, of.single[metric.task]) for row in by_seed.values()]
     unknown = (row for row in rows if _figure(row, name) is not None and metric.score(_figure(row, name)) is None)
     return next(unknown, None)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from megatron_ext.analysis import tables
+from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 from megatron_ext.study import grid, state, steps
 from megatron_ext.study.grid import StudyRun
@@ -47,12 +48,13 @@ def trials(study: Study) -> list[StudyRun]:
     """The trials: for each size and method one per rate; none where the study has no ``learning_rates``.
 
     Raises:
-        UserError: the configuration of a run is refused; the run is named.
+        UserError: the configuration of a run is refused, or has no validation data to choose a rate by; the run is
+            named.
     """
     search = study.learning_rates
     if search is None:
         return []
-    return [
+    runs = [
         grid.build(
             study,
             f"learning_rates/{size.name}.{method.name}.lr{rate:g}.seed{search.seed}",
@@ -68,6 +70,13 @@ def trials(study: Study) -> list[StudyRun]:
         if method.searches_rate
         for rate in search.values
     ]
+    for run in runs:
+        if not {source.task for source in run.config.data.validation} & {*run.tasks, "interleaved"}:
+            raise UserError(
+                f"run {run.name}: 'learning_rates' compares validation losses, and 'data.validation' has no "
+                f"{' or '.join(run.tasks)} data"
+            )
+    return runs
 
 
 def searches(study: Study, trials: Sequence[StudyRun]) -> list[Search]:

@@ -1,6 +1,7 @@
 """A study's runs, their lengths, states and locks; the Slurm array; the report."""
 
 import dataclasses
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import yaml
 
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation import gqa, scene_check
 from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
+from megatron_ext.study import claims as claim_checks
 from megatron_ext.study import (
     collect,
     execution,
@@ -150,10 +153,16 @@ def test_the_data_are_measured_once(study, monkeypatch):
     assert [run.iterations for run in grid.runs(study())] == [run.iterations for run in before]
 
 
-def claims(metric: str, method: str, **term) -> list[dict]:
-    """A hypothesis with one claim about one model."""
-    terms = [{"method": method, "trained_on": "unified", **term}]
-    return [{"name": "H", "statement": "", "claims": [{"metric": metric, "above": 0, "terms": terms}]}]
+ASKED = {"evaluation": {"vq": "x", "benchmarks": [{"name": "gqa", "data": "x"}]}}
+SHARE_ALL = {"method": "share-all", "trained_on": "unified"}
+TOTAL = {"budgets": ["steps", "total"], "sizes": [{"name": "a", "settings": {}, "budgets": ["steps"]}]}
+
+
+def claims(metric: str, method: str, requires: str | None = None, **others) -> list[dict]:
+    """A hypothesis with one claim about one model; ``others`` are keys of the claim or of its term."""
+    of_claim = {key: others.pop(key) for key in ("below", "budget") if key in others}
+    claim = {"metric": metric, "above": 0, "terms": [{"method": method, "trained_on": "unified", **others}]} | of_claim
+    return [{"name": "H", "statement": "", "claims": [claim], "requires": requires}]
 
 
 @pytest.mark.parametrize(
@@ -167,9 +176,21 @@ def claims(metric: str, method: str, **term) -> list[dict]:
         ({"sizes": [{"name": "a", "settings": {}, "budgets": ["flops"]}]}, "'flops', which is not among the study's"),
         ({"sizes": [{"name": "a", "settings": {}, "budgets": []}]}, r"'sizes\[0\].budgets' is \[\]; give at least"),
         ({"sizes": [{"name": "a/b", "settings": {}}]}, r"'sizes\[0\].name' is 'a/b'; it names a folder"),
-        ({"gate": {"GQA": 60}}, "'gate' names 'GQA'; the study's losses and benchmarks are understanding loss, gen"),
+        ({"gate": {"GQA": 60}}, "'gate' names 'GQA'; there are understanding loss, generation loss, and what begins"),
         ({"learning_rates": {"values": [1e-3], "seed": 1}}, "'learning_rates.seed' is 1, a seed of the study"),
         ({"hypotheses": claims("loss", "dense")}, r"'hypotheses\[0\].claims\[0\].metric' names 'loss'"),
+        ({"hypotheses": claims("Generation loss", "dense")}, "metric' names 'Generation loss'; there are und"),
+        (ASKED | {"hypotheses": claims("GQA chance corrected", "dense")}, "names .*; there are .* GQA, chance-corr"),
+        (
+            {"hypotheses": claims("generation loss", "dense", trained_on="understanding")},
+            "und.*, and has no gen.* loss",
+        ),
+        ({"hypotheses": claims("generation loss", "dense", below=-1)}, "is above 0 and below -1, which nothing is"),
+        (TOTAL | {"hypotheses": claims("generation loss", "dense", budget="total")}, "no size .* budget 'total'"),
+        (
+            {"hypotheses": [*claims("generation loss", "dense", requires="H")]},
+            r"'hypotheses\[0\].requires' is 'H', must",
+        ),
         ({"hypotheses": claims("generation loss", "dens")}, "no method trained on unified is labelled 'dens'"),
         ({"hypotheses": claims("generation loss", "dense", evaluated_as="x")}, "evaluated_as' is 'x', not in its 'ev"),
     ],
@@ -178,6 +199,18 @@ def test_a_mistake_in_a_study_file_is_named(study, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as refusal:
         study(**changes)
     assert str(refusal.value).startswith(f"{tmp_path / 'study.yaml'}: ")
+
+
+def test_figures_corrected_for_chance_are_named_as_their_benchmarks_name_them():
+    assert claim_checks.CHANCE_CORRECTED == {"gqa": gqa.CORRECTED, "mjhq": scene_check.CORRECTED}
+
+
+def test_a_search_for_rates_without_validation_data_is_refused(study):
+    example = study(settings={"data": {"validation": []}}, learning_rates={"values": [0.1], "seed": 9})
+    with pytest.raises(
+        UserError, match="run tiny.dense-u.lr0.1.seed9: 'learning_rates' compares validation losses, and"
+    ):
+        learning_rates.trials(example)
 
 
 def test_a_configuration_that_cannot_run_is_refused_before_any_run(study):
@@ -371,10 +404,12 @@ def test_a_running_program_keeps_the_lock_of_a_killed_study(study):
 def test_the_report_names_unfinished_runs_and_its_uncertainty(study):
     claim = {"metric": "understanding loss", "terms": [{"method": "dense", "trained_on": "unified"}], "below": 0}
     hypotheses = [{"name": "H", "statement": "dense learns", "claims": [claim]}]
+    hypotheses.append({"name": "I", "statement": "all", "claims": [claim | {"terms": [SHARE_ALL]}], "requires": "H"})
     example = study(seeds=[1, 2], hypotheses=hypotheses, gate={"understanding loss": 3})
     runs = grid.runs(example)
     for run in runs[:-2]:
-        finish(run, loss=2.0 + 0.1 * run.seed * len(run.tasks))
+        diverged = (run.method.name, run.seed) == ("hmgen-g", 2)
+        finish(run, loss=math.nan if diverged else 2.0 + 0.1 * run.seed * len(run.tasks))
         outcome.write(run, example.evaluation)
     write_json(runs[-1].folder / "failed.json", {"step": "training", "returncode": 1, "error": "no room"})
     numbers = report.write(example, runs)
@@ -392,6 +427,8 @@ def test_the_report_names_unfinished_runs_and_its_uncertainty(study):
     assert (effect["synergy"]["low"], effect["synergy"]["high"]) == pytest.approx(bounds, rel=1e-4)
     assert f"{synergy.mean():+.1f} [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" in text
     assert numbers["gates"][0]["verdict"] == numbers["hypotheses"][0]["verdict"] == "uninformative"
+    assert "incomplete (without seed 1, 2) |" in text and {o["verdict"] for o in numbers["tests"]} == {"incomplete"}
+    assert "- Not finite, so missing: generation loss of tiny.hmgen-g.tokens.seed2 (tokens)." in text
     assert numbers["hypotheses"][0]["claims"][0]["estimate"]["mean"] == pytest.approx(-100 * np.log(2.3), abs=0.2)
     assert status.failed(example, runs) == [runs[-1].name]
     assert (Path(example.output) / "figures" / "synergy-tokens-tiny.svg").is_file()
