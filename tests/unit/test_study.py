@@ -1,6 +1,7 @@
 """A study's runs, their lengths, states and locks; the Slurm array; the report."""
 
 import dataclasses
+import json
 import math
 import os
 import subprocess
@@ -14,6 +15,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.evaluation import gqa, scene_check
 from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
+from megatron_ext.run_config import BadStepConfig
 from megatron_ext.study import claims as claim_checks
 from megatron_ext.study import (
     collect,
@@ -22,12 +24,14 @@ from megatron_ext.study import (
     learning_rates,
     outcome,
     report,
+    scheduler,
     slurm,
     state,
     status,
     steps,
     study_file,
 )
+from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.metrics import MetricsFile
 from support.data_sets import write_pairs, write_texts
 from support.vocabularies import make_vocabulary
@@ -289,6 +293,41 @@ def test_each_method_is_trained_at_the_rate_with_the_lowest_mean_log_loss_of_its
     assert f"**{np.log(2.0):.4f}**" in next(row for row in rows.splitlines() if " dense |" in row)
 
 
+def test_a_diverged_trial_is_no_candidate_and_is_not_repeated(study):
+    example = study(learning_rates={"values": [0.1, 0.2], "seed": 9})
+    example.methods = [method for method in example.methods if method.name in ("dense", "share-all")]
+    trials = execution.plan(example).trials
+    bad_steps = BadSteps(BadStepConfig(max_consecutive=0))
+    bad_steps.judge(math.inf, 1.0)
+    with pytest.raises(UserError) as error:
+        bad_steps.enforce_limits(1)
+    for trial in trials:
+        if trial.name == "tiny.dense.lr0.1.seed9":
+            finish(trial)
+            outcome.write(trial, example.evaluation)
+        else:
+            state.begin(trial)
+            failure = {"step": "training", "returncode": 2, "error": f"pretrain_unified.py: {error.value}"}
+            write_json(trial.folder / "failed.json", failure)
+    plan = execution.plan(example)
+    assert "tiny.dense.tokens.seed1" not in plan.waiting and plan.without_rate == {"tiny.share-all.tokens.seed1"}
+    assert status.unfinished(example, trials) == [] == status.failed(example, trials)
+    assert status.table(example, trials)[1] == "1 finished, 3 diverged"
+    found = learning_rates.searches(example, plan.trials)
+    learning_rates.write(example, found)
+    kept = json.loads((Path(example.output) / "learning_rates.json").read_text())["searches"]
+    shared = next(entry for entry in kept if entry["method"] == "share-all")
+    assert shared["best"] is None and shared["mean_log_losses"] == {"0.1": None, "0.2": None}
+    _, text, rows = learning_rates.section(example)
+    assert text.endswith("Training diverged with every rate, so that there are no runs: share-all (tiny).")
+    assert next(row for row in rows.splitlines() if " dense |" in row).split()[-2] == "diverged"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "execute", lambda runs, *_: started.extend(run.name for run in runs))
+        started: list[str] = []
+        execution.execute(example, ["tiny.dense.tokens.seed1", "tiny.share-all.tokens.seed1"])
+    assert started == ["tiny.dense.lr0.1.seed9", "tiny.dense.tokens.seed1"]
+
+
 def lr_of(run) -> float:
     return run.config.optimizer.lr
 
@@ -461,7 +500,7 @@ def test_a_benchmark_is_asked_again_only_under_roles_that_differ_for_its_documen
     assert steps.scores(run, evaluation, "skip_from_0") == {"F1": 1.0, "FID": 3.0}
 
 
-def test_evaluations_are_separate_and_incomplete_while_answers_are_missing(study, tmp_path):
+def test_evaluations_are_separate_and_incomplete_while_answers_are_missing(study, tmp_path, monkeypatch):
     write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=3, size=16))
     shares = {f"share-{share}": [f"plan.himix_start={layer}"] for layer, share in enumerate((0.5, 0.25))}
     pope = study_file.StudyBenchmark("pope", str(tmp_path / "benchmarks" / "pope"))
@@ -479,6 +518,9 @@ def test_evaluations_are_separate_and_incomplete_while_answers_are_missing(study
         else:
             evaluations[0].finish()
         assert [step.is_done() for step in evaluations] == [not missing] + [False] * (len(evaluations) - 1)
+    monkeypatch.setattr(steps, "ROOT", tmp_path / "another checkout")
+    moved = list(steps.steps(run, evaluation))[1]
+    assert moved.command != evaluations[0].command and moved.is_done()
 
 
 def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_path, monkeypatch):
