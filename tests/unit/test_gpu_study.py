@@ -1,7 +1,6 @@
-"""benchmarks/gpu_study.sh: programs in forked processes, whole seeds first, data that travels in one file."""
+"""benchmarks/gpu_study.sh: whole seeds first, data that travels in one file."""
 
 import argparse
-import fcntl
 import importlib.util
 import json
 import os
@@ -19,53 +18,6 @@ from megatron_ext.study import forked, scheduler, study_file
 from support.programs import ROOT
 
 FOLDER = ROOT / "benchmarks" / "gpu_study"
-
-
-def wait(program: forked.ForkedProgram, seconds: float = 60) -> int:
-    deadline = time.monotonic() + seconds
-    while (code := program.poll()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return code
-
-
-@pytest.fixture
-def start(tmp_path):
-    """A function that starts a program with this source, arguments and lock; its output goes to ``start.log``."""
-
-    def start_script(source: str, *arguments: str, lock: int | None = None) -> forked.ForkedProgram:
-        script = tmp_path / "script.py"
-        script.write_text(source)
-        environment = {"PATH": os.environ["PATH"], "CHOSEN": "1"}
-        return forked.start_program([sys.executable, str(script), *arguments], start_script.log, environment, lock)
-
-    start_script.log = tmp_path / "log.txt"
-    return start_script
-
-
-def test_a_forked_program_has_its_arguments_environment_and_exit_code_and_everything_imported(start):
-    source = "import os, sys; print(__name__, sys.argv[1:], os.environ['CHOSEN'], 'HOME' in os.environ, flush=True);"
-    program = start(source + "print('megatron.core' in sys.modules, flush=True); sys.exit(3)", "--seed", "1")
-    assert wait(program) == 3
-    assert start.log.read_text() == "__main__ ['--seed', '1'] 1 False\nTrue\n"
-
-
-def test_a_forked_program_keeps_its_lock_and_gets_signals(start, tmp_path):
-    source = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
-    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    program = start(source + "print('ready', flush=True); time.sleep(60)", lock=lock)
-    os.close(lock)
-    again = os.open(tmp_path / "lock", os.O_RDWR)
-    while not (start.log.exists() and start.log.read_text()):
-        assert program.poll() is None
-        time.sleep(0.02)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    program.send_signal(signal.SIGTERM)
-    assert wait(program) == 5
-    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(again)
 
 
 def study() -> study_file.Study:
