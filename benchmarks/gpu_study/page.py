@@ -52,7 +52,7 @@ below, starts, evaluation and the last runs add 80 to 140 s. If all goes slower,
 The estimate assumes that kernels of different processes run side by side, or at least that switching between processes
 costs little. CUDA alone gives processes the GPU in turns. So `gpu_study.sh` starts NVIDIA's Multi-Process Service (MPS)
 where it is installed and the GPU can be reached through it, which runs them side by side. And the first 20 s are a
-trial: 1, 4 and three less programs than the machine has cores count steps of a stand-in of the same kernels, and the
+trial: one program, four, and three fewer than the machine has cores count steps of a stand-in with as many kernels. The
 least number that comes within 5 % of the most steps a second is how many runs there are at once (`--jobs` sets it).
 """
 

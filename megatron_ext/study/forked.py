@@ -15,7 +15,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing import forkserver, process
+from multiprocessing import forkserver, process, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
@@ -118,6 +118,7 @@ def multiprocessing_context(
     own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # torch.cuda.is_available() at import would otherwise start CUDA in the server, and break it in forked processes.
     own["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    resource_tracker.ensure_running()  # which would be started with the server, and unblock signals
     with _environment(own):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
         try:

@@ -136,6 +136,7 @@ def test_transformer_engine_is_hidden_before_the_server_imports_anything_else(st
     (engine / "__init__.py").write_text("raise RuntimeError('built for another machine')")
     (tmp_path / "stand_in.py").write_text("try:\n  import transformer_engine\nexcept ImportError: has = False")
     monkeypatch.setenv(WITHOUT, "1")
+    monkeypatch.chdir(tmp_path)  # where the server does not find the package by itself
     monkeypatch.setattr(forked, "PRELOADED", (FIRST, "stand_in"))
     assert wait(start("import sys; print(sys.modules['stand_in'].has)")) == 0
     assert start.log.read_text() == "False\n"

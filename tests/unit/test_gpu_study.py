@@ -172,6 +172,7 @@ def test_kernels_run_side_by_side_where_the_service_works_and_nothing_fails_with
 
 def test_a_trial_counts_steps_of_all_programs_and_a_number_that_fails_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr(sharing, "TRIAL_SECONDS", 0.3)
+    monkeypatch.setattr(sharing, "READY_SECONDS", 60)
     rates = sharing.trial([1, 2], forked.start_program, tmp_path / "trial")
     assert sorted(rates) == [1, 2] and min(rates.values()) > 0
     monkeypatch.setattr(sharing, "LOAD", tmp_path / "missing.py")
