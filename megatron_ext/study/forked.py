@@ -45,15 +45,14 @@ class ForkedProgram:
         command: the interpreter, the path of a script, its arguments.
         log: where its output is appended.
         environment: the whole of its environment.
-        lock: a file descriptor that it inherits; None: none.
+        lock: a file descriptor that it inherits.
 
     Raises:
         EOFError, OSError: the server ends while it imports.
     """
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str], lock: int | None = None):
-        inherited = None if lock is None else _Descriptor(lock)
-        arguments = (command[1:], log, environment, inherited)
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str], lock: int):
+        arguments = (command[1:], log, environment, _Descriptor(lock))
         context = multiprocessing_context(PRELOADED, environment)
         self._process, self._log, self._is_lost = context.Process(target=run_program, args=arguments), log, False
         self._process.start()
@@ -78,7 +77,7 @@ class ForkedProgram:
 
 
 def start_program(
-    command: list[str], log: Path, environment: dict[str, str], lock: int | None = None
+    command: list[str], log: Path, environment: dict[str, str], lock: int
 ) -> ForkedProgram | subprocess.Popen:
     """Start a program as :func:`.scheduler.start_program` does: forked, unless it needs a launcher (``-m``) or the
     server cannot import what it should."""
