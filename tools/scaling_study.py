@@ -56,6 +56,9 @@ def main() -> None:
     left = status.failed(study, needed)
     if left and not arguments.report:
         raise UserError(f"{len(left)} of {len(needed)} runs failed: {', '.join(left)}")
+    left = [run.name for run in needed if run.name in plan.without_rate]
+    if left and not arguments.report:
+        raise UserError(f"training diverged at each of 'learning_rates.values'; without a rate: {', '.join(left)}")
 
 
 def _slurm(study, arguments, left) -> None:

@@ -23,9 +23,9 @@ class Outcome:
         p, p_equivalent: of the t test and of the equivalence test, each adjusted over its family: the methods and
             primary outcomes of the same quantity and setting, where methods with the same partner run count once. None
             for one seed.
-        verdict: equivalent (to no difference), better, worse, undecided or uninformative. Of synergy: the unified run
-            against its partner run; of unified cost: the method against dense; of partner advantage: its partner run
-            against dense's; of synergy loss: its synergy against dense's.
+        verdict: equivalent (to no difference), better, worse, undecided, uninformative or incomplete. Of synergy: the
+            unified run against its partner run; of unified cost: the method against dense; of partner advantage: its
+            partner run against dense's; of synergy loss: its synergy against dense's.
     """
 
     method: str
@@ -41,11 +41,16 @@ class Outcome:
     verdict: str
 
 
-def outcomes(comparisons: Sequence[Comparison], uninformative: Collection[str | None] = ()) -> list[Outcome]:
+def outcomes(
+    comparisons: Sequence[Comparison],
+    uninformative: Collection[str | None] = (),
+    incomplete: Collection[tuple[str | None, str | None]] = (),
+) -> list[Outcome]:
     """The tests of the primary outcomes, setting by setting.
 
     Args:
         uninformative: sizes at which nothing is decided, because dense did not learn the tasks.
+        incomplete: sizes and budgets at which runs are missing, so that neither values nor families of tests are whole.
     """
     by_setting: Mapping[tuple, list[Comparison]] = defaultdict(list)
     for c in comparisons:
@@ -54,7 +59,8 @@ def outcomes(comparisons: Sequence[Comparison], uninformative: Collection[str | 
     for of_setting in by_setting.values():
         for quantity in QUANTITIES:
             tested += _family(quantity, of_setting)
-    return [replace(o, verdict="uninformative") if o.size in uninformative else o for o in tested]
+    tested = [replace(o, verdict="uninformative") if o.size in uninformative else o for o in tested]
+    return [replace(o, verdict="incomplete") if (o.size, o.budget) in incomplete else o for o in tested]
 
 
 def _family(quantity: str, comparisons: Sequence[Comparison]) -> list[Outcome]:

@@ -42,9 +42,9 @@ class Metric:
     def score(self, figure: float | None) -> float | None:
         """A figure on the scale of comparisons, on which higher is better: log points (100 ln) or points.
 
-        None for a missing figure, and for one without a logarithm.
+        None for a missing figure, for one that is not finite, and for one without a logarithm.
         """
-        if figure is None or (self.scale == "log" and figure <= 0):
+        if figure is None or not math.isfinite(figure) or (self.scale == "log" and figure <= 0):
             return None
         score = 100 * math.log(figure) if self.scale == "log" else float(figure)
         return score if self.higher_is_better else -score

@@ -139,20 +139,30 @@ class _WithObjects:
             for number, (source, document, _) in enumerate(documents):
                 if self.documents[source] is not None:
                     own = batch.document[row] == number
-                    self._write(objects, batch, row, own, self.documents[source][document])
+                    write(objects, batch, row, own, self.documents[source][document], self.answer_end)
         return batch, objects
 
-    def _write(self, objects: ObjectTokens, batch: Batch, row: int, own: np.ndarray, document: DocumentObjects) -> None:
-        """Write one document's objects at its tokens, bool [s]."""
-        image = own & (batch.modality[row] == Modality.IMAGE)
-        objects.shows[row, image] = document.shows
-        if document.asked:
-            ends = own & (batch.tokens[row] == self.answer_end)
-            turn = (ends.cumsum() - ends)[own]
-            objects.about[row, own] = np.array([*document.asked, 0])[np.minimum(turn, len(document.asked))]
-        else:
-            predicts = np.roll(image, -1) & own
-            objects.about[row, predicts] = objects.shows[row, np.roll(predicts, 1)]
+
+def write(
+    objects: ObjectTokens, batch: Batch, row: int, own: np.ndarray, document: DocumentObjects, answer_end: int
+) -> None:
+    """Write the objects of a document at its tokens.
+
+    Args:
+        objects, batch: of NumPy arrays.
+        own: bool [s], the document's tokens in the row.
+        answer_end: id of the token that ends an answer, and in some chat templates also the user's turn.
+    """
+    image = own & (batch.modality[row] == Modality.IMAGE)
+    objects.shows[row, image] = document.shows
+    if document.asked:
+        is_target = np.roll(batch.loss_mask[row] > 0, 1) & (batch.positions[row] > 0)
+        ends = own & is_target & (batch.tokens[row] == answer_end)
+        turn = (ends.cumsum() - ends)[own]
+        objects.about[row, own] = np.array([*document.asked, 0])[np.minimum(turn, len(document.asked))]
+    else:
+        predicts = np.roll(image, -1) & own
+        objects.about[row, predicts] = objects.shows[row, np.roll(predicts, 1)]
 
 
 def object_batches(

@@ -113,12 +113,12 @@ def sign_flip(values: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p values, in the order given; a missing one stays missing and does not count."""
+    """Holm's adjusted p values, in the order given. A missing one stays missing, but counts: its test was planned."""
     order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for rank, (p, place) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
         adjusted[place] = largest
     return adjusted
 

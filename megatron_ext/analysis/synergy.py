@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from megatron_ext.analysis import depth
 from megatron_ext.analysis.results import Metric, Results, Row
 from megatron_ext.analysis.statistics import Estimate, t_interval
 from megatron_ext.errors import UserError
@@ -126,22 +127,31 @@ def gain(unified: float, single: float, higher_is_better: bool = True) -> float 
 def compare(results: Results) -> list[Comparison]:
     """The effects of every unified method with a partner_group, by setting, in the order of the rows.
 
-    A metric is left out where it can be compared with nothing, and in a setting where any of its figures has no
-    logarithm; ``missing`` says which, and names tasks without any reference run.
+    Points of depth curves are left out: they are for :mod:`~megatron_ext.analysis.depth`. So is a metric where it can
+    be compared with nothing, and in a setting where a figure that is compared has no score (it is not finite, or has no
+    logarithm); ``missing`` says which, and names tasks without any reference run.
 
     Raises:
         UserError: two rows have the same method, setting and seed, or could be the same reference run.
     """
     by_setting: Mapping[tuple, list[Row]] = defaultdict(list)
     for row in results.rows:
-        by_setting[row.setting].append(row)
+        if not depth.is_intervention(row):
+            by_setting[row.setting].append(row)
     comparisons = []
     for setting, rows in by_setting.items():
         methods = dict.fromkeys(row.method for row in rows if row.task == "unified" and row.partner_groups)
         pairs = {method: _Pairs(method, rows) for method in methods}
         dense = pairs.get(REFERENCE)
-        excluded = [name for name, metric in results.metrics.items() if _lacks_a_logarithm(rows, name, metric)]
-        notes = [f"{name}: left out, a figure of 0 or less has no logarithm" for name in excluded]
+        excluded = {
+            name: row
+            for name, metric in results.metrics.items()
+            if (row := _row_without_score(pairs.values(), name, metric))
+        }
+        notes = [
+            f"{name}: left out, {_figure(row, name):g} of {row.method} ({row.task}) has no logarithm or is not finite"
+            for name, row in excluded.items()
+        ]
         for method, of_method in pairs.items():
             compared = {name: metric for name, metric in results.metrics.items() if name not in excluded}
             effects = [_effect(name, metric, of_method, dense) for name, metric in compared.items()]
@@ -236,9 +246,11 @@ def _average(of_metrics: list[Values]) -> Values:
     return {seed: sum(values[seed] for values in known) / len(known) for seed in seeds}
 
 
-def _lacks_a_logarithm(rows: list[Row], name: str, metric: Metric) -> bool:
-    """Whether a model's score is unknown although its figure is known: leaving out that seed alone would be biased."""
-    return any(_figure(row, name) is not None and metric.score(_figure(row, name)) is None for row in rows)
+def _row_without_score(pairs: Iterable[_Pairs], name: str, metric: Metric) -> Row | None:
+    """A row in a comparison whose figure has no score; None if all have. To leave out its seed alone would bias."""
+    rows = [row for of in pairs for by_seed in (of.unified, of.single[metric.task]) for row in by_seed.values()]
+    unknown = (row for row in rows if _figure(row, name) is not None and metric.score(_figure(row, name)) is None)
+    return next(unknown, None)
 
 
 def _by_seed(rows: list[Row], description: str) -> Mapping[int | None, Row]:

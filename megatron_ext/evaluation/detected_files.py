@@ -9,7 +9,7 @@ from megatron_ext import files as json_files
 from megatron_ext.command_line import progress
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.fid import read_picture
-from megatron_ext.picture_world import attributes, detection, mosaic, mosaic_detection, render, world
+from megatron_ext.picture_world import attributes, detected, detection, mosaic, mosaic_detection, render, world
 from megatron_ext.picture_world.detected import DetectedObject, DetectedScene
 from megatron_ext.picture_world.detection import detect
 
@@ -59,7 +59,7 @@ def _read(saved: Path) -> dict[str, DetectedScene]:
     if not saved.is_file() or (record := json_files.read_json(saved))["detector"] != _detector():
         return {}
     return {
-        digest: DetectedScene(scene["background"], tuple(DetectedObject(**o) for o in scene["objects"]))
+        digest: DetectedScene(**(scene | {"objects": tuple(DetectedObject(**o) for o in scene["objects"])}))
         for digest, scene in record["pictures"].items()
     }
 
@@ -68,6 +68,6 @@ def _detector() -> str:
     """Changes with the code that detects."""
     code = [
         Path(module.__file__).read_bytes()
-        for module in (attributes, world, render, mosaic, mosaic_detection, detection)
+        for module in (attributes, world, render, mosaic, mosaic_detection, detected, detection)
     ]
     return hashlib.sha256(b"".join(code)).hexdigest()

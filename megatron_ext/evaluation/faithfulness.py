@@ -13,8 +13,12 @@ from megatron_ext.picture_world.check import KINDS, compare
 from megatron_ext.picture_world.detected import DetectedScene
 from megatron_ext.picture_world.facts import CaptionFacts
 
-ALL, WHOLE, NAMED = "all facts", "whole pictures", "seen objects that are named"
-ROWS = (ALL, WHOLE, *KINDS, NAMED)
+ALL, STRICT, WHOLE = "all facts", "all facts, and nothing else", "whole pictures"
+NAMED = "seen objects that are named"
+ROWS = (ALL, STRICT, WHOLE, *KINDS, NAMED)
+UNNAMED = 3
+"""Wrong facts in :data:`STRICT` for an object that the caption does not name: as many as one that it names has (object,
+color, count). With fewer it would pay to draw two objects where one is in doubt."""
 SHUFFLES = 8
 """Other prompts that each picture is checked against, at most."""
 RESAMPLES = 1000
@@ -95,8 +99,9 @@ def _picture_counts(seen: DetectedScene | None, facts: CaptionFacts) -> list[tup
     verdict = compare(seen or DetectedScene("", ()), facts)
     kinds = [verdict.facts[kind] for kind in KINDS]
     all_facts = (sum(right for right, _ in kinds), sum(total for _, total in kinds))
-    objects = len(seen.objects) if seen else 0
-    return [all_facts, (int(verdict.all_right), 1), *kinds, (objects - verdict.extra, objects)]
+    strict = (all_facts[0], all_facts[1] + UNNAMED * verdict.extra)
+    objects = len(seen.objects) + seen.unknown if seen else 0
+    return [all_facts, strict, (int(verdict.all_right), 1), *kinds, (objects - verdict.extra, objects)]
 
 
 def shares(totals: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ class Accuracy:
     Attributes:
         right: share of right answers.
         questions: their number.
-        chance: accuracy without looking.
+        chance: accuracy of the best constant answer; knowing what each question asks for may do better.
         low, high: 95 % Wilson interval of ``right``.
     """
 

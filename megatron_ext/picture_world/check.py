@@ -33,7 +33,7 @@ class Verdict:
 
     Attributes:
         checked: the caption's facts, in the order of :data:`KINDS`.
-        extra: detected objects that the caption does not name.
+        extra: detected objects that the caption does not name, and what is no object at all.
     """
 
     checked: tuple[CheckedFact, ...]
@@ -94,7 +94,7 @@ def compare(seen: DetectedScene, facts: CaptionFacts) -> Verdict:
         checked.append(CheckedFact("relation", words, _related(seen, pair, word, other)))
     if facts.background:
         checked.append(CheckedFact("background", f"{facts.background} background", seen.background == facts.background))
-    return Verdict(tuple(checked), (pairs - caption_pairs).total())
+    return Verdict(tuple(checked), (pairs - caption_pairs).total() + seen.unknown)
 
 
 def summary(verdicts: Iterable[Verdict]) -> dict:

@@ -14,7 +14,14 @@ class DetectedObject(PlacedObject):
 
 @dataclass(frozen=True)
 class DetectedScene:
-    """The detected background color and objects, row by row."""
+    """What a picture shows.
+
+    Attributes:
+        background: its color; empty if none is.
+        objects: those detected, row by row.
+        unknown: number of other things that are no objects; detected in the compositional world alone.
+    """
 
     background: str
     objects: tuple[DetectedObject, ...]
+    unknown: int = 0

@@ -12,7 +12,10 @@ from megatron_ext.picture_world.world import GRID, RADIUS
 NEAREST, UNEVEN = 24.0, 12.0
 """Most distance of a tile from its color, and most standard deviation inside its edges, both of 0 .. 255."""
 LEAST_RIGHT = TILES * TILES - 1
-"""Of the nine tiles of a cell, how many must be those of an object."""
+"""Of the nine tiles of a cell, how many must be those of an object. One wrong tile may leave two objects, and then none
+is seen: hearts and stars of two colors differ by their center alone."""
+LEAST_BACKGROUND = 8 / 9
+"""Share of the tiles without ink that must have the background's color."""
 PALETTE = np.array([*INKS.values(), *BACKGROUND_RGB.values()], dtype=np.float64)
 NAMES = (*INKS, *BACKGROUND_RGB)
 _TEMPLATES = [
@@ -40,22 +43,22 @@ def read_tiles(pixels: np.ndarray) -> np.ndarray | None:
 def detect(tiles: np.ndarray) -> DetectedScene:
     """The background and the objects of a picture.
 
-    A cell shows an object if at most one of its tiles is wrong, and no other object fits as well.
+    A cell shows an object if at most one of its tiles is wrong, and no other object fits as well. Any other cell with
+    ink shows something unknown.
 
     Args:
         tiles: of :func:`read_tiles`.
     """
-    backgrounds, counts = np.unique(tiles[np.isin(tiles, list(BACKGROUND_RGB))], return_counts=True)
+    colors, counts = np.unique(tiles[np.isin(tiles, list(BACKGROUND_RGB))], return_counts=True)
+    one = len(counts) and counts.max() >= LEAST_BACKGROUND * counts.sum()
     inks = np.where(np.isin(tiles, list(INKS)), tiles, "")
     cells = inks.reshape(GRID, TILES, GRID, TILES).transpose(0, 2, 1, 3)
-    objects = (_object(cells[cell], *cell) for cell in itertools.product(range(GRID), range(GRID)))
-    background = str(backgrounds[counts.argmax()]) if len(backgrounds) else next(iter(BACKGROUND_RGB))
-    return DetectedScene(background, tuple(item for item in objects if item))
+    inked = [cell for cell in np.ndindex(GRID, GRID) if (cells[cell] != "").any()]
+    objects = tuple(item for cell in inked if (item := _object(cells[cell], *cell)))
+    return DetectedScene(str(colors[counts.argmax()]) if one else "", objects, len(inked) - len(objects))
 
 
 def _object(cell: np.ndarray, row: int, column: int) -> DetectedObject | None:
-    if not (cell != "").any():
-        return None
     right = [int((cell == inks).sum()) for _, _, inks in _TEMPLATES]
     best = max(right)
     fitting = {_TEMPLATES[n][:2] for n, tiles in enumerate(right) if tiles == best}

@@ -7,13 +7,17 @@ once for every combination of roles that a layer may have.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
+from megatron_ext import config_file
 from megatron_ext.config import Config, ModelConfig
 from megatron_ext.data.batch import Batch
+from megatron_ext.files import read_json, write_json
 from megatron_ext.routing.drawn_tables import Choices, Table
 from megatron_ext.routing.flops import class_flops, count, head_flops, lossless_dense, projector_flops
 from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.roles import Role
+from megatron_ext.study.grid import metadata_checksum
 
 ROWS = 256
 """Rows of the training data on which FLOPs are counted."""
@@ -74,6 +78,20 @@ class Costs:
         batch = PackedRows.of(mixture, config.data).batch(0, ROWS)
         return cls.of(batch, config.model, vocab_size(config, vocabulary), plan, choices)
 
+    @classmethod
+    def kept(cls, file: Path, config: Config, plan: Plan, choices: Choices) -> "Costs":
+        """As :meth:`of_training_data`, kept in ``file`` until the configuration or the data change: the count is quick,
+        but loads Megatron-Core."""
+        identity = _identity(config, choices)
+        known = read_json(file) if file.is_file() else {}
+        if known.get("identity") == identity:
+            layer = {tuple(Role(int(digit)) for digit in roles): count for roles, count in known["layer"].items()}
+            return cls(layer, known["ends"], known["base"])
+        costs = cls.of_training_data(config, plan, choices)
+        layer = {"".join(str(int(role)) for role in roles): count for roles, count in costs.layer.items()}
+        write_json(file, {"identity": identity, "layer": layer, "ends": costs.ends, "base": costs.base})
+        return costs
+
     def flops(self, table: Table) -> int:
         """FLOPs of a table."""
         return self.ends + sum(self.layer[roles] for roles in table)
@@ -81,6 +99,16 @@ class Costs:
     def ratio(self, table: Table) -> float:
         """FLOPs of a table relative to lossless dense; also in training, where both are three times as many."""
         return self.flops(table) / self.base
+
+
+def _identity(config: Config, choices: Choices) -> dict:
+    """What costs depend on, as it is read from JSON."""
+    tree = config_file.to_tree(config)
+    return {
+        **{section: tree[section] for section in ("model", "data", "plan")},
+        "choices": [[*place, *map(int, roles)] for place, roles in choices.items()],
+        "checksums": [metadata_checksum(source.path) for source in config.data.train],
+    }
 
 
 def layer_options(own: Table, choices: Choices, layer: int) -> Iterator[Roles]:

@@ -32,9 +32,9 @@ class Losses:
         """For each task ln(loss / loss of ``base``), and its standard error over batches (jackknife)."""
         return {task: _log_ratio(own, base.sums[task], self.tokens[task]) for task, own in self.sums.items()}
 
-    def change(self, base: "Losses") -> float:
-        """The sum of both tasks' log ratios: what a search minimizes."""
-        return sum(change for change, _ in self.log_ratio(base).values())
+    def worse(self, base: "Losses") -> float:
+        """The larger of both tasks' log ratios, by which whole tables are ordered."""
+        return max(change for change, _ in self.log_ratio(base).values())
 
 
 def _log_ratio(sums: list[float], base: list[float], tokens: list[float]) -> tuple[float, float]:
@@ -83,6 +83,12 @@ def measure(file: Path, space: Space, run: Path, rows: int, tables: Mapping[str,
     Raises:
         UserError: the model or its data cannot be read, or ``file`` has losses on other rows.
     """
+    left = missing(file, tables)
+    known = read_json(file) if file.is_file() else {"rows": rows, "tables": {}}
+    if known["rows"] != rows:
+        raise UserError(f"{file}: has losses on {known['rows']} rows, 'drawn.rows' is {rows}; remove the file")
+    if not left:
+        return
     # Imported late: they load Megatron-Core.
     from megatron_ext import distributed
     from megatron_ext.analysis.batches import run_batches
@@ -90,12 +96,6 @@ def measure(file: Path, space: Space, run: Path, rows: int, tables: Mapping[str,
     from megatron_ext.training.prepare import prepare
     from megatron_ext.training.step import evaluate_step, evaluation_mode
 
-    left = missing(file, tables)
-    known = read_json(file) if file.is_file() else {"rows": rows, "tables": {}}
-    if known["rows"] != rows:
-        raise UserError(f"{file}: has losses on {known['rows']} rows, 'drawn.rows' is {rows}; remove the file")
-    if not left:
-        return
     trained = checkpoint.load(run, [], tensor=1)
     batches = list(run_batches(trained.config, trained.vocabulary, "validation", BATCH_ROWS, -(-rows // BATCH_ROWS)))
     with evaluation_mode(trained.chunks):

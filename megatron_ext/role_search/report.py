@@ -1,11 +1,13 @@
 """The report of a search, in Markdown."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 
 from megatron_ext.analysis import tables
+from megatron_ext.analysis.statistics import LEVEL
 from megatron_ext.analysis.synergy import PRIMARY
 
 ROUNDING = 1e-6
@@ -34,12 +36,16 @@ def markdown(numbers: dict) -> str:
         f"{settings['drawn']['rows']} rows for every table. *Saves* is the part of lossless dense's FLOPs.",
         _changes(numbers["changes"]),
         "## Tables",
-        f"The best {SHOWN} of each arm. *Predicted* adds up single changes of both losses, *together* is measured with "
-        "the same model; the scores of the rungs are ln(understanding loss) + ln(generation loss) after training from "
-        "the start.",
+        f"The best {SHOWN} of each arm. Every figure is the log ratio, to the plan without changes, of the task that "
+        "is worse: *predicted* adds up single changes, without those below 0; *together* is measured with the same "
+        "model; in the rungs that model was trained further under each table.",
         _tables(numbers["tables"], len(settings["rungs"])),
+        _distances(numbers["distances"]),
         "## Rank correlations",
-        _correlations(numbers["rank_correlations"]),
+        "Between consecutive stages, and the range of these figures in each stage. Read the column *all* of the first "
+        "two pairs: each arm alone, and later rungs, have tables that are few or much alike.",
+        _by_arm(numbers["rank_correlations"], "Spearman's", _number),
+        _by_arm(numbers["orders"], "range", lambda ends: " to ".join(map(_percent, ends or ()))),
         "## What it took",
         _spent(spent),
     ]
@@ -52,12 +58,14 @@ def _fresh(numbers: dict) -> str:
         row = [name, f"{comparison['flops_ratio']:.3f}"]
         for loss in PRIMARY:
             estimate, equivalence = comparison[loss]["estimate"], comparison[loss]["equivalence"]
-            row += [_interval(estimate), "yes" if equivalence["holds"] else "not shown"]
+            shown = equivalence["holm"] is not None and equivalence["holm"] <= 1 - LEVEL
+            row += [_interval(estimate), _number(estimate["holm"]), "yes" if shown else "not shown"]
         rows.append(row)
-    columns = ["", "FLOPs", *(name for loss in PRIMARY for name in (loss, "within 3 %"))]
+    columns = ["", "FLOPs", *(name for loss in PRIMARY for name in (loss, "p", "within 3 %"))]
     seeds = ", ".join(map(str, numbers["settings"]["report"]["seeds"]))
     return (
-        f"Seeds that the search did not use: {seeds}; 95 % t-intervals over them, and equivalence tests.\n\n"
+        f"Seeds that the search did not use, {seeds}, and the validation rows that it used: 95 % t-intervals over the "
+        "seeds, p of a difference, and equivalence tests. Both tests are Holm-adjusted over the intervals shown.\n\n"
         + tables.markdown(pd.DataFrame(rows, columns=columns))
     )
 
@@ -94,7 +102,8 @@ def _tables(of_name: dict[str, dict], rungs: int) -> str:
         names.sort(key=lambda name: (-len(of_name[name]["rungs"]), _last_score(of_name[name])))
         for name in names[:SHOWN]:
             table = of_name[name]
-            scores = [_number(rung["score"]) for rung in table["rungs"]] + [""] * (rungs - len(table["rungs"]))
+            scores = ["" if rung["score"] is None else _percent(rung["score"]) for rung in table["rungs"]]
+            scores += [""] * (rungs - len(scores))
             changes = [_percent(table[how]) for how in ("predicted", "measured")]
             rows.append([name, f"{table['cost']:.3f}", *changes, *scores])
     columns = ["table", "cost", "predicted", "together", *(f"rung {number + 1}" for number in range(rungs))]
@@ -102,24 +111,33 @@ def _tables(of_name: dict[str, dict], rungs: int) -> str:
 
 
 def _last_score(table: dict) -> float:
-    score = table["rungs"][-1]["score"]
+    score = table["rungs"][-1]["score"] if table["rungs"] else table["measured"]
     return math.inf if score is None else score
 
 
-def _correlations(correlations: dict[str, dict]) -> str:
-    rows = [[pair, *map(_number, of_arm.values())] for pair, of_arm in correlations.items()]
-    arms: Iterable[str] = next(iter(correlations.values()))
-    return tables.markdown(pd.DataFrame(rows, columns=["Spearman's", *arms]))
+def _distances(of_arm: dict[str, dict | None]) -> str:
+    return "\n".join(
+        f"The {arm} tables trained differ in {found['mean']:.1f} entries on average, at least in {found['least']}."
+        for arm, found in of_arm.items()
+        if found
+    )
+
+
+def _by_arm(of_row: dict[str, dict], title: str, cell: Callable[[Any], str]) -> str:
+    rows = [[name, *map(cell, of_arm.values())] for name, of_arm in of_row.items()]
+    arms: Iterable[str] = next(iter(of_row.values()))
+    return tables.markdown(pd.DataFrame(rows, columns=[title, *arms]))
 
 
 def _spent(spent: dict) -> str:
     arms = ", ".join(
-        f"the rungs of the {arm} arm {flops:.3g} over {spent['tables_trained'][arm]} tables"
-        for arm, flops in spent["rungs_flops"].items()
+        f"the rungs of the {arm} arm {spent['rungs_flops'][arm]:.3g} over {trained} tables"
+        for arm, trained in spent["tables_trained"].items()
     )
     return (
         f"FLOPs: the drawn model {spent['drawn_flops']:.3g}, measuring {spent['tables_measured']} tables with it about "
-        f"{spent['measuring_flops']:.3g}, {arms}, the fresh seeds {spent['fresh_flops']:.3g}; {spent['runs']} runs."
+        f"{spent['measuring_flops']:.3g}, {arms}, the plan without changes beside them "
+        f"{spent['rungs_flops']['unchanged']:.3g}, the fresh seeds {spent['fresh_flops']:.3g}; {spent['runs']} runs."
     )
 
 

@@ -3,9 +3,11 @@
 ::
 
     OUT/drawn/             one model, whose documents draw random tables
+    OUT/costs.json         FLOPs of every combination of roles in a layer
     OUT/measured.json      losses of tables with that model
-    OUT/rung1/, rung2/ ... trainings of the best tables and of random ones, fewer and longer from rung to rung
-    OUT/fresh/             trainings of the best of each arm and of the plan without changes, on seeds of their own
+    OUT/rung1/, rung2/ ... its further training under the best tables and random ones, fewer and longer each time
+    OUT/fresh/             trainings of the best of each arm and of the plan without changes from the start, on seeds of
+                           their own
     OUT/search.json        every figure
     OUT/report.md          the same in words and tables
     OUT/best.yaml          the best table, as a method (also best_random.yaml)

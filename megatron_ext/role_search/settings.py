@@ -26,7 +26,8 @@ class DrawnModel:
 
 @dataclass
 class Rung:
-    """A round of successive halving: the best tables of the round before are trained from the start."""
+    """A round of successive halving: the model whose documents drew tables is trained further under each of the best
+    tables of the round before."""
 
     tables: int
     """Tables of each arm, those searched and random ones."""
@@ -36,7 +37,8 @@ class Rung:
 
 @dataclass
 class FreshSeeds:
-    """The comparison that is reported: the best table of each arm and the plan without changes, on new seeds."""
+    """The comparison that is reported: the best table of each arm and the plan without changes, trained from the start
+    on new seeds."""
 
     seeds: list[int] = field(default_factory=lambda: [11, 12, 13, 14])
     """Values of training.seed and data.seed, none of them that of the search."""
@@ -61,6 +63,10 @@ class RoleSearch:
     """Roles that tables may give; empty: every legal one (``plan.drawn_tables.choices``)."""
     cost: float = 0.6
     """The most FLOPs of a table, relative to lossless dense on the same rows of the training data."""
+    candidates: int = 200
+    """Tables with small sums of changes of loss that are measured as wholes; the best of them are trained."""
+    distance: int = 4
+    """Entries in which two candidates, and two of those trained, differ at least, as far as there are enough."""
     seed: int = 1
     """Values of training.seed and data.seed of every run before the report."""
     drawn: DrawnModel = field(default_factory=DrawnModel)
@@ -88,8 +94,14 @@ def _check(search: RoleSearch) -> None:
     if not 0 < search.cost <= 1:
         raise UserError(f"'cost' is {search.cost:g}, must lie above 0 and up to 1, the FLOPs of lossless dense")
     check_at_least_one("drawn", search.drawn, "tokens", "tables", "rows")
+    if search.distance < 1:
+        raise UserError(f"'distance' is {search.distance}, must be at least 1")
     if not search.rungs:
         raise UserError("'rungs' is empty; give at least one")
+    if search.candidates < search.rungs[0].tables:
+        raise UserError(
+            f"'candidates' is {search.candidates}, must be at least 'rungs[0].tables' ({search.rungs[0].tables})"
+        )
     for number, rung in enumerate(search.rungs):
         check_at_least_one(f"rungs[{number}]", rung, "tables", "tokens")
         if number and rung.tables >= search.rungs[number - 1].tables:

@@ -1,7 +1,9 @@
 """The tables of a search: what may change, and how a table is written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from megatron_ext import config_file
 from megatron_ext.command_line import progress
@@ -14,7 +16,7 @@ from megatron_ext.routing.plan import Plan
 from megatron_ext.routing.roles import Role, task_and_modality
 
 WINDOW = 0.03
-"""Random tables cost at most this much less than the searched ones may, relative to lossless dense."""
+"""The tables of both arms cost at most this much less than they may, relative to lossless dense."""
 TRIES = 200_000
 """Random tables that are drawn to find those of that cost."""
 
@@ -119,6 +121,23 @@ class Space:
 def key(table: Table) -> str:
     """A table as text: for each layer, the number of the role of each class."""
     return "-".join("".join(str(int(role)) for role in roles) for roles in table)
+
+
+def distance(first: Table, second: Table) -> int:
+    """The number of entries in which two tables differ."""
+    return sum(role != other for layers in zip(first, second) for role, other in zip(*layers))
+
+
+def spread(tables: Sequence[Table], count: int, least: int) -> list[Table]:
+    """Up to ``count`` tables, the first that differ from all those before in ``least`` entries; while there are too
+    few, those that differ in one entry less follow."""
+    entries, chosen = np.array(tables).reshape(len(tables), -1), []
+    nearest = np.full(len(tables), entries.shape[1])  # the distance to the nearest of those chosen
+    for apart in range(least, 0, -1):
+        while len(chosen) < count and (far := np.flatnonzero(nearest >= apart)).size:
+            chosen.append(tables[far[0]])
+            nearest = np.minimum(nearest, (entries != entries[far[0]]).sum(axis=1))
+    return chosen
 
 
 def _ranges(numbers: list[int]) -> str:

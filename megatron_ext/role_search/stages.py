@@ -9,13 +9,15 @@ from megatron_ext.role_search import knapsack, measure, training
 from megatron_ext.role_search.costs import Costs, layer_options
 from megatron_ext.role_search.measure import Losses
 from megatron_ext.role_search.settings import RoleSearch
-from megatron_ext.role_search.space import Change, Space, key
+from megatron_ext.role_search.space import WINDOW, Change, Space, key, spread
 from megatron_ext.role_search.training import Trainings
 from megatron_ext.routing.drawn_tables import Table
 
 ARMS = ("searched", "random")
-UNCHANGED = "unchanged"
-"""The name of the plan without changes."""
+SOLUTIONS = 3000
+"""The best sums of changes of loss among which candidates are chosen."""
+SAVING = 1e-6
+"""What the FLOPs of lossless dense are worth in log loss: of equal sums, that of the costlier table is better."""
 
 
 @dataclass
@@ -23,8 +25,9 @@ class Search:
     """The state of a search.
 
     Attributes:
-        tables: the tables of both arms by name, in the order of their prediction or of their drawing.
-        predicted: the change of loss of each by the sum of its entries' changes.
+        tables: the candidates of the search and the random tables by name, in the order of their prediction or of
+            their drawing.
+        predicted: the change of loss of each: the larger of both tasks' sums of its entries' changes.
         read_only: end before the first measurement that is missing, instead of making it.
         losses: the losses measured with the drawn model, by the table's key.
         rungs: the trainings of the rungs so far.
@@ -60,16 +63,17 @@ class Search:
         self._find_tables()
         if not self._measure():
             return
-        names = list(self.tables)
+        names = self._first_rung()
         for number, rung in enumerate(settings.rungs):
-            tables = {name: self.tables[name] for name in names}
-            trained = training.of_tables(settings, space, f"rung{number + 1}", tables, rung.tokens, [settings.seed])
+            tables, stage = {name: self.tables[name] for name in names}, f"rung{number + 1}"
+            trained = training.of_tables(
+                settings, space, stage, tables, rung.tokens, [settings.seed], self.drawn.runs[0].folder
+            )
             self.rungs.append(trained)
             yield trained
             following = settings.rungs[number + 1].tables if number + 1 < len(settings.rungs) else 1
             names = [name for arm in ARMS for name in training.best(trained, of_arm(arm, names), following)]
-        tables = {UNCHANGED: space.own} | {name: self.tables[name] for name in names}
-        fresh = settings.report
+        tables, fresh = {name: self.tables[name] for name in names}, settings.report
         self.fresh = training.of_tables(settings, space, "fresh", tables, fresh.tokens, fresh.seeds)
         yield self.fresh
 
@@ -77,10 +81,14 @@ class Search:
         """The keys of the tables that are known now and have not been measured."""
         return measure.missing(self.measured_file, self._to_measure())
 
-    def changes(self) -> dict[Change, float]:
-        """The change of loss for each single change of a table."""
+    def changes(self) -> dict[Change, dict[str, float]]:
+        """The change of each task's loss for each single change of a table. One below 0 counts as 0: the best of many
+        are the luckiest."""
         base = self.losses[key(self.space.own)]
-        return {c: losses.change(base) for c, losses in measure.single_changes(self.space, self.losses).items()}
+        return {
+            change: {task: max(0.0, ratio) for task, (ratio, _) in losses.log_ratio(base).items()}
+            for change, losses in measure.single_changes(self.space, self.losses).items()
+        }
 
     def _to_measure(self) -> dict[str, Table]:
         return measure.tables_to_measure(self.space) | {key(table): table for table in self.tables.values()}
@@ -97,16 +105,34 @@ class Search:
     def _find_tables(self) -> None:
         """Solve the knapsack over the changes of loss, and draw the random tables."""
         settings, count = self.settings, self.settings.rungs[0].tables
-        self.costs = Costs.of_training_data(self.space.config, self.space.plan, self.space.choices)
+        file = Path(settings.output) / "costs.json"
+        self.costs = Costs.kept(file, self.space.config, self.space.plan, self.space.choices)
         changes = self.changes()
-        found = best_tables(self.space, self.costs, changes, settings.cost, count)
+        sums = {change: sum(of_tasks.values()) for change, of_tasks in changes.items()}
+        found = best_tables(self.space, self.costs, sums, settings.cost, SOLUTIONS)
+        found = spread(found, settings.candidates, settings.distance)
         if len(found) < count:
-            raise UserError(f"only {len(found)} tables cost at most {settings.cost:g}; the search needs {count}")
+            raise UserError(
+                f"only {len(found)} good tables cost {settings.cost - WINDOW:g} to {settings.cost:g}; the search needs "
+                f"{count}"
+            )
         first = settings.drawn.tables  # random tables come after those that the model's documents drew
         drawn = self.space.random_tables(count, self.costs, settings.cost, settings.drawn.seed, first)
         for arm, tables in zip(ARMS, (found, drawn)):
             self.tables |= {f"{arm}-{number:02d}": table for number, table in enumerate(tables, 1)}
-        self.predicted = {n: sum(changes[c] for c in self.space.changes(t)) for n, t in self.tables.items()}
+        for name, table in self.tables.items():
+            of_entries = [changes[change] for change in self.space.changes(table)]
+            self.predicted[name] = max(sum(entry[task] for entry in of_entries) for task in of_entries[0])
+
+    def _first_rung(self) -> list[str]:
+        """The names of the tables that are trained: of the candidates those with the lowest measured losses, but far
+        from one another; of the random ones all."""
+        base = self.losses[key(self.space.own)]
+        searched, drawn = (of_arm(arm, self.tables) for arm in ARMS)
+        searched.sort(key=lambda name: self.losses[key(self.tables[name])].worse(base))
+        names = {self.tables[name]: name for name in searched}
+        chosen = spread(list(names), self.settings.rungs[0].tables, self.settings.distance)
+        return [names[table] for table in chosen] + drawn
 
 
 def of_arm(arm: str, names: Iterable[str]) -> list[str]:
@@ -115,16 +141,22 @@ def of_arm(arm: str, names: Iterable[str]) -> list[str]:
 
 
 def best_tables(space: Space, costs: Costs, changes: dict[Change, float], cost: float, count: int) -> list[Table]:
-    """The tables with the smallest sums of changes of loss that cost at most ``cost`` of lossless dense, best first."""
+    """The tables with the smallest sums of changes of loss that cost at most ``cost`` of lossless dense, best first.
+
+    Returns:
+        Those of the best ``count`` that cost little less (:data:`.space.WINDOW`), as random tables do.
+    """
     options = [list(layer_options(space.own, space.choices, layer)) for layer in range(len(space.own))]
 
     def value(layer: int, roles: tuple) -> float:
         own = space.own[layer]
-        return sum(changes[layer, index, role] for index, role in enumerate(roles) if role != own[index])
+        changed = sum(changes[layer, index, role] for index, role in enumerate(roles) if role != own[index])
+        return changed - SAVING * costs.layer[roles] / costs.base
 
     groups = [[(costs.layer[roles], value(n, roles)) for roles in of_layer] for n, of_layer in enumerate(options)]
     budget = int(cost * costs.base) - costs.ends
-    return [
+    found = [
         tuple(options[layer][pick] for layer, pick in enumerate(picks))
         for picks in knapsack.best(groups, budget, count)
     ]
+    return [table for table in found if costs.ratio(table) >= cost - WINDOW]

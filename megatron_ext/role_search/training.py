@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from megatron_ext.analysis.synergy import PRIMARY
 from megatron_ext.config import Config
@@ -18,6 +19,9 @@ from megatron_ext.routing.drawn_tables import Table
 from megatron_ext.study import forked, grid, scheduler, state, status, steps
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Method, Size, Study
+
+UNCHANGED = "unchanged"
+"""The name of the plan without changes."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,32 @@ class Trainings:
 
     @classmethod
     def of(
-        cls, search: RoleSearch, space: Space, name: str, plans: Mapping[str, dict], tokens: int, seeds: Sequence[int]
+        cls,
+        search: RoleSearch,
+        space: Space,
+        name: str,
+        plans: Mapping[str, dict],
+        tokens: int,
+        seeds: Sequence[int],
+        start: Path | None = None,
     ) -> "Trainings":
         """A run for each plan and seed.
 
         Args:
             plans: name -> the section ``plan`` of a configuration.
             tokens: of each run, rounded to whole steps.
+            start: the run whose weights they start from; None: noise.
 
         Raises:
             UserError: the configuration of a run is refused; the run is named.
         """
+        settings = length(space.config, tokens) | ({"checkpoint": {"load": str(start)}} if start else {})
         study = Study(
             name=f"{search.name}, {name}",
             output=str(Path(search.output) / name),
             base=search.base,
             settings=search.settings,
-            sizes=[Size(name, length(space.config, tokens))],
+            sizes=[Size(name, settings)],
             methods=[Method(method, "unified", "none", {"plan": plan}) for method, plan in plans.items()],
             seeds=list(seeds),
         )
@@ -95,11 +108,17 @@ def drawn_model(search: RoleSearch, space: Space) -> Trainings:
 
 
 def of_tables(
-    search: RoleSearch, space: Space, name: str, tables: Mapping[str, Table], tokens: int, seeds: Sequence[int]
+    search: RoleSearch,
+    space: Space,
+    name: str,
+    tables: Mapping[str, Table],
+    tokens: int,
+    seeds: Sequence[int],
+    start: Path | None = None,
 ) -> Trainings:
-    """The trainings of tables by their names."""
-    plans = {method: plan_section(search, space, table) for method, table in tables.items()}
-    return Trainings.of(search, space, name, plans, tokens, seeds)
+    """The trainings of tables by their names, and of the plan without changes; see :meth:`Trainings.of`."""
+    plans = {method: plan_section(search, space, table) for method, table in ({UNCHANGED: space.own} | tables).items()}
+    return Trainings.of(search, space, name, plans, tokens, seeds, start)
 
 
 def plan_section(search: RoleSearch, space: Space, table: Table) -> dict:
@@ -108,16 +127,23 @@ def plan_section(search: RoleSearch, space: Space, table: Table) -> dict:
     return search.plan | ({"table": entries} if entries else {})
 
 
-def score(result: Mapping) -> float:
-    """The sum of the logs of both validation losses; infinite for a run that diverged."""
-    losses = [result["losses"].get(loss, math.inf) for loss in PRIMARY]
-    return sum(map(math.log, losses)) if all(map(math.isfinite, losses)) else math.inf
+def scores(trainings: Trainings) -> dict[str, float]:
+    """The mean score over the seeds of each table; less is better."""
+    results = trainings.results()
+    base = results.pop(UNCHANGED)
+    return {name: fmean(score(of[seed], base[seed]) for seed in of) for name, of in results.items()}
+
+
+def score(result: Mapping, base: Mapping) -> float:
+    """The larger of both tasks' ln(validation loss / that of ``base``); infinite for a run that diverged."""
+    losses = [(result["losses"].get(loss, math.inf), base["losses"].get(loss, math.nan)) for loss in PRIMARY]
+    ratios = [own / other for own, other in losses]
+    return math.log(max(ratios)) if all(map(math.isfinite, ratios)) else math.inf
 
 
 def best(trainings: Trainings, names: Iterable[str], count: int) -> list[str]:
-    """The ``count`` plans of the lowest mean score over the seeds, best first."""
-    scores = {name: sum(map(score, of_seeds.values())) for name, of_seeds in trainings.results().items()}
-    return sorted(names, key=scores.__getitem__)[:count]
+    """The ``count`` tables of the lowest scores, best first."""
+    return sorted(names, key=scores(trainings).__getitem__)[:count]
 
 
 def length(config: Config, tokens: int) -> dict:

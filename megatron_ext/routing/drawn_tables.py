@@ -18,7 +18,7 @@ from megatron_ext.data import counter_random
 from megatron_ext.data.batch import Batch
 from megatron_ext.errors import UserError, check_at_least_one
 from megatron_ext.routing.dense_share import Selection, document_numbers
-from megatron_ext.routing.roles import Role, class_index, class_indices, layer_numbers, task_and_modality
+from megatron_ext.routing.roles import Role, class_index, class_indices, layer_numbers
 from megatron_ext.token_classes import Modality, Task
 
 Table = tuple[tuple[Role, ...], ...]
@@ -74,6 +74,8 @@ def drawn_tables(config: DrawnTablesConfig, own: Table) -> tuple[DrawnTables | N
     if not 0 <= config.own < 1:
         raise UserError(f"config: 'plan.drawn_tables.own' is {config.own:g}, must lie in 0 .. 1, without 1")
     choices = role_choices(config.choices, own, "plan.drawn_tables.choices")
+    if not choices:
+        raise UserError("config: 'plan.drawn_tables.choices' allow no role but those of the plan")
     tables = [random_table(own, choices, config.seed, number) for number in range(config.count)]
     return DrawnTables(config.count, config.own), tables
 
@@ -83,30 +85,23 @@ def role_choices(entries: Sequence[RoleChoice], own: Table, key: str) -> Choices
 
     Without entries: understanding's image tokens may be KV_ONLY or SKIP in every layer, generation's may be SKIP and
     its text KV_ONLY in every layer but the last. (Generated images that are KV_ONLY give the loss of SKIP at a higher
-    cost: only text after them would see their keys.) In the last layer every class that predicts tokens must be FULL,
-    which is all but understanding's image tokens: ``<boi>``, which predicts the first code, is text.
+    cost: only text after them would see their keys. In the last layer all but understanding's image tokens predict:
+    ``<boi>``, which predicts the first code, is text.) Entries may allow whatever ``plan.table`` may.
 
     Args:
         key: the entries' key, for errors.
 
     Raises:
-        UserError: an entry names no layer of the model, or a class that predicts in the last layer.
+        UserError: an entry names no layer of the model.
     """
-    last = len(own) - 1
     allowed: dict[tuple[int, int], list[Role]] = {}
     for layer in range(len(own)) if not entries else ():
-        for index, roles in (_EVERY_LAYER | (_BEFORE_THE_LAST if layer < last else {})).items():
+        for index, roles in (_EVERY_LAYER | (_BEFORE_THE_LAST if layer < len(own) - 1 else {})).items():
             allowed[layer, index] = list(roles)
     for number, entry in enumerate(entries):
         roles = [Role[role.upper()] for role in entry.roles]
         for layer in layer_numbers(str(entry.layers), f"{key}[{number}].layers", len(own)):
             for index in class_indices(entry.task, entry.modality):
-                if layer == last and index != _UNDERSTANDING_IMAGE and set(roles) != {Role.FULL}:
-                    task, modality = (value.name.lower() for value in task_and_modality(index))
-                    raise UserError(
-                        f"config: '{key}[{number}]' gives {task} {modality} tokens other roles than full in layer "
-                        f"{layer}, the last, where they predict; end the layers at {last - 1}"
-                    )
                 allowed.setdefault((layer, index), []).extend(roles)
     choices = {}
     for (layer, index), roles in sorted(allowed.items()):

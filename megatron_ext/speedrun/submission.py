@@ -127,8 +127,7 @@ def _canonical(config: Config) -> dict:
     keys = ["lr", "schedule", "warmup_iterations"]
     keys += ["min_lr"] if optimizer.schedule != "constant" else []
     keys += ["wsd_decay_iterations"] if optimizer.schedule == "wsd" else []
-    drawn = {"drawn_tables": asdict(plan.drawn_tables)} if plan.drawn_tables else {}
-    return drawn | {
+    return {
         "roles": plan.roles,
         "projections": plan.projections.identity,
         **{

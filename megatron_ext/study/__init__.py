@@ -2,7 +2,8 @@
 
 ::
 
-    STUDY.yaml -> study_file.Study          base configuration, sizes, methods, seeds, budgets, benchmarks
+    STUDY.yaml -> study_file.Study          base configuration, sizes, methods, seeds, budgets, benchmarks; claims.py:
+                                            whether its runs can decide its hypotheses
                -> grid.runs                 every run with its configuration; iterations from budget.py
                -> learning_rates.py         trials of learning rates, before the runs
                -> execution.py | slurm.py   both in order, by scheduler.py:

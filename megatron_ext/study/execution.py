@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_ext.study import grid, learning_rates, scheduler
+from megatron_ext.study import grid, learning_rates, scheduler, state
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
@@ -16,11 +16,13 @@ class Plan:
         trials: of learning rates.
         runs: with the learning rates found so far.
         waiting: names of the runs whose rate is not found yet.
+        without_rate: those of them that have none, because training diverged with every rate.
     """
 
     trials: list[StudyRun]
     runs: list[StudyRun]
     waiting: set[str]
+    without_rate: set[str]
 
     @property
     def all(self) -> list[StudyRun]:
@@ -56,7 +58,8 @@ def plan(study: Study) -> Plan:
     trials = learning_rates.trials(study)
     found = learning_rates.searches(study, trials)
     runs = grid.runs(study, learning_rates.rates(found))
-    return Plan(trials, runs, learning_rates.waiting(runs, found))
+    diverged = [search for search in found if search.has_diverged]
+    return Plan(trials, runs, learning_rates.waiting(runs, found), learning_rates.waiting(runs, diverged))
 
 
 def execute(
@@ -79,7 +82,7 @@ def execute(
         UserError: a signal arrived, a run needs more GPUs than there are, or there is no run of a name.
     """
     planned = plan(study)
-    trials = [run for run in planned.needed(names) if run.is_trial]
+    trials = [run for run in planned.needed(names) if run.is_trial and not state.has_diverged(run)]
     if trials:
         scheduler.execute(trials, study.evaluation, jobs, gpus, start)
         planned = plan(study)

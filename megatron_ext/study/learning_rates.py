@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from megatron_ext.analysis import tables
+from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 from megatron_ext.study import grid, state, steps
 from megatron_ext.study.grid import StudyRun
@@ -23,8 +24,9 @@ class Search:
     """A method's search at a size.
 
     Attributes:
-        losses: rate -> mean over the tasks trained on of the log of the validation loss; finished runs alone.
-        unfinished: number of rates without a result.
+        losses: rate -> mean over the tasks trained on of the log of the validation loss, infinite where training
+            diverged; of the trials that have ended.
+        unfinished: number of the others.
     """
 
     size: str
@@ -34,8 +36,13 @@ class Search:
 
     @property
     def best(self) -> float | None:
-        """The rate of the lowest loss; None before all rates were tried."""
-        return None if self.unfinished else min(self.losses, key=self.losses.get)
+        """The rate of the lowest loss; None before all rates were tried, and where training diverged with each."""
+        return None if self.unfinished or self.has_diverged else min(self.losses, key=self.losses.get)
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether all rates were tried, and training diverged with each."""
+        return not self.unfinished and not any(map(math.isfinite, self.losses.values()))
 
     @property
     def is_at_edge(self) -> bool:
@@ -47,12 +54,13 @@ def trials(study: Study) -> list[StudyRun]:
     """The trials: for each size and method one per rate; none where the study has no ``learning_rates``.
 
     Raises:
-        UserError: the configuration of a run is refused; the run is named.
+        UserError: the configuration of a run is refused, or has no validation data to choose a rate by; the run is
+            named.
     """
     search = study.learning_rates
     if search is None:
         return []
-    return [
+    runs = [
         grid.build(
             study,
             f"learning_rates/{size.name}.{method.name}.lr{rate:g}.seed{search.seed}",
@@ -68,19 +76,26 @@ def trials(study: Study) -> list[StudyRun]:
         if method.searches_rate
         for rate in search.values
     ]
+    for run in runs:
+        if not {source.task for source in run.config.data.validation} & {*run.tasks, "interleaved"}:
+            raise UserError(
+                f"run {run.name}: 'learning_rates' compares validation losses, and 'data.validation' has no "
+                f"{' or '.join(run.tasks)} data"
+            )
+    return runs
 
 
 def searches(study: Study, trials: Sequence[StudyRun]) -> list[Search]:
     """What the trials have found so far."""
-    found: dict[tuple[str, str], list[tuple[float, dict | None]]] = {}
+    found: dict[tuple[str, str], list[tuple[float, float | None]]] = {}
     for run in trials:
-        result = state.result(run, steps.fingerprint(run, study.evaluation))
-        found.setdefault((run.size.name, run.method.name), []).append((run.config.optimizer.lr, result))
+        tried = run.config.optimizer.lr, _loss(run, study)
+        found.setdefault((run.size.name, run.method.name), []).append(tried)
     return [
         Search(
             *key,
-            {rate: _mean_log(result["losses"]) for rate, result in tried if result},
-            sum(result is None for _, result in tried),
+            {rate: loss for rate, loss in tried if loss is not None},
+            sum(loss is None for _, loss in tried),
         )
         for key, tried in found.items()
     ]
@@ -105,7 +120,9 @@ def write(study: Study, found: Sequence[Search]) -> None:
             "method": search.method,
             "best": search.best,
             "at_edge": search.best is not None and search.is_at_edge,
-            "mean_log_losses": {f"{rate:g}": loss for rate, loss in search.losses.items()},
+            "mean_log_losses": {
+                f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in search.losses.items()
+            },
         }
         for search in found
     ]
@@ -129,7 +146,17 @@ def section(study: Study) -> list[str]:
     )
     if edges:
         text += f" At an end of the list, so that a rate beyond it might be better: {edges}."
+    if diverged := ", ".join(f"{s.method} ({s.size})" for s in found if s.has_diverged):
+        text += f" Training diverged with every rate, so that there are no runs: {diverged}."
     return ["## Learning rates", text, tables.markdown(pd.DataFrame(lines))]
+
+
+def _loss(run: StudyRun, study: Study) -> float | None:
+    """None for a trial that has not ended."""
+    if state.has_diverged(run):
+        return math.inf
+    result = state.result(run, steps.fingerprint(run, study.evaluation))
+    return _mean_log(result["losses"]) if result else None
 
 
 def _mean_log(losses: dict[str, float]) -> float:
@@ -141,4 +168,6 @@ def _mean_log(losses: dict[str, float]) -> float:
 def _shown(search: Search, rate: float) -> str:
     if rate not in search.losses:
         return "-"
+    if not math.isfinite(search.losses[rate]):
+        return "diverged"
     return f"**{search.losses[rate]:.4f}**" if rate == search.best else f"{search.losses[rate]:.4f}"

@@ -1,5 +1,7 @@
 """The figures of one finished run, from the files of training and evaluation."""
 
+import math
+
 from megatron_ext.errors import UserError
 from megatron_ext.files import write_json
 from megatron_ext.study import steps
@@ -27,9 +29,7 @@ def write(run: StudyRun, evaluation: StudyEvaluation) -> dict:
         "tokens": last["consumed_tokens"],
         "flops": last["consumed_flops"],
         "flops_ratio": last["consumed_flops"] / (last["consumed_dense_flops"] * run.length.lossless_ratio),
-        "losses": {
-            f"{task} loss": last[steps.LOSS + task] for task in run.tasks if last.get(steps.LOSS + task) is not None
-        },
+        "losses": {f"{task} loss": _figure(last[key]) for task in run.tasks if (key := steps.LOSS + task) in last},
         "evaluated": {
             name: steps.scores(run, evaluation, name) | steps.losses(run, evaluation, name)
             for name in steps.roles_of(run, evaluation)
@@ -39,3 +39,8 @@ def write(run: StudyRun, evaluation: StudyEvaluation) -> dict:
     write_json(run.folder / "result.json", result)
     (run.folder / "failed.json").unlink(missing_ok=True)
     return result
+
+
+def _figure(logged: float | None) -> float:
+    """NaN for null, which metrics have in place of numbers that are not finite."""
+    return math.nan if logged is None else logged

@@ -1,8 +1,9 @@
 """The report of a study: OUT/report.md with its figures, and OUT/analysis.json with the numbers."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_ext.analysis import depth, depth_report, fit, gate, hypotheses, outcomes, synergy, tables
@@ -21,18 +22,17 @@ def write(study: Study, runs: Sequence[StudyRun]) -> dict:
     """Collect, compare, test, fit, plot and write. Returns the numbers of ``OUT/analysis.json``."""
     out = Path(study.output)
     results = collect.collect(study, runs)
-    compared = replace(results, rows=[row for row in results.rows if not depth.is_intervention(row)])
-    comparisons = synergy.compare(compared)
+    comparisons = synergy.compare(results)
     gates = gate.gates(results, study.gate)
     uninformative = [decided.size for decided in gates if not decided.passed]
-    decisions = hypotheses.decide(study.hypotheses, results, study.budgets[0], uninformative)
-    tested = outcomes.outcomes(comparisons, uninformative)
+    decisions = hypotheses.decide(study.hypotheses, results, study.budgets[0], uninformative, study.models())
+    tested = outcomes.outcomes(comparisons, uninformative, _incomplete(study, runs))
     fits = dict(_fits(comparisons))
     parts = [f"# Study {study.name}", *_facts(study, runs, results), *_unfinished(study, runs)]
     parts += learning_rates.section(study)
     parts += [*report_tables.gates(gates), *report_tables.hypotheses(decisions)]
     for budget in study.budgets:
-        rows = [row for row in compared.rows if row.budget == budget]
+        rows = [row for row in results.rows if row.budget == budget and not depth.is_intervention(row)]
         if rows:
             parts += [f"## {report_tables.BUDGETS[budget]}", report_tables.trained(rows)]
         for roles in dict.fromkeys(row.evaluated_as for row in rows):
@@ -143,6 +143,13 @@ def _unfinished(study: Study, runs: Sequence[StudyRun]) -> list[str]:
     return ["## Unfinished runs", "\n".join(lines)] if lines else []
 
 
+def _incomplete(study: Study, runs: Sequence[StudyRun]) -> set[tuple[str, str]]:
+    """The sizes and budgets at which a run that is compared has no result."""
+    compared = [run for run in runs if run.method.partner_groups]
+    unfinished = [run for run in compared if not state.result(run, steps.fingerprint(run, study.evaluation))]
+    return {(run.size.name, budget) for run in unfinished for budget in run.budgets}
+
+
 def _fits(comparisons: Sequence[Comparison]):
     """Lines over size through the parts of synergy losses, for the headline metrics and every metric: items of
     ``Fits``."""
@@ -167,7 +174,8 @@ def _statistics(study: Study, results: Results) -> list[str]:
         "- Primary outcomes are the validation losses. Each of their tests is adjusted by Holm's method over the "
         "methods and both outcomes, for each quantity, size and budget; methods with the same partner run count once. "
         f"A difference is equivalent to none where two one-sided tests show it to be within {outcomes.MARGIN:.2f} log "
-        "points (3 %), otherwise better or worse where the t test shows it, otherwise undecided, each at 5 %. "
+        "points (3 %), otherwise better or worse where the t test shows it, otherwise undecided, each at 5 %; all are "
+        "incomplete while a run of the size and budget is. "
         "'p, signs' is the exact p from changes of sign, a check that assumes symmetry alone; with n seeds it is at "
         "least 2^(1 - n).",
     ]
@@ -182,6 +190,13 @@ def _statistics(study: Study, results: Results) -> list[str]:
         for name, m in results.metrics.items()
     )
     lines.append(f"- Figures: {reads}.")
-    if unknown := [name for name in study.metrics if name not in results.metrics]:
-        lines.append(f"- 'metrics' of the study file names {', '.join(unknown)}, which no run has.")
+    claimed = [claim.metric for hypothesis in study.hypotheses for claim in hypothesis.claims]
+    named = {"metrics": study.metrics, "gate": study.gate, "hypotheses": dict.fromkeys(claimed)}
+    for key, names in named.items():
+        if unknown := [name for name in names if name not in results.metrics]:
+            lines.append(f"- '{key}' of the study file names {', '.join(unknown)}, which no run has.")
+    for row in results.rows:
+        if infinite := [name for name, x in row.metrics.items() if x is not None and not math.isfinite(x)]:
+            roles = f" as {row.evaluated_as}" if row.evaluated_as else ""
+            lines.append(f"- Not finite, so missing: {', '.join(infinite)} of {row.run}{roles} ({row.budget}).")
     return ["## Statistics", "\n".join(lines)]

@@ -119,7 +119,11 @@ def hypotheses(decisions: Sequence[Decision]) -> list[str]:
         return []
     verdicts = [
         {"hypothesis": d.hypothesis.name, "statement": d.hypothesis.statement, "size": d.size}
-        | {"p (Holm)": p_value(d.p), "p against (Holm)": p_value(d.p_against), "verdict": d.verdict}
+        | {
+            "p (Holm)": p_value(d.p),
+            "p against (Holm)": p_value(d.p_against),
+            "verdict": f"{d.verdict} ({d.note})" if d.note else d.verdict,
+        }
         for d in decisions
     ]
     claims = [
@@ -133,7 +137,8 @@ def hypotheses(decisions: Sequence[Decision]) -> list[str]:
     note = (
         "Claims are about scores, of which more is better: log points (100 ln, with the sign turned for losses), or "
         "points for chance-corrected figures. A hypothesis is supported if all of its claims are, and refuted if one "
-        "is shown to be wrong, each at 5 % after Holm's adjustment over the hypotheses of a size."
+        "is shown to be wrong, each at 5 % after Holm's adjustment over the hypotheses of a size. While a claim lacks "
+        "seeds of the study, it is incomplete."
     )
     return ["## Hypotheses", markdown(pd.DataFrame(verdicts)), note, markdown(pd.DataFrame(claims))]
 

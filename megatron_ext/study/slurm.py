@@ -49,7 +49,7 @@ if ((status)) && [[ -z $told ]]; then
     exit "$status"
 fi
 state=$({command} --run "$run" --status) # fails where this fails
-if ! grep -q "^1 finished$" <<<"$state"; then
+if ! grep -qE "^1 (finished|diverged)$" <<<"$state"; then
     if ((${{SLURM_RESTART_COUNT:-0}} >= ${{MAX_RESTARTS:-100}})); then
         echo "not requeued: MAX_RESTARTS is ${{MAX_RESTARTS:-100}}" >&2
         exit 1

@@ -31,11 +31,13 @@ _FREE = ("output", "parallel", "checkpoint", "logging", "lifecycle", "evaluation
 
 _RANK = re.compile(r"^\[\w+\]:\s*")  # torchrun's prefix to the output of a rank
 _ERROR = re.compile(r"^\w+\.py: \S")  # the one line of a program's error
+_DIVERGED = re.compile(r"\d+ bad steps? in (?:a row|all), 'bad_steps\.")  # that of training.bad_steps
 
 
 @dataclass(frozen=True)
 class State:
-    """``kind`` is finished, running, failed, changed, trained (not evaluated), stopped or waiting."""
+    """``kind`` is finished, running, failed, diverged (a trial alone), changed, trained (not evaluated), stopped or
+    waiting."""
 
     kind: str
     iteration: int = 0
@@ -57,7 +59,8 @@ def of(run: StudyRun, evaluation: dict) -> State:
         return State("running", iteration)
     if (file := run.folder / "failed.json").is_file():
         failure = read_json(file)
-        return State("failed", iteration, f"{failure['step']}: {failure['error']}")
+        kind = "diverged" if _has_diverged(run) else "failed"
+        return State(kind, iteration, f"{failure['step']}: {failure['error']}")
     if is_trained(run):
         return State("trained", iteration, "not evaluated yet")
     return State("stopped" if iteration else "waiting", iteration)
@@ -75,6 +78,16 @@ def _result(run: StudyRun, evaluation: dict) -> dict | None:
     if not file.is_file() or (loaded := read_json(file))["evaluation"] != evaluation:
         return None
     return loaded
+
+
+def has_diverged(run: StudyRun) -> bool:
+    """Whether this is a trial of a learning rate whose training ended with too many bad steps: it is not repeated."""
+    return _has_diverged(run) and not changed(run)
+
+
+def _has_diverged(run: StudyRun) -> bool:
+    file = run.folder / "failed.json"
+    return run.is_trial and file.is_file() and bool(_DIVERGED.search(read_json(file)["error"]))
 
 
 def is_trained(run: StudyRun) -> bool:

@@ -27,7 +27,11 @@ def table(study: Study, runs: Sequence[StudyRun], waiting_for_rate: Collection[s
 
 def unfinished(study: Study, runs: Sequence[StudyRun]) -> list[StudyRun]:
     """The runs with steps left to do."""
-    return [run for run in runs if not state.result(run, steps.fingerprint(run, study.evaluation))]
+    return [
+        run
+        for run in runs
+        if not state.result(run, steps.fingerprint(run, study.evaluation)) and not state.has_diverged(run)
+    ]
 
 
 def failed(study: Study, runs: Sequence[StudyRun]) -> list[str]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ext import config_file
-from megatron_ext.analysis.hypotheses import Claim, Hypothesis
+from megatron_ext.analysis.hypotheses import Hypothesis, Model
 from megatron_ext.analysis.results import Metric
-from megatron_ext.analysis.synergy import PRIMARY
 from megatron_ext.errors import UserError
+from megatron_ext.study import claims
 
 PICTURES = "mjhq"
 """The benchmark that is answered with generated pictures."""
@@ -170,6 +170,15 @@ class Study:
         """The methods of a size."""
         return [method for method in self.methods if size.methods is None or method.name in size.methods]
 
+    def models(self) -> dict[Model, list[int]]:
+        """The seeds of every model; methods by their names in tables."""
+        return {
+            Model(size.name, method.label or method.name, method.trained_on, budget): self.seeds_of(size, method)
+            for size in self.sizes
+            for method in self.methods_of(size)
+            for budget in self.budgets_of(size, method)
+        }
+
 
 def read(*files: str | Path) -> Study:
     """The study in a file, or in several that are laid over one another, as configurations are.
@@ -216,11 +225,17 @@ def _check(study: Study) -> None:
             if name in study.evaluation.evaluate_as or not overrides:
                 raise UserError(f"'methods[{i}].evaluate_as.{name}' must differ from all of evaluation.evaluate_as")
     _check_rates(study)
-    _check_claims(study)
+    claims.check(study.hypotheses, study.gate, _planned(study))
     for name, fields in study.metrics.items():
         if not isinstance(fields, dict):
             raise UserError(f"'metrics.{name}' must be a mapping, got {fields!r}")
         config_file.from_tree(Metric, fields, f"metrics.{name}")
+
+
+def _planned(study: Study) -> claims.Planned:
+    roles = {(m.label or m.name, m.trained_on): study.evaluation.roles_of(m) for m in study.methods}
+    benchmarks = {benchmark.name: benchmark.task for benchmark in study.evaluation.benchmarks}
+    return claims.Planned(study.models(), roles, benchmarks, study.budgets)
 
 
 def _check_names(study: Study) -> None:
@@ -263,45 +278,6 @@ def _check_rates(study: Study) -> None:
         raise UserError(f"'learning_rates.seed' is {search.seed}, a seed of the study; give it one of its own")
     if search.iterations is not None and search.iterations < 1:
         raise UserError(f"'learning_rates.iterations' is {search.iterations}, must be at least 1")
-
-
-def _check_claims(study: Study) -> None:
-    metrics = [*PRIMARY, *(benchmark.name for benchmark in study.evaluation.benchmarks)]
-    names = [hypothesis.name for hypothesis in study.hypotheses]
-    for i, hypothesis in enumerate(study.hypotheses):
-        if names.count(hypothesis.name) > 1:
-            raise UserError(f"'hypotheses[{i}].name' is {hypothesis.name!r}, like another one; use another name")
-        if not hypothesis.claims:
-            raise UserError(f"'hypotheses[{i}].claims' is empty; {hypothesis.name} needs a claim")
-        for j, claim in enumerate(hypothesis.claims):
-            _check_claim(f"hypotheses[{i}].claims[{j}]", claim, study, metrics)
-    for metric, least in study.gate.items():
-        _check_metric("gate", metric, metrics)
-        if isinstance(least, bool) or not isinstance(least, int | float):
-            raise UserError(f"'gate.{metric}' is {least!r}, must be a number")
-
-
-def _check_claim(where: str, claim: Claim, study: Study, metrics: list[str]) -> None:
-    _check_metric(f"{where}.metric", claim.metric, metrics)
-    if claim.above is None and claim.below is None:
-        raise UserError(f"'{where}' has no bound; give it above, below, or both")
-    if claim.budget is not None and claim.budget not in study.budgets:
-        raise UserError(f"'{where}.budget' is {claim.budget!r}, must be one of {', '.join(study.budgets)}")
-    if not claim.terms:
-        raise UserError(f"'{where}.terms' is empty; give it at least one model")
-    models = {(method.label or method.name, method.trained_on): method for method in study.methods}
-    for k, term in enumerate(claim.terms):
-        method = models.get((term.method, term.trained_on))
-        if method is None:
-            raise UserError(f"'{where}.terms[{k}]': no method trained on {term.trained_on} is labelled {term.method!r}")
-        if term.evaluated_as is not None and term.evaluated_as not in study.evaluation.roles_of(method):
-            raise UserError(f"'{where}.terms[{k}].evaluated_as' is {term.evaluated_as!r}, not in its 'evaluate_as'")
-
-
-def _check_metric(where: str, metric: str, metrics: list[str]) -> None:
-    """Check that a benchmark or a loss of the study gives a metric, as far as its name shows."""
-    if not any(metric.lower().startswith(start) for start in metrics):
-        raise UserError(f"'{where}' names {metric!r}; the study's losses and benchmarks are {', '.join(metrics)}")
 
 
 def _names_a_folder(name: str) -> bool:

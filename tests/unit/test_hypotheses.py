@@ -8,7 +8,7 @@ from scipy import stats
 from megatron_ext import config_file
 from megatron_ext.analysis import hypotheses
 from megatron_ext.analysis.gate import gates
-from megatron_ext.analysis.hypotheses import Hypothesis
+from megatron_ext.analysis.hypotheses import Hypothesis, Model
 from megatron_ext.analysis.results import Metric, Results, Row
 
 LOSS, SCORE = "understanding loss", "GQA, chance-corrected"
@@ -31,8 +31,9 @@ def results() -> Results:
     return Results("a test", METRICS, rows)
 
 
-def read(*claims: dict, name: str = "H") -> Hypothesis:
-    return config_file.from_tree(Hypothesis, {"name": name, "statement": "so it is", "claims": list(claims)})
+def read(*claims: dict, name: str = "H", requires: str | None = None) -> Hypothesis:
+    tree = {"name": name, "statement": "so it is", "claims": list(claims), "requires": requires}
+    return config_file.from_tree(Hypothesis, tree)
 
 
 INTERACTION = [
@@ -82,9 +83,31 @@ def test_a_hypothesis_needs_all_its_claims_and_pays_for_the_others(results):
     decisions = hypotheses.decide([read(shown), read(shown, wrong), read(shown, absent)], results, "steps")
     assert [d.verdict for d in decisions] == ["supported", "refuted", "undecided"]
     p, against = decisions[0].claims[0].p, decisions[1].claims[1].p_against
-    assert decisions[0].p == pytest.approx(2 * p)  # of two hypotheses with a p
+    assert decisions[0].p == pytest.approx(3 * p)  # of three hypotheses, one without a p
     assert decisions[1].p_against == pytest.approx(3 * 2 * against)  # of three, with two claims
     assert decisions[2].claims[1].values == {} and decisions[2].p is None
+
+
+def test_a_hypothesis_says_nothing_unless_the_one_it_requires_is_supported(results):
+    shown, wrong = ({"metric": SCORE, "terms": FROZEN} | bound for bound in ({"below": -2}, {"above": -2}))
+    first = [read(shown, name="shown"), read(wrong, name="wrong")]
+    needing = [read(claim, name="", requires=name) for name in ("shown", "wrong") for claim in (shown, wrong)]
+    decisions = hypotheses.decide(first + needing, results, "steps")
+    assert [d.verdict for d in decisions] == ["supported", "refuted", "supported", "refuted", "undecided", "undecided"]
+    assert decisions[-1].note == "wrong is not supported"
+
+
+def test_nothing_is_decided_before_a_claim_has_all_seeds_of_the_study(results):
+    planned = {Model(None, "dense", "unified", "steps"): (3, 5, 1, 0), Model(None, "fast", "unified", "steps"): (7,)}
+    claim = {"metric": SCORE, "terms": FROZEN, "below": -2}
+    absent = {"metric": SCORE, "terms": [{"method": "fast", "trained_on": "unified"}], "below": 0}
+    claims = [read(claim, name="a"), read(absent, name="b")]
+    decisions = hypotheses.decide(claims, results, "steps", planned=planned)
+    assert [d.verdict for d in decisions] == ["incomplete", "incomplete"]
+    assert [d.note for d in decisions] == ["without seed 5", "without seed 7"]
+    del planned[next(iter(planned))]
+    (decision,) = hypotheses.decide(claims[:1], results, "steps", planned=planned)
+    assert decision.verdict == "supported"
 
 
 def test_nothing_is_decided_where_dense_did_not_learn(results):

@@ -1,9 +1,13 @@
 """Which tokens show an object, and which objects a question names: on scenes whose answers are known by hand."""
 
+import numpy as np
 import pytest
 
-from megatron_ext.analysis.scene_objects import asked, shown
+from megatron_ext.analysis.scene_objects import DocumentObjects, asked, shown, write
+from megatron_ext.analysis.token_sets import ObjectTokens
+from megatron_ext.data.batch import Batch
 from megatron_ext.picture_world.world import RADIUS, Background, Scene, SceneObject
+from megatron_ext.token_classes import Modality
 
 
 def item(color: str, shape: str, size: str, row: int, column: int) -> SceneObject:
@@ -50,3 +54,25 @@ def test_an_object_is_shown_by_the_tokens_of_its_cell():
 )
 def test_a_question_names_objects_by_color_shape_or_both(question, numbers):
     assert asked(SCENE, question) == sum(1 << number for number in numbers)
+
+
+@pytest.mark.parametrize("ends_user_turns", [True, False], ids=["chat template", "plain"])
+def test_a_turn_is_about_its_own_question_up_to_the_end_of_its_answer(ends_user_turns):
+    """E ends answers and, in ChatML, the user's turns, which are not learnt; I is an image token, A learnt."""
+    text = "BIIIIqEaAEqEaAEa" if ends_user_turns else "BIIIIqqaAEqqaAEa"
+    own = np.arange(len(text)) < len(text)
+    learnt = [number for number, letter in enumerate(text[1:]) if letter == "A" or text[number] == "A"]
+    zeros = np.zeros((1, len(text)), dtype=np.int64)
+    batch = Batch(
+        tokens=np.array([[9 if letter == "E" else 1 for letter in text]]),
+        labels=zeros,
+        loss_mask=np.isin(np.arange(len(text)), learnt)[None].astype(np.float32),
+        positions=np.arange(len(text))[None],
+        modality=np.array([[Modality.IMAGE if letter == "I" else Modality.TEXT for letter in text]]),
+        task=zeros,
+        document=zeros,
+    )
+    objects = ObjectTokens(zeros.copy(), zeros.copy())
+    write(objects, batch, 0, own, DocumentObjects(np.array([1, 2, 2, 0]), (1, 2)), answer_end=9)
+    assert objects.about[0].tolist() == [1] * 10 + [2] * 5 + [0]
+    assert objects.shows[0].tolist() == [0, 1, 2, 2, 0] + [0] * 11

@@ -1,6 +1,8 @@
 """A study's runs, their lengths, states and locks; the Slurm array; the report."""
 
 import dataclasses
+import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -10,8 +12,11 @@ import pytest
 import yaml
 
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation import gqa, scene_check
 from megatron_ext.files import read_json, write_json
 from megatron_ext.picture_world.benchmark_files import BenchmarkConfig, write_benchmarks
+from megatron_ext.run_config import BadStepConfig
+from megatron_ext.study import claims as claim_checks
 from megatron_ext.study import (
     collect,
     execution,
@@ -19,12 +24,14 @@ from megatron_ext.study import (
     learning_rates,
     outcome,
     report,
+    scheduler,
     slurm,
     state,
     status,
     steps,
     study_file,
 )
+from megatron_ext.training.bad_steps import BadSteps
 from megatron_ext.training.metrics import MetricsFile
 from support.data_sets import write_pairs, write_texts
 from support.vocabularies import make_vocabulary
@@ -150,10 +157,16 @@ def test_the_data_are_measured_once(study, monkeypatch):
     assert [run.iterations for run in grid.runs(study())] == [run.iterations for run in before]
 
 
-def claims(metric: str, method: str, **term) -> list[dict]:
-    """A hypothesis with one claim about one model."""
-    terms = [{"method": method, "trained_on": "unified", **term}]
-    return [{"name": "H", "statement": "", "claims": [{"metric": metric, "above": 0, "terms": terms}]}]
+ASKED = {"evaluation": {"vq": "x", "benchmarks": [{"name": "gqa", "data": "x"}]}}
+SHARE_ALL = {"method": "share-all", "trained_on": "unified"}
+TOTAL = {"budgets": ["steps", "total"], "sizes": [{"name": "a", "settings": {}, "budgets": ["steps"]}]}
+
+
+def claims(metric: str, method: str, requires: str | None = None, **others) -> list[dict]:
+    """A hypothesis with one claim about one model; ``others`` are keys of the claim or of its term."""
+    of_claim = {key: others.pop(key) for key in ("below", "budget") if key in others}
+    claim = {"metric": metric, "above": 0, "terms": [{"method": method, "trained_on": "unified", **others}]} | of_claim
+    return [{"name": "H", "statement": "", "claims": [claim], "requires": requires}]
 
 
 @pytest.mark.parametrize(
@@ -167,9 +180,21 @@ def claims(metric: str, method: str, **term) -> list[dict]:
         ({"sizes": [{"name": "a", "settings": {}, "budgets": ["flops"]}]}, "'flops', which is not among the study's"),
         ({"sizes": [{"name": "a", "settings": {}, "budgets": []}]}, r"'sizes\[0\].budgets' is \[\]; give at least"),
         ({"sizes": [{"name": "a/b", "settings": {}}]}, r"'sizes\[0\].name' is 'a/b'; it names a folder"),
-        ({"gate": {"GQA": 60}}, "'gate' names 'GQA'; the study's losses and benchmarks are understanding loss, gen"),
+        ({"gate": {"GQA": 60}}, "'gate' names 'GQA'; there are understanding loss, generation loss, and what begins"),
         ({"learning_rates": {"values": [1e-3], "seed": 1}}, "'learning_rates.seed' is 1, a seed of the study"),
         ({"hypotheses": claims("loss", "dense")}, r"'hypotheses\[0\].claims\[0\].metric' names 'loss'"),
+        ({"hypotheses": claims("Generation loss", "dense")}, "metric' names 'Generation loss'; there are und"),
+        (ASKED | {"hypotheses": claims("GQA chance corrected", "dense")}, "names .*; there are .* GQA, chance-corr"),
+        (
+            {"hypotheses": claims("generation loss", "dense", trained_on="understanding")},
+            "und.*, and has no gen.* loss",
+        ),
+        ({"hypotheses": claims("generation loss", "dense", below=-1)}, "is above 0 and below -1, which nothing is"),
+        (TOTAL | {"hypotheses": claims("generation loss", "dense", budget="total")}, "no size .* budget 'total'"),
+        (
+            {"hypotheses": [*claims("generation loss", "dense", requires="H")]},
+            r"'hypotheses\[0\].requires' is 'H', must",
+        ),
         ({"hypotheses": claims("generation loss", "dens")}, "no method trained on unified is labelled 'dens'"),
         ({"hypotheses": claims("generation loss", "dense", evaluated_as="x")}, "evaluated_as' is 'x', not in its 'ev"),
     ],
@@ -178,6 +203,18 @@ def test_a_mistake_in_a_study_file_is_named(study, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as refusal:
         study(**changes)
     assert str(refusal.value).startswith(f"{tmp_path / 'study.yaml'}: ")
+
+
+def test_figures_corrected_for_chance_are_named_as_their_benchmarks_name_them():
+    assert claim_checks.CHANCE_CORRECTED == {"gqa": gqa.CORRECTED, "mjhq": scene_check.CORRECTED}
+
+
+def test_a_search_for_rates_without_validation_data_is_refused(study):
+    example = study(settings={"data": {"validation": []}}, learning_rates={"values": [0.1], "seed": 9})
+    with pytest.raises(
+        UserError, match="run tiny.dense-u.lr0.1.seed9: 'learning_rates' compares validation losses, and"
+    ):
+        learning_rates.trials(example)
 
 
 def test_a_configuration_that_cannot_run_is_refused_before_any_run(study):
@@ -254,6 +291,41 @@ def test_each_method_is_trained_at_the_rate_with_the_lowest_mean_log_loss_of_its
     _, text, rows = learning_rates.section(example)
     assert text.endswith("might be better: dense-g (tiny, 0.4), himix-u (tiny, 0.4), share-all (tiny, 0.4).")
     assert f"**{np.log(2.0):.4f}**" in next(row for row in rows.splitlines() if " dense |" in row)
+
+
+def test_a_diverged_trial_is_no_candidate_and_is_not_repeated(study):
+    example = study(learning_rates={"values": [0.1, 0.2], "seed": 9})
+    example.methods = [method for method in example.methods if method.name in ("dense", "share-all")]
+    trials = execution.plan(example).trials
+    bad_steps = BadSteps(BadStepConfig(max_consecutive=0))
+    bad_steps.judge(math.inf, 1.0)
+    with pytest.raises(UserError) as error:
+        bad_steps.enforce_limits(1)
+    for trial in trials:
+        if trial.name == "tiny.dense.lr0.1.seed9":
+            finish(trial)
+            outcome.write(trial, example.evaluation)
+        else:
+            state.begin(trial)
+            failure = {"step": "training", "returncode": 2, "error": f"pretrain_unified.py: {error.value}"}
+            write_json(trial.folder / "failed.json", failure)
+    plan = execution.plan(example)
+    assert "tiny.dense.tokens.seed1" not in plan.waiting and plan.without_rate == {"tiny.share-all.tokens.seed1"}
+    assert status.unfinished(example, trials) == [] == status.failed(example, trials)
+    assert status.table(example, trials)[1] == "1 finished, 3 diverged"
+    found = learning_rates.searches(example, plan.trials)
+    learning_rates.write(example, found)
+    kept = json.loads((Path(example.output) / "learning_rates.json").read_text())["searches"]
+    shared = next(entry for entry in kept if entry["method"] == "share-all")
+    assert shared["best"] is None and shared["mean_log_losses"] == {"0.1": None, "0.2": None}
+    _, text, rows = learning_rates.section(example)
+    assert text.endswith("Training diverged with every rate, so that there are no runs: share-all (tiny).")
+    assert next(row for row in rows.splitlines() if " dense |" in row).split()[-2] == "diverged"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "execute", lambda runs, *_: started.extend(run.name for run in runs))
+        started: list[str] = []
+        execution.execute(example, ["tiny.dense.tokens.seed1", "tiny.share-all.tokens.seed1"])
+    assert started == ["tiny.dense.lr0.1.seed9", "tiny.dense.tokens.seed1"]
 
 
 def lr_of(run) -> float:
@@ -371,10 +443,12 @@ def test_a_running_program_keeps_the_lock_of_a_killed_study(study):
 def test_the_report_names_unfinished_runs_and_its_uncertainty(study):
     claim = {"metric": "understanding loss", "terms": [{"method": "dense", "trained_on": "unified"}], "below": 0}
     hypotheses = [{"name": "H", "statement": "dense learns", "claims": [claim]}]
+    hypotheses.append({"name": "I", "statement": "all", "claims": [claim | {"terms": [SHARE_ALL]}], "requires": "H"})
     example = study(seeds=[1, 2], hypotheses=hypotheses, gate={"understanding loss": 3})
     runs = grid.runs(example)
     for run in runs[:-2]:
-        finish(run, loss=2.0 + 0.1 * run.seed * len(run.tasks))
+        diverged = (run.method.name, run.seed) == ("hmgen-g", 2)
+        finish(run, loss=math.nan if diverged else 2.0 + 0.1 * run.seed * len(run.tasks))
         outcome.write(run, example.evaluation)
     write_json(runs[-1].folder / "failed.json", {"step": "training", "returncode": 1, "error": "no room"})
     numbers = report.write(example, runs)
@@ -392,6 +466,8 @@ def test_the_report_names_unfinished_runs_and_its_uncertainty(study):
     assert (effect["synergy"]["low"], effect["synergy"]["high"]) == pytest.approx(bounds, rel=1e-4)
     assert f"{synergy.mean():+.1f} [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" in text
     assert numbers["gates"][0]["verdict"] == numbers["hypotheses"][0]["verdict"] == "uninformative"
+    assert "incomplete (without seed 1, 2) |" in text and {o["verdict"] for o in numbers["tests"]} == {"incomplete"}
+    assert "- Not finite, so missing: generation loss of tiny.hmgen-g.tokens.seed2 (tokens)." in text
     assert numbers["hypotheses"][0]["claims"][0]["estimate"]["mean"] == pytest.approx(-100 * np.log(2.3), abs=0.2)
     assert status.failed(example, runs) == [runs[-1].name]
     assert (Path(example.output) / "figures" / "synergy-tokens-tiny.svg").is_file()
@@ -424,7 +500,7 @@ def test_a_benchmark_is_asked_again_only_under_roles_that_differ_for_its_documen
     assert steps.scores(run, evaluation, "skip_from_0") == {"F1": 1.0, "FID": 3.0}
 
 
-def test_evaluations_are_separate_and_incomplete_while_answers_are_missing(study, tmp_path):
+def test_evaluations_are_separate_and_incomplete_while_answers_are_missing(study, tmp_path, monkeypatch):
     write_benchmarks(tmp_path / "benchmarks", BenchmarkConfig(pictures=3, size=16))
     shares = {f"share-{share}": [f"plan.himix_start={layer}"] for layer, share in enumerate((0.5, 0.25))}
     pope = study_file.StudyBenchmark("pope", str(tmp_path / "benchmarks" / "pope"))
@@ -442,6 +518,9 @@ def test_evaluations_are_separate_and_incomplete_while_answers_are_missing(study
         else:
             evaluations[0].finish()
         assert [step.is_done() for step in evaluations] == [not missing] + [False] * (len(evaluations) - 1)
+    monkeypatch.setattr(steps, "ROOT", tmp_path / "another checkout")
+    moved = list(steps.steps(run, evaluation))[1]
+    assert moved.command != evaluations[0].command and moved.is_done()
 
 
 def test_a_slurm_array_does_every_run_and_requeues_incomplete_runs(study, tmp_path, monkeypatch):

@@ -108,7 +108,26 @@ def test_figures_that_may_be_0_are_compared_in_points_and_others_need_a_logarith
     assert dense.effect("GQA").synergy == {1: 6.0} and fast.effect("GQA").unified_cost == {1: 2.0}
     assert not dense.averages and tables.parts([dense])["metric"].tolist() == ["GQA (points)"]
     dense, fast = synergy.compare(gqa(*rows))
-    assert not fast.effects and "GQA: left out, a figure of 0 or less has no logarithm" in fast.missing
+    left_out = "GQA: left out, -1 of dense (understanding) has no logarithm or is not finite"
+    assert not fast.effects and left_out in fast.missing
+
+
+def test_a_figure_without_a_score_counts_only_where_it_is_compared():
+    values = {("dense", "understanding"): 40.0, ("dense", "unified"): 44.0, ("untrained", "unified"): 0.0}
+    rows = [row(method, task, [] if method == "untrained" else "dense", x) for (method, task), x in values.items()]
+    (dense,) = synergy.compare(gqa(*rows))
+    assert dense.effect("GQA").synergy == pytest.approx({None: 100 * math.log(1.1)})
+    rows[1].metrics["GQA"] = math.nan
+    (dense,) = synergy.compare(gqa(*rows))
+    assert not dense.effects and any("nan of dense (unified)" in reason for reason in dense.missing)
+    assert Metric("understanding", scale="points").score(math.inf) is None
+
+
+def test_points_of_depth_curves_are_no_settings():
+    rows = [row("dense", task, "dense", value) for task, value in (("understanding", 40.0), ("unified", 44.0))]
+    point = Row("dense", "unified", "dense", {"GQA": 9.0}, evaluated_as="himix_from_3")
+    (dense,) = synergy.compare(gqa(*rows, point))
+    assert dense.evaluated_as is None and dense.effects
 
 
 def test_sizes_are_not_compared_with_one_another():
