@@ -10,20 +10,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from gpu.machine import machine
-from gpu_study import order, page, preparation, rates
+from gpu_study import order, page, preparation, rates, sharing
 from megatron_ext import command_line, config_file, files
 from megatron_ext.errors import UserError
-from megatron_ext.study import forked, grid, scheduler, status, steps, study_file
+from megatron_ext.study import grid, scheduler, status, steps, study_file
 from megatron_ext.study.grid import StudyRun
 from megatron_ext.study.study_file import Study
 
 FILES = Path(__file__).with_name("gpu_study")
 REHEARSAL = FILES / "rehearsal.yaml"
-PROBE = FILES / "probe.py"
 REHEARSAL_JOBS = 2
 
 
@@ -31,6 +29,7 @@ def main() -> None:
     arguments = parse_arguments()
     results: Path = arguments.results
     if arguments.page:
+        preparation.unpack_world(results)
         return files.write_text(arguments.page, page.page(*runs_of(study_file.read(results / "study.yaml"))))
     if arguments.prepare or arguments.rehearse:
         packed = preparation.make_world(results, arguments.rehearse)
@@ -54,20 +53,27 @@ def execute(arguments: argparse.Namespace, study: Study, runs: list[StudyRun]) -
     on_gpu = machine()
     if on_gpu["GPU"] == "none" and not arguments.rehearse:
         raise UserError("no GPU here; --rehearse runs the same programs at tiny sizes on a CPU")
-    jobs = arguments.jobs or (REHEARSAL_JOBS if arguments.rehearse else max(1, (os.cpu_count() or 4) - 3))
-    # The scheduler passes SIGTERM on to the programs, which save and exit.
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
     started = time.monotonic()
-    try:
-        scheduler.execute(runs, study.evaluation, jobs, start=start_of_programs(arguments.results))
-    except UserError as stopped:
-        print(stopped, file=sys.stderr)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    with sharing.side_by_side(arguments.results) as (start, has_mps):
+        rates_of_trial = {} if arguments.jobs else sharing.trial(numbers(arguments), start, arguments.results / "trial")
+        jobs = arguments.jobs or sharing.best_number(rates_of_trial) or max(numbers(arguments))
+        print(f"runs at once: {jobs}", flush=True)
+        # The scheduler passes SIGTERM on to the programs, which save and exit.
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, 60 * arguments.minutes - (time.monotonic() - started)))
+        try:
+            scheduler.execute(runs, study.evaluation, jobs, start=start)
+        except UserError as stopped:
+            print(stopped, file=sys.stderr)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     calls = arguments.results / "machine.json"
     before = files.read_json(calls) if calls.is_file() else []
     here = on_gpu | {"date": time.strftime("%Y-%m-%d"), "jobs": jobs, "rehearsal": arguments.rehearse}
+    here["MPS"] = "yes" if has_mps else "no"
+    if rates_of_trial:
+        steps_per_second = (f"{rate:.0f} with {number}" for number, rate in rates_of_trial.items())
+        here["steps a second of the stand-in, by programs at once"] = ", ".join(steps_per_second)
     files.write_json(calls, [*before, here | {"seconds": round(time.monotonic() - started)}])
     _, counts = status.table(study, runs)
     print(counts)
@@ -75,16 +81,10 @@ def execute(arguments: argparse.Namespace, study: Study, runs: list[StudyRun]) -
         raise UserError(f"failed: {', '.join(failed)}")
 
 
-def start_of_programs(results: Path) -> Callable:
-    """What starts programs: forks, if they can use the GPU. They cannot if an import in the process that they fork from
-    has started CUDA; then each program imports everything itself."""
-    probe = forked.start_program([sys.executable, str(PROBE)], results / "probe.txt", dict(os.environ))
-    while probe.poll() is None:
-        time.sleep(0.1)
-    if probe.poll() == 0:
-        return forked.start_program
-    print(f"forked processes cannot use the GPU ({results / 'probe.txt'}); programs start slowly instead", flush=True)
-    return scheduler.start_program
+def numbers(arguments: argparse.Namespace) -> list[int]:
+    """How many runs at once are tried; each needs most of a core."""
+    most = REHEARSAL_JOBS if arguments.rehearse else max(1, (os.cpu_count() or 4) - 3)
+    return sorted({1, min(4, most), most})
 
 
 def write_study(results: Path, rehearsal: bool) -> Study:
@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("results", type=Path, nargs="?", default=Path("runs/gpu_study"), metavar="RESULTS")
     parser.add_argument("--minutes", type=float, default=8.5, help="after which runs save and stop (default 8.5)")
     parser.add_argument("--learning-rates", type=Path, metavar="FILE", help="with --prepare: of another study's search")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: three less than the cores)")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: what a trial finds best)")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--prepare", action="store_true", help="only make and pack the data, and plan the runs")
     action.add_argument("--rehearse", action="store_true", help="prepare and run the same at tiny sizes on a CPU")

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from megatron_ext.study import forked
 from support import fork_server
 
 
@@ -56,6 +57,7 @@ def _result(pipe: Connection):
 
 def _rank(pipe: Connection, store: Path, rank: int, size: int, function: Callable, args: tuple) -> None:
     warnings.simplefilter("ignore")
+    forked.accept_signals()
     gc.freeze()  # the distributed optimizer collects garbage at every save
     import torch
     import torch.distributed as dist

@@ -1,7 +1,7 @@
-"""benchmarks/gpu_study.sh: programs in forked processes, whole seeds first, data that travels in one file."""
+"""benchmarks/gpu_study.sh: whole seeds first, data that travels in one file."""
 
 import argparse
-import fcntl
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,59 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpu_study import order, page, preparation, rates
+from gpu_study import order, page, preparation, rates, sharing
 from megatron_ext.errors import UserError
 from megatron_ext.study import forked, scheduler, study_file
 from support.programs import ROOT
 
 FOLDER = ROOT / "benchmarks" / "gpu_study"
-
-
-def wait(program: forked.ForkedProgram, seconds: float = 60) -> int:
-    deadline = time.monotonic() + seconds
-    while (code := program.poll()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return code
-
-
-@pytest.fixture
-def start(tmp_path):
-    """A function that starts a program with this source, arguments and lock; its output goes to ``start.log``."""
-
-    def start_script(source: str, *arguments: str, lock: int | None = None) -> forked.ForkedProgram:
-        script = tmp_path / "script.py"
-        script.write_text(source)
-        environment = {"PATH": os.environ["PATH"], "CHOSEN": "1"}
-        return forked.start_program([sys.executable, str(script), *arguments], start_script.log, environment, lock)
-
-    start_script.log = tmp_path / "log.txt"
-    return start_script
-
-
-def test_a_forked_program_has_its_arguments_environment_and_exit_code_and_everything_imported(start):
-    source = "import os, sys; print(__name__, sys.argv[1:], os.environ['CHOSEN'], 'HOME' in os.environ, flush=True);"
-    program = start(source + "print('megatron.core' in sys.modules, flush=True); sys.exit(3)", "--seed", "1")
-    assert wait(program) == 3
-    assert start.log.read_text() == "__main__ ['--seed', '1'] 1 False\nTrue\n"
-
-
-def test_a_forked_program_keeps_its_lock_and_gets_signals(start, tmp_path):
-    source = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
-    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    program = start(source + "print('ready', flush=True); time.sleep(60)", lock=lock)
-    os.close(lock)
-    again = os.open(tmp_path / "lock", os.O_RDWR)
-    while not (start.log.exists() and start.log.read_text()):
-        assert program.poll() is None
-        time.sleep(0.02)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    program.send_signal(signal.SIGTERM)
-    assert wait(program) == 5
-    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(again)
 
 
 def study() -> study_file.Study:
@@ -78,7 +31,7 @@ def test_every_seed_has_all_its_methods_before_the_next_and_sizes_keep_pace():
         SimpleNamespace(size=size, method=method.name, seed=seed)
         for size in whole.sizes
         for method in whole.methods_of(size)
-        for seed in whole.seeds_of(size)
+        for seed in whole.seeds_of(size, method)
     ]
     groups: dict[tuple, list[str]] = {}
     previous = None
@@ -87,9 +40,10 @@ def test_every_seed_has_all_its_methods_before_the_next_and_sizes_keep_pace():
         assert key == previous or key not in groups, "a seed is interrupted by another one"
         groups.setdefault(key, []).append(run.method)
         previous = key
-    for (name, _), methods in groups.items():
+    for (name, seed), methods in groups.items():
         size = next(size for size in whole.sizes if size.name == name)
-        assert methods == [method.name for method in whole.methods_of(size)]
+        expected = [m.name for m in whole.methods_of(size) if seed in whole.seeds_of(size, m)]
+        assert methods == expected and len(methods) >= 2
     of_large = [number for number, (name, _) in enumerate(groups) if name == "h256"]
     assert of_large == [2, 6, 10]  # after 2, 5 and 8 of the 8 seeds of the small one
 
@@ -137,10 +91,16 @@ def test_a_rate_is_that_of_the_size_times_what_a_search_found_for_the_method(tmp
     }
 
 
-def test_runs_are_told_to_stop_when_time_is_up_and_the_machine_is_recorded(tmp_path, monkeypatch):
+def program_of_the_study():
+    """The module benchmarks/gpu_study.py, beside the package of that name."""
     spec = importlib.util.spec_from_file_location("gpu_study_program", ROOT / "benchmarks" / "gpu_study.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
+    return program
+
+
+def test_runs_are_told_to_stop_when_time_is_up_and_the_machine_is_recorded(tmp_path, monkeypatch):
+    program = program_of_the_study()
 
     def until_told(runs, evaluation, jobs, start) -> None:
         def told(*_) -> None:
@@ -154,15 +114,75 @@ def test_runs_are_told_to_stop_when_time_is_up_and_the_machine_is_recorded(tmp_p
             signal.signal(signal.SIGTERM, before)
 
     monkeypatch.setattr(scheduler, "execute", until_told)
-    monkeypatch.setattr(program, "start_of_programs", lambda results: None)
+    monkeypatch.setattr(sharing, "side_by_side", lambda results: contextlib.nullcontext((None, False)))
+    monkeypatch.setattr(sharing, "trial", lambda numbers, *_: {number: 10.0 * number for number in numbers})
     before = signal.getsignal(signal.SIGALRM)
-    arguments = argparse.Namespace(results=tmp_path, minutes=0.001, jobs=3, rehearse=True)
+    arguments = argparse.Namespace(results=tmp_path, minutes=0.001, jobs=None, rehearse=True)
     try:
         program.execute(arguments, study(), [])
     finally:
         signal.signal(signal.SIGALRM, before)
     (call,) = json.loads((tmp_path / "machine.json").read_text())
-    assert call["jobs"] == 3 and call["rehearsal"]
+    assert call["jobs"] == 2 and call["rehearsal"] and call["MPS"] == "no"
+    assert "10 with 1, 20 with 2" in call.values()
+
+
+def test_a_page_is_made_of_results_that_were_carried_without_the_unpacked_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_study.py", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    with pytest.raises(UserError, match="world.tar.xz: not found"):
+        program_of_the_study().main()
+
+
+def test_programs_start_slowly_where_forked_ones_cannot_use_the_gpu(tmp_path, monkeypatch):
+    def start(*_):
+        return SimpleNamespace(poll=lambda: code)
+
+    monkeypatch.setattr(forked, "start_program", start)
+    code = 0
+    assert sharing.start_of_programs(tmp_path) is start
+    code = 1
+    assert sharing.start_of_programs(tmp_path) is scheduler.start_program
+
+
+def fake_mps(folder: Path, monkeypatch, source: str = "") -> Path:
+    """A control program of MPS that logs its calls; a file with the log."""
+    log = folder / "mps.log"
+    (folder / sharing.MPS).write_text(f'#!/bin/sh\necho "$1" "$([ "$1" ] || cat)" >> {log}\n{source}\n')
+    (folder / sharing.MPS).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    return log
+
+
+@pytest.mark.parametrize("fails", ["nothing", "the service", "the gpu under it"])
+def test_kernels_run_side_by_side_where_the_service_works_and_nothing_fails_without_it(tmp_path, monkeypatch, fails):
+    log = fake_mps(tmp_path, monkeypatch, "exit 1" if fails == "the service" else "")
+
+    def start(command, file, environment, lock):
+        under_mps = "CUDA_MPS_PIPE_DIRECTORY" in environment
+        return SimpleNamespace(poll=lambda: int(under_mps and fails == "the gpu under it"))
+
+    monkeypatch.setattr(forked, "start_program", start)
+    with sharing.side_by_side(tmp_path) as (chosen, has_mps):
+        assert chosen is start and has_mps == (fails == "nothing")
+        assert ("CUDA_MPS_PIPE_DIRECTORY" in os.environ) == has_mps
+        assert log.read_text().split() == (["-d"] if has_mps else ["-d", "quit"])
+    assert log.read_text().split() == ["-d", "quit"] and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+
+
+def test_a_trial_counts_steps_of_all_programs_and_a_number_that_fails_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharing, "TRIAL_SECONDS", 0.3)
+    monkeypatch.setattr(sharing, "READY_SECONDS", 60)
+    rates = sharing.trial([1, 2], forked.start_program, tmp_path / "trial")
+    assert sorted(rates) == [1, 2] and min(rates.values()) > 0
+    monkeypatch.setattr(sharing, "LOAD", tmp_path / "missing.py")
+    assert sharing.trial([1], forked.start_program, tmp_path / "trial") == {1: 0}
+
+
+def test_the_least_number_of_programs_near_the_most_steps_is_taken():
+    assert sharing.best_number({1: 10, 4: 38.5, 13: 40}) == 4
+    assert sharing.best_number({1: 10, 4: 30, 13: 0}) == 4
+    assert sharing.best_number({1: 0, 4: 0}) is None
 
 
 def test_the_page_has_the_report_without_figures_and_the_paper():
@@ -176,7 +196,7 @@ def test_the_page_counts_complete_runs_and_takes_the_median_of_their_steps(tmp_p
     runs = []
     for size in whole.sizes:
         for method in whole.methods_of(size):
-            for seed in whole.seeds_of(size):
+            for seed in whole.seeds_of(size, method):
                 folder = tmp_path / f"{size.name}.{method.name}.{seed}"
                 runs.append(SimpleNamespace(size=size, method=method, seed=seed, folder=folder, iterations=9))
     for seed, milliseconds in ((1, 10), (2, 30)):
@@ -190,4 +210,4 @@ def test_the_page_counts_complete_runs_and_takes_the_median_of_their_steps(tmp_p
     assert "Nothing has been measured on a GPU yet" in text
     assert "| h128 | Share All | unified | 2 of 8 | 9 | 20 |" in text
     assert "| h256 | dense | unified | 0 of 3 | 9 | - |" in text
-    assert "| h576 | 576 | 2 x 1 | 500 | 8.2 M | 0.0005 |" in text
+    assert "| h576 | 576 | 2 | 500 | 8.2 M | 0.0005 |" in text
