@@ -40,7 +40,7 @@ def main() -> None:
     commit = speedrun.check_entry([arguments.submission] if arguments.submission else []) if is_row else ""
     speedrun.prepare()
     ratio = speedrun.check_estimate()
-    made = speedrun.origin(commit) if is_row else None
+    made_with = speedrun.origin(commit) if is_row else None
     experiment = speedrun.experiment
     print(
         f"{entered.name}: {ratio:.3f} x the FLOPs of lossless dense (cap {frozen.flops_cap}), recipe {entered.digest}, "
@@ -53,7 +53,7 @@ def main() -> None:
     result = speedrun.run(arguments.jobs)
     _show(result)
     if is_row:
-        row = speedrun.enter(result, made, arguments.author or _user())
+        row = speedrun.enter(result, made_with, arguments.author or _user())
         print(f"{board.folder}, {board.page}: row {row.name}, score {row.score:.3f}")
     else:
         print("a rehearsal: nothing was recorded")

@@ -28,10 +28,10 @@ def factors(study: Study) -> dict[str, float]:
 
 def rates(study: Study) -> dict[tuple[str, str], float]:
     """(size, method) -> learning rate, for methods with a factor."""
-    found = factors(study)
+    factor_of = factors(study)
     return {
-        (size.name, method.name): size.settings["optimizer"]["lr"] * found[method.name]
+        (size.name, method.name): size.settings["optimizer"]["lr"] * factor_of[method.name]
         for size in study.sizes
         for method in study.methods_of(size)
-        if method.name in found
+        if method.name in factor_of
     }

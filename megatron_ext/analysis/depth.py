@@ -82,7 +82,7 @@ def curves(results: Results) -> list[Curve]:
         if budget_of.get(row.run, row.budget) == row.budget
     }
     models = dict.fromkeys(key[:4] for key, row in rows.items() if is_intervention(row) and row.method != UNTRAINED)
-    found = []
+    curves = []
     for size, budget, method, task in models:
         own = {key[4:]: row for key, row in rows.items() if key[:4] == (size, budget, method, task)}
         for intervention, (changed_task, _) in INTERVENTIONS.items():
@@ -91,10 +91,10 @@ def curves(results: Results) -> list[Curve]:
                 outcome = metric == f"{changed_task} loss" or metric.endswith("chance-corrected")
                 if outcome and (points := _points(own, intervention, metric, meaning)):
                     untrained = _untrained(results, size, intervention, metric, points["layers"])
-                    found.append(
+                    curves.append(
                         Curve(size, budget, method, intervention, metric, meaning.scale, **points, untrained=untrained)
                     )
-    return found
+    return curves
 
 
 def by_model(found: Sequence[Curve]) -> dict[tuple[str | None, str | None, str], list[Curve]]:

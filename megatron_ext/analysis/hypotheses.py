@@ -232,10 +232,10 @@ def _contrast(claim: Claim, results: Results, models: Mapping[tuple, dict]) -> d
     metric, scores = results.metrics[claim.metric], []
     for term in claim.terms:
         rows = models.get((term.method, term.trained_on, claim.budget, term.evaluated_as), {})
-        found = {seed: metric.score(row.metrics.get(claim.metric)) for seed, row in rows.items()}
-        scores.append({seed: term.weight * score for seed, score in found.items() if score is not None})
+        of_term = {seed: metric.score(row.metrics.get(claim.metric)) for seed, row in rows.items()}
+        scores.append({seed: term.weight * score for seed, score in of_term.items() if score is not None})
     shared = [seed for seed in scores[0] if all(seed in others for others in scores)] if scores else []
-    return {seed: sum(of_term[seed] for of_term in scores) for seed in shared}
+    return {seed: sum(term_scores[seed] for term_scores in scores) for seed in shared}
 
 
 def _one_sided_below(values: Sequence[float], bound: float) -> float:

@@ -106,16 +106,18 @@ class Space:
         Raises:
             UserError: there are too few.
         """
-        found: dict[Table, None] = {}
+        tables: dict[Table, None] = {}
         with progress(total=count, desc="random tables", leave=False) as bar:
             for number in range(first, first + TRIES):
                 table = random_table(self.own, self.choices, seed, number)
-                if cost - WINDOW <= costs.ratio(table) <= cost and table not in found:
-                    found[table] = None
+                if cost - WINDOW <= costs.ratio(table) <= cost and table not in tables:
+                    tables[table] = None
                     bar.update()
-                    if len(found) == count:
-                        return list(found)
-        raise UserError(f"only {len(found)} random tables cost {cost - WINDOW:g} to {cost:g}; the search needs {count}")
+                    if len(tables) == count:
+                        return list(tables)
+        raise UserError(
+            f"only {len(tables)} random tables cost {cost - WINDOW:g} to {cost:g}; the search needs {count}"
+        )
 
 
 def key(table: Table) -> str:

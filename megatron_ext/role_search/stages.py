@@ -109,16 +109,16 @@ class Search:
         self.costs = Costs.kept(file, self.space.config, self.space.plan, self.space.choices)
         changes = self.changes()
         sums = {change: sum(of_tasks.values()) for change, of_tasks in changes.items()}
-        found = best_tables(self.space, self.costs, sums, settings.cost, SOLUTIONS)
-        found = spread(found, settings.candidates, settings.distance)
-        if len(found) < count:
+        searched = best_tables(self.space, self.costs, sums, settings.cost, SOLUTIONS)
+        searched = spread(searched, settings.candidates, settings.distance)
+        if len(searched) < count:
             raise UserError(
-                f"only {len(found)} good tables cost {settings.cost - WINDOW:g} to {settings.cost:g}; the search needs "
-                f"{count}"
+                f"only {len(searched)} good tables cost {settings.cost - WINDOW:g} to {settings.cost:g}; "
+                f"the search needs {count}"
             )
         first = settings.drawn.tables  # random tables come after those that the model's documents drew
         drawn = self.space.random_tables(count, self.costs, settings.cost, settings.drawn.seed, first)
-        for arm, tables in zip(ARMS, (found, drawn)):
+        for arm, tables in zip(ARMS, (searched, drawn)):
             self.tables |= {f"{arm}-{number:02d}": table for number, table in enumerate(tables, 1)}
         for name, table in self.tables.items():
             of_entries = [changes[change] for change in self.space.changes(table)]
@@ -155,8 +155,8 @@ def best_tables(space: Space, costs: Costs, changes: dict[Change, float], cost: 
 
     groups = [[(costs.layer[roles], value(n, roles)) for roles in of_layer] for n, of_layer in enumerate(options)]
     budget = int(cost * costs.base) - costs.ends
-    found = [
+    tables = [
         tuple(options[layer][pick] for layer, pick in enumerate(picks))
         for picks in knapsack.best(groups, budget, count)
     ]
-    return [table for table in found if costs.ratio(table) >= cost - WINDOW]
+    return [table for table in tables if costs.ratio(table) >= cost - WINDOW]

@@ -117,13 +117,13 @@ class Speedrun:
         Raises:
             UserError: of a verification: code or data differ from those with which dense was verified.
         """
-        made = origin(steps.ROOT, known, self.entered.config.data, self._questions)
-        if self.mode == "verification" and (others := self._differs(made)):
+        own = origin(steps.ROOT, known, self.entered.config.data, self._questions)
+        if self.mode == "verification" and (others := self._differs(own)):
             raise UserError(
                 f"{self.entered.name}: {' and '.join(others)} differ from those of dense's verification at commit "
                 f"{self._dense().commit[:10]}; verify all at the same commit"
             )
-        return made
+        return own
 
     def check_estimate(self) -> float:
         """The estimate of FLOPs relative to lossless dense.

@@ -56,10 +56,10 @@ def plan(study: Study) -> Plan:
         UserError: the configuration of a run is refused; the run is named.
     """
     trials = learning_rates.trials(study)
-    found = learning_rates.searches(study, trials)
-    runs = grid.runs(study, learning_rates.rates(found))
-    diverged = [search for search in found if search.has_diverged]
-    return Plan(trials, runs, learning_rates.waiting(runs, found), learning_rates.waiting(runs, diverged))
+    searches = learning_rates.searches(study, trials)
+    runs = grid.runs(study, learning_rates.rates(searches))
+    diverged = [search for search in searches if search.has_diverged]
+    return Plan(trials, runs, learning_rates.waiting(runs, searches), learning_rates.waiting(runs, diverged))
 
 
 def execute(

@@ -174,12 +174,12 @@ def lengths(study: Study) -> list[tuple[Size, Method, Length]]:
     key = hashlib.sha256(json.dumps(measured_on, sort_keys=True).encode()).hexdigest()
     file = Path(study.output) / "plan.json"
     if file.is_file() and (kept := read_json(file))["key"] == key:
-        found = [Length(**length) for length in kept["lengths"]]
+        lengths = [Length(**length) for length in kept["lengths"]]
     else:
         measure = Lengths().measure
-        found = [measure(*pair) for pair in progress(configs, desc="planning", leave=False)]
-        write_json(file, {"key": key, "lengths": [dataclasses.asdict(length) for length in found]})
-    return [(*pair, length) for pair, length in zip(pairs, found)]
+        lengths = [measure(*pair) for pair in progress(configs, desc="planning", leave=False)]
+        write_json(file, {"key": key, "lengths": [dataclasses.asdict(length) for length in lengths]})
+    return [(*pair, length) for pair, length in zip(pairs, lengths)]
 
 
 def metadata_checksum(path: str) -> str | None:

@@ -133,20 +133,20 @@ def section(study: Study) -> list[str]:
     """The part of the report on the search; empty where there is none."""
     if study.learning_rates is None:
         return []
-    found = searches(study, trials(study))
+    all_searches = searches(study, trials(study))
     lines = [
         {"size": search.size, "method": search.method}
         | {f"lr {rate:g}": _shown(search, rate) for rate in study.learning_rates.values}
-        for search in found
+        for search in all_searches
     ]
-    edges = ", ".join(f"{s.method} ({s.size}, {s.best:g})" for s in found if s.best is not None and s.is_at_edge)
+    edges = ", ".join(f"{s.method} ({s.size}, {s.best:g})" for s in all_searches if s.best is not None and s.is_at_edge)
     text = (
         f"Each method was trained once with each rate, on seed {study.learning_rates.seed}, which no run has. The "
         "table has the mean log of the validation losses of its tasks; the lowest, in bold, is the rate of its runs."
     )
     if edges:
         text += f" At an end of the list, so that a rate beyond it might be better: {edges}."
-    if diverged := ", ".join(f"{s.method} ({s.size})" for s in found if s.has_diverged):
+    if diverged := ", ".join(f"{s.method} ({s.size})" for s in all_searches if s.has_diverged):
         text += f" Training diverged with every rate, so that there are no runs: {diverged}."
     return ["## Learning rates", text, tables.markdown(pd.DataFrame(lines))]
 

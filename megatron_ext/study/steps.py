@@ -122,8 +122,8 @@ def losses(run: StudyRun, evaluation: StudyEvaluation, name: str) -> dict[str, f
     """The validation losses for an ``evaluate_as`` entry; empty where they are those of training."""
     if name not in untrained_roles(run, evaluation):
         return {}
-    found = read_json(_losses_file(run))[name]
-    return {f"{task} loss": found[LOSS + task] for task in run.tasks if LOSS + task in found}
+    validated = read_json(_losses_file(run))[name]
+    return {f"{task} loss": validated[LOSS + task] for task in run.tasks if LOSS + task in validated}
 
 
 def _evaluation(run: StudyRun, evaluation: StudyEvaluation, name: str, asked: list[StudyBenchmark]) -> Step:
