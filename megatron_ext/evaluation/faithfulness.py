@@ -110,6 +110,12 @@ def shares(totals: np.ndarray) -> np.ndarray:
         return 100 * totals[:, 0] / totals[:, 1]
 
 
+def chance_corrected(right: float, control: float) -> float | None:
+    """The share of correct facts above the control's, relative to the most that is possible, in per cent; None if the
+    control is 100 %."""
+    return 100 * (right - control) / (100 - control) if control < 100 else None
+
+
 def interval(own: np.ndarray, other: np.ndarray) -> np.ndarray:
     """95 % interval [rows, 2] of the difference between the shares, by resampling pictures."""
     random, count = np.random.default_rng(SEED), len(own)

@@ -11,7 +11,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.evaluation import mjhq
 from megatron_ext.evaluation.benchmark import Scores
 from megatron_ext.evaluation.detected_files import detect_all, detect_files
-from megatron_ext.evaluation.faithfulness import ALL, Faithfulness, measure
+from megatron_ext.evaluation.faithfulness import ALL, Faithfulness, chance_corrected, measure
 from megatron_ext.evaluation.fid import BATCH
 from megatron_ext.evaluation.mjhq import ImageSet, Prompt
 from megatron_ext.picture_world.detected import DetectedScene
@@ -64,8 +64,8 @@ def scores(reference: ImageSet, generated: ImageSet, vq: VQModel | None, saved: 
         low, high = result.interval[ALL]
         difference = result.right[ALL] - result.control[ALL]
         headline |= {OTHERS: result.control[ALL], DIFFERENCE: difference}
-        if result.control[ALL] < 100:
-            headline[CORRECTED] = 100 * difference / (100 - result.control[ALL])
+        corrected = chance_corrected(result.right[ALL], result.control[ALL])
+        headline |= {} if corrected is None else {CORRECTED: corrected}
         notes.append(f"{DIFFERENCE}: {difference:.2f}, 95 % interval {low:.2f} to {high:.2f}")
     else:
         notes.append(f"{COLUMN}: no control, there is only one prompt")

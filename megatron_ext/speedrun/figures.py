@@ -9,7 +9,7 @@ from megatron_ext.evaluation import kinds, mjhq, scene_check
 from megatron_ext.evaluation.answers import read_answers
 from megatron_ext.evaluation.benchmark import Item
 from megatron_ext.evaluation.detected_files import detect_files, saved_file
-from megatron_ext.evaluation.faithfulness import ALL, ROWS, count_facts, shares
+from megatron_ext.evaluation.faithfulness import ALL, ROWS, chance_corrected, count_facts, shares
 from megatron_ext.evaluation.gqa import GQA
 from megatron_ext.picture_world.detected import DetectedScene
 from megatron_ext.picture_world.facts import CaptionFacts
@@ -52,4 +52,4 @@ def understanding(items: Sequence[Item], answers: dict[str, str]) -> float:
 def generation(seen: Sequence[DetectedScene | None], facts: Sequence[CaptionFacts]) -> float:
     """``MJHQ-facts, chance-corrected`` of pictures (None: missing) of captions with these facts."""
     own, others = (shares(np.sum(counts, 0))[ROWS.index(ALL)] for counts in count_facts(seen, facts))
-    return 100 * float((own - others) / (100 - others)) if others < 100 else 0.0
+    return chance_corrected(float(own), float(others)) or 0.0
